@@ -1,0 +1,114 @@
+"""What a sample in a shard is: consecutive files with one key, an image and its labels. A shard is data, never code."""
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+
+from vitscale.data.tar import Member, TarDamage, walk
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+LABEL_EXTENSIONS = ("cls", "json")
+IGNORED_EXTENSIONS = ("txt",)
+_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RawSample:
+    """An undecoded sample: `labels` are class indices (one, or several for multi-label data)."""
+
+    key: str
+    image: bytes
+    extension: str
+    labels: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BadSample:
+    """A sample that cannot be used, and why."""
+
+    key: str
+    reason: str
+
+
+def parse_samples(data: bytes, offset: int, count: int) -> list[RawSample | BadSample]:
+    """The `count` samples in a range of a shard that begins at byte `offset`; what damage hides is a BadSample."""
+    samples: list[RawSample | BadSample] = []
+    reason = "the range holds fewer samples than the index says"
+    try:
+        samples.extend(sample for sample, _ in group(walk(io.BytesIO(data), offset, whole=False)))
+    except TarDamage as damage:
+        reason = str(damage)
+    if len(samples) > count:
+        samples, reason = [], f"the range holds {len(samples)} samples, the index says {count}"
+    return samples + [BadSample("?", reason)] * (count - len(samples))
+
+
+def group(members: Iterable[Member]) -> Iterator[tuple[RawSample | BadSample, int]]:
+    """Join consecutive members of one key to samples: (sample, offset of its first header).
+
+    When the members end in TarDamage, the sample being read is not yielded: it may be half a sample.
+    """
+    key, offset, files = "", 0, list[tuple[str, bytes]]()
+    try:
+        for member in members:
+            member_key, extension = split_name(member.name)
+            if files and member_key != key:
+                yield _assemble(key, files), offset
+                files = []
+            if not files:
+                key, offset = member_key, member.offset
+            files.append((extension, member.data))
+    except TarDamage as damage:
+        damage.whole_until = offset if files else damage.offset
+        raise
+    if files:
+        yield _assemble(key, files), offset
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension by webdataset's rule: the file name's first dot divides them."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def parse_labels(extension: str, data: bytes) -> tuple[int, ...]:
+    """Class indices from `KEY.cls` ("3", or "3 17" / "3,17") or `KEY.json` (an integer, a list, or {"label": ...}).
+
+    Raises ValueError if there are none or they are not whole numbers from 0.
+    """
+    if extension == "cls":
+        labels = [int(word) for word in re.split(r"[\s,]+", data.decode("ascii").strip())]
+    else:
+        value = json.loads(data)
+        if isinstance(value, dict):
+            value = value.get("labels", value.get("label", value.get("cls")))
+        labels = value if isinstance(value, list) else [value]
+    if not labels or not all(type(label) is int and label >= 0 for label in labels):
+        raise ValueError("labels must be whole numbers from 0")
+    return tuple(labels)
+
+
+def image_kind(data: bytes) -> str:
+    """The image format by its first bytes: "jpg", "png", "webp", or "" for anything else."""
+    return next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), "")
+
+
+def _assemble(key: str, files: list[tuple[str, bytes]]) -> RawSample | BadSample:
+    images = [(extension, data) for extension, data in files if extension in IMAGE_EXTENSIONS]
+    labels = [(extension, data) for extension, data in files if extension in LABEL_EXTENSIONS]
+    known = (*IMAGE_EXTENSIONS, *LABEL_EXTENSIONS, *IGNORED_EXTENSIONS)
+    unknown = [extension for extension, _ in files if extension not in known]
+    if unknown:
+        return BadSample(key, f"a file with the extension .{unknown[0]}, which is not read")
+    if len(images) != 1 or len(labels) != 1:
+        return BadSample(key, f"{len(images)} images and {len(labels)} label files instead of one of each")
+    if not image_kind(images[0][1]):
+        return BadSample(key, f"the content of .{images[0][0]} is not a JPEG, PNG or WebP image")
+    try:
+        parsed = parse_labels(*labels[0])
+    except ValueError as error:
+        return BadSample(key, f"its .{labels[0][0]} cannot be read as labels ({error})")
+    return RawSample(key, images[0][1], images[0][0], parsed)

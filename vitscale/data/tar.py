@@ -1,0 +1,107 @@
+"""A tar walker that never takes damage for the end of data.
+
+Python's tarfile, and so webdataset, ends an archive in silence at a broken header; here every header's checksum is
+verified, every member must be whole, and the archive must end with its end mark (or, for a range, at its last byte).
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+
+BLOCK = 512
+MAX_MEMBER_BYTES = 256 << 20  # an image is far smaller; a corrupt size must not fill the memory
+_ZERO = bytes(BLOCK)
+_REGULAR, _SKIPPED = (b"0", b"\0"), (b"5", b"g")
+
+
+class TarDamage(ValueError):
+    """The archive is damaged at byte `offset`: `what` says how."""
+
+    def __init__(self, offset: int, what: str) -> None:
+        super().__init__(f"byte {offset:,}: {what}")
+        self.offset = offset
+        self.whole_until = offset  # where the last whole sample before the damage ends
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """One regular file: `offset` is where its first header (a long-name header counts) begins in the archive."""
+
+    name: str
+    offset: int
+    data: bytes
+
+
+def walk(stream: io.BufferedIOBase, offset: int = 0, *, whole: bool) -> Iterator[Member]:
+    """The regular files of a tar stream that begins at byte `offset` of its archive, in order.
+
+    whole: the stream is an archive and must end with the end mark; otherwise it is a range of members and ends with the
+    last of them. Raises TarDamage where the bytes are not what tar prescribes, after yielding what lies before.
+    """
+    first, long_name = offset, ""
+    while True:
+        header = stream.read(BLOCK)
+        if not header and not whole:
+            return
+        if header == _ZERO and whole:
+            return
+        name, size, kind = _parse_header(header, offset)
+        data = _read_data(stream, size, offset, name)
+        end = offset + BLOCK + -(-size // BLOCK) * BLOCK
+        if kind in (b"L", b"x"):
+            long_name = _long_name(kind, data) or long_name
+        elif kind in _REGULAR:
+            yield Member(long_name or name, first, data)
+            first, long_name = end, ""
+        elif kind in _SKIPPED:
+            first, long_name = end, ""
+        else:
+            raise TarDamage(offset, f"{name}: a member of type {kind!r}; a shard holds regular files only")
+        offset = end
+
+
+def _parse_header(header: bytes, offset: int) -> tuple[str, int, bytes]:
+    if not header:
+        raise TarDamage(offset, "the archive ends without its end mark: it was cut between two files")
+    if len(header) < BLOCK:
+        raise TarDamage(offset, "the archive ends inside a header: it was cut")
+    try:
+        expected = int(header[148:156].split(b"\0")[0].strip() or b"-1", 8)
+        size = _parse_size(header[124:136])
+    except ValueError:
+        raise TarDamage(offset, "a header that is not a tar header") from None
+    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != expected:
+        raise TarDamage(offset, "a header whose checksum is wrong")
+    if not 0 <= size <= MAX_MEMBER_BYTES:
+        raise TarDamage(offset, f"a member of {size:,} bytes; at most {MAX_MEMBER_BYTES:,} are allowed")
+    name = _text(header[:100])
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    return (f"{prefix}/{name}" if prefix else name), size, header[156:157]
+
+
+def _parse_size(field: bytes) -> int:
+    if field[0] & 0x80:  # GNU base-256
+        return int.from_bytes(field[1:], "big")
+    return int(field.split(b"\0")[0].strip() or b"0", 8)
+
+
+def _read_data(stream: io.BufferedIOBase, size: int, offset: int, name: str) -> bytes:
+    data = stream.read(size)
+    padding = -size % BLOCK
+    if len(data) < size or len(stream.read(padding)) < padding:
+        raise TarDamage(offset, f"{name}: the archive ends inside this file: it was cut")
+    return data
+
+
+def _long_name(kind: bytes, data: bytes) -> str:
+    if kind == b"L":
+        return _text(data)
+    for record in data.split(b"\n"):  # pax: "LENGTH path=NAME"
+        key, _, value = record.partition(b" ")[2].partition(b"=")
+        if key == b"path":
+            return value.decode("utf-8", "replace")
+    return ""
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0")[0].decode("utf-8", "replace")
