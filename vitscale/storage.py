@@ -5,7 +5,6 @@ them. Transient errors of remote stores are retried with exponential backoff and
 """
 
 import glob
-import io
 import logging
 import os
 import random
@@ -13,7 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from braceexpand import braceexpand
@@ -89,7 +88,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
     return _retry(lambda: fs.cat_file(path, start=start, end=end), f"reading {url} [{start}:{end}]")
 
 
-def open_stream(url: str) -> io.BufferedIOBase:
+def open_stream(url: str) -> BinaryIO:
     """The object as a sequential stream of bytes, for one pass over it."""
     if is_local(url):
         return open(local_path(url), "rb")

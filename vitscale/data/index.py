@@ -21,7 +21,7 @@ from jaxtyping import Int64, UInt32
 from vitscale import storage
 from vitscale.config import ConfigError
 from vitscale.data.samples import BadSample, group
-from vitscale.data.tar import BLOCK, TarDamage, walk
+from vitscale.data.tar import BLOCK, Readable, TarDamage, walk
 
 FORMAT, VERSION = "vitscale-index", 1
 _LISTED = 20  # damaged samples that the index lists one by one; all are counted
@@ -234,13 +234,13 @@ class _Scan:
     tar_damage: bool
 
 
-class _HashingStream(io.RawIOBase):
+class _HashingStream:
     """Counts and hashes what is read through it."""
 
-    def __init__(self, stream: io.BufferedIOBase) -> None:
+    def __init__(self, stream: Readable) -> None:
         self.stream, self.hash, self.count = stream, xxhash.xxh3_128(), 0
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int = -1, /) -> bytes:
         data = self.stream.read(size)
         self.hash.update(data)
         self.count += len(data)
@@ -255,7 +255,7 @@ def _scan_shard(url: str, chunk_samples: int, allow_damaged: bool) -> _Scan:
         with storage.open_stream(url) as raw:
             stream = _HashingStream(raw)
             try:
-                for sample, start in group(walk(stream, whole=True)):  # type: ignore[arg-type]
+                for sample, start in group(walk(stream, whole=True)):
                     if count % chunk_samples == 0:
                         blocks.append(start // BLOCK)
                     count += 1
@@ -268,6 +268,9 @@ def _scan_shard(url: str, chunk_samples: int, allow_damaged: bool) -> _Scan:
                         labels.update(sample.labels)
                         max_labels = max(max_labels, len(sample.labels))
                 data_bytes = stream.count - BLOCK
+                while rest := stream.read(1 << 20):
+                    if any(rest):
+                        raise TarDamage(data_bytes, "an empty block, and data after it")
             except TarDamage as error:
                 tar_damage, data_bytes = True, error.whole_until
                 damage.append(f"{url}: {error}; {count:,} whole samples before it")

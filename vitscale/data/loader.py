@@ -35,7 +35,7 @@ class DataConfig:
     on it. 0 = the largest divisor of global_batch up to 1,024. Each lane holds window_chunks + 1 chunks in memory.
     """
 
-    index: str
+    index: str = ""
     labels: Literal["single", "multi"] = "single"
     lanes: int = 0
     window_chunks: int = 4

@@ -48,7 +48,7 @@ def parse_samples(data: bytes, offset: int, count: int) -> list[RawSample | BadS
 def group(members: Iterable[Member]) -> Iterator[tuple[RawSample | BadSample, int]]:
     """Join consecutive members of one key to samples: (sample, offset of its first header).
 
-    When the members end in TarDamage, the sample being read is not yielded: it may be half a sample.
+    When the members end in TarDamage, the sample being read is yielded only if its image and label were read whole.
     """
     key, offset, files = "", 0, list[tuple[str, bytes]]()
     try:
@@ -61,7 +61,11 @@ def group(members: Iterable[Member]) -> Iterator[tuple[RawSample | BadSample, in
                 key, offset = member_key, member.offset
             files.append((extension, member.data))
     except TarDamage as damage:
-        damage.whole_until = offset if files else damage.offset
+        sample = _assemble(key, files)
+        if isinstance(sample, RawSample):
+            yield sample, offset
+        elif files:
+            damage.whole_until = offset
         raise
     if files:
         yield _assemble(key, files), offset

@@ -5,13 +5,20 @@ verified, every member must be whole, and the archive must end with its end mark
 """
 
 import dataclasses
-import io
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 BLOCK = 512
 MAX_MEMBER_BYTES = 256 << 20  # an image is far smaller; a corrupt size must not fill the memory
 _ZERO = bytes(BLOCK)
 _REGULAR, _SKIPPED = (b"0", b"\0"), (b"5", b"g")
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A stream of bytes: a file, a BytesIO, or anything that reads like them."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
 
 
 class TarDamage(ValueError):
@@ -32,7 +39,7 @@ class Member:
     data: bytes
 
 
-def walk(stream: io.BufferedIOBase, offset: int = 0, *, whole: bool) -> Iterator[Member]:
+def walk(stream: Readable, offset: int = 0, *, whole: bool) -> Iterator[Member]:
     """The regular files of a tar stream that begins at byte `offset` of its archive, in order.
 
     whole: the stream is an archive and must end with the end mark; otherwise it is a range of members and ends with the
@@ -85,7 +92,7 @@ def _parse_size(field: bytes) -> int:
     return int(field.split(b"\0")[0].strip() or b"0", 8)
 
 
-def _read_data(stream: io.BufferedIOBase, size: int, offset: int, name: str) -> bytes:
+def _read_data(stream: Readable, size: int, offset: int, name: str) -> bytes:
     data = stream.read(size)
     padding = -size % BLOCK
     if len(data) < size or len(stream.read(padding)) < padding:

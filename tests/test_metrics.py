@@ -1,0 +1,150 @@
+"""The run's numbers: one row a step after any resume, bit for bit, and the same in TensorBoard."""
+
+import io
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vitscale import metrics
+from vitscale.metrics import MetricsWriter, read_metrics
+
+
+def write_rows(run_dir: Path, steps: range, *, resume_step: int = 0, scale: float = 1.0) -> None:
+    writer = MetricsWriter(run_dir, resume_step=resume_step, total_steps=100, tensorboard=False)
+    for step in steps:
+        writer.write(step, {"train/loss": scale / step})
+    writer.close()
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_rows_read_back_bit_for_bit_while_the_run_goes_on(tmp_path: Path):
+    losses = [float(np.float32(x)) for x in np.random.default_rng(0).normal(size=50)]
+    writer = MetricsWriter(tmp_path, resume_step=0, total_steps=50, tensorboard=False)
+    for step, loss in enumerate(losses, start=1):
+        writer.write(step, {"train/loss": loss, "data/digest": 2**63 - step})
+    rows = read_metrics(tmp_path / "metrics.jsonl")  # before close: each row is out as soon as it is written
+    writer.close()
+    assert [row["train/loss"] for row in rows] == losses
+    assert rows[0] == {"step": 1, "train/loss": losses[0], "data/digest": 2**63 - 1}
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path: Path):
+    write_rows(tmp_path, range(1, 9))
+    write_rows(tmp_path, range(6, 11), resume_step=5, scale=2.0)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert rows[4]["train/loss"] == 1 / 5 and rows[5]["train/loss"] == 2 / 6
+
+
+def test_a_row_torn_by_a_kill_is_dropped(tmp_path: Path):
+    write_rows(tmp_path, range(1, 5))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    assert steps_of(tmp_path) == [1, 2, 3]
+    write_rows(tmp_path, range(4, 6), resume_step=4)
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_whole_last_row_without_its_newline_does_not_swallow_the_next(tmp_path: Path):
+    write_rows(tmp_path, range(1, 3))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    write_rows(tmp_path, range(2, 4), resume_step=1)
+    assert steps_of(tmp_path) == [1, 2, 3]
+
+
+def test_a_fresh_start_keeps_nothing(tmp_path: Path):
+    write_rows(tmp_path, range(1, 5))
+    write_rows(tmp_path, range(1, 3))
+    assert steps_of(tmp_path) == [1, 2]
+
+
+def test_trimming_replaces_the_file_in_one_step(tmp_path: Path):
+    write_rows(tmp_path, range(1, 5))
+    path = tmp_path / "metrics.jsonl"
+    before = path.stat().st_ino
+    with open(path, "rb") as old:
+        metrics.trim_metrics(path, 2)
+        assert old.read().count(b"\n") == 4  # who had the old file open still has all of it
+    assert path.stat().st_ino != before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_non_finite_numbers_stay_valid_json(tmp_path: Path):
+    writer = MetricsWriter(tmp_path, resume_step=0, total_steps=1, tensorboard=False)
+    writer.write(1, {"train/loss": math.nan, "train/grad_norm": math.inf, "x": -math.inf})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "train/loss": "nan", "train/grad_norm": "inf", "x": "-inf"}\n'
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(row["train/loss"]) and row["train/grad_norm"] == math.inf and row["x"] == -math.inf
+
+
+def test_tensorboard_holds_the_same_numbers_after_a_resume(tmp_path: Path):
+    for resume_step, steps, scale in ((0, range(1, 8), 1.0), (4, range(5, 11), 2.0)):
+        writer = MetricsWriter(tmp_path, resume_step=resume_step, total_steps=10)
+        for step in steps:
+            writer.write(step, {"train/loss": scale / step})
+        writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    scalars = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert scalars == {row["step"]: float(np.float32(row["train/loss"])) for row in rows}
+    assert sorted(scalars) == list(range(1, 11))
+
+
+def test_images_and_hyperparameters_reach_tensorboard(tmp_path: Path):
+    writer = MetricsWriter(tmp_path, resume_step=0, total_steps=1)
+    writer.write_images("data/inputs", torch.full((4, 3, 6, 6), 200, dtype=torch.uint8))
+    writer.write_hparams(
+        {"seed": 0, "model": {"variant": "B/16"}, "optim": {"betas": [0.9, 0.999], "lr": 1e-3}}
+    )
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["images"] == ["data/inputs"]
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"model.variant" in content and b"B/16" in content and b"[0.9, 0.999]" in content
+
+
+def test_without_a_terminal_each_row_is_one_plain_log_line(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, logger="vitscale")
+    writer = MetricsWriter(tmp_path, resume_step=0, total_steps=200, tensorboard=False)
+    writer.write(
+        50,
+        {
+            "train/loss": 2.25,
+            "train/lr": 1e-3,
+            "perf/images_per_second": 1234.5,
+            "time/data_wait_fraction": 0.015,
+        },
+    )
+    writer.write(50, {"eval/cifar10/10shot": 0.44})
+    writer.close()
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("step 50/200  loss 2.2500  lr 1.00e-03  img/s 1,234  data wait 1.5%  eta ")
+    assert second.startswith("step 50/200  eval/cifar10/10shot 0.44")
+
+
+def test_on_a_terminal_a_bar_shows_step_and_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    writer = MetricsWriter(tmp_path, resume_step=20, total_steps=40, tensorboard=False)
+    writer.write(30, {"train/loss": 2.25})
+    writer.write(30, {"eval/cifar10/10shot": 0.44})
+    writer.close()
+    shown = terminal.getvalue()
+    assert "30/40" in shown and "loss 2.2500" in shown and "eval/cifar10/10shot 0.44\n" in shown

@@ -1,0 +1,203 @@
+"""The files of a checkpoint: safetensors written in one hashed pass, read by ranges; and the manifest.
+
+Fragments are 1-D pieces of flattened fp32 tensors, named STATE/PARAMETER, in plain safetensors files that any reader opens.
+"""
+
+import dataclasses
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from vitscale import storage
+
+FORMAT, VERSION = "vitscale-checkpoint", 1
+MANIFEST = "manifest.json"
+_BLOCK = 16 << 20
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used or written; the message names the file and the way out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """A file's size and xxh3-128 in hex."""
+
+    num_bytes: int
+    checksum: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """A parameter: its shape, and the (file, start, count) of every fragment of its flattened values."""
+
+    shape: tuple[int, ...]
+    fragments: tuple[tuple[str, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds. Written last: without it there is no checkpoint.
+
+    states: which states every tensor has ("fp32", and the optimizer's). optimizer_steps: updates made (skipped ones do not
+    count). loss_scaler: its numbers (fp16), else empty. counters: plain integers of the trainer.
+    """
+
+    step: int
+    samples_seen: int
+    epoch: int
+    step_in_epoch: int
+    data_fingerprint: str
+    optimizer: str
+    optimizer_steps: int
+    states: tuple[str, ...]
+    world_size: int
+    zero_stage: int
+    precision: str
+    loss_scaler: dict[str, Any]
+    counters: dict[str, int]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    created: str
+    tensors: dict[str, TensorInfo]
+    files: dict[str, FileInfo]
+
+    def save(self, path: Path) -> None:
+        """Write it durably, with a checksum over itself."""
+        values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        storage.write_atomic(path, json.dumps({**values, "checksum": _digest(values)}, indent=1).encode())
+
+    @classmethod
+    def load(cls, directory: Path) -> "Manifest":
+        """Read and check the manifest of a step directory. Raises CheckpointError naming what is wrong."""
+        path = directory / MANIFEST
+        try:
+            values = json.loads(path.read_bytes())
+            checksum = values.pop("checksum")
+        except FileNotFoundError:
+            raise CheckpointError(f"{directory} holds no {MANIFEST}: it is not a finished checkpoint") from None
+        except (ValueError, KeyError, AttributeError):
+            raise CheckpointError(f"{path} is damaged: it is not a manifest") from None
+        if checksum != _digest(values):
+            raise CheckpointError(f"{path} is damaged: its checksum does not match")
+        name, version = values.pop("format"), values.pop("version")
+        if name != FORMAT or version != VERSION:
+            raise CheckpointError(f"{path} is a {name} of version {version}; this vitscale reads version {VERSION}")
+        values["states"] = tuple(values["states"])
+        values["files"] = {name: FileInfo(**info) for name, info in values["files"].items()}
+        values["tensors"] = {
+            name: TensorInfo(shape=tuple(info["shape"]), fragments=tuple((f, s, n) for f, s, n in info["fragments"]))
+            for name, info in values["tensors"].items()
+        }
+        return cls(**values)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.files.values())
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileInfo:
+    """Write tensors to a safetensors file, one at a time, hashed as they pass, and fsync it."""
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with SafetensorsWriter(path, shapes, metadata) as writer:
+        for name in shapes:
+            writer.write(name, tensors[name])
+    return writer.info
+
+
+class SafetensorsWriter:
+    """Streams tensors of known shapes to a file: one tensor in memory at a time. Use as a context manager."""
+
+    def __init__(
+        self, path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
+    ) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        end = 0
+        for name, (shape, dtype) in shapes.items():
+            start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._prefix = struct.pack("<Q", len(encoded)) + encoded
+        self._path, self._expected = path, list(shapes)
+        self._hash, self._count = xxhash.xxh3_128(), 0
+
+    def __enter__(self) -> "SafetensorsWriter":
+        self._file = open(self._path, "wb")
+        self._put(self._prefix)
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor; the order is that of `shapes`."""
+        assert name == self._expected.pop(0), name
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        self._put(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                assert not self._expected, self._expected
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    @property
+    def info(self) -> FileInfo:
+        return FileInfo(num_bytes=self._count, checksum=self._hash.hexdigest())
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._count += len(data)
+
+
+class SafetensorsReader:
+    """Ranges of the flattened tensors in a safetensors file, read straight into their destination."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = open(path, "rb", buffering=0)
+        (length,) = struct.unpack("<Q", self._file.read(8))
+        self.header: dict[str, Any] = json.loads(self._file.read(length))
+        self.metadata: dict[str, str] = self.header.pop("__metadata__", {})
+        self._base = 8 + length
+
+    def read_into(self, destination: Tensor, name: str, start: int) -> None:
+        """destination[:] = tensor.flatten()[start : start + len(destination)]; destination is a 1-D fp32 tensor."""
+        entry = self.header[name]
+        dtype = _DTYPES[entry["dtype"]]
+        staged = destination.device.type != "cpu" or dtype != destination.dtype or not destination.is_contiguous()
+        host = torch.empty(len(destination), dtype=dtype) if staged else destination
+        view = memoryview(host.view(torch.uint8).numpy())
+        position = self._base + entry["data_offsets"][0] + start * dtype.itemsize
+        while len(view):
+            count = os.preadv(self._file.fileno(), [view], position)
+            if count == 0:
+                raise CheckpointError(f"{self._file.name} ends inside {name}")
+            view, position = view[count:], position + count
+        if staged:
+            destination.copy_(host)
+
+
+def hash_file(path: Path) -> FileInfo:
+    """Size and checksum of a file as it lies. Raises FileNotFoundError."""
+    digest, count = xxhash.xxh3_128(), 0
+    with open(path, "rb", buffering=0) as file:
+        while data := file.read(_BLOCK):
+            digest.update(data)
+            count += len(data)
+    return FileInfo(num_bytes=count, checksum=digest.hexdigest())
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(values, sort_keys=True).encode()).hexdigest()

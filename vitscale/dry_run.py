@@ -1,0 +1,80 @@
+"""What a config would run, in words and numbers, without building anything on a device."""
+
+import json
+import os
+
+import torch
+
+from vitscale import config as configs
+from vitscale import plan as planning
+from vitscale.models.flops import train_flops
+from vitscale.models.vit import ViT
+from vitscale.train import Job, TrainConfig, expected_first_loss, prepare
+
+
+def describe(config: TrainConfig, world_size: int) -> str:
+    """The resolved config, batch plan, model, weight decay, first loss, DeepSpeed JSON and memory estimate as text.
+
+    Raises what train() would raise for a config or data set that cannot be used.
+    """
+    job = prepare(config, world_size)
+    with torch.device("meta"):
+        num_params = sum(param.numel() for param in ViT(config.model).parameters())
+    return "\n\n".join(
+        (
+            f"# resolved config\n{configs.to_toml(config).strip()}",
+            _section("data", _data_lines(job)),
+            _section("batch plan", _batch_lines(job)),
+            _section("model and optimizer", _model_lines(config, num_params)),
+            _section("memory per device (estimate)", _memory_lines(job, num_params)),
+            f"# DeepSpeed JSON\n{json.dumps(job.deepspeed_config, indent=2)}",
+        )
+    )
+
+
+def _section(title: str, lines: list[tuple[str, str]]) -> str:
+    return "\n".join([f"# {title}", *(f"{name:<24}{value}" for name, value in lines)])
+
+
+def _data_lines(job: Job) -> list[tuple[str, str]]:
+    order = job.order
+    worlds = [world for world in order.worlds() if job.config.global_batch % world == 0]
+    return [
+        ("samples", f"{order.num_samples:,} in {len(job.index.shards):,} shards"),
+        ("steps per epoch", f"{order.steps_per_epoch:,}, leaving out {order.tail:,} samples (others each epoch)"),
+        ("total steps", f"{job.total_steps:,} = {job.total_steps / order.steps_per_epoch:,.2f} epochs"),
+        ("lanes", f"{order.lanes:,}; it runs on {', '.join(map(str, worlds))} devices"),
+        ("damaged samples", f"{job.index.num_damaged:,} known to the index"),
+    ]
+
+
+def _batch_lines(job: Job) -> list[tuple[str, str]]:
+    plan = job.plan
+    return [
+        ("global batch", f"{plan.global_batch:,}"),
+        ("world size", f"{plan.world_size:,}"),
+        ("micro batch", f"{plan.micro_batch:,}"),
+        ("accumulation steps", f"{plan.grad_accum_steps:,}"),
+    ]
+
+
+def _model_lines(config: TrainConfig, num_params: int) -> list[tuple[str, str]]:
+    optim = config.optim
+    return [
+        ("parameters", f"{num_params:,}"),
+        ("training FLOPs", f"{train_flops(config.model):,} per image"),
+        ("effective weight decay", f"{optim.lr * optim.weight_decay:g} per step at the peak rate, on kernels only"),
+        ("expected first loss", f"{expected_first_loss(config):.6f}"),
+    ]
+
+
+def _memory_lines(job: Job, num_params: int) -> list[tuple[str, str]]:
+    config, engine = job.config, job.config.engine
+    states = planning.state_bytes(num_params, engine.zero_stage, job.plan.world_size, config.precision)
+    kept = planning.activation_bytes(config.model, job.plan.micro_batch, config.precision, engine.activation_checkpointing)
+    workers = f"{engine.num_workers} data workers per rank on {os.cpu_count()} cores"
+    return [
+        ("parameters and state", f"{states / 2**30:,.2f} GiB"),
+        ("activations", f"{kept / 2**30:,.2f} GiB"),
+        ("host", workers),
+    ]

@@ -1,0 +1,45 @@
+"""Evaluate a checkpoint: checkpoint -> plain nn.Module -> task -> numbers."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from vitscale.checkpoint.export import checkpoint_step, load_model
+from vitscale.data.transforms import normalize
+from vitscale.evals.tasks import EvalConfig, open_task
+
+
+class FrozenModel:
+    """A module as the tasks want it (EvalModel): float32, no gradients, evaluation mode, one device."""
+
+    def __init__(self, module: nn.Module, *, image_size: int, num_classes: int, device: torch.device) -> None:
+        self.module = module.to(device).eval()
+        self.image_size, self.num_classes, self.device = image_size, num_classes, device
+
+    @torch.inference_mode()
+    def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        return self.module.features(self._input(images)).float()  # type: ignore[operator]
+
+    @torch.inference_mode()
+    def logits(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
+        return self.module(self._input(images)).float()
+
+    def _input(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        return normalize(images.to(self.device), torch.float32)
+
+
+def evaluate(checkpoint: str, name: str, config: EvalConfig, device: torch.device) -> dict[str, Any]:
+    """Run the task `name` on a checkpoint (a run, a step directory or an export). Every rank calls it and
+    gets the same.
+
+    Returns {"checkpoint": ..., "step": ..., "results": {"top1": 0.52, ...}}, fractions of 1. Raises
+    ConfigError or DataError for what the user can mend.
+    """
+    module = load_model(checkpoint)
+    model = FrozenModel(
+        module, image_size=module.config.image_size, num_classes=module.config.num_classes, device=device
+    )
+    results = open_task(name, config, model.image_size).run(model)
+    return {"checkpoint": checkpoint, "step": checkpoint_step(checkpoint), "results": results}
