@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from vitscale.data.loader import Batch, DataConfig, Stream, batches, check_label
 from vitscale.data.order import DIGEST_MASK, Order, digest
 from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.engine import BatchPlan, EngineConfig, Precision
-from vitscale.evals.tasks import EvalConfig, run_task
+from vitscale.evals.tasks import ClassifyTask, EvalConfig, FewShotTask, open_task
 from vitscale.losses import LossConfig, compute_loss, to_targets
 from vitscale.metrics import MetricsWriter
 from vitscale.models import build_model
@@ -163,11 +163,14 @@ def train(config: TrainConfig) -> int:
     """
     distributed.initialize()
     job = prepare(config, distributed.world_size())
+    tasks = {name: open_task(name, section, config.model.image_size) for name, section in config.evals.items()}
     claim_run_dir(job)
     stop = StopFlag()
     engine, progress = start(job)
     writer = open_metrics(job, progress.step)
     stream = open_stream(job, progress.step)
+    if progress.step == 0:
+        evaluate_due(engine, job, tasks, 0, writer)  # what an untrained model gives: the line to beat
     meter = Meter(job)
 
     for step in range(progress.step + 1, job.total_steps + 1):
@@ -185,7 +188,7 @@ def train(config: TrainConfig) -> int:
             numbers = meter.read(engine, loss, lr, progress)
             if writer:
                 writer.write(step, numbers)
-        evaluate_due(engine, job, step, writer)
+        evaluate_due(engine, job, tasks, step, writer)
         too_many_bad = progress.bad_samples > config.data.max_bad_fraction * max(
             step * config.global_batch, MIN_SAMPLES_FOR_BAD_FRACTION
         )
@@ -329,11 +332,13 @@ def save(engine: Any, job: Job, progress: Progress) -> None:
         store.apply_retention(directory, config.checkpoint)
 
 
-def evaluate_due(engine: Any, job: Job, step: int, writer: MetricsWriter | None) -> None:
+def evaluate_due(
+    engine: Any, job: Job, tasks: Mapping[str, FewShotTask | ClassifyTask], step: int, writer: MetricsWriter | None
+) -> None:
     """Run the evaluations that fall due at this step; every rank takes part."""
-    for name, evaluation in job.config.evals.items():
-        if step % evaluation.every_steps == 0 or step == job.total_steps:
-            results = run_task(name, evaluation, EngineModel(engine, job.config))
+    for name, task in tasks.items():
+        if step % task.config.every_steps == 0 or step == job.total_steps:
+            results = task.run(EngineModel(engine, job.config))
             if writer:
                 writer.write(step, {f"eval/{name}/{key}": value for key, value in results.items()})
 

@@ -1,0 +1,141 @@
+"""tools/evaluate.py end to end on a small export: results, JSON, ranks, and what it says to wrong input."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitscale.checkpoint.format import write_safetensors
+from vitscale.config import to_dict
+from vitscale.evals.tasks import EvalConfig
+from vitscale.evaluate import FrozenModel, evaluate
+from vitscale.models import build_model
+from vitscale.models.vit import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = 7
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untrained model, with a head that is not zero, exported at step 123."""
+    config = ModelConfig(
+        width=16, depth=1, num_heads=2, mlp_dim=32, patch_size=4, image_size=8, num_classes=CLASSES
+    )
+    state = build_model(config, seed=0).state_dict()
+    generator = torch.Generator().manual_seed(1)
+    state["head.weight"] = torch.randn(state["head.weight"].shape, generator=generator)
+    path = tmp_path_factory.mktemp("export") / "model.safetensors"
+    metadata = {"format": "pt", "vitscale.model": json.dumps(to_dict(config)), "vitscale.step": "123"}
+    write_safetensors(path, state, metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train-000000.tar with 42 samples and test-000000.tar with 23: a number that no world size divides."""
+    folder = tmp_path_factory.mktemp("shards")
+    generator = np.random.default_rng(0)
+    for name, count in (("train-000000.tar", 42), ("test-000000.tar", 23)):
+        with tarfile.open(folder / name, "w") as tar:
+            for i in range(count):
+                image = io.BytesIO()
+                Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(image, "png")
+                for extension, data in (("png", image.getvalue()), ("cls", str(i % CLASSES).encode())):
+                    member = tarfile.TarInfo(f"{i:05d}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def run_tool(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["tools/evaluate.py", *map(str, arguments)]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_classify_scores_the_models_own_logits(export: Path, shards: Path):
+    test = EvalConfig(test=f"{shards}/test-*.tar", batch_size=10)
+    outcome = evaluate(str(export), "classify", test, torch.device("cpu"))
+    assert outcome["checkpoint"] == str(export) and outcome["step"] == 123
+    assert outcome["results"]["num_samples"] == 23
+    hits = round(outcome["results"]["top1"] * 23)
+    assert outcome["results"]["top1"] == hits / 23
+    assert hits <= round(outcome["results"]["top5"] * 23) <= 23
+
+
+def test_the_frozen_model_normalises_and_keeps_dropout_off():
+    config = ModelConfig(
+        width=16, depth=1, num_heads=2, mlp_dim=32, patch_size=4, image_size=8, num_classes=3, dropout=0.5
+    )
+    module = build_model(config, seed=0).train()
+    model = FrozenModel(module, image_size=8, num_classes=3, device=torch.device("cpu"))
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    features = model.features(images)
+    assert torch.equal(features, model.features(images)) and not features.requires_grad
+    assert torch.equal(features, module.features(images.float() / 127.5 - 1.0)) or torch.allclose(
+        features, module.features(images.float() / 127.5 - 1.0), atol=1e-6
+    )
+    assert model.logits(images).shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["classify", "fewshot"])
+def test_three_ranks_give_the_json_that_one_process_gives(
+    export: Path, shards: Path, tmp_path: Path, kind: str
+):
+    outcomes = []
+    for ranks in (1, 3):
+        out = tmp_path / f"{ranks}.json"
+        extra = ["--shots", "1,5"] if kind == "fewshot" else []
+        result = run_tool(
+            kind, export, "--data", shards, "--batch-size", 5, "--json", out, *extra, ranks=ranks
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("step 123") == 1  # one rank speaks
+        outcomes.append(json.loads(out.read_text()))
+    assert outcomes[0] == outcomes[1]
+    expected = (
+        {"top1", "top5", "num_samples"}
+        if kind == "classify"
+        else {"1shot", "1shot_std", "5shot", "5shot_std"}
+    )
+    assert set(outcomes[0]) == {"checkpoint", "step", "results"} and set(outcomes[0]["results"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fewshot", "{export}"], "train is empty"),
+        (["fewshot", "{export}", "--data", "{shards}", "--shots", "50"], "class 0 has 6"),
+        (["fewshot", "{export}", "--data", "{shards}", "--shots", "few"], "whole numbers with commas"),
+        (["classify", "{export}", "--data", "nowhere"], "no file matches"),
+        (["classify", "nowhere", "--data", "{shards}"], "nowhere is not a checkpoint"),
+        (["classify", "{export}", "--data", "{shards}/none.tar"], "none.tar"),
+    ],
+)
+def test_what_the_user_gets_wrong_is_one_sentence_and_status_2(
+    export: Path, shards: Path, arguments: list[str], message: str
+):
+    result = run_tool(*[argument.format(export=export, shards=shards) for argument in arguments])
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_help_shows_an_example_and_needs_no_torch():
+    for arguments in ([], ["fewshot"], ["classify"]):
+        result = run_tool(*arguments, "--help")
+        assert result.returncode == 0 and "python tools/evaluate.py" in result.stdout
+    code = "import sys; sys.path.insert(0, 'tools'); import evaluate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
