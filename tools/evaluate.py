@@ -5,6 +5,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 EXAMPLES = """examples:
@@ -16,7 +17,10 @@ CKPT is a run directory (its newest good checkpoint), a step directory, or an ex
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.kind == "fewshot" and not (args.data or (args.train and args.test)):
+        parser.error("fewshot needs --data FOLDER (with train-*.tar and test-*.tar), or --train and --test")
     # Torch is imported after the arguments are known to be right, so that --help is instant.
     from vitscale import distributed
     from vitscale.checkpoint.format import CheckpointError
@@ -123,6 +127,7 @@ def _report(outcome: dict[str, Any], path: str | None) -> None:
     for name, value in outcome["results"].items():
         print(f"  {name:<14}{value:>10,}" if isinstance(value, int) else f"  {name:<14}{value:>10.4f}")
     if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         storage.write_atomic(path, (json.dumps(outcome, indent=2) + "\n").encode())
 
 

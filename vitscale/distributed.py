@@ -28,6 +28,7 @@ def initialize() -> None:
         torch.cuda.set_device(local_rank())
         dist.init_process_group("cuda:nccl,cpu:gloo", timeout=TIMEOUT, device_id=device())
     else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, in every process, that it has to guess
         # Ranks of one machine share its cores: with the default, each would start a thread per core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
         dist.init_process_group("gloo", timeout=TIMEOUT)

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from vitscale.checkpoint.export import checkpoint_step, load_model
+from vitscale import distributed
+from vitscale.checkpoint.export import SavedModel, load_model
 from vitscale.data.transforms import normalize
 from vitscale.evals.tasks import EvalConfig, open_task
 
@@ -31,15 +32,17 @@ class FrozenModel:
 
 
 def evaluate(checkpoint: str, name: str, config: EvalConfig, device: torch.device) -> dict[str, Any]:
-    """Run the task `name` on a checkpoint (a run, a step directory or an export). Every rank calls it and
-    gets the same.
+    """Run the task `name` on a run, step directory or export. Every rank calls it and gets the same.
 
     Returns {"checkpoint": ..., "step": ..., "results": {"top1": 0.52, ...}}, fractions of 1. Raises
     ConfigError or DataError for what the user can mend.
     """
-    module = load_model(checkpoint)
+    # A live run's newest checkpoint may change meanwhile: rank 0 decides once which one is meant.
+    found = SavedModel(checkpoint) if distributed.is_main() else None
+    path, step = distributed.broadcast_json([str(found.path), found.step] if found else None)
+    module = load_model(path)
     model = FrozenModel(
         module, image_size=module.config.image_size, num_classes=module.config.num_classes, device=device
     )
     results = open_task(name, config, model.image_size).run(model)
-    return {"checkpoint": checkpoint, "step": checkpoint_step(checkpoint), "results": results}
+    return {"checkpoint": checkpoint, "step": step, "results": results}

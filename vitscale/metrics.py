@@ -39,8 +39,7 @@ CONSOLE = (
 
 
 class MetricsWriter:
-    """Writes a run's numbers; only rank 0 makes one. Rows are handed to the system as they are written, so a
-    kill loses none.
+    """Writes a run's numbers; only rank 0 makes one. Each row leaves the process at once: a kill loses none.
 
     resume_step: the step of the checkpoint that training goes on from, 0 for a fresh start. What an earlier
     process wrote past it, and a last row torn by a kill, is dropped, so that each step stands once.

@@ -5,6 +5,7 @@ new head and resized position embeddings); 3 from scratch.
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import math
@@ -14,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 from torch import Tensor
@@ -324,7 +324,7 @@ def save(engine: Any, job: Job, progress: Progress) -> None:
         "precision": config.precision,
         "counters": {**state.counters(engine), "bad_samples": progress.bad_samples},
         "config": configs.to_dict(config),
-        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "numpy": np.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in ("vitscale", "torch", "deepspeed", "numpy")},
     }
     directory = store.directory_of(config.run_dir)
     store.save(engine, directory, config.optim.name, header)

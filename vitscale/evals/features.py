@@ -16,8 +16,7 @@ def rank_block(num_samples: int, rank: int, world_size: int) -> tuple[range, int
     """The contiguous block of positions that a rank takes, and its length, which is the same on every rank.
 
     The last ranks' blocks may be shorter than that length, or empty; they fill up with any sample, so that
-    every rank runs
-    the model equally often: under ZeRO stage 3 a forward pass is a collective.
+    every rank runs the model equally often: under ZeRO stage 3 a forward pass is a collective.
     """
     length = -(-num_samples // world_size)
     start = min(rank * length, num_samples)
@@ -39,8 +38,7 @@ def extract(
     indices: Int64[np.ndarray, " n"],
     batch_size: int,
 ) -> tuple[Float[Tensor, "n D"], Int64[Tensor, "n M"]]:
-    """Features and labels of the samples `indices`, in that order, on the CPU of every rank. Every rank calls
-    it.
+    """Features and labels of the samples `indices`, in order, on every rank's CPU; every rank calls it.
 
     features: takes a batch on the CPU and moves it to its device itself. batch_size is per rank.
     """

@@ -17,8 +17,7 @@ STD_EPSILON = 1e-5
 
 
 def support_indices(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int64[np.ndarray, " s"]:
-    """The positions of `shots` examples of each class, in the order of the classes (big_vision fewshot_lsr,
-    lines 215-222).
+    """The positions of `shots` examples of each class, in the order of the classes (fewshot_lsr, 215-222).
 
     One generator for all classes: each class draws a permutation of its examples and keeps the first `shots`,
     so that fewer shots of the same seed are a subset of more. Raises ConfigError if a class has fewer than

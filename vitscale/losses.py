@@ -1,0 +1,31 @@
+"""Classification losses on soft or multi-hot targets, in fp32."""
+
+import dataclasses
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The loss ([loss]): "softmax" for one class an image, "sigmoid" also for several (ImageNet-21k, JFT)."""
+
+    name: Literal["softmax", "sigmoid"] = "softmax"
+
+
+def to_targets(labels: Int64[Tensor, "B M"], num_classes: int) -> Float[Tensor, "B C"]:
+    """Labels, padded with -1, to a multi-hot table."""
+    targets = labels.new_zeros(len(labels), num_classes + 1)
+    return targets.scatter_(1, labels.where(labels >= 0, num_classes), 1)[:, :num_classes].float()
+
+
+def compute_loss(
+    config: LossConfig, logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]
+) -> Float[Tensor, ""]:
+    """Mean over the batch of softmax cross-entropy, or of sigmoid cross-entropy summed over classes (big_vision utils.py)."""
+    logits = logits.float()
+    if config.name == "softmax":
+        return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1).mean()

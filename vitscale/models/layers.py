@@ -1,0 +1,99 @@
+"""The pieces of a Vision Transformer, named as timm names them."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6  # Flax's default, so Google's; torch's 1e-5 is another model
+Gelu = Literal["tanh", "exact"]
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens, as a reshape and one matmul; the weight is the flattened kernel of the usual convolution."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(3 * patch_size**2, width)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        batch, channels, height, width = images.shape
+        size = self.patch_size
+        rows, cols = height // size, width // size
+        patches = images.reshape(batch, channels, rows, size, cols, size)  # [B, C, h, P, w, P]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * cols, channels * size**2)
+        return self.proj(patches)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU; dropout after each (paper, appendix B.1)."""
+
+    def __init__(self, width: int, mlp_dim: int, dropout: float, gelu: Gelu) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, width)
+        self.drop = nn.Dropout(dropout)
+        self.approximate = "tanh" if gelu == "tanh" else "none"
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        x = self.drop(F.gelu(self.fc1(x), approximate=self.approximate))  # [B, N, M]
+        return self.drop(self.fc2(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (paper, appendix A); rows of qkv are q, k, v, and head by head within each."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, K, N, D / K]
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Block(nn.Module):
+    """Pre-norm encoder block (paper, equations 2 and 3)."""
+
+    def __init__(self, width: int, mlp_dim: int, num_heads: int, dropout: float, gelu: Gelu) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(width, num_heads)
+        self.drop = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(width, mlp_dim, dropout, gelu)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        x = x + self.drop(self.attn(self.norm1(x)))
+        return x + self.mlp(self.norm2(x))
+
+
+class MapHead(nn.Module):
+    """Multi-head attention pooling: a learned probe attends to all tokens, then an MLP ("Scaling ViT", big_vision)."""
+
+    def __init__(self, width: int, mlp_dim: int, num_heads: int, gelu: Gelu) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(width, mlp_dim, 0.0, gelu)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
+        batch, tokens, width = x.shape
+        head = (self.num_heads, width // self.num_heads)
+        query = self.q(self.probe.expand(batch, 1, width)).reshape(batch, 1, *head).transpose(1, 2)
+        key, value = self.kv(x).reshape(batch, tokens, 2, *head).permute(2, 0, 3, 1, 4)
+        pooled = F.scaled_dot_product_attention(query, key, value)  # [B, K, 1, D / K]
+        pooled = self.proj(pooled.transpose(1, 2).reshape(batch, 1, width))
+        return (pooled + self.mlp(self.norm(pooled)))[:, 0]

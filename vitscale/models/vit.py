@@ -1,0 +1,220 @@
+"""The Vision Transformer of the paper (section 3.1), numerically equal to Google's code."""
+
+import dataclasses
+import difflib
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitscale.config import ConfigError
+from vitscale.models.layers import LAYER_NORM_EPS, Block, Gelu, MapHead, PatchEmbed
+from vitscale.models.posemb import Grid, sincos2d
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+
+
+# Paper, Table 1 (B, L, H); Google's code: vision_transformer configs/models.py and big_vision models/vit.py (the others).
+VARIANTS = {
+    "mu": Variant(32, 1, 128, 2),
+    "Ti": Variant(192, 12, 768, 3),
+    "S": Variant(384, 12, 1536, 6),
+    "M": Variant(512, 12, 2048, 8),
+    "B": Variant(768, 12, 3072, 12),
+    "L": Variant(1024, 24, 4096, 16),
+    "So400m": Variant(1152, 27, 4304, 16),
+    "H": Variant(1280, 32, 5120, 16),
+    "g": Variant(1408, 40, 6144, 16),
+    "G": Variant(1664, 48, 8192, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model ([model]). width, depth, num_heads, mlp_dim and patch_size override the variant's where they are not 0.
+
+    num_classes 0 = no head; representation_size 0 = no tanh layer before the head.
+    """
+
+    kind: Literal["vit"] = "vit"
+    variant: str = "B/16"
+    width: int = 0
+    depth: int = 0
+    num_heads: int = 0
+    mlp_dim: int = 0
+    patch_size: int = 0
+    image_size: int = 224
+    num_classes: int = 1000
+    pool: Literal["token", "mean", "map"] = "token"
+    representation_size: int = 0
+    head_bias: float = 0.0
+    dropout: float = 0.0
+    posemb: Literal["learned", "sincos2d"] = "learned"
+    gelu: Gelu = "tanh"
+
+    def __post_init__(self) -> None:
+        self._check_variant()
+        sizes = ("width", "depth", "num_heads", "mlp_dim", "patch_size", "num_classes", "representation_size")
+        for name in sizes:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} {getattr(self, name)} must not be negative")
+        patch = self.resolved_patch_size
+        if self.image_size < 1 or self.image_size % patch:
+            near = max(1, round(self.image_size / patch)) * patch
+            raise ConfigError(f"model.image_size {self.image_size} is not a multiple of the patch size {patch}; use {near}")
+        width, heads = self.resolved_width, self.resolved_num_heads
+        if width % heads:
+            raise ConfigError(f"model.width {width} is not a multiple of model.num_heads {heads}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout {self.dropout} must lie in [0, 1)")
+        if self.posemb == "sincos2d" and (width % 4 or width < 8):
+            raise ConfigError(f'model.posemb "sincos2d" needs a width that is a multiple of 4 from 8 on, not {width}')
+
+    def _check_variant(self) -> None:
+        name, slash, patch = self.variant.partition("/")
+        if name not in VARIANTS or not slash or not patch.isdigit() or int(patch) < 1:
+            near = difflib.get_close_matches(name, VARIANTS, 1, cutoff=0.3)
+            raise ConfigError(
+                f'model.variant "{self.variant}" is not NAME/PATCH with a name of {", ".join(VARIANTS)}; '
+                f'for example "{near[0] if near else "B"}/16"'
+            )
+
+    @property
+    def _variant(self) -> Variant:
+        return VARIANTS[self.variant.partition("/")[0]]
+
+    @property
+    def resolved_width(self) -> int:
+        return self.width or self._variant.width
+
+    @property
+    def resolved_depth(self) -> int:
+        return self.depth or self._variant.depth
+
+    @property
+    def resolved_num_heads(self) -> int:
+        return self.num_heads or self._variant.num_heads
+
+    @property
+    def resolved_mlp_dim(self) -> int:
+        return self.mlp_dim or self._variant.mlp_dim
+
+    @property
+    def resolved_patch_size(self) -> int:
+        return self.patch_size or int(self.variant.partition("/")[2])
+
+    @property
+    def grid(self) -> Grid:
+        """Patches in a column and in a row."""
+        side = self.image_size // self.resolved_patch_size
+        return side, side
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches, and the class token where there is one."""
+        return self.grid[0] * self.grid[1] + (self.pool == "token")
+
+
+class ViT(nn.Module):
+    """Images to logits, or to the representation before the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, gelu = config.resolved_width, config.gelu
+        mlp_dim, heads = config.resolved_mlp_dim, config.resolved_num_heads
+        self.patch_embed = PatchEmbed(config.resolved_patch_size, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.pool == "token" else None
+        if config.posemb == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, width))
+        else:
+            table = sincos2d(config.grid, width)  # the class token, where there is one, gets none
+            prefix = table.new_zeros(1, config.num_tokens - table.shape[1], width)
+            self.register_buffer("pos_embed", torch.cat([prefix, table], dim=1), persistent=False)
+        self.drop = nn.Dropout(config.dropout)
+        depth = config.resolved_depth
+        self.blocks = nn.ModuleList(Block(width, mlp_dim, heads, config.dropout, gelu) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn_pool = MapHead(width, mlp_dim, heads, gelu) if config.pool == "map" else None
+        size = config.representation_size
+        self.pre_logits = nn.Linear(width, size) if size else None
+        self.head = nn.Linear(size or width, config.num_classes) if config.num_classes else None
+        self._checkpointing = False
+
+    def forward(self, images: Float[Tensor, "B 3 H W"], features_only: bool = False) -> Float[Tensor, "B C"]:
+        """Logits [B, num_classes], or with features_only (or without a head) the representation before the head [B, D]."""
+        size = self.config.image_size
+        if images.shape[2:] != (size, size):
+            raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} pixels; this model takes {size} x {size}")
+        x = self.patch_embed(images)  # [B, n, D]
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
+        x = self.drop(x + self.pos_embed)
+        for block in self.blocks:
+            checkpointed = self._checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+        x = self._pool(self.norm(x))  # [B, D]
+        if self.pre_logits is not None:
+            x = torch.tanh(self.pre_logits(x))
+        return x if features_only or self.head is None else self.head(x)
+
+    def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """The representation before the head. Through __call__, because ZeRO 3 gathers parameters in its hooks."""
+        return self(images, features_only=True)
+
+    def set_activation_checkpointing(self, mode: Literal["none", "full"]) -> None:
+        """Recompute each block in the backward pass ("full"), or keep all activations."""
+        self._checkpointing = mode == "full"
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Initialise as Google's code does (vision_transformer models_vit.py), from `seed` alone."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                _xavier_uniform(module.weight, module.weight.shape[0], generator)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        for name, module in self.named_modules():
+            if name.endswith("attn.qkv") or name.endswith("attn_pool.kv"):
+                # q, k and v are three layers of fan-out D in Flax; as one matrix their limit would be too small.
+                _xavier_uniform(module.weight, self.config.resolved_width, generator)
+            if name.endswith((".fc1", ".fc2")):
+                module.bias.normal_(0.0, 1e-6, generator=generator)
+        _lecun_normal(self.patch_embed.proj.weight, generator)
+        if self.config.posemb == "learned":
+            self.pos_embed.normal_(0.0, 0.02, generator=generator)
+        if self.cls_token is not None:
+            nn.init.zeros_(self.cls_token)
+        if self.attn_pool is not None:
+            _xavier_uniform(self.attn_pool.probe, self.attn_pool.probe.shape[1], generator)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+            nn.init.constant_(self.head.bias, self.config.head_bias)
+
+    def _pool(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
+        if self.attn_pool is not None:
+            return self.attn_pool(x)
+        return x[:, 0] if self.cls_token is not None else x.mean(dim=1)
+
+
+def _xavier_uniform(weight: Tensor, fan_out: int, generator: torch.Generator) -> None:
+    limit = math.sqrt(6 / (weight.shape[-1] + fan_out))
+    weight.uniform_(-limit, limit, generator=generator)
+
+
+def _lecun_normal(weight: Tensor, generator: torch.Generator) -> None:
+    """Flax's default: a normal of variance 1 / fan_in, cut at two deviations and scaled back to that variance."""
+    std = math.sqrt(1 / weight.shape[1]) / 0.87962566103423978
+    nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)

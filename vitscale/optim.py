@@ -1,0 +1,57 @@
+"""Optimizers of the paper: AdamW with decay on kernels only, and SGD with momentum for fine-tuning."""
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vitscale.config import ConfigError, positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer ([optim]). weight_decay is decoupled and multiplied by the learning rate; clip_norm 0 = no clipping."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("optim", lr=self.lr, eps=self.eps)
+        if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
+            raise ConfigError(f"optim.betas {list(self.betas)} and optim.momentum {self.momentum} must lie in [0, 1)")
+        if self.weight_decay < 0 or self.clip_norm < 0:
+            raise ConfigError("optim.weight_decay and optim.clip_norm must not be negative")
+        if self.name == "sgd" and self.weight_decay:
+            raise ConfigError('optim.weight_decay must be 0 with optim.name = "sgd": the paper fine-tunes without decay')
+
+
+def is_kernel(name: str, param: nn.Parameter) -> bool:
+    """Whether weight decay applies: weights of linear layers, not biases, norms, tokens or position embeddings.
+
+    Source: big_vision optax.py, which decays names that end in /kernel.
+    """
+    return name.endswith(".weight") and len(getattr(param, "ds_shape", param.shape)) >= 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters in a group "decay" and a group "no_decay"; an empty group is left out."""
+    named = list(model.named_parameters())
+    groups = [
+        {"name": "decay", "params": [p for n, p in named if is_kernel(n, p)], "weight_decay": weight_decay},
+        {"name": "no_decay", "params": [p for n, p in named if not is_kernel(n, p)], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The torch optimizer over the model's parameter groups; the learning rate is set anew before every step."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)

@@ -1,0 +1,43 @@
+"""The learning rate as a pure function of the step."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from vitscale.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The schedule ([schedule]): a linear warmup that multiplies the decay curve (paper, Table 3; big_vision utils.py).
+
+    end_lr: where "linear" ends. timescale_steps: of "rsqrt".
+    """
+
+    decay: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
+    warmup_steps: int = 0
+    end_lr: float = 0.0
+    timescale_steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or self.end_lr < 0:
+            raise ConfigError("schedule.warmup_steps and schedule.end_lr must not be negative")
+        if self.timescale_steps < 1:
+            raise ConfigError(f"schedule.timescale_steps {self.timescale_steps} must be above 0")
+        if self.end_lr and self.decay != "linear":
+            raise ConfigError(f'schedule.end_lr is read by decay = "linear" only, not by "{self.decay}"; remove it')
+
+
+def learning_rate(step: int, total_steps: int, peak_lr: float, config: ScheduleConfig) -> float:
+    """Rate of the `step`-th update, from 1 to total_steps; the warmup is below total_steps."""
+    warmup = config.warmup_steps
+    factor = min(1.0, step / warmup) if warmup else 1.0
+    progress = min(max((step - warmup) / (total_steps - warmup), 0.0), 1.0)
+    if config.decay == "linear":
+        return factor * (config.end_lr + (peak_lr - config.end_lr) * (1.0 - progress))
+    if config.decay == "cosine":
+        return factor * peak_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if config.decay == "rsqrt":
+        shift = config.timescale_steps - warmup
+        return factor * peak_lr * math.sqrt(config.timescale_steps / max(step + shift, config.timescale_steps))
+    return factor * peak_lr
