@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg, write_index, write_tar
+from shard_files import jpeg, write_index, write_tar
 
 from vitscale.config import ConfigError
 from vitscale.data.index import DataError, Index, build_index

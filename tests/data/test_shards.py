@@ -5,7 +5,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import jpeg, write_shards, write_tar
+from shard_files import jpeg, write_shards, write_tar
 
 from vitscale.config import ConfigError
 from vitscale.data.index import DataError, Index, build_index, check_shards, verify_index

@@ -5,25 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_index
 from multiprocess.job import Job
 
 from vitscale.checkpoint import store
 
 STEPS = list(range(1, 21))
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """83 samples: 10 steps of 8 an epoch, so that a kill at step 7 or 14 is in mid-epoch, mid-shard and mid-window."""
-    return write_index(tmp_path_factory.mktemp("shards"), [30, 33, 20])
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, index: Path) -> Job:
-    job = Job(tmp_path_factory.mktemp("uninterrupted"), index)
-    assert job.start(2) == [0, 0], job.output()
-    return job
 
 
 def test_an_uninterrupted_run_logs_every_step_once_and_learns(uninterrupted: Job) -> None:

@@ -1,0 +1,119 @@
+"""What a user can get wrong when starting or resuming a run: one sentence, exit status 2, nothing lost."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from shard_files import jpeg, write_tar
+from multiprocess.job import Job
+
+from vitscale.checkpoint import store
+from vitscale.data.index import build_index
+
+
+@pytest.fixture
+def finished(tmp_path: Path, uninterrupted: Job, index: Path) -> Job:
+    """A copy of the reference run, to be damaged."""
+    job = Job(tmp_path / "copy", index)
+    shutil.copytree(uninterrupted.run_dir, job.run_dir)
+    config = (job.run_dir / "config.toml").read_text()
+    (job.run_dir / "config.toml").write_text(config.replace(str(uninterrupted.run_dir), str(job.run_dir)))
+    return job
+
+
+def sentence(job: Job) -> str:
+    """The one line that the user gets; a traceback would be our bug."""
+    output = job.output()
+    assert "Traceback" not in output, output
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(set(lines)) == 1, output
+    return lines[0]
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_flipped_byte_sends_the_run_back_to_the_checkpoint_before(finished: Job, uninterrupted: Job) -> None:
+    directory = finished.run_dir / "checkpoints"
+    newest = store.step_directory(directory, store.steps_on_disk(directory)[-1])
+    flip_byte(newest / "rank-00001.safetensors")
+    assert finished.start(2) == [0, 0], finished.output()
+    assert f"{newest}/rank-00001.safetensors is damaged: its checksum does not match" in finished.output()
+    assert "resumed from" in finished.output() and "step-000000018" in finished.output()
+    assert finished.column("train/loss") == uninterrupted.column("train/loss")
+    assert store.newest_good(directory)[0] == newest
+
+
+def test_a_run_with_no_good_checkpoint_left_is_not_started_afresh(finished: Job) -> None:
+    directory = finished.run_dir / "checkpoints"
+    for step in store.steps_on_disk(directory):
+        flip_byte(store.step_directory(directory, step) / "manifest.json")
+    before = (finished.run_dir / "metrics.jsonl").read_bytes()
+    assert finished.start(1) == [2]
+    assert "no checkpoint in" in sentence(finished) and "manifest.json is damaged" in sentence(finished)
+    assert (finished.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_experiment_in_the_run_directory_is_refused_with_the_keys(finished: Job) -> None:
+    before = (finished.run_dir / "config.toml").read_bytes()
+    assert finished.start(1, "optim.lr=1e-4", "model.depth=1") == [2]
+    assert "model.depth was 2, now 1, optim.lr was 0.005, now 0.0001" in sentence(finished)
+    assert (finished.run_dir / "config.toml").read_bytes() == before
+
+
+def test_a_longer_total_goes_on_and_a_shorter_one_is_refused(finished: Job) -> None:
+    assert finished.start(1, "total_steps=10") == [2]
+    assert "was started for 20 steps and cannot be shortened to 10" in sentence(finished)
+    assert finished.start(1, "total_steps=22") == [0], finished.output()
+    assert finished.column("step") == list(range(1, 23))
+
+
+def test_other_data_behind_the_same_path_are_refused(tmp_path: Path, finished: Job, index: Path) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(index.parent, folder)
+    text = finished.config.read_text().replace(str(index), str(folder / "index.json"))
+    finished.config.write_text(text)
+    config = finished.run_dir / "config.toml"
+    config.write_text(config.read_text().replace(str(index), str(folder / "index.json")))
+    assert finished.start(1) == [0], finished.output()  # the same shards elsewhere are the same data
+    (folder / "train-000002.tar").unlink()
+    build_index(sorted(map(str, folder.glob("train-*.tar"))), chunk_samples=4).save(folder / "index.json")
+    assert finished.start(1, "total_steps=24") == [2]
+    assert "was trained on other data than" in sentence(finished)
+
+
+def test_too_many_bad_samples_end_the_run_with_a_count_and_a_checkpoint(tmp_path: Path) -> None:
+    members = []
+    for number in range(64):
+        image = b"a text file" if number % 4 == 0 else jpeg(number)
+        members += [(f"s{number:03d}.jpg", image), (f"s{number:03d}.cls", str(number % 5).encode())]
+    index = build_index([str(write_tar(tmp_path / "x.tar", members))], chunk_samples=4)
+    index.save(tmp_path / "index.json")
+    job = Job(tmp_path / "job", tmp_path / "index.json")
+    assert 2 in job.start(2), job.output()
+    assert "more than data.max_bad_fraction 0.01 allows" in sentence(job)
+    assert job.column("data/bad_samples")[-1] > 10
+    assert store.newest_good(job.run_dir / "checkpoints")
+    assert (job.run_dir / "quarantine.jsonl").read_text().count("not a JPEG, PNG or WebP") >= 10
+    assert job.start(1, "total_steps=30", "checkpoint.every_steps=0") == [2]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.wieght_decay=0.1", "unknown key optim.wieght_decay in [optim]; did you mean optim.weight_decay?"),
+        ("engine.micro_batch=3", "global_batch 8 is not a multiple of engine.micro_batch 3 x world_size 1 = 3; use"),
+        ("model.num_classes=4", "holds label 4, out of range for model.num_classes 4"),
+        ("data.index=nowhere/index.json", "index nowhere/index.json is missing"),
+        ("total_epochs=3", "set exactly one of total_steps, total_epochs, total_samples"),
+        ("schedule.warmup_steps=20", "schedule.warmup_steps 20 must be below the run's 20 steps"),
+        ("init.checkpoint=nowhere", "nowhere is not a checkpoint"),
+    ],
+)
+def test_a_config_that_cannot_run_says_what_to_write(tmp_path: Path, index: Path, override: str, message: str) -> None:
+    job = Job(tmp_path, index)
+    assert job.start(1, override) == [2]
+    assert message in sentence(job)

@@ -1,0 +1,81 @@
+"""The engine computes what plain PyTorch computes, at every ZeRO stage and precision that it offers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from multiprocess.job import Job
+
+from vitscale import config as configs
+from vitscale.data.loader import Stream, batches
+from vitscale.data.transforms import normalize
+from vitscale.losses import compute_loss, to_targets
+from vitscale.models import build_model
+from vitscale.optim import build_optimizer
+from vitscale.rng import derive_seed
+from vitscale.schedule import learning_rate
+from vitscale.train import TrainConfig, prepare
+
+
+def plain_pytorch_losses(path: Path) -> list[float]:
+    """The same run as a dozen lines of PyTorch: no DeepSpeed, no ranks, no accumulation."""
+    config = configs.load(TrainConfig, [path])
+    job = prepare(config, world_size=1)
+    model = build_model(config.model, derive_seed(config.seed, "init"))
+    optimizer = build_optimizer(config.optim, model)
+    stream = Stream(
+        index=job.index,
+        order=job.order,
+        augment=config.augment,
+        image_size=config.model.image_size,
+        num_classes=config.model.num_classes,
+        lanes=job.order.rank_lanes(0, 1),
+        first_step=0,
+        last_step=job.total_steps,
+    )
+    losses = []
+    for step, batch in enumerate(batches(stream, 0), start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, job.total_steps, config.optim.lr, config.schedule)
+        targets = to_targets(batch.labels, config.model.num_classes)
+        loss = compute_loss(config.loss, model(normalize(batch.images, torch.float32)), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_zero_1_equals_plain_pytorch(uninterrupted: Job) -> None:
+    assert uninterrupted.column("train/loss") == pytest.approx(plain_pytorch_losses(uninterrupted.config), abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_2_and_3_equal_zero_1(tmp_path: Path, index: Path, uninterrupted: Job, stage: int) -> None:
+    job = Job(tmp_path, index)
+    assert job.start(2, f"engine.zero_stage={stage}", "engine.activation_checkpointing=full") == [0, 0], job.output()
+    assert job.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bit_follows_fp32_and_resumes_bit_for_bit(
+    tmp_path: Path, index: Path, uninterrupted: Job, precision: str
+) -> None:
+    overrides = (f"precision={precision}", "optim.name=adamw")
+    whole, killed = Job(tmp_path / "whole", index), Job(tmp_path / "killed", index)
+    assert whole.start(1, *overrides) == [0], whole.output()
+    assert whole.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=0.05)
+    assert killed.start(1, *overrides, kill_when=killed.reached(8)) == [-9], killed.output()
+    assert killed.start(1, *overrides) == [0], killed.output()
+    assert killed.column("train/loss") == whole.column("train/loss")
+
+
+def test_sgd_resumes_bit_for_bit_with_its_momentum(tmp_path: Path, index: Path) -> None:
+    overrides = ("optim.name=sgd", "optim.weight_decay=0", "optim.lr=0.1")
+    whole, killed = Job(tmp_path / "whole", index), Job(tmp_path / "killed", index)
+    assert whole.start(1, *overrides) == [0], whole.output()
+    assert killed.start(1, *overrides, kill_when=killed.reached(8)) == [-9], killed.output()
+    assert killed.start(1, *overrides) == [0], killed.output()
+    assert killed.column("train/loss") == whole.column("train/loss")
+    assert whole.column("train/loss")[-1] < whole.column("train/loss")[0]

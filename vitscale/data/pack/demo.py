@@ -1,0 +1,158 @@
+"""Two small data sets that need no network: drawn shapes to pretrain on, and real handwritten digits to transfer to.
+
+A shape picture has several attributes: kind and colour (together its class), count, position, and the direction of the
+background stripes; the last three label pictures of their own, for transfer. Everything is deterministic.
+"""
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vitscale import rng, storage
+from vitscale.data.index import build_index
+from vitscale.data.pack.writer import Sample, write_shards
+
+VERSION = 1
+KINDS = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = {
+    "red": (214, 48, 49),
+    "orange": (240, 147, 43),
+    "green": (46, 160, 67),
+    "blue": (38, 99, 209),
+    "purple": (142, 68, 173),
+    "white": (245, 245, 245),
+}
+NUM_COUNTS = NUM_POSITIONS = NUM_ORIENTATIONS = 4
+SIZE, SUPERSAMPLED = 48, 4
+# Set, split, pictures, and what labels them.
+SHAPE_SETS = (
+    ("shapes", "train", 9000, "class"),
+    ("shapes", "test", 1000, "class"),
+    ("shapes-count", "train", 1000, "count"),
+    ("shapes-count", "test", 500, "count"),
+    ("shapes-position", "train", 1000, "position"),
+    ("shapes-position", "test", 500, "position"),
+    ("shapes-orientation", "train", 1000, "orientation"),
+    ("shapes-orientation", "test", 500, "orientation"),
+)
+DIGITS_TRAIN, DIGIT_SIZE = 1297, 32
+
+
+def make_demo(folder: Path) -> dict[str, int]:
+    """Write the sets below `folder`, each with an index.json of its training shards; returns {set/split: samples}.
+
+    What an earlier call finished is kept.
+    """
+    done = folder / "demo.json"
+    if done.is_file() and (known := json.loads(done.read_text())).get("version") == VERSION:
+        return known["sets"]
+    written: dict[str, int] = {}
+    for number, (name, split, count, label) in enumerate(SHAPE_SETS):
+        _write_set(folder / name, split, shape_samples(number, count, label), written)
+    for split in ("train", "test"):
+        _write_set(folder / "digits", split, digit_samples(split), written)
+    storage.write_atomic(done, json.dumps({"version": VERSION, "sets": written}, indent=1).encode())
+    return written
+
+
+def shape_samples(set_number: int, count: int, label: str) -> Iterator[Sample]:
+    """`count` pictures of one set, labelled by "class", "count", "position" or "orientation"."""
+    for number in range(count):
+        draws = rng.uniform(24, 0, "demo", set_number, number)
+        kind, colour = int(draws[0] * len(KINDS)), int(draws[1] * len(COLOURS))
+        attributes = {
+            "class": kind * len(COLOURS) + colour,
+            "count": int(draws[2] * NUM_COUNTS),
+            "position": int(draws[3] * NUM_POSITIONS),
+            "orientation": int(draws[4] * NUM_ORIENTATIONS),
+        }
+        picture = draw_shapes(
+            KINDS[kind],
+            list(COLOURS)[colour],
+            attributes["count"] + 1,
+            attributes["position"],
+            attributes["orientation"],
+            draws[5:],
+        )
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=90)
+        yield Sample(f"shape_{set_number}_{number:06d}", buffer.getvalue(), "jpg", (attributes[label],))
+
+
+def draw_shapes(
+    kind: str, colour: str, count: int, position: int, orientation: int, draws: np.ndarray
+) -> Image.Image:
+    """One picture: `count` equal shapes in the cells of a 2 x 2 grid, clockwise from cell `position`, on faint stripes.
+
+    draws: at least 17 uniform numbers for tint, stripe phase, size, and each shape's shift and turn.
+    """
+    side = SIZE * SUPERSAMPLED
+    image = Image.fromarray(_background(orientation, draws[:4])).resize((side, side), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(image)
+    radius = side * (0.13 + 0.06 * draws[4])
+    tint = tuple(int(np.clip(c + 40 * (draws[5] - 0.5), 0, 255)) for c in COLOURS[colour])
+    for number in range(count):
+        row, column = ((0, 0), (0, 1), (1, 1), (1, 0))[(position + number) % 4]
+        shift_x, shift_y, turn = draws[6 + 3 * number : 9 + 3 * number]
+        x = side * (0.25 + 0.5 * column + 0.08 * (shift_x - 0.5))
+        y = side * (0.25 + 0.5 * row + 0.08 * (shift_y - 0.5))
+        _draw_shape(pen, kind, x, y, radius, 0.6 * (turn - 0.5), tint)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def digit_samples(split: str) -> Iterator[Sample]:
+    """scikit-learn's bundled digits (UCI optical recognition of handwritten digits: 1,797 real images of 8 x 8)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = rng.permutation(len(digits.images), 0, "split")
+    for position in order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]:
+        pixels = np.round(digits.images[position] * (255 / 16)).astype(np.uint8)
+        image = Image.fromarray(pixels).resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        yield Sample(f"digit_{position:04d}", buffer.getvalue(), "png", (int(digits.target[position]),))
+
+
+def _write_set(folder: Path, split: str, samples: Iterator[Sample], written: dict[str, int]) -> None:
+    shards = write_shards(samples, folder, split, overwrite=True)
+    index = build_index(shards)
+    if split == "train":
+        index.save(folder / "index.json")
+    written[f"{folder.name}/{split}"] = index.num_samples
+
+
+def _background(orientation: int, draws: np.ndarray) -> np.ndarray:
+    """Stripes of a faint contrast in one of four directions on a dark tint: uint8 [SIZE, SIZE, 3]."""
+    angle = math.pi * orientation / NUM_ORIENTATIONS
+    y, x = np.mgrid[:SIZE, :SIZE]
+    wave = np.sin((x * math.cos(angle) + y * math.sin(angle)) * 2 * math.pi * 5 / SIZE + 2 * math.pi * draws[0])
+    tint = 40 + 60 * draws[1:4]
+    return np.clip(tint + 18 * wave[..., None], 0, 255).astype(np.uint8)
+
+
+def _draw_shape(
+    pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, radius: float, turn: float, fill: tuple[int, ...]
+) -> None:
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if kind == "circle":
+        pen.ellipse(box, fill=fill)
+    elif kind == "ring":
+        pen.ellipse(box, outline=fill, width=round(0.4 * radius))
+    elif kind == "cross":
+        for angle in (turn, turn + math.pi / 2):
+            dx, dy = radius * math.cos(angle), radius * math.sin(angle)
+            pen.line((x - dx, y - dy, x + dx, y + dy), fill=fill, width=round(0.55 * radius))
+    else:
+        corners, inner = {"square": (4, 1.0), "triangle": (3, 1.0), "star": (5, 0.45)}[kind]
+        points = []
+        for number in range(2 * corners if kind == "star" else corners):
+            angle = turn + 2 * math.pi * number / (2 * corners if kind == "star" else corners) - math.pi / 2
+            reach = 1.15 * radius * (inner if kind == "star" and number % 2 else 1.0)
+            points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
+        pen.polygon(points, fill=fill)
