@@ -1,0 +1,62 @@
+"""Position embeddings at another resolution, and what fine-tuning takes over."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import zoom
+
+from vitscale.config import ConfigError
+from vitscale.models import build_model
+from vitscale.models.posemb import resize_posemb, sincos2d
+from vitscale.models.transfer import transfer_state
+from vitscale.models.vit import ModelConfig
+
+TINY = ModelConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=16, num_classes=5)
+
+
+@pytest.mark.parametrize("new", [24, 10])
+def test_resize_equals_googles_zoom(new: int) -> None:
+    posemb = torch.randn(1, 1 + 14 * 14, 6, generator=torch.Generator().manual_seed(0))
+    grid = posemb[0, 1:].reshape(14, 14, 6).numpy()
+    expected = zoom(grid, (new / 14, new / 14, 1), order=1).reshape(-1, 6)
+    resized = resize_posemb(posemb, (14, 14), (new, new))
+    assert np.abs(resized[0, 1:].numpy() - expected).max() < 1e-5
+    assert torch.equal(resized[:, 0], posemb[:, 0])
+
+
+def test_resize_keeps_what_it_must_on_grids_of_any_shape() -> None:
+    posemb = torch.randn(1, 1 + 3 * 5, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(resize_posemb(posemb, (3, 5), (3, 5)), posemb)
+    grid = resize_posemb(posemb, (3, 5), (7, 4))[0, 1:].reshape(7, 4, 4)
+    old = posemb[0, 1:].reshape(3, 5, 4)
+    for row, col in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        assert torch.allclose(grid[row, col], old[row, col], atol=1e-6)
+    ramp = (torch.arange(3.0)[:, None] + 10 * torch.arange(5.0)[None]).reshape(1, 15, 1)
+    wide = resize_posemb(ramp, (3, 5), (5, 9)).reshape(5, 9)
+    assert torch.allclose(wide, torch.arange(5.0)[:, None] / 2 + 5 * torch.arange(9.0)[None], atol=1e-5)
+
+
+def test_sincos_is_big_visions() -> None:
+    """posemb_sincos_2d(h, w, width), written out for one position."""
+    row, col, width = 2, 1, 16
+    omega = 1 / 10_000 ** (np.arange(4) / 3)
+    expected = np.concatenate([np.sin(col * omega), np.cos(col * omega), np.sin(row * omega), np.cos(row * omega)])
+    assert np.allclose(sincos2d((3, 5), width)[0, row * 5 + col].numpy(), expected, atol=1e-6)
+
+
+def test_the_backbone_moves_to_another_resolution_and_the_head_does_not() -> None:
+    source = build_model(ModelConfig(**{**vars(TINY), "representation_size": 8}), 1)
+    torch.nn.init.ones_(source.head.weight)
+    target = build_model(ModelConfig(**{**vars(TINY), "image_size": 24, "num_classes": 3}), 2)
+    state = transfer_state(source.state_dict(), source.config, target.config)
+    missing, unexpected = target.load_state_dict(state, strict=False)
+    assert missing == ["head.weight", "head.bias"] and unexpected == []
+    assert torch.equal(target.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+    assert target.pos_embed.shape == (1, 37, 32) and target.head.weight.abs().max() == 0
+
+
+@pytest.mark.parametrize(("change", "key"), [({"depth": 3}, "depth"), ({"pool": "mean"}, "pool"), ({"gelu": "exact"}, "gelu")])
+def test_another_backbone_is_refused_by_its_key(change: dict, key: str) -> None:
+    source = build_model(TINY, 0)
+    with pytest.raises(ConfigError, match=rf"model.{key} is .* set model.{key} ="):
+        transfer_state(source.state_dict(), TINY, ModelConfig(**{**vars(TINY), **change}))
