@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""The one program that a launcher runs on every device: train (or fine-tune) a config; the same command again resumes."""
+"""The one program that a launcher runs on every device: train (or fine-tune) a config; the same command again
+resumes.
+"""
 
 import argparse
 import logging
@@ -19,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("configs", nargs="+", metavar="CONFIG.toml", help="TOML files (later ones win) and section.key=value")
+    parser.add_argument(
+        "configs", nargs="+", metavar="CONFIG.toml", help="TOML files (later ones win) and section.key=value"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_intermixed_args(argv)
@@ -28,13 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.ERROR, format="%(levelname)s %(message)s", stream=sys.stderr
+        level=logging.INFO if rank == 0 else logging.ERROR,
+        format="%(levelname)s %(message)s",
+        stream=sys.stderr,
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
     from vitscale import config, distributed
     from vitscale.dry_run import describe
-    from vitscale.train import TrainConfig, train
+    from vitscale.job import TrainConfig
+    from vitscale.train import train
 
     try:
         settings = config.load(TrainConfig, paths, overrides)

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with cifar10/ and imagenet_samples/ (VITSCALE_TEST_DATA, or ../shared/data beside the checkout)."""
+    """The folder with cifar10/ and imagenet_samples/ (VITSCALE_TEST_DATA, or ../shared/data beside the
+    checkout).
+    """
     folder = Path(os.environ.get("VITSCALE_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "cifar10").is_dir():
         pytest.skip(f"real images are not here: {folder}/cifar10 is missing (set VITSCALE_TEST_DATA)")

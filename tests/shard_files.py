@@ -47,5 +47,7 @@ def write_shards(folder: Path, counts: Sequence[int], num_classes: int = 5) -> l
 
 def write_index(folder: Path, counts: Sequence[int], chunk_samples: int = 4, num_classes: int = 5) -> Path:
     """write_shards and their index.json."""
-    build_index(write_shards(folder, counts, num_classes), chunk_samples=chunk_samples).save(folder / "index.json")
+    build_index(write_shards(folder, counts, num_classes), chunk_samples=chunk_samples).save(
+        folder / "index.json"
+    )
     return folder / "index.json"

@@ -34,14 +34,20 @@ def write(path: Path, text: str) -> Path:
 def test_later_files_and_then_overrides_win(tmp_path: Path) -> None:
     one = write(tmp_path / "1.toml", 'run_dir = "a"\n[optim]\nlr = 1\nname = "sgd"\n')
     two = write(tmp_path / "2.toml", "[optim]\nlr = 0.5\n")
-    config = load(Outer, [one, two], ["optim.betas=[0.8, 0.9]", "run_dir=runs/x y", "warmup=1e4", "evals.a.lr=2"])
+    config = load(
+        Outer, [one, two], ["optim.betas=[0.8, 0.9]", "run_dir=runs/x y", "warmup=1e4", "evals.a.lr=2"]
+    )
     assert config.run_dir == "runs/x y" and config.warmup == 10_000
     assert config.optim == Inner(name="sgd", lr=0.5, betas=(0.8, 0.9))
     assert config.evals == {"a": Inner(lr=2.0)}
 
 
 def test_the_resolved_config_loads_as_it_is(tmp_path: Path) -> None:
-    config = Outer(run_dir='a "quoted" \\ path é', optim=Inner(lr=1e-7), evals={"x-1": Inner(), "with space": Inner(lr=3)})
+    config = Outer(
+        run_dir='a "quoted" \\ path é',
+        optim=Inner(lr=1e-7),
+        evals={"x-1": Inner(), "with space": Inner(lr=3)},
+    )
     assert load(Outer, [write(tmp_path / "c.toml", to_toml(config))]) == config
 
 
@@ -56,7 +62,10 @@ def test_the_resolved_config_loads_as_it_is(tmp_path: Path) -> None:
         ({"run_dir": "a", "warmup": 1.5}, "warmup must be a whole number, not 1.5"),
         ({"run_dir": "a", "warmup": True}, "warmup must be a whole number, not true"),
         ({"run_dir": "a", "flip": 1}, "flip must be true or false, not 1"),
-        ({"run_dir": "a", "optim": {"name": "adam"}}, "optim.name 'adam' is not one of 'adamw', 'sgd'; did you mean \"adamw\""),
+        (
+            {"run_dir": "a", "optim": {"name": "adam"}},
+            "optim.name 'adam' is not one of 'adamw', 'sgd'; did you mean \"adamw\"",
+        ),
         ({"run_dir": "a", "optim": {"betas": [0.9]}}, r"optim.betas \[0.9\] must have 2 values, not 1"),
         ({"run_dir": "a", "optim": {"steps": [1, "x"]}}, r"optim.steps\[1\] must be a whole number, not 'x'"),
         ({}, "run_dir is missing"),
@@ -72,7 +81,7 @@ def test_files_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
         load(Outer, [tmp_path / "none.toml"])
     with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML"):
         load(Outer, [write(tmp_path / "bad.toml", "run_dir = ")])
-    with pytest.raises(ConfigError, match="must read section.key=value"):
+    with pytest.raises(ConfigError, match=r"must read section.key=value"):
         load(Outer, [], ["=3"])
 
 

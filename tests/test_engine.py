@@ -6,7 +6,9 @@ from vitscale.config import ConfigError
 from vitscale.engine import EngineConfig, deepspeed_config, plan_batches
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 0), (1, 256), (4, 0), (4, 64), (64, 64), (4096, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch"), [(1, 0), (1, 256), (4, 0), (4, 64), (64, 64), (4096, 1)]
+)
 def test_a_plan_gives_every_image_one_place(world_size: int, micro_batch: int) -> None:
     plan = plan_batches(4096, micro_batch, world_size)
     assert plan.world_size * plan.micro_batch * plan.grad_accum_steps == 4096
@@ -14,9 +16,13 @@ def test_a_plan_gives_every_image_one_place(world_size: int, micro_batch: int) -
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_what_would() -> None:
-    with pytest.raises(ConfigError, match="4096 is not a multiple of engine.micro_batch 60 x world_size 8 = 480; use .* = 64"):
+    with pytest.raises(
+        ConfigError, match=r"4096 is not a multiple of engine.micro_batch 60 x world_size 8 = 480; .* = 64"
+    ):
         plan_batches(4096, 60, 8)
-    with pytest.raises(ConfigError, match=r"global_batch 128 is not a multiple of world_size 3; start one of 1, 2, 4, .* 126"):
+    with pytest.raises(
+        ConfigError, match=r"global_batch 128 is not a multiple of world_size 3; start one of 1, 2, 4, .* 126"
+    ):
         plan_batches(128, 0, 3)
 
 
@@ -40,7 +46,7 @@ def test_extra_keys_pass_through_and_derived_ones_are_refused() -> None:
 
 
 def test_settings_that_lose_state_are_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError, match="zero_stage 0 is refused: .* wrong in bf16"):
+    with pytest.raises(ConfigError, match=r"zero_stage 0 is refused: .* wrong in bf16"):
         EngineConfig(zero_stage=0)
-    with pytest.raises(ConfigError, match="round_robin_gradients is refused"):
+    with pytest.raises(ConfigError, match=r"round_robin_gradients is refused"):
         EngineConfig(deepspeed_extra={"zero_optimization": {"round_robin_gradients": True}})

@@ -9,7 +9,15 @@ from vitscale.models.vit import ModelConfig
 from vitscale.optim import OptimConfig, build_optimizer, is_kernel, parameter_groups
 
 CONFIG = ModelConfig(
-    variant="Ti/4", width=8, depth=1, num_heads=2, mlp_dim=8, image_size=8, num_classes=3, representation_size=4, pool="map"
+    variant="Ti/4",
+    width=8,
+    depth=1,
+    num_heads=2,
+    mlp_dim=8,
+    image_size=8,
+    num_classes=3,
+    representation_size=4,
+    pool="map",
 )
 
 

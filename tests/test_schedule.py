@@ -29,5 +29,5 @@ def test_rsqrt_falls_with_the_root_of_time_and_constant_does_not() -> None:
 
 
 def test_an_end_that_nothing_reads_is_refused() -> None:
-    with pytest.raises(ConfigError, match='schedule.end_lr is read by decay = "linear" only'):
+    with pytest.raises(ConfigError, match=r'schedule.end_lr is read by decay = "linear" only'):
         ScheduleConfig(decay="cosine", end_lr=1e-5)

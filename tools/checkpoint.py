@@ -57,7 +57,8 @@ def list_run(arguments: argparse.Namespace) -> int:
             continue
         size, ranks, stage = manifest.num_bytes / 1e6, manifest.world_size, manifest.zero_stage
         print(
-            f"{step:>12,} {manifest.samples_seen:>16,} {size:>10,.1f} {ranks:>6} {stage:>5}  {manifest.created:<26} verified"
+            f"{step:>12,} {manifest.samples_seen:>16,} {size:>10,.1f} {ranks:>6} {stage:>5}  "
+            f"{manifest.created:<26} verified"
         )
     return 0
 
@@ -68,7 +69,15 @@ def show(arguments: argparse.Namespace) -> int:
     path, manifest = describe(arguments.checkpoint)
     saved = SavedModel(path)
     print(f"{path}\n")
-    for name in ("step", "samples_seen", "epoch", "step_in_epoch", "precision", "optimizer", "optimizer_steps"):
+    for name in (
+        "step",
+        "samples_seen",
+        "epoch",
+        "step_in_epoch",
+        "precision",
+        "optimizer",
+        "optimizer_steps",
+    ):
         print(f"{name:<18}{getattr(manifest, name)}")
     print(f"{'written by':<18}{manifest.world_size} ranks at ZeRO {manifest.zero_stage}, {manifest.created}")
     print(f"{'versions':<18}{', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
@@ -84,7 +93,10 @@ def verify(arguments: argparse.Namespace) -> int:
     from vitscale.checkpoint.export import describe
 
     path, manifest = describe(arguments.checkpoint)
-    print(f"{path}: {len(manifest.files)} files, {len(manifest.tensors)} tensors, {manifest.num_bytes:,} bytes verified")
+    print(
+        f"{path}: {len(manifest.files)} files, {len(manifest.tensors)} tensors, {manifest.num_bytes:,} bytes "
+        "verified"
+    )
     return 0
 
 

@@ -37,10 +37,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_subparsers(dest="command", required=True).add_parser
     example = "example: python tools/data.py "
 
-    demo = add("demo", help="drawn shapes and real digits, without a network", epilog=example + "demo data/demo")
+    demo = add(
+        "demo", help="drawn shapes and real digits, without a network", epilog=example + "demo data/demo"
+    )
     demo.add_argument("out", type=Path, metavar="OUT")
 
-    pack = add("pack", help="images to shards", epilog=example + "pack photos/ data/photos --format imagefolder")
+    pack = add(
+        "pack", help="images to shards", epilog=example + "pack photos/ data/photos --format imagefolder"
+    )
     pack.add_argument("source", type=Path, metavar="SOURCE")
     pack.add_argument("out", type=Path, metavar="OUT")
     pack.add_argument("--format", choices=["imagefolder", "cifar10"], default="imagefolder")
@@ -53,7 +57,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     index.add_argument("shards", metavar="SHARDS", help="glob, brace pattern or URL, quoted")
     index.add_argument("--out", type=Path, help="default: index.json in the shards' folder")
     index.add_argument("--chunk-samples", type=int, default=32)
-    index.add_argument("--allow-damaged", action="store_true", help="index what lies before the damage in a broken shard")
+    index.add_argument(
+        "--allow-damaged", action="store_true", help="index what lies before the damage in a broken shard"
+    )
 
     verify = add("verify", help="re-read every shard", epilog=example + "verify data/photos/index.json")
     verify.add_argument("index", metavar="INDEX")
@@ -66,7 +72,7 @@ def demo(arguments: argparse.Namespace) -> int:
     from vitscale.data.pack.demo import make_demo
 
     for name, count in make_demo(arguments.out).items():
-        print(f"{str(arguments.out / name):<44} {count:>7,} samples")
+        print(f"{arguments.out / name!s:<44} {count:>7,} samples")
     return 0
 
 
@@ -82,7 +88,9 @@ def pack(arguments: argparse.Namespace) -> int:
     else:
         folders = imagefolder.find_splits(arguments.source)
         classes = imagefolder.class_names(next(iter(folders.values())))
-        splits = {split: imagefolder.read_folder(path, classes, split, seed) for split, path in folders.items()}
+        splits = {
+            split: imagefolder.read_folder(path, classes, split, seed) for split, path in folders.items()
+        }
     for split, samples in splits.items():
         shards = write_shards(
             progress_bar(samples, split, "image"),
@@ -108,7 +116,9 @@ def index_shards(arguments: argparse.Namespace) -> int:
     positive("--", **{"chunk-samples": arguments.chunk_samples})
     shards = storage.expand(arguments.shards)
     if not arguments.out and not storage.is_local(shards[0]):
-        raise ConfigError("--out FILE is needed for shards that are not on a local disk: where shall index.json go?")
+        raise ConfigError(
+            "--out FILE is needed for shards that are not on a local disk: where shall index.json go?"
+        )
     out = arguments.out or Path(storage.local_path(shards[0])).parent / "index.json"
     with ShardProgress(len(shards)) as progress:
         index = build_index(
@@ -121,7 +131,9 @@ def index_shards(arguments: argparse.Namespace) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         index.save(out)
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror}); name another place with --out FILE") from None
+        raise ConfigError(
+            f"{out} cannot be written ({error.strerror}); name another place with --out FILE"
+        ) from None
     print(out)
     print(f"{index.num_samples:,} samples in {len(shards)} shards, {index.num_damaged:,} of them damaged")
     report_damage(index.damage, index.num_damaged)

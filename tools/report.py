@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""What runs have come to: first and last loss, and every evaluation before and after, from their metrics.jsonl."""
+"""What runs have come to: first and last loss, and every evaluation before and after, from their
+metrics.jsonl.
+"""
 
 import argparse
 import sys
@@ -23,10 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in arguments.runs:
         path = Path(run) / FILE_NAME
         if not path.is_file():
-            print(f"error: {path} does not exist: {run} is not a run directory, or logged nothing yet", file=sys.stderr)
+            print(
+                f"error: {path} does not exist: {run} is not a run directory, or logged nothing yet",
+                file=sys.stderr,
+            )
             return 2
         rows = read_metrics(path)
-        names = dict.fromkeys(name for row in rows for name in row if name == "train/loss" or name.startswith("eval/"))
+        names = dict.fromkeys(
+            name for row in rows for name in row if name == "train/loss" or name.startswith("eval/")
+        )
         for name in (name for name in names if not name.endswith(("_std", "num_samples"))):
             steps = [row["step"] for row in rows if name in row]
             values = [row[name] for row in rows if name in row]

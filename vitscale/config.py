@@ -1,6 +1,7 @@
 """One config system: frozen dataclasses, filled from TOML files merged left to right and dotted overrides.
 
-Each section is declared beside the code that reads it; this module only knows how to fill, check and write them. What a
+Each section is declared beside the code that reads it; this module only knows how to fill, check and write
+them. What a
 user gets wrong is a ConfigError whose one sentence says what, where, which rule, and what to write instead.
 """
 
@@ -21,9 +22,11 @@ class ConfigError(ValueError):
 
 
 def load(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
-    """Fill the dataclass `schema` from TOML files (later ones win) and `section.key=value` overrides (they win over all).
+    """Fill the dataclass `schema` from TOML files (later ones win) and `section.key=value` overrides (they
+    win over all).
 
-    Raises ConfigError for a missing or unreadable file, an unknown key, a wrong type, or a value that a section refuses.
+    Raises ConfigError for a missing or unreadable file, an unknown key, a wrong type, or a value that a
+    section refuses.
     """
     merged: dict[str, Any] = {}
     for path in paths:
@@ -34,7 +37,9 @@ def load(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] 
 
 
 def from_dict(schema: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build `schema` from nested plain values, checking every key and type. `where` is the section's dotted name."""
+    """Build `schema` from nested plain values, checking every key and type. `where` is the section's dotted
+    name.
+    """
     hints = get_type_hints(schema)
     unknown = [key for key in values if key not in hints]
     if unknown:
@@ -48,7 +53,9 @@ def from_dict(schema: type[T], values: Mapping[str, Any], where: str = "") -> T:
         and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"{_join(where, missing[0])} is missing: it has no default, so the config must set it")
+        raise ConfigError(
+            f"{_join(where, missing[0])} is missing: it has no default, so the config must set it"
+        )
     return schema(**filled)
 
 
@@ -83,7 +90,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist; see configs/ for those that come with vitscale") from None
+        raise ConfigError(
+            f"config file {path} does not exist; see configs/ for those that come with vitscale"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
@@ -132,7 +141,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {key: _convert(args[1], item, _join(where, key)) for key, item in table.items()}
     if origin in (Union, types.UnionType):
         raise TypeError(f"{where}: config fields have one type, not a union")
-    return _convert_scalar(hint, value, where)
+    return _convert_scalar(hint, value, where)  # pyright: ignore[reportArgumentType] (narrowed by the branches)
 
 
 def _convert_tuple(args: tuple[Any, ...], items: Sequence[Any], where: str) -> tuple[Any, ...]:
@@ -140,7 +149,9 @@ def _convert_tuple(args: tuple[Any, ...], items: Sequence[Any], where: str) -> t
         return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
     if len(items) != len(args):
         raise ConfigError(f"{where} {list(items)!r} must have {len(args)} values, not {len(items)}")
-    return tuple(_convert(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(args, items, strict=True)))
+    return tuple(
+        _convert(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(args, items, strict=True))
+    )
 
 
 def _convert_scalar(hint: type, value: Any, where: str) -> Any:

@@ -1,6 +1,8 @@
-"""Who we are among the processes of a job, and the few collectives that the library needs; all of it works alone too.
+"""Who we are among the processes of a job, and the few collectives that the library needs; all of it works
+alone too.
 
-Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* will do (deepspeed, torchrun); with none of them set the
+Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* will do (deepspeed, torchrun); with none of
+them set the
 process is a world of one. Objects travel as JSON in byte tensors: nothing is pickled between processes.
 """
 
@@ -19,7 +21,9 @@ _STANDALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR":
 
 
 def initialize() -> None:
-    """Join the process group: NCCL where there is a GPU, else gloo. Every process calls it once; again does nothing."""
+    """Join the process group: NCCL where there is a GPU, else gloo. Every process calls it once; again does
+    nothing.
+    """
     if dist.is_initialized():
         return
     if "WORLD_SIZE" not in os.environ:
@@ -28,7 +32,9 @@ def initialize() -> None:
         torch.cuda.set_device(local_rank())
         dist.init_process_group("cuda:nccl,cpu:gloo", timeout=TIMEOUT, device_id=device())
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, in every process, that it has to guess
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # or DeepSpeed warns, in every process, that it has to guess
         # Ranks of one machine share its cores: with the default, each would start a thread per core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
         dist.init_process_group("gloo", timeout=TIMEOUT)
@@ -54,7 +60,11 @@ def local_rank() -> int:
 
 def local_world_size() -> int:
     """Processes of this job on this machine: deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    return int(
+        os.environ.get("LOCAL_WORLD_SIZE")
+        or os.environ.get("LOCAL_SIZE")
+        or os.environ.get("WORLD_SIZE", "1")
+    )
 
 
 def is_main() -> bool:
@@ -76,7 +86,7 @@ def all_reduce_sum(values: list[float]) -> list[float]:
 
 
 def all_reduce_sum_int(values: list[int]) -> list[int]:
-    """Sum of each value over the ranks in wrapping 64-bit integers. Every rank calls it with as many values."""
+    """Sum of each value over the ranks in wrapping 64-bit integers. Every rank brings as many."""
     return _reduce(torch.tensor(values, dtype=torch.int64), dist.ReduceOp.SUM)
 
 
@@ -92,7 +102,9 @@ def _reduce(tensor: Tensor, op: Any) -> list[Any]:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all ranks in rank order, on the CPU; ranks may bring different numbers of rows [n_r, ...]."""
+    """Concatenate the rows of all ranks in rank order, on the CPU; ranks may bring different numbers of rows
+    [n_r, ...].
+    """
     rows = rows.detach().cpu().contiguous()
     if world_size() == 1:
         return rows

@@ -7,13 +7,14 @@ import torch
 
 from vitscale import config as configs
 from vitscale import plan as planning
+from vitscale.job import Job, TrainConfig, expected_first_loss, prepare
 from vitscale.models.flops import train_flops
 from vitscale.models.vit import ViT
-from vitscale.train import Job, TrainConfig, expected_first_loss, prepare
 
 
 def describe(config: TrainConfig, world_size: int) -> str:
-    """The resolved config, batch plan, model, weight decay, first loss, DeepSpeed JSON and memory estimate as text.
+    """The resolved config, batch plan, model, weight decay, first loss, DeepSpeed JSON and memory estimate as
+    text.
 
     Raises what train() would raise for a config or data set that cannot be used.
     """
@@ -41,7 +42,10 @@ def _data_lines(job: Job) -> list[tuple[str, str]]:
     worlds = [world for world in order.worlds() if job.config.global_batch % world == 0]
     return [
         ("samples", f"{order.num_samples:,} in {len(job.index.shards):,} shards"),
-        ("steps per epoch", f"{order.steps_per_epoch:,}, leaving out {order.tail:,} samples (others each epoch)"),
+        (
+            "steps per epoch",
+            f"{order.steps_per_epoch:,}, leaving out {order.tail:,} samples (others each epoch)",
+        ),
         ("total steps", f"{job.total_steps:,} = {job.total_steps / order.steps_per_epoch:,.2f} epochs"),
         ("lanes", f"{order.lanes:,}; it runs on {', '.join(map(str, worlds))} devices"),
         ("damaged samples", f"{job.index.num_damaged:,} known to the index"),
@@ -63,7 +67,10 @@ def _model_lines(config: TrainConfig, num_params: int) -> list[tuple[str, str]]:
     return [
         ("parameters", f"{num_params:,}"),
         ("training FLOPs", f"{train_flops(config.model):,} per image"),
-        ("effective weight decay", f"{optim.lr * optim.weight_decay:g} per step at the peak rate, on kernels only"),
+        (
+            "effective weight decay",
+            f"{optim.lr * optim.weight_decay:g} per step at the peak rate, on kernels only",
+        ),
         ("expected first loss", f"{expected_first_loss(config):.6f}"),
     ]
 
@@ -71,7 +78,9 @@ def _model_lines(config: TrainConfig, num_params: int) -> list[tuple[str, str]]:
 def _memory_lines(job: Job, num_params: int) -> list[tuple[str, str]]:
     config, engine = job.config, job.config.engine
     states = planning.state_bytes(num_params, engine.zero_stage, job.plan.world_size, config.precision)
-    kept = planning.activation_bytes(config.model, job.plan.micro_batch, config.precision, engine.activation_checkpointing)
+    kept = planning.activation_bytes(
+        config.model, job.plan.micro_batch, config.precision, engine.activation_checkpointing
+    )
     workers = f"{engine.num_workers} data workers per rank on {os.cpu_count()} cores"
     return [
         ("parameters and state", f"{states / 2**30:,.2f} GiB"),

@@ -1,6 +1,8 @@
 """The DeepSpeed engine: how a global batch is cut, the JSON derived for it, and how it starts.
 
-Beside checkpoint/state.py this is the only module that knows DeepSpeed. What stands in [engine] is speed and memory only:
+Beside checkpoint/state.py this is the only module that knows DeepSpeed. What stands in [engine] is speed
+and
+memory only:
 it leaves the results equal up to rounding.
 """
 
@@ -19,7 +21,14 @@ logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Dense bf16 FLOP/s without sparsity, from the vendors' data sheets; MFU is reported for these only.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +50,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage == 0:
             raise ConfigError(
-                "engine.zero_stage 0 is refused: DeepSpeed's stage 0 is wrong in bf16 and its state cannot be resharded; "
+                "engine.zero_stage 0 is refused: DeepSpeed's stage 0 is wrong in bf16 and its state cannot "
+                "be "
+                "resharded; "
                 "use 1, which on one device is the same thing"
             )
         if self.zero_stage not in (1, 2, 3):
@@ -51,7 +62,9 @@ class EngineConfig:
         zero = self.deepspeed_extra.get("zero_optimization", {})
         if zero.get("round_robin_gradients"):
             raise ConfigError(
-                "engine.deepspeed_extra.zero_optimization.round_robin_gradients is refused: with it DeepSpeed mislabels "
+                "engine.deepspeed_extra.zero_optimization.round_robin_gradients is refused: with it "
+                "DeepSpeed "
+                "mislabels "
                 "which rank holds which parameter; leave it out"
             )
 
@@ -71,27 +84,36 @@ class BatchPlan:
 
 
 def plan_batches(global_batch: int, micro_batch: int, world_size: int) -> BatchPlan:
-    """Cut a global batch among ranks and micro steps. Raises ConfigError with what would fit where it does not divide."""
+    """Cut a global batch among ranks and micro steps. Raises ConfigError with what would fit where it does
+    not divide.
+    """
     if global_batch % world_size:
         fitting = [w for w in range(1, global_batch + 1) if global_batch % w == 0]
         raise ConfigError(
             f"global_batch {global_batch} is not a multiple of world_size {world_size}; start one of "
-            f"{_listed(fitting)} processes, or use global_batch = {max(1, global_batch // world_size) * world_size}"
+            f"{_listed(fitting)} processes, or use global_batch = "
+            f"{max(1, global_batch // world_size) * world_size}"
         )
     per_rank = global_batch // world_size
     micro = micro_batch or per_rank
     if per_rank % micro:
         near = min((m for m in range(1, per_rank + 1) if per_rank % m == 0), key=lambda m: abs(m - micro))
         raise ConfigError(
-            f"global_batch {global_batch} is not a multiple of engine.micro_batch {micro} x world_size {world_size} = "
+            f"global_batch {global_batch} is not a multiple of engine.micro_batch {micro} x world_size "
+            f"{world_size} = "
             f"{micro * world_size}; use engine.micro_batch = {near}"
         )
     return BatchPlan(
-        global_batch=global_batch, world_size=world_size, micro_batch=micro, grad_accum_steps=per_rank // micro
+        global_batch=global_batch,
+        world_size=world_size,
+        micro_batch=micro,
+        grad_accum_steps=per_rank // micro,
     )
 
 
-def deepspeed_config(config: EngineConfig, plan: BatchPlan, precision: Precision, clip_norm: float) -> dict[str, Any]:
+def deepspeed_config(
+    config: EngineConfig, plan: BatchPlan, precision: Precision, clip_norm: float
+) -> dict[str, Any]:
     """DeepSpeed's JSON, derived from the engine section and the batch plan; never written by hand."""
     derived: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
@@ -102,7 +124,8 @@ def deepspeed_config(config: EngineConfig, plan: BatchPlan, precision: Precision
         "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list
         "zero_optimization": {
             "stage": config.zero_stage,
-            # Otherwise creating a stage 3 engine replaces F.linear for the whole process, and with it the numerics.
+            # Otherwise creating a stage 3 engine replaces F.linear for the whole process, and with it the
+            # numerics.
             "memory_efficient_linear": False,
         },
     }
@@ -114,7 +137,11 @@ def deepspeed_config(config: EngineConfig, plan: BatchPlan, precision: Precision
 
 
 def start_engine(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, plan: BatchPlan, ds_config: dict[str, Any]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: EngineConfig,
+    plan: BatchPlan,
+    ds_config: dict[str, Any],
 ) -> Any:
     """Hand the model and its optimizer to DeepSpeed; every rank calls it. Returns the DeepSpeedEngine."""
     import deepspeed
@@ -122,7 +149,9 @@ def start_engine(
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if distributed.device().type == "cpu":
-        # DeepSpeed's shared-memory kernel serves inference only, yet it is compiled at start (30 s, needs a compiler) and
+        # DeepSpeed's shared-memory kernel serves inference only, yet it is compiled at start (30 s, needs
+        # a
+        # compiler) and
         # leaves 66 MB per rank in /dev/shm for ever. Training on CPU goes through gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
@@ -130,6 +159,8 @@ def start_engine(
     if config.compile:
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile()  # in place, so that parameter names stay
+    if ds_config.get("fp16") and not deepspeed.get_accelerator().is_fp16_supported():
+        raise ConfigError('precision "fp16" does not run on this device; use "bf16" or "fp32"')
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     assert engine.gradient_accumulation_steps() == plan.grad_accum_steps
     return engine

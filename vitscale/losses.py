@@ -24,9 +24,12 @@ def to_targets(labels: Int64[Tensor, "B M"], num_classes: int) -> Float[Tensor, 
 def compute_loss(
     config: LossConfig, logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]
 ) -> Float[Tensor, ""]:
-    """Mean over the batch of softmax cross-entropy, or of sigmoid cross-entropy summed over classes (big_vision utils.py)."""
+    """Mean over the batch of softmax cross-entropy, or of sigmoid cross-entropy summed over classes
+    (big_vision utils.py).
+    """
     logits = logits.float()
     if config.name == "softmax":
         return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
-    # Not binary_cross_entropy_with_logits: in fp32 it cancels to 1% at a logit of -10, where ImageNet-21k begins.
+    # Not binary_cross_entropy_with_logits: in fp32 it cancels to 1% at a logit of -10, where ImageNet-21k
+    # begins.
     return (F.softplus(logits) - logits * targets).sum(-1).mean()

@@ -11,7 +11,9 @@ from vitscale.config import ConfigError, positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer ([optim]). weight_decay is decoupled and multiplied by the learning rate; clip_norm 0 = no clipping."""
+    """The optimizer ([optim]). weight_decay is decoupled and multiplied by the learning rate; clip_norm 0 =
+    no clipping.
+    """
 
     name: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
@@ -24,15 +26,20 @@ class OptimConfig:
     def __post_init__(self) -> None:
         positive("optim", lr=self.lr, eps=self.eps)
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
-            raise ConfigError(f"optim.betas {list(self.betas)} and optim.momentum {self.momentum} must lie in [0, 1)")
+            raise ConfigError(
+                f"optim.betas {list(self.betas)} and optim.momentum {self.momentum} must lie in [0, 1)"
+            )
         if self.weight_decay < 0 or self.clip_norm < 0:
             raise ConfigError("optim.weight_decay and optim.clip_norm must not be negative")
         if self.name == "sgd" and self.weight_decay:
-            raise ConfigError('optim.weight_decay must be 0 with optim.name = "sgd": the paper fine-tunes without decay')
+            raise ConfigError(
+                'optim.weight_decay must be 0 with optim.name = "sgd": the paper fine-tunes without decay'
+            )
 
 
 def is_kernel(name: str, param: nn.Parameter) -> bool:
-    """Whether weight decay applies: weights of linear layers, not biases, norms, tokens or position embeddings.
+    """Whether weight decay applies: weights of linear layers, not biases, norms, tokens or position
+    embeddings.
 
     Source: big_vision optax.py, which decays names that end in /kernel.
     """
@@ -50,7 +57,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The torch optimizer over the model's parameter groups; the learning rate is set anew before every step."""
+    """The torch optimizer over the model's parameter groups; the rate is set anew before every step."""
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

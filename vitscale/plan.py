@@ -6,7 +6,8 @@ from vitscale.models.vit import ModelConfig
 def state_bytes(num_params: int, zero_stage: int, world_size: int, precision: str) -> int:
     """Bytes per device of parameters, gradients and AdamW state (ZeRO paper, arXiv 1910.02054, section 3).
 
-    fp32: 4 bytes each of parameters, gradients, two moments (and the master copy that ZeRO keeps). 16 bit: 2 bytes of
+    fp32: 4 bytes each of parameters, gradients, two moments (and the master copy that ZeRO keeps). 16 bit: 2
+    bytes of
     parameters and gradients, 12 of master and moments.
     """
     param, grad = (4, 4) if precision == "fp32" else (2, 2)
@@ -19,7 +20,8 @@ def state_bytes(num_params: int, zero_stage: int, world_size: int, precision: st
 def activation_bytes(config: ModelConfig, micro_batch: int, precision: str, checkpointing: str) -> int:
     """Bytes of activations that the backward pass of one micro batch needs.
 
-    Per token and layer in 16 bit: 16 D + 4 M (two norms, qkv, attention output, both MLP activations), without attention
+    Per token and layer in 16 bit: 16 D + 4 M (two norms, qkv, attention output, both MLP activations),
+    without attention
     matrices; with full checkpointing 2 D, and one layer in full.
     """
     tokens = config.num_tokens

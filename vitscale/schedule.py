@@ -9,7 +9,8 @@ from vitscale.config import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The schedule ([schedule]): a linear warmup that multiplies the decay curve (paper, Table 3; big_vision utils.py).
+    """The schedule ([schedule]): a linear warmup that multiplies the decay curve (paper, Table 3; big_vision
+    utils.py).
 
     end_lr: where "linear" ends. timescale_steps: of "rsqrt".
     """
@@ -25,7 +26,9 @@ class ScheduleConfig:
         if self.timescale_steps < 1:
             raise ConfigError(f"schedule.timescale_steps {self.timescale_steps} must be above 0")
         if self.end_lr and self.decay != "linear":
-            raise ConfigError(f'schedule.end_lr is read by decay = "linear" only, not by "{self.decay}"; remove it')
+            raise ConfigError(
+                f'schedule.end_lr is read by decay = "linear" only, not by "{self.decay}"; remove it'
+            )
 
 
 def learning_rate(step: int, total_steps: int, peak_lr: float, config: ScheduleConfig) -> float:
@@ -39,5 +42,7 @@ def learning_rate(step: int, total_steps: int, peak_lr: float, config: ScheduleC
         return factor * peak_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
     if config.decay == "rsqrt":
         shift = config.timescale_steps - warmup
-        return factor * peak_lr * math.sqrt(config.timescale_steps / max(step + shift, config.timescale_steps))
+        return (
+            factor * peak_lr * math.sqrt(config.timescale_steps / max(step + shift, config.timescale_steps))
+        )
     return factor * peak_lr

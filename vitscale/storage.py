@@ -1,6 +1,7 @@
 """Bytes by name: local files and the stores that fsspec speaks, through one small set of functions.
 
-Only these schemes are opened: a shard is data, never code, so `pipe:` and the like are refused before any library sees
+Only these schemes are opened: a shard is data, never code, so `pipe:` and the like are refused before any
+library sees
 them. Transient errors of remote stores are retried with exponential backoff and jitter.
 """
 
@@ -29,9 +30,11 @@ FIRST_DELAY_SECONDS = 0.5
 
 
 def expand(pattern: str) -> list[str]:
-    """The sorted URLs that a glob, a brace pattern ({000..127}) or a plain URL names. Raises ConfigError if there are none.
+    """The sorted URLs that a glob, a brace pattern ({000..127}) or a plain URL names. Raises ConfigError if
+    there are none.
 
-    Only local patterns may contain `*`; a remote pattern lists its shards by braces, which needs no listing permission.
+    Only local patterns may contain `*`; a remote pattern lists its shards by braces, which needs no listing
+    permission.
     """
     urls: set[str] = set()
     for url in braceexpand(pattern):
@@ -43,7 +46,10 @@ def expand(pattern: str) -> list[str]:
         else:
             urls.add(url)
     if not urls:
-        raise ConfigError(f"no file matches {pattern!r}; check the path (quote patterns so that the shell leaves them alone)")
+        raise ConfigError(
+            f"no file matches {pattern!r}; check the path (quote patterns so that the shell leaves them "
+            "alone)"
+        )
     return sorted(urls)
 
 
@@ -52,7 +58,9 @@ def scheme(url: str) -> str:
     match = re.match(r"^([A-Za-z][A-Za-z0-9+.-]*):", url)
     name = match.group(1).lower() if match else "file"
     if name not in SCHEMES:
-        raise ConfigError(f"{url!r}: the scheme {name}: is not allowed; use a path or one of {', '.join(SCHEMES)}")
+        raise ConfigError(
+            f"{url!r}: the scheme {name}: is not allowed; use a path or one of {', '.join(SCHEMES)}"
+        )
     return name
 
 
@@ -80,7 +88,9 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) of the object; fewer where it ends before. Raises FileNotFoundError if there is none."""
+    """Bytes [start, end) of the object; fewer where it ends before. Raises FileNotFoundError if there is
+    none.
+    """
     if is_local(url):
         with open(local_path(url), "rb", buffering=0) as file:
             return os.pread(file.fileno(), end - start, start)
@@ -146,6 +156,8 @@ def _retry(call: Callable[[], T], what: str) -> T:
             if attempt == ATTEMPTS:
                 raise
             delay = FIRST_DELAY_SECONDS * 2 ** (attempt - 1) * (0.5 + random.random())
-            logger.warning("%s failed (%s); attempt %d of %d in %.1f s", what, error, attempt + 1, ATTEMPTS, delay)
+            logger.warning(
+                "%s failed (%s); attempt %d of %d in %.1f s", what, error, attempt + 1, ATTEMPTS, delay
+            )
             time.sleep(delay)
     raise AssertionError("unreachable")

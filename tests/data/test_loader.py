@@ -1,4 +1,6 @@
-"""The loader: the same samples and pixels at any world size, worker count and starting step; damage replaced and counted."""
+"""The loader: the same samples and pixels at any world size, worker count and starting step; damage replaced
+and counted.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -35,12 +37,17 @@ def module_index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return Index.load(str(write_index(tmp_path_factory.mktemp("shards"), [40, 37, 20])))
 
 
-@pytest.mark.parametrize(("world_size", "num_workers", "first"), [(1, 2, 0), (2, 0, 5), (2, 3, 11), (4, 0, 13), (1, 0, 23)])
+@pytest.mark.parametrize(
+    ("world_size", "num_workers", "first"), [(1, 2, 0), (2, 0, 5), (2, 3, 11), (4, 0, 13), (1, 0, 23)]
+)
 def test_any_world_worker_count_and_start_gives_the_same_pixels(
     module_index: Index, world_size: int, num_workers: int, first: int
 ) -> None:
     reference = list(batches(make_stream(module_index, 0, 26), 0))[first:]
-    ranks = [list(batches(make_stream(module_index, first, 26, r, world_size), num_workers)) for r in range(world_size)]
+    ranks = [
+        list(batches(make_stream(module_index, first, 26, r, world_size), num_workers))
+        for r in range(world_size)
+    ]
     assert [len(rank) for rank in ranks] == [26 - first] * world_size
     for step, whole in enumerate(reference):
         assert torch.equal(torch.cat([rank[step].images for rank in ranks]), whole.images)
@@ -82,7 +89,12 @@ def test_unusable_samples_are_replaced_the_same_way_by_anyone_and_named(tmp_path
     delivered = np.concatenate([batch.ids for batch in one])
     assert len(delivered) == 64 and not set(bad) & set(delivered.tolist())
     sentences = "\n".join(sentence for batch in one for sentence in batch.bad)
-    for number, reason in ((3, "not a JPEG"), (17, "s00017"), (30, "s00030"), (41, "label 5 is out of range")):
+    for number, reason in (
+        (3, "not a JPEG"),
+        (17, "s00017"),
+        (30, "s00030"),
+        (41, "label 5 is out of range"),
+    ):
         assert f"s{number:05d}" in sentences and reason in sentences
     named = {sentence.split("sample s")[1][:5] for batch in one for sentence in batch.bad}
     assert named == {f"{number:05d}" for number in bad}
@@ -97,13 +109,15 @@ def test_data_with_nothing_usable_end_in_one_sentence(tmp_path: Path, num_worker
 
 def test_labels_that_the_model_has_no_place_for_are_refused(module_index: Index) -> None:
     check_labels(module_index, CONFIG, 5)
-    with pytest.raises(ConfigError, match=r"label 4, out of range for model.num_classes 4 .* set model.num_classes = 5"):
+    with pytest.raises(
+        ConfigError, match=r"label 4, out of range for model.num_classes 4 .* set model.num_classes = 5"
+    ):
         check_labels(module_index, CONFIG, 4)
 
 
 def test_several_labels_need_a_multi_label_config(tmp_path: Path) -> None:
     index = damaged_index(tmp_path, {0: (jpeg(0), b"1 3")})
-    with pytest.raises(ConfigError, match='data.labels = "multi"'):
+    with pytest.raises(ConfigError, match=r'data.labels = "multi"'):
         check_labels(index, CONFIG, 5)
     check_labels(index, dataclasses.replace(CONFIG, labels="multi"), 5)
     rows = torch.cat([batch.labels for batch in batches(make_stream(index, 0, 8), 0)])

@@ -10,7 +10,11 @@ from vitscale.data.order import DIGEST_MASK, Order, default_lanes, digest
 def make_order(global_batch: int = 24, lanes: int = 12, samples: int = 997, seed: int = 3) -> Order:
     full, rest = divmod(samples, 8)
     return Order(
-        chunk_counts=np.array([8] * full + [rest]), seed=seed, global_batch=global_batch, lanes=lanes, window_samples=16
+        chunk_counts=np.array([8] * full + [rest]),
+        seed=seed,
+        global_batch=global_batch,
+        lanes=lanes,
+        window_samples=16,
     )
 
 
@@ -29,7 +33,9 @@ def test_an_epoch_loses_only_the_tail_and_repeats_nothing(global_batch: int, lan
 
 def test_the_tail_is_another_subset_in_another_epoch() -> None:
     order = make_order()
-    left_out = [set(range(order.num_samples)) - set(epoch_ids(order, e).reshape(-1).tolist()) for e in range(2)]
+    left_out = [
+        set(range(order.num_samples)) - set(epoch_ids(order, e).reshape(-1).tolist()) for e in range(2)
+    ]
     assert left_out[0] != left_out[1]
 
 
@@ -37,7 +43,9 @@ def test_the_tail_is_another_subset_in_another_epoch() -> None:
 def test_ranks_join_to_the_same_global_batch_at_any_world_size(world_size: int) -> None:
     order = make_order()
     for step in (0, 7, order.steps_per_epoch - 1, order.steps_per_epoch, 3 * order.steps_per_epoch + 5):
-        joined = np.concatenate([order.batch_ids(step, order.rank_lanes(r, world_size)) for r in range(world_size)])
+        joined = np.concatenate(
+            [order.batch_ids(step, order.rank_lanes(r, world_size)) for r in range(world_size)]
+        )
         assert np.array_equal(joined, order.batch_ids(step, range(order.lanes)))
 
 
@@ -47,7 +55,9 @@ def test_lane_streams_give_the_ids_of_the_steps_they_begin_at() -> None:
     for lane in range(order.lanes):
         for first in (0, 1, 9, order.steps_per_epoch - 1):
             streamed = np.concatenate([ids[skip:] for skip, ids in epoch.lane_stream(lane, first)])
-            stepped = np.concatenate([epoch.lane_ids(lane, step) for step in range(first, order.steps_per_epoch)])
+            stepped = np.concatenate(
+                [epoch.lane_ids(lane, step) for step in range(first, order.steps_per_epoch)]
+            )
             assert np.array_equal(streamed, stepped)
 
 
@@ -83,17 +93,23 @@ def test_the_digest_is_free_of_the_world_size_and_sees_every_swap() -> None:
 
 
 def test_a_world_that_does_not_divide_is_refused_with_those_that_do() -> None:
-    with pytest.raises(ConfigError, match="5 processes cannot share 12 lanes evenly; start one of 1, 2, 3, 4, 6, 12"):
+    with pytest.raises(
+        ConfigError, match="5 processes cannot share 12 lanes evenly; start one of 1, 2, 3, 4, 6, 12"
+    ):
         make_order().rank_lanes(0, 5)
 
 
 def test_lanes_and_data_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"global_batch 24 is not a multiple of data.lanes 7; use lanes = 24"):
+    with pytest.raises(
+        ConfigError, match=r"global_batch 24 is not a multiple of data.lanes 7; use lanes = 24"
+    ):
         make_order(lanes=7)
     with pytest.raises(ConfigError, match="fewer than one global_batch of 24"):
         make_order(samples=10)
 
 
-@pytest.mark.parametrize(("global_batch", "lanes"), [(1, 1), (100, 100), (4096, 1024), (4095, 819), (2 * 1031, 2)])
+@pytest.mark.parametrize(
+    ("global_batch", "lanes"), [(1, 1), (100, 100), (4096, 1024), (4095, 819), (2 * 1031, 2)]
+)
 def test_default_lanes_divide_the_batch(global_batch: int, lanes: int) -> None:
     assert default_lanes(global_batch) == lanes and global_batch % lanes == 0

@@ -40,7 +40,9 @@ def test_sincos_is_big_visions() -> None:
     """posemb_sincos_2d(h, w, width), written out for one position."""
     row, col, width = 2, 1, 16
     omega = 1 / 10_000 ** (np.arange(4) / 3)
-    expected = np.concatenate([np.sin(col * omega), np.cos(col * omega), np.sin(row * omega), np.cos(row * omega)])
+    expected = np.concatenate(
+        [np.sin(col * omega), np.cos(col * omega), np.sin(row * omega), np.cos(row * omega)]
+    )
     assert np.allclose(sincos2d((3, 5), width)[0, row * 5 + col].numpy(), expected, atol=1e-6)
 
 
@@ -55,7 +57,9 @@ def test_the_backbone_moves_to_another_resolution_and_the_head_does_not() -> Non
     assert target.pos_embed.shape == (1, 37, 32) and target.head.weight.abs().max() == 0
 
 
-@pytest.mark.parametrize(("change", "key"), [({"depth": 3}, "depth"), ({"pool": "mean"}, "pool"), ({"gelu": "exact"}, "gelu")])
+@pytest.mark.parametrize(
+    ("change", "key"), [({"depth": 3}, "depth"), ({"pool": "mean"}, "pool"), ({"gelu": "exact"}, "gelu")]
+)
 def test_another_backbone_is_refused_by_its_key(change: dict, key: str) -> None:
     source = build_model(TINY, 0)
     with pytest.raises(ConfigError, match=rf"model.{key} is .* set model.{key} ="):

@@ -31,7 +31,9 @@ def count(config: ModelConfig) -> int:
         ("H/14", 630_764_800, 632_045_800, 660_385_363),
     ],
 )
-def test_parameter_counts_are_the_papers_to_the_unit(variant: str, no_head: int, imagenet: int, in21k: int | None) -> None:
+def test_parameter_counts_are_the_papers_to_the_unit(
+    variant: str, no_head: int, imagenet: int, in21k: int | None
+) -> None:
     assert count(ModelConfig(variant=variant, num_classes=0)) == no_head
     assert count(ModelConfig(variant=variant)) == imagenet
     if in21k:
@@ -40,7 +42,8 @@ def test_parameter_counts_are_the_papers_to_the_unit(variant: str, no_head: int,
 
 
 @pytest.mark.parametrize(
-    ("variant", "epochs", "exaflops"), [("B/32", 7, 56.1), ("B/16", 7, 224), ("L/32", 7, 196), ("L/16", 14, 1567), ("H/14", 14, 4262)]
+    ("variant", "epochs", "exaflops"),
+    [("B/32", 7, 56.1), ("B/16", 7, 224), ("L/32", 7, 196), ("L/16", 14, 1567), ("H/14", 14, 4262)],
 )
 def test_flops_give_the_exaflops_of_table_6(variant: str, epochs: int, exaflops: float) -> None:
     """Within 0.3% of the printed figures; B/32, which the paper rounds to 55, by its computed value."""
@@ -49,13 +52,21 @@ def test_flops_give_the_exaflops_of_table_6(variant: str, epochs: int, exaflops:
 
 
 def test_macs_are_those_of_the_formula() -> None:
-    for variant, gmacs in {"B/32": 4.408, "B/16": 17.563, "L/32": 15.377, "L/16": 61.554, "H/14": 167.294}.items():
+    for variant, gmacs in {
+        "B/32": 4.408,
+        "B/16": 17.563,
+        "L/32": 15.377,
+        "L/16": 61.554,
+        "H/14": 167.294,
+    }.items():
         assert forward_macs(ModelConfig(variant=variant)) / 1e9 == pytest.approx(gmacs, abs=1e-3)
     assert forward_flops(ModelConfig(variant="B/16")) == 2 * forward_macs(ModelConfig(variant="B/16"))
 
 
 def reference_forward(model: ViT, images: Tensor) -> Tensor:
-    """The same model written the other way: convolution, one einsum per head, norms and GELU by their formulas."""
+    """The same model written the other way: convolution, one einsum per head, norms and GELU by their
+    formulas.
+    """
     config, state = model.config, dict(model.named_parameters())
     width, heads, patch = config.resolved_width, config.resolved_num_heads, config.resolved_patch_size
     size = width // heads
@@ -95,11 +106,15 @@ def test_the_forward_pass_equals_an_independent_one() -> None:
             param.normal_(0, 0.3, generator=torch.Generator().manual_seed(param.numel()))
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(model(images), reference_forward(model, images), atol=1e-5)
-    assert torch.allclose(model.features(images) @ model.head.weight.T + model.head.bias, model(images), atol=1e-6)
+    assert torch.allclose(
+        model.features(images) @ model.head.weight.T + model.head.bias, model(images), atol=1e-6
+    )
 
 
 def test_layer_norm_uses_googles_epsilon() -> None:
-    x = torch.full((1, 64), 3.0) + torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) * 1e-3  # variance ~ 1e-6
+    x = (
+        torch.full((1, 64), 3.0) + torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) * 1e-3
+    )  # variance ~ 1e-6
     out = build_model(ModelConfig(**{**vars(TINY), "width": 64}), 0).norm(x).detach()
     assert out.std() == pytest.approx((x.var() / (x.var() + 1e-6)).sqrt().item(), rel=0.02)
 
@@ -119,11 +134,15 @@ def test_gelu_is_the_tanh_formula_unless_asked_otherwise() -> None:
 
 
 def test_weights_are_initialised_as_googles() -> None:
-    model = build_model(ModelConfig(variant="S/16", image_size=32, head_bias=-6.9, representation_size=384), seed=3)
+    model = build_model(
+        ModelConfig(variant="S/16", image_size=32, head_bias=-6.9, representation_size=384), seed=3
+    )
     width, limit = 384, math.sqrt(6 / (2 * 384))
     for part in model.blocks[0].attn.qkv.weight.split(width):
         assert part.abs().max().item() == pytest.approx(limit, rel=1e-3) and part.abs().max() <= limit
-    assert model.blocks[1].mlp.fc1.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (384 + 1536)), rel=1e-3)
+    assert model.blocks[1].mlp.fc1.weight.abs().max().item() == pytest.approx(
+        math.sqrt(6 / (384 + 1536)), rel=1e-3
+    )
     assert model.blocks[1].mlp.fc1.bias.std().item() == pytest.approx(1e-6, rel=0.1)
     assert model.blocks[1].attn.qkv.bias.abs().max() == 0
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
-from shard_files import write_index
 from multiprocess.job import Job
+from shard_files import write_index
 
 
 @pytest.fixture(scope="session")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """83 samples: 10 steps of 8 an epoch, so that a kill at step 7 or 14 is in mid-epoch, mid-shard and mid-window."""
+    """83 samples: 10 steps of 8 an epoch, so that a kill at step 7 or 14 is in mid-epoch, mid-shard and mid-
+    window.
+    """
     return write_index(tmp_path_factory.mktemp("shards"), [30, 33, 20])
 
 

@@ -68,13 +68,23 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(CONFIG.format(run_dir=self.run_dir, index=index))
 
-    def start(self, world_size: int, *overrides: str, kill_when: Callable[[], bool] | None = None) -> list[int]:
-        """Run `world_size` ranks to their end, or SIGKILL them all as soon as `kill_when()`. Returns their exit statuses."""
+    def start(
+        self,
+        world_size: int,
+        *overrides: str,
+        kill_when: Callable[[], object] | None = None,
+        kill_delay_seconds: float = 0.0,
+    ) -> list[int]:
+        """Run `world_size` ranks to their end, or SIGKILL them all soon after `kill_when()` holds.
+
+        Returns their exit statuses.
+        """
         with self.ranks(world_size, *overrides) as processes:
             deadline = time.monotonic() + TIMEOUT_SECONDS
             while any(process.poll() is None for process in processes):
                 assert time.monotonic() < deadline, self.output()
                 if kill_when and kill_when():
+                    time.sleep(kill_delay_seconds)
                     for process in processes:
                         process.kill()
                 if any(process.poll() not in (None, 0) for process in processes):
@@ -90,7 +100,12 @@ class Job:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
-        common = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        common = {
+            "WORLD_SIZE": world_size,
+            "LOCAL_WORLD_SIZE": world_size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         processes = []
         for rank in range(world_size):
             env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank, **common}
@@ -98,7 +113,10 @@ class Job:
             with open(self.run_dir.parent / f"rank-{rank}.log", "ab") as log:
                 processes.append(
                     subprocess.Popen(
-                        list(map(str, command)), env={k: str(v) for k, v in env.items()}, stdout=log, stderr=log
+                        list(map(str, command)),
+                        env={k: str(v) for k, v in env.items()},
+                        stdout=log,
+                        stderr=log,
                     )
                 )
         try:

@@ -49,21 +49,25 @@ def test_other_world_sizes_and_zero_stages_go_on_with_the_same_data_and_losses(
     """2 ranks at ZeRO 1, then 1 rank at ZeRO 3, then 2 ranks at ZeRO 2: killed twice, no conversion step."""
     job = Job(tmp_path, index)
     assert job.start(2, kill_when=job.reached(7)) == [-9, -9], job.output()
-    assert job.start(1, "engine.zero_stage=3", "engine.num_workers=1", kill_when=job.reached(14)) == [-9], job.output()
+    assert job.start(1, "engine.zero_stage=3", "engine.num_workers=1", kill_when=job.reached(14)) == [-9], (
+        job.output()
+    )
     assert job.start(2, "engine.zero_stage=2", "engine.micro_batch=4") == [0, 0], job.output()
     assert job.column("step") == STEPS
     assert job.column("data/digest") == uninterrupted.column("data/digest")
     assert job.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=1e-5)
 
 
-def test_a_kill_during_a_save_leaves_the_previous_checkpoint_in_charge(tmp_path: Path, index: Path, uninterrupted: Job) -> None:
+def test_a_kill_during_a_save_leaves_the_previous_checkpoint_in_charge(
+    tmp_path: Path, index: Path, uninterrupted: Job
+) -> None:
     job = Job(tmp_path, index)
     directory = job.run_dir / "checkpoints"
     caught = 0
     for attempt in range(6):
         before = store.steps_on_disk(directory)
-        # A save is seen by its temporary folder; the sleep moves the kill through its stages from attempt to attempt.
-        job.start(2, kill_when=lambda: bool(job.temporary_saves()) and not time.sleep(0.004 * attempt))
+        # A save is seen by its temporary folder; the delay moves the kill through its stages.
+        job.start(2, kill_when=job.temporary_saves, kill_delay_seconds=0.004 * attempt)
         caught += bool(job.temporary_saves())
         after = store.steps_on_disk(directory)
         assert set(before) <= {*after} or len(after) >= 2, "a kill took a checkpoint away"
@@ -79,7 +83,9 @@ def test_a_kill_during_a_save_leaves_the_previous_checkpoint_in_charge(tmp_path:
     assert not job.temporary_saves()
 
 
-def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tmp_path: Path, index: Path, uninterrupted: Job) -> None:
+def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(
+    tmp_path: Path, index: Path, uninterrupted: Job
+) -> None:
     job = Job(tmp_path, index)
     with job.ranks(2, "checkpoint.every_steps=0") as processes:
         while not job.reached(4)():

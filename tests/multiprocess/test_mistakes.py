@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from shard_files import jpeg, write_tar
 from multiprocess.job import Job
+from shard_files import jpeg, write_tar
 
 from vitscale.checkpoint import store
 from vitscale.data.index import build_index
@@ -36,7 +36,9 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def test_a_flipped_byte_sends_the_run_back_to_the_checkpoint_before(finished: Job, uninterrupted: Job) -> None:
+def test_a_flipped_byte_sends_the_run_back_to_the_checkpoint_before(
+    finished: Job, uninterrupted: Job
+) -> None:
     directory = finished.run_dir / "checkpoints"
     newest = store.step_directory(directory, store.steps_on_disk(directory)[-1])
     flip_byte(newest / "rank-00001.safetensors")
@@ -104,8 +106,14 @@ def test_too_many_bad_samples_end_the_run_with_a_count_and_a_checkpoint(tmp_path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.wieght_decay=0.1", "unknown key optim.wieght_decay in [optim]; did you mean optim.weight_decay?"),
-        ("engine.micro_batch=3", "global_batch 8 is not a multiple of engine.micro_batch 3 x world_size 1 = 3; use"),
+        (
+            "optim.wieght_decay=0.1",
+            "unknown key optim.wieght_decay in [optim]; did you mean optim.weight_decay?",
+        ),
+        (
+            "engine.micro_batch=3",
+            "global_batch 8 is not a multiple of engine.micro_batch 3 x world_size 1 = 3; use",
+        ),
         ("model.num_classes=4", "holds label 4, out of range for model.num_classes 4"),
         ("data.index=nowhere/index.json", "index nowhere/index.json is missing"),
         ("total_epochs=3", "set exactly one of total_steps, total_epochs, total_samples"),
@@ -113,7 +121,9 @@ def test_too_many_bad_samples_end_the_run_with_a_count_and_a_checkpoint(tmp_path
         ("init.checkpoint=nowhere", "nowhere is not a checkpoint"),
     ],
 )
-def test_a_config_that_cannot_run_says_what_to_write(tmp_path: Path, index: Path, override: str, message: str) -> None:
+def test_a_config_that_cannot_run_says_what_to_write(
+    tmp_path: Path, index: Path, override: str, message: str
+) -> None:
     job = Job(tmp_path, index)
     assert job.start(1, override) == [2]
     assert message in sentence(job)

@@ -9,12 +9,12 @@ from multiprocess.job import Job
 from vitscale import config as configs
 from vitscale.data.loader import Stream, batches
 from vitscale.data.transforms import normalize
+from vitscale.job import TrainConfig, prepare
 from vitscale.losses import compute_loss, to_targets
 from vitscale.models import build_model
 from vitscale.optim import build_optimizer
 from vitscale.rng import derive_seed
 from vitscale.schedule import learning_rate
-from vitscale.train import TrainConfig, prepare
 
 
 def plain_pytorch_losses(path: Path) -> list[float]:
@@ -48,21 +48,41 @@ def plain_pytorch_losses(path: Path) -> list[float]:
 
 
 def test_zero_1_equals_plain_pytorch(uninterrupted: Job) -> None:
-    assert uninterrupted.column("train/loss") == pytest.approx(plain_pytorch_losses(uninterrupted.config), abs=1e-6)
+    assert uninterrupted.column("train/loss") == pytest.approx(
+        plain_pytorch_losses(uninterrupted.config), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_2_and_3_equal_zero_1(tmp_path: Path, index: Path, uninterrupted: Job, stage: int) -> None:
     job = Job(tmp_path, index)
-    assert job.start(2, f"engine.zero_stage={stage}", "engine.activation_checkpointing=full") == [0, 0], job.output()
+    assert job.start(2, f"engine.zero_stage={stage}", "engine.activation_checkpointing=full") == [0, 0], (
+        job.output()
+    )
     assert job.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=1e-6)
+
+
+def device_has_fp16() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().is_fp16_supported()
+
+
+def test_fp16_without_hardware_for_it_is_refused_in_one_sentence(tmp_path: Path, index: Path) -> None:
+    if device_has_fp16():
+        pytest.skip("this device computes in fp16")
+    job = Job(tmp_path, index)
+    assert job.start(1, "precision=fp16") == [2]
+    assert 'precision "fp16" does not run on this device' in job.output()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bit_follows_fp32_and_resumes_bit_for_bit(
     tmp_path: Path, index: Path, uninterrupted: Job, precision: str
 ) -> None:
-    overrides = (f"precision={precision}", "optim.name=adamw")
+    if precision == "fp16" and not device_has_fp16():
+        pytest.skip("DeepSpeed refuses fp16 on this device")
+    overrides = (f"precision={precision}",)
     whole, killed = Job(tmp_path / "whole", index), Job(tmp_path / "killed", index)
     assert whole.start(1, *overrides) == [0], whole.output()
     assert whole.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=0.05)
@@ -72,10 +92,10 @@ def test_16_bit_follows_fp32_and_resumes_bit_for_bit(
 
 
 def test_sgd_resumes_bit_for_bit_with_its_momentum(tmp_path: Path, index: Path) -> None:
-    overrides = ("optim.name=sgd", "optim.weight_decay=0", "optim.lr=0.1")
+    overrides = ("optim.name=sgd", "optim.weight_decay=0", "optim.lr=0.02")
     whole, killed = Job(tmp_path / "whole", index), Job(tmp_path / "killed", index)
     assert whole.start(1, *overrides) == [0], whole.output()
     assert killed.start(1, *overrides, kill_when=killed.reached(8)) == [-9], killed.output()
     assert killed.start(1, *overrides) == [0], killed.output()
     assert killed.column("train/loss") == whole.column("train/loss")
-    assert whole.column("train/loss")[-1] < whole.column("train/loss")[0]
+    assert min(whole.column("train/loss")) < whole.column("train/loss")[0] - 0.01

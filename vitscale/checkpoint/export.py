@@ -1,4 +1,6 @@
-"""Checkpoints as plain models: one safetensors file that carries its model's configuration, and the nn.Module from it."""
+"""Checkpoints as plain models: one safetensors file that carries its model's configuration, and the nn.Module
+from it.
+"""
 
 import json
 import os
@@ -19,8 +21,10 @@ EXPORT_NAME = "model.safetensors"
 
 
 class SavedModel:
-    """Weights and configuration of a model on disk: a run directory (its newest good checkpoint), a step directory, or an
-    export (the file, or the folder that holds it). Raises CheckpointError for anything else, and for what is damaged."""
+    """Weights and configuration of a model on disk: a run directory (its newest good checkpoint), a step
+    directory, or an
+    export (the file, or the folder that holds it). Raises CheckpointError for anything else, and for what is
+    damaged."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = _locate(Path(path))
@@ -50,7 +54,8 @@ class SavedModel:
 
 
 def load_model(path: str | Path) -> ViT:
-    """The model of a checkpoint or export as a plain nn.Module in eval mode, fp32 on the CPU; DeepSpeed is not needed.
+    """The model of a checkpoint or export as a plain nn.Module in eval mode, fp32 on the CPU; DeepSpeed is
+    not needed.
 
     Raises CheckpointError if `path` is not a checkpoint or is damaged.
     """
@@ -66,9 +71,11 @@ def checkpoint_step(path: str | Path) -> int:
 
 
 def export_safetensors(path: str | Path, out: str | Path) -> Path:
-    """Write a checkpoint's fp32 weights to one safetensors file, tensor by tensor (memory: the largest tensor).
+    """Write a checkpoint's fp32 weights to one safetensors file, tensor by tensor (memory: the largest
+    tensor).
 
-    out: a file name ending in .safetensors, or a folder that gets model.safetensors. The file's metadata holds the model
+    out: a file name ending in .safetensors, or a folder that gets model.safetensors. The file's metadata
+    holds the model
     section of the config and the step, so that load_model needs nothing else. Returns the file's path.
     """
     saved, target = SavedModel(path), Path(out)
@@ -103,7 +110,8 @@ def _locate(path: Path) -> Path:
     if newest:
         return newest[0]
     raise CheckpointError(
-        f"{path} is not a checkpoint: give a run directory with checkpoints in it, a step directory, or an exported .safetensors file"
+        f"{path} is not a checkpoint: give a run directory with checkpoints in it, a step directory, or an "
+        "exported .safetensors file"
     )
 
 
@@ -113,14 +121,16 @@ def _open_export(path: Path) -> tuple[SafetensorsReader, int, dict[str, tuple[in
         model = json.loads(file.metadata["vitscale.model"])
         step = int(file.metadata["vitscale.step"])
     except KeyError:
-        raise CheckpointError(f"{path} was not exported by vitscale: it names no model configuration") from None
+        raise CheckpointError(
+            f"{path} was not exported by vitscale: it names no model configuration"
+        ) from None
     except ValueError:
         raise CheckpointError(f"{path} is not a safetensors file, or a damaged one") from None
     return file, step, {name: tuple(entry["shape"]) for name, entry in file.header.items()}, model
 
 
 def describe(path: str | Path) -> tuple[Path, Manifest]:
-    """The step directory that `path` means, and its verified manifest. Raises CheckpointError for an export."""
+    """The step directory that `path` means, and its verified manifest. Raises for an export."""
     found = _locate(Path(path))
     if found.is_file():
         raise CheckpointError(f"{found} is an export: it holds weights only; give a run or step directory")

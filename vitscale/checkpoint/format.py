@@ -1,6 +1,7 @@
 """The files of a checkpoint: safetensors written in one hashed pass, read by ranges; and the manifest.
 
-Fragments are 1-D pieces of flattened fp32 tensors, named STATE/PARAMETER, in plain safetensors files that any reader opens.
+Fragments are 1-D pieces of flattened fp32 tensors, named STATE/PARAMETER, in plain safetensors files that any
+reader opens.
 """
 
 import dataclasses
@@ -49,7 +50,8 @@ class TensorInfo:
 class Manifest:
     """What a checkpoint holds. Written last: without it there is no checkpoint.
 
-    states: which states every tensor has ("fp32", and the optimizer's). optimizer_steps: updates made (skipped ones do not
+    states: which states every tensor has ("fp32", and the optimizer's). optimizer_steps: updates made
+    (skipped ones do not
     count). loss_scaler: its numbers (fp16), else empty. counters: plain integers of the trainer.
     """
 
@@ -85,18 +87,24 @@ class Manifest:
             values = json.loads(path.read_bytes())
             checksum = values.pop("checksum")
         except FileNotFoundError:
-            raise CheckpointError(f"{directory} holds no {MANIFEST}: it is not a finished checkpoint") from None
+            raise CheckpointError(
+                f"{directory} holds no {MANIFEST}: it is not a finished checkpoint"
+            ) from None
         except (ValueError, KeyError, AttributeError):
             raise CheckpointError(f"{path} is damaged: it is not a manifest") from None
         if checksum != _digest(values):
             raise CheckpointError(f"{path} is damaged: its checksum does not match")
         name, version = values.pop("format"), values.pop("version")
         if name != FORMAT or version != VERSION:
-            raise CheckpointError(f"{path} is a {name} of version {version}; this vitscale reads version {VERSION}")
+            raise CheckpointError(
+                f"{path} is a {name} of version {version}; this vitscale reads version {VERSION}"
+            )
         values["states"] = tuple(values["states"])
         values["files"] = {name: FileInfo(**info) for name, info in values["files"].items()}
         values["tensors"] = {
-            name: TensorInfo(shape=tuple(info["shape"]), fragments=tuple((f, s, n) for f, s, n in info["fragments"]))
+            name: TensorInfo(
+                shape=tuple(info["shape"]), fragments=tuple((f, s, n) for f, s, n in info["fragments"])
+            )
             for name, info in values["tensors"].items()
         }
         return cls(**values)
@@ -119,7 +127,10 @@ class SafetensorsWriter:
     """Streams tensors of known shapes to a file: one tensor in memory at a time. Use as a context manager."""
 
     def __init__(
-        self, path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        metadata: Mapping[str, str],
     ) -> None:
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
         end = 0
@@ -141,7 +152,7 @@ class SafetensorsWriter:
         """Append the next tensor; the order is that of `shapes`."""
         assert name == self._expected.pop(0), name
         flat = tensor.detach().cpu().contiguous().view(-1)
-        self._put(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        self._put(_bytes_of(flat) if flat.numel() else b"")
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
@@ -166,19 +177,25 @@ class SafetensorsReader:
     """Ranges of the flattened tensors in a safetensors file, read straight into their destination."""
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "rb", buffering=0)
-        (length,) = struct.unpack("<Q", self._file.read(8))
+        self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (read as long as the reader lives)
+        (length,) = struct.unpack("<Q", self._file.read(8).ljust(8))
+        if length > os.fstat(self._file.fileno()).st_size:
+            raise ValueError(f"{path} is not a safetensors file")
         self.header: dict[str, Any] = json.loads(self._file.read(length))
         self.metadata: dict[str, str] = self.header.pop("__metadata__", {})
         self._base = 8 + length
 
     def read_into(self, destination: Tensor, name: str, start: int) -> None:
-        """destination[:] = tensor.flatten()[start : start + len(destination)]; destination is a 1-D fp32 tensor."""
+        """destination[:] = tensor.flatten()[start : start + len(destination)]; destination is a 1-D fp32
+        tensor.
+        """
         entry = self.header[name]
         dtype = _DTYPES[entry["dtype"]]
-        staged = destination.device.type != "cpu" or dtype != destination.dtype or not destination.is_contiguous()
+        staged = (
+            destination.device.type != "cpu" or dtype != destination.dtype or not destination.is_contiguous()
+        )
         host = torch.empty(len(destination), dtype=dtype) if staged else destination
-        view = memoryview(host.view(torch.uint8).numpy())
+        view = _bytes_of(host)
         position = self._base + entry["data_offsets"][0] + start * dtype.itemsize
         while len(view):
             count = os.preadv(self._file.fileno(), [view], position)
@@ -187,6 +204,11 @@ class SafetensorsReader:
             view, position = view[count:], position + count
         if staged:
             destination.copy_(host)
+
+
+def _bytes_of(flat: Tensor) -> memoryview:
+    """The bytes of a contiguous 1-D tensor on the CPU, without a copy."""
+    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType] (ndarray is a buffer)
 
 
 def hash_file(path: Path) -> FileInfo:

@@ -1,4 +1,6 @@
-"""Reading a checkpoint at any world size and ZeRO stage: each rank reads the ranges that it owns now, and no others."""
+"""Reading a checkpoint at any world size and ZeRO stage: each rank reads the ranges that it owns now, and no
+others.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,24 @@ class FragmentReader:
         self._files: dict[str, SafetensorsReader] = {}
 
     def read_into(self, destination: Tensor, state: str, name: str, start: int) -> None:
-        """destination[:] = the saved `state` of parameter `name`, flattened, from `start`; only overlapping ranges are read."""
+        """destination[:] = the saved `state` of parameter `name`, flattened, from `start`; only overlapping
+        ranges are read.
+        """
         end, found = start + len(destination), 0
         for file, first, count in self._manifest.tensors[name].fragments:
             low, high = max(first, start), min(first + count, end)
             if low < high:
                 if file not in self._files:
                     self._files[file] = SafetensorsReader(self._directory / file)
-                self._files[file].read_into(destination[low - start : high - start], f"{state}/{name}", low - first)
+                self._files[file].read_into(
+                    destination[low - start : high - start], f"{state}/{name}", low - first
+                )
                 found += high - low
         if found != len(destination):
-            raise CheckpointError(f"{self._directory}: {state} of {name} is incomplete: {found:,} of {len(destination):,} values")
+            raise CheckpointError(
+                f"{self._directory}: {state} of {name} is incomplete: {found:,} of {len(destination):,} "
+                "values"
+            )
 
     def whole(self, name: str, state: str = "fp32") -> Tensor:
         """One whole tensor, fp32."""
@@ -40,7 +49,9 @@ class FragmentReader:
 
 
 def find(run_dir: str) -> tuple[Path, Manifest] | None:
-    """The newest good checkpoint of a run, looked for by rank 0 and agreed by all. None if the run has none yet."""
+    """The newest good checkpoint of a run, looked for by rank 0 and agreed by all. None if the run has none
+    yet.
+    """
     chosen, failure = "", ""
     if distributed.is_main():
         try:
@@ -55,12 +66,15 @@ def find(run_dir: str) -> tuple[Path, Manifest] | None:
 
 
 def resume(engine: Any, directory: Path, manifest: Manifest) -> None:
-    """Put the saved state into a fresh engine; every rank calls it. Raises CheckpointError if it is of another model."""
+    """Put the saved state into a fresh engine; every rank calls it. Raises CheckpointError if it is of
+    another model.
+    """
     saved, here = {name: info.shape for name, info in manifest.tensors.items()}, state.shapes(engine)
     if saved != here:
         names = sorted(name for name in {*saved, *here} if saved.get(name) != here.get(name))
         raise CheckpointError(
-            f"{directory} is of another model: {names[0]} is {saved.get(names[0])} there and {here.get(names[0])} here"
+            f"{directory} is of another model: {names[0]} is {saved.get(names[0])} there and "
+            f"{here.get(names[0])} here"
         )
     reader = FragmentReader(directory, manifest)
     state.restore(engine, reader, manifest.states[1:], manifest.optimizer_steps)

@@ -1,7 +1,7 @@
 """What each rank owns of every parameter under ZeRO 1, 2 and 3, and how to put it back.
 
-The only module that reads DeepSpeed's private names (0.19.8). A changed name fails loudly; a changed layout would be silent,
-so check_mapping compares the map with the live weights before every save.
+The only module that reads DeepSpeed's private names (0.19.8). A changed name fails loudly; a changed
+layout would be silent, so check_mapping compares the map with the live weights before every save.
 """
 
 import dataclasses
@@ -38,7 +38,9 @@ class WholeTensors:
 
 @dataclasses.dataclass(frozen=True)
 class Fragment:
-    """This rank owns param.flatten()[start : start + count]; its fp32 master is flat[offset : offset + count]."""
+    """This rank owns param.flatten()[start : start + count]; its fp32 master is flat[offset : offset +
+    count].
+    """
 
     name: str
     param: nn.Parameter
@@ -58,7 +60,9 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     for name, param in engine.module.named_parameters():
         if not param.requires_grad:
             raise ValueError(f"parameter {name} is frozen: it has no fp32 master to checkpoint")
-        if hasattr(param, "ds_id"):  # ZeRO 3: each rank holds ceil(numel / world) of every parameter, padded at the end
+        if hasattr(
+            param, "ds_id"
+        ):  # ZeRO 3: each rank holds ceil(numel / world) of every parameter, padded at the end
             group, offset, padded = optimizer.grad_position[optimizer.get_param_id(param)]
             start = torch.distributed.get_rank(group=param.ds_process_group) * padded
             count = min(padded, param.ds_numel - start)
@@ -78,7 +82,9 @@ def shapes(engine: Any) -> dict[str, tuple[int, ...]]:
 
 
 def owned_states(engine: Any, states: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """{state: {parameter: 1-D fragment}} of this rank, as views; "fp32" is the master. Raises where the map is wrong."""
+    """{state: {parameter: 1-D fragment}} of this rank, as views; "fp32" is the master. Raises where the map
+    is wrong.
+    """
     check_mapping(engine)
     found: dict[str, dict[str, Tensor]] = {state: {} for state in states}
     for fragment in fragments(engine):
@@ -95,7 +101,9 @@ def optimizer_steps(engine: Any) -> int:
 
 @torch.no_grad()
 def check_mapping(engine: Any) -> None:
-    """Raise on every rank if on any a live weight is not the cast of the master that the map gives it. Every rank calls it."""
+    """Raise on every rank if on any a live weight is not the cast of the master that the map gives it. Every
+    rank calls it.
+    """
     wrong = ""
     for fragment in fragments(engine):
         param = fragment.param
@@ -115,9 +123,11 @@ def check_mapping(engine: Any) -> None:
 
 @torch.no_grad()
 def restore(engine: Any, source: FragmentSource, states: Sequence[str], steps: int) -> None:
-    """Fill masters and optimizer states from `source`, then the live weights from the masters. Every rank calls it.
+    """Fill masters and optimizer states from `source`, then the live weights from the masters. Every rank
+    calls it.
 
-    states: those to read beside "fp32"; steps: the optimizer's update count. With no steps the optimizer starts fresh.
+    states: those to read beside "fp32"; steps: the optimizer's update count. With no steps the optimizer
+    starts fresh.
     """
     if steps > 0:
         _create_optimizer_state(engine, states, steps)
@@ -152,8 +162,14 @@ def restore_counters(engine: Any, saved: dict[str, int], scaler: dict[str, Any])
 
 
 def _flats(engine: Any) -> list[Tensor]:
-    """The flat fp32 master buffers: ZeRO 3's sub-groups, ZeRO 1/2's groups, or those of ZeRO 1 with fp32 accumulation."""
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+    """The flat fp32 master buffers: ZeRO 3's sub-groups, ZeRO 1/2's groups, or those of ZeRO 1 with fp32
+    accumulation.
+    """
+    for name in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    ):
         if hasattr(engine.optimizer, name):
             return getattr(engine.optimizer, name)
     raise RuntimeError(f"{type(engine.optimizer).__name__} keeps no fp32 masters that can be checkpointed")
@@ -164,7 +180,9 @@ def _create_optimizer_state(engine: Any, states: Sequence[str], steps: int) -> N
     optimizer, base = engine.optimizer, engine.basic_optimizer
     groups = base.param_groups
     for number, flat in enumerate(_flats(engine)):
-        group = groups[optimizer.sub_group_to_group_id[number] if engine.zero_optimization_stage() == 3 else number]
+        group = groups[
+            optimizer.sub_group_to_group_id[number] if engine.zero_optimization_stage() == 3 else number
+        ]
         held = base.state[flat]
         for state in states:
             if held.get(state) is None:

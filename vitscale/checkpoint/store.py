@@ -1,9 +1,11 @@
-"""Checkpoints on disk: write under a temporary name, commit by rename, keep the last few, find the newest good one.
+"""Checkpoints on disk: write under a temporary name, commit by rename, keep the last few, find the newest
+good one.
 
     RUN/checkpoints/step-000012000/manifest.json, rank-00000.safetensors, ...
     RUN/checkpoints/latest                          the name of the newest committed one
 
-A kill at any instant leaves the previous checkpoint in charge: until the rename nothing has its final name, and what has it
+A kill at any instant leaves the previous checkpoint in charge: until the rename nothing has its final name,
+and what has it
 was fsynced before. A reader trusts checksums, not names, and walks back to the newest that verifies.
 """
 
@@ -18,7 +20,15 @@ from typing import Any
 
 from vitscale import distributed, storage
 from vitscale.checkpoint import state
-from vitscale.checkpoint.format import MANIFEST, CheckpointError, FileInfo, Manifest, TensorInfo, hash_file, write_safetensors
+from vitscale.checkpoint.format import (
+    MANIFEST,
+    CheckpointError,
+    FileInfo,
+    Manifest,
+    TensorInfo,
+    hash_file,
+    write_safetensors,
+)
 from vitscale.config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +38,9 @@ _TEMPORARY = ".tmp-"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save and what to keep ([checkpoint]). every_steps 0 = only at the end; keep_every_steps 0 = none for ever."""
+    """When to save and what to keep ([checkpoint]). every_steps 0 = only at the end; keep_every_steps 0 =
+    none for ever.
+    """
 
     every_steps: int = 1000
     keep_last: int = 3
@@ -36,7 +48,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
-            raise ConfigError(f"checkpoint.keep_last {self.keep_last} must be 1 or more: the newest is never deleted")
+            raise ConfigError(
+                f"checkpoint.keep_last {self.keep_last} must be 1 or more: the newest is never deleted"
+            )
         if self.every_steps < 0 or self.keep_every_steps < 0:
             raise ConfigError("checkpoint.every_steps and checkpoint.keep_every_steps must not be negative")
 
@@ -58,18 +72,25 @@ def steps_on_disk(directory: Path) -> list[int]:
 def save(engine: Any, directory: Path, optimizer: str, header: dict[str, Any]) -> Path:
     """Write and commit a checkpoint of the engine between two optimizer steps; every rank calls it.
 
-    header: the trainer's part of the Manifest, with its "step". Returns the step directory. Raises CheckpointError on every
+    header: the trainer's part of the Manifest, with its "step". Returns the step directory. Raises
+    CheckpointError on every
     rank if any could not write (disk full, read-only): the previous checkpoint is then still in charge.
     """
     steps = state.optimizer_steps(engine)
     states = ("fp32", *(state.OPTIMIZER_STATES[optimizer] if steps > 0 else ()))
     owned = state.owned_states(engine, states)
     temporary = directory / f"{_TEMPORARY}step-{header['step']:09d}"
-    _together(lambda: _prepare(directory, temporary) if distributed.is_main() else None, "preparing", temporary)
+    _together(
+        lambda: _prepare(directory, temporary) if distributed.is_main() else None, "preparing", temporary
+    )
 
     file = f"rank-{distributed.rank():05d}.safetensors"
-    named = {f"{name}/{parameter}": tensor for name, part in owned.items() for parameter, tensor in part.items()}
-    info = _together(lambda: write_safetensors(temporary / file, named, {"format": "pt"}), "writing", temporary / file)
+    named = {
+        f"{name}/{parameter}": tensor for name, part in owned.items() for parameter, tensor in part.items()
+    }
+    info = _together(
+        lambda: write_safetensors(temporary / file, named, {"format": "pt"}), "writing", temporary / file
+    )
     pieces = [(fragment.name, fragment.start, fragment.count) for fragment in state.fragments(engine)]
     everyone = distributed.gather_json([file, dataclasses.asdict(info), pieces])
 
@@ -91,7 +112,9 @@ def save(engine: Any, directory: Path, optimizer: str, header: dict[str, Any]) -
         files={name: FileInfo(**info) for name, info, _ in everyone},
     )
     final = step_directory(directory, manifest.step)
-    _together(lambda: _commit(manifest, temporary, final) if distributed.is_main() else None, "committing", final)
+    _together(
+        lambda: _commit(manifest, temporary, final) if distributed.is_main() else None, "committing", final
+    )
     return final
 
 
@@ -102,17 +125,23 @@ def retained(steps: Sequence[int], keep_last: int, keep_every_steps: int) -> set
 
 
 def apply_retention(directory: Path, config: CheckpointConfig) -> None:
-    """Delete what need not be kept; rank 0 calls it after a commit. A failed deletion is reported and tried again later."""
+    """Delete what need not be kept; rank 0 calls it after a commit. A failed deletion is reported and tried
+    again later.
+    """
     steps = steps_on_disk(directory)
     for step in sorted(set(steps) - retained(steps, config.keep_last, config.keep_every_steps)):
         try:
             _delete(step_directory(directory, step))
         except OSError as error:
-            logger.warning("old checkpoint %s could not be deleted (%s); trying again after the next save", step, error)
+            logger.warning(
+                "old checkpoint %s could not be deleted (%s); trying again after the next save", step, error
+            )
 
 
 def verify(directory: Path) -> Manifest:
-    """Check the manifest and every file of a step directory. Raises CheckpointError naming the first that is wrong."""
+    """Check the manifest and every file of a step directory. Raises CheckpointError naming the first that is
+    wrong.
+    """
     manifest = Manifest.load(directory)
     for name, info in manifest.files.items():
         try:
@@ -120,20 +149,26 @@ def verify(directory: Path) -> Manifest:
         except FileNotFoundError:
             raise CheckpointError(f"{directory / name} is missing") from None
         if found.num_bytes != info.num_bytes:
-            raise CheckpointError(f"{directory / name} has {found.num_bytes:,} bytes, the manifest says {info.num_bytes:,}")
+            raise CheckpointError(
+                f"{directory / name} has {found.num_bytes:,} bytes, the manifest says {info.num_bytes:,}"
+            )
         if found.checksum != info.checksum:
             raise CheckpointError(f"{directory / name} is damaged: its checksum does not match the manifest")
     for name, tensor in manifest.tensors.items():
         covered = sum(count for _, _, count in tensor.fragments)
         if covered != numel(tensor.shape):
-            raise CheckpointError(f"{directory}: its fragments hold {covered:,} of the {numel(tensor.shape):,} values of {name}")
+            raise CheckpointError(
+                f"{directory}: its fragments hold {covered:,} of the {numel(tensor.shape):,} values of {name}"
+            )
     return manifest
 
 
 def newest_good(directory: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that verifies; newer ones that do not are named in a warning. None if there is none at all.
+    """The newest checkpoint that verifies; newer ones that do not are named in a warning. None if there is
+    none at all.
 
-    Raises CheckpointError if there are checkpoints but none of them verifies: starting from scratch would lose the run.
+    Raises CheckpointError if there are checkpoints but none of them verifies: starting from scratch would
+    lose the run.
     """
     broken = []
     for step in reversed(steps_on_disk(directory)):
@@ -144,7 +179,8 @@ def newest_good(directory: Path) -> tuple[Path, Manifest] | None:
             logger.warning("checkpoint passed over: %s", error)
     if broken:
         raise CheckpointError(
-            f"no checkpoint in {directory} verifies ({broken[0]}); restore one, or move the folder away to start afresh"
+            f"no checkpoint in {directory} verifies ({broken[0]}); restore one, or move the folder away to "
+            "start afresh"
         )
     return None
 
@@ -182,7 +218,9 @@ def _together(action: Callable[[], Any], verb: str, path: Path) -> Any:
         failure = f"{verb} {path} failed: {error.strerror or error}"
     failures = [text for text in distributed.gather_json(failure) if text]
     if failures:
-        raise CheckpointError(f"{failures[0]}; the last checkpoint is intact: free space or mend the path, and start again")
+        raise CheckpointError(
+            f"{failures[0]}; the last checkpoint is intact: free space or mend the path, and start again"
+        )
     return result
 
 

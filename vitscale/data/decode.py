@@ -1,4 +1,6 @@
-"""Image bytes to RGB pixels. Strict: libjpeg-turbo reports what Pillow passes over, and sizes are checked before decoding."""
+"""Image bytes to RGB pixels. Strict: libjpeg-turbo reports what Pillow passes over, and sizes are checked
+before decoding.
+"""
 
 import io
 import struct
@@ -17,11 +19,13 @@ class DamagedImage(ValueError):
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """Decode a JPEG, PNG or WebP to RGB uint8. Raises DamagedImage for damage, other content, or over MAX_PIXELS."""
+    """Decode a JPEG, PNG or WebP to RGB uint8. Raises DamagedImage for damage, other content, or over
+    MAX_PIXELS.
+    """
     if data.startswith(b"\xff\xd8\xff"):
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            _check_size(width, height)
+            _check_size(int(width), int(height))
             if colorspace in ("YCbCr", "RGB", "Gray"):
                 return simplejpeg.decode_jpeg(data, colorspace="RGB")
         except ValueError as error:
@@ -37,7 +41,15 @@ def _decode_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
             return np.asarray(image.convert("RGB"))
     except DamagedImage:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
         raise DamagedImage(str(error).split("<")[0].strip() or type(error).__name__) from None
 
 

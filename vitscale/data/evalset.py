@@ -1,4 +1,4 @@
-"""Evaluation data: labelled samples by number, decoded without augmentation and without replacing anything."""
+"""Evaluation data: labelled samples by number, decoded as they are, nothing augmented or replaced."""
 
 import functools
 from collections.abc import Iterator
@@ -24,11 +24,15 @@ class EvaluationSet(Dataset[tuple[Tensor, Tensor]]):
     """Samples 0 .. num_samples - 1 of an index, as model input of one size."""
 
     def __init__(self, index: Index, *, image_size: int, crop: Crop = "resize", num_workers: int = 0) -> None:
-        self.index, self.image_size, self.crop, self.num_workers = index, image_size, crop, num_workers
+        self.index, self.image_size, self.num_workers = index, image_size, num_workers
+        self.crop: Crop = crop
 
     @classmethod
-    def open(cls, pattern: str, *, image_size: int, crop: Crop = "resize", num_workers: int = 0) -> "EvaluationSet":
-        """Open an index.json, or plain shards by glob, brace pattern or URL (they are then indexed in memory).
+    def open(
+        cls, pattern: str, *, image_size: int, crop: Crop = "resize", num_workers: int = 0
+    ) -> "EvaluationSet":
+        """Open an index.json, or plain shards by glob, brace pattern or URL (they are then indexed in
+        memory).
 
         Raises DataError or ConfigError for what is missing or damaged.
         """
@@ -51,7 +55,8 @@ class EvaluationSet(Dataset[tuple[Tensor, Tensor]]):
         """The samples of `indices`, in that order, in batches. Raises DataError at a damaged one."""
         parts = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
         workers = min(self.num_workers, len(parts))
-        yield from DataLoader(self, batch_size=None, sampler=parts, num_workers=workers)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        yield from DataLoader(self, batch_size=None, sampler=parts, num_workers=workers)
 
     def __getitem__(self, ids: list[int]) -> tuple[UInt8[Tensor, "B 3 S S"], Int64[Tensor, "B M"]]:
         """Images and labels of several samples, in the order of `ids`."""

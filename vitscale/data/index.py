@@ -1,7 +1,10 @@
 """The index of a set of shards: what is where, and how to notice that it no longer is.
 
-`index.json` names the shards with their bytes, samples and checksum; an array beside it holds the byte offset of each chunk
-of K consecutive samples, in tar blocks of 512 bytes (4 bytes a chunk: 38 MB for 303 million samples at K = 32). Reads that
+`index.json` names the shards with their bytes, samples and checksum; an array beside it holds the byte
+offset
+of each chunk
+of K consecutive samples, in tar blocks of 512 bytes (4 bytes a chunk: 38 MB for 303 million samples at K =
+32). Reads that
 disagree with the index are damage, never end of data.
 """
 
@@ -44,7 +47,9 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Index:
-    """Shards in order, and the block offset of every chunk, uint32 [num_chunks]. Sample ids number the samples in order."""
+    """Shards in order, and the block offset of every chunk, uint32 [num_chunks]. Sample ids number the
+    samples in order.
+    """
 
     shards: tuple[Shard, ...]
     chunk_samples: int
@@ -124,7 +129,9 @@ class Index:
             "num_damaged": self.num_damaged,
             "damage": list(self.damage),
             "label_counts": {str(label): count for label, count in sorted(self.label_counts.items())},
-            "arrays": {"chunk_blocks": {"file": path.with_suffix(".chunks.npy").name, "checksum": _checksum(array)}},
+            "arrays": {
+                "chunk_blocks": {"file": path.with_suffix(".chunks.npy").name, "checksum": _checksum(array)}
+            },
             "shards": shards,
         }
 
@@ -141,11 +148,17 @@ class Index:
         except FileNotFoundError as error:
             raise DataError(f"index {path} is missing ({error.filename or error}); {remake}") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise error if isinstance(error, DataError | ConfigError) else DataError(f"{path} is not an index; {remake}") from None
+            raise (
+                error
+                if isinstance(error, DataError | ConfigError)
+                else DataError(f"{path} is not an index; {remake}")
+            ) from None
         if _checksum(array) != entry["checksum"]:
             raise DataError(f"{entry['file']} beside {path} does not match its checksum; {remake}")
         return cls(
-            shards=tuple(Shard(**{**shard, "url": storage.join(path, shard["url"])}) for shard in values["shards"]),
+            shards=tuple(
+                Shard(**{**shard, "url": storage.join(path, shard["url"])}) for shard in values["shards"]
+            ),
             chunk_samples=values["chunk_samples"],
             chunk_blocks=np.load(io.BytesIO(array), allow_pickle=False),
             label_counts={int(label): count for label, count in values["label_counts"].items()},
@@ -164,8 +177,10 @@ def build_index(
 ) -> Index:
     """Index shards in one pass over them. `progress` is told each finished shard.
 
-    A cut, broken, empty or missing shard raises DataError, unless `allow_damaged`: then its whole samples before the damage
-    are indexed. Samples that cannot be used (no label, not an image) stay in the index, are counted, and replaced when read.
+    A cut, broken, empty or missing shard raises DataError, unless `allow_damaged`: then its whole samples
+    before the damage
+    are indexed. Samples that cannot be used (no label, not an image) stay in the index, are counted, and
+    replaced when read.
     """
     scans = []
     for url in shards:
@@ -176,7 +191,9 @@ def build_index(
     for scan in scans:
         labels.update(scan.label_counts)
     if not labels:
-        raise DataError(f"no usable sample in {len(shards)} shards, the first of them {shards[0] if shards else '-'}")
+        raise DataError(
+            f"no usable sample in {len(shards)} shards, the first of them {shards[0] if shards else '-'}"
+        )
     damage = [sentence for scan in scans for sentence in scan.damage]
     return Index(
         shards=tuple(scan.shard for scan in scans),
@@ -197,7 +214,9 @@ def verify_index(index: Index, progress: Callable[[str], None] | None = None) ->
             scan = _scan_shard(shard.url, index.chunk_samples, allow_damaged=True)
             damage += scan.damage
             if scan.shard != shard and not scan.tar_damage:
-                damage.append(f"{shard.url}: is not the shard that was indexed: {_difference(shard, scan.shard)}")
+                damage.append(
+                    f"{shard.url}: is not the shard that was indexed: {_difference(shard, scan.shard)}"
+                )
         except DataError as error:
             damage.append(str(error))
         if progress:
@@ -214,12 +233,15 @@ def check_shards(index: Index) -> None:
             size = storage.size(shard.url)
         except FileNotFoundError:
             raise DataError(
-                f"shard {shard.url} is in the index but not on disk; restore it, or index the shards that are left: "
+                f"shard {shard.url} is in the index but not on disk; restore it, or index the shards that "
+                "are "
+                "left: "
                 f"python tools/data.py index SHARDS"
             ) from None
         if size != shard.num_bytes:
             raise DataError(
-                f"shard {shard.url} has {size:,} bytes, the index says {shard.num_bytes:,}: it was cut or replaced after "
+                f"shard {shard.url} has {size:,} bytes, the index says {shard.num_bytes:,}: it was cut or "
+                "replaced after "
                 f"indexing; restore it, or index again: python tools/data.py index SHARDS"
             )
 
@@ -283,10 +305,19 @@ def _scan_shard(url: str, chunk_samples: int, allow_damaged: bool) -> _Scan:
     if count == 0 and not (allow_damaged and tar_damage):
         raise DataError(f"shard {url} is empty: it holds no sample; leave it out")
     shard = Shard(
-        url=url, num_bytes=stream.count, data_bytes=data_bytes, num_samples=count, checksum=stream.hash.hexdigest()
+        url=url,
+        num_bytes=stream.count,
+        data_bytes=data_bytes,
+        num_samples=count,
+        checksum=stream.hash.hexdigest(),
     )
     return _Scan(
-        shard=shard, chunk_blocks=blocks, label_counts=labels, max_labels=max_labels, damage=damage, tar_damage=tar_damage
+        shard=shard,
+        chunk_blocks=blocks,
+        label_counts=labels,
+        max_labels=max_labels,
+        damage=damage,
+        tar_damage=tar_damage,
     )
 
 

@@ -1,7 +1,11 @@
-"""The training stream of one rank: worker processes read, decode and augment its lanes; the main process joins them.
+"""The training stream of one rank: worker processes read, decode and augment its lanes; the main process
+joins them.
 
-The stream is a function of (order, rank, world size, first step): a restart begins at any step, by a seek and the reading of
-at most one window per lane. A sample that cannot be used is replaced by a deterministic other one, and reported.
+The stream is a function of (order, rank, world size, first step): a restart begins at any step, by a seek
+and
+the reading of
+at most one window per lane. A sample that cannot be used is replaced by a deterministic other one, and
+reported.
 """
 
 import dataclasses
@@ -31,8 +35,10 @@ PREFETCHED_STEPS = 4  # per worker
 class DataConfig:
     """The training data ([data]).
 
-    lanes: the streams that every global batch is put together from; the world size must divide it, and the order depends
-    on it. 0 = the largest divisor of global_batch up to 1,024. Each lane holds window_chunks + 1 chunks in memory.
+    lanes: the streams that every global batch is put together from; the world size must divide it, and the
+    order depends
+    on it. 0 = the largest divisor of global_batch up to 1,024. Each lane holds window_chunks + 1 chunks in
+    memory.
     """
 
     index: str = ""
@@ -43,7 +49,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.lanes < 0 or self.window_chunks < 1:
-            raise ConfigError(f"data.lanes {self.lanes} must be 0 or more, data.window_chunks {self.window_chunks} 1 or more")
+            raise ConfigError(
+                f"data.lanes {self.lanes} must be 0 or more, data.window_chunks {self.window_chunks} 1 or "
+                "more"
+            )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"data.max_bad_fraction {self.max_bad_fraction} must lie in [0, 1]")
 
@@ -52,7 +61,8 @@ class DataConfig:
 class Batch:
     """One rank's part of a global batch, in batch order.
 
-    images uint8 [n, 3, S, S]; labels int64 [n, M], padded with -1; ids int64 [n], as delivered (after replacements);
+    images uint8 [n, 3, S, S]; labels int64 [n, M], padded with -1; ids int64 [n], as delivered (after
+    replacements);
     bad: one sentence for each sample that had to be replaced.
     """
 
@@ -77,18 +87,22 @@ def check_labels(index: Index, config: DataConfig, num_classes: int) -> None:
     """Raise ConfigError if the index holds labels that the model or the config has no place for."""
     if index.max_label >= num_classes:
         raise ConfigError(
-            f"{config.index} holds label {index.max_label}, out of range for model.num_classes {num_classes} (labels run "
-            f"from 0 to {num_classes - 1}); set model.num_classes = {index.max_label + 1} or mend the labels"
+            f"{config.index} holds label {index.max_label}, out of range for model.num_classes "
+            f"{num_classes} "
+            "(labels run "
+            f"from 0 to {num_classes - 1}); set model.num_classes = {index.max_label + 1} or mend the "
+            "labels"
         )
     if config.labels == "single" and index.max_labels > 1:
         raise ConfigError(
-            f'{config.index} has samples with {index.max_labels} labels; set data.labels = "multi" and loss.name = "sigmoid"'
+            f'{config.index} has samples with {index.max_labels} labels; set data.labels = "multi" and '
+            'loss.name = "sigmoid"'
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stream:
-    """What every worker of a rank needs to know; plain values, so that it can be handed to another process."""
+    """What every worker of a rank needs to know; plain values, to be handed to another process."""
 
     index: Index
     order: Order
@@ -103,7 +117,8 @@ class Stream:
 def batches(stream: Stream, num_workers: int) -> Iterator[Batch]:
     """The batches of steps first_step to last_step (0-based, end excluded) for the stream's lanes.
 
-    The lanes are divided among `num_workers` processes (0 = read in this one). Raises DataError when data cannot be used.
+    The lanes are divided among `num_workers` processes (0 = read in this one). Raises DataError when data
+    cannot be used.
     """
     workers = min(num_workers, len(stream.lanes))
     loader = DataLoader(
@@ -112,7 +127,8 @@ def batches(stream: Stream, num_workers: int) -> Iterator[Batch]:
         num_workers=workers,
         prefetch_factor=PREFETCHED_STEPS if workers else None,
     )
-    # With an iterable dataset the loader asks the workers in turn and keeps that order: item i comes from worker i % n.
+    # With an iterable dataset the loader asks the workers in turn and keeps that order: item i comes from
+    # worker i % n.
     parts = iter(loader)
     for _ in range(stream.first_step, stream.last_step):
         yield _join([next(parts) for _ in range(max(1, workers))])
@@ -123,13 +139,16 @@ def _join(parts: Sequence[dict[str, Any]]) -> Batch:
         if "error" in part:
             raise DataError(part["error"])
     images, labels, ids = (
-        parts[0][name] if len(parts) == 1 else torch.cat([part[name] for part in parts]) for name in ("images", "labels", "ids")
+        parts[0][name] if len(parts) == 1 else torch.cat([part[name] for part in parts])
+        for name in ("images", "labels", "ids")
     )
     return Batch(images, labels, ids.numpy(), [sentence for part in parts for sentence in part["bad"]])
 
 
 class _WorkerStream(IterableDataset[dict[str, Any]]):
-    """Yields the worker's lanes of each step. Errors travel as data, so that the user reads our sentence alone."""
+    """Yields the worker's lanes of each step. Errors travel as data, so that the user reads our sentence
+    alone.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -153,11 +172,17 @@ def _read_steps(stream: Stream, lanes: list[int]) -> Iterator[dict[str, Any]]:
         readers = [_Lane(stream, epoch_order, lane, first) for lane in lanes]
         for _ in range(min(steps - first, stream.last_step - step)):
             samples = [sample for reader in readers for sample in reader.take(stream.order.per_lane)]
-            yield _collate(samples, [sentence for reader in readers for sentence in reader.take_bad()], stream.index.max_labels)
+            yield _collate(
+                samples,
+                [sentence for reader in readers for sentence in reader.take_bad()],
+                stream.index.max_labels,
+            )
             step += 1
 
 
-def _collate(samples: list[tuple[int, Tensor, tuple[int, ...]]], bad: list[str], max_labels: int) -> dict[str, Any]:
+def _collate(
+    samples: list[tuple[int, Tensor, tuple[int, ...]]], bad: list[str], max_labels: int
+) -> dict[str, Any]:
     ids, images, labels = zip(*samples, strict=True)
     return {
         "images": torch.stack(images),
@@ -206,7 +231,12 @@ class _Lane:
             if isinstance(sample, RawSample) and not reason:
                 try:
                     view = augment(
-                        decode(sample.image), stream.augment, stream.image_size, stream.order.seed, self.epoch, sample_id
+                        decode(sample.image),
+                        stream.augment,
+                        stream.image_size,
+                        stream.order.seed,
+                        self.epoch,
+                        sample_id,
                     )
                     return sample_id, view, sample.labels
                 except DamagedImage as error:
@@ -216,7 +246,8 @@ class _Lane:
             sample_id = int(draw * stream.index.num_samples)
             chunks = read_window(stream.index, [sample_id], self.chunks)
         raise DataError(
-            f"{MAX_REPLACEMENTS} samples in a row could not be used, the first {self.bad[-MAX_REPLACEMENTS]}; "
+            f"{MAX_REPLACEMENTS} samples in a row could not be used, the first "
+            f"{self.bad[-MAX_REPLACEMENTS]}; "
             f"see what is left with: python tools/data.py verify INDEX"
         )
 

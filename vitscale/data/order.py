@@ -1,9 +1,13 @@
 """Who reads what, and when: pure arithmetic on integers, with no process, file or state.
 
-Epoch e permutes the chunks; cumulative counts give every sample a global position; the positions are cut into V lanes; in
-a lane, windows of consecutive positions are shuffled. Step s of an epoch takes global_batch / V samples from each lane, and
-the global batch is ordered by lane. So its content and order depend on (index, seed, epoch, V, window, global_batch) only.
-Rank r owns a contiguous block of lanes, hence a contiguous slice of every global batch, at any world size that divides V.
+Epoch e permutes the chunks; cumulative counts give every sample a global position; the positions are cut into
+V lanes; in
+a lane, windows of consecutive positions are shuffled. Step s of an epoch takes global_batch / V samples from
+each lane, and
+the global batch is ordered by lane. So its content and order depend on (index, seed, epoch, V, window,
+global_batch) only.
+Rank r owns a contiguous block of lanes, hence a contiguous slice of every global batch, at any world size
+that divides V.
 """
 
 import dataclasses
@@ -22,7 +26,9 @@ DIGEST_MASK = (1 << 53) - 1  # a JSON reader that keeps numbers as doubles still
 
 
 def default_lanes(global_batch: int) -> int:
-    """The largest divisor of global_batch up to 1,024: as good as uniform shuffling from global_batch / 2 lanes on."""
+    """The largest divisor of global_batch up to 1,024: as good as uniform shuffling from global_batch / 2
+    lanes on.
+    """
     return next(v for v in range(min(global_batch, MAX_DEFAULT_LANES), 0, -1) if global_batch % v == 0)
 
 
@@ -30,7 +36,8 @@ def default_lanes(global_batch: int) -> int:
 class Order:
     """The order of one run over one index.
 
-    chunk_counts: samples of each chunk, int64 [num_chunks]. Raises ConfigError if there are fewer samples than one batch.
+    chunk_counts: samples of each chunk, int64 [num_chunks]. Raises ConfigError if there are fewer samples
+    than one batch.
     """
 
     chunk_counts: Int64[np.ndarray, " num_chunks"]
@@ -47,7 +54,8 @@ class Order:
             )
         if self.num_samples < self.global_batch:
             raise ConfigError(
-                f"the data set has {self.num_samples:,} samples, fewer than one global_batch of {self.global_batch:,}; "
+                f"the data set has {self.num_samples:,} samples, fewer than one global_batch of "
+                f"{self.global_batch:,}; "
                 f"lower global_batch"
             )
 
@@ -108,7 +116,9 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class EpochOrder:
-    """One epoch: chunk_order [num_chunks] and the cumulative sample counts in that order, chunk_ends [num_chunks]."""
+    """One epoch: chunk_order [num_chunks] and the cumulative sample counts in that order, chunk_ends
+    [num_chunks].
+    """
 
     order: Order
     epoch: int
@@ -138,7 +148,9 @@ class EpochOrder:
         return ids[start : start + per_lane]
 
     def lane_stream(self, lane: int, first_step: int) -> Iterator[tuple[int, Int64[np.ndarray, " n"]]]:
-        """The windows of a lane from the one that `first_step` starts in: (offset to skip in it, its sample ids)."""
+        """The windows of a lane from the one that `first_step` starts in: (offset to skip in it, its sample
+        ids).
+        """
         size = self.order.window_samples
         lane_length = self.order.steps_per_epoch * self.order.per_lane
         first = first_step * self.order.per_lane
@@ -149,8 +161,10 @@ class EpochOrder:
 def digest(ids: Int64[np.ndarray, " n"], first_position: int) -> int:
     """This slice's share of the batch digest: the shares of all ranks, added and masked, are `data/digest`.
 
-    ids: the sample ids at positions first_position, first_position + 1, ... of the global batch. A sum of mixed words
-    (splitmix64's finalizer), so that any partition of the batch gives the same total, and any swap another one.
+    ids: the sample ids at positions first_position, first_position + 1, ... of the global batch. A sum of
+    mixed words
+    (splitmix64's finalizer), so that any partition of the batch gives the same total, and any swap another
+    one.
     """
     positions = np.arange(first_position, first_position + len(ids), dtype=np.uint64)
     with np.errstate(over="ignore"):
@@ -159,4 +173,3 @@ def digest(ids: Int64[np.ndarray, " n"], first_position: int) -> int:
         words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         words = words ^ (words >> np.uint64(31))
         return int(words.sum(dtype=np.uint64)) & DIGEST_MASK
-

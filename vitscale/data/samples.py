@@ -1,4 +1,6 @@
-"""What a sample in a shard is: consecutive files with one key, an image and its labels. A shard is data, never code."""
+"""What a sample in a shard is: consecutive files with one key, an image and its labels. A shard is data,
+never code.
+"""
 
 import dataclasses
 import io
@@ -33,7 +35,9 @@ class BadSample:
 
 
 def parse_samples(data: bytes, offset: int, count: int) -> list[RawSample | BadSample]:
-    """The `count` samples in a range of a shard that begins at byte `offset`; what damage hides is a BadSample."""
+    """The `count` samples in a range of a shard that begins at byte `offset`; what damage hides is a
+    BadSample.
+    """
     samples: list[RawSample | BadSample] = []
     reason = "the range holds fewer samples than the index says"
     try:
@@ -48,7 +52,8 @@ def parse_samples(data: bytes, offset: int, count: int) -> list[RawSample | BadS
 def group(members: Iterable[Member]) -> Iterator[tuple[RawSample | BadSample, int]]:
     """Join consecutive members of one key to samples: (sample, offset of its first header).
 
-    When the members end in TarDamage, the sample being read is yielded only if its image and label were read whole.
+    When the members end in TarDamage, the sample being read is yielded only if its image and label were read
+    whole.
     """
     key, offset, files = "", 0, list[tuple[str, bytes]]()
     try:
@@ -79,7 +84,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def parse_labels(extension: str, data: bytes) -> tuple[int, ...]:
-    """Class indices from `KEY.cls` ("3", or "3 17" / "3,17") or `KEY.json` (an integer, a list, or {"label": ...}).
+    """Class indices from `KEY.cls` ("3", or "3 17" / "3,17") or `KEY.json` (an integer, a list, or {"label":
+    ...}).
 
     Raises ValueError if there are none or they are not whole numbers from 0.
     """
@@ -90,9 +96,10 @@ def parse_labels(extension: str, data: bytes) -> tuple[int, ...]:
         if isinstance(value, dict):
             value = value.get("labels", value.get("label", value.get("cls")))
         labels = value if isinstance(value, list) else [value]
-    if not labels or not all(type(label) is int and label >= 0 for label in labels):
+    parsed = tuple(label for label in labels if type(label) is int and label >= 0)
+    if not parsed or len(parsed) < len(labels):
         raise ValueError("labels must be whole numbers from 0")
-    return tuple(labels)
+    return parsed
 
 
 def image_kind(data: bytes) -> str:

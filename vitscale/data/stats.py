@@ -15,7 +15,7 @@ BAR = 40
 
 
 def describe(index: Index) -> str:
-    """The text of `tools/data.py stats`; resolutions and sizes come from the headers of up to 2,000 samples."""
+    """The text of `tools/data.py stats`; resolutions and sizes are those of up to 2,000 samples."""
     ids = np.unique(np.linspace(0, index.num_samples - 1, min(SAMPLED, index.num_samples)).astype(int))
     sizes, image_bytes = [], []
     for sample_id in ids.tolist():
@@ -30,7 +30,8 @@ def describe(index: Index) -> str:
         f"samples            {index.num_samples:,} ({index.num_damaged:,} damaged when indexed)",
         f"shards             {len(index.shards):,}",
         f"bytes              {index.num_bytes:,}",
-        f"bytes per image    {np.mean(image_bytes) if image_bytes else 0:,.0f} (of {len(image_bytes):,} read, "
+        f"bytes per image    {sum(image_bytes) / max(1, len(image_bytes)):,.0f} (of {len(image_bytes):,} "
+        "read, "
         f"{len(ids) - len(image_bytes):,} unreadable)",
         f"classes            {len(index.label_counts):,}, the highest is {index.max_label:,}",
         f"labels per sample  at most {index.max_labels}",
@@ -48,5 +49,7 @@ def _bars(counts: collections.Counter[int]) -> list[str]:
     """The most frequent values with their counts as bars, in rising order of the value."""
     shown = sorted(counts.most_common(ROWS))
     most = max(counts.values(), default=1)
-    lines = [f"{value:<10,} {count:>10,}  {'#' * max(1, round(BAR * count / most))}" for value, count in shown]
+    lines = [
+        f"{value:<10,} {count:>10,}  {'#' * max(1, round(BAR * count / most))}" for value, count in shown
+    ]
     return lines + ([f"and {len(counts) - ROWS:,} more"] if len(counts) > ROWS else [])

@@ -1,6 +1,7 @@
 """Pixels to model input: crop, flip and resize on the CPU in uint8; normalisation on the device.
 
-Every draw is keyed by (seed, epoch, sample), so it is the same whoever makes it. Batches cross to the device as uint8, a
+Every draw is keyed by (seed, epoch, sample), so it is the same whoever makes it. Batches cross to the device
+as uint8, a
 quarter of float32's bytes.
 """
 
@@ -25,7 +26,8 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 class AugmentConfig:
     """Training augmentation ([augment]).
 
-    crop: "inception" takes a random area and aspect ratio; "pad" resizes, pads by `pad` black pixels and crops at random
+    crop: "inception" takes a random area and aspect ratio; "pad" resizes, pads by `pad` black pixels and
+    crops at random
     (the CIFAR recipe); "resize" takes the whole image. All end at model.image_size.
     """
 
@@ -40,13 +42,20 @@ class AugmentConfig:
         if not 0 < low <= high <= 1:
             raise ConfigError(f"augment.crop_area {[low, high]} must rise within (0, 1], like [0.05, 1.0]")
         if not 0 < self.crop_aspect[0] <= self.crop_aspect[1]:
-            raise ConfigError(f"augment.crop_aspect {list(self.crop_aspect)} must rise from above 0, like [0.75, 1.33]")
+            raise ConfigError(
+                f"augment.crop_aspect {list(self.crop_aspect)} must rise from above 0, like [0.75, 1.33]"
+            )
         if self.pad < 0:
             raise ConfigError(f"augment.pad {self.pad} must not be negative")
 
 
 def augment(
-    pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, size: int, seed: int, epoch: int, sample_id: int
+    pixels: UInt8[np.ndarray, "h w 3"],
+    config: AugmentConfig,
+    size: int,
+    seed: int,
+    epoch: int,
+    sample_id: int,
 ) -> UInt8[Tensor, "3 size size"]:
     """The training view of a sample in an epoch."""
     if config.crop == "inception":
@@ -64,14 +73,21 @@ def augment(
     return view.contiguous()
 
 
-def inception_crop(height: int, width: int, config: AugmentConfig, draws: np.ndarray) -> tuple[int, int, int, int]:
-    """A random crop (top, left, height, width) after "Going deeper with convolutions": area and aspect ratio uniform.
+def inception_crop(
+    height: int, width: int, config: AugmentConfig, draws: np.ndarray
+) -> tuple[int, int, int, int]:
+    """A random crop (top, left, height, width) after "Going deeper with convolutions": area and aspect ratio
+    uniform.
 
-    draws: uniform numbers in [0, 1), four for each attempt; when no attempt fits the image, the whole image is taken.
-    Source: TensorFlow's sample_distorted_bounding_box, which differs in that it draws the height, not the area, uniformly.
+    draws: uniform numbers in [0, 1), four for each attempt; when no attempt fits the image, the whole image
+    is taken.
+    Source: TensorFlow's sample_distorted_bounding_box, which differs in that it draws the height, not the
+    area, uniformly.
     """
     for area_draw, aspect_draw, top_draw, left_draw in draws.reshape(-1, 4):
-        area = height * width * (config.crop_area[0] + area_draw * (config.crop_area[1] - config.crop_area[0]))
+        area = (
+            height * width * (config.crop_area[0] + area_draw * (config.crop_area[1] - config.crop_area[0]))
+        )
         aspect = config.crop_aspect[0] + aspect_draw * (config.crop_aspect[1] - config.crop_aspect[0])
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
@@ -84,7 +100,9 @@ def inception_crop(height: int, width: int, config: AugmentConfig, draws: np.nda
 def evaluation_view(
     pixels: UInt8[np.ndarray, "h w 3"], crop: Literal["resize", "center"], size: int
 ) -> UInt8[Tensor, "3 size size"]:
-    """The evaluation view: squeezed to the square ("resize"), or short side to size * 256 / 224 and centre crop."""
+    """The evaluation view: squeezed to the square ("resize"), or short side to size * 256 / 224 and centre
+    crop.
+    """
     if crop == "resize":
         return resize(pixels, size, size).contiguous()
     height, width = pixels.shape[:2]
@@ -96,7 +114,8 @@ def evaluation_view(
 
 def resize(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[Tensor, "3 H W"]:
     """Antialiased bilinear resize in uint8."""
-    # A negative stride or a read-only array is copied; [1, 3, h, w] in channels-last memory is torch's fast path.
+    # A negative stride or a read-only array is copied; [1, 3, h, w] in channels-last memory is torch's fast
+    # path.
     image = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
     if image.shape[2:] != (height, width):
         image = F.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)

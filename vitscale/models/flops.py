@@ -1,10 +1,14 @@
-"""FLOPs by formula: 2 per multiply-add, attention matmuls included, nothing else (the convention of the paper's Table 6)."""
+"""FLOPs by formula: 2 per multiply-add, attention matmuls included, nothing else (the convention of the
+paper's Table 6).
+"""
 
 from vitscale.models.vit import ModelConfig
 
 
 def forward_macs(config: ModelConfig) -> int:
-    """Multiply-adds of one image up to the final norm: patch embedding, and per block projections, MLP and attention."""
+    """Multiply-adds of one image up to the final norm: patch embedding, and per block projections, MLP and
+    attention.
+    """
     width, tokens = config.resolved_width, config.num_tokens
     patches, patch = config.grid[0] * config.grid[1], config.resolved_patch_size
     block = tokens * (4 * width**2 + 2 * width * config.resolved_mlp_dim) + 2 * tokens**2 * width
@@ -17,7 +21,9 @@ def head_macs(config: ModelConfig) -> int:
     pool = 2 * width**2 + tokens * (2 * width**2 + 2 * width) + 2 * width * config.resolved_mlp_dim
     hidden = config.representation_size or width
     return (
-        (pool if config.pool == "map" else 0) + width * config.representation_size + hidden * config.num_classes
+        (pool if config.pool == "map" else 0)
+        + width * config.representation_size
+        + hidden * config.num_classes
     )
 
 
@@ -27,5 +33,5 @@ def forward_flops(config: ModelConfig) -> int:
 
 
 def train_flops(config: ModelConfig) -> int:
-    """Forward and backward FLOPs per image, without recomputation and the head: 3 x forward, what MFU counts."""
+    """Forward and backward FLOPs per image, without recomputation and head: 3 x forward, as MFU counts."""
     return 3 * forward_flops(config)

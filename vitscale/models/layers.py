@@ -12,7 +12,9 @@ Gelu = Literal["tanh", "exact"]
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens, as a reshape and one matmul; the weight is the flattened kernel of the usual convolution."""
+    """Patches to tokens, as a reshape and one matmul; the weight is the flattened kernel of the usual
+    convolution.
+    """
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -44,7 +46,7 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (paper, appendix A); rows of qkv are q, k, v, and head by head within each."""
+    """Multi-head self-attention (paper, appendix A); rows of qkv are q, k, v, head by head within each."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -77,7 +79,9 @@ class Block(nn.Module):
 
 
 class MapHead(nn.Module):
-    """Multi-head attention pooling: a learned probe attends to all tokens, then an MLP ("Scaling ViT", big_vision)."""
+    """Multi-head attention pooling: a learned probe attends to all tokens, then an MLP ("Scaling ViT",
+    big_vision).
+    """
 
     def __init__(self, width: int, mlp_dim: int, num_heads: int, gelu: Gelu) -> None:
         super().__init__()

@@ -9,14 +9,18 @@ Grid = tuple[int, int]
 
 
 def resize_posemb(posemb: Float[Tensor, "1 N D"], old: Grid, new: Grid) -> Float[Tensor, "1 M D"]:
-    """Resize the grid part of a position embedding as Google's code does; tokens before the grid stay as they are.
+    """Resize the grid part of a position embedding as Google's code does; tokens before the grid stay as they
+    are.
 
-    old, new: (rows, columns), square or not. Bilinear with aligned corners equals scipy.ndimage.zoom(order=1) of the ViT
+    old, new: (rows, columns), square or not. Bilinear with aligned corners equals scipy.ndimage.zoom(order=1)
+    of the ViT
     repository (checkpoint.py:interpolate_posembed); align_corners=False would not.
     """
     prefix = posemb.shape[1] - old[0] * old[1]
     if prefix < 0:
-        raise ValueError(f"{posemb.shape[1]} position embeddings are too few for a grid of {old[0]} x {old[1]}")
+        raise ValueError(
+            f"{posemb.shape[1]} position embeddings are too few for a grid of {old[0]} x {old[1]}"
+        )
     if old == new:
         return posemb
     grid = posemb[:, prefix:].reshape(1, *old, -1).permute(0, 3, 1, 2)  # [1, D, h, w]
@@ -25,7 +29,9 @@ def resize_posemb(posemb: Float[Tensor, "1 N D"], old: Grid, new: Grid) -> Float
 
 
 def sincos2d(grid: Grid, width: int, temperature: float = 10_000.0) -> Float[Tensor, "1 N D"]:
-    """Fixed 2-D position embedding of "Better plain ViT baselines" (big_vision models/vit.py:posemb_sincos_2d)."""
+    """Fixed 2-D position embedding of "Better plain ViT baselines" (big_vision
+    models/vit.py:posemb_sincos_2d).
+    """
     rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
     omega = 1.0 / temperature ** (torch.arange(width // 4) / (width // 4 - 1))
     y, x = rows.reshape(-1, 1) * omega, cols.reshape(-1, 1) * omega  # [N, D / 4]

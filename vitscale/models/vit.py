@@ -23,7 +23,8 @@ class Variant:
     num_heads: int
 
 
-# Paper, Table 1 (B, L, H); Google's code: vision_transformer configs/models.py and big_vision models/vit.py (the others).
+# Paper, Table 1 (B, L, H); Google's code: vision_transformer configs/models.py and big_vision models/vit.py
+# (the others).
 VARIANTS = {
     "mu": Variant(32, 1, 128, 2),
     "Ti": Variant(192, 12, 768, 3),
@@ -40,7 +41,8 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model ([model]). width, depth, num_heads, mlp_dim and patch_size override the variant's where they are not 0.
+    """The model ([model]). width, depth, num_heads, mlp_dim and patch_size override the variant's where they
+    are not 0.
 
     num_classes 0 = no head; representation_size 0 = no tanh layer before the head.
     """
@@ -70,14 +72,18 @@ class ModelConfig:
         patch = self.resolved_patch_size
         if self.image_size < 1 or self.image_size % patch:
             near = max(1, round(self.image_size / patch)) * patch
-            raise ConfigError(f"model.image_size {self.image_size} is not a multiple of the patch size {patch}; use {near}")
+            raise ConfigError(
+                f"model.image_size {self.image_size} is not a multiple of the patch size {patch}; use {near}"
+            )
         width, heads = self.resolved_width, self.resolved_num_heads
         if width % heads:
             raise ConfigError(f"model.width {width} is not a multiple of model.num_heads {heads}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout {self.dropout} must lie in [0, 1)")
         if self.posemb == "sincos2d" and (width % 4 or width < 8):
-            raise ConfigError(f'model.posemb "sincos2d" needs a width that is a multiple of 4 from 8 on, not {width}')
+            raise ConfigError(
+                f'model.posemb "sincos2d" needs a width that is a multiple of 4 from 8 on, not {width}'
+            )
 
     def _check_variant(self) -> None:
         name, slash, patch = self.variant.partition("/")
@@ -151,10 +157,14 @@ class ViT(nn.Module):
         self._checkpointing = False
 
     def forward(self, images: Float[Tensor, "B 3 H W"], features_only: bool = False) -> Float[Tensor, "B C"]:
-        """Logits [B, num_classes], or with features_only (or without a head) the representation before the head [B, D]."""
+        """Logits [B, num_classes], or with features_only (or without a head) the representation before the
+        head [B, D].
+        """
         size = self.config.image_size
         if images.shape[2:] != (size, size):
-            raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} pixels; this model takes {size} x {size}")
+            raise ValueError(
+                f"images of {images.shape[2]} x {images.shape[3]} pixels; this model takes {size} x {size}"
+            )
         x = self.patch_embed(images)  # [B, n, D]
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
@@ -168,7 +178,9 @@ class ViT(nn.Module):
         return x if features_only or self.head is None else self.head(x)
 
     def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """The representation before the head. Through __call__, because ZeRO 3 gathers parameters in its hooks."""
+        """The representation before the head. Through __call__, because ZeRO 3 gathers parameters in its
+        hooks.
+        """
         return self(images, features_only=True)
 
     def set_activation_checkpointing(self, mode: Literal["none", "full"]) -> None:
@@ -187,10 +199,10 @@ class ViT(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         for name, module in self.named_modules():
-            if name.endswith("attn.qkv") or name.endswith("attn_pool.kv"):
-                # q, k and v are three layers of fan-out D in Flax; as one matrix their limit would be too small.
+            if isinstance(module, nn.Linear) and name.endswith(("attn.qkv", "attn_pool.kv")):
+                # q, k and v are layers of fan-out D in Flax; as one matrix their limit would be too small.
                 _xavier_uniform(module.weight, self.config.resolved_width, generator)
-            if name.endswith((".fc1", ".fc2")):
+            if isinstance(module, nn.Linear) and name.endswith((".fc1", ".fc2")):
                 module.bias.normal_(0.0, 1e-6, generator=generator)
         _lecun_normal(self.patch_embed.proj.weight, generator)
         if self.config.posemb == "learned":
@@ -215,6 +227,8 @@ def _xavier_uniform(weight: Tensor, fan_out: int, generator: torch.Generator) ->
 
 
 def _lecun_normal(weight: Tensor, generator: torch.Generator) -> None:
-    """Flax's default: a normal of variance 1 / fan_in, cut at two deviations and scaled back to that variance."""
+    """Flax's default: a normal of variance 1 / fan_in, cut at two deviations and scaled back to that
+    variance.
+    """
     std = math.sqrt(1 / weight.shape[1]) / 0.87962566103423978
     nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)

@@ -21,12 +21,17 @@ _RECORD = 1 + 3 * 32 * 32
 
 
 def read_split(source: Path, split: str, seed: int | None) -> Iterator[Sample]:
-    """The samples of "train" (50,000) or "test" (10,000) as lossless PNG, shuffled by `seed` (None = as published).
+    """The samples of "train" (50,000) or "test" (10,000) as lossless PNG, shuffled by `seed` (None = as
+    published).
 
     source: cifar-10-binary.tar.gz, or the folder that it unpacks to. Raises ConfigError for anything else.
     """
     records = np.concatenate([_read_batch(source, name) for name in BATCHES[split]])
-    order = range(len(records)) if seed is None else rng.permutation(len(records), seed, "pack", int(split == "test"))
+    order = (
+        range(len(records))
+        if seed is None
+        else rng.permutation(len(records), seed, "pack", int(split == "test"))
+    )
     for number, position in enumerate(order):
         record = records[position]
         buffer = io.BytesIO()
@@ -38,7 +43,9 @@ def _read_batch(source: Path, name: str) -> np.ndarray:
     """The records of one batch file: uint8 [n, 3073], the label first, then the planes R, G, B."""
     data = _find(source, name)
     if not data or len(data) % _RECORD:
-        raise ConfigError(f"{name} in {source} has {len(data):,} bytes, which is no whole number of CIFAR-10 records")
+        raise ConfigError(
+            f"{name} in {source} has {len(data):,} bytes, which is no whole number of CIFAR-10 records"
+        )
     return np.frombuffer(data, dtype=np.uint8).reshape(-1, _RECORD)
 
 
@@ -52,7 +59,8 @@ def _find(source: Path, name: str) -> bytes:
             return file.read() if file else b""
     except StopIteration:
         raise ConfigError(
-            f"{source} holds no {name}; --format cifar10 reads the binary version, cifar-10-binary.tar.gz (the python "
+            f"{source} holds no {name}; --format cifar10 reads the binary version, cifar-10-binary.tar.gz "
+            "(the python "
             f"version is made of pickles, which are not read)"
         ) from None
     except (OSError, tarfile.TarError) as error:

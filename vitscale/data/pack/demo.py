@@ -1,6 +1,8 @@
-"""Two small data sets that need no network: drawn shapes to pretrain on, and real handwritten digits to transfer to.
+"""Two small data sets that need no network: drawn shapes to pretrain on, and real handwritten digits to
+transfer to.
 
-A shape picture has several attributes: kind and colour (together its class), count, position, and the direction of the
+A shape picture has several attributes: kind and colour (together its class), count, position, and the
+direction of the
 background stripes; the last three label pictures of their own, for transfer. Everything is deterministic.
 """
 
@@ -44,7 +46,8 @@ DIGITS_TRAIN, DIGIT_SIZE = 1297, 32
 
 
 def make_demo(folder: Path) -> dict[str, int]:
-    """Write the sets below `folder`, each with an index.json of its training shards; returns {set/split: samples}.
+    """Write the sets below `folder`, each with an index.json of its training shards; returns {set/split:
+    samples}.
 
     What an earlier call finished is kept.
     """
@@ -87,12 +90,15 @@ def shape_samples(set_number: int, count: int, label: str) -> Iterator[Sample]:
 def draw_shapes(
     kind: str, colour: str, count: int, position: int, orientation: int, draws: np.ndarray
 ) -> Image.Image:
-    """One picture: `count` equal shapes in the cells of a 2 x 2 grid, clockwise from cell `position`, on faint stripes.
+    """One picture: `count` equal shapes in the cells of a 2 x 2 grid, clockwise from cell `position`, on
+    faint stripes.
 
     draws: at least 17 uniform numbers for tint, stripe phase, size, and each shape's shift and turn.
     """
     side = SIZE * SUPERSAMPLED
-    image = Image.fromarray(_background(orientation, draws[:4])).resize((side, side), Image.Resampling.BILINEAR)
+    image = Image.fromarray(_background(orientation, draws[:4])).resize(
+        (side, side), Image.Resampling.BILINEAR
+    )
     pen = ImageDraw.Draw(image)
     radius = side * (0.13 + 0.06 * draws[4])
     tint = tuple(int(np.clip(c + 40 * (draws[5] - 0.5), 0, 255)) for c in COLOURS[colour])
@@ -106,17 +112,20 @@ def draw_shapes(
 
 
 def digit_samples(split: str) -> Iterator[Sample]:
-    """scikit-learn's bundled digits (UCI optical recognition of handwritten digits: 1,797 real images of 8 x 8)."""
+    """scikit-learn's bundled digits (UCI optical recognition of handwritten digits: 1,797 real images of 8 x
+    8).
+    """
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    order = rng.permutation(len(digits.images), 0, "split")
+    pixels_and_labels = load_digits(return_X_y=True)
+    images, labels = np.asarray(pixels_and_labels[0]).reshape(-1, 8, 8), np.asarray(pixels_and_labels[1])
+    order = rng.permutation(len(images), 0, "split")
     for position in order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]:
-        pixels = np.round(digits.images[position] * (255 / 16)).astype(np.uint8)
+        pixels = np.round(images[position] * (255 / 16)).astype(np.uint8)
         image = Image.fromarray(pixels).resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        yield Sample(f"digit_{position:04d}", buffer.getvalue(), "png", (int(digits.target[position]),))
+        yield Sample(f"digit_{position:04d}", buffer.getvalue(), "png", (int(labels[position]),))
 
 
 def _write_set(folder: Path, split: str, samples: Iterator[Sample], written: dict[str, int]) -> None:
@@ -131,7 +140,9 @@ def _background(orientation: int, draws: np.ndarray) -> np.ndarray:
     """Stripes of a faint contrast in one of four directions on a dark tint: uint8 [SIZE, SIZE, 3]."""
     angle = math.pi * orientation / NUM_ORIENTATIONS
     y, x = np.mgrid[:SIZE, :SIZE]
-    wave = np.sin((x * math.cos(angle) + y * math.sin(angle)) * 2 * math.pi * 5 / SIZE + 2 * math.pi * draws[0])
+    wave = np.sin(
+        (x * math.cos(angle) + y * math.sin(angle)) * 2 * math.pi * 5 / SIZE + 2 * math.pi * draws[0]
+    )
     tint = 40 + 60 * draws[1:4]
     return np.clip(tint + 18 * wave[..., None], 0, 255).astype(np.uint8)
 

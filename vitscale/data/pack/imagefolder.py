@@ -15,7 +15,9 @@ SPLITS = ("train", "val", "test")
 
 
 def find_splits(source: Path) -> dict[str, Path]:
-    """{split: folder of class folders}: train/, val/ and test/ where they are there, else the whole source as "train"."""
+    """{split: folder of class folders}: train/, val/ and test/ where they are there, else the whole source as
+    "train".
+    """
     if not source.is_dir():
         raise ConfigError(f"{source} is not a folder; --format imagefolder packs a folder of class folders")
     splits = {name: source / name for name in SPLITS if (source / name).is_dir()}
@@ -23,7 +25,7 @@ def find_splits(source: Path) -> dict[str, Path]:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The class folders, sorted: their positions are the class indices. Raises ConfigError if there are none."""
+    """The class folders, sorted: their positions are the class indices. Raises ConfigError for none."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise ConfigError(f"{folder} holds no class folders; it must look like {folder}/CLASS/IMAGE.jpg")
@@ -33,11 +35,14 @@ def class_names(folder: Path) -> list[str]:
 def read_folder(folder: Path, classes: list[str], split: str, seed: int | None) -> Iterator[Sample]:
     """The images under the class folders, shuffled by `seed` (None = by class and name).
 
-    Other files are counted and reported, never dropped in silence. Raises ConfigError for a class that is not in `classes`.
+    Other files are counted and reported, never dropped in silence. Raises ConfigError for a class that is not
+    in `classes`.
     """
     unknown = set(class_names(folder)) - set(classes)
     if unknown:
-        raise ConfigError(f"{folder} has the class {sorted(unknown)[0]!r}, which the training split does not have")
+        raise ConfigError(
+            f"{folder} has the class {sorted(unknown)[0]!r}, which the training split does not have"
+        )
     files, others = [], []
     for label, name in enumerate(classes):
         for path in sorted((folder / name).rglob("*")) if (folder / name).is_dir() else ():
@@ -47,7 +52,9 @@ def read_folder(folder: Path, classes: list[str], split: str, seed: int | None) 
         logger.warning("%d files are not images and were left out, the first: %s", len(others), others[0][0])
     if not files:
         raise ConfigError(f"{folder} holds no image: .{', .'.join(IMAGE_EXTENSIONS)} are read")
-    order = range(len(files)) if seed is None else rng.permutation(len(files), seed, "pack", SPLITS.index(split))
+    order = (
+        range(len(files)) if seed is None else rng.permutation(len(files), seed, "pack", SPLITS.index(split))
+    )
     for number, position in enumerate(order):
         path, label = files[position]
         # The number keeps keys apart where classes share file names; dots would end the key.
@@ -57,4 +64,6 @@ def read_folder(folder: Path, classes: list[str], split: str, seed: int | None) 
 
 def write_class_names(folder: Path, classes: list[str]) -> None:
     """classes.json beside the shards: the name of each class index."""
-    (folder / "classes.json").write_text(json.dumps(classes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "classes.json").write_text(
+        json.dumps(classes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -1,0 +1,213 @@
+"""A training run before it runs: the configuration, and what follows from it, the data and the world."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from vitscale import config as configs
+from vitscale import distributed, storage
+from vitscale import engine as engines
+from vitscale.checkpoint.format import Manifest
+from vitscale.checkpoint.store import CheckpointConfig
+from vitscale.config import ConfigError
+from vitscale.data.index import Index, check_shards
+from vitscale.data.loader import DataConfig, check_labels, make_order
+from vitscale.data.order import Order
+from vitscale.data.transforms import AugmentConfig
+from vitscale.engine import BatchPlan, EngineConfig, Precision
+from vitscale.evals.tasks import EvalConfig
+from vitscale.losses import LossConfig
+from vitscale.models.vit import ModelConfig
+from vitscale.optim import OptimConfig
+from vitscale.schedule import ScheduleConfig
+
+# What a resumed run may change: where it lies, speed, logging, saving, evaluation, and a longer total.
+CHANGEABLE = (
+    "run_dir",
+    "engine",
+    "log",
+    "checkpoint",
+    "evals",
+    "total_steps",
+    "total_epochs",
+    "total_samples",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """How often a row is written to the console, TensorBoard and metrics.jsonl ([log])."""
+
+    every_steps: int = 50
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        configs.positive("log", every_steps=self.every_steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Weights to begin with ([init]): a run, a step directory or an export; "" = from scratch."""
+
+    checkpoint: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run, whole. Exactly one of the totals is above 0; epochs may be fractional."""
+
+    run_dir: str
+    seed: int = 0
+    global_batch: int = 1024
+    total_steps: int = 0
+    total_epochs: float = 0.0
+    total_samples: int = 0
+    precision: Precision = "fp32"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        configs.positive("config", global_batch=self.global_batch)
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed} must not be negative")
+        totals = {name: getattr(self, name) for name in ("total_steps", "total_epochs", "total_samples")}
+        given = [f"{name} = {value}" for name, value in totals.items() if value]
+        if len(given) != 1 or min(totals.values()) < 0:
+            raise ConfigError(
+                "set exactly one of total_steps, total_epochs, total_samples, above 0; here: "
+                f"{', '.join(given) or 'none'}"
+            )
+        if not self.data.index:
+            raise ConfigError(
+                "data.index is missing: name the index.json of the training shards; "
+                "make one with: python tools/data.py index SHARDS"
+            )
+        if self.data.labels == "multi" and self.loss.name == "softmax":
+            raise ConfigError(
+                'data.labels = "multi" needs loss.name = "sigmoid": softmax takes one class per image'
+            )
+        if self.model.num_classes < 1:
+            raise ConfigError("model.num_classes must be 1 or more to train: 0 builds a model without a head")
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run. Raises ConfigError where the schedule does not fit in."""
+        steps = (
+            self.total_steps
+            or self.total_samples // self.global_batch
+            or round(self.total_epochs * steps_per_epoch)
+        )
+        if steps < 1:
+            raise ConfigError(
+                f"the run has no whole step: total_samples {self.total_samples} < global_batch "
+                f"{self.global_batch}"
+            )
+        if self.schedule.warmup_steps >= steps:
+            raise ConfigError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps:,} must be below the run's {steps:,} "
+                "steps; lower it"
+            )
+        return steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What follows from a config, its data and the world: nothing in it is on a device yet."""
+
+    config: TrainConfig
+    index: Index
+    order: Order
+    plan: BatchPlan
+    total_steps: int
+    deepspeed_config: dict[str, Any]
+
+
+def prepare(config: TrainConfig, world_size: int) -> Job:
+    """Derive the job, and refuse what does not fit together, before any expensive work."""
+    index = Index.load(config.data.index)
+    check_shards(index)
+    check_labels(index, config.data, config.model.num_classes)
+    order = make_order(index, config.data, config.seed, config.global_batch)
+    order.rank_lanes(0, world_size)
+    plan = engines.plan_batches(config.global_batch, config.engine.micro_batch, world_size)
+    total_steps = config.num_steps(order.steps_per_epoch)
+    ds_config = engines.deepspeed_config(config.engine, plan, config.precision, config.optim.clip_norm)
+    return Job(config, index, order, plan, total_steps, ds_config)
+
+
+def claim_run_dir(job: Job) -> None:
+    """Write the resolved config into the run directory; refuse it if another experiment is in there. Every
+    rank calls it.
+    """
+    error = ""
+    if distributed.is_main():
+        path = Path(job.config.run_dir) / "config.toml"
+        try:
+            if path.exists():
+                error = _difference(configs.load(TrainConfig, [path]), job)
+            if not error:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                storage.write_atomic(path, configs.to_toml(job.config).encode())
+        except OSError as failure:
+            error = f"run_dir {job.config.run_dir} cannot be written: {failure.strerror}; choose another"
+    error = distributed.broadcast_json(error)
+    if error:
+        raise ConfigError(error)
+
+
+def check_continuation(job: Job, directory: Path, manifest: Manifest) -> None:
+    """Raise ConfigError if the data behind the run are not those that the checkpoint was trained on."""
+    fingerprint = job.order.fingerprint(job.index.fingerprint())
+    if manifest.data_fingerprint != fingerprint:
+        raise ConfigError(
+            f"{directory} was trained on other data than {job.config.data.index} holds now (shards, their "
+            "order or chunking "
+            "changed), so it cannot go on where it stopped; restore the shards and index, or start a new "
+            "run_dir with "
+            f"[init] checkpoint"
+        )
+    if manifest.step > job.total_steps:
+        raise ConfigError(
+            f"{directory} is beyond the run's {job.total_steps:,} steps; raise the total or use another "
+            "run_dir"
+        )
+
+
+def expected_first_loss(config: TrainConfig) -> float:
+    """Loss of the zero-initialised head, with one positive label per image (ln C, or C softplus(b) - b)."""
+    if config.loss.name == "softmax":
+        return math.log(config.model.num_classes)
+    bias = config.model.head_bias
+    return config.model.num_classes * math.log1p(math.exp(bias)) - bias
+
+
+def _difference(old: TrainConfig, job: Job) -> str:
+    """Why the run directory's config forbids this job; "" if it may go on."""
+    new = job.config
+    pinned = [{k: v for k, v in configs.to_dict(c).items() if k not in CHANGEABLE} for c in (old, new)]
+    keys = list(configs.differing_keys(pinned[0], pinned[1]))
+    if keys:
+        changes = ", ".join(f"{key} was {_value(old, key)!r}, now {_value(new, key)!r}" for key in keys)
+        return (
+            f"run_dir {new.run_dir} holds another experiment: {changes}; "
+            f"set them back to resume it, or choose another run_dir"
+        )
+    before, now = old.num_steps(job.order.steps_per_epoch), job.total_steps
+    if before > now:
+        return f"run_dir {new.run_dir} was started for {before:,} steps and cannot be shortened to {now:,}"
+    return ""
+
+
+def _value(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    return config
