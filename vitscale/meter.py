@@ -118,5 +118,6 @@ def bad_data_sentence(job: Job, progress: Progress) -> str:
     return (
         f"{progress.bad_samples:,} of {seen:,} samples could not be used, more than data.max_bad_fraction "
         f"{job.config.data.max_bad_fraction} allows; {job.config.run_dir}/quarantine.jsonl lists them. "
-        f"A checkpoint was saved at step {progress.step}: mend the shards and index them again, or raise the fraction"
+        f"A checkpoint was saved at step {progress.step}: mend the shards and index them again, or raise the "
+        f"fraction"
     )
