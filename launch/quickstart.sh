@@ -14,7 +14,7 @@ gpus=$(command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | 
 processes=$((gpus > 0 ? gpus : 2))
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 run=runs/quickstart
-launcher=(deepspeed --master_port "${MASTER_PORT:-29517}")
+launcher=(deepspeed --log_level warning --master_port "${MASTER_PORT:-29517}")
 [ "$gpus" -gt 0 ] && launcher+=(--num_gpus) || launcher+=(--num_accelerators)
 
 say "2. Make the demo data: 14,000 drawn shapes, 1,797 real handwritten digits"

@@ -160,7 +160,8 @@ def start_engine(
     if config.compile:
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile()  # in place, so that parameter names stay
-    if ds_config.get("fp16") and not get_accelerator().is_fp16_supported():
+    accelerator = get_accelerator()
+    if ds_config.get("fp16") and accelerator and not accelerator.is_fp16_supported():
         raise ConfigError('precision "fp16" does not run on this device; use "bf16" or "fp32"')
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     assert engine.gradient_accumulation_steps() == plan.grad_accum_steps

@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> int:
         stopping = stop.agreed()
 
         last = step == job.total_steps
-        if last or stopping or step % config.log.every_steps == 0:
+        if step == 1 or last or stopping or step % config.log.every_steps == 0:
             numbers = meter.read(engine, loss, lr, progress)
             if writer:
                 writer.write(step, numbers)
