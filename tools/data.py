@@ -4,8 +4,9 @@
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 EXAMPLE = """examples:
   python tools/data.py demo data/demo
@@ -170,10 +171,11 @@ def report_damage(sentences: Sequence[str], total: int) -> None:
         print(f"damaged: and {total - len(sentences):,} more", file=sys.stderr)
 
 
-def progress_bar(items, name: str, unit: str):
+def progress_bar(items: Iterable[Any], name: str, unit: str) -> Iterator[Any]:
+    """The items as they are, shown as they pass when stderr is a terminal."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=name, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty())
+    yield from tqdm(items, desc=name, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty())
 
 
 class ShardProgress:

@@ -157,6 +157,8 @@ def claim_run_dir(job: Job) -> None:
             if not error:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 storage.write_atomic(path, configs.to_toml(job.config).encode())
+        except ConfigError as failure:
+            error = str(failure)
         except OSError as failure:
             error = f"run_dir {job.config.run_dir} cannot be written: {failure.strerror}; choose another"
     error = distributed.broadcast_json(error)

@@ -38,7 +38,7 @@ class Meter:
         self._job = job
         self._flops = train_flops(job.config.model)
         self._peak = engines.peak_flops()
-        self._quarantine = Path(job.config.run_dir) / "quarantine.jsonl"
+        self._quarantine_file = Path(job.config.run_dir) / "quarantine.jsonl"
         self._bad: list[str] = []
         self._digest = 0
         self.restart()
@@ -67,10 +67,8 @@ class Meter:
         config, world = self._job.config, distributed.world_size()
         loss_sum, waited = distributed.all_reduce_sum([float(loss), self._waited])
         elapsed = time.perf_counter() - self._began
-        total_digest, bad = distributed.all_reduce_sum_int([self._digest, len(self._bad)])
-        progress.bad_samples += bad
-        if bad:
-            self._report_bad(progress.step)
+        (total_digest,) = distributed.all_reduce_sum_int([self._digest])
+        self.count_bad(progress)
         speed = self._steps * config.global_batch / elapsed
         numbers = {
             "samples_seen": progress.step * config.global_batch,
@@ -90,14 +88,23 @@ class Meter:
         self.restart()
         return numbers
 
-    def _report_bad(self, step: int) -> None:
+    def count_bad(self, progress: Progress) -> None:
+        """Add the samples replaced since the last call to `progress`, and quarantine them; every rank
+        calls it.
+        """
+        (count,) = distributed.all_reduce_sum_int([len(self._bad)])
+        if count:
+            progress.bad_samples += count
+            self._quarantine_bad(progress.step)
+
+    def _quarantine_bad(self, step: int) -> None:
         sentences = [sentence for part in distributed.gather_json(self._bad) for sentence in part]
         self._bad = []
         if distributed.is_main():
             logger.warning(
                 "%d samples could not be used and were replaced, the first: %s", len(sentences), sentences[0]
             )
-            with open(self._quarantine, "a", encoding="utf-8") as file:
+            with open(self._quarantine_file, "a", encoding="utf-8") as file:
                 file.writelines(
                     json.dumps({"step": step, "sample": sentence}) + "\n" for sentence in sentences
                 )
@@ -118,6 +125,7 @@ def bad_data_sentence(job: Job, progress: Progress) -> str:
     return (
         f"{progress.bad_samples:,} of {seen:,} samples could not be used, more than data.max_bad_fraction "
         f"{job.config.data.max_bad_fraction} allows; {job.config.run_dir}/quarantine.jsonl lists them. "
-        f"A checkpoint was saved at step {progress.step}: mend the shards and index them again, or raise the "
+        f"A checkpoint was saved at step {progress.step}: mend the shards and index them again, or raise "
+        "the "
         f"fraction"
     )

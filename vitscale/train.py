@@ -1,6 +1,7 @@
 """Training: one straight loop. Fine-tuning is the same loop with an [init] section.
 
-Start order: 1 resume this run from its newest good checkpoint; 2 initialise weights from another checkpoint
+Start order: 1 resume this run from its newest good checkpoint; 2 initialise weights from another
+checkpoint
 ([init], with a
 new head and resized position embeddings); 3 from scratch.
 """
@@ -37,10 +38,12 @@ from vitscale.schedule import learning_rate
 logger = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit status: stopped after a clean save, start it again
+SHOWN_IMAGES = 16
 
 
 def train(config: TrainConfig) -> int:
-    """Run the config to its end, resuming what is there. Every rank calls it. Returns the exit status: 0, or
+    """Run the config to its end, resuming what is there. Every rank calls it. Returns the exit status: 0,
+    or
     75.
 
     Raises ConfigError, DataError or CheckpointError (all ValueErrors) for what the user can mend.
@@ -56,6 +59,8 @@ def train(config: TrainConfig) -> int:
     writer = open_metrics(job, progress.step)
     stream = open_stream(job, progress.step)
     if progress.step == 0:
+        if writer:
+            writer.write_hparams(configs.to_dict(config))
         evaluate_due(engine, job, tasks, 0, writer)  # what an untrained model gives: the line to beat
     meter = Meter(job)
 
@@ -74,10 +79,13 @@ def train(config: TrainConfig) -> int:
             numbers = meter.read(engine, loss, lr, progress)
             if writer:
                 writer.write(step, numbers)
+        if step == 1 and writer:
+            writer.write_images("inputs", batch.images[:SHOWN_IMAGES], step)
         evaluate_due(engine, job, tasks, step, writer)
         damaged = too_many_bad(job, progress)
         due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
         if last or stopping or damaged or due:
+            meter.count_bad(progress)
             save(engine, job, progress)
             meter.restart()
         if damaged:
@@ -112,7 +120,7 @@ def start(job: Job) -> tuple[Any, Progress]:
     found = load.find(config.run_dir)
     if found:
         check_continuation(job, *found)
-    model = initial_model(config, from_scratch=found is not None)
+    model = initial_model(config, resumed=found is not None)
     initial = (
         {}
         if found or config.precision == "fp32"
@@ -121,7 +129,8 @@ def start(job: Job) -> tuple[Any, Progress]:
     optimizer = build_optimizer(config.optim, model)
     engine = engines.start_engine(model, optimizer, config.engine, job.plan, job.deepspeed_config)
     if not found:
-        if initial:  # DeepSpeed makes the fp32 masters from 16-bit weights: give them back what rounding took
+        # DeepSpeed makes the fp32 masters from 16-bit weights: give them back what rounding took
+        if initial:
             state.restore(engine, state.WholeTensors(initial), (), 0)
         return engine, Progress()
     directory, manifest = found
@@ -136,10 +145,12 @@ def start(job: Job) -> tuple[Any, Progress]:
     return engine, Progress(step=manifest.step, bad_samples=manifest.counters["bad_samples"])
 
 
-def initial_model(config: TrainConfig, *, from_scratch: bool) -> ViT:
-    """The model on the CPU: initialised from the seed, and with the backbone of [init] where there is one."""
+def initial_model(config: TrainConfig, *, resumed: bool) -> ViT:
+    """The model on the CPU: initialised from the seed; unless `resumed`, with the backbone of [init] if
+    there is one.
+    """
     model = build_model(config.model, seed=derive_seed(config.seed, "init"))
-    if config.init.checkpoint and not from_scratch:
+    if config.init.checkpoint and not resumed:
         saved = SavedModel(config.init.checkpoint)
         backbone = transfer_state(saved.state(), saved.config, config.model)
         unexpected = model.load_state_dict(backbone, strict=False).unexpected_keys

@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from multiprocess.job import Job
 
@@ -87,10 +88,12 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(
     tmp_path: Path, index: Path, uninterrupted: Job
 ) -> None:
     job = Job(tmp_path, index)
-    with job.ranks(2, "checkpoint.every_steps=0") as processes:
+    with job.ranks(2, "checkpoint.every_steps=0", "engine.num_workers=1") as processes:
         while not job.reached(4)():
             time.sleep(0.005)
-        processes[1].terminate()  # one rank is told, as a scheduler does it; all stop together
+        # One rank is told, with its data workers, as a scheduler does it; all ranks stop together.
+        for process in [*psutil.Process(processes[1].pid).children(recursive=True), processes[1]]:
+            process.terminate()
         assert [process.wait(60) for process in processes] == [75, 75], job.output()
     (stopped,) = store.steps_on_disk(job.run_dir / "checkpoints")
     assert 4 <= stopped < 20 and job.column("step") == list(range(1, stopped + 1))

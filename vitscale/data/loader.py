@@ -9,6 +9,7 @@ reported.
 """
 
 import dataclasses
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -126,12 +127,21 @@ def batches(stream: Stream, num_workers: int) -> Iterator[Batch]:
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCHED_STEPS if workers else None,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
     # With an iterable dataset the loader asks the workers in turn and keeps that order: item i comes from
     # worker i % n.
     parts = iter(loader)
     for _ in range(stream.first_step, stream.last_step):
         yield _join([next(parts) for _ in range(max(1, workers))])
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """A scheduler signals every process of a job: the trainer still needs its workers for the steps up to
+    the save.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _join(parts: Sequence[dict[str, Any]]) -> Batch:

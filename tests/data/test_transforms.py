@@ -1,0 +1,115 @@
+"""Decoding and augmentation: strict about damage, exact about geometry, keyed by (seed, epoch, sample)."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_files import jpeg
+
+from vitscale import rng
+from vitscale.data import decode as decoding
+from vitscale.data.decode import DamagedImage, decode
+from vitscale.data.transforms import (
+    AugmentConfig,
+    augment,
+    evaluation_view,
+    inception_crop,
+    normalize,
+    resize,
+)
+
+
+def encoded(image: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "WEBP"), ("CMYK", "JPEG"), ("L", "JPEG")],
+)
+def test_every_kind_of_image_becomes_rgb(mode: str, form: str) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)).convert(
+        mode
+    )
+    pixels = decode(encoded(image, form))
+    assert pixels.shape == (9, 7, 3) and pixels.dtype == np.uint8
+    if form == "PNG":
+        assert np.array_equal(pixels, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>", jpeg(0)[:150], b"\xff\xd8\xff", encoded(Image.new("RGB", (9, 9)), "PNG")[:40]]
+)
+def test_damage_is_an_error_not_a_picture(data: bytes) -> None:
+    with pytest.raises(DamagedImage):
+        decode(data)
+
+
+def test_garbage_inside_a_jpeg_is_noticed() -> None:
+    data = jpeg(5, size=128)
+    with pytest.raises(DamagedImage):
+        decode(data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :])
+
+
+def test_a_bomb_is_refused_by_its_header(monkeypatch) -> None:
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 100)
+    for data in (jpeg(0, 16), encoded(Image.new("RGB", (16, 16)), "PNG")):
+        with pytest.raises(DamagedImage, match="16 x 16 pixels"):
+            decode(data)
+
+
+def test_resize_is_antialiased_bilinear() -> None:
+    pixels = decode(jpeg(3, size=64))
+    ours = resize(pixels, 16, 24).permute(1, 2, 0).numpy().astype(int)
+    pillow = np.asarray(Image.fromarray(pixels).resize((24, 16), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(ours - pillow).max() <= 1
+    assert np.array_equal(resize(pixels, 64, 64).permute(1, 2, 0).numpy(), pixels)
+
+
+def test_inception_crops_keep_to_area_and_aspect() -> None:
+    config = AugmentConfig(crop_area=(0.2, 0.5))
+    areas = []
+    for sample in range(300):
+        top, left, height, width = inception_crop(90, 120, config, rng.uniform(40, 0, "crop", 0, sample))
+        assert 0 <= top <= 90 - height and 0 <= left <= 120 - width
+        assert 0.73 < width / height < 1.36
+        areas.append(height * width / (90 * 120))
+    assert 0.19 < min(areas) < 0.22 and 0.48 < max(areas) < 0.51 and abs(np.mean(areas) - 0.35) < 0.02
+    assert inception_crop(
+        10, 1000, AugmentConfig(crop_area=(0.9, 1.0)), rng.uniform(40, 0, "crop", 0, 0)
+    ) == (0, 0, 10, 1000)
+
+
+def test_the_view_belongs_to_seed_epoch_and_sample() -> None:
+    pixels = decode(jpeg(1, size=40))
+    views = {
+        key: augment(pixels, AugmentConfig(), 16, *key)
+        for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    }
+    assert torch.equal(views[0, 0, 0], augment(pixels, AugmentConfig(), 16, 0, 0, 0))
+    others = [view for key, view in views.items() if key != (0, 0, 0)]
+    assert not any(torch.equal(views[0, 0, 0], other) for other in others)
+
+
+def test_half_of_the_views_are_flipped_and_padding_shifts_by_up_to_its_size() -> None:
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    plain = resize(pixels, 8, 8)
+    views = [augment(pixels, AugmentConfig(crop="resize"), 8, 0, 0, n) for n in range(400)]
+    flipped = sum(torch.equal(view, plain.flip(-1)) for view in views)
+    assert flipped + sum(torch.equal(view, plain) for view in views) == 400 and 160 < flipped < 240
+    config = AugmentConfig(crop="pad", pad=2, flip=False)
+    padded = {augment(pixels, config, 8, 0, 0, n).numpy().tobytes() for n in range(400)}
+    assert len(padded) == 25
+
+
+def test_evaluation_views_and_normalisation() -> None:
+    pixels = np.zeros((20, 40, 3), dtype=np.uint8)
+    pixels[:, 10:30] = 255
+    assert evaluation_view(pixels, "resize", 14).shape == (3, 14, 14)
+    assert (evaluation_view(pixels, "center", 14) == 255).all()
+    levels = normalize(torch.tensor([0, 255, 127], dtype=torch.uint8).reshape(1, 3, 1, 1), torch.float32)
+    assert levels.flatten().tolist() == pytest.approx([-1.0, 1.0, -0.5 / 127.5])
