@@ -81,7 +81,8 @@ def train(config: TrainConfig) -> int:
                 writer.write(step, numbers)
         if step == 1 and writer:
             writer.write_images("inputs", batch.images[:SHOWN_IMAGES], step)
-        evaluate_due(engine, job, tasks, step, writer)
+        if evaluate_due(engine, job, tasks, step, writer):
+            meter.restart()
         damaged = too_many_bad(job, progress)
         due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
         if last or stopping or damaged or due:
@@ -215,13 +216,18 @@ def evaluate_due(
     tasks: Mapping[str, FewShotTask | ClassifyTask],
     step: int,
     writer: MetricsWriter | None,
-) -> None:
-    """Run the evaluations that fall due at this step; every rank takes part."""
-    for name, task in tasks.items():
-        if step % task.config.every_steps == 0 or step == job.total_steps:
-            results = task.run(EngineModel(engine, job.config))
-            if writer:
-                writer.write(step, {f"eval/{name}/{key}": value for key, value in results.items()})
+) -> bool:
+    """Run the evaluations that fall due at this step, every rank taking part. Returns whether any were."""
+    due = {
+        name: task
+        for name, task in tasks.items()
+        if step % task.config.every_steps == 0 or step == job.total_steps
+    }
+    for name, task in due.items():
+        results = task.run(EngineModel(engine, job.config))
+        if writer:
+            writer.write(step, {f"eval/{name}/{key}": value for key, value in results.items()})
+    return bool(due)
 
 
 class EngineModel:

@@ -14,12 +14,13 @@ from vitscale.config import ConfigError
 from vitscale.data.index import build_index
 from vitscale.data.pack import cifar10, imagefolder
 from vitscale.data.pack.demo import COLOURS, KINDS, digit_samples, shape_samples
-from vitscale.data.pack.writer import Sample, write_shards
+from vitscale.data.pack.writer import write_shards
 from vitscale.data.reader import read_samples
+from vitscale.data.samples import RawSample
 
 
-def make_samples(count: int) -> list[Sample]:
-    return [Sample(f"k{n:03d}", jpeg(n), "jpg", (n % 3,) if n % 2 else (1, n)) for n in range(count)]
+def make_samples(count: int) -> list[RawSample]:
+    return [RawSample(f"k{n:03d}", jpeg(n), "jpg", (n % 3,) if n % 2 else (1, n)) for n in range(count)]
 
 
 def test_shards_hold_what_was_written_and_are_the_same_bytes_each_time(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from PIL import Image
 
 from vitscale import rng
 from vitscale.config import ConfigError
-from vitscale.data.pack.writer import Sample
+from vitscale.data.samples import RawSample
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}
 _RECORD = 1 + 3 * 32 * 32
 
 
-def read_split(source: Path, split: str, seed: int | None) -> Iterator[Sample]:
+def read_split(source: Path, split: str, seed: int | None) -> Iterator[RawSample]:
     """The samples of "train" (50,000) or "test" (10,000) as lossless PNG, shuffled by `seed` (None = as
     published).
 
@@ -36,7 +36,7 @@ def read_split(source: Path, split: str, seed: int | None) -> Iterator[Sample]:
         record = records[position]
         buffer = io.BytesIO()
         Image.fromarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0)).save(buffer, "PNG")
-        yield Sample(f"cifar10_{split}_{number:07d}", buffer.getvalue(), "png", (int(record[0]),))
+        yield RawSample(f"cifar10_{split}_{number:07d}", buffer.getvalue(), "png", (int(record[0]),))
 
 
 def _read_batch(source: Path, name: str) -> np.ndarray:

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw
 
 from vitscale import rng, storage
 from vitscale.data.index import build_index
-from vitscale.data.pack.writer import Sample, write_shards
+from vitscale.data.pack.writer import write_shards
+from vitscale.data.samples import RawSample
 
 VERSION = 1
 KINDS = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -63,7 +64,7 @@ def make_demo(folder: Path) -> dict[str, int]:
     return written
 
 
-def shape_samples(set_number: int, count: int, label: str) -> Iterator[Sample]:
+def shape_samples(set_number: int, count: int, label: str) -> Iterator[RawSample]:
     """`count` pictures of one set, labelled by "class", "count", "position" or "orientation"."""
     for number in range(count):
         draws = rng.uniform(24, 0, "demo", set_number, number)
@@ -84,7 +85,7 @@ def shape_samples(set_number: int, count: int, label: str) -> Iterator[Sample]:
         )
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=90)
-        yield Sample(f"shape_{set_number}_{number:06d}", buffer.getvalue(), "jpg", (attributes[label],))
+        yield RawSample(f"shape_{set_number}_{number:06d}", buffer.getvalue(), "jpg", (attributes[label],))
 
 
 def draw_shapes(
@@ -111,7 +112,7 @@ def draw_shapes(
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def digit_samples(split: str) -> Iterator[Sample]:
+def digit_samples(split: str) -> Iterator[RawSample]:
     """scikit-learn's bundled digits (UCI optical recognition of handwritten digits: 1,797 real images of 8 x
     8).
     """
@@ -125,10 +126,10 @@ def digit_samples(split: str) -> Iterator[Sample]:
         image = Image.fromarray(pixels).resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        yield Sample(f"digit_{position:04d}", buffer.getvalue(), "png", (int(labels[position]),))
+        yield RawSample(f"digit_{position:04d}", buffer.getvalue(), "png", (int(labels[position]),))
 
 
-def _write_set(folder: Path, split: str, samples: Iterator[Sample], written: dict[str, int]) -> None:
+def _write_set(folder: Path, split: str, samples: Iterator[RawSample], written: dict[str, int]) -> None:
     shards = write_shards(samples, folder, split, overwrite=True)
     index = build_index(shards)
     if split == "train":

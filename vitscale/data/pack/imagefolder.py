@@ -7,8 +7,7 @@ from pathlib import Path
 
 from vitscale import rng
 from vitscale.config import ConfigError
-from vitscale.data.pack.writer import Sample
-from vitscale.data.samples import IMAGE_EXTENSIONS
+from vitscale.data.samples import IMAGE_EXTENSIONS, RawSample
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -32,7 +31,7 @@ def class_names(folder: Path) -> list[str]:
     return names
 
 
-def read_folder(folder: Path, classes: list[str], split: str, seed: int | None) -> Iterator[Sample]:
+def read_folder(folder: Path, classes: list[str], split: str, seed: int | None) -> Iterator[RawSample]:
     """The images under the class folders, shuffled by `seed` (None = by class and name).
 
     Other files are counted and reported, never dropped in silence. Raises ConfigError for a class that is not
@@ -59,7 +58,7 @@ def read_folder(folder: Path, classes: list[str], split: str, seed: int | None) 
         path, label = files[position]
         # The number keeps keys apart where classes share file names; dots would end the key.
         key = f"{split}_{number:08d}_{path.stem.replace('.', '_')}"
-        yield Sample(key, path.read_bytes(), path.suffix[1:].lower(), (label,))
+        yield RawSample(key, path.read_bytes(), path.suffix[1:].lower(), (label,))
 
 
 def write_class_names(folder: Path, classes: list[str]) -> None:

@@ -1,6 +1,5 @@
 """Samples to WebDataset shards: deterministic bytes, and no half shard under a final name."""
 
-import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,22 +7,13 @@ from pathlib import Path
 from webdataset.writer import ShardWriter
 
 from vitscale.config import ConfigError
+from vitscale.data.samples import RawSample
 
 SAMPLES_PER_SHARD = 1000
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sample:
-    """What goes into a shard: an encoded image and its classes."""
-
-    key: str
-    image: bytes
-    extension: str
-    labels: tuple[int, ...]
-
-
 def write_shards(
-    samples: Iterable[Sample],
+    samples: Iterable[RawSample],
     folder: Path,
     prefix: str,
     *,
