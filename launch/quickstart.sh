@@ -51,5 +51,5 @@ cat <<EOF
 See the curves:       .venv/bin/tensorboard --logdir $run
 Look at the run:      .venv/bin/python tools/checkpoint.py show $run/pretrain
 Real images next:     .venv/bin/python tools/data.py pack YOUR_FOLDER data/mine      then copy configs/demo/shapes.toml
-What a config runs:   .venv/bin/python launch/train.py configs/pretrain/vit_b16_in21k.toml --help
+What a config runs:   .venv/bin/python launch/train.py configs/demo/shapes.toml --dry-run
 EOF
