@@ -1,5 +1,5 @@
-"""--dry-run: everything that follows from a config, in numbers, with nothing written; and every config
-that comes along.
+"""--dry-run: everything that follows from a config, in numbers, with nothing written; and every config that
+comes along.
 """
 
 from pathlib import Path

@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "fewshot",
         "least squares on the features of a few training images (mean over seeds)",
-        "example:\n  python tools/evaluate.py fewshot runs/demo --train 'data/cifar10/train-*.tar' "
-        "--test 'data/cifar10/test-*.tar'",
+        "example:\n  python tools/evaluate.py fewshot runs/demo --train 'data/cifar10/train-*.tar' --test "
+        "'data/cifar10/test-*.tar'",
     )
     fewshot.add_argument(
         "--data", metavar="FOLDER", help="folder or URL that holds train-*.tar and test-*.tar"

@@ -1,8 +1,8 @@
 """One config system: frozen dataclasses, filled from TOML files merged left to right and dotted overrides.
 
 Each section is declared beside the code that reads it; this module only knows how to fill, check and write
-them. What a
-user gets wrong is a ConfigError whose one sentence says what, where, which rule, and what to write instead.
+them. What a user gets wrong is a ConfigError whose one sentence says what, where, which rule, and what to
+write instead.
 """
 
 import dataclasses

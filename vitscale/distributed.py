@@ -2,8 +2,8 @@
 alone too.
 
 Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* will do (deepspeed, torchrun); with none of
-them set the
-process is a world of one. Objects travel as JSON in byte tensors: nothing is pickled between processes.
+them set the process is a world of one. Objects travel as JSON in byte tensors: nothing is pickled between
+processes.
 """
 
 import datetime

@@ -1,9 +1,7 @@
 """The DeepSpeed engine: how a global batch is cut, the JSON derived for it, and how it starts.
 
-Beside checkpoint/state.py this is the only module that knows DeepSpeed. What stands in [engine] is speed
-and
-memory only:
-it leaves the results equal up to rounding.
+Beside checkpoint/state.py this is the only module that knows DeepSpeed. What stands in [engine] is speed and
+memory only: it leaves the results equal up to rounding.
 """
 
 import dataclasses
@@ -51,9 +49,7 @@ class EngineConfig:
         if self.zero_stage == 0:
             raise ConfigError(
                 "engine.zero_stage 0 is refused: DeepSpeed's stage 0 is wrong in bf16 and its state cannot "
-                "be "
-                "resharded; "
-                "use 1, which on one device is the same thing"
+                "be resharded; use 1, which on one device is the same thing"
             )
         if self.zero_stage not in (1, 2, 3):
             raise ConfigError(f"engine.zero_stage {self.zero_stage} is not one of 1, 2, 3")
@@ -63,9 +59,7 @@ class EngineConfig:
         if zero.get("round_robin_gradients"):
             raise ConfigError(
                 "engine.deepspeed_extra.zero_optimization.round_robin_gradients is refused: with it "
-                "DeepSpeed "
-                "mislabels "
-                "which rank holds which parameter; leave it out"
+                "DeepSpeed mislabels which rank holds which parameter; leave it out"
             )
 
 
@@ -100,8 +94,7 @@ def plan_batches(global_batch: int, micro_batch: int, world_size: int) -> BatchP
         near = min((m for m in range(1, per_rank + 1) if per_rank % m == 0), key=lambda m: abs(m - micro))
         raise ConfigError(
             f"global_batch {global_batch} is not a multiple of engine.micro_batch {micro} x world_size "
-            f"{world_size} = "
-            f"{micro * world_size}; use engine.micro_batch = {near}"
+            f"{world_size} = {micro * world_size}; use engine.micro_batch = {near}"
         )
     return BatchPlan(
         global_batch=global_batch,

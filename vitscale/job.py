@@ -89,8 +89,8 @@ class TrainConfig:
             )
         if not self.data.index:
             raise ConfigError(
-                "data.index is missing: name the index.json of the training shards; "
-                "make one with: python tools/data.py index SHARDS"
+                "data.index is missing: name the index.json of the training shards; make one with: python "
+                "tools/data.py index SHARDS"
             )
         if self.data.labels == "multi" and self.loss.name == "softmax":
             raise ConfigError(
@@ -172,10 +172,8 @@ def check_continuation(job: Job, directory: Path, manifest: Manifest) -> None:
     if manifest.data_fingerprint != fingerprint:
         raise ConfigError(
             f"{directory} was trained on other data than {job.config.data.index} holds now (shards, their "
-            "order or chunking "
-            "changed), so it cannot go on where it stopped; restore the shards and index, or start a new "
-            "run_dir with "
-            f"[init] checkpoint"
+            "order or chunking changed), so it cannot go on where it stopped; restore the shards and index, "
+            "or start a new run_dir with [init] checkpoint"
         )
     if manifest.step > job.total_steps:
         raise ConfigError(
@@ -200,8 +198,8 @@ def _difference(old: TrainConfig, job: Job) -> str:
     if keys:
         changes = ", ".join(f"{key} was {_value(old, key)!r}, now {_value(new, key)!r}" for key in keys)
         return (
-            f"run_dir {new.run_dir} holds another experiment: {changes}; "
-            f"set them back to resume it, or choose another run_dir"
+            f"run_dir {new.run_dir} holds another experiment: {changes}; set them back to resume it, or "
+            "choose another run_dir"
         )
     before, now = old.num_steps(job.order.steps_per_epoch), job.total_steps
     if before > now:

@@ -89,8 +89,8 @@ class Meter:
         return numbers
 
     def count_bad(self, progress: Progress) -> None:
-        """Add the samples replaced since the last call to `progress`, and quarantine them; every rank
-        calls it.
+        """Add the samples replaced since the last call to `progress`, and quarantine them; every rank calls
+        it.
         """
         (count,) = distributed.all_reduce_sum_int([len(self._bad)])
         if count:
@@ -111,8 +111,7 @@ class Meter:
 
 
 def too_many_bad(job: Job, progress: Progress) -> bool:
-    """Whether more samples had to be replaced than data.max_bad_fraction allows, of those seen (counted as
-    at
+    """Whether more samples had to be replaced than data.max_bad_fraction allows, of those seen (counted as at
     least 1,000).
     """
     seen = max(progress.step * job.config.global_batch, MIN_SAMPLES_FOR_BAD_FRACTION)
@@ -124,8 +123,7 @@ def bad_data_sentence(job: Job, progress: Progress) -> str:
     seen = progress.step * job.config.global_batch
     return (
         f"{progress.bad_samples:,} of {seen:,} samples could not be used, more than data.max_bad_fraction "
-        f"{job.config.data.max_bad_fraction} allows; {job.config.run_dir}/quarantine.jsonl lists them. "
-        f"A checkpoint was saved at step {progress.step}: mend the shards and index them again, or raise "
-        "the "
-        f"fraction"
+        f"{job.config.data.max_bad_fraction} allows; {job.config.run_dir}/quarantine.jsonl lists them. A "
+        f"checkpoint was saved at step {progress.step}: mend the shards and index them again, or raise the "
+        "fraction"
     )

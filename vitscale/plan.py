@@ -7,8 +7,7 @@ def state_bytes(num_params: int, zero_stage: int, world_size: int, precision: st
     """Bytes per device of parameters, gradients and AdamW state (ZeRO paper, arXiv 1910.02054, section 3).
 
     fp32: 4 bytes each of parameters, gradients, two moments (and the master copy that ZeRO keeps). 16 bit: 2
-    bytes of
-    parameters and gradients, 12 of master and moments.
+    bytes of parameters and gradients, 12 of master and moments.
     """
     param, grad = (4, 4) if precision == "fp32" else (2, 2)
     optimizer = 12
@@ -21,8 +20,7 @@ def activation_bytes(config: ModelConfig, micro_batch: int, precision: str, chec
     """Bytes of activations that the backward pass of one micro batch needs.
 
     Per token and layer in 16 bit: 16 D + 4 M (two norms, qkv, attention output, both MLP activations),
-    without attention
-    matrices; with full checkpointing 2 D, and one layer in full.
+    without attention matrices; with full checkpointing 2 D, and one layer in full.
     """
     tokens = config.num_tokens
     full = tokens * (16 * config.resolved_width + 4 * config.resolved_mlp_dim)

@@ -1,8 +1,7 @@
 """Random numbers keyed by what they belong to, never by process, worker or time.
 
 Every draw names its owner, (seed, domain, up to three integers), and is a block of one Philox4x64 stream: no
-state needs
-saving, and no rank, worker count or world size can alter it. Only Philox's raw words are used,
+state needs saving, and no rank, worker count or world size can alter it. Only Philox's raw words are used,
 which NumPy keeps stable, so an upgrade of NumPy does not reorder a running job.
 """
 

@@ -1,8 +1,7 @@
 """Bytes by name: local files and the stores that fsspec speaks, through one small set of functions.
 
 Only these schemes are opened: a shard is data, never code, so `pipe:` and the like are refused before any
-library sees
-them. Transient errors of remote stores are retried with exponential backoff and jitter.
+library sees them. Transient errors of remote stores are retried with exponential backoff and jitter.
 """
 
 import glob

@@ -1,9 +1,7 @@
 """Training: one straight loop. Fine-tuning is the same loop with an [init] section.
 
-Start order: 1 resume this run from its newest good checkpoint; 2 initialise weights from another
-checkpoint
-([init], with a
-new head and resized position embeddings); 3 from scratch.
+Start order: 1 resume this run from its newest good checkpoint; 2 initialise weights from another checkpoint
+([init], with a new head and resized position embeddings); 3 from scratch.
 """
 
 import importlib.metadata
@@ -42,8 +40,7 @@ SHOWN_IMAGES = 16
 
 
 def train(config: TrainConfig) -> int:
-    """Run the config to its end, resuming what is there. Every rank calls it. Returns the exit status: 0,
-    or
+    """Run the config to its end, resuming what is there. Every rank calls it. Returns the exit status: 0, or
     75.
 
     Raises ConfigError, DataError or CheckpointError (all ValueErrors) for what the user can mend.
@@ -147,8 +144,8 @@ def start(job: Job) -> tuple[Any, Progress]:
 
 
 def initial_model(config: TrainConfig, *, resumed: bool) -> ViT:
-    """The model on the CPU: initialised from the seed; unless `resumed`, with the backbone of [init] if
-    there is one.
+    """The model on the CPU: initialised from the seed; unless `resumed`, with the backbone of [init] if there
+    is one.
     """
     model = build_model(config.model, seed=derive_seed(config.seed, "init"))
     if config.init.checkpoint and not resumed:

@@ -22,9 +22,9 @@ EXPORT_NAME = "model.safetensors"
 
 class SavedModel:
     """Weights and configuration of a model on disk: a run directory (its newest good checkpoint), a step
-    directory, or an
-    export (the file, or the folder that holds it). Raises CheckpointError for anything else, and for what is
-    damaged."""
+    directory, or an export (the file, or the folder that holds it). Raises CheckpointError for anything else,
+    and for what is damaged.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = _locate(Path(path))
@@ -75,8 +75,8 @@ def export_safetensors(path: str | Path, out: str | Path) -> Path:
     tensor).
 
     out: a file name ending in .safetensors, or a folder that gets model.safetensors. The file's metadata
-    holds the model
-    section of the config and the step, so that load_model needs nothing else. Returns the file's path.
+    holds the model section of the config and the step, so that load_model needs nothing else. Returns the
+    file's path.
     """
     saved, target = SavedModel(path), Path(out)
     if target.suffix != ".safetensors":

@@ -51,8 +51,8 @@ class Manifest:
     """What a checkpoint holds. Written last: without it there is no checkpoint.
 
     states: which states every tensor has ("fp32", and the optimizer's). optimizer_steps: updates made
-    (skipped ones do not
-    count). loss_scaler: its numbers (fp16), else empty. counters: plain integers of the trainer.
+    (skipped ones do not count). loss_scaler: its numbers (fp16), else empty. counters: plain integers of the
+    trainer.
     """
 
     step: int

@@ -1,7 +1,7 @@
 """What each rank owns of every parameter under ZeRO 1, 2 and 3, and how to put it back.
 
-The only module that reads DeepSpeed's private names (0.19.8). A changed name fails loudly; a changed
-layout would be silent, so check_mapping compares the map with the live weights before every save.
+The only module that reads DeepSpeed's private names (0.19.8). A changed name fails loudly; a changed layout
+would be silent, so check_mapping compares the map with the live weights before every save.
 """
 
 import dataclasses
@@ -60,9 +60,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     for name, param in engine.module.named_parameters():
         if not param.requires_grad:
             raise ValueError(f"parameter {name} is frozen: it has no fp32 master to checkpoint")
-        if hasattr(
-            param, "ds_id"
-        ):  # ZeRO 3: each rank holds ceil(numel / world) of every parameter, padded at the end
+        if hasattr(param, "ds_id"):  # ZeRO 3: each rank holds ceil(numel / world) of each one, padded
             group, offset, padded = optimizer.grad_position[optimizer.get_param_id(param)]
             start = torch.distributed.get_rank(group=param.ds_process_group) * padded
             count = min(padded, param.ds_numel - start)
@@ -116,8 +114,8 @@ def check_mapping(engine: Any) -> None:
             break
     if distributed.all_reduce_max([float(bool(wrong))])[0]:
         raise RuntimeError(
-            f"the map of ZeRO fragments is wrong{f' for {wrong}' if wrong else ' on another rank'}: "
-            f"nothing was saved; this DeepSpeed lays its state out in another way than 0.19.8"
+            f"the map of ZeRO fragments is wrong{f' for {wrong}' if wrong else ' on another rank'}: nothing "
+            "was saved; this DeepSpeed lays its state out in another way than 0.19.8"
         )
 
 

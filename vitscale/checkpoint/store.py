@@ -5,8 +5,8 @@ good one.
     RUN/checkpoints/latest                          the name of the newest committed one
 
 A kill at any instant leaves the previous checkpoint in charge: until the rename nothing has its final name,
-and what has it
-was fsynced before. A reader trusts checksums, not names, and walks back to the newest that verifies.
+and what has it was fsynced before. A reader trusts checksums, not names, and walks back to the newest that
+verifies.
 """
 
 import dataclasses
@@ -73,8 +73,8 @@ def save(engine: Any, directory: Path, optimizer: str, header: dict[str, Any]) -
     """Write and commit a checkpoint of the engine between two optimizer steps; every rank calls it.
 
     header: the trainer's part of the Manifest, with its "step". Returns the step directory. Raises
-    CheckpointError on every
-    rank if any could not write (disk full, read-only): the previous checkpoint is then still in charge.
+    CheckpointError on every rank if any could not write (disk full, read-only): the previous checkpoint is
+    then still in charge.
     """
     steps = state.optimizer_steps(engine)
     states = ("fp32", *(state.OPTIMIZER_STATES[optimizer] if steps > 0 else ()))

@@ -1,11 +1,8 @@
 """The index of a set of shards: what is where, and how to notice that it no longer is.
 
-`index.json` names the shards with their bytes, samples and checksum; an array beside it holds the byte
-offset
-of each chunk
-of K consecutive samples, in tar blocks of 512 bytes (4 bytes a chunk: 38 MB for 303 million samples at K =
-32). Reads that
-disagree with the index are damage, never end of data.
+`index.json` names the shards with their bytes, samples and checksum; an array beside it holds the byte offset
+of each chunk of K consecutive samples, in tar blocks of 512 bytes (4 bytes a chunk: 38 MB for 303 million
+samples at K = 32). Reads that disagree with the index are damage, never end of data.
 """
 
 import collections
@@ -178,9 +175,8 @@ def build_index(
     """Index shards in one pass over them. `progress` is told each finished shard.
 
     A cut, broken, empty or missing shard raises DataError, unless `allow_damaged`: then its whole samples
-    before the damage
-    are indexed. Samples that cannot be used (no label, not an image) stay in the index, are counted, and
-    replaced when read.
+    before the damage are indexed. Samples that cannot be used (no label, not an image) stay in the index, are
+    counted, and replaced when read.
     """
     scans = []
     for url in shards:
@@ -234,15 +230,12 @@ def check_shards(index: Index) -> None:
         except FileNotFoundError:
             raise DataError(
                 f"shard {shard.url} is in the index but not on disk; restore it, or index the shards that "
-                "are "
-                "left: "
-                f"python tools/data.py index SHARDS"
+                "are left: python tools/data.py index SHARDS"
             ) from None
         if size != shard.num_bytes:
             raise DataError(
                 f"shard {shard.url} has {size:,} bytes, the index says {shard.num_bytes:,}: it was cut or "
-                "replaced after "
-                f"indexing; restore it, or index again: python tools/data.py index SHARDS"
+                "replaced after indexing; restore it, or index again: python tools/data.py index SHARDS"
             )
 
 

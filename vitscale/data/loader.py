@@ -1,11 +1,9 @@
 """The training stream of one rank: worker processes read, decode and augment its lanes; the main process
 joins them.
 
-The stream is a function of (order, rank, world size, first step): a restart begins at any step, by a seek
-and
-the reading of
-at most one window per lane. A sample that cannot be used is replaced by a deterministic other one, and
-reported.
+The stream is a function of (order, rank, world size, first step): a restart begins at any step, by a seek and
+the reading of at most one window per lane. A sample that cannot be used is replaced by a deterministic other
+one, and reported.
 """
 
 import dataclasses
@@ -37,9 +35,8 @@ class DataConfig:
     """The training data ([data]).
 
     lanes: the streams that every global batch is put together from; the world size must divide it, and the
-    order depends
-    on it. 0 = the largest divisor of global_batch up to 1,024. Each lane holds window_chunks + 1 chunks in
-    memory.
+    order depends on it. 0 = the largest divisor of global_batch up to 1,024. Each lane holds window_chunks +
+    1 chunks in memory.
     """
 
     index: str = ""
@@ -88,11 +85,9 @@ def check_labels(index: Index, config: DataConfig, num_classes: int) -> None:
     """Raise ConfigError if the index holds labels that the model or the config has no place for."""
     if index.max_label >= num_classes:
         raise ConfigError(
-            f"{config.index} holds label {index.max_label}, out of range for model.num_classes "
-            f"{num_classes} "
-            "(labels run "
-            f"from 0 to {num_classes - 1}); set model.num_classes = {index.max_label + 1} or mend the "
-            "labels"
+            f"{config.index} holds label {index.max_label}, out of range for model.num_classes {num_classes} "
+            f"(labels run from 0 to {num_classes - 1}); set model.num_classes = {index.max_label + 1} or "
+            "mend the labels"
         )
     if config.labels == "single" and index.max_labels > 1:
         raise ConfigError(
@@ -137,8 +132,8 @@ def batches(stream: Stream, num_workers: int) -> Iterator[Batch]:
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:
-    """A scheduler signals every process of a job: the trainer still needs its workers for the steps up to
-    the save.
+    """A scheduler signals every process of a job: the trainer still needs its workers for the steps up to the
+    save.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -257,8 +252,7 @@ class _Lane:
             chunks = read_window(stream.index, [sample_id], self.chunks)
         raise DataError(
             f"{MAX_REPLACEMENTS} samples in a row could not be used, the first "
-            f"{self.bad[-MAX_REPLACEMENTS]}; "
-            f"see what is left with: python tools/data.py verify INDEX"
+            f"{self.bad[-MAX_REPLACEMENTS]}; see what is left with: python tools/data.py verify INDEX"
         )
 
     def _unusable(self, sample: RawSample | BadSample) -> str:

@@ -1,13 +1,10 @@
 """Who reads what, and when: pure arithmetic on integers, with no process, file or state.
 
 Epoch e permutes the chunks; cumulative counts give every sample a global position; the positions are cut into
-V lanes; in
-a lane, windows of consecutive positions are shuffled. Step s of an epoch takes global_batch / V samples from
-each lane, and
-the global batch is ordered by lane. So its content and order depend on (index, seed, epoch, V, window,
-global_batch) only.
-Rank r owns a contiguous block of lanes, hence a contiguous slice of every global batch, at any world size
-that divides V.
+V lanes; in a lane, windows of consecutive positions are shuffled. Step s of an epoch takes global_batch / V
+samples from each lane, and the global batch is ordered by lane. So its content and order depend on (index,
+seed, epoch, V, window, global_batch) only. Rank r owns a contiguous block of lanes, hence a contiguous slice
+of every global batch, at any world size that divides V.
 """
 
 import dataclasses
@@ -49,14 +46,13 @@ class Order:
     def __post_init__(self) -> None:
         if self.global_batch % self.lanes:
             raise ConfigError(
-                f"global_batch {self.global_batch} is not a multiple of data.lanes {self.lanes}; "
-                f"use lanes = {default_lanes(self.global_batch)}, or 0 to derive it"
+                f"global_batch {self.global_batch} is not a multiple of data.lanes {self.lanes}; use lanes = "
+                f"{default_lanes(self.global_batch)}, or 0 to derive it"
             )
         if self.num_samples < self.global_batch:
             raise ConfigError(
                 f"the data set has {self.num_samples:,} samples, fewer than one global_batch of "
-                f"{self.global_batch:,}; "
-                f"lower global_batch"
+                f"{self.global_batch:,}; lower global_batch"
             )
 
     @functools.cached_property
@@ -162,9 +158,8 @@ def digest(ids: Int64[np.ndarray, " n"], first_position: int) -> int:
     """This slice's share of the batch digest: the shares of all ranks, added and masked, are `data/digest`.
 
     ids: the sample ids at positions first_position, first_position + 1, ... of the global batch. A sum of
-    mixed words
-    (splitmix64's finalizer), so that any partition of the batch gives the same total, and any swap another
-    one.
+    mixed words (splitmix64's finalizer), so that any partition of the batch gives the same total, and any
+    swap another one.
     """
     positions = np.arange(first_position, first_position + len(ids), dtype=np.uint64)
     with np.errstate(over="ignore"):

@@ -31,8 +31,7 @@ def describe(index: Index) -> str:
         f"shards             {len(index.shards):,}",
         f"bytes              {index.num_bytes:,}",
         f"bytes per image    {sum(image_bytes) / max(1, len(image_bytes)):,.0f} (of {len(image_bytes):,} "
-        "read, "
-        f"{len(ids) - len(image_bytes):,} unreadable)",
+        f"read, {len(ids) - len(image_bytes):,} unreadable)",
         f"classes            {len(index.label_counts):,}, the highest is {index.max_label:,}",
         f"labels per sample  at most {index.max_labels}",
         "",

@@ -1,9 +1,8 @@
 """A tar walker that never takes damage for the end of data.
 
 Python's tarfile, and so webdataset, ends an archive in silence at a broken header; here every header's
-checksum is
-verified, every member must be whole, and the archive must end with its end mark (or, for a range, at its last
-byte).
+checksum is verified, every member must be whole, and the archive must end with its end mark (or, for a range,
+at its last byte).
 """
 
 import dataclasses
@@ -45,9 +44,8 @@ def walk(stream: Readable, offset: int = 0, *, whole: bool) -> Iterator[Member]:
     """The regular files of a tar stream that begins at byte `offset` of its archive, in order.
 
     whole: the stream is an archive and must end with the end mark; otherwise it is a range of members and
-    ends with the
-    last of them. Raises TarDamage where the bytes are not what tar prescribes, after yielding what lies
-    before.
+    ends with the last of them. Raises TarDamage where the bytes are not what tar prescribes, after yielding
+    what lies before.
     """
     first, long_name = offset, ""
     while True:

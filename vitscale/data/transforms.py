@@ -1,8 +1,7 @@
 """Pixels to model input: crop, flip and resize on the CPU in uint8; normalisation on the device.
 
 Every draw is keyed by (seed, epoch, sample), so it is the same whoever makes it. Batches cross to the device
-as uint8, a
-quarter of float32's bytes.
+as uint8, a quarter of float32's bytes.
 """
 
 import dataclasses
@@ -27,8 +26,7 @@ class AugmentConfig:
     """Training augmentation ([augment]).
 
     crop: "inception" takes a random area and aspect ratio; "pad" resizes, pads by `pad` black pixels and
-    crops at random
-    (the CIFAR recipe); "resize" takes the whole image. All end at model.image_size.
+    crops at random (the CIFAR recipe); "resize" takes the whole image. All end at model.image_size.
     """
 
     crop: Literal["inception", "pad", "resize"] = "inception"
@@ -80,9 +78,8 @@ def inception_crop(
     uniform.
 
     draws: uniform numbers in [0, 1), four for each attempt; when no attempt fits the image, the whole image
-    is taken.
-    Source: TensorFlow's sample_distorted_bounding_box, which differs in that it draws the height, not the
-    area, uniformly.
+    is taken. Source: TensorFlow's sample_distorted_bounding_box, which differs in that it draws the height,
+    not the area, uniformly.
     """
     for area_draw, aspect_draw, top_draw, left_draw in draws.reshape(-1, 4):
         area = (

@@ -69,8 +69,8 @@ def solve(
     """Ridge regression, argmin |x w - y|^2 + l2_reg |w|^2, by the smaller of the two eigenproblems
     (fewshot_lsr, 75-108).
 
-    n >= D: with x^T x = q diag(e) q^T,  w = q diag(1 / (e + l2)) q^T x^T y
-    n <  D: with x x^T = q diag(e) q^T,  w = x^T q diag(1 / (e + l2)) q^T y
+    n >= D: with x^T x = q diag(e) q^T,  w = q diag(1 / (e + l2)) q^T x^T y n <  D: with x x^T = q diag(e)
+    q^T,  w = x^T q diag(1 / (e + l2)) q^T y
     """
     n, dim = x.shape
     return _solve_primal(x, y, l2_reg) if n >= dim else _solve_dual(x, y, l2_reg)

@@ -64,8 +64,8 @@ class EvalConfig:
             lowest = 1 if key == "shots" else 0
             if not values or min(values) < lowest or len(set(values)) < len(values):
                 raise ConfigError(
-                    f"{where}.{key} {list(values)} must list different whole numbers from {lowest} up, "
-                    f"like [{lowest}]"
+                    f"{where}.{key} {list(values)} must list different whole numbers from {lowest} up, like "
+                    f"[{lowest}]"
                 )
         positive(where, l2_reg=self.l2_reg, every_steps=self.every_steps, batch_size=self.batch_size)
         if self.num_workers < 0:

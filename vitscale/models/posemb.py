@@ -13,8 +13,7 @@ def resize_posemb(posemb: Float[Tensor, "1 N D"], old: Grid, new: Grid) -> Float
     are.
 
     old, new: (rows, columns), square or not. Bilinear with aligned corners equals scipy.ndimage.zoom(order=1)
-    of the ViT
-    repository (checkpoint.py:interpolate_posembed); align_corners=False would not.
+    of the ViT repository (checkpoint.py:interpolate_posembed); align_corners=False would not.
     """
     prefix = posemb.shape[1] - old[0] * old[1]
     if prefix < 0:

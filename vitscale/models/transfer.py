@@ -21,8 +21,7 @@ def transfer_state(state: dict[str, Tensor], source: ModelConfig, target: ModelC
     """The backbone of `state` for a model of config `target`, position embeddings resized to its grid.
 
     The whole head, tanh layer and classifier, is left out: the target keeps its own zero-initialised one
-    (paper, section
-    3.2). Raises ConfigError, naming the key, where the two are not the same backbone.
+    (paper, section 3.2). Raises ConfigError, naming the key, where the two are not the same backbone.
     """
     for name in (*_SAME, "gelu"):
         here, there = getattr(target, name), getattr(source, name)

@@ -60,8 +60,7 @@ def _find(source: Path, name: str) -> bytes:
     except StopIteration:
         raise ConfigError(
             f"{source} holds no {name}; --format cifar10 reads the binary version, cifar-10-binary.tar.gz "
-            "(the python "
-            f"version is made of pickles, which are not read)"
+            "(the python version is made of pickles, which are not read)"
         ) from None
     except (OSError, tarfile.TarError) as error:
         raise ConfigError(f"{source} cannot be read as a folder or tar archive: {error}") from None

@@ -2,8 +2,8 @@
 transfer to.
 
 A shape picture has several attributes: kind and colour (together its class), count, position, and the
-direction of the
-background stripes; the last three label pictures of their own, for transfer. Everything is deterministic.
+direction of the background stripes; the last three label pictures of their own, for transfer. Everything is
+deterministic.
 """
 
 import io
