@@ -117,8 +117,7 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list
         "zero_optimization": {
             "stage": config.zero_stage,
-            # Otherwise creating a stage 3 engine replaces F.linear for the whole process, and with it the
-            # numerics.
+            # Otherwise a stage 3 engine replaces F.linear for the whole process, and with it the numerics.
             "memory_efficient_linear": False,
         },
     }
@@ -143,10 +142,8 @@ def start_engine(
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if distributed.device().type == "cpu":
-        # DeepSpeed's shared-memory kernel serves inference only, yet it is compiled at start (30 s, needs
-        # a
-        # compiler) and
-        # leaves 66 MB per rank in /dev/shm for ever. Training on CPU goes through gloo.
+        # DeepSpeed's shared-memory kernel serves inference only, yet it is compiled at start (30 s, needs a
+        # compiler) and leaves 66 MB per rank in /dev/shm for ever. Training on CPU goes through gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     model.set_activation_checkpointing(config.activation_checkpointing)  # type: ignore[operator]

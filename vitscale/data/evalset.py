@@ -55,7 +55,6 @@ class EvaluationSet(Dataset[tuple[Tensor, Tensor]]):
         """The samples of `indices`, in that order, in batches. Raises DataError at a damaged one."""
         parts = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
         workers = min(self.num_workers, len(parts))
-        # type: ignore[arg-type]
         yield from DataLoader(self, batch_size=None, sampler=parts, num_workers=workers)
 
     def __getitem__(self, ids: list[int]) -> tuple[UInt8[Tensor, "B 3 S S"], Int64[Tensor, "B M"]]:

@@ -124,8 +124,7 @@ def batches(stream: Stream, num_workers: int) -> Iterator[Batch]:
         prefetch_factor=PREFETCHED_STEPS if workers else None,
         worker_init_fn=_leave_signals_to_the_trainer,
     )
-    # With an iterable dataset the loader asks the workers in turn and keeps that order: item i comes from
-    # worker i % n.
+    # With an iterable dataset the loader asks the workers in turn: item i comes from worker i % n.
     parts = iter(loader)
     for _ in range(stream.first_step, stream.last_step):
         yield _join([next(parts) for _ in range(max(1, workers))])

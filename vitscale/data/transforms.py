@@ -111,8 +111,7 @@ def evaluation_view(
 
 def resize(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[Tensor, "3 H W"]:
     """Antialiased bilinear resize in uint8."""
-    # A negative stride or a read-only array is copied; [1, 3, h, w] in channels-last memory is torch's fast
-    # path.
+    # A crop or a read-only array is copied; [1, 3, h, w] in channels-last memory is torch's fast path.
     image = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
     if image.shape[2:] != (height, width):
         image = F.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)

@@ -23,8 +23,7 @@ class Variant:
     num_heads: int
 
 
-# Paper, Table 1 (B, L, H); Google's code: vision_transformer configs/models.py and big_vision models/vit.py
-# (the others).
+# Paper, Table 1 (B, L, H); the others: vision_transformer configs/models.py and big_vision models/vit.py.
 VARIANTS = {
     "mu": Variant(32, 1, 128, 2),
     "Ti": Variant(192, 12, 768, 3),
