@@ -38,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"error: {error.filename or error}: {error.strerror}; mend the path or its permissions",
+            file=sys.stderr,
+        )
+        return 2
 
 
 def list_run(arguments: argparse.Namespace) -> int:

@@ -29,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"error: {error.filename or error}: {error.strerror}; mend the path or its permissions",
+            file=sys.stderr,
+        )
+        return 2
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -137,5 +137,8 @@ def test_the_tool_packs_indexes_and_verifies(tmp_path: Path, capsys) -> None:
     assert main(["verify", str(out / "index.json")]) == 2
     assert main(["index", str(out / "train-*.tar")]) == 2
     assert main(["index", str(out / "none-*.tar")]) == 2
+    assert main(["index", str(out)]) == 2
+    assert main(["stats", str(out)]) == 2
+    assert main(["demo", str(shard / "below_a_file")]) == 2
     errors = capsys.readouterr().err
     assert "it was cut" in errors and "no file matches" in errors and "Traceback" not in errors

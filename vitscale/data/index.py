@@ -144,6 +144,10 @@ class Index:
             array = storage.read_bytes(storage.join(path, entry["file"]))
         except FileNotFoundError as error:
             raise DataError(f"index {path} is missing ({error.filename or error}); {remake}") from None
+        except OSError as error:
+            raise DataError(
+                f"index {path} cannot be read: {error.strerror or error}; name an index.json"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise (
                 error
@@ -293,6 +297,8 @@ def _scan_shard(url: str, chunk_samples: int, allow_damaged: bool) -> _Scan:
                 pass
     except FileNotFoundError:
         raise DataError(f"shard {url} does not exist") from None
+    except OSError as error:
+        raise DataError(f"shard {url} cannot be read: {error.strerror or error}") from None
     if tar_damage and not allow_damaged:
         raise DataError(f"{damage[-1]}; restore the shard, leave it out, or keep those with --allow-damaged")
     if count == 0 and not (allow_damaged and tar_damage):
