@@ -21,6 +21,11 @@ DOMAINS = {
     "pack": 9,
     "demo": 10,
     "split": 11,
+    "mix": 12,
+    "randaugment": 13,
+    "jitter": 14,
+    "erase": 15,
+    "cutmix": 16,
 }
 
 
