@@ -1,4 +1,5 @@
-"""--dry-run: everything that follows from a config, in numbers, with nothing written; and every config that
+"""--dry-run: everything that follows from a config, in numbers, with nothing written; and every config
+that
 comes along.
 """
 
@@ -33,7 +34,7 @@ def test_the_numbers_are_shown_and_the_run_directory_is_left_alone(tmp_path: Pat
         "3e-05 per step",
         '"train_batch_size": 16',
         "97 in 3 shards",
-        "leaving out 1 samples",
+        "1 each epoch (others each time)",
     ):
         assert part in shown, shown
     assert not (tmp_path / "run").exists()

@@ -38,17 +38,31 @@ def _section(title: str, lines: list[tuple[str, str]]) -> str:
 
 
 def _data_lines(job: Job) -> list[tuple[str, str]]:
-    order = job.order
-    worlds = [world for world in order.worlds() if job.config.global_batch % world == 0]
+    mixture, epochs = job.mixture, job.mixture.epochs(job.total_steps)
+    worlds = [world for world in mixture.worlds() if job.config.global_batch % world == 0]
+    lines = []
+    for source, order, weight, passes in zip(
+        job.sources, mixture.orders, mixture.weights, epochs, strict=True
+    ):
+        index = source.index
+        lines += [
+            ("source", f"{source.name}: {float(weight):.2%} of every batch, {passes:,.2f} epochs"),
+            (
+                "  samples",
+                f"{index.num_samples:,} in {len(index.shards):,} shards; {index.num_bytes:,} bytes",
+            ),
+            (
+                "  left out",
+                f"{order.tail:,} each epoch (others each time); {len(source.excluded):,} excluded",
+            ),
+            ("  damaged", f"{index.num_damaged:,} known to the index"),
+        ]
     return [
-        ("samples", f"{order.num_samples:,} in {len(job.index.shards):,} shards"),
-        (
-            "steps per epoch",
-            f"{order.steps_per_epoch:,}, leaving out {order.tail:,} samples (others each epoch)",
-        ),
-        ("total steps", f"{job.total_steps:,} = {job.total_steps / order.steps_per_epoch:,.2f} epochs"),
-        ("lanes", f"{order.lanes:,}; it runs on {', '.join(map(str, worlds))} devices"),
-        ("damaged samples", f"{job.index.num_damaged:,} known to the index"),
+        *lines,
+        ("steps per epoch", f"{mixture.steps_per_epoch:,}"),
+        ("total steps", f"{job.total_steps:,}"),
+        ("lanes", f"{mixture.lanes:,}; it runs on {', '.join(map(str, worlds))} devices"),
+        ("JPEG decoder", job.decoder),
     ]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vitscale import distributed
-from vitscale.config import ConfigError
+from vitscale.config import ConfigError, positive
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,9 @@ class EngineConfig:
     """Speed and memory ([engine]).
 
     micro_batch: images per device and forward pass; 0 = global_batch / world_size, without accumulation.
-    num_workers: data worker processes per rank; 0 = decode in the training process.
+    num_workers: data worker processes per rank; 0 = decode in the training process. cache_dir: a folder on
+    the node's own disk that keeps up to cache_gb (10^9 bytes) of what was read from remote shards, for all
+    processes of the node; "" = nowhere.
     deepspeed_extra: keys passed through to DeepSpeed's JSON; one that vitscale derives is refused.
     """
 
@@ -43,6 +45,8 @@ class EngineConfig:
     activation_checkpointing: Literal["none", "full"] = "none"
     compile: bool = False
     num_workers: int = 2
+    cache_dir: str = ""
+    cache_gb: float = 100.0
     deepspeed_extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,6 +59,7 @@ class EngineConfig:
             raise ConfigError(f"engine.zero_stage {self.zero_stage} is not one of 1, 2, 3")
         if self.micro_batch < 0 or self.num_workers < 0:
             raise ConfigError("engine.micro_batch and engine.num_workers must not be negative")
+        positive("engine", cache_gb=self.cache_gb)
         zero = self.deepspeed_extra.get("zero_optimization", {})
         if zero.get("round_robin_gradients"):
             raise ConfigError(

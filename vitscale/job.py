@@ -11,9 +11,17 @@ from vitscale import engine as engines
 from vitscale.checkpoint.format import Manifest
 from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.config import ConfigError
-from vitscale.data.index import Index, check_shards
-from vitscale.data.loader import DataConfig, check_labels, make_order
-from vitscale.data.order import Order
+from vitscale.data.decode import Decoder, resolve_decoder
+from vitscale.data.index import DataError
+from vitscale.data.mix import Mixture
+from vitscale.data.sources import (
+    DataConfig,
+    Source,
+    check_labels,
+    check_sources,
+    make_mixture,
+    open_sources,
+)
 from vitscale.data.transforms import AugmentConfig
 from vitscale.engine import BatchPlan, EngineConfig, Precision
 from vitscale.evals.tasks import EvalConfig
@@ -87,10 +95,21 @@ class TrainConfig:
                 "set exactly one of total_steps, total_epochs, total_samples, above 0; here: "
                 f"{', '.join(given) or 'none'}"
             )
-        if not self.data.index:
+        if not self.data.index and not self.data.sources:
             raise ConfigError(
-                "data.index is missing: name the index.json of the training shards; make one with: python "
-                "tools/data.py index SHARDS"
+                "data.index is missing: name the index.json of the training shards (or several in "
+                "[[data.sources]]); make one with: python tools/data.py index SHARDS"
+            )
+        if self.total_epochs and len(self.data.sources) > 1:
+            raise ConfigError(
+                f"total_epochs = {self.total_epochs} has no meaning for several data.sources, each of which "
+                "has its own epochs; use total_steps or total_samples"
+            )
+        if self.augment.repeats > 1 and self.global_batch % self.augment.repeats:
+            raise ConfigError(
+                f"global_batch {self.global_batch} is not a multiple of augment.repeats "
+                f"{self.augment.repeats}; use "
+                f"{self.global_batch // self.augment.repeats * self.augment.repeats}"
             )
         if self.data.labels == "multi" and self.loss.name == "softmax":
             raise ConfigError(
@@ -124,24 +143,78 @@ class Job:
     """What follows from a config, its data and the world: nothing in it is on a device yet."""
 
     config: TrainConfig
-    index: Index
-    order: Order
+    sources: tuple[Source, ...]
+    mixture: Mixture
+    decoder: Decoder
     plan: BatchPlan
     total_steps: int
     deepspeed_config: dict[str, Any]
 
+    def data_fingerprint(self) -> str:
+        """Names what every step reads and the decoder that reads it: "HASH-DECODER"."""
+        order = self.mixture.fingerprint([source.fingerprint() for source in self.sources])
+        return f"{order}-{self.decoder}"
+
 
 def prepare(config: TrainConfig, world_size: int) -> Job:
-    """Derive the job, and refuse what does not fit together, before any expensive work."""
-    index = Index.load(config.data.index)
-    check_shards(index)
-    check_labels(index, config.data, config.model.num_classes)
-    order = make_order(index, config.data, config.seed, config.global_batch)
-    order.rank_lanes(0, world_size)
+    """Derive the job, and refuse what does not fit together, before any expensive work.
+
+    Every rank calls it.
+    """
+    sources = open_sources(config.data)
+    _check_once(sources)
+    check_labels(sources, config.data, config.model.num_classes)
+    mixture = make_mixture(
+        sources,
+        config.data,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        repeats=config.augment.repeats,
+    )
+    mixture.rank_lanes(0, world_size)
     plan = engines.plan_batches(config.global_batch, config.engine.micro_batch, world_size)
-    total_steps = config.num_steps(order.steps_per_epoch)
-    ds_config = engines.deepspeed_config(config.engine, plan, config.precision, config.optim.clip_norm)
-    return Job(config, index, order, plan, total_steps, ds_config)
+    _check_pairs(config, plan, mixture)
+    return Job(
+        config=config,
+        sources=sources,
+        mixture=mixture,
+        decoder=resolve_decoder(config.data.decoder),
+        plan=plan,
+        total_steps=config.num_steps(mixture.steps_per_epoch),
+        deepspeed_config=engines.deepspeed_config(
+            config.engine, plan, config.precision, config.optim.clip_norm
+        ),
+    )
+
+
+def _check_once(sources: tuple[Source, ...]) -> None:
+    """Look every shard up, on one rank: thousands of ranks would ask a shared store millions of times."""
+    error = ""
+    if distributed.is_main():
+        try:
+            check_sources(sources)
+        except (DataError, ConfigError) as failure:
+            error = str(failure)
+    error = distributed.broadcast_json(error)
+    if error:
+        raise DataError(error)
+
+
+def _check_pairs(config: TrainConfig, plan: BatchPlan, mixture: Mixture) -> None:
+    """mixup and cutmix mix neighbours in the batch: both must be in one micro batch, and not one sample."""
+    if not config.augment.mixup and not config.augment.cutmix:
+        return
+    if plan.micro_batch % 2:
+        raise ConfigError(
+            f"augment.mixup and augment.cutmix pair neighbours, so the micro batch of {plan.micro_batch} "
+            "must be even; change engine.micro_batch, global_batch or the number of processes"
+        )
+    if mixture.repeats > 1 and mixture.draws_per_step % 2:
+        raise ConfigError(
+            f"with augment.repeats = {mixture.repeats}, mixup and cutmix need an even number of samples of "
+            "each "
+            f"lane in a step, not {mixture.draws_per_step}; use data.lanes = 0, or half as many"
+        )
 
 
 def claim_run_dir(job: Job) -> None:
@@ -168,12 +241,20 @@ def claim_run_dir(job: Job) -> None:
 
 def check_continuation(job: Job, directory: Path, manifest: Manifest) -> None:
     """Raise ConfigError if the data behind the run are not those that the checkpoint was trained on."""
-    fingerprint = job.order.fingerprint(job.index.fingerprint())
-    if manifest.data_fingerprint != fingerprint:
+    fingerprint = job.data_fingerprint()
+    (was, _, old_decoder), (now, _, decoder) = (
+        text.partition("-") for text in (manifest.data_fingerprint, fingerprint)
+    )
+    if was != now:
         raise ConfigError(
-            f"{directory} was trained on other data than {job.config.data.index} holds now (shards, their "
-            "order or chunking changed), so it cannot go on where it stopped; restore the shards and index, "
-            "or start a new run_dir with [init] checkpoint"
+            f"{directory} was trained on other data than the config names now (shards, their order or "
+            "chunking, label maps or exclusions changed), so it cannot go on where it stopped; restore the "
+            "shards and index, or start a new run_dir with [init] checkpoint"
+        )
+    if old_decoder != decoder:
+        raise ConfigError(
+            f"{directory} was trained with the JPEG decoder {old_decoder}, here it is {decoder}; set "
+            f"data.decoder = \"{old_decoder}\" (turbojpeg needs: pip install 'vitscale[turbo]')"
         )
     if manifest.step > job.total_steps:
         raise ConfigError(
@@ -194,6 +275,8 @@ def _difference(old: TrainConfig, job: Job) -> str:
     """Why the run directory's config forbids this job; "" if it may go on."""
     new = job.config
     pinned = [{k: v for k, v in configs.to_dict(c).items() if k not in CHANGEABLE} for c in (old, new)]
+    for values in pinned:
+        del values["data"]["decoder"]  # check_continuation compares the one in use
     keys = list(configs.differing_keys(pinned[0], pinned[1]))
     if keys:
         changes = ", ".join(f"{key} was {_value(old, key)!r}, now {_value(new, key)!r}" for key in keys)
@@ -201,7 +284,7 @@ def _difference(old: TrainConfig, job: Job) -> str:
             f"run_dir {new.run_dir} holds another experiment: {changes}; set them back to resume it, or "
             "choose another run_dir"
         )
-    before, now = old.num_steps(job.order.steps_per_epoch), job.total_steps
+    before, now = old.num_steps(job.mixture.steps_per_epoch), job.total_steps
     if before > now:
         return f"run_dir {new.run_dir} was started for {before:,} steps and cannot be shortened to {now:,}"
     return ""

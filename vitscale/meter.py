@@ -72,7 +72,7 @@ class Meter:
         speed = self._steps * config.global_batch / elapsed
         numbers = {
             "samples_seen": progress.step * config.global_batch,
-            "epoch": progress.step / self._job.order.steps_per_epoch,
+            **self._epochs(progress.step),
             "train/loss": float(np.float32(loss_sum / world)),
             "train/lr": lr,
             "train/grad_norm": float(np.float32(engines.grad_norm(engine))),
@@ -87,6 +87,14 @@ class Meter:
             numbers["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.restart()
         return numbers
+
+    def _epochs(self, step: int) -> dict[str, float]:
+        """How often the data were passed through; in a mixture, each source."""
+        job = self._job
+        epochs = job.mixture.epochs(step)
+        if len(epochs) == 1:
+            return {"epoch": epochs[0]}
+        return {f"data/epoch/{s.name}": e for s, e in zip(job.sources, epochs, strict=True)}
 
     def count_bad(self, progress: Progress) -> None:
         """Add the samples replaced since the last call to `progress`, and quarantine them; every rank calls

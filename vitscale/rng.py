@@ -45,8 +45,15 @@ def uniform(n: int, seed: int, domain: str, *ids: int) -> Float64[np.ndarray, " 
 
 
 def permutation(n: int, seed: int, domain: str, *ids: int) -> Int64[np.ndarray, " n"]:
-    """A permutation of range(n): the order of `n` random words (equal words keep their order)."""
-    return np.argsort(raw(n, seed, domain, *ids), kind="stable")
+    """A permutation of range(n), n < 2^40: the order of `n` random words.
+
+    The words' low bits are replaced by their positions, so that they can be sorted in place, without an index
+    beside them: three times as fast for millions.
+    """
+    bits = np.uint64(max(1, (n - 1).bit_length()))
+    words = raw(n, seed, domain, *ids) >> bits << bits | np.arange(n, dtype=np.uint64)
+    words.sort()
+    return (words & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
 
 
 def derive_seed(seed: int, domain: str, *ids: int) -> int:

@@ -1,16 +1,21 @@
 """Bytes by name: local files and the stores that fsspec speaks, through one small set of functions.
 
 Only these schemes are opened: a shard is data, never code, so `pipe:` and the like are refused before any
-library sees them. Transient errors of remote stores are retried with exponential backoff and jitter.
+library sees them. Transient errors are retried with exponential backoff and jitter, here and only here: the
+clients' own retries, which would multiply with ours, are switched off. What stays broken is a StoreError,
+never data that are missing.
 """
 
+import errno
+import functools
 import glob
 import logging
 import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -23,25 +28,39 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "gcs")
-EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
-ATTEMPTS = 5
-FIRST_DELAY_SECONDS = 0.5
+EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+ATTEMPTS = 10
+FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.25, 30.0  # about a minute and a half in all
+CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS = 10, 30
+LOOKUP_THREADS = 32
+
+CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and AWS_ENDPOINT_URL for "
+    "a store that is not Amazon's, on every node",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run: gcloud auth application-default login, on every node",
+    "http": "the server must let this machine read it",
+}
+
+
+class StoreError(ConfigError):
+    """A store, or a disk, that refuses or does not answer; nothing is said about what it holds."""
 
 
 def expand(pattern: str) -> list[str]:
     """The sorted URLs that a glob, a brace pattern ({000..127}) or a plain URL names. Raises ConfigError if
     there are none.
 
-    Only local patterns may contain `*`; a remote pattern lists its shards by braces, which needs no listing
-    permission.
+    A remote pattern lists its shards by braces, which needs no listing permission, or by `*` where the store
+    can list.
     """
     urls: set[str] = set()
     for url in braceexpand(pattern):
         if any(c in url for c in "*?[") and is_local(url):
             urls.update(glob.glob(local_path(url)))
         elif any(c in url for c in "*["):
-            fs, path = fsspec.core.url_to_fs(url)
-            urls.update(fs.unstrip_protocol(match) for match in fs.glob(path))
+            fs, path = _filesystem(url)
+            found = _retry(functools.partial(fs.glob, path), url, "listing")
+            urls.update(map(fs.unstrip_protocol, found))
         else:
             urls.add(url)
     if not urls:
@@ -83,7 +102,7 @@ def read_bytes(url: str) -> bytes:
     if is_local(url):
         return Path(local_path(url)).read_bytes()
     fs, path = _filesystem(url)
-    return _retry(lambda: fs.cat_file(path), f"reading {url}")
+    return _retry(lambda: fs.cat_file(path), url, "reading")
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
@@ -91,26 +110,30 @@ def read_range(url: str, start: int, end: int) -> bytes:
     none.
     """
     if is_local(url):
-        with open(local_path(url), "rb", buffering=0) as file:
-            return os.pread(file.fileno(), end - start, start)
+        return _retry(lambda: _pread(local_path(url), start, end), url, "reading")
     fs, path = _filesystem(url)
-    return _retry(lambda: fs.cat_file(path, start=start, end=end), f"reading {url} [{start}:{end}]")
+    data = _retry(lambda: fs.cat_file(path, start=start, end=end), url, "reading", beyond_end=b"")
+    if len(data) > end - start:
+        raise StoreError(
+            f"{url}: the server ignores range requests (asked for {end - start:,} bytes, it sent "
+            f"{len(data):,}); serve the shards with one that does not, or copy them to a local disk"
+        )
+    return data
 
 
 def open_stream(url: str) -> BinaryIO:
     """The object as a sequential stream of bytes, for one pass over it."""
     if is_local(url):
         return open(local_path(url), "rb")
-    fs, path = _filesystem(url)
-    return _retry(lambda: fs.open(path, "rb", block_size=8 << 20, cache_type="readahead"), f"opening {url}")
+    return _RangeStream(url)  # type: ignore[return-value]
 
 
-def size(url: str) -> int:
-    """The object's size in bytes. Raises FileNotFoundError if there is none."""
-    if is_local(url):
-        return os.stat(local_path(url)).st_size
-    fs, path = _filesystem(url)
-    return int(_retry(lambda: fs.size(path), f"looking up {url}"))
+def sizes(urls: Sequence[str]) -> list[int | None]:
+    """The size of each object in bytes, None where there is none. Remote ones are asked for in parallel."""
+    if all(map(is_local, urls)):
+        return [_size(url) for url in urls]
+    with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
+        return list(pool.map(_size, urls))
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -134,29 +157,144 @@ def fsync_directory(path: str | Path) -> None:
         os.close(descriptor)
 
 
+class _RangeStream:
+    """A remote object read from end to end in ranges, each of them retried by itself."""
+
+    STEP_BYTES = 8 << 20
+
+    def __init__(self, url: str) -> None:
+        size = _size(url)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+        self._url, self._size, self._at, self._buffer = url, size, 0, memoryview(b"")
+
+    def __enter__(self) -> "_RangeStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._buffer = memoryview(b"")
+
+    def read(self, size: int = -1, /) -> bytes:
+        parts, missing = [], self._size if size < 0 else size
+        while missing and (self._buffer or self._fill()):
+            parts.append(bytes(self._buffer[:missing]))
+            self._buffer = self._buffer[missing:]
+            missing -= len(parts[-1])
+        return b"".join(parts)
+
+    def _fill(self) -> bool:
+        if self._at < self._size:
+            end = min(self._size, self._at + self.STEP_BYTES)
+            self._buffer = memoryview(read_range(self._url, self._at, end))
+            self._at += len(self._buffer)
+        return len(self._buffer) > 0
+
+
+def _pread(path: str, start: int, end: int) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), end - start, start)
+
+
+def _size(url: str) -> int | None:
+    try:
+        if is_local(url):
+            return os.stat(local_path(url)).st_size
+        fs, path = _filesystem(url)
+        return int(_retry(lambda: fs.size(path), url, "looking up"))
+    except FileNotFoundError:
+        return None
+
+
 def _filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it; made in the process that uses it, for it does not
+    survive a fork.
+    """
     name = scheme(url)
     try:
-        return fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url, **_client_options(name))
     except ImportError as error:
-        extra = EXTRAS.get(name)
-        way_out = f"pip install 'vitscale[{extra}]'" if extra else "pip install aiohttp requests"
-        raise ConfigError(f"{url}: {error}; run: {way_out}") from None
+        raise ConfigError(f"{url}: {error}; run: pip install 'vitscale[{EXTRAS[name]}]'") from None
+    except ValueError as error:
+        raise StoreError(f"{url}: {error}; check the URL and AWS_ENDPOINT_URL") from None
+    fs.retries = 1
+    return fs, path
 
 
-def _retry(call: Callable[[], T], what: str) -> T:
-    """Call, and again after transient errors. What cannot get better by waiting is raised at once."""
+def _client_options(name: str) -> dict[str, Any]:
+    if name == "s3":
+        timeouts = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "read_timeout": READ_TIMEOUT_SECONDS}
+        return {"config_kwargs": {"retries": {"max_attempts": 0}, **timeouts}}
+    if name in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(
+            total=None, sock_connect=CONNECT_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS
+        )
+        return {"client_kwargs": {"timeout": timeout}}
+    return {}
+
+
+def _retry(call: Callable[[], T], url: str, doing: str, *, beyond_end: T | None = None) -> T:
+    """Call, and again after transient errors; what cannot get better by waiting is raised at once.
+
+    beyond_end: what to return where the store says that the range lies behind the object's end.
+    """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
-            raise
-        except (OSError, TimeoutError) as error:
+        except Exception as error:
+            if _is_beyond_end(error) and beyond_end is not None:
+                return beyond_end
+            _raise_if_final(error, url, doing)
             if attempt == ATTEMPTS:
-                raise
-            delay = FIRST_DELAY_SECONDS * 2 ** (attempt - 1) * (0.5 + random.random())
-            logger.warning(
-                "%s failed (%s); attempt %d of %d in %.1f s", what, error, attempt + 1, ATTEMPTS, delay
-            )
+                raise StoreError(
+                    f"{doing} {url} failed {ATTEMPTS} times, the last time with: {_text(error)}; when the "
+                    "store answers again, the same command goes on"
+                ) from None
+            delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (attempt - 1))
+            delay *= 0.5 + random.random()
+            log = logger.warning if attempt > 2 else logger.info
+            log("%s %s failed (%s); attempt %d in %.1f s", doing, url, _text(error), attempt + 1, delay)
             time.sleep(delay)
     raise AssertionError("unreachable")
+
+
+def _raise_if_final(error: Exception, url: str, doing: str) -> None:
+    """Raise what a user must mend, and what is not a store's error at all; return for what may pass."""
+    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
+    kinds = {type(error).__name__, type(error.__cause__).__name__}
+    way_out = CREDENTIALS.get({"gcs": "gs", "https": "http"}.get(scheme(url), scheme(url)), "")
+    if status == 404 or (isinstance(error, FileNotFoundError) and not _hides_another(error)):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
+    if kinds & {
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "ProfileNotFound",
+        "DefaultCredentialsError",
+    }:
+        raise StoreError(f"{doing} {url}: there are no credentials ({_text(error)}); {way_out}") from None
+    if isinstance(error, PermissionError) or status in (401, 403):
+        raise StoreError(f"{doing} {url}: access is denied ({_text(error)}); {way_out}") from None
+    if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
+        raise StoreError(f"{doing} {url}: the server answers {_text(error)}; check the URL") from None
+    library = type(error).__module__.partition(".")[0]
+    if not isinstance(error, OSError) and library not in ("aiohttp", "botocore", "gcsfs", "requests"):
+        raise error
+    if isinstance(error, IsADirectoryError | NotADirectoryError):
+        raise StoreError(f"{doing} {url}: {_text(error)}; name a file") from None
+
+
+def _hides_another(error: FileNotFoundError) -> bool:
+    """fsspec's http tells every failed look-up as a missing file; the cause says what it was."""
+    return type(error.__cause__).__module__.partition(".")[0] == "aiohttp"
+
+
+def _is_beyond_end(error: Exception) -> bool:
+    return getattr(error, "status", None) == 416 or (
+        isinstance(error, OSError) and error.errno == errno.EINVAL and "InvalidRange" in str(error)
+    )
+
+
+def _text(error: BaseException) -> str:
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+    return f"{type(cause).__name__}: {cause}".splitlines()[0].rstrip(": ")

@@ -18,8 +18,11 @@ from vitscale import distributed
 from vitscale import engine as engines
 from vitscale.checkpoint import load, state, store
 from vitscale.checkpoint.export import SavedModel
+from vitscale.data.cache import NodeCache
 from vitscale.data.index import DataError
-from vitscale.data.loader import Batch, Stream, batches
+from vitscale.data.lane import Recipe
+from vitscale.data.loader import Batch, Stream, batches, on_device
+from vitscale.data.mixup import mix
 from vitscale.data.transforms import normalize
 from vitscale.evals.tasks import ClassifyTask, FewShotTask, open_task
 from vitscale.job import Job, TrainConfig, check_continuation, claim_run_dir, prepare
@@ -97,15 +100,27 @@ def train(config: TrainConfig) -> int:
 
 def train_step(engine: Any, job: Job, batch: Batch, step: int) -> Tensor:
     """One optimizer step on this rank's part of a global batch. Returns its mean loss, fp32 on the device."""
-    config, device = job.config, distributed.device()
-    total = torch.zeros((), device=device)
-    images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
-    micro_batches = zip(images.split(job.plan.micro_batch), labels.split(job.plan.micro_batch), strict=True)
-    for micro_step, (micro_images, micro_labels) in enumerate(micro_batches):
+    config, augment = job.config, job.config.augment
+    total = torch.zeros((), device=distributed.device())
+    micro_batches = zip(
+        batch.images.split(job.plan.micro_batch), batch.labels.split(job.plan.micro_batch), strict=True
+    )
+    position = distributed.rank() * job.plan.per_rank
+    for micro_step, (images, labels) in enumerate(micro_batches):
         if config.model.dropout:
             torch.manual_seed(derive_seed(config.seed, "dropout", step, distributed.rank(), micro_step))
-        logits = engine(normalize(micro_images, engines.DTYPES[config.precision]))
-        loss = compute_loss(config.loss, logits, to_targets(micro_labels, config.model.num_classes))
+        pixels, targets = mix(
+            normalize(images, torch.float32),
+            to_targets(labels, config.model.num_classes),
+            mixup=augment.mixup,
+            cutmix=augment.cutmix,
+            switch=augment.cutmix_share,
+            seed=config.seed,
+            step=step,
+            first_position=position + micro_step * job.plan.micro_batch,
+        )
+        logits = engine(pixels.to(engines.DTYPES[config.precision]))
+        loss = compute_loss(config.loss, logits, targets)
         engine.backward(loss)
         engine.step()
         total += loss.detach() / job.plan.grad_accum_steps
@@ -171,29 +186,29 @@ def open_metrics(job: Job, step: int) -> MetricsWriter | None:
 def open_stream(job: Job, step: int) -> Iterator[Batch]:
     """This rank's batches from `step` to the end of the run."""
     config = job.config
+    cache = NodeCache(config.engine.cache_dir, int(config.engine.cache_gb * 1e9))
     stream = Stream(
-        index=job.index,
-        order=job.order,
-        augment=config.augment,
-        image_size=config.model.image_size,
-        num_classes=config.model.num_classes,
-        lanes=job.order.rank_lanes(distributed.rank(), job.plan.world_size),
+        sources=job.sources,
+        mixture=job.mixture,
+        recipe=Recipe(config.augment, job.decoder, config.model.image_size, config.model.num_classes),
+        lanes=job.mixture.rank_lanes(distributed.rank(), job.plan.world_size),
         first_step=step,
         last_step=job.total_steps,
+        cache=cache if config.engine.cache_dir else None,
     )
-    return batches(stream, config.engine.num_workers)
+    return on_device(batches(stream, config.engine.num_workers), distributed.device())
 
 
 def save(engine: Any, job: Job, progress: Progress) -> None:
     """Write a checkpoint and apply retention; every rank calls it."""
     config = job.config
-    epoch, step_in_epoch = divmod(progress.step, job.order.steps_per_epoch)
+    epoch, step_in_epoch = divmod(progress.step, job.mixture.steps_per_epoch)
     header = {
         "step": progress.step,
         "samples_seen": progress.step * config.global_batch,
         "epoch": epoch,
         "step_in_epoch": step_in_epoch,
-        "data_fingerprint": job.order.fingerprint(job.index.fingerprint()),
+        "data_fingerprint": job.data_fingerprint(),
         "precision": config.precision,
         "counters": {**state.counters(engine), "bad_samples": progress.bad_samples},
         "config": configs.to_dict(config),

@@ -1,8 +1,10 @@
-"""The loader: the same samples and pixels at any world size, worker count and starting step; damage replaced
+"""The loader: the same samples and pixels at any world size, worker count and starting step; damage
+replaced
 and counted.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +14,36 @@ from shard_files import jpeg, write_index, write_tar
 
 from vitscale.config import ConfigError
 from vitscale.data.index import DataError, Index, build_index
-from vitscale.data.loader import DataConfig, Stream, batches, check_labels, make_order
+from vitscale.data.lane import Recipe
+from vitscale.data.loader import Stream, batches
+from vitscale.data.sources import DataConfig, Source, SourceConfig, check_labels, make_mixture
 from vitscale.data.transforms import AugmentConfig
 
 CONFIG = DataConfig(index="index.json", lanes=4, window_chunks=2)
 
 
-def make_stream(index: Index, first: int, last: int, rank: int = 0, world_size: int = 1) -> Stream:
-    order = make_order(index, CONFIG, seed=1, global_batch=8)
+def make_stream(
+    indexes: Index | Sequence[Index],
+    first: int,
+    last: int,
+    rank: int = 0,
+    world_size: int = 1,
+    augment: AugmentConfig = AugmentConfig(),  # noqa: B008
+    **changes,
+) -> Stream:
+    sources = tuple(
+        Source(name=str(n), index=index, label_map={}, excluded=np.empty(0, dtype=np.int64))
+        for n, index in enumerate([indexes] if isinstance(indexes, Index) else indexes)
+    )
+    sources = tuple(dataclasses.replace(source, **changes) for source in sources)
+    weights = (SourceConfig(index="a", weight=0.7), SourceConfig(index="b", weight=0.3))
+    config = CONFIG if len(sources) == 1 else dataclasses.replace(CONFIG, index="", sources=weights)
+    mixture = make_mixture(sources, config, seed=1, global_batch=8, repeats=augment.repeats)
     return Stream(
-        index=index,
-        order=order,
-        augment=AugmentConfig(),
-        image_size=8,
-        num_classes=5,
-        lanes=order.rank_lanes(rank, world_size),
+        sources=sources,
+        mixture=mixture,
+        recipe=Recipe(augment, "simplejpeg", 8, 5),
+        lanes=mixture.rank_lanes(rank, world_size),
         first_step=first,
         last_step=last,
     )
@@ -56,7 +73,7 @@ def test_any_world_worker_count_and_start_gives_the_same_pixels(
 
 
 def test_augmentation_differs_between_epochs(module_index: Index) -> None:
-    steps = make_order(module_index, CONFIG, 1, 8).steps_per_epoch
+    steps = make_stream(module_index, 0, 1).mixture.steps_per_epoch
     seen: dict[int, list[torch.Tensor]] = {}
     for batch in batches(make_stream(module_index, 0, 2 * steps), 0):
         for sample_id, image in zip(batch.ids.tolist(), batch.images, strict=True):
@@ -108,17 +125,17 @@ def test_data_with_nothing_usable_end_in_one_sentence(tmp_path: Path, num_worker
 
 
 def test_labels_that_the_model_has_no_place_for_are_refused(module_index: Index) -> None:
-    check_labels(module_index, CONFIG, 5)
+    check_labels(make_stream(module_index, 0, 1).sources, CONFIG, 5)
     with pytest.raises(
         ConfigError, match=r"label 4, out of range for model.num_classes 4 .* set model.num_classes = 5"
     ):
-        check_labels(module_index, CONFIG, 4)
+        check_labels(make_stream(module_index, 0, 1).sources, CONFIG, 4)
 
 
 def test_several_labels_need_a_multi_label_config(tmp_path: Path) -> None:
     index = damaged_index(tmp_path, {0: (jpeg(0), b"1 3")})
     with pytest.raises(ConfigError, match=r'data.labels = "multi"'):
-        check_labels(index, CONFIG, 5)
-    check_labels(index, dataclasses.replace(CONFIG, labels="multi"), 5)
+        check_labels(make_stream(index, 0, 1).sources, CONFIG, 5)
+    check_labels(make_stream(index, 0, 1).sources, dataclasses.replace(CONFIG, labels="multi"), 5)
     rows = torch.cat([batch.labels for batch in batches(make_stream(index, 0, 8), 0)])
     assert rows.shape == (64, 2) and [1, 3] in rows.tolist() and (rows[:, 1] == -1).sum() == 63

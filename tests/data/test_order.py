@@ -1,87 +1,128 @@
-"""The order is arithmetic: these tests walk grids of worlds and start no process."""
+"""The order of one source is arithmetic: these tests start no process."""
+
+import itertools
 
 import numpy as np
 import pytest
 
-from vitscale.config import ConfigError
-from vitscale.data.order import DIGEST_MASK, Order, default_lanes, digest
+from vitscale import rng
+from vitscale.data.order import DIGEST_MASK, Layout, Order, digest
+
+SHARDS = np.array([100, 37, 0, 260, 1, 599])
 
 
-def make_order(global_batch: int = 24, lanes: int = 12, samples: int = 997, seed: int = 3) -> Order:
-    full, rest = divmod(samples, 8)
+def make_order(
+    lanes: int = 12, length: int | None = None, seed: int = 3, source: int = 0, window: int = 16
+) -> Order:
+    layout = Layout(SHARDS, 8)
+    length = layout.num_samples // lanes if length is None else length
     return Order(
-        chunk_counts=np.array([8] * full + [rest]),
-        seed=seed,
-        global_batch=global_batch,
-        lanes=lanes,
-        window_samples=16,
+        layout=layout, seed=seed, source=source, lanes=lanes, lane_length=length, window_samples=window
     )
 
 
 def epoch_ids(order: Order, epoch: int) -> np.ndarray:
-    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
-    return np.stack([order.batch_ids(step, range(order.lanes)) for step in steps])
+    first = epoch * order.lane_length
+    return np.stack([order.lane_ids(lane, first, order.lane_length) for lane in range(order.lanes)])
 
 
-@pytest.mark.parametrize(("global_batch", "lanes"), [(24, 24), (24, 12), (24, 3), (24, 1), (5, 5), (64, 16)])
-def test_an_epoch_loses_only_the_tail_and_repeats_nothing(global_batch: int, lanes: int) -> None:
-    order = make_order(global_batch, lanes)
-    ids = epoch_ids(order, 0).reshape(-1)
-    assert len(np.unique(ids)) == len(ids) == order.num_samples - order.tail
-    assert ids.min() >= 0 and ids.max() < order.num_samples
+def test_a_layout_places_every_sample_in_its_chunk() -> None:
+    layout = Layout(SHARDS, 8)
+    chunks = [
+        range(first + n, first + min(n + 8, count))
+        for first, count in zip(np.cumsum(SHARDS) - SHARDS, SHARDS, strict=False)
+        for n in range(0, count, 8)
+    ]
+    assert layout.num_chunks == len(chunks) and layout.num_samples == 997
+    for number, ids in enumerate(chunks):
+        assert layout.chunk_ids(number) == ids
+        assert set(layout.chunk_of(np.array(ids)).tolist()) == {number}
+        assert 8 - layout.shortfalls[number] == len(ids)
+    assert [layout.shard_of(n) for n in (0, 12, 13, 17, 18, 50, 51, 52)] == [0, 0, 1, 1, 3, 3, 4, 5]
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 12, 64, 997])
+@pytest.mark.parametrize("window", [5, 16, 4096])
+def test_an_epoch_loses_only_the_tail_and_repeats_nothing(lanes: int, window: int) -> None:
+    order = make_order(lanes, window=window)
+    for epoch in range(2):
+        ids = epoch_ids(order, epoch).reshape(-1)
+        assert len(np.unique(ids)) == len(ids) == 997 - order.tail
+        assert ids.min() >= 0 and ids.max() < 997 and order.tail < lanes
 
 
 def test_the_tail_is_another_subset_in_another_epoch() -> None:
+    order = make_order(lanes=40)
+    left_out = [set(range(997)) - set(epoch_ids(order, epoch).reshape(-1).tolist()) for epoch in range(2)]
+    assert len(left_out[0]) == len(left_out[1]) == order.tail and left_out[0] != left_out[1]
+
+
+def test_a_lane_begins_at_any_draw_of_any_epoch() -> None:
     order = make_order()
-    left_out = [
-        set(range(order.num_samples)) - set(epoch_ids(order, e).reshape(-1).tolist()) for e in range(2)
-    ]
-    assert left_out[0] != left_out[1]
+    for lane in range(12):
+        whole = order.lane_ids(lane, 0, 3 * order.lane_length)
+        for first in (0, 1, 15, 16, 17, order.lane_length - 1, order.lane_length, 2 * order.lane_length + 7):
+            assert np.array_equal(order.lane_ids(lane, first, 40), whole[first : first + 40])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
-def test_ranks_join_to_the_same_global_batch_at_any_world_size(world_size: int) -> None:
-    order = make_order()
-    for step in (0, 7, order.steps_per_epoch - 1, order.steps_per_epoch, 3 * order.steps_per_epoch + 5):
-        joined = np.concatenate(
-            [order.batch_ids(step, order.rank_lanes(r, world_size)) for r in range(world_size)]
-        )
-        assert np.array_equal(joined, order.batch_ids(step, range(order.lanes)))
+def test_windows_tell_where_the_next_one_begins() -> None:
+    """The samples behind `last` in its chunk are the first ones of the lane's next window."""
+    order = make_order(lanes=3)
+    stream = order.lane_stream(1, 0)
+    windows = [next(stream) for _ in range(10)]
+    for one, other in itertools.pairwise(windows):
+        chunk = order.layout.chunk_ids(int(order.layout.chunk_of(np.array([one.last]))[0]))
+        assert set(range(one.last + 1, chunk.stop)) <= set(other.ids.tolist())
+        assert one.last in one.ids
 
 
-def test_lane_streams_give_the_ids_of_the_steps_they_begin_at() -> None:
-    order = make_order()
-    epoch = order.epoch(1)
-    for lane in range(order.lanes):
-        for first in (0, 1, 9, order.steps_per_epoch - 1):
-            streamed = np.concatenate([ids[skip:] for skip, ids in epoch.lane_stream(lane, first)])
-            stepped = np.concatenate(
-                [epoch.lane_ids(lane, step) for step in range(first, order.steps_per_epoch)]
-            )
-            assert np.array_equal(streamed, stepped)
+def test_lanes_read_at_different_steps() -> None:
+    """Windows of different lanes end at different draws: no step reads for all lanes at once."""
+    order = make_order(lanes=8, window=16)
+    first_windows = [len(next(order.lane_stream(lane, 0)).ids) for lane in range(8)]
+    assert first_windows == [16, 14, 12, 10, 8, 6, 4, 2]
 
 
-def test_epochs_and_seeds_have_different_orders() -> None:
-    order = make_order()
-    assert not np.array_equal(epoch_ids(order, 0), epoch_ids(order, 1))
-    assert not np.array_equal(epoch_ids(order, 0), epoch_ids(make_order(seed=4), 0))
+def test_epochs_seeds_and_sources_have_different_orders() -> None:
+    orders = [epoch_ids(make_order(), 0), epoch_ids(make_order(), 1)]
+    orders += [epoch_ids(make_order(seed=4), 0), epoch_ids(make_order(source=1), 0)]
+    for number, one in enumerate(orders):
+        assert not any(np.array_equal(one, other) for other in orders[number + 1 :])
 
 
 def test_batches_mix_the_data_set_as_uniform_draws_would() -> None:
     """Mean absolute gap between neighbours in id, against the uniform expectation n / 3."""
-    order = make_order(global_batch=24, lanes=24, samples=10_000)
-    ids = epoch_ids(order, 0).astype(float)
+    layout = Layout(np.full(100, 100), 8)
+    order = Order(layout=layout, seed=0, source=0, lanes=24, lane_length=416, window_samples=16)
+    ids = epoch_ids(order, 0).T.astype(float)
     assert abs(np.abs(np.diff(ids, axis=1)).mean() / (10_000 / 3) - 1) < 0.05
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
     """Golden values: a change here reorders every run in the world."""
-    assert make_order().batch_ids(0, range(3)).tolist() == [731, 734, 742, 63, 903, 801]
-    assert make_order().batch_ids(100, range(3)).tolist() == [62, 60, 103, 410, 193, 192]
+    assert make_order().lane_ids(0, 0, 6).tolist() == [713, 716, 710, 717, 714, 371]
+    assert make_order().lane_ids(5, 100, 6).tolist() == [767, 60, 63, 768, 766, 61]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 64, 65, 1000])
+def test_permutations_hold_every_number_once(n: int) -> None:
+    drawn = rng.permutation(n, 1, "chunks", 0)
+    assert sorted(drawn.tolist()) == list(range(n))
+    assert n < 64 or not np.array_equal(drawn, rng.permutation(n, 2, "chunks", 0))
+
+
+def test_permutations_are_uniform() -> None:
+    """Every value is as often at every place: chi-square over 4,000 permutations of 8 (49 degrees of
+    freedom).
+    """
+    counts = np.zeros((8, 8))
+    for seed in range(4000):
+        counts[np.arange(8), rng.permutation(8, seed, "window", 0)] += 1
+    assert ((counts - 500) ** 2 / 500).sum() < 49 + 5 * np.sqrt(98)
 
 
 def test_the_digest_is_free_of_the_world_size_and_sees_every_swap() -> None:
-    ids = make_order().batch_ids(5, range(12))
+    ids = epoch_ids(make_order(), 0)[:, :4].reshape(-1)
     whole = digest(ids, 0)
     for world_size in (2, 3, 4):
         parts = np.split(ids, world_size)
@@ -90,26 +131,3 @@ def test_the_digest_is_free_of_the_world_size_and_sees_every_swap() -> None:
     swapped = ids.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
     assert digest(swapped, 0) != whole
-
-
-def test_a_world_that_does_not_divide_is_refused_with_those_that_do() -> None:
-    with pytest.raises(
-        ConfigError, match="5 processes cannot share 12 lanes evenly; start one of 1, 2, 3, 4, 6, 12"
-    ):
-        make_order().rank_lanes(0, 5)
-
-
-def test_lanes_and_data_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"global_batch 24 is not a multiple of data.lanes 7; use lanes = 24"
-    ):
-        make_order(lanes=7)
-    with pytest.raises(ConfigError, match="fewer than one global_batch of 24"):
-        make_order(samples=10)
-
-
-@pytest.mark.parametrize(
-    ("global_batch", "lanes"), [(1, 1), (100, 100), (4096, 1024), (4095, 819), (2 * 1031, 2)]
-)
-def test_default_lanes_divide_the_batch(global_batch: int, lanes: int) -> None:
-    assert default_lanes(global_batch) == lanes and global_batch % lanes == 0

@@ -13,6 +13,7 @@ from vitscale.data import decode as decoding
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.transforms import (
     AugmentConfig,
+    ViewKey,
     augment,
     evaluation_view,
     inception_crop,
@@ -87,10 +88,10 @@ def test_inception_crops_keep_to_area_and_aspect() -> None:
 def test_the_view_belongs_to_seed_epoch_and_sample() -> None:
     pixels = decode(jpeg(1, size=40))
     views = {
-        key: augment(pixels, AugmentConfig(), 16, *key)
-        for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+        key: augment(pixels, AugmentConfig(), 16, ViewKey(*key))
+        for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0, 1))
     }
-    assert torch.equal(views[0, 0, 0], augment(pixels, AugmentConfig(), 16, 0, 0, 0))
+    assert torch.equal(views[0, 0, 0], augment(pixels, AugmentConfig(), 16, ViewKey(0, 0, 0)))
     others = [view for key, view in views.items() if key != (0, 0, 0)]
     assert not any(torch.equal(views[0, 0, 0], other) for other in others)
 
@@ -98,11 +99,11 @@ def test_the_view_belongs_to_seed_epoch_and_sample() -> None:
 def test_half_of_the_views_are_flipped_and_padding_shifts_by_up_to_its_size() -> None:
     pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
     plain = resize(pixels, 8, 8)
-    views = [augment(pixels, AugmentConfig(crop="resize"), 8, 0, 0, n) for n in range(400)]
+    views = [augment(pixels, AugmentConfig(crop="resize"), 8, ViewKey(0, 0, n)) for n in range(400)]
     flipped = sum(torch.equal(view, plain.flip(-1)) for view in views)
     assert flipped + sum(torch.equal(view, plain) for view in views) == 400 and 160 < flipped < 240
     config = AugmentConfig(crop="pad", pad=2, flip=False)
-    padded = {augment(pixels, config, 8, 0, 0, n).numpy().tobytes() for n in range(400)}
+    padded = {augment(pixels, config, 8, ViewKey(0, 0, n)).numpy().tobytes() for n in range(400)}
     assert len(padded) == 25
 
 

@@ -7,6 +7,7 @@ import torch
 from multiprocess.job import Job
 
 from vitscale import config as configs
+from vitscale.data.lane import Recipe
 from vitscale.data.loader import Stream, batches
 from vitscale.data.transforms import normalize
 from vitscale.job import TrainConfig, prepare
@@ -24,12 +25,10 @@ def plain_pytorch_losses(path: Path) -> list[float]:
     model = build_model(config.model, derive_seed(config.seed, "init"))
     optimizer = build_optimizer(config.optim, model)
     stream = Stream(
-        index=job.index,
-        order=job.order,
-        augment=config.augment,
-        image_size=config.model.image_size,
-        num_classes=config.model.num_classes,
-        lanes=job.order.rank_lanes(0, 1),
+        sources=job.sources,
+        mixture=job.mixture,
+        recipe=Recipe(config.augment, job.decoder, config.model.image_size, config.model.num_classes),
+        lanes=job.mixture.rank_lanes(0, 1),
         first_step=0,
         last_step=job.total_steps,
     )

@@ -1,43 +1,89 @@
-"""Image bytes to RGB pixels. Strict: libjpeg-turbo reports what Pillow passes over, and sizes are checked
-before decoding.
+"""Image bytes to RGB pixels, by the fastest decoder there is. Strict: libjpeg-turbo reports what Pillow
+passes
+over, and sizes are checked before decoding.
 """
 
 import io
 import struct
 import zlib
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
+from vitscale.config import ConfigError
+from vitscale.data.turbojpeg import Box, open_turbojpeg
+
 MAX_PIXELS = 50_000_000  # a decompression bomb is refused by its header
+
+Decoder = Literal["turbojpeg", "simplejpeg"]
+Choose = Callable[[int, int], Box]
 
 
 class DamagedImage(ValueError):
     """The bytes cannot be decoded to an image; the message says why."""
 
 
-def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """Decode a JPEG, PNG or WebP to RGB uint8. Raises DamagedImage for damage, other content, or over
-    MAX_PIXELS.
+def resolve_decoder(name: Literal["auto", "turbojpeg", "simplejpeg"]) -> Decoder:
+    """The decoder of JPEGs that a run uses. Raises ConfigError if it is not here."""
+    if name == "simplejpeg" or (name == "auto" and not open_turbojpeg()):
+        return "simplejpeg"
+    if not open_turbojpeg():
+        raise ConfigError(
+            'data.decoder = "turbojpeg" needs libjpeg-turbo 3, which is not here; run: pip install '
+            "'vitscale[turbo]', or set \"auto\""
+        )
+    return "turbojpeg"
+
+
+def whole(height: int, width: int) -> Box:
+    """The box of the whole image."""
+    return 0, 0, height, width
+
+
+def decode(
+    data: bytes, choose: Choose = whole, decoder: Decoder = "simplejpeg"
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Decode the part of a JPEG, PNG or WebP that `choose(height, width)` names to RGB uint8.
+
+    Raises DamagedImage for damage, other content, animations, or over MAX_PIXELS. JPEGs in CMYK, and
+    everything else, go through Pillow; grey of 16 bits keeps its upper 8.
     """
     if data.startswith(b"\xff\xd8\xff"):
         try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            _check_size(int(width), int(height))
-            if colorspace in ("YCbCr", "RGB", "Gray"):
-                return simplejpeg.decode_jpeg(data, colorspace="RGB")
+            pixels = _decode_jpeg(data, choose, decoder)
         except ValueError as error:
             raise DamagedImage(str(error)) from None
-    return _decode_pillow(data)
+        if pixels is not None:
+            return pixels
+    return _cut(_decode_pillow(data), choose)
+
+
+def _decode_jpeg(data: bytes, choose: Choose, decoder: Decoder) -> np.ndarray | None:
+    if decoder == "turbojpeg":
+        turbojpeg = open_turbojpeg()
+        assert turbojpeg
+        return turbojpeg.decode(data, choose, _check_size)
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    _check_size(int(width), int(height))
+    if colorspace not in ("YCbCr", "RGB", "Gray"):
+        return None
+    return _cut(simplejpeg.decode_jpeg(data, colorspace="RGB"), choose)
 
 
 def _decode_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """PNG, WebP, and JPEGs in CMYK: what libjpeg-turbo does not turn into RGB."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             _check_size(*image.size)
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise DamagedImage(f"an animation of {frames} frames; a sample is one still image")
+            if image.mode.startswith("I"):  # convert() would clip it to white
+                grey = np.asarray(image.convert("I")) >> 8
+                return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
             return np.asarray(image.convert("RGB"))
     except DamagedImage:
         raise
@@ -51,6 +97,11 @@ def _decode_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
         Image.DecompressionBombError,
     ) as error:
         raise DamagedImage(str(error).split("<")[0].strip() or type(error).__name__) from None
+
+
+def _cut(pixels: np.ndarray, choose: Choose) -> np.ndarray:
+    top, left, height, width = choose(*pixels.shape[:2])
+    return pixels[top : top + height, left : left + width]
 
 
 def _check_size(width: int, height: int) -> None:

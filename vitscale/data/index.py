@@ -1,80 +1,58 @@
 """The index of a set of shards: what is where, and how to notice that it no longer is.
 
-`index.json` names the shards with their bytes, samples and checksum; an array beside it holds the byte offset
-of each chunk of K consecutive samples, in tar blocks of 512 bytes (4 bytes a chunk: 38 MB for 303 million
-samples at K = 32). Reads that disagree with the index are damage, never end of data.
+`index.json` names the shards with their bytes, samples and checksum; the array beside it holds the length
+and
+a 16-bit checksum of each chunk of K consecutive samples (4 bytes a chunk: 38 MB for 303 million samples at
+K = 32, memory-mapped). Every read is compared with it: what disagrees is damage, never end of data.
 """
 
 import collections
 import dataclasses
-import hashlib
+import functools
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from jaxtyping import Int64, UInt32
 
-from vitscale import storage
+from vitscale import processes, storage
 from vitscale.config import ConfigError
-from vitscale.data.samples import BadSample, group
-from vitscale.data.tar import BLOCK, Readable, TarDamage, walk
+from vitscale.data.order import Layout
+from vitscale.data.scan import LISTED, DataError, Scan, Shard, chunk_checksum, scan_shard
+from vitscale.data.tar import BLOCK
 
-FORMAT, VERSION = "vitscale-index", 1
-_LISTED = 20  # damaged samples that the index lists one by one; all are counted
-
-
-class DataError(ValueError):
-    """Data that cannot be used as it is; the message names the shard and the way out."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One tar file: `data_bytes` is where its last sample ends, `checksum` its xxh3-128 in hex."""
-
-    url: str
-    num_bytes: int
-    data_bytes: int
-    num_samples: int
-    checksum: str
+FORMAT, VERSION = "vitscale-index", 2
+Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Index:
-    """Shards in order, and the block offset of every chunk, uint32 [num_chunks]. Sample ids number the
-    samples in order.
+    """Shards in order, and a record (blocks of 512 bytes, checksum) of every chunk [num_chunks]. Sample
+    ids
+    number the samples in order.
     """
 
     shards: tuple[Shard, ...]
     chunk_samples: int
-    chunk_blocks: UInt32[np.ndarray, " num_chunks"]
+    chunks: np.ndarray
     label_counts: dict[int, int]
     max_labels: int
     num_damaged: int = 0
     damage: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        counts, shard_of = [], []
-        for number, shard in enumerate(self.shards):
-            full, rest = divmod(shard.num_samples, self.chunk_samples)
-            counts += [self.chunk_samples] * full + [rest] * (rest > 0)
-            shard_of += [number] * (full + (rest > 0))
-        object.__setattr__(self, "chunk_counts", np.array(counts, dtype=np.int64))
-        object.__setattr__(self, "chunk_shards", np.array(shard_of, dtype=np.int64))
-        object.__setattr__(self, "chunk_first_ids", np.cumsum(self.chunk_counts) - self.chunk_counts)
-
-    chunk_counts: Int64[np.ndarray, " num_chunks"] = dataclasses.field(init=False)
-    chunk_shards: Int64[np.ndarray, " num_chunks"] = dataclasses.field(init=False)
-    chunk_first_ids: Int64[np.ndarray, " num_chunks"] = dataclasses.field(init=False)
+    @functools.cached_property
+    def layout(self) -> Layout:
+        counts = np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
+        return Layout(counts, self.chunk_samples)
 
     @property
     def num_samples(self) -> int:
-        return sum(shard.num_samples for shard in self.shards)
+        return self.layout.num_samples
 
-    @property
+    @functools.cached_property
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.shards)
 
@@ -84,40 +62,31 @@ class Index:
 
     def fingerprint(self) -> str:
         """Names the content: equal for equal shards in the same order, wherever they lie."""
-        digest = hashlib.sha256(self.chunk_blocks.tobytes())
+        digest = xxhash.xxh3_128(f"{self.chunk_samples}\n".encode())
         for shard in self.shards:
             digest.update(f"{shard.num_bytes} {shard.num_samples} {shard.checksum}\n".encode())
-        return digest.hexdigest()[:32]
+        return digest.hexdigest()
 
     def chunk_range(self, chunk: int) -> tuple[Shard, int, int]:
         """The shard that holds a chunk, and the chunk's first and last byte there: [start, end)."""
-        number = int(self.chunk_shards[chunk])
-        shard = self.shards[number]
-        last = chunk + 1 == len(self.chunk_blocks) or self.chunk_shards[chunk + 1] != number
-        end = shard.data_bytes if last else int(self.chunk_blocks[chunk + 1]) * BLOCK
-        return shard, int(self.chunk_blocks[chunk]) * BLOCK, end
+        number = self.layout.shard_of(chunk)
+        first = int(self.layout.first_chunks[number])
+        blocks = self.chunks["blocks"][first : chunk + 1].astype(np.int64)
+        end = int(blocks.sum()) * BLOCK
+        return self.shards[number], end - int(blocks[-1]) * BLOCK, end
 
-    def chunk_of(self, sample_id: int) -> int:
-        """The chunk that holds a sample."""
-        return int(np.searchsorted(self.chunk_first_ids, sample_id, side="right")) - 1
+    def is_intact(self, chunk: int, data: bytes) -> bool:
+        """Whether these are the bytes of the chunk that were indexed."""
+        return chunk_checksum(data) == int(self.chunks["checksum"][chunk])
 
     def save(self, path: str | Path) -> None:
         """Write `path` and its array file beside it; shards in the same folder are named relative to it."""
         path = Path(path)
-        array_file = path.with_suffix(".chunks.npy")
         buffer = io.BytesIO()
-        np.save(buffer, self.chunk_blocks)
-        storage.write_atomic(array_file, buffer.getvalue())
-        storage.write_atomic(path, json.dumps(self._to_json(path, buffer.getvalue()), indent=1).encode())
-
-    def _to_json(self, path: Path, array: bytes) -> dict[str, Any]:
-        folder = str(path.resolve().parent)
-        shards = [dataclasses.asdict(shard) for shard in self.shards]
-        for shard in shards:
-            if storage.is_local(shard["url"]):
-                local = Path(storage.local_path(shard["url"])).resolve()
-                shard["url"] = local.name if str(local.parent) == folder else str(local)
-        return {
+        np.save(buffer, self.chunks)
+        array = buffer.getvalue()
+        storage.write_atomic(path.with_suffix(".chunks.npy"), array)
+        header = {
             "format": FORMAT,
             "version": VERSION,
             "num_samples": self.num_samples,
@@ -126,11 +95,12 @@ class Index:
             "num_damaged": self.num_damaged,
             "damage": list(self.damage),
             "label_counts": {str(label): count for label, count in sorted(self.label_counts.items())},
-            "arrays": {
-                "chunk_blocks": {"file": path.with_suffix(".chunks.npy").name, "checksum": _checksum(array)}
-            },
-            "shards": shards,
+            "chunks": {"file": path.with_suffix(".chunks.npy").name, "checksum": _checksum(array)},
         }
+        lines = [json.dumps(_relative(shard, path), ensure_ascii=False) for shard in self.shards]
+        shards = ",\n".join(lines)  # one a line: for people, and for grep
+        text = f'{json.dumps(header, indent=1)[:-2]},\n "shards": [\n{shards}\n]}}\n'
+        storage.write_atomic(path, text.encode())
 
     @classmethod
     def load(cls, path: str) -> "Index":
@@ -138,10 +108,10 @@ class Index:
         remake = f"make it with: python tools/data.py index SHARDS --out {path}"
         try:
             values = json.loads(storage.read_bytes(path))
-            if values["format"] != FORMAT or values["version"] != VERSION:
+            if (values["format"], values["version"]) != (FORMAT, VERSION):
                 raise DataError(f"{path} is a {values['format']} of version {values['version']}; {remake}")
-            entry = values["arrays"]["chunk_blocks"]
-            array = storage.read_bytes(storage.join(path, entry["file"]))
+            entry = values["chunks"]
+            array = _open_array(storage.join(path, entry["file"]))
         except FileNotFoundError as error:
             raise DataError(f"index {path} is missing ({error.filename or error}); {remake}") from None
         except OSError as error:
@@ -149,19 +119,15 @@ class Index:
                 f"index {path} cannot be read: {error.strerror or error}; name an index.json"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise (
-                error
-                if isinstance(error, DataError | ConfigError)
-                else DataError(f"{path} is not an index; {remake}")
-            ) from None
+            known = isinstance(error, DataError | ConfigError)
+            raise (error if known else DataError(f"{path} is not an index; {remake}")) from None
         if _checksum(array) != entry["checksum"]:
             raise DataError(f"{entry['file']} beside {path} does not match its checksum; {remake}")
+        shards = (Shard(**shard) for shard in values["shards"])
         return cls(
-            shards=tuple(
-                Shard(**{**shard, "url": storage.join(path, shard["url"])}) for shard in values["shards"]
-            ),
+            shards=tuple(dataclasses.replace(s, url=storage.join(path, s.url)) for s in shards),
             chunk_samples=values["chunk_samples"],
-            chunk_blocks=np.load(io.BytesIO(array), allow_pickle=False),
+            chunks=_parse_array(array),
             label_counts={int(label): count for label, count in values["label_counts"].items()},
             max_labels=values["max_labels"],
             num_damaged=values["num_damaged"],
@@ -174,68 +140,55 @@ def build_index(
     *,
     chunk_samples: int = 32,
     allow_damaged: bool = False,
-    progress: Callable[[str], None] | None = None,
+    workers: int = 0,
+    journal: Path | None = None,
+    progress: Progress | None = None,
 ) -> Index:
-    """Index shards in one pass over them. `progress` is told each finished shard.
+    """Index shards in one pass over them, by `workers` processes (0 = in this one).
 
-    A cut, broken, empty or missing shard raises DataError, unless `allow_damaged`: then its whole samples
-    before the damage are indexed. Samples that cannot be used (no label, not an image) stay in the index, are
-    counted, and replaced when read.
+    journal: a file that keeps what is done, so that a killed build goes on where it stopped; it is removed
+    at
+    the end. progress: told each finished shard. A broken shard raises DataError unless `allow_damaged`
+    (scan_shard); samples that cannot be used stay in the index, are counted, and replaced when read.
     """
-    scans = []
-    for url in shards:
-        scans.append(_scan_shard(url, chunk_samples, allow_damaged))
-        if progress:
-            progress(url)
-    labels: collections.Counter[int] = collections.Counter()
-    for scan in scans:
-        labels.update(scan.label_counts)
-    if not labels:
-        raise DataError(
-            f"no usable sample in {len(shards)} shards, the first of them {shards[0] if shards else '-'}"
-        )
-    damage = [sentence for scan in scans for sentence in scan.damage]
-    return Index(
-        shards=tuple(scan.shard for scan in scans),
-        chunk_samples=chunk_samples,
-        chunk_blocks=np.array([block for scan in scans for block in scan.chunk_blocks], dtype=np.uint32),
-        label_counts=dict(labels),
-        max_labels=max(scan.max_labels for scan in scans),
-        num_damaged=len(damage),
-        damage=tuple(damage[:_LISTED]),
-    )
+    done = _Journal(journal, chunk_samples)
+    known = {url for url in shards if done.holds(url)}
+    scan = functools.partial(scan_shard, chunk_samples=chunk_samples, allow_damaged=allow_damaged)
+    new = processes.map_in_order(scan, [url for url in shards if url not in known], workers)
+    totals = _Totals()
+    try:
+        for url in shards:
+            totals.add(done.read(url) if url in known else done.add(next(new)))
+            if progress:
+                progress(url)
+    finally:
+        new.close()  # type: ignore[attr-defined]
+        done.close()
+    index = totals.index(chunk_samples)
+    done.remove()
+    return index
 
 
-def verify_index(index: Index, progress: Callable[[str], None] | None = None) -> list[str]:
-    """Read every shard again and compare it with the index: one sentence for each damaged place."""
-    damage: list[str] = []
-    for shard in index.shards:
-        try:
-            scan = _scan_shard(shard.url, index.chunk_samples, allow_damaged=True)
-            damage += scan.damage
-            if scan.shard != shard and not scan.tar_damage:
-                damage.append(
-                    f"{shard.url}: is not the shard that was indexed: {_difference(shard, scan.shard)}"
-                )
-        except DataError as error:
-            damage.append(str(error))
+def verify_index(index: Index, *, workers: int = 0, progress: Progress | None = None) -> Iterator[str]:
+    """Read every shard again and compare it with the index: yields one sentence for each damaged place."""
+    verify = functools.partial(_verify_shard, chunk_samples=index.chunk_samples)
+    for shard, damage in zip(
+        index.shards, processes.map_in_order(verify, index.shards, workers), strict=True
+    ):
+        yield from damage
         if progress:
             progress(shard.url)
-    return damage
 
 
 def check_shards(index: Index) -> None:
-    """Raise DataError if a local shard is missing or has another size than when it was indexed."""
-    for shard in index.shards:
-        if not storage.is_local(shard.url):
-            continue
-        try:
-            size = storage.size(shard.url)
-        except FileNotFoundError:
+    """Raise DataError if a shard is missing or has another size than when it was indexed."""
+    sizes = storage.sizes([shard.url for shard in index.shards])
+    for shard, size in zip(index.shards, sizes, strict=True):
+        if size is None:
             raise DataError(
-                f"shard {shard.url} is in the index but not on disk; restore it, or index the shards that "
+                f"shard {shard.url} is in the index but not there; restore it, or index the shards that "
                 "are left: python tools/data.py index SHARDS"
-            ) from None
+            )
         if size != shard.num_bytes:
             raise DataError(
                 f"shard {shard.url} has {size:,} bytes, the index says {shard.num_bytes:,}: it was cut or "
@@ -243,81 +196,102 @@ def check_shards(index: Index) -> None:
             )
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Scan:
-    shard: Shard
-    chunk_blocks: list[int]
-    label_counts: collections.Counter[int]
-    max_labels: int
-    damage: list[str]
-    tar_damage: bool
+class _Journal:
+    """The scans that an earlier, killed build has finished: one JSON line a shard, the last perhaps torn."""
+
+    def __init__(self, path: Path | None, chunk_samples: int) -> None:
+        self._path, self._file = path, None
+        self._places: dict[str, tuple[int, int]] = {}  # where the line of a shard begins, and its bytes
+        if not path:
+            return
+        header = f"{FORMAT} {VERSION} {chunk_samples}\n".encode()
+        self._file = open(path, "a+b")  # noqa: SIM115 (closed by close())
+        self._file.seek(0)
+        end = len(header) if self._file.readline() == header else 0
+        for line in self._file if end else ():
+            if line.endswith(b"\n"):
+                shard = json.loads(line)["shard"]
+                self._places[shard["url"]] = (end, shard["num_bytes"])
+                end += len(line)
+        self._file.truncate(end)
+        if not end:
+            self._file.write(header)
+
+    def holds(self, url: str) -> bool:
+        """Whether the shard is done, and still has the size that it had then."""
+        return url in self._places and storage.sizes([url]) == [self._places[url][1]]
+
+    def read(self, url: str) -> Scan:
+        assert self._file
+        self._file.seek(self._places[url][0])
+        values = json.loads(self._file.readline())
+        labels = {int(label): count for label, count in values["label_counts"].items()}
+        return Scan(**{**values, "shard": Shard(**values["shard"]), "label_counts": labels})
+
+    def add(self, scan: Scan) -> Scan:
+        if self._file:
+            self._file.write(json.dumps(dataclasses.asdict(scan)).encode() + b"\n")
+            self._file.flush()
+        return scan
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def remove(self) -> None:
+        if self._path:
+            self._path.unlink()
 
 
-class _HashingStream:
-    """Counts and hashes what is read through it."""
+class _Totals:
+    """What the scans add up to, kept small: labels are added up, chunks packed, shard by shard."""
 
-    def __init__(self, stream: Readable) -> None:
-        self.stream, self.hash, self.count = stream, xxhash.xxh3_128(), 0
+    def __init__(self) -> None:
+        self.shards: list[Shard] = []
+        self.chunks: list[np.ndarray] = []
+        self.labels: collections.Counter[int] = collections.Counter()
+        self.damage: list[str] = []
+        self.num_damaged = self.max_labels = 0
 
-    def read(self, size: int = -1, /) -> bytes:
-        data = self.stream.read(size)
-        self.hash.update(data)
-        self.count += len(data)
-        return data
+    def add(self, scan: Scan) -> None:
+        self.shards.append(scan.shard)
+        self.chunks.append(np.array(scan.chunks, dtype=np.uint32).reshape(-1, 2))
+        self.labels.update(scan.label_counts)
+        self.max_labels = max(self.max_labels, scan.max_labels)
+        self.num_damaged += scan.num_damaged
+        self.damage += scan.damage[: LISTED - len(self.damage)]
+
+    def index(self, chunk_samples: int) -> Index:
+        if not self.labels:
+            first = self.shards[0].url if self.shards else "-"
+            raise DataError(f"no usable sample in {len(self.shards)} shards, the first of them {first}")
+        pairs = np.concatenate(self.chunks)
+        # 2 bytes reach to chunks of 33 MB, which 32 samples of a megabyte each would fill.
+        wide = int(pairs[:, 0].max()) > np.iinfo(np.uint16).max
+        chunks = np.empty(len(pairs), dtype=[("blocks", "<u4" if wide else "<u2"), ("checksum", "<u2")])
+        chunks["blocks"], chunks["checksum"] = pairs.T
+        return Index(
+            shards=tuple(self.shards),
+            chunk_samples=chunk_samples,
+            chunks=chunks,
+            label_counts=dict(self.labels),
+            max_labels=self.max_labels,
+            num_damaged=self.num_damaged,
+            damage=tuple(self.damage),
+        )
 
 
-def _scan_shard(url: str, chunk_samples: int, allow_damaged: bool) -> _Scan:
-    blocks, labels, damage, keys = [], collections.Counter[int](), list[str](), set[str]()
-    count = max_labels = data_bytes = 0
-    tar_damage = False
+def _verify_shard(shard: Shard, chunk_samples: int) -> list[str]:
     try:
-        with storage.open_stream(url) as raw:
-            stream = _HashingStream(raw)
-            try:
-                for sample, start in group(walk(stream, whole=True)):
-                    if count % chunk_samples == 0:
-                        blocks.append(start // BLOCK)
-                    count += 1
-                    if sample.key in keys:
-                        damage.append(f"{url}: sample {sample.key}: its key stands twice in this shard")
-                    keys.add(sample.key)
-                    if isinstance(sample, BadSample):
-                        damage.append(f"{url}: sample {sample.key}: {sample.reason}")
-                    else:
-                        labels.update(sample.labels)
-                        max_labels = max(max_labels, len(sample.labels))
-                data_bytes = stream.count - BLOCK
-                while rest := stream.read(1 << 20):
-                    if any(rest):
-                        raise TarDamage(data_bytes, "an empty block, and data after it")
-            except TarDamage as error:
-                tar_damage, data_bytes = True, error.whole_until
-                damage.append(f"{url}: {error}; {count:,} whole samples before it")
-            while stream.read(1 << 20):
-                pass
-    except FileNotFoundError:
-        raise DataError(f"shard {url} does not exist") from None
-    except OSError as error:
-        raise DataError(f"shard {url} cannot be read: {error.strerror or error}") from None
-    if tar_damage and not allow_damaged:
-        raise DataError(f"{damage[-1]}; restore the shard, leave it out, or keep those with --allow-damaged")
-    if count == 0 and not (allow_damaged and tar_damage):
-        raise DataError(f"shard {url} is empty: it holds no sample; leave it out")
-    shard = Shard(
-        url=url,
-        num_bytes=stream.count,
-        data_bytes=data_bytes,
-        num_samples=count,
-        checksum=stream.hash.hexdigest(),
-    )
-    return _Scan(
-        shard=shard,
-        chunk_blocks=blocks,
-        label_counts=labels,
-        max_labels=max_labels,
-        damage=damage,
-        tar_damage=tar_damage,
-    )
+        scan = scan_shard(shard.url, chunk_samples, allow_damaged=True, listed=shard.num_samples + 1)
+    except (DataError, ConfigError) as error:
+        return [str(error)]
+    if scan.shard == shard or scan.tar_damage:
+        return scan.damage
+    return [
+        *scan.damage,
+        f"{shard.url}: is not the shard that was indexed: {_difference(shard, scan.shard)}",
+    ]
 
 
 def _difference(indexed: Shard, found: Shard) -> str:
@@ -328,5 +302,28 @@ def _difference(indexed: Shard, found: Shard) -> str:
     return "its checksum differs"
 
 
-def _checksum(data: bytes) -> str:
-    return xxhash.xxh3_128(data).hexdigest()
+def _relative(shard: Shard, path: Path) -> dict[str, Any]:
+    values = dataclasses.asdict(shard)
+    if storage.is_local(shard.url):
+        local = Path(storage.local_path(shard.url)).absolute()
+        values["url"] = local.name if local.parent == path.absolute().parent else str(local)
+    return values
+
+
+def _open_array(url: str) -> np.ndarray:
+    """The bytes of the array file, uint8 [n]: mapped where it is local, so that processes share them."""
+    if storage.is_local(url):
+        return np.memmap(storage.local_path(url), dtype=np.uint8, mode="r")
+    return np.frombuffer(storage.read_bytes(url), dtype=np.uint8)
+
+
+def _parse_array(array: np.ndarray) -> np.ndarray:
+    """The records in the bytes of a .npy file, without a copy."""
+    stream = io.BytesIO(array[:4096].tobytes())
+    np.lib.format.read_magic(stream)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    return array[stream.tell() :].view(dtype).reshape(shape)
+
+
+def _checksum(data: bytes | np.ndarray) -> str:
+    return xxhash.xxh3_128(data if isinstance(data, bytes) else data.data).hexdigest()

@@ -1,161 +1,196 @@
-"""Who reads what, and when: pure arithmetic on integers, with no process, file or state.
+"""The order of one source: pure arithmetic on integers, with no process, file or state.
 
-Epoch e permutes the chunks; cumulative counts give every sample a global position; the positions are cut into
-V lanes; in a lane, windows of consecutive positions are shuffled. Step s of an epoch takes global_batch / V
-samples from each lane, and the global batch is ordered by lane. So its content and order depend on (index,
-seed, epoch, V, window, global_batch) only. Rank r owns a contiguous block of lanes, hence a contiguous slice
-of every global batch, at any world size that divides V.
+Epoch e permutes the chunks; cumulative counts give every sample a position; the positions are cut into V
+lanes;
+in a lane, windows of consecutive positions are shuffled. So what a lane gives at its n-th draw depends on
+(layout, seed, source, V, lane_length, window) only, and finding it takes no walk: the state of a reader is
+n.
 """
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt16, UInt32
 
 from vitscale import rng
-from vitscale.config import ConfigError
 
-MAX_DEFAULT_LANES = 1024
 DIGEST_MASK = (1 << 53) - 1  # a JSON reader that keeps numbers as doubles still sees the exact integer
+_BLOCK = 64  # chunks whose samples are counted together: the counts of 9.5 million chunks take 1.2 MB
+_KEPT_EPOCHS = 2  # lanes pass from one epoch to the next within a few steps of one another
 
 
-def default_lanes(global_batch: int) -> int:
-    """The largest divisor of global_batch up to 1,024: as good as uniform shuffling from global_batch / 2
-    lanes on.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How samples lie in shards and chunks: shard_samples [num_shards], each shard cut into chunks of
+    `chunk_samples`, the last of a shard shorter. Sample ids and chunk numbers count through the shards.
     """
-    return next(v for v in range(min(global_batch, MAX_DEFAULT_LANES), 0, -1) if global_batch % v == 0)
+
+    shard_samples: Int64[np.ndarray, " num_shards"]
+    chunk_samples: int
+
+    @functools.cached_property
+    def first_ids(self) -> Int64[np.ndarray, " num_shards_and_end"]:
+        """Each shard's first sample id, and the number of all samples at the end."""
+        return np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
+
+    @functools.cached_property
+    def first_chunks(self) -> Int64[np.ndarray, " num_shards_and_end"]:
+        """Each shard's first chunk, and the number of all chunks at the end."""
+        return np.concatenate([[0], np.cumsum(-(-self.shard_samples // self.chunk_samples))]).astype(np.int64)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.first_ids[-1])
+
+    @property
+    def num_chunks(self) -> int:
+        return int(self.first_chunks[-1])
+
+    def chunk_of(self, ids: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """The chunks that hold the samples."""
+        shards = np.searchsorted(self.first_ids, ids, side="right") - 1
+        return self.first_chunks[shards] + (ids - self.first_ids[shards]) // self.chunk_samples
+
+    def shard_of(self, chunk: int) -> int:
+        return int(np.searchsorted(self.first_chunks, chunk, side="right")) - 1
+
+    def chunk_ids(self, chunk: int) -> range:
+        """The sample ids of a chunk."""
+        first, count = self.spans(np.array([chunk]))
+        return range(int(first[0]), int(first[0] + count[0]))
+
+    def spans(
+        self, chunks: Int64[np.ndarray, " n"]
+    ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """First sample id and number of samples of each chunk."""
+        shards = np.searchsorted(self.first_chunks, chunks, side="right") - 1
+        skipped = (chunks - self.first_chunks[shards]) * self.chunk_samples
+        counts = np.minimum(self.chunk_samples, self.shard_samples[shards] - skipped)
+        return self.first_ids[shards] + skipped, counts
+
+    @functools.cached_property
+    def shortfalls(self) -> UInt16[np.ndarray, " num_chunks"]:
+        """By how many samples each chunk is shorter than a full one: 0 but for the last of a shard."""
+        short = np.zeros(self.num_chunks, dtype=np.uint16)
+        filled = self.shard_samples > 0
+        short[self.first_chunks[1:][filled] - 1] = -self.shard_samples[filled] % self.chunk_samples
+        return short
+
+
+class Window(NamedTuple):
+    """Consecutive draws of a lane: sample ids in drawing order, of one epoch; the first `skip` are past.
+
+    last: the sample at the window's last position; where the next window begins within its chunk, that one
+    begins behind it.
+    """
+
+    epoch: int
+    skip: int
+    ids: Int64[np.ndarray, " n"]
+    last: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Order:
-    """The order of one run over one index.
+    """What each lane of one source draws.
 
-    chunk_counts: samples of each chunk, int64 [num_chunks]. Raises ConfigError if there are fewer samples
-    than one batch.
+    source: the number of the source in a mixture, so that sources of one seed have orders of their own.
+    lane_length: draws of a lane in an epoch; lanes x lane_length of the samples are used, another subset
+    each epoch.
     """
 
-    chunk_counts: Int64[np.ndarray, " num_chunks"]
+    layout: Layout
     seed: int
-    global_batch: int
+    source: int
     lanes: int
+    lane_length: int
     window_samples: int
-
-    def __post_init__(self) -> None:
-        if self.global_batch % self.lanes:
-            raise ConfigError(
-                f"global_batch {self.global_batch} is not a multiple of data.lanes {self.lanes}; use lanes = "
-                f"{default_lanes(self.global_batch)}, or 0 to derive it"
-            )
-        if self.num_samples < self.global_batch:
-            raise ConfigError(
-                f"the data set has {self.num_samples:,} samples, fewer than one global_batch of "
-                f"{self.global_batch:,}; lower global_batch"
-            )
-
-    @functools.cached_property
-    def num_samples(self) -> int:
-        return int(self.chunk_counts.sum())
-
-    @property
-    def per_lane(self) -> int:
-        """Samples of one lane in one global batch."""
-        return self.global_batch // self.lanes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Full global batches in an epoch."""
-        return self.num_samples // self.global_batch
+    _epochs: dict[int, "EpochOrder"] = dataclasses.field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def tail(self) -> int:
-        """Samples that an epoch leaves out (another subset each epoch): fewer than one global batch."""
-        return self.num_samples % self.global_batch
-
-    @functools.cached_property
-    def chunk_first_ids(self) -> Int64[np.ndarray, " num_chunks"]:
-        """Sample id (its number in index order) of each chunk's first sample."""
-        return np.cumsum(self.chunk_counts) - self.chunk_counts
-
-    def fingerprint(self, index_fingerprint: str) -> str:
-        """Names this order: two runs with equal fingerprints read the same samples at the same steps."""
-        parts = (index_fingerprint, self.seed, self.global_batch, self.lanes, self.window_samples)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-    def worlds(self) -> list[int]:
-        """The world sizes that this run can be trained on: the divisors of the number of lanes."""
-        return [w for w in range(1, self.lanes + 1) if self.lanes % w == 0]
-
-    def rank_lanes(self, rank: int, world_size: int) -> range:
-        """The lanes of one rank. Raises ConfigError for a world size that does not divide the lanes."""
-        if self.lanes % world_size:
-            raise ConfigError(
-                f"{world_size} processes cannot share {self.lanes} lanes evenly; start one of "
-                f"{', '.join(map(str, self.worlds()))}"
-            )
-        each = self.lanes // world_size
-        return range(rank * each, (rank + 1) * each)
+        """Samples that an epoch leaves out."""
+        return self.layout.num_samples - self.lanes * self.lane_length
 
     def epoch(self, epoch: int) -> "EpochOrder":
-        """The order of one epoch (from 0): draws the permutation of its chunks."""
-        chunks = rng.permutation(len(self.chunk_counts), self.seed, "chunks", epoch)
-        return EpochOrder(self, epoch, chunks, np.cumsum(self.chunk_counts[chunks]))
+        """The order of one epoch (from 0): a permutation of the chunks, kept while it is in use."""
+        if epoch not in self._epochs:
+            while len(self._epochs) >= _KEPT_EPOCHS:
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = EpochOrder.draw(self, epoch)
+        return self._epochs[epoch]
 
-    def batch_ids(self, step: int, lanes: range) -> Int64[np.ndarray, " n"]:
-        """Sample ids of `lanes` in the global batch of `step` (0-based, over all epochs), in batch order."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        order = self.epoch(epoch)
-        return np.concatenate([order.lane_ids(lane, step_in_epoch) for lane in lanes])
+    def lane_stream(self, lane: int, first_draw: int) -> Iterator[Window]:
+        """The windows of a lane from the one that holds `first_draw` (0-based, over all epochs), without
+        end.
+
+        The lanes' windows begin at different draws, so that reading is spread evenly over the steps.
+        """
+        size, shift = self.window_samples, lane * self.window_samples // self.lanes
+        epoch, first = divmod(first_draw, self.lane_length)
+        while True:
+            for window in range((first + shift) // size, -(-(self.lane_length + shift) // size)):
+                start = max(0, window * size - shift)
+                stop = min(self.lane_length, (window + 1) * size - shift)
+                positions = range(lane * self.lane_length + start, lane * self.lane_length + stop)
+                ids = self.epoch(epoch).sample_ids(positions)
+                shuffle = rng.permutation(len(ids), self.seed, "window", self._key(epoch), lane, window)
+                yield Window(epoch, max(0, first - start), ids[shuffle], int(ids[-1]))
+            epoch, first = epoch + 1, 0
+
+    def lane_ids(self, lane: int, first_draw: int, count: int) -> Int64[np.ndarray, " count"]:
+        """Sample ids of `count` draws of a lane."""
+        parts, missing = [np.empty(0, dtype=np.int64)], count
+        for window in self.lane_stream(lane, first_draw):
+            if not missing:
+                break
+            parts.append(window.ids[window.skip : window.skip + missing])
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
+
+    def _key(self, epoch: int) -> int:
+        return epoch | self.source << 32
 
 
 @dataclasses.dataclass(frozen=True)
 class EpochOrder:
-    """One epoch: chunk_order [num_chunks] and the cumulative sample counts in that order, chunk_ends
-    [num_chunks].
+    """One epoch's permutation of the chunks [num_chunks], and the samples up to the end of each block of
+    64
+    of them [num_blocks].
     """
 
-    order: Order
-    epoch: int
-    chunk_order: Int64[np.ndarray, " num_chunks"]
-    chunk_ends: Int64[np.ndarray, " num_chunks"]
+    layout: Layout
+    chunks: UInt32[np.ndarray, " num_chunks"]
+    block_ends: Int64[np.ndarray, " num_blocks"]
 
-    def window_ids(self, lane: int, window: int) -> Int64[np.ndarray, " n"]:
-        """Sample ids of one window of a lane, in reading order; the lane's last window may be shorter."""
-        order = self.order
-        lane_length = order.steps_per_epoch * order.per_lane
-        first = window * order.window_samples
-        count = min(order.window_samples, lane_length - first)
-        positions = lane * lane_length + first + np.arange(count)
-        chunk = np.searchsorted(self.chunk_ends, positions, side="right")
-        chunk_id = self.chunk_order[chunk]
-        within = positions - (self.chunk_ends[chunk] - order.chunk_counts[chunk_id])
-        ids = order.chunk_first_ids[chunk_id] + within
-        return ids[rng.permutation(count, order.seed, "window", self.epoch, lane, window)]
+    @classmethod
+    def draw(cls, order: Order, epoch: int) -> "EpochOrder":
+        layout = order.layout
+        chunks = rng.permutation(layout.num_chunks, order.seed, "chunks", order._key(epoch)).astype(np.uint32)
+        starts = np.arange(0, len(chunks), _BLOCK)
+        short = np.add.reduceat(layout.shortfalls[chunks], starts, dtype=np.int64)
+        full = np.diff(np.append(starts, len(chunks))) * layout.chunk_samples
+        return cls(layout, chunks, np.cumsum(full - short))
 
-    def lane_ids(self, lane: int, step_in_epoch: int) -> Int64[np.ndarray, " n"]:
-        """Sample ids that a lane gives to one step: per_lane of them."""
-        size, per_lane = self.order.window_samples, self.order.per_lane
-        first = step_in_epoch * per_lane
-        windows = range(first // size, (first + per_lane - 1) // size + 1)
-        ids = np.concatenate([self.window_ids(lane, w) for w in windows])
-        start = first - windows.start * size
-        return ids[start : start + per_lane]
-
-    def lane_stream(self, lane: int, first_step: int) -> Iterator[tuple[int, Int64[np.ndarray, " n"]]]:
-        """The windows of a lane from the one that `first_step` starts in: (offset to skip in it, its sample
-        ids).
-        """
-        size = self.order.window_samples
-        lane_length = self.order.steps_per_epoch * self.order.per_lane
-        first = first_step * self.order.per_lane
-        for window in range(first // size, -(-lane_length // size)):
-            yield max(0, first - window * size), self.window_ids(lane, window)
+    def sample_ids(self, positions: range) -> Int64[np.ndarray, " n"]:
+        """The samples at consecutive positions of the epoch."""
+        first, last = np.searchsorted(self.block_ends, [positions.start, positions.stop - 1], side="right")
+        chunks = self.chunks[first * _BLOCK : (last + 1) * _BLOCK].astype(np.int64)
+        first_ids, counts = self.layout.spans(chunks)
+        ends = np.cumsum(counts) + (self.block_ends[first - 1] if first else 0)
+        wanted = np.arange(positions.start, positions.stop)
+        chunk = np.searchsorted(ends, wanted, side="right")
+        return first_ids[chunk] + wanted - (ends[chunk] - counts[chunk])
 
 
 def digest(ids: Int64[np.ndarray, " n"], first_position: int) -> int:
-    """This slice's share of the batch digest: the shares of all ranks, added and masked, are `data/digest`.
+    """This slice's share of the batch digest: the shares of all ranks, added and masked, are
+    `data/digest`.
 
     ids: the sample ids at positions first_position, first_position + 1, ... of the global batch. A sum of
     mixed words (splitmix64's finalizer), so that any partition of the batch gives the same total, and any

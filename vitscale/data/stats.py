@@ -1,10 +1,12 @@
-"""A data set in words and bars: counts, sizes, labels, resolutions."""
+"""A data set in words, bars and a picture: counts, sizes, labels, resolutions."""
 
 import collections
+import dataclasses
 import io
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from vitscale.data.index import DataError, Index
 from vitscale.data.reader import read_samples
@@ -12,10 +14,25 @@ from vitscale.data.reader import read_samples
 SAMPLED = 2000
 ROWS = 20
 BAR = 40
+BINS = 40
+_PANEL = (760, 300)  # width, height of one histogram in pixels
 
 
-def describe(index: Index) -> str:
-    """The text of `tools/data.py stats`; resolutions and sizes are those of up to 2,000 samples."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Counts of the whole set, and the images of up to 2,000 samples spread over it: short sides in pixels,
+    bytes of each; `unreadable` of them could not be opened.
+    """
+
+    index: Index
+    short_sides: tuple[int, ...]
+    megapixels: tuple[float, ...]
+    image_bytes: tuple[int, ...]
+    unreadable: int
+
+
+def measure(index: Index) -> Stats:
+    """Read the headers of up to 2,000 images."""
     ids = np.unique(np.linspace(0, index.num_samples - 1, min(SAMPLED, index.num_samples)).astype(int))
     sizes, image_bytes = [], []
     for sample_id in ids.tolist():
@@ -25,23 +42,81 @@ def describe(index: Index) -> str:
                 sizes.append(image.size)
             image_bytes.append(len(sample.image))
         except (DataError, OSError):
-            continue  # counted below, as what is missing from `sizes`
+            continue
+    return Stats(
+        index=index,
+        short_sides=tuple(min(size) for size in sizes),
+        megapixels=tuple(width * height / 1e6 for width, height in sizes),
+        image_bytes=tuple(image_bytes),
+        unreadable=len(ids) - len(sizes),
+    )
+
+
+def describe(stats: Stats) -> str:
+    """The text of `tools/data.py stats`."""
+    index, read = stats.index, len(stats.image_bytes)
+    shards = sorted(shard.num_samples for shard in index.shards)
     lines = [
         f"samples            {index.num_samples:,} ({index.num_damaged:,} damaged when indexed)",
-        f"shards             {len(index.shards):,}",
+        f"shards             {len(shards):,} of {shards[0]:,} to {shards[-1]:,} samples",
         f"bytes              {index.num_bytes:,}",
-        f"bytes per image    {sum(image_bytes) / max(1, len(image_bytes)):,.0f} (of {len(image_bytes):,} "
-        f"read, {len(ids) - len(image_bytes):,} unreadable)",
+        f"bytes per image    {sum(stats.image_bytes) / max(1, read):,.0f} (of {read:,} read, "
+        f"{stats.unreadable:,} unreadable)",
+        f"megapixels         {sum(stats.megapixels) / max(1, read):,.2f} on average",
         f"classes            {len(index.label_counts):,}, the highest is {index.max_label:,}",
+        f"samples per class  {min(index.label_counts.values()):,} to {max(index.label_counts.values()):,}",
         f"labels per sample  at most {index.max_labels}",
         "",
         "label          samples",
         *_bars(collections.Counter(index.label_counts)),
         "",
         "short side     images",
-        *_bars(collections.Counter(min(size) for size in sizes)),
+        *_bars(collections.Counter(stats.short_sides)),
     ]
     return "\n".join(lines)
+
+
+def draw(stats: Stats) -> Image.Image:
+    """Three histograms: samples per class from the largest class on, short sides, bytes per image."""
+    counts = sorted(stats.index.label_counts.values(), reverse=True)
+    groups = [int(np.mean(part)) for part in np.array_split(counts, min(BINS * 4, len(counts)))]
+    sides, side_edges = np.histogram(stats.short_sides, BINS)
+    sizes, size_edges = np.histogram(np.array(stats.image_bytes) / 1000, BINS)
+    panels = [
+        (f"samples of the {len(counts):,} classes, from the largest", groups, ("1", f"{len(counts):,}")),
+        (f"short side of {len(stats.short_sides):,} images, pixels", sides.tolist(), _ends(side_edges)),
+        (f"size of {len(stats.image_bytes):,} images, kB", sizes.tolist(), _ends(size_edges)),
+    ]
+    width, height = _PANEL
+    sheet = Image.new("RGB", (width, 40 + height * len(panels)), "white")
+    pen = ImageDraw.Draw(sheet)
+    title = f"{stats.index.num_samples:,} samples in {len(stats.index.shards):,} shards"
+    pen.text((20, 12), title, fill="black", font=ImageFont.load_default(20))
+    for number, (name, values, ends) in enumerate(panels):
+        _draw_panel(pen, 40 + number * height, name, values, ends)
+    return sheet
+
+
+def _draw_panel(
+    pen: ImageDraw.ImageDraw, top: int, name: str, values: Sequence[int], ends: tuple[str, str]
+) -> None:
+    width, height = _PANEL
+    left, right, base, ceiling = 70, width - 20, top + height - 40, top + 50
+    font = ImageFont.load_default(14)
+    pen.text((20, top + 18), name, fill="black", font=font)
+    most, step = max(values, default=0), (right - left) / max(1, len(values))
+    for number, value in enumerate(values):
+        x, y = left + number * step, base - (base - ceiling) * value / max(1, most)
+        pen.rectangle((x, y, max(x, x + step - 1), base), fill=(62, 105, 172))
+    pen.line((left, base, right, base), fill="black")
+    pen.text((left - 8, ceiling), f"{most:,}", fill="black", font=font, anchor="rm")
+    pen.text((left - 8, base), "0", fill="black", font=font, anchor="rm")
+    pen.text((left, base + 8), ends[0], fill="black", font=font)
+    pen.text((right, base + 8), ends[1], fill="black", font=font, anchor="ra")
+
+
+def _ends(edges: np.ndarray) -> tuple[str, str]:
+    return f"{edges[0]:,.0f}", f"{edges[-1]:,.0f}"
 
 
 def _bars(counts: collections.Counter[int]) -> list[str]:

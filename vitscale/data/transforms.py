@@ -1,6 +1,7 @@
 """Pixels to model input: crop, flip and resize on the CPU in uint8; normalisation on the device.
 
-Every draw is keyed by (seed, epoch, sample), so it is the same whoever makes it. Batches cross to the device
+Every draw is keyed by (seed, epoch, sample, view), so it is the same whoever makes it. Batches cross to the
+device
 as uint8, a quarter of float32's bytes.
 """
 
@@ -11,14 +12,23 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float64, UInt8
+from PIL import Image
 from torch import Tensor
 
 from vitscale import rng
-from vitscale.config import ConfigError
+from vitscale.config import ConfigError, positive
+from vitscale.data.distortions import (
+    COLOR_JITTER_DRAWS,
+    RAND_AUGMENT_DRAWS_PER_OP,
+    RANDOM_ERASING_DRAWS,
+    color_jitter,
+    rand_augment,
+    random_erasing,
+)
+from vitscale.data.turbojpeg import Box
 
 CROP_ATTEMPTS = 10
-Pixels = UInt8[np.ndarray, "h w 3"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +37,11 @@ class AugmentConfig:
 
     crop: "inception" takes a random area and aspect ratio; "pad" resizes, pads by `pad` black pixels and
     crops at random (the CIFAR recipe); "resize" takes the whole image. All end at model.image_size.
+    randaugment: "augreg" as in "How to train your ViT", RandAugment(ops, magnitude); "deit" as in DeiT, with
+    a deviation of the magnitude (distortions.py). color_jitter: strength for brightness, contrast and
+    saturation. random_erasing: probability. mixup, cutmix: alpha of the Beta distribution, 0 = off; where
+    both are on, cutmix_share of the pairs are cut (mixup.py). repeats: views of each sample in a global
+    batch (repeated augmentation, Hoffer et al. 2020); an epoch then has `repeats` times as many images.
     """
 
     crop: Literal["inception", "pad", "resize"] = "inception"
@@ -34,6 +49,16 @@ class AugmentConfig:
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
     pad: int = 4
     flip: bool = True
+    randaugment: Literal["none", "augreg", "deit"] = "none"
+    randaugment_ops: int = 2
+    randaugment_magnitude: float = 10.0
+    randaugment_magnitude_std: float = 0.0
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    cutmix_share: float = 0.5
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         low, high = self.crop_area
@@ -43,37 +68,94 @@ class AugmentConfig:
             raise ConfigError(
                 f"augment.crop_aspect {list(self.crop_aspect)} must rise from above 0, like [0.75, 1.33]"
             )
-        if self.pad < 0:
-            raise ConfigError(f"augment.pad {self.pad} must not be negative")
+        positive("augment", repeats=self.repeats, randaugment_ops=self.randaugment_ops)
+        for name in ("pad", "randaugment_magnitude", "randaugment_magnitude_std", "color_jitter"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"augment.{name} {getattr(self, name)} must not be negative")
+        if self.randaugment == "augreg" and self.randaugment_magnitude_std:
+            raise ConfigError(
+                'augment.randaugment = "augreg" has no deviation of its magnitude; set '
+                'randaugment_magnitude_std = 0, or take "deit"'
+            )
+        if self.mixup < 0 or self.cutmix < 0:
+            raise ConfigError(
+                f"augment.mixup {self.mixup} and augment.cutmix {self.cutmix} must not be negative"
+            )
+        for name in ("random_erasing", "cutmix_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"augment.{name} {getattr(self, name)} must lie in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ViewKey:
+    """Whose draws they are: a sample (numbered through all sources) in an epoch of its source, and which of
+    its `repeats` views.
+    """
+
+    seed: int
+    epoch: int
+    sample: int
+    view: int = 0
+
+    def uniform(self, n: int, domain: str) -> Float64[np.ndarray, " n"]:
+        return rng.uniform(n, self.seed, domain, self.epoch, self.sample, self.view)
 
 
 def augment(
-    pixels: UInt8[np.ndarray, "h w 3"],
-    config: AugmentConfig,
-    size: int,
-    seed: int,
-    epoch: int,
-    sample_id: int,
+    pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, size: int, key: ViewKey
 ) -> UInt8[Tensor, "3 size size"]:
-    """The training view of a sample in an epoch."""
-    if config.crop == "inception":
-        draws = rng.uniform(4 * CROP_ATTEMPTS, seed, "crop", epoch, sample_id)
-        top, left, height, width = inception_crop(pixels.shape[0], pixels.shape[1], config, draws)
-        view = resize(pixels[top : top + height, left : left + width], size, size)
-    else:
-        view = resize(pixels, size, size)
+    """A training view of a decoded image."""
+    top, left, height, width = choose_box(config, key, *pixels.shape[:2])
+    return finish_view(pixels[top : top + height, left : left + width], config, size, key)
+
+
+def choose_box(config: AugmentConfig, key: ViewKey, height: int, width: int) -> Box:
+    """The part of an image that a view is made of, known before the image is decoded."""
+    if config.crop != "inception":
+        return 0, 0, height, width
+    return inception_crop(height, width, config, key.uniform(4 * CROP_ATTEMPTS, "crop"))
+
+
+def finish_view(
+    pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, size: int, key: ViewKey
+) -> UInt8[Tensor, "3 size size"]:
+    """A training view from the box that choose_box took: resized, padded, flipped, distorted, erased."""
+    view = resize(pixels, size, size)
     if config.crop == "pad" and config.pad:
-        draws = rng.uniform(2, seed, "crop", epoch, sample_id)
-        top, left = (int(draw * (2 * config.pad + 1)) for draw in draws)
+        top, left = (int(draw * (2 * config.pad + 1)) for draw in key.uniform(2, "crop"))
         view = F.pad(view, [config.pad] * 4)[:, top : top + size, left : left + size]
-    if config.flip and rng.uniform(1, seed, "flip", epoch, sample_id)[0] < 0.5:
+    if config.flip and key.uniform(1, "flip")[0] < 0.5:
         view = view.flip(-1)
+    if config.randaugment != "none" or config.color_jitter:
+        view = _distort(view, config, key)
+    if config.random_erasing:
+        view = random_erasing(
+            view,
+            config.random_erasing,
+            key.uniform(RANDOM_ERASING_DRAWS, "erase"),
+            rng.derive_seed(key.seed, "erase", key.epoch, key.sample, key.view),
+        )
     return view.contiguous()
 
 
-def inception_crop(
-    height: int, width: int, config: AugmentConfig, draws: np.ndarray
-) -> tuple[int, int, int, int]:
+def _distort(view: UInt8[Tensor, "3 S S"], config: AugmentConfig, key: ViewKey) -> UInt8[Tensor, "3 S S"]:
+    image = Image.fromarray(view.permute(1, 2, 0).numpy())
+    if config.color_jitter:
+        image = color_jitter(image, config.color_jitter, key.uniform(COLOR_JITTER_DRAWS, "jitter"))
+    if config.randaugment != "none":
+        num_draws = RAND_AUGMENT_DRAWS_PER_OP * config.randaugment_ops
+        image = rand_augment(
+            image,
+            config.randaugment,
+            config.randaugment_ops,
+            config.randaugment_magnitude,
+            config.randaugment_magnitude_std,
+            key.uniform(num_draws, "randaugment"),
+        )
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def inception_crop(height: int, width: int, config: AugmentConfig, draws: np.ndarray) -> Box:
     """A random crop (top, left, height, width) after "Going deeper with convolutions": area and aspect ratio
     uniform.
 

@@ -1,16 +1,28 @@
-"""Folders of class folders to samples, the images' bytes as they are."""
+"""Folders of class folders: the images' names are listed, nothing is opened."""
 
-import json
-import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from vitscale import rng
 from vitscale.config import ConfigError
-from vitscale.data.samples import IMAGE_EXTENSIONS, RawSample
+from vitscale.data.pack.config import SPLITS, LeftOutTally, PackConfig
+from vitscale.data.pack.listing import FileReferences, Listing
+from vitscale.data.samples import IMAGE_EXTENSIONS
 
-logger = logging.getLogger(__name__)
-SPLITS = ("train", "val", "test")
+
+def list_imagefolder(source: str, config: PackConfig) -> Listing:
+    """source/CLASS/IMAGE.jpg, or source/{train,val,test}/CLASS/IMAGE.jpg; deeper folders belong to the class.
+
+    The training split's class folders, sorted, are the classes. Raises ConfigError for a class that it does
+    not have, and for a split without images.
+    """
+    folders = find_splits(Path(source))
+    classes = class_names(next(iter(folders.values())))
+    left_out = LeftOutTally()
+    splits = {
+        split: _list_split(source, folder, split, classes, left_out) for split, folder in folders.items()
+    }
+    return Listing(splits=dict(splits), classes=tuple(classes), left_out=left_out)
 
 
 def find_splits(source: Path) -> dict[str, Path]:
@@ -31,38 +43,48 @@ def class_names(folder: Path) -> list[str]:
     return names
 
 
-def read_folder(folder: Path, classes: list[str], split: str, seed: int | None) -> Iterator[RawSample]:
-    """The images under the class folders, shuffled by `seed` (None = by class and name).
+def list_files(folder: str) -> Iterator[tuple[str, int]]:
+    """(path, bytes) of every file below a folder, in the order of the names; hidden folders are passed over.
 
-    Other files are counted and reported, never dropped in silence. Raises ConfigError for a class that is not
-    in `classes`.
+    Links to folders are followed where they do not lead back up.
     """
-    unknown = set(class_names(folder)) - set(classes)
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_dir():
+            target, here = os.path.realpath(entry.path) + os.sep, os.path.realpath(folder) + os.sep
+            if not entry.name.startswith(".") and not here.startswith(target):
+                yield from list_files(entry.path)
+        else:
+            yield entry.path, _size(entry)
+
+
+def is_image_name(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def _list_split(
+    source: str, folder: Path, split: str, classes: list[str], left_out: LeftOutTally
+) -> FileReferences:
+    present = class_names(folder)
+    unknown = sorted(set(present) - set(classes))
     if unknown:
-        raise ConfigError(
-            f"{folder} has the class {sorted(unknown)[0]!r}, which the training split does not have"
-        )
-    files, others = [], []
+        raise ConfigError(f"{folder} has the class {unknown[0]!r}, which the training split does not have")
+    references = FileReferences(source)
     for label, name in enumerate(classes):
-        for path in sorted((folder / name).rglob("*")) if (folder / name).is_dir() else ():
-            if path.is_file():
-                (files if path.suffix[1:].lower() in IMAGE_EXTENSIONS else others).append((path, label))
-    if others:
-        logger.warning("%d files are not images and were left out, the first: %s", len(others), others[0][0])
-    if not files:
+        for path, size in list_files(str(folder / name)) if name in present else ():
+            if is_image_name(path):
+                references.add(os.path.relpath(path, source), (label,), size)
+            else:
+                left_out.add(f"{path}: not an image by its name; .{', .'.join(IMAGE_EXTENSIONS)} are read")
+    if not len(references):
         raise ConfigError(f"{folder} holds no image: .{', .'.join(IMAGE_EXTENSIONS)} are read")
-    order = (
-        range(len(files)) if seed is None else rng.permutation(len(files), seed, "pack", SPLITS.index(split))
-    )
-    for number, position in enumerate(order):
-        path, label = files[position]
-        # The number keeps keys apart where classes share file names; dots would end the key.
-        key = f"{split}_{number:08d}_{path.stem.replace('.', '_')}"
-        yield RawSample(key, path.read_bytes(), path.suffix[1:].lower(), (label,))
+    return references
 
 
-def write_class_names(folder: Path, classes: list[str]) -> None:
-    """classes.json beside the shards: the name of each class index."""
-    (folder / "classes.json").write_text(
-        json.dumps(classes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+def _size(entry: os.DirEntry) -> int:
+    """0 for what vanished or is a broken link: it is reported when it is read."""
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,68 @@
+"""A bounded cache of remote chunks on a node's own disk, shared by all processes of the node.
+
+A chunk is a file under its hash; the folders share the limit evenly, so that adding a file looks through
+one
+folder only. There is no lock and no list: files appear by rename, a hit renews the file's time, the oldest
+are
+removed first, and whatever a killed process leaves behind is an old file like any other.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+import xxhash
+
+FOLDER_BYTES = 256 << 20  # about 70 chunks of photographs: quick to look through
+
+
+class NodeCache:
+    """Up to `max_bytes` of chunks in `folder` (each process may exceed it by the one chunk being added)."""
+
+    def __init__(self, folder: str, max_bytes: int) -> None:
+        self._root = Path(folder)
+        self._num_folders = min(4096, max(1, max_bytes // FOLDER_BYTES))
+        self._folder_bytes = max_bytes // self._num_folders
+
+    def get(self, key: str) -> bytes | None:
+        """What was put under the key, if it is still there."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+            os.utime(path)  # now the youngest: the least recently used go first
+        except OSError:
+            return None
+        return data
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep `data`, and remove what has not been used for longest. A full or broken disk is no error."""
+        path = self._path(key)
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room(path.parent, len(data))
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+
+    def drop(self, key: str) -> None:
+        """Remove an entry whose content turned out to be wrong."""
+        with contextlib.suppress(OSError):
+            self._path(key).unlink()
+
+    def _path(self, key: str) -> Path:
+        name = xxhash.xxh3_128_hexdigest(key.encode())
+        return self._root / f"{int(name[:8], 16) % self._num_folders:04d}" / name
+
+    def _make_room(self, folder: Path, num_bytes: int) -> None:
+        files = []
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):  # another process removed it
+                info = entry.stat()
+                files.append((info.st_mtime_ns, info.st_size, entry.path))
+        excess = sum(size for _, size, _ in files) + num_bytes - self._folder_bytes
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                break
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            excess -= size

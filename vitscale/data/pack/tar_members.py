@@ -1,0 +1,62 @@
+"""What lies where in a tar archive, from its headers alone: the data between them is skipped, never read.
+
+A tar within a tar is listed at its place in the outer file, so nothing needs unpacking. Damage is reported,
+never taken for the end.
+"""
+
+import dataclasses
+import os
+import tarfile
+from collections.abc import Iterator
+
+from vitscale.data.tar import BLOCK
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TarPlace:
+    """A tar archive: the file that it is, or that holds it from byte `offset` on."""
+
+    path: str
+    offset: int
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TarMembers:
+    """The regular files of an archive as (name, absolute offset of the data, size), and what is wrong with
+    it
+    ("" = nothing).
+    """
+
+    files: list[tuple[str, int, int]]
+    damage: str
+
+
+def list_members(place: TarPlace) -> TarMembers:
+    """Read the headers of an uncompressed archive; damage ends the list and is told."""
+    files: list[tuple[str, int, int]] = []
+    try:
+        with open(place.path, "rb", buffering=2 * BLOCK) as file:  # a header, and the byte before it
+            if hasattr(os, "posix_fadvise"):  # readahead would fetch the data between the headers
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            file.seek(place.offset)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in _headers(archive):
+                    if member.isfile():
+                        files.append((member.name, member.offset_data, member.size))
+            # tarfile ends in silence at any broken header; only the end mark is an end.
+            file.seek(archive.offset)
+            if file.read(BLOCK) != bytes(BLOCK):
+                return TarMembers(files, f"is damaged at byte {archive.offset:,}; what follows is lost")
+    except tarfile.TarError as error:
+        return TarMembers(files, f"is damaged or not an uncompressed tar archive ({error})")
+    except OSError as error:
+        return TarMembers(files, f"cannot be read ({error.strerror or error})")
+    return TarMembers(files, "")
+
+
+def _headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := archive.next()) is not None:
+        # tarfile keeps all members: gigabytes for millions.
+        archive.members = []  # pyright: ignore[reportAttributeAccessIssue] (not in the stubs)
+        yield member

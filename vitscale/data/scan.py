@@ -1,0 +1,170 @@
+"""One pass over one shard: what it holds, where its chunks lie, and what is damaged."""
+
+import collections
+import dataclasses
+
+import xxhash
+
+from vitscale import storage
+from vitscale.data.samples import BadSample, RawSample, group
+from vitscale.data.tar import BLOCK, Readable, TarDamage, walk
+
+LISTED = 20  # damaged samples that are named one by one; all are counted
+
+
+class DataError(ValueError):
+    """Data that cannot be used as it is; the message names the shard and the way out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One tar file: `data_bytes` is where its last sample ends, `checksum` its xxh3-128 in hex."""
+
+    url: str
+    num_bytes: int
+    data_bytes: int
+    num_samples: int
+    checksum: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class Scan:
+    """What a pass over a shard found. chunks: (blocks, checksum) of each; damage: the first sentences of
+    `num_damaged`; tar_damage: whether the archive itself is broken.
+    """
+
+    shard: Shard
+    chunks: list[tuple[int, int]]
+    label_counts: dict[int, int]
+    max_labels: int
+    damage: list[str]
+    num_damaged: int
+    tar_damage: bool
+
+
+def chunk_checksum(data: bytes | memoryview) -> int:
+    """What is kept of a chunk's content: 16 bits of its xxh3-64, compared at every read."""
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFF
+
+
+def scan_shard(url: str, chunk_samples: int, *, allow_damaged: bool, listed: int = LISTED) -> Scan:
+    """Read a shard from end to end.
+
+    A cut, broken, empty or missing one raises DataError, unless `allow_damaged`: then its whole samples
+    before the damage are kept. Samples that cannot be used (no label, not an image) count as damage, too.
+    """
+    found = _Findings(url, listed)
+    chunks = _Chunks()
+    try:
+        with storage.open_stream(url) as raw:
+            stream = _RecordingStream(raw, chunks)
+            try:
+                for sample, start in group(walk(stream, whole=True)):
+                    if found.num_samples % chunk_samples == 0 and found.num_samples:
+                        chunks.cut(start)
+                    found.add(sample)
+                data_bytes = stream.count - BLOCK
+                while rest := stream.read(1 << 20):
+                    if any(rest):
+                        raise TarDamage(data_bytes, "an empty block, and data after it")
+            except TarDamage as error:
+                data_bytes = error.whole_until
+                found.tar_damage = f"{url}: {error}; {found.num_samples:,} whole samples before it"
+            if found.num_samples:
+                chunks.cut(data_bytes)
+            stream.recording = False
+            while stream.read(1 << 20):
+                pass
+    except FileNotFoundError:
+        raise DataError(f"shard {url} does not exist") from None
+    except OSError as error:
+        raise DataError(f"shard {url} cannot be read: {error.strerror or error}") from None
+    found.refuse(allow_damaged)
+    shard = Shard(
+        url=url,
+        num_bytes=stream.count,
+        data_bytes=data_bytes if found.num_samples else 0,
+        num_samples=found.num_samples,
+        checksum=stream.hash.hexdigest(),
+    )
+    return found.scan(shard, chunks.done)
+
+
+class _Findings:
+    """What the samples of a shard add up to."""
+
+    def __init__(self, url: str, listed: int) -> None:
+        self.url, self.listed = url, listed
+        self.num_samples = self.max_labels = self.num_damaged = 0
+        self.labels: collections.Counter[int] = collections.Counter()
+        self.damage: list[str] = []
+        self.tar_damage = ""
+        self._keys: set[str] = set()
+
+    def add(self, sample: RawSample | BadSample) -> None:
+        self.num_samples += 1
+        if sample.key in self._keys:
+            self._report(f"{self.url}: sample {sample.key}: its key stands twice in this shard")
+        self._keys.add(sample.key)
+        if isinstance(sample, BadSample):
+            self._report(f"{self.url}: sample {sample.key}: {sample.reason}")
+        else:
+            self.labels.update(sample.labels)
+            self.max_labels = max(self.max_labels, len(sample.labels))
+
+    def refuse(self, allow_damaged: bool) -> None:
+        if self.tar_damage and not allow_damaged:
+            raise DataError(
+                f"{self.tar_damage}; restore the shard, leave it out, or keep those with --allow-damaged"
+            )
+        if not self.num_samples and not self.tar_damage:
+            raise DataError(f"shard {self.url} is empty: it holds no sample; leave it out")
+        if self.tar_damage:
+            self._report(self.tar_damage)
+
+    def scan(self, shard: Shard, chunks: list[tuple[int, int]]) -> Scan:
+        return Scan(
+            shard=shard,
+            chunks=chunks,
+            label_counts=dict(self.labels),
+            max_labels=self.max_labels,
+            damage=self.damage,
+            num_damaged=self.num_damaged,
+            tar_damage=bool(self.tar_damage),
+        )
+
+    def _report(self, sentence: str) -> None:
+        self.num_damaged += 1
+        if len(self.damage) < self.listed:
+            self.damage.append(sentence)
+
+
+class _Chunks:
+    """Cuts what was read into chunks; a cut is known only after bytes beyond it have been read."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[int, int]] = []
+        self.pending = bytearray()
+        self._start = 0
+
+    def cut(self, end: int) -> None:
+        size = end - self._start
+        self.done.append((size // BLOCK, chunk_checksum(bytes(self.pending[:size]))))
+        del self.pending[:size]
+        self._start = end
+
+
+class _RecordingStream:
+    """Counts and hashes what is read through it, and hands it to the chunks."""
+
+    def __init__(self, stream: Readable, chunks: _Chunks) -> None:
+        self._stream, self._chunks, self.recording = stream, chunks, True
+        self.hash, self.count = xxhash.xxh3_128(), 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._stream.read(size)
+        self.hash.update(data)
+        self.count += len(data)
+        if self.recording:
+            self._chunks.pending += data
+        return data

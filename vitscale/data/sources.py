@@ -1,0 +1,186 @@
+"""What a run trains on ([data]): one index, or several mixed by weight into one label space."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int64
+
+from vitscale import storage
+from vitscale.config import ConfigError
+from vitscale.data.duplicates import load_exclusions
+from vitscale.data.index import Index, check_shards
+from vitscale.data.mix import Mixture
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of several sources ([[data.sources]]).
+
+    weight: its share of the samples, relative to the other weights. label_map: a JSON file, {"0": 17, ...}
+    or
+    a list, from the source's labels to those of the run; "" = as they are. exclude: a list made by
+    `tools/data.py dedup`. name: for metrics and messages; "" = its position.
+    """
+
+    index: str
+    weight: float = 1.0
+    label_map: str = ""
+    exclude: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(f"data.sources: the weight {self.weight} of {self.index} must be above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The training data ([data]).
+
+    index, label_map, exclude: the only source, as in SourceConfig; or `sources`, to mix several. lanes:
+    the
+    streams that every global batch is put together from; the world size must divide it, and the order
+    depends
+    on it. 0 = the largest divisor of global_batch up to 1,024. window_chunks: chunks of a lane that are
+    shuffled together, and held in memory. decoder: of JPEGs; "auto" takes libjpeg-turbo 3 where it is.
+    """
+
+    index: str = ""
+    label_map: str = ""
+    exclude: str = ""
+    sources: tuple[SourceConfig, ...] = ()
+    labels: Literal["single", "multi"] = "single"
+    lanes: int = 0
+    window_chunks: int = 2
+    decoder: Literal["auto", "turbojpeg", "simplejpeg"] = "auto"
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.lanes < 0 or self.window_chunks < 1:
+            raise ConfigError(
+                f"data.lanes {self.lanes} must be 0 or more, data.window_chunks {self.window_chunks} 1 or "
+                "more"
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"data.max_bad_fraction {self.max_bad_fraction} must lie in [0, 1]")
+        if self.sources and (self.index or self.label_map or self.exclude):
+            raise ConfigError(
+                "data.index, data.label_map and data.exclude are for a single source; with "
+                "[[data.sources]] "
+                "they belong into each of these"
+            )
+
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources, whichever way they were written."""
+        alone = SourceConfig(index=self.index, label_map=self.label_map, exclude=self.exclude)
+        return self.sources or (alone,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """An opened source. label_map: {} = labels stay; excluded: rising sample ids [n] that are left out."""
+
+    name: str
+    index: Index
+    label_map: Mapping[int, int]
+    excluded: Int64[np.ndarray, " n"]
+
+    @property
+    def max_label(self) -> int:
+        """The highest label that training will see."""
+        return max(self.label_map[label] if self.label_map else label for label in self.index.label_counts)
+
+    def fingerprint(self) -> str:
+        """Names everything that decides what a sample is: shards, label map, exclusions."""
+        parts = [self.index.fingerprint()]
+        if self.label_map:
+            parts.append(json.dumps(sorted(self.label_map.items())))
+        if len(self.excluded):
+            parts.append(self.excluded.tobytes().hex())
+        return " ".join(parts)
+
+
+def open_sources(config: DataConfig) -> tuple[Source, ...]:
+    """Load the indexes, label maps and exclusions. Raises DataError or ConfigError for what does not fit."""
+    sources = []
+    for number, section in enumerate(config.all_sources()):
+        index = Index.load(section.index)
+        excluded = load_exclusions(section.exclude, index) if section.exclude else np.empty(0, np.int64)
+        if 2 * len(excluded) > index.num_samples:
+            raise ConfigError(
+                f"{section.exclude} leaves out {len(excluded):,} of {index.num_samples:,} samples: more "
+                "than "
+                "half; check its threshold"
+            )
+        sources.append(
+            Source(
+                name=section.name or str(number),
+                index=index,
+                label_map=_read_label_map(section.label_map, index) if section.label_map else {},
+                excluded=excluded,
+            )
+        )
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"data.sources have the names {', '.join(names)}; give each a name of its own")
+    return tuple(sources)
+
+
+def make_mixture(
+    sources: tuple[Source, ...], config: DataConfig, *, seed: int, global_batch: int, repeats: int = 1
+) -> Mixture:
+    """The order of a run over its sources. Raises ConfigError where they do not fit."""
+    return Mixture.make(
+        [source.index.layout for source in sources],
+        [section.weight for section in config.all_sources()],
+        seed=seed,
+        global_batch=global_batch,
+        lanes=config.lanes,
+        window_samples=[config.window_chunks * source.index.chunk_samples for source in sources],
+        repeats=repeats,
+    )
+
+
+def check_sources(sources: tuple[Source, ...]) -> None:
+    """Raise DataError if a shard is missing or has another size than when it was indexed."""
+    for source in sources:
+        check_shards(source.index)
+
+
+def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: int) -> None:
+    """Raise ConfigError if a source holds labels that the model or the config has no place for."""
+    for source, section in zip(sources, config.all_sources(), strict=True):
+        if source.max_label >= num_classes:
+            raise ConfigError(
+                f"{section.index} holds label {source.max_label}, out of range for model.num_classes "
+                f"{num_classes} (labels run from 0 to {num_classes - 1}); set model.num_classes = "
+                f"{source.max_label + 1} or mend the labels"
+            )
+        if config.labels == "single" and source.index.max_labels > 1:
+            raise ConfigError(
+                f"{section.index} has samples with {source.index.max_labels} labels; set data.labels = "
+                '"multi" and loss.name = "sigmoid"'
+            )
+
+
+def _read_label_map(path: str, index: Index) -> dict[int, int]:
+    try:
+        values = json.loads(storage.read_bytes(path))
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        mapping = {int(old): new for old, new in pairs}
+    except FileNotFoundError:
+        raise ConfigError(f'label map {path} does not exist; write {{"0": 17, ...}} or a list') from None
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(
+            f'label map {path} cannot be read; it must be JSON: {{"0": 17, ...}} or a list of new labels'
+        ) from None
+    wrong = [new for new in mapping.values() if type(new) is not int or new < 0]
+    if wrong:
+        raise ConfigError(f"label map {path} maps to {wrong[0]!r}; labels are whole numbers from 0")
+    missing = sorted(set(index.label_counts) - set(mapping))
+    if missing:
+        raise ConfigError(f"label map {path} has no entry for label {missing[0]}, which the shards hold")
+    return mapping

@@ -1,0 +1,108 @@
+"""libjpeg-turbo 3 through ctypes: decodes only the part of a JPEG that a crop needs.
+
+The library comes with the wheel `turbojpeg` (vitscale[turbo]) or is the system's; version 2 (Debian 12,
+Ubuntu
+22.04) has no tj3 functions and is passed over. API: https://libjpeg-turbo.org/Documentation/Documentation
+"""
+
+import ctypes
+import ctypes.util
+import functools
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+# Upsampling of chroma looks at neighbours: with two more pixels on each side the crop equals that of the
+# whole.
+MARGIN = 2
+_DECOMPRESS = 1  # TJINIT_DECOMPRESS
+_STOP_ON_WARNING, _SUBSAMPLING, _WIDTH, _HEIGHT, _PRECISION, _COLOURSPACE = 0, 4, 5, 6, 7, 8  # TJPARAM_*
+_MCU_WIDTHS = (8, 16, 16, 8, 8, 32, 8)  # of TJSAMP 444, 422, 420, GRAY, 440, 411, 441
+_TO_RGB = (0, 1, 2)  # TJCS RGB, YCbCr, GRAY; the others are CMYK
+_RGB = 0  # TJPF_RGB
+
+
+class _Region(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("x", "y", "w", "h")]
+
+
+class TurboJpeg:
+    """A decompressor; every thread has a handle of its own."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+        library.tj3Init.restype = pointer
+        library.tj3GetErrorStr.restype = ctypes.c_char_p
+        library.tj3GetErrorStr.argtypes = [pointer]
+        library.tj3Set.argtypes = [pointer, integer, integer]
+        library.tj3Get.argtypes = [pointer, integer]
+        library.tj3DecompressHeader.argtypes = [pointer, ctypes.c_char_p, size]
+        library.tj3SetCroppingRegion.argtypes = [pointer, _Region]
+        library.tj3Decompress8.argtypes = [pointer, ctypes.c_char_p, size, pointer, integer, integer]
+        self._library, self._local = library, threading.local()
+
+    def decode(
+        self, data: bytes, choose: Callable[[int, int], Box], check: Callable[[int, int], None]
+    ) -> UInt8[np.ndarray, "h w 3"] | None:
+        """The pixels of the box that `choose(height, width)` names; None for a JPEG that is not RGB or
+        grey
+        in 8 bits.
+
+        check: called with width and height before anything is decoded. Raises ValueError at any damage.
+        """
+        library, handle = self._library, self._handle()
+        self._check(library.tj3DecompressHeader(handle, data, len(data)), handle)
+        width, height, subsampling, precision, colourspace = (
+            library.tj3Get(handle, name) for name in (_WIDTH, _HEIGHT, _SUBSAMPLING, _PRECISION, _COLOURSPACE)
+        )
+        check(width, height)
+        if colourspace not in _TO_RGB or precision != 8:
+            return None
+        top, left, box_height, box_width = choose(height, width)
+        mcu = _MCU_WIDTHS[subsampling] if 0 <= subsampling < len(_MCU_WIDTHS) else width
+        x, y = max(0, left - MARGIN) // mcu * mcu, max(0, top - MARGIN)
+        right, bottom = min(width, left + box_width + MARGIN), min(height, top + box_height + MARGIN)
+        self._check(library.tj3SetCroppingRegion(handle, _Region(x, y, right - x, bottom - y)), handle)
+        pixels = np.empty((bottom - y, right - x, 3), dtype=np.uint8)
+        status = library.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 0, _RGB)
+        self._check(status, handle)
+        return pixels[top - y : top - y + box_height, left - x : left - x + box_width]
+
+    def _handle(self) -> int:
+        if not hasattr(self._local, "handle"):
+            self._local.handle = self._library.tj3Init(_DECOMPRESS)
+            self._library.tj3Set(self._local.handle, _STOP_ON_WARNING, 1)
+        return self._local.handle
+
+    def _check(self, status: int, handle: int) -> None:
+        if status:
+            raise ValueError(self._library.tj3GetErrorStr(handle).decode("utf-8", "replace"))
+
+
+@functools.cache
+def open_turbojpeg() -> TurboJpeg | None:
+    """The decompressor, or None where there is no libjpeg-turbo 3."""
+    for path in _candidates():
+        try:
+            library = ctypes.CDLL(path)
+        except OSError:
+            continue
+        if hasattr(library, "tj3SetCroppingRegion"):
+            return TurboJpeg(library)
+    return None
+
+
+def _candidates() -> Iterator[str]:
+    wheel = importlib.util.find_spec("turbojpeg")
+    if wheel and wheel.origin:
+        folder = Path(wheel.origin).parent
+        yield from sorted(map(str, [*folder.glob("turbojpeg.libs/*turbojpeg*"), *folder.glob(".dylibs/*")]))
+    system = ctypes.util.find_library("turbojpeg")
+    if system:
+        yield system
