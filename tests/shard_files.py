@@ -29,7 +29,7 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
     return path
 
 
-def write_shards(folder: Path, counts: Sequence[int], num_classes: int = 5) -> list[str]:
+def write_shards(folder: Path, counts: Sequence[int], num_classes: int = 5, size: int = 16) -> list[str]:
     """Shards with the given numbers of samples; sample i of the set has the class i % num_classes."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, number = [], 0
@@ -37,7 +37,7 @@ def write_shards(folder: Path, counts: Sequence[int], num_classes: int = 5) -> l
         members = []
         for _ in range(count):
             members += [
-                (f"s{number:05d}.jpg", jpeg(number)),
+                (f"s{number:05d}.jpg", jpeg(number, size)),
                 (f"s{number:05d}.cls", str(number % num_classes).encode()),
             ]
             number += 1
@@ -45,9 +45,11 @@ def write_shards(folder: Path, counts: Sequence[int], num_classes: int = 5) -> l
     return paths
 
 
-def write_index(folder: Path, counts: Sequence[int], chunk_samples: int = 4, num_classes: int = 5) -> Path:
+def write_index(
+    folder: Path, counts: Sequence[int], chunk_samples: int = 4, num_classes: int = 5, size: int = 16
+) -> Path:
     """write_shards and their index.json."""
-    build_index(write_shards(folder, counts, num_classes), chunk_samples=chunk_samples).save(
+    build_index(write_shards(folder, counts, num_classes, size), chunk_samples=chunk_samples).save(
         folder / "index.json"
     )
     return folder / "index.json"

@@ -9,6 +9,7 @@ never data that are missing.
 import errno
 import functools
 import glob
+import io
 import logging
 import os
 import random
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 from braceexpand import braceexpand
@@ -33,6 +34,7 @@ ATTEMPTS = 10
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.25, 30.0  # about a minute and a half in all
 CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS = 10, 30
 LOOKUP_THREADS = 32
+STREAM_STEP_BYTES = 8 << 20
 
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and AWS_ENDPOINT_URL for "
@@ -121,17 +123,25 @@ def read_range(url: str, start: int, end: int) -> bytes:
     return data
 
 
-def open_stream(url: str) -> BinaryIO:
+def open_stream(url: str) -> io.BufferedReader:
     """The object as a sequential stream of bytes, for one pass over it."""
     if is_local(url):
         return open(local_path(url), "rb")
-    return _RangeStream(url)  # type: ignore[return-value]
+    return io.BufferedReader(_RangeFile(url), STREAM_STEP_BYTES)
+
+
+def connect(url: str) -> None:
+    """Make the client of the URL's store in this process: two threads must not make it at once."""
+    if not is_local(url):
+        _filesystem(url)
 
 
 def sizes(urls: Sequence[str]) -> list[int | None]:
     """The size of each object in bytes, None where there is none. Remote ones are asked for in parallel."""
     if all(map(is_local, urls)):
         return [_size(url) for url in urls]
+    for url in {scheme(url): url for url in urls}.values():
+        connect(url)
     with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
         return list(pool.map(_size, urls))
 
@@ -157,37 +167,24 @@ def fsync_directory(path: str | Path) -> None:
         os.close(descriptor)
 
 
-class _RangeStream:
-    """A remote object read from end to end in ranges, each of them retried by itself."""
-
-    STEP_BYTES = 8 << 20
+class _RangeFile(io.RawIOBase):
+    """A remote object as a file to be read from end to end, in ranges each of which is retried by itself."""
 
     def __init__(self, url: str) -> None:
         size = _size(url)
         if size is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
-        self._url, self._size, self._at, self._buffer = url, size, 0, memoryview(b"")
+        self._url, self._size, self._at = url, size, 0
 
-    def __enter__(self) -> "_RangeStream":
-        return self
+    def readable(self) -> bool:
+        return True
 
-    def __exit__(self, *_: object) -> None:
-        self._buffer = memoryview(b"")
-
-    def read(self, size: int = -1, /) -> bytes:
-        parts, missing = [], self._size if size < 0 else size
-        while missing and (self._buffer or self._fill()):
-            parts.append(bytes(self._buffer[:missing]))
-            self._buffer = self._buffer[missing:]
-            missing -= len(parts[-1])
-        return b"".join(parts)
-
-    def _fill(self) -> bool:
-        if self._at < self._size:
-            end = min(self._size, self._at + self.STEP_BYTES)
-            self._buffer = memoryview(read_range(self._url, self._at, end))
-            self._at += len(self._buffer)
-        return len(self._buffer) > 0
+    def readinto(self, buffer: Any, /) -> int:
+        end = min(self._size, self._at + len(buffer))
+        data = read_range(self._url, self._at, end) if self._at < end else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def _pread(path: str, start: int, end: int) -> bytes:
@@ -206,18 +203,28 @@ def _size(url: str) -> int | None:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it; made in the process that uses it, for it does not
-    survive a fork.
-    """
+    """The fsspec file system of a URL, and the path in it."""
     name = scheme(url)
     try:
-        fs, path = fsspec.core.url_to_fs(url, **_client_options(name))
+        fs = client(name, os.getpid())
     except ImportError as error:
         raise ConfigError(f"{url}: {error}; run: pip install 'vitscale[{EXTRAS[name]}]'") from None
     except ValueError as error:
         raise StoreError(f"{url}: {error}; check the URL and AWS_ENDPOINT_URL") from None
+    return fs, fs._strip_protocol(url)
+
+
+@functools.cache
+def client(name: str, process: int) -> Any:
+    """The fsspec file system of a scheme in one process.
+
+    A client does not survive a fork, so every process makes its own. A worker keeps its parent's, too, unused:
+    finalising it would take the parent's open connections out of the epoll set that the two share, and the
+    parent would wait for answers until its time-out.
+    """
+    fs = fsspec.filesystem(name, skip_instance_cache=True, **_client_options(name))
     fs.retries = 1
-    return fs, path
+    return fs
 
 
 def _client_options(name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vitscale import storage
 from vitscale.config import ConfigError
 from vitscale.data.cache import NodeCache
 from vitscale.data.index import DataError
@@ -152,6 +153,8 @@ class _WorkerStream(IterableDataset[dict[str, Any]]):
         info = get_worker_info()
         number, total = (info.id, info.num_workers) if info else (0, 1)
         numbers = [int(lane) for lane in np.array_split(np.array(self.stream.lanes), total)[number]]
+        for source in self.stream.sources:
+            storage.connect(source.index.shards[0].url)
         threads = ThreadPoolExecutor(READ_THREADS)
         try:
             yield from self._steps(numbers, threads)

@@ -1,0 +1,76 @@
+"""A loopback proxy that spoils a seeded share of HTTP requests: fault_proxy.py PORT TARGET MODE SHARE.
+
+MODE: reset (the connection is reset before the request is passed on), cut (reset after 20 kB of the body),
+stall (never answered), wrong (one byte in the middle of the body is changed).
+"""
+
+import asyncio
+import random
+import socket
+import struct
+import sys
+
+CUT_BYTES = 20_000
+METHODS = (b"GET", b"HEAD", b"PUT", b"POST", b"DELETE")
+
+
+class Connection:
+    """One client connection: requests pass upwards, answers downwards."""
+
+    def __init__(self, target: int, mode: str, share: float, draws: random.Random) -> None:
+        self.target, self.mode, self.share, self.draws = target, mode, share, draws
+        self.passed, self.spoiled = 0, False
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream: asyncio.StreamWriter | None = None
+        try:
+            while data := await reader.read(65536):
+                if data.split(b" ", 1)[0] in METHODS:
+                    self.passed, self.spoiled = 0, self.draws.random() < self.share
+                if self.spoiled and self.mode == "reset":
+                    return reset(writer)
+                if self.spoiled and self.mode == "stall":
+                    await asyncio.sleep(3600)
+                if upstream is None:
+                    answers, upstream = await asyncio.open_connection("127.0.0.1", self.target)
+                    task = asyncio.create_task(self.answer(answers, writer))  # noqa: F841
+                upstream.write(data)
+                await upstream.drain()
+        except ConnectionError:
+            pass
+        finally:
+            if upstream:
+                upstream.close()
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            before, self.passed = self.passed, self.passed + len(data)
+            if self.spoiled and self.mode == "cut" and self.passed > CUT_BYTES:
+                writer.write(data[: max(0, CUT_BYTES - before)])
+                return reset(writer)
+            if self.spoiled and self.mode == "wrong" and before <= CUT_BYTES < self.passed:
+                at = CUT_BYTES - before
+                data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def main(port: int, target: int, mode: str, share: float) -> None:
+    draws = random.Random(0)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await Connection(target, mode, share, draws).serve(reader, writer)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", port) as server:
+        await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4])))

