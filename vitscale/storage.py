@@ -218,7 +218,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
 def client(name: str, process: int) -> Any:
     """The fsspec file system of a scheme in one process.
 
-    A client does not survive a fork, so every process makes its own. A worker keeps its parent's, too, unused:
+    A client does not survive a fork, so every process makes its own. A worker keeps its parent's, too,
+    unused:
     finalising it would take the parent's open connections out of the epoll set that the two share, and the
     parent would wait for answers until its time-out.
     """

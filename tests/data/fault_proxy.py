@@ -33,7 +33,7 @@ class Connection:
                     await asyncio.sleep(3600)
                 if upstream is None:
                     answers, upstream = await asyncio.open_connection("127.0.0.1", self.target)
-                    task = asyncio.create_task(self.answer(answers, writer))  # noqa: F841
+                    self.answering = asyncio.create_task(self.answer(answers, writer))
                 upstream.write(data)
                 await upstream.drain()
         except ConnectionError:

@@ -4,7 +4,9 @@ and counted.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,17 @@ from shard_files import jpeg, write_index, write_tar
 
 from vitscale.config import ConfigError
 from vitscale.data.index import DataError, Index, build_index
-from vitscale.data.lane import Recipe
+from vitscale.data.lane import Lane, Recipe
 from vitscale.data.loader import Stream, batches
-from vitscale.data.sources import DataConfig, Source, SourceConfig, check_labels, make_mixture
+from vitscale.data.reader import read_chunk
+from vitscale.data.sources import (
+    DataConfig,
+    Source,
+    SourceConfig,
+    check_labels,
+    make_mixture,
+    open_sources,
+)
 from vitscale.data.transforms import AugmentConfig
 
 CONFIG = DataConfig(index="index.json", lanes=4, window_chunks=2)
@@ -139,3 +149,125 @@ def test_several_labels_need_a_multi_label_config(tmp_path: Path) -> None:
     check_labels(make_stream(index, 0, 1).sources, dataclasses.replace(CONFIG, labels="multi"), 5)
     rows = torch.cat([batch.labels for batch in batches(make_stream(index, 0, 8), 0)])
     assert rows.shape == (64, 2) and [1, 3] in rows.tolist() and (rows[:, 1] == -1).sum() == 63
+
+
+@pytest.fixture(scope="module")
+def two_indexes(tmp_path_factory: pytest.TempPathFactory) -> list[Index]:
+    folder = tmp_path_factory.mktemp("two")
+    second = damaged_index(folder, {n: (jpeg(500 + n), b"1 3") for n in range(0, 31, 2)}, count=31)
+    return [Index.load(str(write_index(folder / "one", [40, 37, 20]))), second]
+
+
+EVERYTHING = AugmentConfig(
+    randaugment="deit", randaugment_magnitude_std=0.5, color_jitter=0.3, random_erasing=0.25
+)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_workers", "first"), [(1, 2, 0), (2, 2, 5), (4, 0, 13), (1, 3, 29)]
+)
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_mixture_with_every_augmentation_gives_the_same_pixels_to_anyone(
+    two_indexes: list[Index], world_size: int, num_workers: int, first: int, repeats: int
+) -> None:
+    augment = dataclasses.replace(EVERYTHING, repeats=repeats)
+    reference = list(batches(make_stream(two_indexes, 0, 30, augment=augment), 0))[first:]
+    ranks = [
+        list(batches(make_stream(two_indexes, first, 30, r, world_size, augment), num_workers))
+        for r in range(world_size)
+    ]
+    for step, whole in enumerate(reference):
+        assert torch.equal(torch.cat([rank[step].images for rank in ranks]), whole.images)
+        assert torch.equal(torch.cat([rank[step].labels for rank in ranks]), whole.labels)
+        assert np.array_equal(np.concatenate([rank[step].ids for rank in ranks]), whole.ids)
+
+
+def test_a_mixture_draws_from_its_sources_in_exact_proportion(two_indexes: list[Index]) -> None:
+    ids = np.stack([batch.ids for batch in batches(make_stream(two_indexes, 0, 40), 0)])
+    given = np.cumsum((ids < 97).sum(axis=1))
+    assert given.tolist() == [int(8 * (step + 1) * 7 / 10 + 0.5) for step in range(40)]
+    labels = {
+        label
+        for batch in batches(make_stream(two_indexes, 0, 40), 0)
+        for label in batch.labels[:, 1].tolist()
+    }
+    assert labels == {-1, 3}
+
+
+def test_views_of_one_sample_in_a_batch_differ_and_are_those_of_its_epoch(module_index: Index) -> None:
+    stream = make_stream(module_index, 0, 10, augment=AugmentConfig(repeats=2))
+    for batch in batches(stream, 0):
+        for sample in set(batch.ids.tolist()):
+            views = batch.images[torch.from_numpy(batch.ids == sample)]
+            assert len(views) == 2 and not torch.equal(views[0], views[1])
+
+
+def test_labels_are_mapped_into_the_space_of_the_run(module_index: Index, tmp_path: Path) -> None:
+    mapping = {0: 4, 1: 3, 2: 2, 3: 1, 4: 0}
+    plain = batches(make_stream(module_index, 0, 12), 0)
+    mapped = batches(make_stream(module_index, 0, 12, label_map=mapping), 0)
+    for one, other in zip(plain, mapped, strict=True):
+        assert torch.equal(4 - one.labels, other.labels) and torch.equal(one.images, other.images)
+
+
+def test_excluded_samples_are_never_delivered_and_no_damage(module_index: Index) -> None:
+    excluded = np.arange(0, 97, 3)
+    stream = make_stream(module_index, 0, 24, excluded=excluded)
+    seen = [batch for batch in batches(stream, 2)]
+    assert not set(excluded.tolist()) & {sample for batch in seen for sample in batch.ids.tolist()}
+    assert not any(batch.bad for batch in seen)
+    plain = list(batches(make_stream(module_index, 0, 24), 0))
+    kept = [(a.ids == b.ids).mean() for a, b in zip(seen, plain, strict=True)]
+    assert 0.6 < np.mean(kept) < 0.75  # the others stay where they were
+
+
+def test_sources_are_opened_from_the_config_and_refused_where_they_do_not_fit(
+    module_index: Index, tmp_path: Path
+) -> None:
+    path = str(Path(module_index.shards[0].url).parent / "index.json")
+    (tmp_path / "map.json").write_text('{"0": 7, "1": 8, "2": 9, "3": 10, "4": 11}')
+    (tmp_path / "short.json").write_text("[0, 1, 2]")
+    (tmp_path / "bad.json").write_text("nonsense")
+    config = DataConfig(
+        sources=(SourceConfig(index=path), SourceConfig(index=path, label_map=f"{tmp_path}/map.json"))
+    )
+    sources = open_sources(config)
+    assert [source.max_label for source in sources] == [4, 11]
+    with pytest.raises(ConfigError, match=r"holds label 11, out of range for model.num_classes 10"):
+        check_labels(sources, config, 10)
+    for name, sentence in (
+        ("short.json", "no entry for label 3"),
+        ("bad.json", "cannot be read; it must be JSON"),
+        ("none.json", "does not exist"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            open_sources(DataConfig(index=path, label_map=f"{tmp_path}/{name}"))
+    with pytest.raises(ConfigError, match="they belong into each"):
+        DataConfig(index=path, sources=(SourceConfig(index=path),))
+    with pytest.raises(ConfigError, match="must be above 0"):
+        SourceConfig(index=path, weight=0.0)
+    with pytest.raises(ConfigError, match="each a name of its own"):
+        open_sources(DataConfig(sources=(SourceConfig(index=path, name="a"),) * 2))
+
+
+def test_every_change_of_what_samples_are_changes_the_fingerprint(module_index: Index) -> None:
+    (source,) = make_stream(module_index, 0, 1).sources
+    changed = [
+        source,
+        dataclasses.replace(source, label_map={0: 1}),
+        dataclasses.replace(source, excluded=np.array([3])),
+    ]
+    assert len({one.fingerprint() for one in changed}) == 3
+
+
+def test_the_read_ahead_of_a_lane_is_bounded(module_index: Index) -> None:
+    """What a lane holds: at most one window, what is read ahead of the next, and the rest of a chunk."""
+    stream = make_stream(module_index, 0, 24)
+    with ThreadPoolExecutor(2) as threads:
+        read = functools.partial(read_chunk, module_index)
+        lane = Lane(1, 0, stream.mixture, stream.sources, stream.recipe, (read,), threads)
+        held = []
+        for _ in range(24):
+            lane.take_step()
+            held.append(len(lane._feeds[0]._held))
+    assert max(held) <= 8 + 4 and min(held) < 8

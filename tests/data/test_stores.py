@@ -1,8 +1,10 @@
-"""Shards on real servers: the same data as on a local disk, however the store behaves; and what is said when it
-refuses.
+"""Shards on real servers: the same data as on a local disk, however the store behaves; and what is said when
+it refuses.
 """
 
+import dataclasses
 import functools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +128,6 @@ def test_a_server_that_comes_back_is_waited_for(folder: Path, local: Index, monk
     with s3_server(folder) as port:
         pass
     use_s3(monkeypatch, port)
-    import threading
 
     def come_back() -> None:
         with s3_server(folder, port):
@@ -143,8 +144,6 @@ def test_a_server_that_comes_back_is_waited_for(folder: Path, local: Index, monk
 
 
 def remote_index(local: Index, base: str) -> Index:
-    import dataclasses
-
     shards = tuple(dataclasses.replace(s, url=f"{base}/{Path(s.url).name}") for s in local.shards)
     return dataclasses.replace(local, shards=shards)
 
@@ -187,7 +186,7 @@ def test_what_a_user_must_mend_is_one_sentence(server: int, web: str, monkeypatc
         read(f"{web}/norange/index.json")
     assert storage.read_range(f"{web}/index.json", 10**9, 10**9 + 5) == b""
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
-    with pytest.raises(StoreError, match="failed 2 times, the last time with: .*onnect.* the same command"):
+    with pytest.raises(StoreError, match=r"failed 2 times, the last time with: .*onnect.* the same command"):
         read("http://127.0.0.1:9/x.tar")
     with pytest.raises(ConfigError, match="pipe: is not allowed"):
         read("pipe:cat /etc/passwd")

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from vitscale.config import ConfigError
+from vitscale.data.tar import Bytes
 from vitscale.data.turbojpeg import Box, open_turbojpeg
 
 MAX_PIXELS = 50_000_000  # a decompression bomb is refused by its header
@@ -45,14 +46,14 @@ def whole(height: int, width: int) -> Box:
 
 
 def decode(
-    data: bytes, choose: Choose = whole, decoder: Decoder = "simplejpeg"
+    data: Bytes, choose: Choose = whole, decoder: Decoder = "simplejpeg"
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Decode the part of a JPEG, PNG or WebP that `choose(height, width)` names to RGB uint8.
 
     Raises DamagedImage for damage, other content, animations, or over MAX_PIXELS. JPEGs in CMYK, and
     everything else, go through Pillow; grey of 16 bits keeps its upper 8.
     """
-    if data.startswith(b"\xff\xd8\xff"):
+    if data[:3] == b"\xff\xd8\xff":
         try:
             pixels = _decode_jpeg(data, choose, decoder)
         except ValueError as error:
@@ -62,7 +63,7 @@ def decode(
     return _cut(_decode_pillow(data), choose)
 
 
-def _decode_jpeg(data: bytes, choose: Choose, decoder: Decoder) -> np.ndarray | None:
+def _decode_jpeg(data: Bytes, choose: Choose, decoder: Decoder) -> np.ndarray | None:
     if decoder == "turbojpeg":
         turbojpeg = open_turbojpeg()
         assert turbojpeg
@@ -74,7 +75,7 @@ def _decode_jpeg(data: bytes, choose: Choose, decoder: Decoder) -> np.ndarray | 
     return _cut(simplejpeg.decode_jpeg(data, colorspace="RGB"), choose)
 
 
-def _decode_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+def _decode_pillow(data: Bytes) -> UInt8[np.ndarray, "h w 3"]:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             _check_size(*image.size)

@@ -85,6 +85,14 @@ class Lane:
         return bad
 
 
+class _Request(NamedTuple):
+    """A window under way: the samples to hold for it and for the begin of the next one, and their reads."""
+
+    window: Window
+    wanted: set[int]
+    reads: list[Future[dict[int, RawSample | BadSample]]]
+
+
 class _Feed:
     """The undecoded samples of one source in one lane. A sample is held from its chunk's arrival to its
     turn.
@@ -104,7 +112,7 @@ class _Feed:
         self._ahead = int(READ_AHEAD * order.window_samples) + 1
         self._held: dict[int, RawSample | BadSample] = {}
         self._epoch, self._pending = 0, list[int]()
-        self._next: tuple[Window, dict[int, Future[Chunk]]] | None = None
+        self._next: _Request | None = None
 
     def take(self) -> tuple[int, int, RawSample | BadSample]:
         """The next draw: (epoch, sample id, sample)."""
@@ -115,24 +123,36 @@ class _Feed:
             self._next = self._request()
         return self._epoch, sample_id, self._held.pop(sample_id)
 
-    def _request(self) -> tuple[Window, dict[int, Future[Chunk]]]:
+    def _request(self) -> _Request:
         window = next(self._windows)
+        drawn = window.ids[window.skip :].tolist()
         # What is held of an earlier epoch will have been taken by then.
         held = self._held if window.epoch == self._epoch else {}
-        missing = [sample_id for sample_id in window.ids[window.skip :].tolist() if sample_id not in held]
-        chunks = np.unique(self._layout.chunk_of(np.array(missing, dtype=np.int64))).tolist()
-        return window, {chunk: self._threads.submit(self._read, chunk) for chunk in chunks}
-
-    def _advance(self) -> None:
-        window, reads = self._next or self._request()
-        self._next = None
-        self._epoch, self._pending = window.epoch, window.ids[window.skip :].tolist()[::-1]
-        for chunk, read in reads.items():
-            self._held.update(zip(self._layout.chunk_ids(chunk), read.result(), strict=True))
+        missing = np.array([sample_id for sample_id in drawn if sample_id not in held], dtype=np.int64)
         # The chunk in which the window ends holds the first samples of the next one.
         end = self._layout.chunk_ids(int(self._layout.chunk_of(np.array([window.last]))[0])).stop
-        wanted = {*self._pending, *range(window.last + 1, end)}
+        wanted = {*drawn, *range(window.last + 1, end)}
+        chunks = np.unique(self._layout.chunk_of(missing)).tolist()
+        return _Request(window, wanted, [self._threads.submit(self._fetch, c, wanted) for c in chunks])
+
+    def _fetch(self, chunk: int, wanted: set[int]) -> dict[int, RawSample | BadSample]:
+        samples = zip(self._layout.chunk_ids(chunk), self._read(chunk), strict=True)
+        return {sample_id: _detached(sample) for sample_id, sample in samples if sample_id in wanted}
+
+    def _advance(self) -> None:
+        window, wanted, reads = self._next or self._request()
+        self._next = None
+        self._epoch, self._pending = window.epoch, window.ids[window.skip :].tolist()[::-1]
         self._held = {sample_id: sample for sample_id, sample in self._held.items() if sample_id in wanted}
+        for read in reads:
+            self._held |= read.result()
+
+
+def _detached(sample: RawSample | BadSample) -> RawSample | BadSample:
+    """The sample with bytes of its own: a view would keep its whole chunk until the last of them is used."""
+    if isinstance(sample, BadSample):
+        return sample
+    return sample._replace(image=bytes(sample.image))
 
 
 class ViewMaker:

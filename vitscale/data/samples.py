@@ -2,13 +2,12 @@
 never code.
 """
 
-import dataclasses
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-from vitscale.data.tar import Member, TarDamage, walk
+from vitscale.data.tar import Bytes, Member, Slices, TarDamage, walk
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSIONS = ("cls", "json")
@@ -16,18 +15,18 @@ IGNORED_EXTENSIONS = ("txt",)
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RawSample:
-    """An undecoded sample: `labels` are class indices (one, or several for multi-label data)."""
+class RawSample(NamedTuple):
+    """An undecoded sample: `labels` are class indices (one, or several for multi-label data). The image may be
+    a view of the chunk that was read, which it keeps in memory.
+    """
 
     key: str
-    image: bytes
+    image: Bytes
     extension: str
     labels: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class BadSample:
+class BadSample(NamedTuple):
     """A sample that cannot be used, and why."""
 
     key: str
@@ -41,7 +40,7 @@ def parse_samples(data: bytes, offset: int, count: int) -> list[RawSample | BadS
     samples: list[RawSample | BadSample] = []
     reason = "the range holds fewer samples than the index says"
     try:
-        samples.extend(sample for sample, _ in group(walk(io.BytesIO(data), offset, whole=False)))
+        samples.extend(sample for sample, _ in group(walk(Slices(data), offset, whole=False)))
     except TarDamage as damage:
         reason = str(damage)
     if len(samples) > count:
@@ -55,7 +54,7 @@ def group(members: Iterable[Member]) -> Iterator[tuple[RawSample | BadSample, in
     When the members end in TarDamage, the sample being read is yielded only if its image and label were read
     whole.
     """
-    key, offset, files = "", 0, list[tuple[str, bytes]]()
+    key, offset, files = "", 0, list[tuple[str, Bytes]]()
     try:
         for member in members:
             member_key, extension = split_name(member.name)
@@ -83,16 +82,19 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def parse_labels(extension: str, data: bytes) -> tuple[int, ...]:
+def parse_labels(extension: str, data: Bytes) -> tuple[int, ...]:
     """Class indices from `KEY.cls` ("3", or "3 17" / "3,17") or `KEY.json` (an integer, a list, or {"label":
     ...}).
 
     Raises ValueError if there are none or they are not whole numbers from 0.
     """
     if extension == "cls":
-        labels = [int(word) for word in re.split(r"[\s,]+", data.decode("ascii").strip())]
+        text = bytes(data).decode("ascii").strip()
+        if text.isdigit():  # the usual case
+            return (int(text),)
+        labels = [int(word) for word in re.split(r"[\s,]+", text)]
     else:
-        value = json.loads(data)
+        value = json.loads(bytes(data))
         if isinstance(value, dict):
             value = value.get("labels", value.get("label", value.get("cls")))
         labels = value if isinstance(value, list) else [value]
@@ -102,18 +104,21 @@ def parse_labels(extension: str, data: bytes) -> tuple[int, ...]:
     return parsed
 
 
-def image_kind(data: bytes) -> str:
+def image_kind(data: Bytes) -> str:
     """The image format by its first bytes: "jpg", "png", "webp", or "" for anything else."""
-    return next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), "")
+    head = bytes(data[:4])
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
 
 
-def _assemble(key: str, files: list[tuple[str, bytes]]) -> RawSample | BadSample:
-    images = [(extension, data) for extension, data in files if extension in IMAGE_EXTENSIONS]
-    labels = [(extension, data) for extension, data in files if extension in LABEL_EXTENSIONS]
-    known = (*IMAGE_EXTENSIONS, *LABEL_EXTENSIONS, *IGNORED_EXTENSIONS)
-    unknown = [extension for extension, _ in files if extension not in known]
-    if unknown:
-        return BadSample(key, f"a file with the extension .{unknown[0]}, which is not read")
+def _assemble(key: str, files: list[tuple[str, Bytes]]) -> RawSample | BadSample:
+    images, labels = [], []
+    for extension, data in files:
+        if extension in IMAGE_EXTENSIONS:
+            images.append((extension, data))
+        elif extension in LABEL_EXTENSIONS:
+            labels.append((extension, data))
+        elif extension not in IGNORED_EXTENSIONS:
+            return BadSample(key, f"a file with the extension .{extension}, which is not read")
     if len(images) != 1 or len(labels) != 1:
         return BadSample(key, f"{len(images)} images and {len(labels)} label files instead of one of each")
     if not image_kind(images[0][1]):

@@ -6,11 +6,13 @@ at its last byte).
 """
 
 import dataclasses
+import zlib
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 BLOCK = 512
 MAX_MEMBER_BYTES = 256 << 20  # an image is far smaller; a corrupt size must not fill the memory
+Bytes = bytes | memoryview
 _ZERO = bytes(BLOCK)
 _REGULAR, _SKIPPED = (b"0", b"\0"), (b"5", b"g")
 
@@ -19,7 +21,20 @@ _REGULAR, _SKIPPED = (b"0", b"\0"), (b"5", b"g")
 class Readable(Protocol):
     """A stream of bytes: a file, a BytesIO, or anything that reads like them."""
 
-    def read(self, size: int = -1, /) -> bytes: ...
+    def read(self, size: int = -1, /) -> "Bytes": ...
+
+
+class Slices:
+    """Bytes in memory as a stream that copies nothing: what is read are views of them."""
+
+    def __init__(self, data: bytes) -> None:
+        self._view, self._at = memoryview(data), 0
+
+    def read(self, size: int = -1, /) -> memoryview:
+        end = len(self._view) if size < 0 else self._at + size
+        part = self._view[self._at : end]
+        self._at += len(part)
+        return part
 
 
 class TarDamage(ValueError):
@@ -31,13 +46,12 @@ class TarDamage(ValueError):
         self.whole_until = offset  # where the last whole sample before the damage ends
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One regular file: `offset` is where its first header (a long-name header counts) begins."""
 
     name: str
     offset: int
-    data: bytes
+    data: Bytes
 
 
 def walk(stream: Readable, offset: int = 0, *, whole: bool) -> Iterator[Member]:
@@ -49,7 +63,7 @@ def walk(stream: Readable, offset: int = 0, *, whole: bool) -> Iterator[Member]:
     """
     first, long_name = offset, ""
     while True:
-        header = stream.read(BLOCK)
+        header = bytes(stream.read(BLOCK))
         if not header and not whole:
             return
         if header == _ZERO and whole:
@@ -57,11 +71,11 @@ def walk(stream: Readable, offset: int = 0, *, whole: bool) -> Iterator[Member]:
         name, size, kind = _parse_header(header, offset)
         data = _read_data(stream, size, offset, name)
         end = offset + BLOCK + -(-size // BLOCK) * BLOCK
-        if kind in (b"L", b"x"):
-            long_name = _long_name(kind, data) or long_name
-        elif kind in _REGULAR:
+        if kind in _REGULAR:
             yield Member(long_name or name, first, data)
             first, long_name = end, ""
+        elif kind in (b"L", b"x"):
+            long_name = _long_name(kind, data) or long_name
         elif kind in _SKIPPED:
             first, long_name = end, ""
         else:
@@ -75,37 +89,40 @@ def _parse_header(header: bytes, offset: int) -> tuple[str, int, bytes]:
     if len(header) < BLOCK:
         raise TarDamage(offset, "the archive ends inside a header: it was cut")
     try:
-        expected = int(header[148:156].split(b"\0")[0].strip() or b"-1", 8)
-        size = _parse_size(header[124:136])
+        expected = _parse_number(header[148:156])
+        size = _parse_number(header[124:136])
     except ValueError:
         raise TarDamage(offset, "a header that is not a tar header") from None
-    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != expected:
+    # Adler-32's lower half is 1 + the sum of the bytes, modulo 65,521: fifteen times as fast as sum().
+    total = zlib.adler32(header[:148] + b" " * 8 + header[156:]) & 0xFFFF
+    if total != (1 + expected) % 65521:
         raise TarDamage(offset, "a header whose checksum is wrong")
     if not 0 <= size <= MAX_MEMBER_BYTES:
         raise TarDamage(offset, f"a member of {size:,} bytes; at most {MAX_MEMBER_BYTES:,} are allowed")
     name = _text(header[:100])
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-    return (f"{prefix}/{name}" if prefix else name), size, header[156:157]
+    if header[345] and header[257:263] == b"ustar\0":
+        name = f"{_text(header[345:500])}/{name}"
+    return name, size, header[156:157]
 
 
-def _parse_size(field: bytes) -> int:
+def _parse_number(field: bytes) -> int:
     if field[0] & 0x80:  # GNU base-256
         return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0")[0].strip() or b"0", 8)
+    return int(field.partition(b"\0")[0], 8)
 
 
-def _read_data(stream: Readable, size: int, offset: int, name: str) -> bytes:
-    data = stream.read(size)
-    padding = -size % BLOCK
-    if len(data) < size or len(stream.read(padding)) < padding:
+def _read_data(stream: Readable, size: int, offset: int, name: str) -> Bytes:
+    padded = -(-size // BLOCK) * BLOCK
+    data = stream.read(padded)
+    if len(data) < padded:
         raise TarDamage(offset, f"{name}: the archive ends inside this file: it was cut")
-    return data
+    return data[:size]
 
 
-def _long_name(kind: bytes, data: bytes) -> str:
+def _long_name(kind: bytes, data: Bytes) -> str:
     if kind == b"L":
-        return _text(data)
-    for record in data.split(b"\n"):  # pax: "LENGTH path=NAME"
+        return _text(bytes(data))
+    for record in bytes(data).split(b"\n"):  # pax: "LENGTH path=NAME"
         key, _, value = record.partition(b" ")[2].partition(b"=")
         if key == b"path":
             return value.decode("utf-8", "replace")
@@ -113,4 +130,4 @@ def _long_name(kind: bytes, data: bytes) -> str:
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0")[0].decode("utf-8", "replace")
+    return field.partition(b"\0")[0].decode("utf-8", "replace")

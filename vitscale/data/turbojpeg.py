@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from vitscale.data.tar import Bytes
+
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 # Upsampling of chroma looks at neighbours: with two more pixels on each side the crop equals that of the
@@ -42,13 +44,13 @@ class TurboJpeg:
         library.tj3GetErrorStr.argtypes = [pointer]
         library.tj3Set.argtypes = [pointer, integer, integer]
         library.tj3Get.argtypes = [pointer, integer]
-        library.tj3DecompressHeader.argtypes = [pointer, ctypes.c_char_p, size]
+        library.tj3DecompressHeader.argtypes = [pointer, pointer, size]
         library.tj3SetCroppingRegion.argtypes = [pointer, _Region]
-        library.tj3Decompress8.argtypes = [pointer, ctypes.c_char_p, size, pointer, integer, integer]
+        library.tj3Decompress8.argtypes = [pointer, pointer, size, pointer, integer, integer]
         self._library, self._local = library, threading.local()
 
     def decode(
-        self, data: bytes, choose: Callable[[int, int], Box], check: Callable[[int, int], None]
+        self, data: Bytes, choose: Callable[[int, int], Box], check: Callable[[int, int], None]
     ) -> UInt8[np.ndarray, "h w 3"] | None:
         """The pixels of the box that `choose(height, width)` names; None for a JPEG that is not RGB or
         grey
@@ -57,7 +59,8 @@ class TurboJpeg:
         check: called with width and height before anything is decoded. Raises ValueError at any damage.
         """
         library, handle = self._library, self._handle()
-        self._check(library.tj3DecompressHeader(handle, data, len(data)), handle)
+        start = np.frombuffer(data, dtype=np.uint8).ctypes.data
+        self._check(library.tj3DecompressHeader(handle, start, len(data)), handle)
         width, height, subsampling, precision, colourspace = (
             library.tj3Get(handle, name) for name in (_WIDTH, _HEIGHT, _SUBSAMPLING, _PRECISION, _COLOURSPACE)
         )
@@ -70,7 +73,7 @@ class TurboJpeg:
         right, bottom = min(width, left + box_width + MARGIN), min(height, top + box_height + MARGIN)
         self._check(library.tj3SetCroppingRegion(handle, _Region(x, y, right - x, bottom - y)), handle)
         pixels = np.empty((bottom - y, right - x, 3), dtype=np.uint8)
-        status = library.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 0, _RGB)
+        status = library.tj3Decompress8(handle, start, len(data), pixels.ctypes.data, 0, _RGB)
         self._check(status, handle)
         return pixels[top - y : top - y + box_height, left - x : left - x + box_width]
 

@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Measure vitscale beside a baseline in the same run: prints a table, writes JSON."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = """examples:
+  python tools/bench.py data --shards "data/imagenet/train-*.tar"
+  python tools/bench.py order --samples 303000000 --shards 30000 --world 1024 --json order.json"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+
+    from vitscale.config import ConfigError
+    from vitscale.data.index import DataError
+
+    try:
+        results = COMMANDS[arguments.command](arguments)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_table(results)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(
+            json.dumps({"bench": arguments.command, "results": results}, indent=1) + "\n"
+        )
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    data = commands.add_parser(
+        "data",
+        help="images per core and second, beside Pillow, webdataset and the decoder alone",
+        epilog='example: python tools/bench.py data --shards "data/imagenet/train-*.tar"',
+    )
+    data.add_argument("--shards", required=True, help="glob or brace pattern, quoted, or an index.json")
+    data.add_argument("--image-size", type=int, default=224)
+    data.add_argument("--rounds", type=int, default=5, help="the figures are medians over them")
+
+    order = commands.add_parser(
+        "order",
+        help="index, start-up, seek, memory and shuffle of a data set of any size, and a proof of its order",
+        epilog="example: python tools/bench.py order --samples 303000000 --shards 30000 --world 1024",
+    )
+    order.add_argument("--samples", type=int, default=303_000_000)
+    order.add_argument("--shards", type=int, default=30_000)
+    order.add_argument("--world", type=int, default=1024)
+    order.add_argument("--global-batch", type=int, default=4096)
+    order.add_argument("--sample-bytes", type=int, default=110_000, help="of a stored JPEG")
+    order.add_argument("--workers", type=int, default=8, help="data workers of a rank")
+    order.add_argument("--folder", type=Path, default=Path("data/bench-order"), help="for the synthetic set")
+    for command in (data, order):
+        command.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file")
+    return parser.parse_args(argv)
+
+
+def bench_data(arguments: argparse.Namespace) -> dict[str, Any]:
+    from vitscale.bench.data import DataBench, run
+
+    config = DataBench(shards=arguments.shards, image_size=arguments.image_size, rounds=arguments.rounds)
+    return run(config, show_progress)
+
+
+def bench_order(arguments: argparse.Namespace) -> dict[str, Any]:
+    from vitscale.bench.order import OrderBench, run
+
+    names = ("samples", "shards", "world", "global_batch", "sample_bytes", "workers", "folder")
+    return run(OrderBench(**{name: getattr(arguments, name) for name in names}), show_progress)
+
+
+def show_progress(stage: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{stage} ...", end="", file=sys.stderr, flush=True)
+
+
+def print_table(results: dict[str, Any], indent: str = "") -> None:
+    if sys.stderr.isatty() and not indent:
+        print("\r\033[K", end="", file=sys.stderr)
+    for name, value in results.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            print_table(value, indent + "  ")
+        else:
+            shown = (
+                value
+                if isinstance(value, bool | str)
+                else f"{value:,.4g}"
+                if value < 100
+                else f"{value:,.0f}"
+            )
+            print(f"{indent}{name:<{46 - len(indent)}}{shown!s:>16}")
+
+
+COMMANDS = {"data": bench_data, "order": bench_order}
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.exit(main())

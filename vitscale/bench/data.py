@@ -1,0 +1,220 @@
+"""How fast one core reads, decodes and augments, beside Pillow, webdataset and the decoder alone
+(`tools/bench.py data`).
+
+Everything is measured in CPU seconds of this process, over the same images and crops, in interleaved rounds;
+the figures are medians over the rounds, so that other work on the machine spoils neither them nor their
+ratios.
+"""
+
+import dataclasses
+import functools
+import io
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+
+from vitscale import storage
+from vitscale.config import ConfigError
+from vitscale.data.decode import Decoder, decode, resolve_decoder
+from vitscale.data.index import Index, build_index
+from vitscale.data.lane import Recipe
+from vitscale.data.loader import Stream, batches, pad_labels, reuse_memory
+from vitscale.data.reader import read_chunk
+from vitscale.data.samples import RawSample
+from vitscale.data.sources import DataConfig, Source, make_mixture
+from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box, finish_view, resize
+
+AUGMENT = AugmentConfig()
+BATCH, LANES = 16, 4
+MIN_SAMPLES = 960  # a smaller set is read several times, so that its lanes are longer than a few chunks
+Measure = Callable[[int], int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataBench:
+    """What is measured: shards (a pattern, or an index.json), the views' size, rounds."""
+
+    shards: str
+    image_size: int = 224
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.image_size < 1:
+            raise ConfigError("--rounds and --image-size must be above 0")
+
+
+def run(config: DataBench, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Images per CPU second of every way, the ratios that matter, fidelity to Pillow, and where time goes."""
+    torch.set_num_threads(1)
+    reuse_memory()  # as the workers of the loader do; it serves all that is measured
+    index = _open(config.shards)
+    samples = [sample for chunk in range(len(index.chunks)) for sample in read_chunk(index, chunk)]
+    images = [sample for sample in samples if isinstance(sample, RawSample)]
+    size, decoder = config.image_size, resolve_decoder("auto")
+    urls = [storage.local_path(shard.url) for shard in index.shards]
+    ways: dict[str, Measure] = {
+        "loader": functools.partial(_loader, index, size, decoder),
+        "loader, simplejpeg": functools.partial(_loader, index, size, "simplejpeg"),
+        "webdataset, same decode and crop": functools.partial(_webdataset, urls, size, decoder),
+        "Pillow decode + crop + resize": functools.partial(_pillow, images, size),
+        "decoder alone, whole image": functools.partial(_decode_whole, images, decoder),
+        "decoder alone, crop": functools.partial(_decode_crops, images, decoder),
+        "tar reading, vitscale": functools.partial(_read, index),
+        "tar reading, webdataset": functools.partial(_read_webdataset, urls),
+    }
+    speeds = {name: [] for name in ways}
+    for number in range(config.rounds + 1):  # the first round warms caches up and is not counted
+        for name, way in ways.items():
+            progress(f"round {number} of {config.rounds}: {name}")
+            began = time.process_time()
+            count = way(number)
+            if number:
+                speeds[name].append(count / (time.process_time() - began))
+    medians = {name: median(values) for name, values in speeds.items()}
+    return {
+        "images": len(images),
+        "kilobytes_per_image": index.num_bytes / 1e3 / max(1, len(images)),
+        "decoder": decoder,
+        "images_per_core_second": medians,
+        "ratios": _ratios(medians),
+        **fidelity(images, size, decoder),
+        "share_of_the_loader": _shares(index, images, size, decoder, medians["loader"]),
+    }
+
+
+def fidelity(images: Sequence[RawSample], size: int, decoder: Decoder) -> dict[str, float]:
+    """PSNR in dB of our views against Pillow's antialiased bilinear resize of the same crops."""
+    values = []
+    for number, sample in enumerate(images):
+        key = ViewKey(0, 0, number)
+        box = functools.partial(choose_box, AUGMENT, key)
+        ours = resize(decode(sample.image, box, decoder), size, size).permute(1, 2, 0).numpy()
+        error = np.square(ours.astype(np.float64) - _pillow_view(sample, box, size)).mean()
+        values.append(10 * np.log10(255**2 / error) if error else 99.0)
+    return {"psnr_to_pillow_mean_db": float(np.mean(values)), "psnr_to_pillow_worst_db": float(min(values))}
+
+
+def _open(shards: str) -> Index:
+    index = Index.load(shards) if shards.endswith(".json") else build_index(storage.expand(shards))
+    times = -(-MIN_SAMPLES // index.num_samples)
+    return dataclasses.replace(index, shards=index.shards * times, chunks=np.tile(index.chunks, times))
+
+
+def _ratios(speeds: dict[str, float]) -> dict[str, float]:
+    loader = speeds["loader"]
+    return {
+        "loader / Pillow": loader / speeds["Pillow decode + crop + resize"],
+        "loader / webdataset": loader / speeds["webdataset, same decode and crop"],
+        "loader / decoder alone, whole image": loader / speeds["decoder alone, whole image"],
+        "loader / decoder alone, crop": loader / speeds["decoder alone, crop"],
+        "tar reading / webdataset": speeds["tar reading, vitscale"] / speeds["tar reading, webdataset"],
+    }
+
+
+def _loader(index: Index, size: int, decoder: Decoder, epoch: int) -> int:
+    """One epoch of the real loader, in this process."""
+    sources = (Source(name="0", index=index, label_map={}, excluded=np.empty(0, dtype=np.int64)),)
+    mixture = make_mixture(sources, DataConfig(index="-", lanes=LANES), seed=0, global_batch=BATCH)
+    stream = Stream(
+        sources=sources,
+        mixture=mixture,
+        recipe=Recipe(AUGMENT, decoder, size, index.max_label + 1),
+        lanes=mixture.rank_lanes(0, 1),
+        first_step=epoch * mixture.steps_per_epoch,
+        last_step=(epoch + 1) * mixture.steps_per_epoch,
+    )
+    return sum(len(batch.images) for batch in batches(stream, 0))
+
+
+def _webdataset(urls: Sequence[str], size: int, decoder: Decoder, epoch: int) -> int:
+    """webdataset's own pipeline: its reading and grouping, our decode and crop, its batching."""
+
+    def view(sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        key = ViewKey(0, epoch, hash(sample["__key__"]) & 0xFFFFFFFF)
+        image = next(value for name, value in sample.items() if name in ("jpg", "jpeg", "png", "webp"))
+        box = functools.partial(choose_box, AUGMENT, key)
+        return finish_view(decode(image, box, decoder), AUGMENT, size, key), int(sample["cls"])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = webdataset.WebDataset(list(urls), shardshuffle=False, empty_check=False)
+        pipeline = dataset.map(view).batched(BATCH)
+        return sum(len(images) for images, _ in pipeline)
+
+
+def _read_webdataset(urls: Sequence[str], _: int) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = webdataset.WebDataset(list(urls), shardshuffle=False, empty_check=False)
+        return sum(1 for _ in dataset)
+
+
+def _read(index: Index, _: int) -> int:
+    return sum(len(read_chunk(index, chunk)) for chunk in range(len(index.chunks)))
+
+
+def _pillow(images: Sequence[RawSample], size: int, epoch: int) -> int:
+    for number, sample in enumerate(images):
+        _pillow_view(sample, functools.partial(choose_box, AUGMENT, ViewKey(0, epoch, number)), size)
+    return len(images)
+
+
+def _pillow_view(sample: RawSample, choose: Callable[[int, int], Any], size: int) -> np.ndarray:
+    """Whole decode, crop, antialiased bilinear resize: what torchvision does with Pillow."""
+    image = Image.open(io.BytesIO(sample.image)).convert("RGB")
+    top, left, height, width = choose(image.height, image.width)
+    crop = image.crop((left, top, left + width, top + height))
+    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _decode_whole(images: Sequence[RawSample], decoder: Decoder, _: int) -> int:
+    for sample in images:
+        decode(sample.image, decoder=decoder)
+    return len(images)
+
+
+def _decode_crops(images: Sequence[RawSample], decoder: Decoder, epoch: int) -> int:
+    for number, sample in enumerate(images):
+        decode(sample.image, functools.partial(choose_box, AUGMENT, ViewKey(0, epoch, number)), decoder)
+    return len(images)
+
+
+def _shares(
+    index: Index, images: Sequence[RawSample], size: int, decoder: Decoder, speed: float
+) -> dict[str, float]:
+    """Where the loader's time goes: each part by itself, as a share of the loader's time an image."""
+    keys = [ViewKey(0, 1, number) for number in range(len(images))]
+    crops = [
+        decode(sample.image, functools.partial(choose_box, AUGMENT, key), decoder)
+        for sample, key in zip(images, keys, strict=True)
+    ]
+    views = [resize(crop, size, size) for crop in crops]
+    parts: dict[str, Callable[[], Any]] = {
+        "reading and checking the tar": lambda: _read(index, 0),
+        "choosing the crop": lambda: [choose_box(AUGMENT, key, 375, 500) for key in keys],
+        "decoding the crop": lambda: _decode_crops(images, decoder, 1),
+        "resize": lambda: [resize(crop, size, size) for crop in crops],
+        "flip and copy": lambda: [view.flip(-1).contiguous() for view in views],
+        "batching": lambda: [
+            (torch.stack(views[at : at + BATCH]), pad_labels([(0,)] * BATCH, 1))
+            for at in range(0, len(views), BATCH)
+        ],
+    }
+    shares = {}
+    for name, part in parts.items():
+        times = []
+        for _ in range(3):
+            began = time.process_time()
+            part()
+            times.append(time.process_time() - began)
+        shares[name] = median(times) / len(images) * speed
+    # The crop is chosen within the measured decoding, too.
+    shares["decoding the crop"] -= shares["choosing the crop"]
+    return {**shares, "the rest": 1 - sum(shares.values())}
