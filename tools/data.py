@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command again goes on where it can", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output, head or less, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         print(
             f"error: {error.filename or error}: {error.strerror}; mend the path or its permissions",

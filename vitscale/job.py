@@ -254,7 +254,7 @@ def check_continuation(job: Job, directory: Path, manifest: Manifest) -> None:
     if old_decoder != decoder:
         raise ConfigError(
             f"{directory} was trained with the JPEG decoder {old_decoder}, here it is {decoder}; set "
-            f"data.decoder = \"{old_decoder}\" (turbojpeg needs: pip install 'vitscale[turbo]')"
+            f'data.decoder = "{old_decoder}" (turbojpeg needs: pip install turbojpeg)'
         )
     if manifest.step > job.total_steps:
         raise ConfigError(

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 from PIL import Image
+from webdataset.compat import WebDataset
 
 from vitscale import storage
 from vitscale.config import ConfigError
@@ -144,15 +144,15 @@ def _webdataset(urls: Sequence[str], size: int, decoder: Decoder, epoch: int) ->
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dataset = webdataset.WebDataset(list(urls), shardshuffle=False, empty_check=False)
+        dataset = WebDataset(list(urls), shardshuffle=False, empty_check=False)
         pipeline = dataset.map(view).batched(BATCH)
-        return sum(len(images) for images, _ in pipeline)
+        return sum(len(images) for images, _ in pipeline)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def _read_webdataset(urls: Sequence[str], _: int) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dataset = webdataset.WebDataset(list(urls), shardshuffle=False, empty_check=False)
+        dataset = WebDataset(list(urls), shardshuffle=False, empty_check=False)
         return sum(1 for _ in dataset)
 
 

@@ -35,7 +35,7 @@ def resolve_decoder(name: Literal["auto", "turbojpeg", "simplejpeg"]) -> Decoder
     if not open_turbojpeg():
         raise ConfigError(
             'data.decoder = "turbojpeg" needs libjpeg-turbo 3, which is not here; run: pip install '
-            "'vitscale[turbo]', or set \"auto\""
+            'turbojpeg, or set "auto"'
         )
     return "turbojpeg"
 

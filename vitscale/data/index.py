@@ -226,7 +226,9 @@ class _Journal:
         self._file.seek(self._places[url][0])
         values = json.loads(self._file.readline())
         labels = {int(label): count for label, count in values["label_counts"].items()}
-        return Scan(**{**values, "shard": Shard(**values["shard"]), "label_counts": labels})
+        chunks = [(blocks, checksum) for blocks, checksum in values["chunks"]]
+        shard = Shard(**values["shard"])
+        return Scan(**{**values, "shard": shard, "chunks": chunks, "label_counts": labels})
 
     def add(self, scan: Scan) -> Scan:
         if self._file:

@@ -16,8 +16,9 @@ _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
 
 
 class RawSample(NamedTuple):
-    """An undecoded sample: `labels` are class indices (one, or several for multi-label data). The image may be
-    a view of the chunk that was read, which it keeps in memory.
+    """An undecoded sample: `labels` are class indices (one, or several for multi-label data).
+
+    The image may be a view of the chunk that was read, which it then keeps in memory.
     """
 
     key: str

@@ -7,7 +7,7 @@ import xxhash
 
 from vitscale import storage
 from vitscale.data.samples import BadSample, RawSample, group
-from vitscale.data.tar import BLOCK, Readable, TarDamage, walk
+from vitscale.data.tar import BLOCK, Bytes, Readable, TarDamage, walk
 
 LISTED = 20  # damaged samples that are named one by one; all are counted
 
@@ -161,7 +161,7 @@ class _RecordingStream:
         self._stream, self._chunks, self.recording = stream, chunks, True
         self.hash, self.count = xxhash.xxh3_128(), 0
 
-    def read(self, size: int = -1, /) -> bytes:
+    def read(self, size: int = -1, /) -> Bytes:
         data = self._stream.read(size)
         self.hash.update(data)
         self.count += len(data)

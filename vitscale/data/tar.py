@@ -5,7 +5,6 @@ checksum is verified, every member must be whole, and the archive must end with 
 at its last byte).
 """
 
-import dataclasses
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable

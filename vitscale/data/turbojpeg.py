@@ -1,6 +1,6 @@
 """libjpeg-turbo 3 through ctypes: decodes only the part of a JPEG that a crop needs.
 
-The library comes with the wheel `turbojpeg` (vitscale[turbo]) or is the system's; version 2 (Debian 12,
+The library comes with the wheel `turbojpeg`  or is the system's; version 2 (Debian 12,
 Ubuntu
 22.04) has no tj3 functions and is passed over. API: https://libjpeg-turbo.org/Documentation/Documentation
 """

@@ -1,0 +1,138 @@
+"""Building an index: in parallel, restartable, the same whoever builds it; and the tools around it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from shard_files import write_index, write_shards
+
+from tools.data import main
+from vitscale.data.index import DataError, Index, build_index
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[str]:
+    return write_shards(tmp_path / "shards", [7 + n % 5 for n in range(24)])
+
+
+def test_any_number_of_workers_builds_the_same_files(tmp_path: Path, shards: list[str]) -> None:
+    for workers in (0, 1, 3):
+        build_index(shards, chunk_samples=4, workers=workers).save(tmp_path / f"{workers}.json")
+    for kind in ("json", "chunks.npy"):
+        files = [(tmp_path / f"{workers}.{kind}").read_bytes() for workers in (0, 1, 3)]
+        names = [
+            data.replace(f"{workers}.chunks".encode(), b"N")
+            for workers, data in zip((0, 1, 3), files, strict=True)
+        ]
+        assert names[0] == names[1] == names[2]
+
+
+def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path, shards: list[str]) -> None:
+    """SIGKILL at several moments; a shard that is finished is not read again."""
+    whole = tmp_path / "whole.json"
+    build_index(shards).save(whole)
+    out, journal = tmp_path / "index.json", tmp_path / "index.partial"
+    done = 0
+    for _ in range(5):
+        code = (
+            "import sys, time; from pathlib import Path; from vitscale.data.index import build_index; "
+            "build_index(sys.argv[2:], workers=1, journal=Path(sys.argv[1]), "
+            "progress=lambda _: time.sleep(0.05))"
+        )
+        builder = subprocess.Popen([sys.executable, "-c", code, str(journal), *shards], cwd=ROOT)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and builder.poll() is None:
+            lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
+            if lines > done + 1:
+                break
+            time.sleep(0.005)
+        os.kill(builder.pid, signal.SIGKILL)
+        builder.wait()
+        lines = journal.read_bytes().count(b"\n")
+        assert lines >= done, "a kill lost what was done"
+        done = lines
+        journal.write_bytes(journal.read_bytes() + b'{"shard": {"url": "to')  # a line that was being written
+    for path in map(Path, shards[: done - 2]):
+        path.rename(path.with_suffix(".away"))  # what is done is looked up, not read: size alone is asked
+        path.write_bytes(bytes(path.with_suffix(".away").stat().st_size))
+    index = build_index(shards, journal=journal)
+    assert not journal.exists()
+    index.save(out)
+    assert json.loads(out.read_text())["shards"] == json.loads(whole.read_text())["shards"]
+    assert Index.load(str(out)).fingerprint() == Index.load(str(whole)).fingerprint()
+
+
+def test_a_shard_that_changed_since_is_read_again(tmp_path: Path, shards: list[str]) -> None:
+    journal = tmp_path / "index.partial"
+    stopped = iter(range(12))
+    with pytest.raises(StopIteration):
+        build_index(shards, journal=journal, progress=lambda _: next(stopped) and None)
+    replaced = write_shards(tmp_path / "other", [11])
+    os.replace(replaced[0], shards[0])
+    assert build_index(shards, journal=journal).shards[0].num_samples == 11
+
+
+def test_an_index_of_another_version_or_chunking_is_not_gone_on_with(
+    tmp_path: Path, shards: list[str]
+) -> None:
+    journal = tmp_path / "index.partial"
+    stopped = iter(range(12))
+    with pytest.raises(StopIteration):
+        build_index(shards, chunk_samples=8, journal=journal, progress=lambda _: next(stopped) and None)
+    assert build_index(shards, chunk_samples=4, journal=journal).chunk_samples == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_shard_ends_the_build_with_its_sentence(shards: list[str], workers: int) -> None:
+    Path(shards[5]).write_bytes(b"")
+    with pytest.raises(DataError, match=r"train-000005\.tar: byte 0: the archive ends without its end mark"):
+        build_index(shards, workers=workers)
+
+
+def test_verify_lists_all_damage(tmp_path: Path, capsys) -> None:
+    path = write_index(tmp_path / "shards", [40, 40, 40, 40])
+    shards = [Path(shard.url) for shard in Index.load(str(path)).shards]
+    shards[0].unlink()
+    shards[1].write_bytes(shards[1].read_bytes()[:9000])
+    data = bytearray(shards[3].read_bytes())
+    data[5000] ^= 1
+    shards[3].write_bytes(bytes(data))
+    assert main(["verify", str(path), "--workers", "2"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0].split("/")[-1].split(" ")[0] for line in lines] == [
+        "train-000000.tar",
+        "train-000001.tar",
+        "train-000003.tar",
+    ]
+    assert "does not exist" in lines[0] and "was cut" in lines[1] and "checksum differs" in lines[2]
+
+
+def test_a_picture_of_the_data_set_is_drawn(tmp_path: Path, capsys) -> None:
+    path = write_index(tmp_path / "shards", [40, 37])
+    assert main(["stats", str(path), "--png", str(tmp_path / "new" / "stats.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 37 to 40 samples" in shown and "samples per class  15 to 16" in shown
+    picture = Image.open(tmp_path / "new" / "stats.png")
+    assert picture.size == (760, 940) and len(picture.getcolors(10**6) or []) > 2
+
+
+def test_dedup_writes_a_list_that_training_leaves_out(tmp_path: Path, capsys) -> None:
+    train = write_index(tmp_path / "train", [40, 37])
+    test = write_shards(tmp_path / "test", [12])  # the same pictures as the first twelve
+    out = tmp_path / "lists" / "duplicates.json"
+    sheet = tmp_path / "sheet.png"
+    command = ["dedup", str(train), "--against", test[0], "--out", str(out), "--sheet", str(sheet)]
+    assert main([*command, "--workers", "2"]) == 0
+    assert "12 of 77 training images are copies of test images, 12 of them exact" in capsys.readouterr().out
+    assert json.loads(out.read_text())["ids"] == list(range(12))
+    assert Image.open(sheet).size[0] > 500
+    assert main([*command[:-3], str(tmp_path), "--workers", "0"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
