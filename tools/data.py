@@ -77,6 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     verify = add("verify", help="re-read every shard", epilog=_example("verify data/photos/index.json"))
     verify.add_argument("index", metavar="INDEX")
+    verify.add_argument("--decode", action="store_true", help="also decode every image")
     verify.add_argument("--workers", type=int, default=cores, help="processes; 0 for none")
 
     stats = add(
@@ -213,11 +214,14 @@ def index_shards(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from vitscale.data.index import Index, verify_index
+    from vitscale.data.index import Index
+    from vitscale.data.verify import verify_index
 
     index, places = Index.load(arguments.index), 0
     with Bar("shard", len(index.shards)) as bar:
-        for sentence in verify_index(index, workers=arguments.workers, progress=bar.add):
+        for sentence in verify_index(
+            index, decode_images=arguments.decode, workers=arguments.workers, progress=bar.add
+        ):
             places += 1
             print(sentence)
     if places:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from shard_files import write_index, write_shards
+from shard_files import jpeg, write_index, write_shards, write_tar
 
 from tools.data import main
 from vitscale.data.index import DataError, Index, build_index
@@ -136,3 +136,17 @@ def test_dedup_writes_a_list_that_training_leaves_out(tmp_path: Path, capsys) ->
     assert Image.open(sheet).size[0] > 500
     assert main([*command[:-3], str(tmp_path), "--workers", "0"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_verify_decodes_every_image_when_asked(tmp_path: Path, capsys) -> None:
+    members = [
+        (f"s{n}.{kind}", data) for n in range(6) for kind, data in (("jpg", jpeg(n, 64)), ("cls", b"1"))
+    ]
+    broken = bytearray(jpeg(3, 64))
+    broken[len(broken) // 2 : len(broken) // 2 + 40] = bytes(40)
+    members[6] = ("s3.jpg", bytes(broken))
+    path = tmp_path / "index.json"
+    build_index([str(write_tar(tmp_path / "x.tar", members))]).save(path)
+    assert main(["verify", str(path)]) == 0
+    assert main(["verify", str(path), "--decode"]) == 2
+    assert "sample number 3: sample s3" in capsys.readouterr().out

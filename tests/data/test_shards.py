@@ -8,10 +8,11 @@ import pytest
 from shard_files import jpeg, write_shards, write_tar
 
 from vitscale.config import ConfigError
-from vitscale.data.index import DataError, Index, build_index, check_shards, verify_index
+from vitscale.data.index import DataError, Index, build_index, check_shards
 from vitscale.data.reader import read_chunk, read_samples
 from vitscale.data.samples import BadSample, RawSample, parse_labels, split_name
 from vitscale.data.tar import TarDamage, walk
+from vitscale.data.verify import verify_index
 
 
 def test_samples_come_back_by_id_in_any_order(index: Index) -> None:

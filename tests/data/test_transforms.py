@@ -9,8 +9,9 @@ from PIL import Image
 from shard_files import jpeg
 
 from vitscale import rng
+from vitscale.config import ConfigError
 from vitscale.data import decode as decoding
-from vitscale.data.decode import DamagedImage, decode
+from vitscale.data.decode import DamagedImage, decode, resolve_decoder
 from vitscale.data.transforms import (
     AugmentConfig,
     ViewKey,
@@ -114,3 +115,80 @@ def test_evaluation_views_and_normalisation() -> None:
     assert (evaluation_view(pixels, "center", 14) == 255).all()
     levels = normalize(torch.tensor([0, 255, 127], dtype=torch.uint8).reshape(1, 3, 1, 1), torch.float32)
     assert levels.flatten().tolist() == pytest.approx([-1.0, 1.0, -0.5 / 127.5])
+
+
+def box_of(sample: int):
+    return lambda h, w: inception_crop(h, w, AugmentConfig(), rng.uniform(40, 0, "crop", 0, sample))
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "keep_grey"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_decoding_only_the_crop_gives_the_same_pixels(subsampling: str, progressive: bool) -> None:
+    """libjpeg-turbo's partial decode beside simplejpeg's whole one: equal to the bit, at every place."""
+    if resolve_decoder("auto") != "turbojpeg":
+        pytest.skip("libjpeg-turbo 3 is not here: pip install turbojpeg")
+    draws = np.random.default_rng(0)
+    for _ in range(25):
+        height, width = draws.integers(1, 130, 2)
+        pixels = draws.integers(0, 256, (max(1, height // 5), max(1, width // 5), 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((int(width), int(height)))
+        options = {"quality": 90, "progressive": progressive}
+        if subsampling == "keep_grey":
+            image = image.convert("L")
+        else:
+            options["subsampling"] = subsampling
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", **options)
+        for sample in range(4):
+            ours = decode(buffer.getvalue(), box_of(sample), "turbojpeg")
+            theirs = decode(buffer.getvalue(), box_of(sample), "simplejpeg")
+            assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("decoder", ["turbojpeg", "simplejpeg"])
+def test_a_jpeg_cut_behind_the_crop_is_noticed_too(decoder: str) -> None:
+    if resolve_decoder("auto") != "turbojpeg":
+        pytest.skip("libjpeg-turbo 3 is not here: pip install turbojpeg")
+    data = jpeg(5, size=128)
+    for cut in (len(data) // 2, len(data) - 40, len(data) - 1):
+        with pytest.raises(DamagedImage):
+            decode(data[:cut], lambda h, w: (0, 0, 8, 8), decoder)
+
+
+def test_sixteen_bits_of_grey_keep_their_upper_eight() -> None:
+    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    pixels = decode(encoded(Image.fromarray(levels), "PNG"))
+    assert np.array_equal(pixels[..., 0], (levels >> 8).astype(np.uint8))
+    assert np.array_equal(pixels[..., 0], pixels[..., 2])
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_an_animation_is_refused_by_name(form: str) -> None:
+    frames = [Image.new("RGB", (9, 9), (40 * n, 0, 0)) for n in range(3)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, form, save_all=True, append_images=frames[1:])
+    with pytest.raises(DamagedImage, match="an animation of 3 frames"):
+        decode(buffer.getvalue())
+
+
+def test_the_decoder_that_a_run_names_must_be_there(monkeypatch) -> None:
+    monkeypatch.setattr(decoding, "open_turbojpeg", lambda: None)
+    assert resolve_decoder("auto") == resolve_decoder("simplejpeg") == "simplejpeg"
+    with pytest.raises(ConfigError, match=r"pip install turbojpeg"):
+        resolve_decoder("turbojpeg")
+
+
+def test_distortions_come_in_their_order_and_leave_the_size() -> None:
+    pixels = decode(jpeg(1, size=40))
+    plain = augment(pixels, AugmentConfig(), 32, ViewKey(0, 0, 7))
+    for change in (
+        {"randaugment": "augreg", "randaugment_ops": 3},
+        {"randaugment": "deit", "randaugment_magnitude": 9.0, "randaugment_magnitude_std": 0.5},
+        {"color_jitter": 0.4},
+        {"random_erasing": 1.0},
+    ):
+        view = augment(pixels, AugmentConfig(**change), 32, ViewKey(0, 0, 7))
+        assert view.shape == (3, 32, 32) and view.dtype == torch.uint8 and view.is_contiguous()
+        assert not torch.equal(view, plain)
+    with pytest.raises(ConfigError, match="has no deviation"):
+        AugmentConfig(randaugment="augreg", randaugment_magnitude_std=0.5)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,17 +169,6 @@ def build_index(
     return index
 
 
-def verify_index(index: Index, *, workers: int = 0, progress: Progress | None = None) -> Iterator[str]:
-    """Read every shard again and compare it with the index: yields one sentence for each damaged place."""
-    verify = functools.partial(_verify_shard, chunk_samples=index.chunk_samples)
-    for shard, damage in zip(
-        index.shards, processes.map_in_order(verify, index.shards, workers), strict=True
-    ):
-        yield from damage
-        if progress:
-            progress(shard.url)
-
-
 def check_shards(index: Index) -> None:
     """Raise DataError if a shard is missing or has another size than when it was indexed."""
     sizes = storage.sizes([shard.url for shard in index.shards])
@@ -281,27 +270,6 @@ class _Totals:
             num_damaged=self.num_damaged,
             damage=tuple(self.damage),
         )
-
-
-def _verify_shard(shard: Shard, chunk_samples: int) -> list[str]:
-    try:
-        scan = scan_shard(shard.url, chunk_samples, allow_damaged=True, listed=shard.num_samples + 1)
-    except (DataError, ConfigError) as error:
-        return [str(error)]
-    if scan.shard == shard or scan.tar_damage:
-        return scan.damage
-    return [
-        *scan.damage,
-        f"{shard.url}: is not the shard that was indexed: {_difference(shard, scan.shard)}",
-    ]
-
-
-def _difference(indexed: Shard, found: Shard) -> str:
-    if indexed.num_bytes != found.num_bytes:
-        return f"{found.num_bytes:,} bytes instead of {indexed.num_bytes:,}"
-    if indexed.num_samples != found.num_samples:
-        return f"{found.num_samples:,} samples instead of {indexed.num_samples:,}"
-    return "its checksum differs"
 
 
 def _relative(shard: Shard, path: Path) -> dict[str, Any]:

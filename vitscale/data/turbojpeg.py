@@ -28,6 +28,7 @@ _STOP_ON_WARNING, _SUBSAMPLING, _WIDTH, _HEIGHT, _PRECISION, _COLOURSPACE = 0, 4
 _MCU_WIDTHS = (8, 16, 16, 8, 8, 32, 8)  # of TJSAMP 444, 422, 420, GRAY, 440, 411, 441
 _TO_RGB = (0, 1, 2)  # TJCS RGB, YCbCr, GRAY; the others are CMYK
 _RGB = 0  # TJPF_RGB
+_END = b"\xff\xd9"
 
 
 class _Region(ctypes.Structure):
@@ -56,7 +57,8 @@ class TurboJpeg:
         grey
         in 8 bits.
 
-        check: called with width and height before anything is decoded. Raises ValueError at any damage.
+        check: called with width and height before anything is decoded. Raises ValueError at damage; what is
+        damaged behind the crop, in a JPEG that has its end, is not looked at, and does not touch the pixels.
         """
         library, handle = self._library, self._handle()
         start = np.frombuffer(data, dtype=np.uint8).ctypes.data
@@ -68,14 +70,25 @@ class TurboJpeg:
         if colourspace not in _TO_RGB or precision != 8:
             return None
         top, left, box_height, box_width = choose(height, width)
+        if bytes(data[-2:]) != _END:  # it may be cut: the decoder finds out only if it reads to the end
+            whole = self._decode_region(data, 0, 0, width, height)
+            return whole[top : top + box_height, left : left + box_width]
         mcu = _MCU_WIDTHS[subsampling] if 0 <= subsampling < len(_MCU_WIDTHS) else width
         x, y = max(0, left - MARGIN) // mcu * mcu, max(0, top - MARGIN)
         right, bottom = min(width, left + box_width + MARGIN), min(height, top + box_height + MARGIN)
+        pixels = self._decode_region(data, x, y, right, bottom)
+        return pixels[top - y : top - y + box_height, left - x : left - x + box_width]
+
+    def _decode_region(
+        self, data: Bytes, x: int, y: int, right: int, bottom: int
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        library, handle = self._library, self._handle()
         self._check(library.tj3SetCroppingRegion(handle, _Region(x, y, right - x, bottom - y)), handle)
         pixels = np.empty((bottom - y, right - x, 3), dtype=np.uint8)
+        start = np.frombuffer(data, dtype=np.uint8).ctypes.data
         status = library.tj3Decompress8(handle, start, len(data), pixels.ctypes.data, 0, _RGB)
         self._check(status, handle)
-        return pixels[top - y : top - y + box_height, left - x : left - x + box_width]
+        return pixels
 
     def _handle(self) -> int:
         if not hasattr(self._local, "handle"):
