@@ -7,7 +7,7 @@ Start order: 1 resume this run from its newest good checkpoint; 2 initialise wei
 import importlib.metadata
 import logging
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -93,6 +93,7 @@ def train(config: TrainConfig) -> int:
             raise DataError(bad_data_sentence(job, progress))
         if stopping and not last:
             break
+    stream.close()
     if writer:
         writer.close()
     return 0 if progress.step == job.total_steps else PREEMPTED
@@ -183,7 +184,7 @@ def open_metrics(job: Job, step: int) -> MetricsWriter | None:
     )
 
 
-def open_stream(job: Job, step: int) -> Iterator[Batch]:
+def open_stream(job: Job, step: int) -> Generator[Batch, None, None]:
     """This rank's batches from `step` to the end of the run."""
     config = job.config
     cache = NodeCache(config.engine.cache_dir, int(config.engine.cache_gb * 1e9))

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,210 @@ def test_a_packing_that_is_killed_again_and_again_ends_in_the_same_bytes(
         process.wait()
         assert len(children) == workers or printed == 1  # they come with the first shard
         assert not psutil.wait_procs(children, timeout=5)[1]
+        kept.append(len(contents(out)))
+        assert all(whole[name] == data for name, data in contents(out).items())
+    (out / ".train-000099.tar.tmp-1").write_bytes(b"left over")
+    report = pack(source, out, SHRINK)
+    assert 0 < report.num_kept_shards < 10 and kept == sorted(kept)
+    assert contents(out) == whole and not list(out.glob(".*"))
+    assert report.num_samples == {"train": 99} and report.num_left_out == 1
+    assert "broken.jpg: cannot be decoded" in report.left_out[0]
+    one, other = ((folder / "pack-report.json").read_bytes() for folder in (out, large_photos / "whole"))
+    assert one == other
+
+
+def test_a_finished_packing_is_kept_and_a_removed_shard_is_written_again(tmp_path: Path) -> None:
+    source, out = make_photos(tmp_path / "photos"), tmp_path / "out"
+    config = PackConfig(samples_per_shard=10)
+    pack(source, out, config)
+    before, times = contents(out), [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
+    (out / "train-000001.tar").unlink()
+    assert pack(source, out, config).num_kept_shards == 2 and contents(out) == before
+    assert (out / "train-000002.tar").stat().st_mtime_ns == times[2]
+
+
+def test_another_source_or_other_options_are_refused_unless_overwritten(tmp_path: Path) -> None:
+    source, out = make_photos(tmp_path / "photos"), tmp_path / "out"
+    pack(source, out, PackConfig(samples_per_shard=10))
+    with pytest.raises(ConfigError, match=r"other options \(samples_per_shard\); choose another folder"):
+        pack(source, out, PackConfig(samples_per_shard=5))
+    (tmp_path / "photos" / "ant" / "more.jpg").write_bytes(jpeg(99))
+    with pytest.raises(ConfigError, match="another source, or the source has changed"):
+        pack(source, out, PackConfig(samples_per_shard=10))
+    report = pack(source, out, PackConfig(samples_per_shard=20, overwrite=True))
+    assert report.num_samples == {"train": 26} and len(contents(out)) == 2
+    (out / "pack-plan.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is not a plan"):
+        pack(source, out, PackConfig(samples_per_shard=20))
+
+
+def test_shards_of_another_origin_and_a_folder_within_the_source_are_refused(tmp_path: Path) -> None:
+    source, out = make_photos(tmp_path / "photos"), tmp_path / "out"
+    write_shards(make_samples(3), out, "train")
+    with pytest.raises(ConfigError, match=r"already holds 1 shards of another origin, like train-000000.tar"):
+        pack(source, out, PackConfig())
+    with pytest.raises(ConfigError, match="choose a folder outside"):
+        pack(source, tmp_path / "photos" / "shards", PackConfig())
+    with pytest.raises(ConfigError, match="choose a folder outside"):
+        pack(str(out / "train-*.tar"), out, PackConfig(format="shards", overwrite=True))
+    assert len(contents(out)) == 1
+
+
+def test_a_second_packing_into_the_same_folder_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("vitscale.data.pack.plan._LOCK_SECONDS", 0.1)
+    source, out = make_photos(tmp_path / "photos"), tmp_path / "out"
+    out.mkdir()
+    descriptor = os.open(out, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match=r"another packing into .* is running"):
+        pack(source, out, PackConfig())
+    os.close(descriptor)
+    pack(source, out, PackConfig())
+
+
+def test_what_cannot_be_packed_is_counted_named_and_moves_no_boundary(tmp_path: Path) -> None:
+    source = make_photos(tmp_path / "photos", 30)
+    folder = tmp_path / "photos" / "ant"
+    (folder / "notes.txt").write_text("hello")
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (folder / "empty.png").touch()
+    report = pack(source, tmp_path / "out", PackConfig(samples_per_shard=11, workers=2))
+    assert report.num_samples == {"train": 30} and report.num_left_out == 4
+    assert len(report.shards["train"]) == 3  # of 33 references
+    for name in ("notes.txt", "text.jpg", "gone.jpg", "empty.png"):
+        assert sum(name in sentence for sentence in report.left_out) == 1
+    written = json.loads((tmp_path / "out" / "pack-report.json").read_text())
+    assert written["num_left_out"] == 4 and written["left_out"] == list(report.left_out)
+    assert len(read_all(report.shards["train"])) == 30
+
+
+def test_a_damaged_image_is_found_when_it_is_encoded_anew(tmp_path: Path) -> None:
+    source = make_photos(tmp_path / "photos", 6)
+    (tmp_path / "photos" / "cat" / "cut.jpg").write_bytes(jpeg(1)[:200])
+    assert pack(source, tmp_path / "a", PackConfig()).num_left_out == 0
+    report = pack(source, tmp_path / "b", PackConfig(short_side=8))
+    assert report.num_samples == {"train": 6} and "cut.jpg: cannot be decoded" in report.left_out[0]
+
+
+def test_nothing_usable_is_an_error_and_so_is_a_source_that_is_gone(tmp_path: Path) -> None:
+    source = make_photos(tmp_path / "photos", 2)
+    for path in (tmp_path / "photos").rglob("*.jpg"):
+        path.write_text("not an image")
+    with pytest.raises(ConfigError, match="none of the 2 images of train could be packed"):
+        pack(source, tmp_path / "out", PackConfig())
+    table = tmp_path / "table.csv"
+    table.write_text("path,label\n" + "".join(f"gone/{number}.jpg,1\n" for number in range(40)))
+    with pytest.raises(ConfigError, match=r"none of the 20 files of train-000000.tar can be read"):
+        pack(str(table), tmp_path / "gone", PackConfig(format="csv", samples_per_shard=20, workers=2))
+    assert not contents(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_cannot_be_written_ends_the_packing_with_one_sentence(
+    tmp_path: Path, workers: int
+) -> None:
+    source, out = make_photos(tmp_path / "photos"), tmp_path / "out"
+    config = PackConfig(samples_per_shard=10, workers=workers)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # what a full disk or a quota does
+    try:
+        with pytest.raises(ConfigError, match=r"cannot be written .File too large.*finished shards are kept"):
+            pack(source, out, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not psutil.wait_procs(psutil.Process().children(), timeout=5)[1]
+    assert not contents(out) and not list(out.glob(".train*"))
+    assert pack(source, out, config).num_samples == {"train": 25}
+
+
+def test_larger_images_are_encoded_to_the_short_side_and_smaller_ones_kept() -> None:
+    stripes = np.zeros((300, 450, 3), np.uint8)
+    stripes[::2] = 255  # finer than the small image can show: it must come out grey, without moiré
+    stripes[:, 225:, 1:] = 0
+    buffer = io.BytesIO()
+    Image.fromarray(stripes).save(buffer, "PNG")
+    small = shrink(buffer.getvalue(), 100, 90)
+    image = Image.open(io.BytesIO(small))
+    assert (image.format, image.size) == ("JPEG", (150, 100))
+    pixels = decode(small)[10:-10].astype(int)
+    assert np.abs(pixels[:, :60] - 128).max() < 12
+    assert np.abs(pixels[:, 90:] - [128, 0, 0]).max() < 25
+    assert len(shrink(buffer.getvalue(), 100, 50)) < len(small)
+    assert shrink(small, 100, 90) == small and shrink(jpeg(1), 100, 90) == jpeg(1)
+    tall = io.BytesIO()
+    Image.new("L", (90, 1001)).save(tall, "JPEG")
+    assert Image.open(io.BytesIO(shrink(tall.getvalue(), 30, 90))).size == (30, 334)
+
+
+def test_the_luma_is_whole_and_the_chroma_halved() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (10, 200, 30)).save(buffer, "PNG")
+    image = Image.open(io.BytesIO(shrink(buffer.getvalue(), 32, 90)))
+    assert [layer[1:3] for layer in image.layer] == [(2, 2), (1, 1), (1, 1)]  # pyright: ignore
+
+
+def test_the_extension_follows_the_content(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    (tmp_path / "photos" / "a" / "x.y.JPEG").write_bytes(buffer.getvalue())
+    sample = read_all(pack(str(tmp_path / "photos"), tmp_path / "out", PackConfig()).shards["train"])[0]
+    assert sample.extension == "png" and sample.key == "train_00000000_x_y"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"samples_per_shard": 0}, "must be above 0"),
+        ({"quality": 101}, "from 1 to 100"),
+        ({"workers": -1}, "must not be negative"),
+        ({"format": "imagenet1k", "val_images": "val.tar"}, "belong together"),
+        ({"val_images": "val.tar", "val_labels": "val.txt"}, "belongs to --format imagenet1k"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        PackConfig(**options)
+
+
+def test_shards_hold_what_was_written_and_are_the_same_bytes_each_time(tmp_path: Path) -> None:
+    paths = write_shards(make_samples(25), tmp_path / "a", "train", samples_per_shard=10)
+    assert [Path(path).name for path in paths] == [f"train-{n:06d}.tar" for n in range(3)]
+    read = read_all(paths)
+    assert [(s.key, s.image, s.labels) for s in read] == [
+        (s.key, s.image, s.labels) for s in make_samples(25)
+    ]
+    again = write_shards(make_samples(25), tmp_path / "b", "train", samples_per_shard=10)
+    assert all(Path(a).read_bytes() == Path(b).read_bytes() for a, b in zip(paths, again, strict=True))
+    with pytest.raises(ConfigError, match="already holds 3 shards"):
+        write_shards(make_samples(3), tmp_path / "a", "train")
+    assert len(write_shards(make_samples(3), tmp_path / "a", "train", overwrite=True)) == 1
+
+
+def test_a_shard_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), open_shard(tmp_path / "train-000000.tar") as write:
+        write(make_samples(1)[0])
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_no_worker_behind_and_the_next_run_goes_on(
+    tmp_path: Path, large_photos: Path
+) -> None:
+    source, out = str(large_photos / "photos"), tmp_path / "out"
+    for _ in range(5):  # a busy machine may deliver the signal when all is done
+        shutil.rmtree(out, ignore_errors=True)
+        process = start(source, out, 2)
+        assert process.stdout
+        for _ in range(2):
+            process.stdout.readline()
+        children = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGINT)
+        if process.wait(timeout=20) != 0:
+            break
+    assert process.returncode != 0 and len(children) == 2
+    assert not psutil.wait_procs(children, timeout=5)[1]
         kept.append(len(contents(out)))
         assert all(whole[name] == data for name, data in contents(out).items())
     (out / ".train-000099.tar.tmp-1").write_bytes(b"left over")

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -70,7 +70,7 @@ class Stream:
         return max(source.index.max_labels for source in self.sources)
 
 
-def batches(stream: Stream, num_workers: int) -> Iterator[Batch]:
+def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
     """The batches of steps first_step to last_step (0-based, end excluded) for the stream's lanes.
 
     The lanes are divided among `num_workers` processes (0 = read in this one). Raises DataError when data
@@ -91,7 +91,7 @@ def batches(stream: Stream, num_workers: int) -> Iterator[Batch]:
         yield _join([next(parts) for _ in range(max(1, workers))])
 
 
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
     """The batches with images and labels on `device`: on a GPU each is copied from pinned memory on a
     stream of
     its own while the one before it is in use.
