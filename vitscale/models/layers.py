@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-LAYER_NORM_EPS = 1e-6  # Flax's default, so Google's; torch's 1e-5 is another model
 Gelu = Literal["tanh", "exact"]
 
 
@@ -65,12 +64,14 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm encoder block (paper, equations 2 and 3)."""
 
-    def __init__(self, width: int, mlp_dim: int, num_heads: int, dropout: float, gelu: Gelu) -> None:
+    def __init__(
+        self, width: int, mlp_dim: int, num_heads: int, dropout: float, gelu: Gelu, norm_eps: float
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads)
         self.drop = nn.Dropout(dropout)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, mlp_dim, dropout, gelu)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
@@ -83,14 +84,14 @@ class MapHead(nn.Module):
     big_vision).
     """
 
-    def __init__(self, width: int, mlp_dim: int, num_heads: int, gelu: Gelu) -> None:
+    def __init__(self, width: int, mlp_dim: int, num_heads: int, gelu: Gelu, norm_eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.probe = nn.Parameter(torch.empty(1, 1, width))
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, mlp_dim, 0.0, gelu)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitscale.config import ConfigError
-from vitscale.models.layers import LAYER_NORM_EPS, Block, Gelu, MapHead, PatchEmbed
+from vitscale.models.layers import Block, Gelu, MapHead, PatchEmbed
 from vitscale.models.posemb import Grid, sincos2d
 
 
@@ -61,6 +61,7 @@ class ModelConfig:
     dropout: float = 0.0
     posemb: Literal["learned", "sincos2d"] = "learned"
     gelu: Gelu = "tanh"
+    norm_eps: float = 1e-6  # Flax's default, so Google's; torch's 1e-5 is another model
 
     def __post_init__(self) -> None:
         self._check_variant()
@@ -79,6 +80,8 @@ class ModelConfig:
             raise ConfigError(f"model.width {width} is not a multiple of model.num_heads {heads}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout {self.dropout} must lie in [0, 1)")
+        if not self.norm_eps > 0:
+            raise ConfigError(f"model.norm_eps {self.norm_eps} must be above 0; Google's models have 1e-6")
         if self.posemb == "sincos2d" and (width % 4 or width < 8):
             raise ConfigError(
                 f'model.posemb "sincos2d" needs a width that is a multiple of 4 from 8 on, not {width}'
@@ -135,7 +138,7 @@ class ViT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        width, gelu = config.resolved_width, config.gelu
+        width, gelu, eps = config.resolved_width, config.gelu, config.norm_eps
         mlp_dim, heads = config.resolved_mlp_dim, config.resolved_num_heads
         self.patch_embed = PatchEmbed(config.resolved_patch_size, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.pool == "token" else None
@@ -147,9 +150,11 @@ class ViT(nn.Module):
             self.register_buffer("pos_embed", torch.cat([prefix, table], dim=1), persistent=False)
         self.drop = nn.Dropout(config.dropout)
         depth = config.resolved_depth
-        self.blocks = nn.ModuleList(Block(width, mlp_dim, heads, config.dropout, gelu) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.attn_pool = MapHead(width, mlp_dim, heads, gelu) if config.pool == "map" else None
+        self.blocks = nn.ModuleList(
+            Block(width, mlp_dim, heads, config.dropout, gelu, eps) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.attn_pool = MapHead(width, mlp_dim, heads, gelu, eps) if config.pool == "map" else None
         size = config.representation_size
         self.pre_logits = nn.Linear(width, size) if size else None
         self.head = nn.Linear(size or width, config.num_classes) if config.num_classes else None
