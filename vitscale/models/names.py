@@ -1,7 +1,8 @@
 """Our parameters beside those of timm, transformers and Google's .npz files: names and layouts, both ways.
 
-Every dialect is a table of Rules: a few of our tensors, and the few of theirs that hold the same numbers. Rules
-move values, never change them, so a round trip is exact; on meta tensors they give shapes without any memory.
+Every dialect is a table of Rules: a few of our tensors, and the few of theirs that hold the same numbers.
+Rules move values and never change them, so a round trip is exact; on meta tensors they give shapes without
+memory.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ Layout = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of one
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Our tensors `ours` and their tensors `theirs` hold the same numbers; the functions turn one list into the
-    other.
+    """Our tensors `ours` and their tensors `theirs` hold the same numbers; the functions turn one list into
+    the other.
     """
 
     ours: tuple[str, ...]
@@ -32,7 +33,7 @@ class Rule:
 
 
 def rules(dialect: Dialect, config: ModelConfig) -> list[Rule]:
-    """The whole model, in the order of our parameters. A fixed position embedding counts as a learned one, for
+    """The whole model, in the order of our parameters. A fixed position embedding counts as a learned one:
     no other library computes ours.
     """
     names = our_shapes(config)
@@ -192,7 +193,7 @@ def _unfold_class_token(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [cls, torch.cat([torch.zeros_like(cls), posemb], dim=1)]
 
 
-# big_vision adds positions before it puts the class token in front, so that token's own position is in the token.
+# big_vision adds positions before it puts the class token in front: its token has its own position added.
 _FOLDED_CLASS_TOKEN = Rule(
     ours=("cls_token", "pos_embed"),
     theirs=("params/cls", "params/pos_embedding"),
