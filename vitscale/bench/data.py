@@ -33,6 +33,7 @@ from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box, finish_
 
 AUGMENT = AugmentConfig()
 BATCH, LANES = 16, 4
+READ_PASSES = 5  # one pass of reading takes a tenth of a second: too short to be timed alone
 MIN_SAMPLES = 960  # a smaller set is read several times, so that its lanes are longer than a few chunks
 Measure = Callable[[int], int]
 
@@ -153,11 +154,12 @@ def _read_webdataset(urls: Sequence[str], _: int) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset = WebDataset(list(urls), shardshuffle=False, empty_check=False)
-        return sum(1 for _ in dataset)
+        return sum(1 for _ in range(READ_PASSES) for _ in dataset)
 
 
 def _read(index: Index, _: int) -> int:
-    return sum(len(read_chunk(index, chunk)) for chunk in range(len(index.chunks)))
+    chunks = range(len(index.chunks))
+    return sum(len(read_chunk(index, chunk)) for _ in range(READ_PASSES) for chunk in chunks)
 
 
 def _pillow(images: Sequence[RawSample], size: int, epoch: int) -> int:
