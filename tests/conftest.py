@@ -14,6 +14,10 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", default=24, type=int, help="how many kills the sweep over a save makes")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with cifar10/ and imagenet_samples/ (VITSCALE_TEST_DATA, or ../shared/data beside the

@@ -24,4 +24,6 @@ if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! .venv/bin/p
 fi
 pip install --quiet "${index[@]}" "$torch"
 pip install --quiet --constraint constraints.txt --editable ".$extra"
+# timm by itself: no model of its needs torchvision, and what else it needs has come with transformers.
+[ "${1:-}" != dev ] || pip install --quiet --constraint constraints.txt --no-deps timm
 touch "$stamp"

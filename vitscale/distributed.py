@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = datetime.timedelta(minutes=10)
+CHANNEL_TIMEOUT = datetime.timedelta(hours=3)  # a rank may write a large file while others wait for it
 _STANDALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -44,6 +45,17 @@ def shutdown() -> None:
     """Leave the process group, so that the process can end cleanly."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def new_channel() -> dist.ProcessGroup | None:
+    """A way for the ranks to talk from another thread without disturbing what the trainer says; None when
+    alone. Every rank calls it at the same point.
+    """
+    if world_size() == 1:
+        return None
+    group = dist.new_group(backend="gloo", timeout=CHANNEL_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def rank() -> int:
@@ -101,34 +113,34 @@ def _reduce(tensor: Tensor, op: Any) -> list[Any]:
     return tensor.tolist()
 
 
-def all_gather_rows(rows: Tensor) -> Tensor:
+def all_gather_rows(rows: Tensor, channel: dist.ProcessGroup | None = None) -> Tensor:
     """Concatenate the rows of all ranks in rank order, on the CPU; ranks may bring different numbers of rows
-    [n_r, ...].
+    [n_r, ...]. channel: one of new_channel; None = the trainer's.
     """
     rows = rows.detach().cpu().contiguous()
     if world_size() == 1:
         return rows
     counts = torch.zeros(world_size(), dtype=torch.int64)
     counts[rank()] = len(rows)
-    dist.all_reduce(counts)
+    dist.all_reduce(counts, group=channel)
     padded = rows.new_zeros(int(counts.max()), *rows.shape[1:])
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(gathered, padded)
+    dist.all_gather(gathered, padded, group=channel)
     return torch.cat([part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)])
 
 
-def gather_json(value: Any) -> list[Any]:
+def gather_json(value: Any, channel: dist.ProcessGroup | None = None) -> list[Any]:
     """The JSON-able `value` of every rank, in rank order, on every rank."""
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = all_gather_rows(torch.tensor([len(data)])).tolist()
-    parts = torch.split(all_gather_rows(data), sizes)
+    sizes = all_gather_rows(torch.tensor([len(data)]), channel).tolist()
+    parts = torch.split(all_gather_rows(data, channel), sizes)
     return [json.loads(bytes(part.numpy())) for part in parts]
 
 
-def broadcast_json(value: Any) -> Any:
+def broadcast_json(value: Any, channel: dist.ProcessGroup | None = None) -> Any:
     """Rank 0's JSON-able `value` on every rank."""
-    return gather_json(value if is_main() else None)[0]
+    return gather_json(value if is_main() else None, channel)[0]
 
 
 def _free_port() -> int:

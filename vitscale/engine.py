@@ -36,7 +36,7 @@ class EngineConfig:
     micro_batch: images per device and forward pass; 0 = global_batch / world_size, without accumulation.
     num_workers: data worker processes per rank; 0 = decode in the training process. cache_dir: a folder on
     the node's own disk that keeps up to cache_gb (10^9 bytes) of what was read from remote shards, for all
-    processes of the node; "" = nowhere.
+    processes of the node; "" = nowhere. offload_optimizer: masters, moments and the update on the CPU.
     deepspeed_extra: keys passed through to DeepSpeed's JSON; one that vitscale derives is refused.
     """
 
@@ -47,6 +47,7 @@ class EngineConfig:
     num_workers: int = 2
     cache_dir: str = ""
     cache_gb: float = 100.0
+    offload_optimizer: bool = False
     deepspeed_extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,6 +127,12 @@ def deepspeed_config(
             "memory_efficient_linear": False,
         },
     }
+    if config.offload_optimizer:
+        derived["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": torch.cuda.is_available(),
+        }
+        derived["zero_force_ds_cpu_optimizer"] = False  # ours is torch's, so that results stay the same
     if precision == "bf16":
         derived |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     if precision == "fp16":

@@ -8,7 +8,9 @@ from typing import Any
 from vitscale import config as configs
 from vitscale import distributed, storage
 from vitscale import engine as engines
-from vitscale.checkpoint.format import Manifest
+from vitscale.checkpoint import store
+from vitscale.checkpoint.load import Found
+from vitscale.checkpoint.lock import RunLock
 from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.config import ConfigError
 from vitscale.data.decode import Decoder, resolve_decoder
@@ -56,9 +58,18 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """Weights to begin with ([init]): a run, a step directory or an export; "" = from scratch."""
+    """What to begin with ([init]): a run, a step directory or an export; "" = from scratch.
+
+    full_state: go on from that run's step with its optimizer state too, under this config (another learning
+    rate, other data, a longer schedule); otherwise take its weights alone.
+    """
 
     checkpoint: str = ""
+    full_state: bool = False
+
+    def __post_init__(self) -> None:
+        if self.full_state and not self.checkpoint:
+            raise ConfigError("init.full_state = true needs init.checkpoint: the run to go on from")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,19 +228,22 @@ def _check_pairs(config: TrainConfig, plan: BatchPlan, mixture: Mixture) -> None
         )
 
 
-def claim_run_dir(job: Job) -> None:
-    """Write the resolved config into the run directory; refuse it if another experiment is in there. Every
-    rank calls it.
+def claim_run_dir(job: Job) -> RunLock | None:
+    """Lock the run directory and write the resolved config into it; refuse it if another job holds it, or
+    if another experiment is in there. Every rank calls it. Returns the lock, which rank 0 holds until it
+    releases it.
     """
-    error = ""
+    error, lock = "", None
     if distributed.is_main():
         path = Path(job.config.run_dir) / "config.toml"
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(path.parent)
             if path.exists():
                 error = _difference(configs.load(TrainConfig, [path]), job)
             if not error:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 storage.write_atomic(path, configs.to_toml(job.config).encode())
+                store.clean(store.directory_of(job.config.run_dir))
         except ConfigError as failure:
             error = str(failure)
         except OSError as failure:
@@ -237,28 +251,34 @@ def claim_run_dir(job: Job) -> None:
     error = distributed.broadcast_json(error)
     if error:
         raise ConfigError(error)
+    return lock
 
 
-def check_continuation(job: Job, directory: Path, manifest: Manifest) -> None:
+def check_continuation(job: Job, found: Found) -> None:
     """Raise ConfigError if the data behind the run are not those that the checkpoint was trained on."""
     fingerprint = job.data_fingerprint()
     (was, _, old_decoder), (now, _, decoder) = (
-        text.partition("-") for text in (manifest.data_fingerprint, fingerprint)
+        text.partition("-") for text in (found.manifest.data_fingerprint, fingerprint)
     )
     if was != now:
         raise ConfigError(
-            f"{directory} was trained on other data than the config names now (shards, their order or "
+            f"{found.folder} was trained on other data than the config names now (shards, their order or "
             "chunking, label maps or exclusions changed), so it cannot go on where it stopped; restore the "
             "shards and index, or start a new run_dir with [init] checkpoint"
         )
     if old_decoder != decoder:
         raise ConfigError(
-            f"{directory} was trained with the JPEG decoder {old_decoder}, here it is {decoder}; set "
+            f"{found.folder} was trained with the JPEG decoder {old_decoder}, here it is {decoder}; set "
             f'data.decoder = "{old_decoder}" (turbojpeg needs: pip install turbojpeg)'
         )
-    if manifest.step > job.total_steps:
+    check_length(job, found)
+
+
+def check_length(job: Job, found: Found) -> None:
+    """Raise ConfigError if the checkpoint lies beyond the end of the run."""
+    if found.manifest.step > job.total_steps:
         raise ConfigError(
-            f"{directory} is beyond the run's {job.total_steps:,} steps; raise the total or use another "
+            f"{found.folder} is beyond the run's {job.total_steps:,} steps; raise the total or use another "
             "run_dir"
         )
 

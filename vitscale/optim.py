@@ -1,6 +1,8 @@
 """Optimizers of the paper: AdamW with decay on kernels only, and SGD with momentum for fine-tuning."""
 
 import dataclasses
+import fnmatch
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,10 @@ from vitscale.config import ConfigError, positive
 class OptimConfig:
     """The optimizer ([optim]). weight_decay is decoupled and multiplied by the learning rate; clip_norm 0 =
     no clipping.
+
+    freeze: patterns of parameter names that are not trained ("patch_embed.*", "blocks.[0-3].*"). ema_decay:
+    of the exponential moving average of the weights, with which evaluations then run (paper, Section 4.1:
+    0.9999); 0 = none.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -22,6 +28,8 @@ class OptimConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    freeze: tuple[str, ...] = ()
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         positive("optim", lr=self.lr, eps=self.eps)
@@ -31,6 +39,10 @@ class OptimConfig:
             )
         if self.weight_decay < 0 or self.clip_norm < 0:
             raise ConfigError("optim.weight_decay and optim.clip_norm must not be negative")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(
+                f"optim.ema_decay {self.ema_decay} must lie in [0, 1); 0.9999 is usual, 0 is none"
+            )
         if self.name == "sgd" and self.weight_decay:
             raise ConfigError(
                 'optim.weight_decay must be 0 with optim.name = "sgd": the paper fine-tunes without decay'
@@ -46,9 +58,27 @@ def is_kernel(name: str, param: nn.Parameter) -> bool:
     return name.endswith(".weight") and len(getattr(param, "ds_shape", param.shape)) >= 2
 
 
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Exclude the parameters whose names match from training. Raises ConfigError for a pattern that matches
+    none, and if nothing is left to train.
+    """
+    params = dict(model.named_parameters())
+    for pattern in patterns:
+        names = fnmatch.filter(params, pattern)
+        if not names:
+            raise ConfigError(
+                f"optim.freeze {pattern!r} matches no parameter; they are named like "
+                f"{', '.join(list(params)[:3])}"
+            )
+        for name in names:
+            params[name].requires_grad_(False)
+    if not any(param.requires_grad for param in params.values()):
+        raise ConfigError(f"optim.freeze {list(patterns)} leaves nothing to train; remove a pattern")
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters in a group "decay" and a group "no_decay"; an empty group is left out."""
-    named = list(model.named_parameters())
+    """The trained parameters in a group "decay" and a group "no_decay"; an empty group is left out."""
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     groups = [
         {"name": "decay", "params": [p for n, p in named if is_kernel(n, p)], "weight_decay": weight_decay},
         {"name": "no_decay", "params": [p for n, p in named if not is_kernel(n, p)], "weight_decay": 0.0},

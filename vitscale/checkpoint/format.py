@@ -1,7 +1,8 @@
 """The files of a checkpoint: safetensors written in one hashed pass, read by ranges; and the manifest.
 
-Fragments are 1-D pieces of flattened fp32 tensors, named STATE/PARAMETER, in plain safetensors files that any
-reader opens.
+Fragments are 1-D pieces of flattened tensors, named STATE/PARAMETER, in plain safetensors files that any
+reader opens. A checkpoint is a folder, or lies below the prefix of an object store: what reads it takes
+either.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,22 @@ from torch import Tensor
 
 from vitscale import storage
 
-FORMAT, VERSION = "vitscale-checkpoint", 1
+FORMAT, VERSION = "vitscale-checkpoint", 2
+READABLE = (1, 2)  # version 1 knew trainable parameters only
+FIXED = "fixed"
 MANIFEST = "manifest.json"
-_BLOCK = 16 << 20
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_BLOCK = 2 << 20  # a buffer that stays in the processor's cache between the read and the hash
+_RANGE_BYTES = 64 << 20  # of one read from a store
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -40,17 +53,22 @@ class FileInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """A parameter: its shape, and the (file, start, count) of every fragment of its flattened values."""
+    """A parameter or buffer: its shape, and the (file, start, count) of every fragment of its flattened
+    values.
+
+    fixed: it is not trained (a frozen parameter, a buffer), so that "fixed" is its only state.
+    """
 
     shape: tuple[int, ...]
     fragments: tuple[tuple[str, int, int], ...]
+    fixed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a checkpoint holds. Written last: without it there is no checkpoint.
 
-    states: which states every tensor has ("fp32", and the optimizer's). optimizer_steps: updates made
+    states: those of every trained tensor ("fp32", the optimizer's, "ema"). optimizer_steps: updates made
     (skipped ones do not count). loss_scaler: its numbers (fp16), else empty. counters: plain integers of the
     trainer.
     """
@@ -74,17 +92,25 @@ class Manifest:
     tensors: dict[str, TensorInfo]
     files: dict[str, FileInfo]
 
-    def save(self, path: Path) -> None:
-        """Write it durably, with a checksum over itself."""
+    def to_bytes(self) -> bytes:
+        """As it is written, with a checksum over itself."""
         values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        storage.write_atomic(path, json.dumps({**values, "checksum": _digest(values)}, indent=1).encode())
+        return json.dumps({**values, "checksum": _digest(values)}, indent=1).encode()
+
+    def digest(self) -> str:
+        """A checksum over all that it says."""
+        return _digest(dataclasses.asdict(self))
+
+    def save(self, path: Path) -> None:
+        """Write it durably to a local file."""
+        storage.write_atomic(path, self.to_bytes())
 
     @classmethod
-    def load(cls, directory: Path) -> "Manifest":
+    def load(cls, directory: str | Path) -> "Manifest":
         """Read and check the manifest of a step directory. Raises CheckpointError naming what is wrong."""
-        path = directory / MANIFEST
+        path = storage.child(directory, MANIFEST)
         try:
-            values = json.loads(path.read_bytes())
+            values = json.loads(storage.read_bytes(path))
             checksum = values.pop("checksum")
         except FileNotFoundError:
             raise CheckpointError(
@@ -95,15 +121,17 @@ class Manifest:
         if checksum != _digest(values):
             raise CheckpointError(f"{path} is damaged: its checksum does not match")
         name, version = values.pop("format"), values.pop("version")
-        if name != FORMAT or version != VERSION:
+        if name != FORMAT or version not in READABLE:
             raise CheckpointError(
-                f"{path} is a {name} of version {version}; this vitscale reads version {VERSION}"
+                f"{path} is a {name} of version {version}; this vitscale reads versions up to {VERSION}"
             )
         values["states"] = tuple(values["states"])
         values["files"] = {name: FileInfo(**info) for name, info in values["files"].items()}
         values["tensors"] = {
             name: TensorInfo(
-                shape=tuple(info["shape"]), fragments=tuple((f, s, n) for f, s, n in info["fragments"])
+                shape=tuple(info["shape"]),
+                fragments=tuple((f, s, n) for f, s, n in info["fragments"]),
+                fixed=info.get("fixed", False),
             )
             for name, info in values["tensors"].items()
         }
@@ -176,18 +204,19 @@ class SafetensorsWriter:
 class SafetensorsReader:
     """Ranges of the flattened tensors in a safetensors file, read straight into their destination."""
 
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (read as long as the reader lives)
-        (length,) = struct.unpack("<Q", self._file.read(8).ljust(8))
-        if length > os.fstat(self._file.fileno()).st_size:
+    def __init__(self, path: str | Path) -> None:
+        self._path = str(path)
+        start = self._read_bytes(0, 8)
+        (length,) = struct.unpack("<Q", start.ljust(8))
+        if length > (storage.sizes([self._path])[0] or 0):
             raise ValueError(f"{path} is not a safetensors file")
-        self.header: dict[str, Any] = json.loads(self._file.read(length))
+        self.header: dict[str, Any] = json.loads(self._read_bytes(8, 8 + length))
         self.metadata: dict[str, str] = self.header.pop("__metadata__", {})
         self._base = 8 + length
 
     def read_into(self, destination: Tensor, name: str, start: int) -> None:
-        """destination[:] = tensor.flatten()[start : start + len(destination)]; destination is a 1-D fp32
-        tensor.
+        """destination[:] = tensor.flatten()[start : start + len(destination)], cast to its dtype; destination
+        is 1-D.
         """
         entry = self.header[name]
         dtype = _DTYPES[entry["dtype"]]
@@ -198,12 +227,26 @@ class SafetensorsReader:
         view = _bytes_of(host)
         position = self._base + entry["data_offsets"][0] + start * dtype.itemsize
         while len(view):
-            count = os.preadv(self._file.fileno(), [view], position)
+            count = self._read(view, position)
             if count == 0:
-                raise CheckpointError(f"{self._file.name} ends inside {name}")
+                raise CheckpointError(f"{self._path} ends inside {name}")
             view, position = view[count:], position + count
         if staged:
             destination.copy_(host)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self.header[name]["dtype"]]
+
+    def _read(self, view: memoryview, position: int) -> int:
+        if storage.is_local(self._path):  # not kept open: a checkpoint has as many files as it had ranks
+            with open(storage.local_path(self._path), "rb", buffering=0) as file:
+                return os.preadv(file.fileno(), [view], position)
+        data = self._read_bytes(position, position + min(len(view), _RANGE_BYTES))
+        view[: len(data)] = data
+        return len(data)
+
+    def _read_bytes(self, start: int, end: int) -> bytes:
+        return storage.read_range(self._path, start, end)
 
 
 def _bytes_of(flat: Tensor) -> memoryview:
@@ -211,13 +254,14 @@ def _bytes_of(flat: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType] (ndarray is a buffer)
 
 
-def hash_file(path: Path) -> FileInfo:
+def hash_file(path: str | Path) -> FileInfo:
     """Size and checksum of a file as it lies. Raises FileNotFoundError."""
     digest, count = xxhash.xxh3_128(), 0
-    with open(path, "rb", buffering=0) as file:
-        while data := file.read(_BLOCK):
-            digest.update(data)
-            count += len(data)
+    buffer = memoryview(bytearray(_BLOCK))
+    with storage.open_stream(str(path)) as file:
+        while length := file.readinto(buffer):
+            digest.update(buffer[:length])
+            count += length
     return FileInfo(num_bytes=count, checksum=digest.hexdigest())
 
 

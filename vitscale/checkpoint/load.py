@@ -2,73 +2,171 @@
 others.
 """
 
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from vitscale import distributed
+from vitscale import distributed, storage
 from vitscale.checkpoint import state, store
-from vitscale.checkpoint.format import CheckpointError, Manifest, SafetensorsReader
+from vitscale.checkpoint.ema import EMA, Ema
+from vitscale.checkpoint.format import FIXED, MANIFEST, CheckpointError, Manifest, SafetensorsReader
+from vitscale.checkpoint.store import Home
+from vitscale.config import ConfigError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class FragmentReader:
-    """A committed checkpoint as a source of ranges (state.FragmentSource)."""
+    """A committed checkpoint, in a folder or a store, as a source of ranges (state.FragmentSource)."""
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._directory, self._manifest = directory, manifest
+    def __init__(self, folder: str | Path, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
         self._files: dict[str, SafetensorsReader] = {}
 
     def read_into(self, destination: Tensor, state: str, name: str, start: int) -> None:
-        """destination[:] = the saved `state` of parameter `name`, flattened, from `start`; only overlapping
-        ranges are read.
+        """destination[:] = the saved `state` of tensor `name`, flattened, from `start`; only overlapping
+        ranges are read. What is fixed has one state, whichever is asked for.
         """
+        tensor = self._manifest.tensors[name]
+        key = f"{FIXED if tensor.fixed else state}/{name}"
         end, found = start + len(destination), 0
-        for file, first, count in self._manifest.tensors[name].fragments:
+        for file, first, count in tensor.fragments:
             low, high = max(first, start), min(first + count, end)
             if low < high:
-                if file not in self._files:
-                    self._files[file] = SafetensorsReader(self._directory / file)
-                self._files[file].read_into(
-                    destination[low - start : high - start], f"{state}/{name}", low - first
-                )
+                self._open(file).read_into(destination[low - start : high - start], key, low - first)
                 found += high - low
         if found != len(destination):
             raise CheckpointError(
-                f"{self._directory}: {state} of {name} is incomplete: {found:,} of {len(destination):,} "
-                "values"
+                f"{self._folder}: {state} of {name} is incomplete: {found:,} of {len(destination):,} values"
             )
 
     def whole(self, name: str, state: str = "fp32") -> Tensor:
-        """One whole tensor, fp32."""
-        shape = self._manifest.tensors[name].shape
-        flat = torch.empty(store.numel(shape))
+        """One whole tensor, fp32; a buffer of integers as it is."""
+        tensor = self._manifest.tensors[name]
+        dtype = torch.float32
+        if tensor.fixed and tensor.fragments:
+            saved = self._open(tensor.fragments[0][0]).dtype(f"{FIXED}/{name}")
+            dtype = dtype if saved.is_floating_point else saved
+        flat = torch.empty(store.numel(tensor.shape), dtype=dtype)
         self.read_into(flat, state, name, 0)
-        return flat.view(shape)
+        return flat.view(tensor.shape)
+
+    def _open(self, file: str) -> SafetensorsReader:
+        if file not in self._files:
+            self._files[file] = SafetensorsReader(storage.child(self._folder, file))
+        return self._files[file]
 
 
-def find(run_dir: str) -> tuple[Path, Manifest] | None:
-    """The newest good checkpoint of a run, looked for by rank 0 and agreed by all. None if the run has none
-    yet.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The newest checkpoint that verifies: its folder or URL. passed_over: newer steps, which did not."""
+
+    folder: str
+    manifest: Manifest
+    passed_over: tuple[int, ...]
+
+
+def find(home: Home) -> Found | None:
+    """The newest good checkpoint of a run; every rank calls it and checks its share of the files. None if the
+    run has none yet.
+
+    Raises CheckpointError if it has some, but none of them verifies, and StoreError or CheckpointError where
+    they cannot be read at all: a store that does not answer says nothing about what it holds.
     """
-    chosen, failure = "", ""
+    return _newest_good(_agreed(home.committed), home.store or str(home.directory))
+
+
+def _newest_good(candidates: Sequence[tuple[int, str]], where: str) -> Found | None:
+    passed_over, problems = [], []
+    for step, folder in candidates:
+        problem = _verify_together(folder)
+        if not problem:
+            return Found(folder, Manifest.load(folder), tuple(passed_over))
+        passed_over.append(step)
+        problems.append(problem)
+        if distributed.is_main():
+            logger.warning("checkpoint passed over: %s", problem)
+    if problems:
+        raise store.none_verifies(where, problems[0])
+    return None
+
+
+def verified(path: str) -> Found:
+    """The newest good checkpoint of another run, or a step directory of it, in a folder or a store; every
+    rank calls it. Raises CheckpointError if there is none.
+    """
+    names = set(_agreed(lambda: storage.names_in(path)))
+    if MANIFEST in names:
+        problem = _verify_together(path)
+        if problem:
+            raise CheckpointError(problem)
+        return Found(path, Manifest.load(path), ())
+    place = str(store.directory_of(path)) if storage.is_local(path) else store.child_of_run(path)
+    steps = _agreed(lambda: store.steps_on_disk(place))
+    found = _newest_good([(step, store.step_folder(place, step)) for step in reversed(steps)], place)
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no checkpoint with the state of training: give a run directory or a step directory"
+        )
+    return found
+
+
+def _agreed(action: Callable[[], T]) -> T:
+    """Rank 0's result on every rank, or its error."""
+    result, failure = None, ""
     if distributed.is_main():
         try:
-            newest = store.newest_good(store.directory_of(run_dir))
-            chosen = str(newest[0]) if newest else ""
-        except CheckpointError as error:
+            result = action()
+        except (OSError, ConfigError) as error:
             failure = str(error)
-    chosen, failure = distributed.broadcast_json([chosen, failure])
+    result, failure = distributed.broadcast_json([result, failure])
     if failure:
         raise CheckpointError(failure)
-    return (Path(chosen), Manifest.load(Path(chosen))) if chosen else None
+    return result
 
 
-def resume(engine: Any, directory: Path, manifest: Manifest) -> None:
-    """Put the saved state into a fresh engine; every rank calls it. Raises CheckpointError if it is of
-    another model.
+def _verify_together(folder: str) -> str:
+    """What is wrong with a checkpoint, as a sentence; "" if nothing. Each rank hashes its share of the
+    files.
     """
+    problem, unreadable, seen = "", "", ""
+    try:
+        manifest = Manifest.load(folder)
+        seen = manifest.digest()
+        problem = store.check_coverage(folder, manifest)
+        for name in sorted(manifest.files)[distributed.rank() :: distributed.world_size()]:
+            problem = problem or store.check_file(folder, name, manifest.files[name])
+    except CheckpointError as error:
+        problem = str(error)
+    except (PermissionError, ConfigError) as error:
+        unreadable = str(error)
+    except OSError as error:
+        problem = f"{error.filename or folder} cannot be read: {error.strerror}"
+    everyone = distributed.gather_json([problem, unreadable, seen])
+    for _, text, _ in everyone:
+        if text:
+            raise CheckpointError(f"{folder} cannot be read: {text}")
+    for rank, (text, _, manifest_seen) in enumerate(everyone):
+        if not text and manifest_seen != everyone[0][2]:
+            return f"{folder} is not the same for ranks 0 and {rank}: run_dir must be shared by all nodes"
+    return next((text for text, _, _ in everyone if text), "")
+
+
+def resume(engine: Any, found: Found, optimizer: str, ema: Ema | None) -> None:
+    """Put the saved state into a fresh engine; every rank calls it. Raises CheckpointError if it is of
+    another model or optimizer.
+
+    What the parameter groups say (learning rate, weight decay) is the config's business: state belongs to
+    parameters by their names, not to groups. An average that the checkpoint does not hold begins at its
+    weights.
+    """
+    directory, manifest = found.folder, found.manifest
     saved, here = {name: info.shape for name, info in manifest.tensors.items()}, state.shapes(engine)
     if saved != here:
         names = sorted(name for name in {*saved, *here} if saved.get(name) != here.get(name))
@@ -76,7 +174,16 @@ def resume(engine: Any, directory: Path, manifest: Manifest) -> None:
             f"{directory} is of another model: {names[0]} is {saved.get(names[0])} there and "
             f"{here.get(names[0])} here"
         )
+    if manifest.optimizer != optimizer:
+        raise CheckpointError(
+            f'{directory} holds the state of optim.name = "{manifest.optimizer}", not of "{optimizer}"; set '
+            "it "
+            "to that, or start from its weights alone: [init] checkpoint without full_state"
+        )
     reader = FragmentReader(directory, manifest)
-    state.restore(engine, reader, manifest.states[1:], manifest.optimizer_steps)
+    states = [name for name in manifest.states if name not in ("fp32", EMA)]
+    state.restore(engine, reader, states, manifest.optimizer_steps)
+    if ema:
+        ema.restore(engine, reader, EMA if EMA in manifest.states else "fp32")
     engine_counters = {name: manifest.counters[name] for name in state.COUNTERS}
     state.restore_counters(engine, engine_counters, manifest.loss_scaler)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscale import distributed
+from vitscale.checkpoint.format import FIXED
 
 OPTIMIZER_STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -28,7 +29,7 @@ class FragmentSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class WholeTensors:
-    """A source of plain tensors by parameter name: initialisation, or weights from another model."""
+    """A source of plain tensors by name: initialisation, or weights from another model."""
 
     tensors: dict[str, Tensor]
 
@@ -38,28 +39,44 @@ class WholeTensors:
 
 @dataclasses.dataclass(frozen=True)
 class Fragment:
-    """This rank owns param.flatten()[start : start + count]; its fp32 master is flat[offset : offset +
-    count].
+    """This rank owns param.flatten()[start : start + count]; its fp32 master is flats[group][offset :
+    offset + count].
     """
 
     name: str
     param: nn.Parameter
     start: int
     count: int
+    group: int
     flat: Tensor
     offset: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This fragment's part of a tensor laid out like `flat` (the master, or an optimizer state)."""
+        """This fragment's part of a tensor laid out like `flat` (the master, an optimizer state, an
+        average).
+        """
         return tensor.detach().narrow(0, self.offset, self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A frozen parameter or a persistent buffer: this rank writes `mine`, which begins at `start` of the
+    flattened tensor, and must read `held`, which begins at `held_start`.
+    """
+
+    name: str
+    mine: Tensor
+    start: int
+    held: Tensor
+    held_start: int
 
 
 def fragments(engine: Any) -> Iterator[Fragment]:
     """The fragments that this rank owns, in the order of the module's parameters."""
-    optimizer, flats = engine.optimizer, _flats(engine)
+    optimizer, buffers = engine.optimizer, flats(engine)
     for name, param in engine.module.named_parameters():
         if not param.requires_grad:
-            raise ValueError(f"parameter {name} is frozen: it has no fp32 master to checkpoint")
+            continue
         if hasattr(param, "ds_id"):  # ZeRO 3: each rank holds ceil(numel / world) of each one, padded
             group, offset, padded = optimizer.grad_position[optimizer.get_param_id(param)]
             start = torch.distributed.get_rank(group=param.ds_process_group) * padded
@@ -71,12 +88,35 @@ def fragments(engine: Any) -> Iterator[Fragment]:
             group, offset = mapping.param_group_index, mapping.hp_fragment_address.start
             start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
         if count > 0:
-            yield Fragment(name, param, start, count, flats[group], offset)
+            yield Fragment(name, param, start, count, group, buffers[group], offset)
+
+
+def fixed(engine: Any) -> Iterator[Fixed]:
+    """What is not trained: frozen parameters, and persistent buffers, which every rank holds whole."""
+    module = engine.module
+    persistent = module.state_dict(keep_vars=True)
+    named = [(name, param) for name, param in module.named_parameters() if not param.requires_grad]
+    named += [(name, buffer) for name, buffer in module.named_buffers() if name in persistent]
+    rank, world = distributed.rank(), distributed.world_size()
+    for name, tensor in named:
+        if hasattr(tensor, "ds_id"):  # ZeRO 3 cuts frozen parameters too
+            held, each = tensor.ds_tensor.data.view(-1), tensor.ds_tensor.ds_numel
+            start = torch.distributed.get_rank(group=tensor.ds_process_group) * each
+            held = held[: max(0, min(each, tensor.ds_numel - start))]
+            yield Fixed(name, held, start, held, start)
+        else:
+            held = tensor.data.view(-1)
+            each = -(-len(held) // world)
+            start = min(rank * each, len(held))
+            yield Fixed(name, held[start : start + each], start, held, 0)
 
 
 def shapes(engine: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, whole."""
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    """Shape of every parameter and persistent buffer, whole."""
+    module = engine.module
+    tensors = dict(module.named_parameters())
+    tensors |= {name: b for name, b in module.named_buffers() if name in module.state_dict(keep_vars=True)}
+    return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
 
 
 def owned_states(engine: Any, states: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -121,8 +161,8 @@ def check_mapping(engine: Any) -> None:
 
 @torch.no_grad()
 def restore(engine: Any, source: FragmentSource, states: Sequence[str], steps: int) -> None:
-    """Fill masters and optimizer states from `source`, then the live weights from the masters. Every rank
-    calls it.
+    """Fill masters, optimizer states and what is fixed from `source`, then the live weights from the masters.
+    Every rank calls it.
 
     states: those to read beside "fp32"; steps: the optimizer's update count. With no steps the optimizer
     starts fresh.
@@ -134,7 +174,10 @@ def restore(engine: Any, source: FragmentSource, states: Sequence[str], steps: i
         for state in states if steps > 0 else ():
             held = engine.basic_optimizer.state[fragment.flat][state]
             source.read_into(fragment.of(held), state, fragment.name, fragment.start)
-    _refresh_live(engine)
+    for piece in fixed(engine):
+        if len(piece.held):
+            source.read_into(piece.held, FIXED, piece.name, piece.held_start)
+    refresh_live(engine)
     check_mapping(engine)
 
 
@@ -159,7 +202,7 @@ def restore_counters(engine: Any, saved: dict[str, int], scaler: dict[str, Any])
         vars(engine.optimizer.loss_scaler).update(scaler)
 
 
-def _flats(engine: Any) -> list[Tensor]:
+def flats(engine: Any) -> list[Tensor]:
     """The flat fp32 master buffers: ZeRO 3's sub-groups, ZeRO 1/2's groups, or those of ZeRO 1 with fp32
     accumulation.
     """
@@ -177,7 +220,7 @@ def _create_optimizer_state(engine: Any, states: Sequence[str], steps: int) -> N
     """DeepSpeed creates the state in the first step; a restore needs it before."""
     optimizer, base = engine.optimizer, engine.basic_optimizer
     groups = base.param_groups
-    for number, flat in enumerate(_flats(engine)):
+    for number, flat in enumerate(flats(engine)):
         group = groups[
             optimizer.sub_group_to_group_id[number] if engine.zero_optimization_stage() == 3 else number
         ]
@@ -194,7 +237,7 @@ def _create_optimizer_state(engine: Any, states: Sequence[str], steps: int) -> N
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _refresh_live(engine: Any) -> None:
+def refresh_live(engine: Any) -> None:
     """Live (low-precision, gathered) parameters from the masters; every rank calls it."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() < 3:

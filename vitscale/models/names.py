@@ -6,7 +6,7 @@ memory.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -33,15 +33,27 @@ class Rule:
 
 
 def rules(dialect: Dialect, config: ModelConfig) -> list[Rule]:
-    """The whole model, in the order of our parameters. A fixed position embedding counts as a learned one:
-    no other library computes ours.
+    """The whole model, in the order of our parameters. A fixed position embedding counts as a learned one,
+    but in big_vision, which computes the same.
     """
-    names = our_shapes(config)
     if dialect == "vitscale":
-        return [_rule(name, (name,), _SAME) for name in names]
-    config = dataclasses.replace(config, posemb="learned")
+        return [_rule(name, (name,), _SAME) for name in our_shapes(config)]
+    if dialect != "big_vision":
+        config = dataclasses.replace(config, posemb="learned")
     table = {"timm": _timm, "transformers": _transformers}.get(dialect)
     return list(table(config) if table else _flax(dialect, config))
+
+
+def to_theirs(table: Iterable[Rule], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Their tensors one by one, made from ours, which `read` gives by name when they are needed."""
+    for rule in table:
+        yield from zip(rule.theirs, rule.to_theirs([read(name) for name in rule.ours]), strict=True)
+
+
+def to_ours(table: Iterable[Rule], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors one by one, made from theirs, which `read` gives by name when they are needed."""
+    for rule in table:
+        yield from zip(rule.ours, rule.to_ours([read(name) for name in rule.theirs]), strict=True)
 
 
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -53,10 +65,20 @@ def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def their_shapes(dialect: Dialect, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a dialect's tensors for a model of ours, in the order of our parameters."""
     shapes = our_shapes(config if dialect == "vitscale" else dataclasses.replace(config, posemb="learned"))
+    tensors = to_theirs(rules(dialect, config), lambda name: torch.empty(shapes[name], device="meta"))
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
+
+
+def single_names(dialect: Dialect) -> dict[str, str]:
+    """Their name of each of ours that is one tensor there too, for a model of one block with all that a model
+    can have.
+    """
+    largest = ModelConfig(variant="mu/1", image_size=1, num_classes=1, representation_size=1)
     found = {}
-    for rule in rules(dialect, config):
-        tensors = rule.to_theirs([torch.empty(shapes[name], device="meta") for name in rule.ours])
-        found |= {name: tuple(tensor.shape) for name, tensor in zip(rule.theirs, tensors, strict=True)}
+    for pool in ("map", "token"):
+        for rule in rules(dialect, dataclasses.replace(largest, pool=pool)):
+            if len(rule.ours) == len(rule.theirs):
+                found |= dict(zip(rule.ours, rule.theirs, strict=True))
     return found
 
 
@@ -151,14 +173,15 @@ def _flax(dialect: Dialect, config: ModelConfig) -> Iterator[Rule]:
 
 
 def _flax_tokens(dialect: Dialect, config: ModelConfig, prefix: str) -> Iterator[Rule]:
-    if dialect != "big_vision":
-        if config.pool == "token":
-            yield _rule("cls_token", ("cls",), _SAME)
-        yield _rule("pos_embed", ("Transformer/posembed_input/pos_embedding",), _SAME)
-    elif config.pool == "token":
+    token, learned = config.pool == "token", config.posemb == "learned"
+    if dialect == "big_vision" and token and learned:
         yield _FOLDED_CLASS_TOKEN
-    else:
-        yield _rule("pos_embed", (f"{prefix}pos_embedding",), _SAME)
+        return
+    if token:
+        yield _rule("cls_token", (f"{prefix}cls",), _SAME)
+    if learned:
+        posemb = "pos_embedding" if dialect == "big_vision" else "Transformer/posembed_input/pos_embedding"
+        yield _rule("pos_embed", (prefix + posemb,), _SAME)
 
 
 def _flax_leaves(module: str, num_heads: int) -> list[tuple[str, str, Layout]]:

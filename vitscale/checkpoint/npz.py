@@ -1,0 +1,123 @@
+"""NumPy's .npz archives, array by array: a zip of .npy files, which is how Google's checkpoints come.
+
+Nothing in them is ever unpickled. What is written is the same to the byte for the same tensors.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from vitscale.checkpoint.format import CheckpointError
+from vitscale.checkpoint.store import numel
+from vitscale.checkpoint.weights import Dtype, NamedTensors, rounded
+
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_BF16 = np.dtype("V2")  # how NumPy, which has no bfloat16, reads one
+
+
+class NpzReader:
+    """The named arrays of an .npz file: shapes at once, values one by one, as fp32."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises CheckpointError for what is not an .npz file."""
+        self.path = str(path)
+        self._rows: dict[str, Iterator[Tensor]] = {}
+        try:
+            self._zip = zipfile.ZipFile(path)
+            self._dtypes: dict[str, np.dtype] = {}
+            self.shapes: dict[str, tuple[int, ...]] = {}
+            for file in self._zip.namelist():
+                name = file.removesuffix(".npy")
+                with self._zip.open(file) as member:
+                    self.shapes[name], _, self._dtypes[name] = _read_header(member)
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError):
+            raise CheckpointError(f"{path} is not an .npz file of arrays, or a damaged one") from None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What write_npz left in the archive's comment; empty in the archives of others."""
+        try:
+            values = json.loads(self._zip.comment or b"{}")
+        except ValueError:
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole array, as fp32."""
+        with self._member(name) as member:
+            return _to_tensor(npy.read_array(member, allow_pickle=False))
+
+    def row(self, name: str, index: int) -> Tensor:
+        """Slice `index` along the first axis, as fp32. Ask for the slices of an array in rising order, from
+        0: so each is read, and decompressed, once.
+        """
+        if index == 0:
+            self._rows[name] = self._read_rows(name)
+        return next(self._rows[name])
+
+    def _read_rows(self, name: str) -> Iterator[Tensor]:
+        with self._member(name) as member:
+            (count, *shape), fortran, dtype = _read_header(member)
+            if fortran:
+                yield from self.tensor(name)
+                return
+            for _ in range(count):
+                yield _read_row(member, tuple(shape), dtype)
+
+    @contextmanager
+    def _member(self, name: str) -> Iterator[Any]:
+        dtype = self._dtypes[name]
+        if dtype.hasobject:
+            raise CheckpointError(
+                f"{self.path}: {name} holds Python objects, whose loading can run code; save plain numbers"
+            )
+        if dtype != _BF16 and (dtype.kind != "f" or dtype.itemsize > 8):
+            raise CheckpointError(f"{self.path}: {name} is {dtype}; save it as float32, float16 or bfloat16")
+        try:
+            with self._zip.open(f"{name}.npy") as member:
+                yield member
+        except (zipfile.BadZipFile, ValueError, EOFError):
+            raise CheckpointError(f"{self.path} is damaged: {name} cannot be read") from None
+
+
+def write_npz(path: Path, tensors: NamedTensors, dtype: Dtype, metadata: Mapping[str, str]) -> None:
+    """Write an uncompressed archive, tensor by tensor, with `metadata` in its comment, and fsync it."""
+    with open(path, "wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            archive.comment = json.dumps(dict(metadata)).encode()
+            for name, tensor in tensors:
+                # A ZipInfo of its own has no time of day, so that equal tensors make equal files.
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                    array = rounded(name, tensor, dtype).contiguous().numpy()
+                    npy.write_array(member, array, allow_pickle=False)
+                del tensor, array  # before the next one is read
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it lies in Fortran's order, and dtype."""
+    return _HEADERS[npy.read_magic(member)](member)
+
+
+def _read_row(member: Any, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    size = numel(shape) * dtype.itemsize
+    data = bytearray(member.read(size))
+    if len(data) != size:
+        raise EOFError
+    return _to_tensor(np.frombuffer(data, dtype).reshape(shape))
+
+
+def _to_tensor(array: np.ndarray) -> Tensor:
+    if array.dtype == _BF16:
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16).float()
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
