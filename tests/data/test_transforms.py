@@ -155,6 +155,20 @@ def test_a_jpeg_cut_behind_the_crop_is_noticed_too(decoder: str) -> None:
             decode(data[:cut], lambda h, w: (0, 0, 8, 8), decoder)
 
 
+@pytest.mark.parametrize("decoder", ["turbojpeg", "simplejpeg"])
+def test_a_damaged_header_does_not_touch_the_images_after_it(decoder: str) -> None:
+    if resolve_decoder("auto") != "turbojpeg":
+        pytest.skip("libjpeg-turbo 3 is not here: pip install turbojpeg")
+    whole = jpeg(0)
+    table = whole.index(b"\xff\xdb")
+    before = decode(whole, decoder=decoder)
+    with pytest.raises(DamagedImage, match="extraneous bytes"):
+        decode(whole[:table] + bytes(60) + whole[table:], decoder=decoder)
+    np.testing.assert_array_equal(decode(whole, decoder=decoder), before)
+    with pytest.raises(DamagedImage):  # nor is it given the tables of the image before it
+        decode(whole.replace(b"\xff\xdb", b"\xff\xec"), decoder=decoder)
+
+
 def test_sixteen_bits_of_grey_keep_their_upper_eight() -> None:
     levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     pixels = decode(encoded(Image.fromarray(levels), "PNG"))
