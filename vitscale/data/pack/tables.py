@@ -28,7 +28,7 @@ class Row:
 def list_csv(source: str, config: PackConfig) -> Listing:
     """A CSV file with a header: `path` and `label` (one, the whole cell) or `labels` (several, separated
     by
-    spaces or `;`), and optionally `split`.
+    spaces, commas or `;`), and optionally `split`.
 
     Paths are relative to the file. If all labels are whole numbers they are the class indices; else they
     are
@@ -78,6 +78,8 @@ def _csv_rows(source: str) -> Iterator[Row]:
             _check_columns(source, reader.fieldnames or [])
             for values in reader:
                 where = f"line {reader.line_num} of {source}"
+                if None in values:
+                    raise ConfigError(f"{where} has more cells than the header; quote what holds a comma")
                 yield _row(where, {key: value or "" for key, value in values.items() if isinstance(key, str)})
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{source} cannot be read as CSV: {error}") from None
@@ -90,13 +92,14 @@ def _jsonl_rows(source: str) -> Iterator[Row]:
                 where = f"line {number} of {source}"
                 if not line.strip():
                     continue
-                values = json.loads(line)
+                try:
+                    values = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ConfigError(f"{where} is not JSON: {error}") from None
                 if not isinstance(values, dict):
                     raise ConfigError(f"{where} is not a JSON object; write {{'path': ..., 'label': ...}}")
                 _check_columns(where, list(values))
                 yield _row(where, values)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source} cannot be read as lines of JSON: {error}") from None
 
@@ -111,7 +114,7 @@ def _row(where: str, values: Mapping[str, Any]) -> Row:
     if split not in SPLITS:
         raise ConfigError(f"{where} has the split {split!r}; it must be one of {', '.join(SPLITS)}")
     path = values["path"]
-    if not isinstance(path, str):
+    if not isinstance(path, str) or re.search("[\0\ud800-\udfff]", path):  # no file has such a name
         raise ConfigError(f"{where} has the path {path!r}; write a string")
     words = [str(label).strip() for label in _labels(where, values)]
     return Row(where, path.strip(), tuple(word for word in words if word), split)
@@ -121,10 +124,10 @@ def _labels(where: str, values: Mapping[str, Any]) -> list[str | int]:
     """[] where the cell is empty, so that the row is left out and named."""
     if "label" in values:
         labels = [values["label"]]
-        if isinstance(labels[0], str) and re.fullmatch(r"\s*\d+(\s*[\s;]\s*\d+)+\s*", labels[0]):
+        if isinstance(labels[0], str) and re.fullmatch(r"\s*\d+(\s*[\s,;]\s*\d+)+\s*", labels[0]):
             raise ConfigError(f"{where} has several labels, {labels[0]!r}; name the column labels, not label")
     elif isinstance(values["labels"], str):
-        labels = re.split(r"[\s;]+", values["labels"])
+        labels = re.split(r"[\s,;]+", values["labels"])
     else:
         labels = values["labels"] if isinstance(values["labels"], list) else [values["labels"]]
     labels = [label for label in labels if label is not None]
