@@ -73,6 +73,10 @@ def test_class_folders_become_labels_and_other_files_are_reported(tmp_path: Path
     assert [s.labels for s in read_all(report)] == [(0,)] * 4 + [(1,)] * 4
     assert [s.labels for s in read_all(report, "val")] == [(1,)] * 4
     assert report.num_left_out == 1 and "notes.txt" in report.left_out[0]
+    (tmp_path / "photos" / "validation").mkdir()
+    (tmp_path / "photos" / "train" / "loose.jpg").write_bytes(jpeg(0))
+    report = packed(tmp_path / "photos", tmp_path / "again")
+    assert [Path(text.partition(":")[0]).name for text in report.left_out[1:]] == ["validation", "loose.jpg"]
     (tmp_path / "photos" / "val" / "dog").mkdir()
     with pytest.raises(ConfigError, match="'dog', which the training split does not have"):
         packed(tmp_path / "photos", tmp_path / "other")

@@ -1,7 +1,7 @@
 """Folders of class folders: the images' names are listed, nothing is opened."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from vitscale.config import ConfigError
@@ -22,6 +22,7 @@ def list_imagefolder(source: str, config: PackConfig) -> Listing:
     splits = {
         split: _list_split(source, folder, split, classes, left_out) for split, folder in folders.items()
     }
+    _tally_strangers(Path(source), folders, left_out)
     return Listing(splits=dict(splits), classes=tuple(classes), left_out=left_out)
 
 
@@ -80,6 +81,15 @@ def _list_split(
     if not len(references):
         raise ConfigError(f"{folder} holds no image: .{', .'.join(IMAGE_EXTENSIONS)} are read")
     return references
+
+
+def _tally_strangers(source: Path, folders: Mapping[str, Path], left_out: LeftOutTally) -> None:
+    """Name what stands beside the splits and the class folders: train/ and validation/, say."""
+    for folder in dict.fromkeys([source, *folders.values()]):
+        for path in sorted(folder.iterdir()):
+            known = path in folders.values() if folder not in folders.values() else path.is_dir()
+            if not known and not path.name.startswith("."):
+                left_out.add(f"{path}: neither a split ({', '.join(SPLITS)}) nor in a class folder")
 
 
 def _size(entry: os.DirEntry) -> int:
