@@ -12,6 +12,7 @@ import pytest
 from vitscale.config import ConfigError
 from vitscale.data.mix import Mixture, default_lanes
 from vitscale.data.order import Layout
+from vitscale.data.sources import SourceConfig
 
 LAYOUTS = [Layout(np.array([300, 211, 97]), 8), Layout(np.array([150, 41]), 4), Layout(np.array([77]), 16)]
 
@@ -76,6 +77,13 @@ def test_every_source_has_its_own_epochs_in_which_nothing_is_lost_or_repeated(nu
             min(count, int(passes)) for count in seen[number].values()
         )
         assert missing <= order.tail * (int(passes) + 1) + 12
+
+
+@pytest.mark.parametrize("weight", [float("inf"), float("nan"), 0.0, 1e-12])
+def test_a_weight_that_gives_no_share_is_refused(weight: float) -> None:
+    with pytest.raises(ConfigError, match="weight"):
+        SourceConfig(index="a", weight=weight)
+        make_mixture(2, weights=(weight, 1.0))
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, 2.0), (0.999, 0.001), (1 / 3, 2 / 3)])

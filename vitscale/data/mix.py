@@ -91,6 +91,8 @@ class Mixture:
             for n, (layout, length, window) in enumerate(zip(layouts, lengths, window_samples, strict=True))
         )
         shares = [Fraction(weight).limit_denominator(10**9) for weight in weights]
+        if not all(shares):
+            raise ConfigError(f"data.sources: the weight {min(weights)} is too small; use larger ones")
         return cls(
             orders=orders,
             weights=tuple(share / sum(shares) for share in shares),

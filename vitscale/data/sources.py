@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -32,8 +33,10 @@ class SourceConfig:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(f"data.sources: the weight {self.weight} of {self.index} must be above 0")
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(
+                f"data.sources: the weight {self.weight} of {self.index} must be above 0, and finite"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
