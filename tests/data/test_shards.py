@@ -1,6 +1,7 @@
 """Shards and their index: what is read back, and that no damage passes for the end of data."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -221,6 +222,8 @@ def test_labels_are_read_from_cls_and_json() -> None:
     for bad in (b"-1", b"1.5", b"", b"a"):
         with pytest.raises(ValueError):
             parse_labels("cls", bad)
+    with pytest.raises(ValueError):
+        parse_labels("json", b"[" * 100_000)
 
 
 def test_keys_end_at_the_first_dot_of_the_file_name() -> None:

@@ -95,7 +95,10 @@ def parse_labels(extension: str, data: Bytes) -> tuple[int, ...]:
             return (int(text),)
         labels = [int(word) for word in re.split(r"[\s,]+", text)]
     else:
-        value = json.loads(bytes(data))
+        try:
+            value = json.loads(bytes(data))
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if isinstance(value, dict):
             value = value.get("labels", value.get("label", value.get("cls")))
         labels = value if isinstance(value, list) else [value]
