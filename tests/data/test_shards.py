@@ -209,6 +209,30 @@ def test_a_damaged_or_missing_index_is_refused(tmp_path: Path, index: Index) -> 
         Index.load(str(tmp_path / "bad.json"))
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda values: values["shards"].pop(0),
+        lambda values: values["shards"].clear(),
+        lambda values: values.pop("shards"),
+        lambda values: values["shards"][0].update(num_samples=10**9),
+        lambda values: values["shards"][0].update(num_samples="x"),
+        lambda values: values["shards"][0].update(more=1),
+        lambda values: values["shards"][0].update(url=5),
+        lambda values: values.update(chunk_samples=0),
+        lambda values: values.update(label_counts=[1]),
+        lambda values: values["chunks"].pop("checksum"),
+    ],
+)
+def test_an_edited_index_is_refused(tmp_path: Path, index: Index, edit) -> None:
+    path = tmp_path / "shards" / "index.json"
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"make it with: python tools/data\.py index"):
+        Index.load(str(path))
+
+
 def test_pipe_urls_are_refused() -> None:
     with pytest.raises(ConfigError, match="pipe: is not allowed"):
         build_index(["pipe:cat /etc/passwd"])

@@ -25,6 +25,7 @@ from vitscale.data.scan import LISTED, DataError, Scan, Shard, chunk_checksum, s
 from vitscale.data.tar import BLOCK
 
 FORMAT, VERSION = "vitscale-index", 2
+MAX_CHUNK_SAMPLES = 65_535  # Layout.shortfalls counts in 16 bits
 Progress = Callable[[str], None]
 
 
@@ -79,6 +80,16 @@ class Index:
         """Whether these are the bytes of the chunk that were indexed."""
         return chunk_checksum(data) == int(self.chunks["checksum"][chunk])
 
+    def _is_consistent(self) -> bool:
+        """Whether the chunks are those of the shards: a shard that was taken out would move all others."""
+        if not 1 <= self.chunk_samples <= MAX_CHUNK_SAMPLES or not self.label_counts:
+            return False
+        counts, firsts = self.layout.shard_samples, self.layout.first_chunks
+        if counts.min() < 0 or len(self.chunks) != self.layout.num_chunks:
+            return False
+        blocks = np.add.reduceat(self.chunks["blocks"], firsts[:-1][counts > 0], dtype=np.int64)
+        return [shard.data_bytes for shard in self.shards if shard.num_samples] == (blocks * BLOCK).tolist()
+
     def save(self, path: str | Path) -> None:
         """Write `path` and its array file beside it; shards in the same folder are named relative to it."""
         path = Path(path)
@@ -112,27 +123,30 @@ class Index:
                 raise DataError(f"{path} is a {values['format']} of version {values['version']}; {remake}")
             entry = values["chunks"]
             array = _open_array(storage.join(path, entry["file"]))
+            if _checksum(array) != entry["checksum"]:
+                raise DataError(f"{entry['file']} beside {path} does not match its checksum; {remake}")
+            shards = (Shard(**shard) for shard in values["shards"])
+            index = cls(
+                shards=tuple(dataclasses.replace(s, url=storage.join(path, s.url)) for s in shards),
+                chunk_samples=values["chunk_samples"],
+                chunks=_parse_array(array),
+                label_counts={int(label): count for label, count in values["label_counts"].items()},
+                max_labels=values["max_labels"],
+                num_damaged=values["num_damaged"],
+                damage=tuple(values["damage"]),
+            )
+            if not index._is_consistent():
+                raise DataError(f"the shards in {path} are not those of {entry['file']}; {remake}")
+            return index
         except FileNotFoundError as error:
             raise DataError(f"index {path} is missing ({error.filename or error}); {remake}") from None
         except OSError as error:
             raise DataError(
                 f"index {path} cannot be read: {error.strerror or error}; name an index.json"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             known = isinstance(error, DataError | ConfigError)
             raise (error if known else DataError(f"{path} is not an index; {remake}")) from None
-        if _checksum(array) != entry["checksum"]:
-            raise DataError(f"{entry['file']} beside {path} does not match its checksum; {remake}")
-        shards = (Shard(**shard) for shard in values["shards"])
-        return cls(
-            shards=tuple(dataclasses.replace(s, url=storage.join(path, s.url)) for s in shards),
-            chunk_samples=values["chunk_samples"],
-            chunks=_parse_array(array),
-            label_counts={int(label): count for label, count in values["label_counts"].items()},
-            max_labels=values["max_labels"],
-            num_damaged=values["num_damaged"],
-            damage=tuple(values["damage"]),
-        )
 
 
 def build_index(
@@ -151,6 +165,8 @@ def build_index(
     the end. progress: told each finished shard. A broken shard raises DataError unless `allow_damaged`
     (scan_shard); samples that cannot be used stay in the index, are counted, and replaced when read.
     """
+    if not 1 <= chunk_samples <= MAX_CHUNK_SAMPLES:
+        raise ConfigError(f"--chunk-samples {chunk_samples} must lie from 1 to {MAX_CHUNK_SAMPLES:,}")
     done = _Journal(journal, chunk_samples)
     known = {url for url in shards if done.holds(url)}
     scan = functools.partial(scan_shard, chunk_samples=chunk_samples, allow_damaged=allow_damaged)

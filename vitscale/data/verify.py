@@ -36,8 +36,12 @@ def _verify_shard(number: int, index: Index, decode_images: bool) -> list[str]:
         damage = [*scan.damage, *(_damaged_images(index, number) if decode_images else ())]
     except (DataError, ConfigError) as error:
         return [str(error)]
-    if scan.shard == shard or scan.tar_damage:
+    if scan.tar_damage:
         return damage
+    if scan.shard == shard:
+        first, end = index.layout.first_chunks[number : number + 2].tolist()
+        same = index.chunks[first:end].tolist() == scan.chunks
+        return damage if same else [*damage, f"{shard.url}: the index cuts it into other chunks"]
     return [*damage, f"{shard.url}: is not the shard that was indexed: {_difference(shard, scan.shard)}"]
 
 
