@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 from shard_files import jpeg
 
+from tools.data import main
 from vitscale.config import ConfigError
 from vitscale.data.decode import decode
 from vitscale.data.index import build_index
@@ -215,6 +216,15 @@ def test_what_cannot_be_packed_is_counted_named_and_moves_no_boundary(tmp_path: 
     assert len(read_all(report.shards["train"])) == 30
 
 
+def test_a_shard_of_which_nothing_could_be_packed_is_not_indexed(tmp_path: Path, capsys) -> None:
+    photos = Path(make_photos(tmp_path / "photos", 5))
+    (photos / "ant" / "2.jpg").write_bytes(b"text")
+    command = ["pack", str(photos), str(tmp_path / "out"), "--samples-per-shard", "1", "--workers", "0"]
+    for _ in range(2):
+        assert main(command) == 0
+        assert "4 samples in 4 shards" in capsys.readouterr().out
+
+
 def test_a_damaged_image_is_found_when_it_is_encoded_anew(tmp_path: Path) -> None:
     source = make_photos(tmp_path / "photos", 6)
     (tmp_path / "photos" / "cat" / "cut.jpg").write_bytes(jpeg(1)[:200])
@@ -361,8 +371,6 @@ def test_demo_digits_are_all_of_scikit_learns_once() -> None:
 
 
 def test_the_tool_packs_indexes_and_verifies(tmp_path: Path, capsys) -> None:
-    from tools.data import main
-
     for name in ("a", "b"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(5):

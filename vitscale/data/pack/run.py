@@ -151,8 +151,10 @@ def _report(out: Path, made: plan.Plan, listing: Listing, num_kept: int) -> Pack
     num_samples = dict(made.num_samples)
     tally = LeftOutTally(listing.left_out.count, list(listing.left_out.first))
     for shard in made.shards():
-        paths[shard.split].append(str(out / shard.name))
-        for sentence in plan.read_left_out(out, shard.name):
+        sentences = plan.read_left_out(out, shard.name)
+        if len(sentences) < shard.count:  # else it is an empty archive, kept for the next run to see
+            paths[shard.split].append(str(out / shard.name))
+        for sentence in sentences:
             num_samples[shard.split] -= 1
             tally.add(sentence)
     for split, count in num_samples.items():
