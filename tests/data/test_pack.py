@@ -225,6 +225,17 @@ def test_a_shard_of_which_nothing_could_be_packed_is_not_indexed(tmp_path: Path,
         assert "4 samples in 4 shards" in capsys.readouterr().out
 
 
+def test_shards_that_are_links_into_the_folder_are_not_overwritten(tmp_path: Path) -> None:
+    source = make_photos(tmp_path / "photos", 20)
+    out, chosen = tmp_path / "out", tmp_path / "chosen"
+    shard = Path(pack(source, out, PackConfig(samples_per_shard=10)).shards["train"][0])
+    chosen.mkdir()
+    (chosen / "train-000000.tar").symlink_to(shard)
+    with pytest.raises(ConfigError, match="is where the source"):
+        pack(str(chosen / "*.tar"), out, PackConfig(format="shards", overwrite=True))
+    assert shard.exists()
+
+
 def test_a_damaged_image_is_found_when_it_is_encoded_anew(tmp_path: Path) -> None:
     source = make_photos(tmp_path / "photos", 6)
     (tmp_path / "photos" / "cat" / "cut.jpg").write_bytes(jpeg(1)[:200])

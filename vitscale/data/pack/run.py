@@ -190,7 +190,9 @@ def _refuse_overlap(source: str, out: Path, config: PackConfig) -> None:
     """Shards within the source would be taken for a part of it, and replaced ones would be lost."""
     target = os.path.realpath(out)
     if config.format == "shards":
-        folders = {os.path.dirname(storage.local_path(url)) for url in storage.expand(source)}
+        paths = [storage.local_path(url) for url in storage.expand(source)]
+        # A shard may be a link: where it stands and where it leads to.
+        folders = {os.path.dirname(path) or "." for path in [*paths, *map(os.path.realpath, paths)]}
         within = target in map(os.path.realpath, folders)
     else:
         within = os.path.isdir(source) and (target + os.sep).startswith(os.path.realpath(source) + os.sep)
