@@ -145,8 +145,11 @@ def test_damaged_archives_are_reported_and_their_whole_part_packed(tmp_path: Pat
     data[offset : offset + 4] = b"\xff\xff\xff\xff"
     broken.write_bytes(data)
     (tmp_path / "in" / "n09999999.tar").write_bytes(b"")
+    info = tarfile.TarInfo("huge.JPEG")
+    info.size = 2**70
+    (tmp_path / "in" / "n08888888.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     report = packed(tmp_path / "in", tmp_path / "out", format="imagenet21k")
-    for name in ("n00004475", "n01440764", "n09999999"):
+    for name in ("n00004475", "n01440764", "n08888888", "n09999999"):
         assert sum(name in sentence and "damaged" in sentence for sentence in report.left_out) == 1
     assert [s.labels for s in read_all(report)].count((2,)) == 2
     assert all(s.image[-2:] == b"\xff\xd9" for s in read_all(report))

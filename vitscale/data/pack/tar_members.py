@@ -41,14 +41,19 @@ def list_members(place: TarPlace) -> TarMembers:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             file.seek(place.offset)
             with tarfile.open(fileobj=file, mode="r:") as archive:
+                length = os.fstat(file.fileno()).st_size
                 for member in _headers(archive):
+                    if not 0 <= member.size <= length - member.offset_data <= length:
+                        return TarMembers(
+                            files, f"is damaged at byte {member.offset:,}; what follows is lost"
+                        )
                     if member.isfile():
                         files.append((member.name, member.offset_data, member.size))
             # tarfile ends in silence at any broken header; only the end mark is an end.
             file.seek(archive.offset)
             if file.read(BLOCK) != bytes(BLOCK):
                 return TarMembers(files, f"is damaged at byte {archive.offset:,}; what follows is lost")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # the latter two for sizes beyond all
         return TarMembers(files, f"is damaged or not an uncompressed tar archive ({error})")
     except OSError as error:
         return TarMembers(files, f"cannot be read ({error.strerror or error})")
