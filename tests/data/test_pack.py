@@ -294,6 +294,13 @@ def test_larger_images_are_encoded_to_the_short_side_and_smaller_ones_kept() -> 
     assert Image.open(io.BytesIO(shrink(tall.getvalue(), 30, 90))).size == (30, 334)
 
 
+def test_an_image_too_wide_for_a_jpeg_is_left_out(tmp_path: Path) -> None:
+    source = Path(make_photos(tmp_path / "photos", 3))
+    Image.new("RGB", (100_000, 4)).save(source / "ant" / "wide.png")
+    report = pack(str(source), tmp_path / "out", PackConfig(short_side=3))
+    assert report.num_left_out == 1 and "has at most 65,500 a side" in report.left_out[0]
+
+
 def test_the_luma_is_whole_and_the_chroma_halved() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), (10, 200, 30)).save(buffer, "PNG")

@@ -11,6 +11,7 @@ from vitscale.data.pack.config import LeftOut
 from vitscale.data.pack.listing import Reference
 from vitscale.data.samples import RawSample, image_kind
 
+MAX_SIDE = 65_500  # of libjpeg
 _PACKED_KEY = re.compile(r"^(train|val|test)_\d{8}_")
 
 
@@ -53,5 +54,7 @@ def shrink(image: bytes, short_side: int, quality: int) -> bytes:
     if scale >= 1:
         return image
     size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
+    if max(size) > MAX_SIDE:
+        raise DamagedImage(f"{size[0]} x {size[1]} pixels; a JPEG has at most {MAX_SIDE:,} a side")
     resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
     return simplejpeg.encode_jpeg(resized, quality=quality, colorspace="RGB", colorsubsampling="420")
