@@ -323,6 +323,7 @@ def test_the_extension_follows_the_content(tmp_path: Path) -> None:
         ({"samples_per_shard": 0}, "must be above 0"),
         ({"quality": 101}, "from 1 to 100"),
         ({"workers": -1}, "must not be negative"),
+        ({"seed": 2**64}, "--seed"),
         ({"format": "imagenet1k", "val_images": "val.tar"}, "belong together"),
         ({"val_images": "val.tar", "val_labels": "val.txt"}, "belongs to --format imagenet1k"),
     ],

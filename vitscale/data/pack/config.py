@@ -43,6 +43,8 @@ class PackConfig:
             raise ConfigError(f"--quality {self.quality} must lie from 1 to 100; 90 is a good choice")
         if min(self.short_side, self.workers, self.seed) < 0:
             raise ConfigError("--short-side, --workers and --seed must not be negative; 0 is the default")
+        if self.seed >= 2**64:
+            raise ConfigError(f"--seed {self.seed} must be below 2^64; 0 is the default")
         if bool(self.val_images) != bool(self.val_labels):
             raise ConfigError(
                 "--val-images and --val-labels belong together: the tar or folder of the validation JPEGs, "
