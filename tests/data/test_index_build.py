@@ -124,6 +124,13 @@ def test_a_picture_of_the_data_set_is_drawn(tmp_path: Path, capsys) -> None:
     assert picture.size == (760, 940) and len(picture.getcolors(10**6) or []) > 2
 
 
+def test_a_bomb_does_not_end_the_statistics(tmp_path: Path, capsys, monkeypatch) -> None:
+    index = write_index(tmp_path, [3], size=16)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert main(["stats", str(index)]) == 0
+    assert "3 unreadable" in capsys.readouterr().out
+
+
 def test_dedup_writes_a_list_that_training_leaves_out(tmp_path: Path, capsys) -> None:
     train = write_index(tmp_path / "train", [40, 37])
     test = write_shards(tmp_path / "test", [12])  # the same pictures as the first twelve

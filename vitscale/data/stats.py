@@ -41,7 +41,7 @@ def measure(index: Index) -> Stats:
             with Image.open(io.BytesIO(sample.image), formats=("JPEG", "PNG", "WEBP")) as image:
                 sizes.append(image.size)
             image_bytes.append(len(sample.image))
-        except (DataError, OSError):
+        except (DataError, OSError, SyntaxError, Image.DecompressionBombError):
             continue
     return Stats(
         index=index,
