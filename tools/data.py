@@ -18,8 +18,7 @@ EXAMPLE = """examples:
   python tools/data.py index "s3://bucket/in21k/train-{000000..001419}.tar" --out data/in21k.json
   python tools/data.py verify data/in21k/index.json
   python tools/data.py stats data/in21k/index.json --png stats.png
-  python tools/data.py dedup data/in21k/index.json --against "data/cifar10/test-*.tar" --out
-  duplicates.json"""
+  python tools/data.py dedup data/in21k/index.json --against "data/cifar10/test-*.tar" --out copies.json"""
 FORMATS = ("imagefolder", "imagenet21k", "imagenet1k", "cifar10", "cifar100", "csv", "jsonl", "shards")
 
 
@@ -59,7 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     demo = add(
         "demo", help="drawn shapes and real digits, without a network", epilog=_example("demo data/demo")
     )
-    demo.add_argument("out", type=Path, metavar="OUT")
+    demo.add_argument("out", type=_local, metavar="OUT")
     _add_pack(add, cores)
 
     index = add(
@@ -68,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=_example('index "data/photos/train-*.tar"'),
     )
     index.add_argument("shards", metavar="SHARDS", help="glob, brace pattern or URL, quoted")
-    index.add_argument("--out", type=Path, help="default: index.json in the shards' folder")
+    index.add_argument("--out", type=_local, help="default: index.json in the shards' folder")
     index.add_argument("--chunk-samples", type=int, default=32)
     index.add_argument(
         "--allow-damaged", action="store_true", help="index what lies before the damage in a broken shard"
@@ -86,7 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=_example("stats data/photos/index.json --png stats.png"),
     )
     stats.add_argument("index", metavar="INDEX")
-    stats.add_argument("--png", type=Path, metavar="OUT", help="also draw the histograms")
+    stats.add_argument("--png", type=_local, metavar="OUT", help="also draw the histograms")
     _add_dedup(add, cores)
     return parser.parse_args(argv)
 
@@ -98,7 +97,7 @@ def _add_pack(add: Any, cores: int) -> None:
         epilog=_example("pack photos/ data/photos --short-side 256"),
     )
     pack.add_argument("source", metavar="SOURCE", help="folder, archive, table, or quoted pattern of shards")
-    pack.add_argument("out", type=Path, metavar="OUT")
+    pack.add_argument("out", type=_local, metavar="OUT")
     pack.add_argument("--format", choices=FORMATS, default="imagefolder")
     pack.add_argument("--samples-per-shard", type=int, default=1000)
     pack.add_argument("--seed", type=int, default=0, help="of the shuffle")
@@ -138,7 +137,9 @@ def _add_dedup(add: Any, cores: int) -> None:
         metavar="TEST",
         help="index.json, glob, brace pattern or URL of a test set, quoted",
     )
-    dedup.add_argument("--out", type=Path, required=True, metavar="FILE", help="for data.exclude of a config")
+    dedup.add_argument(
+        "--out", type=_local, required=True, metavar="FILE", help="for data.exclude of a config"
+    )
     dedup.add_argument(
         "--threshold",
         type=int,
@@ -146,7 +147,7 @@ def _add_dedup(add: Any, cores: int) -> None:
         help="bits of 128 in which the hashes of copies may differ, 0 to 32",
     )
     dedup.add_argument("--workers", type=int, default=cores, help="processes; 0 for none")
-    dedup.add_argument("--sheet", type=Path, metavar="PNG", help="the 24 most doubtful pairs side by side")
+    dedup.add_argument("--sheet", type=_local, metavar="PNG", help="the 24 most doubtful pairs side by side")
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -186,17 +187,16 @@ def pack(arguments: argparse.Namespace) -> int:
 
 def index_shards(arguments: argparse.Namespace) -> int:
     from vitscale import storage
-    from vitscale.config import ConfigError, positive
+    from vitscale.config import ConfigError
     from vitscale.data.index import build_index
 
-    positive("--", **{"chunk-samples": arguments.chunk_samples})
     shards = storage.expand(arguments.shards)
     if not arguments.out and not storage.is_local(shards[0]):
         raise ConfigError(
             "--out FILE is needed for shards that are not on a local disk: where shall index.json go?"
         )
     out = arguments.out or Path(storage.local_path(shards[0])).parent / "index.json"
-    check_writable(out)
+    check_writable(out, ".json")
     with Bar("shard", len(shards)) as bar:
         index = build_index(
             shards,
@@ -235,10 +235,11 @@ def stats(arguments: argparse.Namespace) -> int:
     from vitscale.data.index import Index
     from vitscale.data.stats import describe, draw, measure
 
+    if arguments.png:
+        check_writable(arguments.png, ".png")
     measured = measure(Index.load(arguments.index))
     print(describe(measured))
     if arguments.png:
-        check_writable(arguments.png)
         draw(measured).save(arguments.png)
         print(f"\nhistograms: {arguments.png}")
     return 0
@@ -249,8 +250,9 @@ def dedup(arguments: argparse.Namespace) -> int:
     from vitscale.data.duplicates import contact_sheet
     from vitscale.data.index import Index
 
-    for path in filter(None, (arguments.out, arguments.sheet)):
-        check_writable(path)
+    check_writable(arguments.out, ".json")
+    if arguments.sheet:
+        check_writable(arguments.sheet, ".png")
     index = Index.load(arguments.index)
     with Bar("image") as bar:
         found = find_duplicates(
@@ -283,7 +285,7 @@ def report_damage(sentences: Sequence[str], total: int) -> None:
         print(f"damaged: and {total - len(sentences):,} more", file=sys.stderr)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, ending: str) -> None:
     """Make the folder of an output file, and refuse one that cannot be written, before any long work."""
     from vitscale.config import ConfigError
 
@@ -293,6 +295,8 @@ def check_writable(path: Path) -> None:
             raise ConfigError(f"{path} cannot be written; name another file")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); name another file") from None
+    if path.suffix != ending:  # a shard, say, which would be lost
+        raise ConfigError(f"{path} does not end in {ending}; name a file that does")
 
 
 class Bar:
@@ -321,6 +325,12 @@ class Bar:
     def set(self, done: int, total: int) -> None:
         """`done` of `total` are done."""
         self.more(done - self.bar.n, total)
+
+
+def _local(path: str) -> Path:
+    if "://" in path:  # Path would make a folder of that name here
+        raise argparse.ArgumentTypeError(f"{path} is not a local path; write there, and copy it to the store")
+    return Path(path)
 
 
 def _example(command: str) -> str:

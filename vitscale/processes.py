@@ -31,6 +31,8 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -
     ConfigError
     if a worker is killed.
     """
+    if workers < 0:
+        raise ConfigError(f"--workers {workers} must not be negative; 0 works without processes of its own")
     if workers == 0:
         yield from map(function, items)
         return

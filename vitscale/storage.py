@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
-from braceexpand import braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand
 
 from vitscale.config import ConfigError
 
@@ -56,7 +56,13 @@ def expand(pattern: str) -> list[str]:
     can list.
     """
     urls: set[str] = set()
-    for url in braceexpand(pattern):
+    try:
+        expanded = braceexpand(pattern)
+    except UnbalancedBracesError:
+        raise ConfigError(
+            f"{pattern!r} has a brace without its other half; write one like {{000..127}}"
+        ) from None
+    for url in expanded:
         if any(c in url for c in "*?[") and is_local(url):
             urls.update(glob.glob(local_path(url)))
         elif any(c in url for c in "*["):

@@ -124,6 +124,34 @@ def test_a_picture_of_the_data_set_is_drawn(tmp_path: Path, capsys) -> None:
     assert picture.size == (760, 940) and len(picture.getcolors(10**6) or []) > 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["index", "{shards}", "--out", "{shards}"], "does not end in .json"),
+        (["index", "{shards}", "--workers", "-1"], "must not be negative"),
+        (["index", "{shards}", "--chunk-samples", "65536"], "from 1 to 65,535"),
+        (["index", "{shards}", "--chunk-samples", "0"], "from 1 to 65,535"),
+        (["index", "train-{{0..3.tar"], "without its other half"),
+        (["index", "{shards}", "--out", "s3://bucket/index.json"], "is not a local path"),
+        (["stats", "{index}", "--png", "stats"], "does not end in .png"),
+        (
+            ["dedup", "{index}", "--against", "{shards}", "--out", "{folder}/d.json", "--sheet", "x.txt"],
+            ".png",
+        ),
+    ],
+)
+def test_wrong_options_are_one_sentence(tmp_path: Path, capsys, arguments: list[str], sentence: str) -> None:
+    index = write_index(tmp_path, [3])
+    shard = tmp_path / "train-000000.tar"
+    before = shard.read_bytes()
+    try:
+        status = main([a.format(shards=shard, index=index, folder=tmp_path) for a in arguments])
+    except SystemExit as stopped:  # by argparse
+        status = stopped.code
+    assert status == 2 and sentence in capsys.readouterr().err
+    assert shard.read_bytes() == before
+
+
 def test_a_bomb_does_not_end_the_statistics(tmp_path: Path, capsys, monkeypatch) -> None:
     index = write_index(tmp_path, [3], size=16)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
