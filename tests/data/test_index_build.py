@@ -90,6 +90,18 @@ def test_an_index_of_another_version_or_chunking_is_not_gone_on_with(
     assert build_index(shards, chunk_samples=4, journal=journal).chunk_samples == 4
 
 
+def test_what_was_allowed_to_be_damaged_is_refused_by_the_next_build(
+    tmp_path: Path, shards: list[str]
+) -> None:
+    journal = tmp_path / "index.partial"
+    Path(shards[0]).write_bytes(Path(shards[0]).read_bytes()[:4000])
+    stopped = iter(range(3))
+    with pytest.raises(StopIteration):
+        build_index(shards, allow_damaged=True, journal=journal, progress=lambda _: next(stopped) and None)
+    with pytest.raises(DataError, match="restore the shard"):
+        build_index(shards, journal=journal)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_shard_ends_the_build_with_its_sentence(shards: list[str], workers: int) -> None:
     Path(shards[5]).write_bytes(b"")

@@ -167,7 +167,7 @@ def build_index(
     """
     if not 1 <= chunk_samples <= MAX_CHUNK_SAMPLES:
         raise ConfigError(f"--chunk-samples {chunk_samples} must lie from 1 to {MAX_CHUNK_SAMPLES:,}")
-    done = _Journal(journal, chunk_samples)
+    done = _Journal(journal, f"{chunk_samples} {allow_damaged}")
     known = {url for url in shards if done.holds(url)}
     scan = functools.partial(scan_shard, chunk_samples=chunk_samples, allow_damaged=allow_damaged)
     new = processes.map_in_order(scan, [url for url in shards if url not in known], workers)
@@ -204,12 +204,12 @@ def check_shards(index: Index) -> None:
 class _Journal:
     """The scans that an earlier, killed build has finished: one JSON line a shard, the last perhaps torn."""
 
-    def __init__(self, path: Path | None, chunk_samples: int) -> None:
+    def __init__(self, path: Path | None, options: str) -> None:
         self._path, self._file = path, None
         self._places: dict[str, tuple[int, int]] = {}  # where the line of a shard begins, and its bytes
         if not path:
             return
-        header = f"{FORMAT} {VERSION} {chunk_samples}\n".encode()
+        header = f"{FORMAT} {VERSION} {options}\n".encode()
         self._file = open(path, "a+b")  # noqa: SIM115 (closed by close())
         self._file.seek(0)
         end = len(header) if self._file.readline() == header else 0
