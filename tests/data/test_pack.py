@@ -236,6 +236,18 @@ def test_shards_that_are_links_into_the_folder_are_not_overwritten(tmp_path: Pat
     assert shard.exists()
 
 
+def test_a_packing_anew_forgets_an_unfinished_index(tmp_path: Path) -> None:
+    source, out = make_photos(tmp_path / "photos"), tmp_path / "out"
+    shards = pack(source, out, PackConfig()).shards["train"]
+    with pytest.raises(KeyboardInterrupt):
+        build_index(
+            shards, journal=out / "index.partial", progress=lambda _: signal.raise_signal(signal.SIGINT)
+        )
+    pack(source, out, PackConfig(seed=1, overwrite=True))  # the same images: a shard of the same size
+    index = build_index(shards, journal=out / "index.partial")
+    assert index.fingerprint() == build_index(shards).fingerprint()
+
+
 def test_a_damaged_image_is_found_when_it_is_encoded_anew(tmp_path: Path) -> None:
     source = make_photos(tmp_path / "photos", 6)
     (tmp_path / "photos" / "cat" / "cut.jpg").write_bytes(jpeg(1)[:200])

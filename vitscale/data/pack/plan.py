@@ -173,6 +173,8 @@ def _clear(out: Path) -> None:
     (out / PLAN).unlink(missing_ok=True)  # first: shards without a plan are never taken for finished
     for path in _matching(out, _SHARD):
         path.unlink()
+    for path in out.glob("*index.partial"):  # of other shards, which may have the same sizes
+        path.unlink()
     for name in (REPORT, "classes.json", "synsets.json"):
         (out / name).unlink(missing_ok=True)
     for path in (out / LEFT_OUT).glob("*.json"):
