@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = from_dict(EvalConfig, _config_values(args))
         distributed.initialize()
-        outcome = evaluate(args.checkpoint, args.kind, config, distributed.device())
+        state = "ema" if args.ema else "fp32"
+        outcome = evaluate(args.checkpoint, args.kind, config, distributed.device(), state)
         if distributed.is_main():
             _report(outcome, args.json)
     except (ConfigError, DataError, CheckpointError, FileNotFoundError) as error:
@@ -95,6 +96,9 @@ def _command(commands: Any, name: str, summary: str, example: str) -> argparse.A
     command.add_argument("--crop", choices=("resize", "center"), help="squeeze to a square, or centre crop")
     command.add_argument("--batch-size", type=int, help="images at a time on each device")
     command.add_argument("--num-workers", type=int, help="decoding processes on each rank")
+    command.add_argument(
+        "--ema", action="store_true", help="use the average of the weights (optim.ema_decay)"
+    )
     command.add_argument("--json", metavar="OUT", help="also write the results to this file")
     return command
 
@@ -109,7 +113,7 @@ def _integers(text: str) -> list[int]:
 def _config_values(args: argparse.Namespace) -> dict[str, Any]:
     """The keys of [evals.NAME] that the command line sets; the others keep the section's defaults."""
     values = {key: value for key, value in vars(args).items() if value is not None}
-    for key in ("checkpoint", "json", "local_rank", "data"):
+    for key in ("checkpoint", "json", "local_rank", "data", "ema"):
         values.pop(key, None)
     if args.data is None:
         return values

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from vitscale import distributed
-from vitscale.checkpoint.export import SavedModel, load_model
+from vitscale.checkpoint.export import State, load_model, locate
+from vitscale.checkpoint.load import on_main
 from vitscale.data.transforms import normalize
 from vitscale.evals.tasks import EvalConfig, open_task
 
@@ -31,16 +31,18 @@ class FrozenModel:
         return normalize(images.to(self.device), torch.float32)
 
 
-def evaluate(checkpoint: str, name: str, config: EvalConfig, device: torch.device) -> dict[str, Any]:
+def evaluate(
+    checkpoint: str, name: str, config: EvalConfig, device: torch.device, state: State = "fp32"
+) -> dict[str, Any]:
     """Run the task `name` on a run, step directory or export. Every rank calls it and gets the same.
 
+    state: "ema" = with the average of the weights, as evaluations in training do where there is one.
     Returns {"checkpoint": ..., "step": ..., "results": {"top1": 0.52, ...}}, fractions of 1. Raises
     ConfigError or DataError for what the user can mend.
     """
     # A live run's newest checkpoint may change meanwhile: rank 0 decides once which one is meant.
-    found = SavedModel(checkpoint) if distributed.is_main() else None
-    path, step = distributed.broadcast_json([str(found.path), found.step] if found else None)
-    module = load_model(path)
+    path, step = on_main(lambda: locate(checkpoint, state))
+    module = load_model(path, state=state)
     model = FrozenModel(
         module, image_size=module.config.image_size, num_classes=module.config.num_classes, device=device
     )

@@ -61,15 +61,20 @@ class InitConfig:
     """What to begin with ([init]): a run, a step directory or an export; "" = from scratch.
 
     full_state: go on from that run's step with its optimizer state too, under this config (another learning
-    rate, other data, a longer schedule); otherwise take its weights alone.
+    rate, other data, a longer schedule); otherwise take its weights alone. ema: of the weights, take the
+    average over training.
     """
 
     checkpoint: str = ""
     full_state: bool = False
+    ema: bool = False
 
     def __post_init__(self) -> None:
-        if self.full_state and not self.checkpoint:
-            raise ConfigError("init.full_state = true needs init.checkpoint: the run to go on from")
+        if (self.full_state or self.ema) and not self.checkpoint:
+            key = "full_state" if self.full_state else "ema"
+            raise ConfigError(f"init.{key} = true needs init.checkpoint: the run to begin with")
+        if self.full_state and self.ema:
+            raise ConfigError("init.full_state takes the average along; leave init.ema out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from vitscale.config import ConfigError
 
@@ -58,7 +58,7 @@ def expand(pattern: str) -> list[str]:
     urls: set[str] = set()
     try:
         expanded = braceexpand(pattern)
-    except UnbalancedBracesError:
+    except ValueError:  # braces that are not closed
         raise ConfigError(
             f"{pattern!r} has a brace without its other half; write one like {{000..127}}"
         ) from None

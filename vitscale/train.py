@@ -21,7 +21,7 @@ from vitscale import distributed
 from vitscale import engine as engines
 from vitscale.checkpoint import load, state
 from vitscale.checkpoint.ema import Ema
-from vitscale.checkpoint.export import SavedModel
+from vitscale.checkpoint.export import SavedModel, State, locate
 from vitscale.checkpoint.saver import Saver
 from vitscale.checkpoint.store import Home
 from vitscale.data.cache import NodeCache
@@ -198,7 +198,9 @@ def initial_model(config: TrainConfig, *, resumed: bool) -> ViT:
     model = build_model(config.model, seed=derive_seed(config.seed, "init"))
     freeze(model, config.optim.freeze)
     if config.init.checkpoint and not resumed:
-        saved = SavedModel(config.init.checkpoint)
+        weights: State = "ema" if config.init.ema else "fp32"
+        path, _ = load.on_main(lambda: locate(config.init.checkpoint, weights))
+        saved = SavedModel(path, state=weights)
         backbone = transfer_state(saved.state(), saved.config, config.model)
         unexpected = model.load_state_dict(backbone, strict=False).unexpected_keys
         assert not unexpected, unexpected

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from vitscale import load_model
 from vitscale.checkpoint import store
-from vitscale.checkpoint.export import SavedModel, checkpoint_step, export_safetensors
+from vitscale.checkpoint.export import SavedModel, export_safetensors, locate
 from vitscale.checkpoint.format import (
     CheckpointError,
     Manifest,
@@ -161,7 +161,7 @@ def test_an_export_gives_the_same_model_without_deepspeed(tmp_path: Path) -> Non
     state = write_checkpoint(tmp_path / "run" / "checkpoints", 3)
     for out in ("one.safetensors", "folder"):
         path = export_safetensors(tmp_path / "run", tmp_path / out)
-        assert checkpoint_step(path) == 3
+        assert locate(path) == (str(path), 3)
         for source in (
             tmp_path / "run",
             store.step_directory(tmp_path / "run" / "checkpoints", 3),

@@ -85,9 +85,10 @@ def load_model(path: str | Path, *, state: State = "fp32") -> ViT:
     return model.eval()
 
 
-def checkpoint_step(path: str | Path) -> int:
-    """The step at which a checkpoint or export was made."""
-    return SavedModel(path).step
+def locate(path: str | Path, state: State = "fp32") -> tuple[str, int]:
+    """The step directory or export that `path` means now, and its step: a live run's newest one changes."""
+    saved = SavedModel(path, state=state)
+    return saved.path, saved.step
 
 
 def export_safetensors(

@@ -79,7 +79,7 @@ def find(home: Home) -> Found | None:
     Raises CheckpointError if it has some, but none of them verifies, and StoreError or CheckpointError where
     they cannot be read at all: a store that does not answer says nothing about what it holds.
     """
-    return _newest_good(_agreed(home.committed), home.store or str(home.directory))
+    return _newest_good(on_main(home.committed), home.store or str(home.directory))
 
 
 def _newest_good(candidates: Sequence[tuple[int, str]], where: str) -> Found | None:
@@ -101,14 +101,14 @@ def verified(path: str) -> Found:
     """The newest good checkpoint of another run, or a step directory of it, in a folder or a store; every
     rank calls it. Raises CheckpointError if there is none.
     """
-    names = set(_agreed(lambda: storage.names_in(path)))
+    names = set(on_main(lambda: storage.names_in(path)))
     if MANIFEST in names:
         problem = _verify_together(path)
         if problem:
             raise CheckpointError(problem)
         return Found(path, Manifest.load(path), ())
     place = str(store.directory_of(path)) if storage.is_local(path) else store.child_of_run(path)
-    steps = _agreed(lambda: store.steps_on_disk(place))
+    steps = on_main(lambda: store.steps_on_disk(place))
     found = _newest_good([(step, store.step_folder(place, step)) for step in reversed(steps)], place)
     if not found:
         raise CheckpointError(
@@ -117,13 +117,13 @@ def verified(path: str) -> Found:
     return found
 
 
-def _agreed(action: Callable[[], T]) -> T:
-    """Rank 0's result on every rank, or its error."""
+def on_main(action: Callable[[], T]) -> T:
+    """Rank 0's JSON-able result on every rank, or its error, as a CheckpointError; every rank calls it."""
     result, failure = None, ""
     if distributed.is_main():
         try:
             result = action()
-        except (OSError, ConfigError) as error:
+        except (OSError, ConfigError, CheckpointError) as error:
             failure = str(error)
     result, failure = distributed.broadcast_json([result, failure])
     if failure:
