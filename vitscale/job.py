@@ -245,10 +245,9 @@ def claim_run_dir(job: Job) -> RunLock | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = RunLock(path.parent)
             if path.exists():
-                error = _difference(configs.load(TrainConfig, [path]), job)
+                error = _difference(f"run_dir {path.parent}", configs.load(TrainConfig, [path]), job)
             if not error:
                 storage.write_atomic(path, configs.to_toml(job.config).encode())
-                store.clean(store.directory_of(job.config.run_dir))
         except ConfigError as failure:
             error = str(failure)
         except OSError as failure:
@@ -256,11 +255,18 @@ def claim_run_dir(job: Job) -> RunLock | None:
     error = distributed.broadcast_json(error)
     if error:
         raise ConfigError(error)
+    if distributed.local_rank() == 0:  # with checkpoint.store the directory may be each node's own
+        store.clean(store.directory_of(job.config.run_dir))
     return lock
 
 
 def check_continuation(job: Job, found: Found) -> None:
-    """Raise ConfigError if the data behind the run are not those that the checkpoint was trained on."""
+    """Raise ConfigError if the checkpoint is of another experiment, or of other data behind the same
+    names.
+    """
+    old = configs.from_dict(TrainConfig, found.manifest.config)
+    if difference := _difference(found.folder, old, job):
+        raise ConfigError(difference)
     fingerprint = job.data_fingerprint()
     (was, _, old_decoder), (now, _, decoder) = (
         text.partition("-") for text in (found.manifest.data_fingerprint, fingerprint)
@@ -296,8 +302,8 @@ def expected_first_loss(config: TrainConfig) -> float:
     return config.model.num_classes * math.log1p(math.exp(bias)) - bias
 
 
-def _difference(old: TrainConfig, job: Job) -> str:
-    """Why the run directory's config forbids this job; "" if it may go on."""
+def _difference(where: str, old: TrainConfig, job: Job) -> str:
+    """Why the config found at `where` forbids this job; "" if it may go on."""
     new = job.config
     pinned = [{k: v for k, v in configs.to_dict(c).items() if k not in CHANGEABLE} for c in (old, new)]
     for values in pinned:
@@ -306,12 +312,12 @@ def _difference(old: TrainConfig, job: Job) -> str:
     if keys:
         changes = ", ".join(f"{key} was {_value(old, key)!r}, now {_value(new, key)!r}" for key in keys)
         return (
-            f"run_dir {new.run_dir} holds another experiment: {changes}; set them back to resume it, or "
+            f"{where} holds another experiment: {changes}; set them back to resume it, or "
             "choose another run_dir"
         )
     before, now = old.num_steps(job.mixture.steps_per_epoch), job.total_steps
     if before > now:
-        return f"run_dir {new.run_dir} was started for {before:,} steps and cannot be shortened to {now:,}"
+        return f"{where} was started for {before:,} steps and cannot be shortened to {now:,}"
     return ""
 
 

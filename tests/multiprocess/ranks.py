@@ -23,6 +23,11 @@ def train(config: str, *overrides: str) -> int:
     return main([config, *overrides])
 
 
+def train_apart(config: str, run_dir: str, *overrides: str) -> int:
+    """A run whose ranks share no disk: each has a run directory of its own."""
+    return train(config, f"run_dir={run_dir}-{os.environ['RANK']}", *overrides)
+
+
 def train_a_little(config: str, *overrides: str) -> int:
     """A run that is asked to stop after its seventh batch, as by a scheduler."""
     batches = 0

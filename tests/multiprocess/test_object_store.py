@@ -9,6 +9,7 @@ from data.servers import faulty_proxy, s3_environment, s3_server, use_s3
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
+from vitscale import storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.format import MANIFEST
 from vitscale.evaluate import load_model
@@ -78,6 +79,24 @@ def test_a_damaged_checkpoint_in_the_store_is_passed_over(
     assert zygote.run(2, TRAIN, job.config, *options, **run) == [0, 0], job.output()
     assert f"checkpoint passed over: s3://runs/b/checkpoints/{store.step_name(newest)}/rank-" in job.output()
     assert job.column("train/loss") == uninterrupted.column("train/loss")
+
+
+def test_nodes_that_share_no_disk_save_to_the_store_and_go_on_from_it(
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job, bucket, monkeypatch
+) -> None:
+    folder, port = bucket
+    job = Job(tmp_path / "one", index)
+    options = ["checkpoint.store=s3://runs/d", "checkpoint.keep_last=3"]
+    run = {"log": tmp_path / "one" / "rank-0.log", "environment": s3_environment(port)}
+    apart = "multiprocess.ranks:train_apart"
+    assert zygote.run(2, apart, job.config, tmp_path / "node", *options, **run) == [0, 0], job.output()
+    assert steps(folder, "d") == [15, 18, 20]
+    use_s3(monkeypatch, port)
+    for name in ("step-000000018", "step-000000020"):
+        storage.delete(f"s3://runs/d/checkpoints/{name}/{MANIFEST}")
+    assert zygote.run(2, apart, job.config, tmp_path / "new", *options, **run) == [0, 0], job.output()
+    job.run_dir = tmp_path / "new-0"
+    assert job.column("train/loss") == uninterrupted.column("train/loss")[15:]
 
 
 def test_a_store_that_refuses_ends_the_run_with_a_sentence(
