@@ -209,6 +209,20 @@ def test_a_new_run_goes_on_from_the_full_state_of_another(
     assert 'holds the state of optim.name = "adamw"' in Job(tmp_path / "sgd", index).output()
 
 
+@pytest.mark.parametrize(("there", "here"), [("blocks.0.*", ""), ("", "blocks.0.*")])
+def test_the_full_state_of_other_parameters_is_refused(
+    tmp_path: Path, index: Path, zygote: Zygote, there: str, here: str
+) -> None:
+    """Moments that are not there must not be made of what is."""
+    first, second = Job(tmp_path / "first", index), Job(tmp_path / "second", index)
+    freeze = [f'optim.freeze=["{pattern}"]' if pattern else "optim.freeze=[]" for pattern in (there, here)]
+    assert run(zygote, 2, first, freeze[0], "total_steps=6") == [0, 0], first.output()
+    options = [f"init.checkpoint={first.run_dir}", "init.full_state=true", "total_steps=9"]
+    assert run(zygote, 1, second, *options, freeze[1]) == [2], second.output()
+    assert "does not fit optim.freeze: blocks.0." in second.output(), second.output()
+    assert "Traceback" not in second.output()
+
+
 def test_what_does_not_verify_is_passed_over_and_never_counts_as_kept(
     tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job
 ) -> None:

@@ -160,7 +160,7 @@ def _verify_together(folder: str) -> str:
 
 def resume(engine: Any, found: Found, optimizer: str, ema: Ema | None) -> None:
     """Put the saved state into a fresh engine; every rank calls it. Raises CheckpointError if it is of
-    another model or optimizer.
+    another model or optimizer, or if other parameters are frozen in it.
 
     What the parameter groups say (learning rate, weight decay) is the config's business: state belongs to
     parameters by their names, not to groups. An average that the checkpoint does not hold begins at its
@@ -174,6 +174,14 @@ def resume(engine: Any, found: Found, optimizer: str, ema: Ema | None) -> None:
             f"{directory} is of another model: {names[0]} is {saved.get(names[0])} there and "
             f"{here.get(names[0])} here"
         )
+    frozen = {piece.name for piece in state.fixed(engine)}
+    for name, info in manifest.tensors.items():
+        if info.fixed != (name in frozen):  # there are no moments for it there, or no place for them here
+            there, now = ("frozen", "trained") if info.fixed else ("trained", "frozen")
+            raise CheckpointError(
+                f"{directory} does not fit optim.freeze: {name} is {there} there and {now} here; set it to "
+                "what that run had, or start from its weights alone: [init] checkpoint without full_state"
+            )
     if manifest.optimizer != optimizer:
         raise CheckpointError(
             f'{directory} holds the state of optim.name = "{manifest.optimizer}", not of "{optimizer}"; set '
