@@ -294,6 +294,15 @@ def check_length(job: Job, found: Found) -> None:
         )
 
 
+def check_new_length(job: Job, found: Found) -> None:
+    """Raise ConfigError if another run's checkpoint leaves this one nothing to do, and so nothing to save."""
+    if found.manifest.step >= job.total_steps:
+        raise ConfigError(
+            f"{found.folder}, with which init.full_state goes on, has done all of the run's "
+            f"{job.total_steps:,} steps; raise the total, or take its weights alone: init.full_state = false"
+        )
+
+
 def expected_first_loss(config: TrainConfig) -> float:
     """Loss of the zero-initialised head, with one positive label per image (ln C, or C softplus(b) - b)."""
     if config.loss.name == "softmax":

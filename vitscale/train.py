@@ -31,7 +31,7 @@ from vitscale.data.loader import Batch, Stream, batches, on_device
 from vitscale.data.mixup import mix
 from vitscale.data.transforms import normalize
 from vitscale.evals.tasks import ClassifyTask, FewShotTask, open_task
-from vitscale.job import Job, TrainConfig, check_continuation, check_length, claim_run_dir, prepare
+from vitscale.job import Job, TrainConfig, check_continuation, check_new_length, claim_run_dir, prepare
 from vitscale.losses import compute_loss, to_targets
 from vitscale.meter import Meter, Progress, bad_data_sentence, too_many_bad
 from vitscale.metrics import MetricsWriter
@@ -171,7 +171,7 @@ def start(job: Job) -> Run:
         check_continuation(job, found)
     elif config.init.full_state:
         found = load.verified(config.init.checkpoint)
-        check_length(job, found)
+        check_new_length(job, found)
     model = initial_model(config, resumed=found is not None)
     initial = {} if found else {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = build_optimizer(config.optim, model)

@@ -207,6 +207,9 @@ def test_a_new_run_goes_on_from_the_full_state_of_another(
         zygote, 1, Job(tmp_path / "sgd", index), *options, "optim.name=sgd", "optim.weight_decay=0"
     ) == [2]
     assert 'holds the state of optim.name = "adamw"' in Job(tmp_path / "sgd", index).output()
+    done = Job(tmp_path / "done", index)
+    assert run(zygote, 1, done, *options, f"total_steps={stopped}") == [2]
+    assert f"has done all of the run's {stopped} steps; raise the total" in done.output()
 
 
 @pytest.mark.parametrize(("there", "here"), [("blocks.0.*", ""), ("", "blocks.0.*")])
