@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ CHANGEABLE = (
     "total_epochs",
     "total_samples",
 )
+# What names places: the data's fingerprint says what lies there, and [init] was read long ago.
+PLACES = ("data", "init")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,20 +237,44 @@ def _check_pairs(config: TrainConfig, plan: BatchPlan, mixture: Mixture) -> None
 
 
 def claim_run_dir(job: Job) -> RunLock | None:
-    """Lock the run directory and write the resolved config into it; refuse it if another job holds it, or
-    if another experiment is in there. Every rank calls it. Returns the lock, which rank 0 holds until it
-    releases it.
+    """Lock the run directory; refuse it if another job holds it, or if another experiment is in there.
+    Every rank calls it. Returns the lock, which rank 0 holds until it releases it.
     """
-    error, lock = "", None
+    lock = None
+
+    def claim() -> None:
+        nonlocal lock
+        path = _config_file(job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(path.parent)
+        if path.exists():
+            old = configs.load(TrainConfig, [path])
+            error = _difference(f"run_dir {path.parent}", old, job)
+            if error:
+                raise ConfigError(error)
+        store.clean(store.directory_of(path.parent))
+
+    _on_main(job, claim)
+    return lock
+
+
+def write_config(job: Job) -> None:
+    """Write the resolved config into the run directory, once a job has started there: a mistake at the first
+    start binds nobody. Every rank calls it.
+    """
+    _on_main(job, lambda: storage.write_atomic(_config_file(job), configs.to_toml(job.config).encode()))
+
+
+def _config_file(job: Job) -> Path:
+    return Path(job.config.run_dir) / "config.toml"
+
+
+def _on_main(job: Job, action: Callable[[], None]) -> None:
+    """Do something to the run directory on rank 0; what the user can mend is a ConfigError on every rank."""
+    error = ""
     if distributed.is_main():
-        path = Path(job.config.run_dir) / "config.toml"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(path.parent)
-            if path.exists():
-                error = _difference(f"run_dir {path.parent}", configs.load(TrainConfig, [path]), job)
-            if not error:
-                storage.write_atomic(path, configs.to_toml(job.config).encode())
+            action()
         except ConfigError as failure:
             error = str(failure)
         except OSError as failure:
@@ -255,18 +282,12 @@ def claim_run_dir(job: Job) -> RunLock | None:
     error = distributed.broadcast_json(error)
     if error:
         raise ConfigError(error)
-    if distributed.local_rank() == 0:  # with checkpoint.store the directory may be each node's own
-        store.clean(store.directory_of(job.config.run_dir))
-    return lock
 
 
 def check_continuation(job: Job, found: Found) -> None:
-    """Raise ConfigError if the checkpoint is of another experiment, or of other data behind the same
-    names.
+    """Raise ConfigError if the checkpoint is not of this experiment: run directories that name one store
+    share its checkpoints; or if the data behind the run are not those that it was trained on.
     """
-    old = configs.from_dict(TrainConfig, found.manifest.config)
-    if difference := _difference(found.folder, old, job):
-        raise ConfigError(difference)
     fingerprint = job.data_fingerprint()
     (was, _, old_decoder), (now, _, decoder) = (
         text.partition("-") for text in (found.manifest.data_fingerprint, fingerprint)
@@ -282,6 +303,9 @@ def check_continuation(job: Job, found: Found) -> None:
             f"{found.folder} was trained with the JPEG decoder {old_decoder}, here it is {decoder}; set "
             f'data.decoder = "{old_decoder}" (turbojpeg needs: pip install turbojpeg)'
         )
+    difference = _difference(found.folder, configs.from_dict(TrainConfig, found.manifest.config), job, PLACES)
+    if difference:
+        raise ConfigError(difference)
     check_length(job, found)
 
 
@@ -311,22 +335,25 @@ def expected_first_loss(config: TrainConfig) -> float:
     return config.model.num_classes * math.log1p(math.exp(bias)) - bias
 
 
-def _difference(where: str, old: TrainConfig, job: Job) -> str:
-    """Why the config found at `where` forbids this job; "" if it may go on."""
+def _difference(place: str, old: TrainConfig, job: Job, beside: Sequence[str] = ()) -> str:
+    """Why the config of what is at `place` forbids this job; "" if it may go on. beside: sections that may
+    differ, too.
+    """
     new = job.config
-    pinned = [{k: v for k, v in configs.to_dict(c).items() if k not in CHANGEABLE} for c in (old, new)]
+    changeable = (*CHANGEABLE, *beside)
+    pinned = [{k: v for k, v in configs.to_dict(c).items() if k not in changeable} for c in (old, new)]
     for values in pinned:
-        del values["data"]["decoder"]  # check_continuation compares the one in use
+        values.get("data", {}).pop("decoder", None)  # check_continuation compares the one in use
     keys = list(configs.differing_keys(pinned[0], pinned[1]))
     if keys:
         changes = ", ".join(f"{key} was {_value(old, key)!r}, now {_value(new, key)!r}" for key in keys)
         return (
-            f"{where} holds another experiment: {changes}; set them back to resume it, or "
-            "choose another run_dir"
+            f"{place} holds another experiment: {changes}; set them back to resume it, or choose another "
+            f"run_dir{' and checkpoint.store' * bool(new.checkpoint.store)}"
         )
     before, now = old.num_steps(job.mixture.steps_per_epoch), job.total_steps
     if before > now:
-        return f"{where} was started for {before:,} steps and cannot be shortened to {now:,}"
+        return f"{place} was started for {before:,} steps and cannot be shortened to {now:,}"
     return ""
 
 

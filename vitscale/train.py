@@ -31,7 +31,15 @@ from vitscale.data.loader import Batch, Stream, batches, on_device
 from vitscale.data.mixup import mix
 from vitscale.data.transforms import normalize
 from vitscale.evals.tasks import ClassifyTask, FewShotTask, open_task
-from vitscale.job import Job, TrainConfig, check_continuation, check_new_length, claim_run_dir, prepare
+from vitscale.job import (
+    Job,
+    TrainConfig,
+    check_continuation,
+    check_new_length,
+    claim_run_dir,
+    prepare,
+    write_config,
+)
 from vitscale.losses import compute_loss, to_targets
 from vitscale.meter import Meter, Progress, bad_data_sentence, too_many_bad
 from vitscale.metrics import MetricsWriter
@@ -62,6 +70,7 @@ def train(config: TrainConfig) -> int:
     lock = claim_run_dir(job)
     stop = StopFlag()
     run = start(job)
+    write_config(job)
     engine, progress, saver = run.engine, run.progress, run.saver
     writer = open_metrics(job, progress.step)
     stream = open_stream(job, progress.step)

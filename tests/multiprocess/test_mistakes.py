@@ -66,6 +66,13 @@ def test_another_experiment_in_the_run_directory_is_refused_with_the_keys(finish
     assert (finished.run_dir / "config.toml").read_bytes() == before
 
 
+def test_a_checkpoint_of_another_experiment_is_not_resumed_where_the_config_is_gone(finished: Job) -> None:
+    (finished.run_dir / "config.toml").unlink()
+    assert finished.start(1, "optim.lr=0.1", "total_steps=22") == [2]
+    assert "step-000000020 holds another experiment: optim.lr was 0.005, now 0.1" in sentence(finished)
+    assert finished.start(1, "total_steps=22") == [0], finished.output()
+
+
 def test_a_longer_total_goes_on_and_a_shorter_one_is_refused(finished: Job) -> None:
     assert finished.start(1, "total_steps=10") == [2]
     assert "was started for 20 steps and cannot be shortened to 10" in sentence(finished)
@@ -127,3 +134,9 @@ def test_a_config_that_cannot_run_says_what_to_write(
     job = Job(tmp_path, index)
     assert job.start(1, override) == [2]
     assert message in sentence(job)
+
+
+def test_a_mistake_at_the_first_start_may_be_mended(tmp_path: Path, index: Path) -> None:
+    job = Job(tmp_path, index)
+    assert job.start(1, "init.checkpoint=nowhere") == [2]
+    assert job.start(1, "total_steps=6") == [0], job.output()
