@@ -237,8 +237,9 @@ def _check_pairs(config: TrainConfig, plan: BatchPlan, mixture: Mixture) -> None
 
 
 def claim_run_dir(job: Job) -> RunLock | None:
-    """Lock the run directory; refuse it if another job holds it, or if another experiment is in there.
-    Every rank calls it. Returns the lock, which rank 0 holds until it releases it.
+    """Lock the run directory; refuse it if another job holds it, or if another experiment is in there, or if
+    its checkpoints are where this config does not look. Every rank calls it. Returns the lock, which rank 0
+    holds until it releases it.
     """
     lock = None
 
@@ -249,7 +250,7 @@ def claim_run_dir(job: Job) -> RunLock | None:
         lock = RunLock(path.parent)
         if path.exists():
             old = configs.load(TrainConfig, [path])
-            error = _difference(f"run_dir {path.parent}", old, job)
+            error = _difference(f"run_dir {path.parent}", old, job) or _left_behind(old, job)
             if error:
                 raise ConfigError(error)
         store.clean(store.directory_of(path.parent))
@@ -333,6 +334,21 @@ def expected_first_loss(config: TrainConfig) -> float:
         return math.log(config.model.num_classes)
     bias = config.model.head_bias
     return config.model.num_classes * math.log1p(math.exp(bias)) - bias
+
+
+def _left_behind(old: TrainConfig, job: Job) -> str:
+    """Why checkpoint.store may not be another one now; "" if nothing newer lies in the old one."""
+    new = job.config
+    if old.checkpoint.store == new.checkpoint.store:
+        return ""
+    before, now = (store.Home.of(new.run_dir, c.checkpoint).committed()[:1] for c in (old, new))
+    if not before or (now and now[0][0] >= before[0][0]):
+        return ""
+    return (
+        f"run_dir {new.run_dir} has its newest checkpoint at {before[0][1]}, where checkpoint.store = "
+        f"{new.checkpoint.store!r} does not look; set it back to {old.checkpoint.store!r}, or copy the "
+        "checkpoints to the new place first"
+    )
 
 
 def _difference(place: str, old: TrainConfig, job: Job, beside: Sequence[str] = ()) -> str:

@@ -81,22 +81,25 @@ def test_a_damaged_checkpoint_in_the_store_is_passed_over(
     assert job.column("train/loss") == uninterrupted.column("train/loss")
 
 
-def test_nodes_that_share_no_disk_save_to_the_store_and_go_on_from_it(
-    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job, bucket, monkeypatch
+def test_another_store_does_not_make_a_run_begin_anew(
+    tmp_path: Path, index: Path, zygote: Zygote, bucket
 ) -> None:
-    folder, port = bucket
     job = Job(tmp_path / "one", index)
-    options = ["checkpoint.store=s3://runs/d", "checkpoint.keep_last=3"]
-    run = {"log": tmp_path / "one" / "rank-0.log", "environment": s3_environment(port)}
-    apart = "multiprocess.ranks:train_apart"
-    assert zygote.run(2, apart, job.config, tmp_path / "node", *options, **run) == [0, 0], job.output()
-    assert steps(folder, "d") == [15, 18, 20]
-    use_s3(monkeypatch, port)
-    for name in ("step-000000018", "step-000000020"):
-        storage.delete(f"s3://runs/d/checkpoints/{name}/{MANIFEST}")
-    assert zygote.run(2, apart, job.config, tmp_path / "new", *options, **run) == [0, 0], job.output()
-    job.run_dir = tmp_path / "new-0"
-    assert job.column("train/loss") == uninterrupted.column("train/loss")[15:]
+    run = {"log": tmp_path / "one" / "rank-0.log", "environment": s3_environment(bucket[1])}
+    assert zygote.run(1, TRAIN, job.config, "checkpoint.store=s3://runs/d", "total_steps=6", **run) == [0]
+    for other in ("", "s3://runs/e"):
+        arguments = [job.config, f"checkpoint.store={other}", "total_steps=8"]
+        assert zygote.run(1, TRAIN, *arguments, **run) == [2], job.output()
+    assert "has its newest checkpoint at s3://runs/d/checkpoints/step-000000006, where" in job.output()
+    assert job.column("step") == list(range(1, 7))
+    arguments[1] = "checkpoint.store=s3://runs/d"
+    assert zygote.run(1, TRAIN, *arguments, **run) == [0], job.output()
+    assert job.column("step") == list(range(1, 9))
+    elsewhere = Job(tmp_path / "two", index)  # another experiment that was given the same store
+    run["log"] = tmp_path / "two" / "rank-0.log"
+    arguments = [elsewhere.config, "checkpoint.store=s3://runs/d", "optim.lr=0.1", "total_steps=8"]
+    assert zygote.run(1, TRAIN, *arguments, **run) == [2], elsewhere.output()
+    assert "holds another experiment: optim.lr was 0.005, now 0.1" in elsewhere.output()
 
 
 def test_a_store_that_refuses_ends_the_run_with_a_sentence(
