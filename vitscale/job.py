@@ -253,9 +253,10 @@ def claim_run_dir(job: Job) -> RunLock | None:
             error = _difference(f"run_dir {path.parent}", old, job) or _left_behind(old, job)
             if error:
                 raise ConfigError(error)
-        store.clean(store.directory_of(path.parent))
 
     _on_main(job, claim)
+    if distributed.local_rank() == 0:  # with checkpoint.store the directory may be each node's own
+        store.clean(store.directory_of(job.config.run_dir))
     return lock
 
 

@@ -64,7 +64,7 @@ def expand(pattern: str) -> list[str]:
         ) from None
     for url in expanded:
         if any(c in url for c in "*?[") and is_local(url):
-            urls.update(glob.glob(local_path(url)))
+            urls.update(glob.glob(local_path(url), recursive=True))
         elif any(c in url for c in "*["):
             fs, path = _filesystem(url)
             found = _retry(functools.partial(fs.glob, path), url, "listing")
@@ -200,11 +200,15 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     """Write a local file so that a kill at any instant leaves the old content or the new one, on disk."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_directory(path.parent)
 
 

@@ -423,3 +423,15 @@ def test_the_tool_packs_indexes_and_verifies(tmp_path: Path, capsys) -> None:
     assert main(["demo", str(shard / "below_a_file")]) == 2
     errors = capsys.readouterr().err
     assert "it was cut" in errors and "no file matches" in errors and "Traceback" not in errors
+
+
+def test_a_pipe_is_passed_over_and_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    source = Path(make_photos(tmp_path / "photos"))
+    folder = next(path for path in source.iterdir() if path.is_dir())
+    os.mkfifo(folder / "waits-for-ever.jpg")
+    report = pack(str(source), tmp_path / "out", PackConfig(samples_per_shard=50))
+    assert sum(report.num_samples.values()) > 0
+    os.mkdir(os.fsencode(source) + b"/caf\xe9")
+    (Path(os.fsdecode(os.fsencode(source) + b"/caf\xe9")) / "x.jpg").write_bytes(b"")
+    with pytest.raises(ConfigError, match="is not a name in UTF-8; rename it or its folder"):
+        pack(str(source), tmp_path / "other", PackConfig())

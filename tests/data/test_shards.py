@@ -241,6 +241,8 @@ def test_pipe_urls_are_refused() -> None:
 def test_labels_are_read_from_cls_and_json() -> None:
     assert parse_labels("cls", b"7\n") == (7,)
     assert parse_labels("cls", b"3 17,4") == (3, 17, 4)
+    with pytest.raises(ValueError, match="whole numbers from 0"):
+        parse_labels("cls", b"1_0")
     assert parse_labels("json", b'{"labels": [2, 5]}') == (2, 5)
     assert parse_labels("json", b'{"label": 2}') == (2,)
     for bad in (b"-1", b"1.5", b"", b"a"):

@@ -253,13 +253,3 @@ def test_ranks_that_share_no_disk_are_told_so_at_the_first_save(
         "is not to be seen from rank 0: run_dir must be on a file system that all nodes share" in job.output()
     )
     assert not list(tmp_path.glob("node-*/checkpoints/*"))
-
-
-def test_a_checkpoint_of_another_experiment_is_refused_without_its_config_file(
-    tmp_path: Path, index: Path, zygote: Zygote
-) -> None:
-    job = Job(tmp_path, index)
-    assert run(zygote, 1, job) == [0]
-    (job.run_dir / "config.toml").unlink()
-    assert run(zygote, 1, job, "optim.lr=1") == [2]
-    assert "holds another experiment: optim.lr was 0.005, now 1" in job.output()

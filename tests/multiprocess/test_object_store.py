@@ -102,6 +102,24 @@ def test_another_store_does_not_make_a_run_begin_anew(
     assert "holds another experiment: optim.lr was 0.005, now 0.1" in elsewhere.output()
 
 
+def test_nodes_that_share_no_disk_save_to_the_store_and_go_on_from_it(
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job, bucket, monkeypatch
+) -> None:
+    folder, port = bucket
+    job = Job(tmp_path / "one", index)
+    options = ["checkpoint.store=s3://runs/f", "checkpoint.keep_last=3"]
+    run = {"log": tmp_path / "one" / "rank-0.log", "environment": s3_environment(port)}
+    apart = "multiprocess.ranks:train_apart"
+    assert zygote.run(2, apart, job.config, tmp_path / "node", *options, **run) == [0, 0], job.output()
+    assert steps(folder, "f") == [15, 18, 20]
+    use_s3(monkeypatch, port)
+    for name in ("step-000000018", "step-000000020"):
+        storage.delete(f"s3://runs/f/checkpoints/{name}/{MANIFEST}")
+    assert zygote.run(2, apart, job.config, tmp_path / "new", *options, **run) == [0, 0], job.output()
+    job.run_dir = tmp_path / "new-0"
+    assert job.column("train/loss") == uninterrupted.column("train/loss")[15:]
+
+
 def test_a_store_that_refuses_ends_the_run_with_a_sentence(
     tmp_path: Path, index: Path, zygote: Zygote, bucket
 ) -> None:

@@ -93,7 +93,8 @@ def parse_labels(extension: str, data: Bytes) -> tuple[int, ...]:
         text = bytes(data).decode("ascii").strip()
         if text.isdigit():  # the usual case
             return (int(text),)
-        labels = [int(word) for word in re.split(r"[\s,]+", text)]
+        words = re.split(r"[\s,]+", text)
+        labels = [int(word) if word.isdigit() else -1 for word in words]  # int() takes "1_0", too
     else:
         try:
             value = json.loads(bytes(data))

@@ -45,9 +45,11 @@ def class_names(folder: Path) -> list[str]:
 
 
 def list_files(folder: str) -> Iterator[tuple[str, int]]:
-    """(path, bytes) of every file below a folder, in the order of the names; hidden folders are passed over.
+    """(path, bytes) of every file below a folder, in the order of the names; hidden folders are passed over,
+    and pipes and devices, which would be waited for.
 
-    Links to folders are followed where they do not lead back up.
+    Links to folders are followed where they do not lead back up. Raises ConfigError for a name that is not
+    UTF-8, which a shard cannot carry.
     """
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
@@ -56,8 +58,18 @@ def list_files(folder: str) -> Iterator[tuple[str, int]]:
             target, here = os.path.realpath(entry.path) + os.sep, os.path.realpath(folder) + os.sep
             if not entry.name.startswith(".") and not here.startswith(target):
                 yield from list_files(entry.path)
-        else:
-            yield entry.path, _size(entry)
+        elif entry.is_file() or entry.is_symlink():
+            yield _readable(entry.path), _size(entry)
+
+
+def _readable(path: str) -> str:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{os.fsencode(path)!r} is not a name in UTF-8; rename the file or folder"
+        ) from None
+    return path
 
 
 def is_image_name(name: str) -> bool:
