@@ -10,18 +10,20 @@ from typing import Any
 
 EXAMPLE = """examples:
   python tools/bench.py data --shards "data/imagenet/train-*.tar"
-  python tools/bench.py order --samples 303000000 --shards 30000 --world 1024 --json order.json"""
+  python tools/bench.py order --samples 303000000 --shards 30000 --world 1024 --json order.json
+  python tools/bench.py checkpoint --variant B/16 --ranks 2 --json checkpoint.json"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
 
+    from vitscale.checkpoint.format import CheckpointError
     from vitscale.config import ConfigError
     from vitscale.data.index import DataError
 
     try:
         results = COMMANDS[arguments.command](arguments)
-    except (ConfigError, DataError) as error:
+    except (CheckpointError, ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_table(results)
@@ -60,7 +62,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     order.add_argument("--sample-bytes", type=int, default=110_000, help="of a stored JPEG")
     order.add_argument("--workers", type=int, default=8, help="data workers of a rank")
     order.add_argument("--folder", type=Path, default=Path("data/bench-order"), help="for the synthetic set")
-    for command in (data, order):
+
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help="save, load and export, beside raw writes and DeepSpeed's own checkpoints",
+        epilog="example: python tools/bench.py checkpoint --variant B/16 --ranks 2 --folder /mnt/disk",
+    )
+    checkpoint.add_argument("--variant", default="B/16", help="of the model, NAME/PATCH")
+    checkpoint.add_argument("--ranks", type=int, default=2, help="processes that save; on GPUs, one each")
+    checkpoint.add_argument("--rounds", type=int, default=5, help="the figures are medians over them")
+    checkpoint.add_argument("--folder", default="", help="on the disk to measure; a temporary one if not set")
+    checkpoint.add_argument(
+        "--no-deepspeed", dest="deepspeed", action="store_false", help="leave DeepSpeed's own ways out"
+    )
+    for command in (data, order, checkpoint):
         command.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file")
     return parser.parse_args(argv)
 
@@ -77,6 +92,13 @@ def bench_order(arguments: argparse.Namespace) -> dict[str, Any]:
 
     names = ("samples", "shards", "world", "global_batch", "sample_bytes", "workers", "folder")
     return run(OrderBench(**{name: getattr(arguments, name) for name in names}), show_progress)
+
+
+def bench_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    from vitscale.bench.checkpoint import CheckpointBench, run
+
+    names = ("variant", "ranks", "rounds", "folder", "deepspeed")
+    return run(CheckpointBench(**{name: getattr(arguments, name) for name in names}), show_progress)
 
 
 def show_progress(stage: str) -> None:
@@ -102,7 +124,7 @@ def print_table(results: dict[str, Any], indent: str = "") -> None:
             print(f"{indent}{name:<{46 - len(indent)}}{shown!s:>16}")
 
 
-COMMANDS = {"data": bench_data, "order": bench_order}
+COMMANDS = {"data": bench_data, "order": bench_order, "checkpoint": bench_checkpoint}
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
