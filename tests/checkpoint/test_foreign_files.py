@@ -17,6 +17,7 @@ from vitscale.checkpoint import publish
 from vitscale.checkpoint.export import SavedModel
 from vitscale.checkpoint.foreign import export_model, import_model
 from vitscale.checkpoint.format import CheckpointError, SafetensorsReader
+from vitscale.checkpoint.report import open_checkpoint
 from vitscale.config import ConfigError
 from vitscale.models.vit import ModelConfig
 
@@ -252,6 +253,60 @@ def test_files_that_could_run_code_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="head/bias holds Python objects, whose loading can run code"):
         import_model(tmp_path / "x.npz", tmp_path / "out", format="npz")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a": {"dtype": "F32", "shape": [-2, -3], "data_offsets": [0, 24]}}',
+        b'{"a": {"dtype": "F32", "shape": [6], "data_offsets": [-24, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [6], "data_offsets": ["0", "24"]}}',
+        b'{"a": {"dtype": "F32", "shape": [6], "data_offsets": [24]}}',
+        b'{"a": {"dtype": "F32", "shape": [6], "data_offsets": [60, 84]}}',
+        b'{"a": {"dtype": "F32", "shape": [1000000000000000], "data_offsets": [0, 4000000000000000]}}',
+        b'{"a": {"dtype": "F32", "shape": [0, 1%s], "data_offsets": [0, 0]}}' % (b"0" * 30),
+        b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]},'
+        b' "b": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]},'
+        b' "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"__metadata__": ["x"], "a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]}}',
+        b'{"__metadata__": {"vitscale.model": "[]", "vitscale.step": "3"}}',
+        b"[" * 100_000,
+        b'{"a": 5}',
+        b"[1]",
+    ],
+)
+def test_hostile_safetensors_headers_are_refused(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(CheckpointError, match=r"hostile\.safetensors"):
+        SavedModel(path)
+    if b"vitscale" not in header:  # a file without a model of ours may be shown
+        with pytest.raises(CheckpointError, match=r"hostile\.safetensors"):
+            open_checkpoint(str(path))
+
+
+def test_an_index_names_files_beside_it_only(tmp_path: Path) -> None:
+    saved_model(tmp_path / "other.safetensors")
+    (tmp_path / "out").mkdir()
+    index = {"metadata": {}, "weight_map": {"norm.weight": "../other.safetensors"}}
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="must name files beside it"):
+        open_checkpoint(str(tmp_path / "out"))
+
+
+def test_an_export_that_is_not_the_model_it_names_is_refused(tmp_path: Path) -> None:
+    saved_model(tmp_path / "a.safetensors")
+    tensors, metadata = (
+        load_file(tmp_path / "a.safetensors"),
+        SafetensorsReader(tmp_path / "a.safetensors").metadata,
+    )
+    save_file({k: v for k, v in tensors.items() if k != "norm.weight"}, tmp_path / "b.safetensors", metadata)
+    with pytest.raises(CheckpointError, match="does not hold the model that it names: norm.weight"):
+        load_model(tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="holds no norm.weight"):
+        export_model(tmp_path / "b.safetensors", tmp_path / "out", format="timm")
 
 
 def test_damaged_and_mistaken_files_are_refused(tmp_path: Path) -> None:

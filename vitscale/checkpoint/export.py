@@ -50,16 +50,20 @@ class SavedModel:
             self._source = FragmentReader(self.path, manifest)
             self.step = manifest.step
             self.shapes = {name: info.shape for name, info in manifest.tensors.items()}
-            model = manifest.config["model"]
+            model = manifest.config.get("model")
         if state == "ema" and (export or "ema" not in manifest.states):
             raise CheckpointError(
                 f"{self.path} has no average of the weights (EMA), but one set of them; leave --ema out, or "
                 "train with optim.ema_decay"
             )
+        if not isinstance(model, dict):
+            raise CheckpointError(f"{self.path} names no model configuration: vitscale did not write it")
         self.config = configs.from_dict(ModelConfig, model, "model")
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, fp32."""
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.path} holds no {name}, which the model that it names has")
         if isinstance(self._source, Weights):
             return self._source.tensor(name)
         return self._source.whole(name, self._state)
@@ -81,6 +85,10 @@ def load_model(path: str | Path, *, state: State = "fp32") -> ViT:
     """
     saved = SavedModel(path, state=state)
     model = build_model(saved.config, seed=0)
+    held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if held != dict(saved.shapes):
+        names = sorted(name for name in {*held, *saved.shapes} if held.get(name) != saved.shapes.get(name))
+        raise CheckpointError(f"{saved.path} does not hold the model that it names: {names[0]} does not fit")
     model.load_state_dict(saved.state(), strict=True)
     return model.eval()
 
@@ -142,7 +150,7 @@ def write_export(
     return out
 
 
-def _read_metadata(weights: Weights) -> tuple[int, dict[str, tuple[int, ...]], dict[str, object]]:
+def _read_metadata(weights: Weights) -> tuple[int, dict[str, tuple[int, ...]], object]:
     """Step, shapes and the plain values of the model's configuration."""
     try:
         model = json.loads(weights.metadata["vitscale.model"])
@@ -152,6 +160,6 @@ def _read_metadata(weights: Weights) -> tuple[int, dict[str, tuple[int, ...]], d
             f"{weights.path} was not exported by vitscale: it names no model configuration; "
             "tools/checkpoint.py import makes an export of other libraries' weights"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{weights.path} has damaged metadata; copy it again") from None
     return step, weights.shapes, model

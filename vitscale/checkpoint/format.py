@@ -7,6 +7,7 @@ either.
 
 import dataclasses
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ FIXED = "fixed"
 MANIFEST = "manifest.json"
 _BLOCK = 2 << 20  # a buffer that stays in the processor's cache between the read and the hash
 _RANGE_BYTES = 64 << 20  # of one read from a store
+_MOST = 2**62  # values of a tensor, and bytes: whatever is computed from them fits into 64 bits
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -208,17 +210,28 @@ class SafetensorsReader:
         self._path = str(path)
         start = self._read_bytes(0, 8)
         (length,) = struct.unpack("<Q", start.ljust(8))
-        if length > (storage.sizes([self._path])[0] or 0):
-            raise ValueError(f"{path} is not a safetensors file")
-        self.header: dict[str, Any] = json.loads(self._read_bytes(8, 8 + length))
-        self.metadata: dict[str, str] = self.header.pop("__metadata__", {})
+        size = storage.sizes([self._path])[0] or 0
+        try:
+            if length > size - 8:
+                raise ValueError
+            text = self._read_bytes(8, 8 + length)
+            self.header: dict[str, Any] = json.loads(text, object_pairs_hook=_once_each)
+            self.metadata: dict[str, str] = self.header.pop("__metadata__", {})
+            _check_header(self.header, self.metadata)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise CheckpointError(f"{path} is not a safetensors file, or a damaged one") from None
         self._base = 8 + length
+        for name, entry in self.header.items():
+            if self._base + entry["data_offsets"][1] > size:
+                raise CheckpointError(f"{path} ends inside {name}: it was cut; copy it again")
 
     def read_into(self, destination: Tensor, name: str, start: int) -> None:
         """destination[:] = tensor.flatten()[start : start + len(destination)], cast to its dtype; destination
         is 1-D.
         """
-        entry = self.header[name]
+        entry = self.header.get(name)
+        if entry is None or start + len(destination) > math.prod(entry["shape"]):
+            raise CheckpointError(f"{self._path} does not hold {len(destination):,} values of {name}")
         dtype = _DTYPES[entry["dtype"]]
         staged = (
             destination.device.type != "cpu" or dtype != destination.dtype or not destination.is_contiguous()
@@ -235,7 +248,10 @@ class SafetensorsReader:
             destination.copy_(host)
 
     def dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self.header[name]["dtype"]]
+        kind = self.header.get(name, {}).get("dtype")
+        if kind not in _DTYPES:
+            raise CheckpointError(f"{self._path} holds no {name} of a dtype that is known here ({kind})")
+        return _DTYPES[kind]
 
     def _read(self, view: memoryview, position: int) -> int:
         if storage.is_local(self._path):  # not kept open: a checkpoint has as many files as it had ranks
@@ -247,6 +263,41 @@ class SafetensorsReader:
 
     def _read_bytes(self, start: int, end: int) -> bytes:
         return storage.read_range(self._path, start, end)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, if no key of it comes twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError
+    return values
+
+
+def _check_header(header: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Raise ValueError, or what a wrong type raises, unless every tensor has its own bytes."""
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError
+    ranges = []
+    for entry in header.values():
+        shape, ((start,), (end,)) = _sizes(entry["shape"]), [_sizes([at]) for at in entry["data_offsets"]]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype and end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError
+        ranges.append((start, end))
+    before = 0
+    for start, end in sorted(ranges):
+        if not before <= start <= end:
+            raise ValueError
+        before = end
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    """Numbers that a tensor's shape, or a place in a file, can be. Raises ValueError for others."""
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError
+    if math.prod(max(1, value) for value in values) > _MOST:
+        raise ValueError
+    return tuple(values)
 
 
 def _bytes_of(flat: Tensor) -> memoryview:

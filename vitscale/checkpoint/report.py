@@ -20,7 +20,7 @@ from vitscale import storage
 from vitscale.checkpoint.format import CheckpointError, Manifest, SafetensorsReader
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.verify import open_directory
-from vitscale.checkpoint.weights import EXPORT_NAME, INDEX_NAME
+from vitscale.checkpoint.weights import EXPORT_NAME, INDEX_NAME, read_index
 
 CHUNK = 1 << 20  # values looked at at a time, in float64
 NOT_FACTS = ("config", "tensors", "files")
@@ -207,17 +207,17 @@ def when(created: str, now: datetime.datetime) -> tuple[str, str]:
 
 def _open_export(path: str) -> Opened:
     try:
-        index = json.loads(storage.read_bytes(path)) if path.endswith(INDEX_NAME) else {}
-        files = (
-            sorted({storage.join(path, file) for file in index["weight_map"].values()}) if index else [path]
-        )
+        metadata, places = read_index(path) if path.endswith(INDEX_NAME) else ({}, {})
+        files = sorted({storage.join(path, file) for file in places.values()}) if places else [path]
         readers = [SafetensorsReader(file) for file in files]
-        metadata = dict(index["metadata"] if index else readers[0].metadata)
+        metadata = dict(metadata or readers[0].metadata)
         held = {name: reader for reader in readers for name in reader.header}
         shapes = {name: tuple(reader.header[name]["shape"]) for name, reader in held.items()}
         dtypes = {name: reader.dtype(name) for name, reader in held.items()}
         model = json.loads(metadata.pop("vitscale.model", "{}"))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError):
         raise CheckpointError(
             f"{path} is not a safetensors file, or a damaged one; give a run directory, a step directory, or "
             "an export"
