@@ -1,10 +1,14 @@
 """Checkpoint files on disk: written exactly, verified by checksum, kept and found by number."""
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 from vitscale import load_model
@@ -124,6 +128,45 @@ def test_every_flipped_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(flipped)
         with pytest.raises(CheckpointError, match="manifest"):
             store.verify(path.parent)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda v: v["files"].update({"../x.safetensors": v["files"]["rank-00000.safetensors"]}),
+        lambda v: v["files"].update({"/x.safetensors": v["files"]["rank-00000.safetensors"]}),
+        lambda v: v["tensors"]["norm.bias"].update(fragments=[["elsewhere", 0, 16]]),
+        lambda v: v["tensors"]["norm.bias"].update(fragments=[["rank-00000.safetensors", 0, 20]] * 2),
+        lambda v: v["tensors"]["norm.bias"].update(
+            fragments=[["rank-00000.safetensors", 0, 20], ["rank-00000.safetensors", 20, -4]]
+        ),
+        lambda v: v["tensors"]["norm.bias"].update(shape=[-4, -4]),
+        lambda v: v["tensors"]["norm.bias"].update(
+            shape=[10**15], fragments=[["rank-00000.safetensors", 0, 10**15]]
+        ),
+        lambda v: v["tensors"]["norm.bias"].update(shape=[16.0]),
+        lambda v: v.update(tensors=[]),
+        lambda v: v.update(files={"rank-00000.safetensors": 5}),
+        lambda v: v.update(config=[]),
+        lambda v: v.update(step="3"),
+        lambda v: v.update(created=5),
+        lambda v: v.update(evil=1),
+        lambda v: v.pop("step"),
+        lambda v: v.pop("version"),
+    ],
+)
+def test_a_hostile_manifest_with_a_right_checksum_is_refused(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    write_checkpoint(tmp_path, 3)
+    path = store.step_directory(tmp_path, 3) / "manifest.json"
+    values = json.loads(path.read_text())
+    values.pop("checksum")
+    edit(values)
+    text = json.dumps(values, sort_keys=True).encode()
+    path.write_text(json.dumps({**values, "checksum": xxhash.xxh3_128(text).hexdigest()}))
+    with pytest.raises(CheckpointError):
+        store.newest_good(tmp_path)
 
 
 def test_with_no_good_checkpoint_left_the_run_is_not_called_new(tmp_path: Path) -> None:

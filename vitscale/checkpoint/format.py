@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -118,25 +118,55 @@ class Manifest:
             raise CheckpointError(
                 f"{directory} holds no {MANIFEST}: it is not a finished checkpoint"
             ) from None
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise CheckpointError(f"{path} is damaged: it is not a manifest") from None
         if checksum != _digest(values):
             raise CheckpointError(f"{path} is damaged: its checksum does not match")
-        name, version = values.pop("format"), values.pop("version")
+        name, version = values.pop("format", None), values.pop("version", None)
         if name != FORMAT or version not in READABLE:
             raise CheckpointError(
                 f"{path} is a {name} of version {version}; this vitscale reads versions up to {VERSION}"
             )
+        try:
+            return cls._of(values)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                f"{path} is no manifest that vitscale wrote: a key, a type, a size or a file name is wrong"
+            ) from None
+
+    @classmethod
+    def _of(cls, values: dict[str, Any]) -> "Manifest":
+        """From plain values. Raises ValueError, or what a wrong type raises: a checksum over itself says
+        nothing about who wrote it. Files must lie beside it, and hold the fragments by their sizes.
+        """
         values["states"] = tuple(values["states"])
         values["files"] = {name: FileInfo(**info) for name, info in values["files"].items()}
         values["tensors"] = {
             name: TensorInfo(
-                shape=tuple(info["shape"]),
+                shape=_sizes(info["shape"]),
                 fragments=tuple((f, s, n) for f, s, n in info["fragments"]),
                 fixed=info.get("fixed", False),
             )
             for name, info in values["tensors"].items()
         }
+        for key, kind in get_type_hints(cls).items():
+            if type(values[key]) is not (get_origin(kind) or kind):
+                raise ValueError
+        for name, info in values["files"].items():
+            _sizes([info.num_bytes])
+            if Path(name).name != name or not isinstance(info.checksum, str):
+                raise ValueError
+        for info in values["tensors"].values():
+            for file, start, count in info.fragments:
+                whole = type(start) is int and type(count) is int
+                if not whole or start < 0 or not 0 <= count <= values["files"][file].num_bytes:
+                    raise ValueError
+            if type(info.fixed) is not bool:
+                raise ValueError
+        if not all(isinstance(text, str) for text in (*values["states"], *values["versions"].values())):
+            raise ValueError
+        if not all(isinstance(number, int) for number in values["counters"].values()):
+            raise ValueError
         return cls(**values)
 
     @property
