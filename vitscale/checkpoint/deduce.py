@@ -210,7 +210,7 @@ _EXTRAS = {"timm": _timm_extras, "transformers": _transformers_extras}
 
 
 def _gelu(key: str, value: str) -> str:
-    if value not in _GELUS:
+    if not isinstance(value, str) or value not in _GELUS:
         raise ConfigError(f"config.json has {key} {value!r}; vitscale's models have {' or '.join(_GELUS)}")
     return _GELUS[value]
 

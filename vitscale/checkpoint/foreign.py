@@ -90,7 +90,7 @@ def import_model(
     """
     source = open_npz(str(file)) if format == "npz" else open_safetensors(str(file), format)
     try:
-        config = _config_of(source, overrides)
+        config, step = _config_of(source, overrides), _step_of(source)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     if pixels == "half" and any(abs(mean - 0.5) > 0.01 for mean in source.pixel_mean):
@@ -100,7 +100,6 @@ def import_model(
     if pixels != "half":
         tensors = _with_our_pixels(tensors, *_PIXELS[pixels])
     shapes = {name: shapes[name] for rule in table for name in rule.ours}
-    step = int(source.metadata.get("vitscale.step", "0"))
     metadata = export_metadata(config, step, "fp32") | {"vitscale.imported_from": Path(file).name}
     written = write_export(Path(out), tensors, shapes, metadata)
     logger.info("imported %d tensors as %s", len(shapes), config)
@@ -111,11 +110,28 @@ def _config_of(source: Source, overrides: Sequence[str]) -> ModelConfig:
     """The model whose tensors are exactly those of the source; what we wrote says itself which one it is."""
     ours = source.metadata.get("vitscale.model")
     if ours:
-        config = deduce.filled(json.loads(ours), overrides)
+        config = deduce.filled(_plain_model(ours), overrides)
     else:
         config = deduce.model_config(source.dialect, source.shapes, source.config_json, overrides)
     deduce.check_tensors(source.dialect, config, source.shapes)
     return config
+
+
+def _plain_model(text: str) -> dict[str, object]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError("what it says of its model (vitscale.model) is damaged; copy it again")
+    return values
+
+
+def _step_of(source: Source) -> int:
+    step = source.metadata.get("vitscale.step", "0")
+    if not (step.isascii() and step.isdigit()):
+        raise ConfigError(f"what it says of its step (vitscale.step) is {step!r}, no number; copy it again")
+    return int(step)
 
 
 def _export_npz(saved: SavedModel, out: Path, dialect: FlaxDialect, dtype: Dtype, shard_mb: int) -> Path:

@@ -4,8 +4,12 @@ Nothing in them is ever unpickled. What is written is the same to the byte for t
 """
 
 import json
+import math
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +25,18 @@ from vitscale.checkpoint.store import numel
 from vitscale.checkpoint.weights import Dtype, NamedTensors, rounded
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+# What zipfile, zlib and NumPy raise for bytes that are not those of an archive of arrays, or are encrypted.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    tokenize.TokenError,
+    SyntaxError,
+    ValueError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+)
 _BF16 = np.dtype("V2")  # how NumPy, which has no bfloat16, reads one
 
 
@@ -35,11 +51,13 @@ class NpzReader:
             self._zip = zipfile.ZipFile(path)
             self._dtypes: dict[str, np.dtype] = {}
             self.shapes: dict[str, tuple[int, ...]] = {}
-            for file in self._zip.namelist():
-                name = file.removesuffix(".npy")
-                with self._zip.open(file) as member:
+            for info in self._zip.infolist():
+                name = info.filename.removesuffix(".npy")
+                with self._zip.open(info) as member:
                     self.shapes[name], _, self._dtypes[name] = _read_header(member)
-        except (zipfile.BadZipFile, ValueError, KeyError, EOFError):
+                if name == info.filename or _values_at_least(self.shapes[name]) > info.file_size:
+                    raise ValueError  # more values than bytes, all of them decompressed
+        except _DAMAGED:
             raise CheckpointError(f"{path} is not an .npz file of arrays, or a damaged one") from None
 
     @property
@@ -47,9 +65,10 @@ class NpzReader:
         """What write_npz left in the archive's comment; empty in the archives of others."""
         try:
             values = json.loads(self._zip.comment or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
-        return values if isinstance(values, dict) else {}
+        told = isinstance(values, dict) and all(isinstance(text, str) for text in values.values())
+        return values if told else {}
 
     def tensor(self, name: str) -> Tensor:
         """One whole array, as fp32."""
@@ -85,7 +104,7 @@ class NpzReader:
         try:
             with self._zip.open(f"{name}.npy") as member:
                 yield member
-        except (zipfile.BadZipFile, ValueError, EOFError):
+        except _DAMAGED:
             raise CheckpointError(f"{self.path} is damaged: {name} cannot be read") from None
 
 
@@ -107,6 +126,13 @@ def write_npz(path: Path, tensors: NamedTensors, dtype: Dtype, metadata: Mapping
 def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether it lies in Fortran's order, and dtype."""
     return _HEADERS[npy.read_magic(member)](member)
+
+
+def _values_at_least(shape: tuple[int, ...]) -> int:
+    """How many values a shape means, and rows, where these are empty. Raises ValueError for no shape."""
+    if min(shape, default=0) < 0:
+        raise ValueError
+    return math.prod(max(1, size) for size in shape)
 
 
 def _read_row(member: Any, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:

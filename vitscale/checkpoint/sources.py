@@ -98,7 +98,7 @@ def open_npz(path: str) -> Source:
     shapes: dict[str, tuple[int, ...]] = {}
     for name in inside:
         array, shape = prefix + name, arrays.shapes[prefix + name]
-        if name.startswith(_STACK):
+        if name.startswith(_STACK) and shape:
             for row in range(shape[0]):
                 one = f"{ours}Transformer/encoderblock_{row}/{name.removeprefix(_STACK)}"
                 places[one], shapes[one] = (array, row), shape[1:]
@@ -175,7 +175,7 @@ def _read_json(path: str) -> dict[str, Any]:
         values = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if isinstance(values, dict) and all(isinstance(values.get(key) or {}, dict) for key in _TABLES):
         return values
@@ -185,4 +185,5 @@ def _read_json(path: str) -> dict[str, Any]:
 def _pixel_mean(config: Mapping[str, Any], processor: Mapping[str, Any]) -> tuple[float, ...]:
     """As timm's config.json and transformers' preprocessor_config.json say it."""
     mean = (config.get("pretrained_cfg") or {}).get("mean") or processor.get("image_mean")
-    return tuple(map(float, mean)) if isinstance(mean, list) else ()
+    told = isinstance(mean, list) and all(isinstance(value, int | float) for value in mean)
+    return tuple(map(float, mean)) if told else ()
