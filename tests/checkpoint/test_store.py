@@ -185,6 +185,12 @@ def test_steps_are_ordered_by_number_and_leftovers_are_no_checkpoints(tmp_path: 
     assert store.steps_on_disk(tmp_path) == [5, 900_000_000, 2_000_000_000]
 
 
+def test_only_our_own_names_are_steps(tmp_path: Path) -> None:
+    for name in ("step-²", "step-5", "step-000000004-copy", "step-٠٠٠٠٠٠٠٠٣", "step-000000002"):
+        (tmp_path / name).mkdir()
+    assert store.steps_on_disk(tmp_path) == [2]
+
+
 @pytest.mark.parametrize(
     ("steps", "keep_last", "every", "kept"),
     [

@@ -99,7 +99,8 @@ def step_name(step: int) -> str:
 def steps_on_disk(place: str | Path) -> list[int]:
     """The steps of all committed checkpoints in a folder or store, rising; by number, not by time."""
     names = [name.removeprefix("step-") for name in storage.names_in(str(place)) if name.startswith("step-")]
-    steps = sorted(int(name) for name in names if name.isdigit())
+    # What another hand has named otherwise (step-5, step-000000005-copy) is not ours to read or delete.
+    steps = sorted(int(name) for name in names if name.isdecimal() and step_name(int(name)) == f"step-{name}")
     if storage.is_local(str(place)):
         return steps
     return [step for step in steps if MANIFEST in storage.names_in(step_folder(str(place), step))]
