@@ -138,41 +138,41 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def list_run(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint import listing, report
+    from vitscale.checkpoint.report import listing, show
 
     found = listing.list_run(arguments.run, checksums=not arguments.fast)
-    print(report.to_json(dataclasses.asdict(found)) if arguments.json else listing.render(found, _now()))
+    print(show.to_json(dataclasses.asdict(found)) if arguments.json else listing.render(found, _now()))
     return 0
 
 
-def show(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint import report
+def show_checkpoint(arguments: argparse.Namespace) -> int:
+    from vitscale.checkpoint.report import show
 
-    opened = report.open_checkpoint(arguments.checkpoint)
+    opened = show.open_checkpoint(arguments.checkpoint)
     if arguments.config:
-        print(report.to_json(opened.config) if arguments.json else report.render_config(opened).rstrip())
+        print(show.to_json(opened.config) if arguments.json else show.render_config(opened).rstrip())
         return 0
-    tensors = report.measure(opened)
+    tensors = show.measure(opened)
     if arguments.json:
-        print(report.to_json(report.values_of(opened, tensors)))
+        print(show.to_json(show.values_of(opened, tensors)))
     else:
-        print(report.render(opened, tensors, _now()))
+        print(show.render(opened, tensors, _now()))
     return 0
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint import report
+    from vitscale.checkpoint.report import show
 
-    print(report.render_verified(report.open_checkpoint(arguments.checkpoint)))
+    print(show.render_verified(show.open_checkpoint(arguments.checkpoint)))
     return 0
 
 
 def diff(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint import compare, report
+    from vitscale.checkpoint.report import compare, show
 
-    a, b = (report.open_checkpoint(path) for path in (arguments.a, arguments.b))
+    a, b = (show.open_checkpoint(path) for path in (arguments.a, arguments.b))
     found = compare.compare(a, b, all_states=arguments.states)
-    print(report.to_json(dataclasses.asdict(found)) if arguments.json else compare.render(found))
+    print(show.to_json(dataclasses.asdict(found)) if arguments.json else compare.render(found))
     return 0 if found.equal else 1
 
 
@@ -184,7 +184,7 @@ def reshard(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint.foreign import export_model
+    from vitscale.checkpoint.foreign.convert import export_model
 
     out = export_model(
         arguments.checkpoint,
@@ -200,7 +200,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def import_weights(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint.foreign import import_model
+    from vitscale.checkpoint.foreign.convert import import_model
 
     out = import_model(
         arguments.file,
@@ -226,7 +226,7 @@ def _now() -> datetime.datetime:
 
 COMMANDS = {
     "list": list_run,
-    "show": show,
+    "show": show_checkpoint,
     "verify": verify,
     "diff": diff,
     "reshard": reshard,

@@ -149,7 +149,7 @@ def names_in(folder: str) -> list[str]:
         fs, path = _filesystem(folder)
         fs.invalidate_cache()
         found = _retry(lambda: fs.ls(path, detail=False), folder, "listing")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted({name.rstrip("/").rpartition("/")[2] for name in found} - {""})
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from vitscale import load_model
 from vitscale.checkpoint.export import SavedModel, export_safetensors
-from vitscale.checkpoint.foreign import export_model, import_model
+from vitscale.checkpoint.foreign.convert import export_model, import_model
 from vitscale.data.transforms import evaluation_view, normalize
 from vitscale.models.vit import ModelConfig
 

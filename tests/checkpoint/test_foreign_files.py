@@ -17,9 +17,9 @@ from torch import Tensor
 from vitscale import load_model
 from vitscale.checkpoint import publish
 from vitscale.checkpoint.export import SavedModel
-from vitscale.checkpoint.foreign import export_model, import_model
+from vitscale.checkpoint.foreign.convert import export_model, import_model
 from vitscale.checkpoint.format import CheckpointError, SafetensorsReader
-from vitscale.checkpoint.report import open_checkpoint
+from vitscale.checkpoint.report.show import open_checkpoint
 from vitscale.config import ConfigError
 from vitscale.models.vit import ModelConfig
 

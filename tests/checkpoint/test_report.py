@@ -14,8 +14,8 @@ from checkpoint_files import CONFIG, FIXED, SHAPES, state_of, write_step
 from data.servers import s3_server, use_s3
 
 from tools.checkpoint import main
-from vitscale.checkpoint import compare, listing, report
 from vitscale.checkpoint.format import write_safetensors
+from vitscale.checkpoint.report import compare, listing, show
 
 NOW = datetime.datetime(2026, 1, 2, 5, 4, 5, tzinfo=datetime.UTC)
 METRICS = """{"step": 10, "train/loss": 2.5}
@@ -331,7 +331,7 @@ def test_what_lies_in_a_store_is_listed_and_compared(
 
 
 def test_a_table_is_as_wide_as_it_needs_to_be() -> None:
-    assert report.table(("a", "long"), [("xyz", "1"), ("x", "22")], left=(0,)) == [
+    assert show.table(("a", "long"), [("xyz", "1"), ("x", "22")], left=(0,)) == [
         "a    long",
         "xyz     1",
         "x      22",
@@ -349,5 +349,5 @@ def test_a_table_is_as_wide_as_it_needs_to_be() -> None:
 )
 def test_ages_are_in_the_unit_that_people_would_use(created: str, age: str) -> None:
     moment = datetime.datetime.fromisoformat(created).astimezone()
-    assert report.when(created, NOW) == (f"{moment:%Y-%m-%d %H:%M}", age)
-    assert report.when("now", NOW) == ("now", "")
+    assert show.when(created, NOW) == (f"{moment:%Y-%m-%d %H:%M}", age)
+    assert show.when("now", NOW) == ("now", "")

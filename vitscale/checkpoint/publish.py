@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vitscale import storage
+from vitscale.checkpoint.foreign.npz import NpzReader
 from vitscale.checkpoint.format import CheckpointError
-from vitscale.checkpoint.npz import NpzReader
 from vitscale.checkpoint.weights import EXPORT_NAME, INDEX_NAME, Weights
 
 _FOLDER_FILES = (EXPORT_NAME, INDEX_NAME, "config.json", "preprocessor_config.json")

@@ -24,8 +24,8 @@ from vitscale.checkpoint.format import (
     SafetensorsWriter,
 )
 from vitscale.checkpoint.load import FragmentReader
-from vitscale.checkpoint.report import export_at
 from vitscale.checkpoint.verify import open_directory
+from vitscale.checkpoint.weights import export_at
 
 
 def reshard(checkpoint: str, out: str, world_size: int) -> Path:

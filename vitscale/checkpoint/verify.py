@@ -58,7 +58,7 @@ def open_directory(path: str) -> tuple[str, Manifest]:
 
     Newer ones that do not verify are named in a warning. Raises CheckpointError if there is none that does.
     """
-    if MANIFEST in _names(path):
+    if MANIFEST in storage.names_in(path):
         return path, _good(check_all([path])[0])
     problems = []
     for _, folder in reversed(committed(path)):
@@ -70,7 +70,7 @@ def open_directory(path: str) -> tuple[str, Manifest]:
     if problems:
         raise store.none_verifies(path, problems[0])
     raise CheckpointError(
-        f"{path} is not a checkpoint: give a run directory with checkpoints in it, or a step directory"
+        f"{path} is not a checkpoint: give a run directory with checkpoints in it, a step directory, or an export"
     )
 
 
@@ -96,13 +96,6 @@ def check_all(folders: Sequence[str], *, checksums: bool = True) -> list[Checked
         dataclasses.replace(one, problem=one.problem or problems.get(number, ""))
         for number, one in enumerate(opened)
     ]
-
-
-def _names(path: str) -> list[str]:
-    try:
-        return storage.names_in(path)
-    except NotADirectoryError:
-        return []
 
 
 def _good(found: Checked) -> Manifest:

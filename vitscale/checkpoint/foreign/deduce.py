@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vitscale import config as configs
-from vitscale.checkpoint.foreign_config import GOOGLES, TIMM_POOLS
+from vitscale.checkpoint.foreign.configs import GOOGLES, TIMM_POOLS
 from vitscale.config import ConfigError
 from vitscale.models.names import (
     FLAX_DIALECTS,

@@ -10,7 +10,7 @@ from typing import Any
 from vitscale import storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.format import MANIFEST, CheckpointError
-from vitscale.checkpoint.report import facts_of, size_text, table, when
+from vitscale.checkpoint.report.show import facts_of, size_text, table, when
 from vitscale.checkpoint.verify import Checked, check_all, committed, places_of
 from vitscale.metrics import FILE_NAME, read_metrics
 

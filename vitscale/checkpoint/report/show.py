@@ -8,7 +8,6 @@ import datetime
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from vitscale import storage
 from vitscale.checkpoint.format import CheckpointError, Manifest, SafetensorsReader
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.verify import open_directory
-from vitscale.checkpoint.weights import EXPORT_NAME, INDEX_NAME, read_index
+from vitscale.checkpoint.weights import INDEX_NAME, export_at, read_index
 
 CHUNK = 1 << 20  # values looked at at a time, in float64
 NOT_FACTS = ("config", "tensors", "files")
@@ -84,14 +83,6 @@ def open_checkpoint(path: str) -> Opened:
         num_files=len(manifest.files),
         read=FragmentReader(folder, manifest).whole,
     )
-
-
-def export_at(path: str) -> str:
-    """The safetensors file, or the index of its shards, that a path means; "" if it means no export."""
-    if path.endswith((".safetensors", INDEX_NAME)) or (storage.is_local(path) and Path(path).is_file()):
-        return path
-    names = storage.names_in(path)
-    return next((storage.child(path, name) for name in (EXPORT_NAME, INDEX_NAME) if name in names), "")
 
 
 def facts_of(manifest: Manifest) -> dict[str, Any]:

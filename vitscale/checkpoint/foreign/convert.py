@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from vitscale import storage
-from vitscale.checkpoint import deduce, foreign_config
 from vitscale.checkpoint.export import (
     SavedModel,
     State,
@@ -23,10 +22,11 @@ from vitscale.checkpoint.export import (
     export_safetensors,
     write_export,
 )
+from vitscale.checkpoint.foreign import configs, deduce
+from vitscale.checkpoint.foreign.npz import write_npz
+from vitscale.checkpoint.foreign.sources import Source, open_npz, open_safetensors
 from vitscale.checkpoint.format import CheckpointError
-from vitscale.checkpoint.npz import write_npz
 from vitscale.checkpoint.publish import publishing
-from vitscale.checkpoint.sources import Source, open_npz, open_safetensors
 from vitscale.checkpoint.weights import Dtype, write_folder
 from vitscale.config import ConfigError
 from vitscale.models.names import our_shapes, rules, their_shapes, to_ours, to_theirs
@@ -135,12 +135,12 @@ def _step_of(source: Source) -> int:
 
 
 def _export_npz(saved: SavedModel, out: Path, dialect: FlaxDialect, dtype: Dtype, shard_mb: int) -> Path:
-    foreign_config.check_expressible(saved.config, dialect)
+    configs.check_expressible(saved.config, dialect)
     if dtype == "bf16":
         raise CheckpointError("NumPy has no bfloat16, so an .npz file is fp32 or fp16; use --dtype fp16")
     if out.suffix != ".npz" or shard_mb:
         raise CheckpointError(f"{out} must be one file whose name ends in .npz, without --shard-mb")
-    for unsaid in foreign_config.unsaid_in_npz(saved.config):
+    for unsaid in configs.unsaid_in_npz(saved.config):
         logger.warning("readers of .npz files compute Google's model, but this one has %s", unsaid)
     table, config = rules(dialect, saved.config), saved.config
     if dialect != "big_vision":
@@ -155,14 +155,14 @@ def _export_folder(
     saved: SavedModel, out: Path, format: Literal["timm", "transformers"], dtype: Dtype, shard_bytes: int
 ) -> Path:
     config = saved.config
-    foreign_config.check_expressible(config, format)
+    configs.check_expressible(config, format)
     if out.suffix in (".safetensors", ".npz") or (format == "timm" and shard_bytes):
         raise CheckpointError(f"{out} must be a folder; for {format} with one model.safetensors in it")
-    files = {"config.json": foreign_config.timm_config(config)}
+    files = {"config.json": configs.timm_config(config)}
     if format == "transformers":
         files = {
-            "config.json": foreign_config.transformers_config(config, dtype),
-            "preprocessor_config.json": foreign_config.preprocessor_config(config),
+            "config.json": configs.transformers_config(config, dtype),
+            "preprocessor_config.json": configs.preprocessor_config(config),
         }
     metadata = {
         "format": "pt",

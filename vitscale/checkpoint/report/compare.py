@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vitscale.checkpoint.report import Opened, chunks, shape_text, table
+from vitscale.checkpoint.report.show import Opened, chunks, shape_text, table
 
 INCIDENTAL_CONFIG = ("run_dir", "engine", "log", "checkpoint", "evals")
 INCIDENTAL_FACTS = ("world_size", "zero_stage", "created", "versions")

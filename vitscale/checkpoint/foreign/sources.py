@@ -14,9 +14,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vitscale import storage
-from vitscale.checkpoint.deduce import refuse_other_parts
+from vitscale.checkpoint.foreign.deduce import refuse_other_parts
+from vitscale.checkpoint.foreign.npz import NpzReader
 from vitscale.checkpoint.format import CheckpointError
-from vitscale.checkpoint.npz import NpzReader
 from vitscale.checkpoint.weights import Weights, export_at
 from vitscale.config import ConfigError
 from vitscale.models.names import Dialect, Shapes

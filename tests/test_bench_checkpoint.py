@@ -1,0 +1,59 @@
+"""The checkpoint bench, run for real on the smallest model: what it must show, and that it leaves nothing."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.bench import main
+from vitscale.bench import ranks
+from vitscale.bench.checkpoint import CheckpointBench
+from vitscale.bench.ranks import Layout
+from vitscale.config import ConfigError
+
+
+def test_saving_loading_and_exporting_are_measured_beside_their_baselines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    options = ["--variant", "mu/16", "--rounds", "1", "--folder", str(tmp_path / "disk"), "--no-deepspeed"]
+    assert main(["checkpoint", *options, "--json", str(out)]) == 0
+    results = json.loads(out.read_text())["results"]
+    assert results["layout"] == "2 ranks, ZeRO 1"
+    # mu/16 with 1000 classes: 77,480 parameters, of which each has a master and two moments, in fp32.
+    assert results["megabytes"] == pytest.approx(77_480 * 12 / 1e6)
+    assert results["saving"]["save / raw"] > 0
+    assert results["blocked"]["training blocked, seconds"] < results["blocked"]["whole save, seconds"]
+    loads = results["load on 2 ranks, ZeRO 1, of a checkpoint by"]
+    assert list(loads) == ["2 ranks, ZeRO 1", "1 rank, ZeRO 1", "4 ranks, ZeRO 1", "2 ranks, ZeRO 3"]
+    assert all(("both / same layout" in row) == (name != "2 ranks, ZeRO 1") for name, row in loads.items())
+    assert results["export"]["largest tensor, MB"] == pytest.approx(4 * 768 * 32 / 1e6)
+    assert results["export"]["timm: peak memory, MB"] < 100
+    assert "save / raw" in capsys.readouterr().out
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_rank_that_fails_fails_the_measurement_with_its_own_words(tmp_path: Path) -> None:
+    model = CheckpointBench(variant="mu/16").model
+    with pytest.raises(Exception, match="holds no checkpoint"):
+        ranks.start(2, ranks.measure_loads, model, 1, {"one": tmp_path / "nothing"}, 1)
+
+
+def test_a_checkpoint_is_read_by_the_layout_that_wrote_it_and_by_others() -> None:
+    config = CheckpointBench(ranks=2)
+    assert config.own == Layout(2, 1)
+    assert config.others == [Layout(1, 1), Layout(4, 1), Layout(2, 3)]
+    assert config.elsewhere == Layout(1, 1)
+    alone = dataclasses.replace(config, ranks=1)
+    assert alone.others == [Layout(2, 1), Layout(1, 3)]
+    assert alone.elsewhere == Layout(2, 1)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(ConfigError, match="above 0"):
+        CheckpointBench(rounds=0)
+    with pytest.raises(ConfigError, match="above 0"):
+        CheckpointBench(ranks=0)
+    with pytest.raises(ConfigError, match="variant"):
+        CheckpointBench(variant="Q/16").model  # noqa: B018
