@@ -185,5 +185,6 @@ def _read_json(path: str) -> dict[str, Any]:
 def _pixel_mean(config: Mapping[str, Any], processor: Mapping[str, Any]) -> tuple[float, ...]:
     """As timm's config.json and transformers' preprocessor_config.json say it."""
     mean = (config.get("pretrained_cfg") or {}).get("mean") or processor.get("image_mean")
-    told = isinstance(mean, list) and all(isinstance(value, int | float) for value in mean)
-    return tuple(map(float, mean)) if told else ()
+    if not isinstance(mean, list) or not all(isinstance(value, int | float) for value in mean):
+        return ()
+    return tuple(map(float, mean))
