@@ -62,6 +62,7 @@ def read(folder: str, modes: str, result: str) -> None:
                 checkpoint = load.find(Home(path))
                 assert checkpoint
                 load.resume(engine, checkpoint, OPTIM.name, ema)
+                ema.update(engine)  # no step was made since: as where the first one is skipped
                 check_values(engine, ema, checkpoint)
                 losses = [train_step(engine, ema, step) for step in (2, 3)]
                 found[f"{path.name} {name_of(mode, stage)}"] = losses

@@ -191,7 +191,7 @@ def resume(engine: Any, found: Found, optimizer: str, ema: Ema | None) -> None:
     reader = FragmentReader(directory, manifest)
     states = [name for name in manifest.states if name not in ("fp32", EMA)]
     state.restore(engine, reader, states, manifest.optimizer_steps)
-    if ema:
-        ema.restore(engine, reader, EMA if EMA in manifest.states else "fp32")
     engine_counters = {name: manifest.counters[name] for name in state.COUNTERS}
     state.restore_counters(engine, engine_counters, manifest.loss_scaler)
+    if ema:  # after the counters: it notes the step, so that one that is skipped then does not count
+        ema.restore(engine, reader, EMA if EMA in manifest.states else "fp32")
