@@ -4,12 +4,14 @@ resumes.
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 EXAMPLE = """examples:
   python launch/train.py configs/demo/shapes.toml                                   one process
   deepspeed --num_gpus 8 launch/train.py configs/pretrain/vit_b16_in21k.toml        eight GPUs of this machine
@@ -54,6 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_users(error):
             raise
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # the metrics' file system is full or read-only, say
+        if error.errno not in USERS_ERRORS:
+            raise
+        where = error.filename or "writing to the run directory"
+        print(f"error: {where}: {error.strerror}; mend that, and the same command goes on", file=sys.stderr)
         return 2
     finally:
         distributed.shutdown()

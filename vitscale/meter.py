@@ -20,6 +20,7 @@ from vitscale.models.flops import train_flops
 
 logger = logging.getLogger(__name__)
 
+QUARANTINE_NAME = "quarantine.jsonl"
 MIN_SAMPLES_FOR_BAD_FRACTION = 1000
 
 
@@ -38,7 +39,7 @@ class Meter:
         self._job = job
         self._flops = train_flops(job.config.model)
         self._peak = engines.peak_flops()
-        self._quarantine_file = Path(job.config.run_dir) / "quarantine.jsonl"
+        self._quarantine_file = Path(job.config.run_dir) / QUARANTINE_NAME
         self._bad: list[str] = []
         self._digest = 0
         self.restart()
@@ -131,7 +132,7 @@ def bad_data_sentence(job: Job, progress: Progress) -> str:
     seen = progress.step * job.config.global_batch
     return (
         f"{progress.bad_samples:,} of {seen:,} samples could not be used, more than data.max_bad_fraction "
-        f"{job.config.data.max_bad_fraction} allows; {job.config.run_dir}/quarantine.jsonl lists them. A "
+        f"{job.config.data.max_bad_fraction} allows; {job.config.run_dir}/{QUARANTINE_NAME} lists them. A "
         f"checkpoint was saved at step {progress.step}: mend the shards and index them again, or raise the "
         "fraction"
     )

@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 import signal
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ from vitscale.job import (
     write_config,
 )
 from vitscale.losses import compute_loss, to_targets
-from vitscale.meter import Meter, Progress, bad_data_sentence, too_many_bad
-from vitscale.metrics import MetricsWriter
+from vitscale.meter import QUARANTINE_NAME, Meter, Progress, bad_data_sentence, too_many_bad
+from vitscale.metrics import MetricsWriter, trim_metrics
 from vitscale.models import build_model
 from vitscale.models.transfer import transfer_state
 from vitscale.models.vit import ViT
@@ -71,7 +72,17 @@ def train(config: TrainConfig) -> int:
     stop = StopFlag()
     run = start(job)
     write_config(job)
-    engine, progress, saver = run.engine, run.progress, run.saver
+    with run.saver:
+        loop(job, run, tasks, stop)
+    distributed.barrier()  # a launcher may end all ranks when the first has ended with another status than 0
+    if lock:
+        lock.release()
+    return 0 if run.progress.step == job.total_steps else PREEMPTED
+
+
+def loop(job: Job, run: "Run", tasks: Mapping[str, FewShotTask | ClassifyTask], stop: "StopFlag") -> None:
+    """Train from where the run is to its end, or to where it is asked to stop; every rank calls it."""
+    config, engine, progress, saver = job.config, run.engine, run.progress, run.saver
     writer = open_metrics(job, progress.step)
     stream = open_stream(job, progress.step)
     if progress.step == 0:
@@ -113,7 +124,6 @@ def train(config: TrainConfig) -> int:
             saver.save(engine, checkpoint_header(job, engine, progress), run.ema)
             meter.restart()
         if damaged:
-            saver.wait()
             raise DataError(bad_data_sentence(job, progress))
         if stopping and not last:
             break
@@ -123,10 +133,6 @@ def train(config: TrainConfig) -> int:
         for cost in saver.finished():
             writer.write(progress.step, cost)
         writer.close()
-    distributed.barrier()  # a launcher may end all ranks when the first has ended with another status than 0
-    if lock:
-        lock.release()
-    return 0 if progress.step == job.total_steps else PREEMPTED
 
 
 def train_step(engine: Any, job: Job, batch: Batch, step: int) -> Tensor:
@@ -223,6 +229,7 @@ def open_metrics(job: Job, step: int) -> MetricsWriter | None:
     if not distributed.is_main():
         return None
     config = job.config
+    trim_metrics(Path(config.run_dir) / QUARANTINE_NAME, step)
     return MetricsWriter(
         config.run_dir, resume_step=step, total_steps=job.total_steps, tensorboard=config.log.tensorboard
     )

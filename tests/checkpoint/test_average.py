@@ -78,6 +78,10 @@ def test_different_models_and_single_ones_are_refused(tmp_path: Path) -> None:
         average([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "out")
     with pytest.raises(CheckpointError, match="average needs two checkpoints or more before OUT, not 1"):
         average([tmp_path / "a.safetensors"], tmp_path / "out")
+    with pytest.raises(
+        CheckpointError, match=r"b.safetensors exists, and average overwrites nothing: is OUT"
+    ):
+        average([tmp_path / "a.safetensors"] * 2, tmp_path / "b.safetensors")
     assert not (tmp_path / "out").exists()
 
 

@@ -258,7 +258,7 @@ def test_other_shapes_and_names_are_told(run: Path, tmp_path: Path, capsys: Capt
 
 
 def test_a_nan_is_the_same_as_a_nan_and_as_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "CHUNK", 2)  # the values that matter lie in different chunks
+    monkeypatch.setattr(show, "CHUNK", 2)  # the values that matter lie in different chunks
     a = torch.tensor([math.nan, 1.0, 2.0, math.inf, 5.0])
     assert compare.compare_tensors("x", "fp32", a, a.clone()) is None
     b = torch.tensor([math.nan, 1.0, math.nan, math.inf, 4.0])
@@ -289,7 +289,7 @@ def test_damage_is_refused_and_a_run_falls_back_to_its_newest_good(
         (["list", "{}/run/checkpoints/step-000000010"], "is one checkpoint, list takes a run directory"),
         (["show", "{}/nothing"], "is not a checkpoint: give a run directory"),
         (["show", "{}"], "is not a checkpoint: give a run directory"),
-        (["show", "{}/text"], "is not a safetensors file, or a damaged one"),
+        (["show", "{}/text"], "is not a checkpoint: give a run directory"),
         (["diff", "{}/run", "{}/absent.safetensors"], "absent.safetensors: No such file"),
         (["verify", "{}/cut.safetensors"], "cut.safetensors ends inside b"),
     ],

@@ -23,10 +23,15 @@ def average(paths: Sequence[str | Path], out: str | Path, *, state: State = "fp3
     one of a source are in memory at a time.
 
     paths, state: as SavedModel; out: as write_export. The export has the step of the latest source, and the
-    steps of all in its metadata. Raises CheckpointError for fewer than two, and for two different models.
+    steps of all in its metadata. Raises CheckpointError for fewer than two, for two different models, and for
+    an `out` that exists.
     """
     if len(paths) < 2:
         raise CheckpointError(f"average needs two checkpoints or more before OUT, not {len(paths)}")
+    if Path(out).exists():
+        raise CheckpointError(
+            f"{out} exists, and average overwrites nothing: is OUT missing at the end? else delete it first"
+        )
     sources = [SavedModel(path, state=state) for path in paths]
     first = sources[0]
     for other in sources[1:]:

@@ -20,6 +20,7 @@ from vitscale.checkpoint.store import CheckpointConfig, Home
 
 logger = logging.getLogger(__name__)
 THREAD_NAME = "checkpoint writer"
+LAST_SAVE_SECONDS = 120
 
 
 @dataclasses.dataclass
@@ -70,6 +71,14 @@ class Saver:
             self._write(taken, save)
             self.wait()
         save.blocked_seconds = time.perf_counter() - began
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Where training ends by an error, let the save under way come to its end: it is good."""
+        if kind and self._saves and (thread := self._saves[-1].thread):
+            thread.join(LAST_SAVE_SECONDS)
 
     @property
     def failed(self) -> bool:

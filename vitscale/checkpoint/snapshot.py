@@ -134,8 +134,11 @@ def write(snapshot: Snapshot, home: Home, channel: ProcessGroup | None = None) -
         everyone = distributed.gather_json([file, dataclasses.asdict(info), snapshot.pieces], channel)
         manifest = _manifest(snapshot, everyone)
         _together(lambda: _commit(manifest, temporary, home), temporary, channel)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # it is there still if this failed, or was a stage
+    except CheckpointError:  # on all ranks; after any other error one of them may still be at work in there
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if home.store:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_file(snapshot: Snapshot, path: Path, home: Home) -> FileInfo:

@@ -147,6 +147,8 @@ def clean(directory: Path) -> None:
     """Delete what dead saves left in a folder; only the holder of the run's lock knows that they are dead."""
     for leftover in directory.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in directory.glob(f".{LATEST}.tmp-*"):
+        leftover.unlink(missing_ok=True)
 
 
 def retained(steps: Sequence[int], keep_last: int, keep_every_steps: int) -> set[int]:

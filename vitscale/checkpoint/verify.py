@@ -70,7 +70,8 @@ def open_directory(path: str) -> tuple[str, Manifest]:
     if problems:
         raise store.none_verifies(path, problems[0])
     raise CheckpointError(
-        f"{path} is not a checkpoint: give a run directory with checkpoints in it, a step directory, or an export"
+        f"{path} is not a checkpoint: give a run directory with checkpoints in it, a step directory, or an "
+        "export"
     )
 
 
