@@ -433,5 +433,5 @@ def test_a_pipe_is_passed_over_and_a_name_that_is_no_text_is_refused(tmp_path: P
     assert sum(report.num_samples.values()) > 0
     os.mkdir(os.fsencode(source) + b"/caf\xe9")
     (Path(os.fsdecode(os.fsencode(source) + b"/caf\xe9")) / "x.jpg").write_bytes(b"")
-    with pytest.raises(ConfigError, match="is not a name in UTF-8; rename the file or folder"):
+    with pytest.raises(ConfigError, match="has no name in UTF-8; rename it"):
         pack(str(source), tmp_path / "other", PackConfig())

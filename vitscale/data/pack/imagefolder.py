@@ -37,8 +37,15 @@ def find_splits(source: Path) -> dict[str, Path]:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The class folders, sorted: their positions are the class indices. Raises ConfigError for none."""
+    """The class folders, sorted: their positions are the class indices. Raises ConfigError for none, and
+    for a name that is no text, which classes.json could not carry.
+    """
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for name in names:
+        if not name.isprintable():  # a byte that is not UTF-8 is a lone surrogate here
+            raise ConfigError(
+                f"{folder}: the class folder {os.fsencode(name)!r} has no name in UTF-8; rename it"
+            )
     if not names:
         raise ConfigError(f"{folder} holds no class folders; it must look like {folder}/CLASS/IMAGE.jpg")
     return names
@@ -48,8 +55,7 @@ def list_files(folder: str) -> Iterator[tuple[str, int]]:
     """(path, bytes) of every file below a folder, in the order of the names; hidden folders are passed over,
     and pipes and devices, which would be waited for.
 
-    Links to folders are followed where they do not lead back up. Raises ConfigError for a name that is not
-    UTF-8, which a shard cannot carry.
+    Links to folders are followed where they do not lead back up.
     """
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
@@ -59,17 +65,7 @@ def list_files(folder: str) -> Iterator[tuple[str, int]]:
             if not entry.name.startswith(".") and not here.startswith(target):
                 yield from list_files(entry.path)
         elif entry.is_file() or entry.is_symlink():
-            yield _readable(entry.path), _size(entry)
-
-
-def _readable(path: str) -> str:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"{os.fsencode(path)!r} is not a name in UTF-8; rename the file or folder"
-        ) from None
-    return path
+            yield entry.path, _size(entry)
 
 
 def is_image_name(name: str) -> bool:
