@@ -29,7 +29,7 @@ def test_saving_loading_and_exporting_are_measured_beside_their_baselines(
     assert list(loads) == ["2 ranks, ZeRO 1", "1 rank, ZeRO 1", "4 ranks, ZeRO 1", "2 ranks, ZeRO 3"]
     assert all(("both / same layout" in row) == (name != "2 ranks, ZeRO 1") for name, row in loads.items())
     assert results["export"]["largest tensor, MB"] == pytest.approx(4 * 32 * 1000 / 1e6)
-    assert results["export"]["timm: peak memory, MB"] < 100
+    assert 0 <= results["export"]["timm: peak of what it holds, MB"] < 100
     assert "save / raw" in capsys.readouterr().out
     assert list((tmp_path / "disk").iterdir()) == []
 

@@ -4,6 +4,7 @@ Every function here is called by all ranks of a world at once and returns lists 
 slowest rank's, since a job waits for it. Round 0 warms up caches and allocators; it stands first in the list.
 """
 
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -42,6 +43,7 @@ OPTIM = OptimConfig(weight_decay=0.1)
 STATES = state.OPTIMIZER_STATES[OPTIM.name]
 # What starting an engine imports: seconds for each rank, unless it was imported before the fork.
 HEAVY = ("deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 RAW_BLOCK = 16 << 20
 # Without it DeepSpeed writes checkpoints that its own conversion refuses.
 UNIVERSAL_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
@@ -113,9 +115,10 @@ def _free_port() -> int:
 
 
 def measure_saves(model: ModelConfig, stage: int, folder: Path, rounds: int) -> Figures:
-    """Raw writes, saves in the background and saves in the foreground of the same bytes, in turns.
+    """Raw writes and saves of the same bytes in turns: raw, in the background, raw again, in the foreground.
 
-    Whatever `folder` holds is deleted between the turns.
+    A save always comes after a raw write, and a raw write after a save: machines are faster at what they
+    have just done. Whatever `folder` holds is deleted between the turns.
     """
     engine = make_engine(model, stage)
     random = torch.randint(256, (_num_bytes(engine),), dtype=torch.uint8)
@@ -124,12 +127,13 @@ def measure_saves(model: ModelConfig, stage: int, folder: Path, rounds: int) -> 
     ways: list[Callable[[int], dict[str, float]]] = [
         lambda _: _write_raw(share, folder),
         lambda number: _save(background, engine, model, number),
+        lambda _: {"raw_again": _write_raw(share, folder)["raw"]},
         lambda number: {"foreground": _save(foreground, engine, model, number)["save"]},
         lambda _: {"checksum": timed(lambda: xxhash.xxh3_128(share).digest())[1]},
     ]
     figures: Figures = {"bytes": distributed.all_reduce_sum([float(len(share))])}
     for number in range(rounds + 1):
-        for way in ways if number % 2 else reversed(ways):  # neither always comes after the other
+        for way in ways:
             _settle(folder)
             for name, seconds in way(number).items():
                 figures.setdefault(name, []).append(seconds)
@@ -162,15 +166,19 @@ def measure_loads(
     return figures
 
 
-def measure_export(run_dir: Path, out: Path, format: Format) -> dict[str, float]:
-    """Growth of this process's resident memory at its peak while a checkpoint is exported (Linux).
+def measure_export(run_dir: Path, out: Path, format: Format, returning: bool) -> dict[str, float]:
+    """How a fresh process's resident memory grows at its peak while a checkpoint is exported (Linux, glibc).
 
-    Start it afresh for each format: memory that an earlier export gave back would hide the growth.
+    returning: malloc gives back at once what is freed, and what comes once in a process has come: the growth
+    is then what the export holds. It else is what one sees from outside.
     """
     SavedModel(run_dir)  # imports, buffers and a first verification are paid for before
+    if returning:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        export_model(run_dir, out / "before", format=format)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, began = _memory("VmRSS"), time.perf_counter()
-    export_model(run_dir, out, format=format)
+    export_model(run_dir, out / "measured", format=format)
     seconds = time.perf_counter() - began
     return {"bytes": _memory("VmHWM") - before, "seconds": seconds}
 
