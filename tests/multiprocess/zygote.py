@@ -113,7 +113,7 @@ def _fork(rank: int, environment: dict[str, str], function: str, arguments: list
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
         module, _, name = function.partition(":")
         status = getattr(importlib.import_module(module), name)(*arguments) or 0
-    except BaseException:
+    except BaseException:  # a fork must never return into its parent's code, whatever was raised
         traceback.print_exc()
     finally:
         os._exit(status)

@@ -55,7 +55,7 @@ def reshard(checkpoint: str, out: str, world_size: int) -> Path:
     try:
         _write(source, manifest, temporary, world_size)
         os.rename(temporary, target)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too, leaves nothing behind; raised again
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     storage.fsync_directory(target.parent)

@@ -139,7 +139,7 @@ def _check_files(files: Sequence[tuple[str, str, FileInfo]]) -> list[str]:
             for task in as_completed(tasks):
                 bar.update(tasks[task])
             return [task.result() for task in tasks]
-        except BaseException:
+        except BaseException:  # Ctrl-C, too, must not wait for the files still in the queue; raised again
             pool.shutdown(cancel_futures=True)
             raise
 

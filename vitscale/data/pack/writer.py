@@ -32,7 +32,7 @@ def open_shard(path: Path) -> Iterator[Callable[[RawSample], None]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too, leaves no half shard; raised again
         temporary.unlink(missing_ok=True)
         raise
     storage.fsync_directory(path.parent)
