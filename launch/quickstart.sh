@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# The whole of vitscale in a few minutes, on one machine, with or without GPUs: data, pretraining on several processes, a
-# kill, resuming on another number of processes, export, fine-tuning at another resolution, evaluation before and after.
-# Run it again: what is there is reused.
+# All of vitscale in a few minutes, on one machine, with or without GPUs: data, pretraining on
+# several processes, a kill, resuming on another number of processes, export, fine-tuning at
+# another resolution, and evaluation before and after. A second run reuses what is there.
 #   bash launch/quickstart.sh
 set -euo pipefail
+if [ "$(uname)" != Linux ]; then
+    echo "vitscale is tested on Linux only: on Windows it does not start (no fcntl, fork or pread; WSL 2 is" \
+        "untested), and on macOS nobody has tried it." >&2
+    exit 2
+fi
 cd "$(dirname "$0")/.."
 say() { printf '\n== %s\n' "$*"; }
 
-say "1. Set up (.venv)"
+say "1. Install into .venv"
 bash tools/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONWARNINGS=ignore
 gpus=$(command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | wc -l || echo 0)
@@ -17,12 +22,12 @@ run=runs/quickstart
 launcher=(deepspeed --log_level warning --master_port "${MASTER_PORT:-29517}")
 [ "$gpus" -gt 0 ] && launcher+=(--num_gpus) || launcher+=(--num_accelerators)
 
-say "2. Make the demo data: 14,000 drawn shapes, 1,797 real handwritten digits"
+say "2. Make the demo data: 14,500 drawn shapes and 1,797 real handwritten digits"
 python tools/data.py demo data/demo
 
 if [ ! -e "$run/pretrain/checkpoints/latest" ]; then
     say "3. Pretrain on $processes processes, and kill them all (SIGKILL) half-way"
-    # setsid: one process group, so that the kill takes the launcher, every rank and every data worker at once.
+    # setsid: one process group, so that the kill hits the launcher, ranks and data workers at once.
     setsid "${launcher[@]}" "$processes" launch/train.py configs/demo/shapes.toml &
     job=$!
     until [ -e "$run/pretrain/checkpoints/step-000000300" ] || ! kill -0 "$job" 2>/dev/null; do sleep 0.2; done
@@ -32,24 +37,24 @@ if [ ! -e "$run/pretrain/checkpoints/latest" ]; then
 fi
 
 others=$((processes > 1 ? processes / 2 : 1))
-say "4. Resume where it stopped, now on $others: the same command, no conversion"
+say "4. Resume where it stopped, now with $others: the same command, no conversion"
 "${launcher[@]}" "$others" launch/train.py configs/demo/shapes.toml
 
 say "5. Export the weights to one safetensors file"
 python tools/checkpoint.py export "$run/pretrain" "$run/pretrain.safetensors" --format safetensors
 
-say "6. Fine-tune on the real digits at 48 pixels instead of 32"
+say "6. Fine-tune on the real digits, at 48 pixels instead of 32"
 "${launcher[@]}" "$processes" launch/train.py configs/finetune/digits.toml
 
-say "7. Evaluate a checkpoint by hand: ten labelled digits of each class, frozen features"
+say "7. Evaluate a checkpoint by hand: frozen features and ten labelled digits of each class"
 python tools/evaluate.py fewshot "$run/finetune" --data data/demo/digits --shots 10 --json "$run/fewshot.json"
 
 say "Results"
 python tools/report.py "$run/pretrain" "$run/finetune"
-cat <<EOF
+cat <<END
 
 See the curves:       .venv/bin/tensorboard --logdir $run
 Look at the run:      .venv/bin/python tools/checkpoint.py show $run/pretrain
 Real images next:     .venv/bin/python tools/data.py pack YOUR_FOLDER data/mine      then copy configs/demo/shapes.toml
 What a config runs:   .venv/bin/python launch/train.py configs/demo/shapes.toml --dry-run
-EOF
+END

@@ -1,11 +1,11 @@
-"""Fixtures that several tests share: a small index, and the folder of real data where there is one."""
+"""What all tests share: the option --sweep, a small index, and real images if there are any."""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from shard_files import write_index
+from make import write_index
 
 from vitscale.data.index import Index
 
@@ -15,13 +15,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", default=24, type=int, help="how many kills the sweep over a save makes")
+    parser.addoption(
+        "--sweep", action="store_true", help="run exhaustive tables whole, not a seeded sample of each"
+    )
+
+
+@pytest.fixture(scope="session")
+def sweep(pytestconfig: pytest.Config) -> bool:
+    """Whether exhaustive tables run whole (--sweep), or each as a sample of a constant seed."""
+    return bool(pytestconfig.getoption("--sweep"))
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with cifar10/ and imagenet_samples/ (VITSCALE_TEST_DATA, or ../shared/data beside the
-    checkout).
+    """The folder with cifar10/ and imagenet_samples/.
+
+    VITSCALE_TEST_DATA names it; without, it is ../shared/data beside the checkout.
     """
     folder = Path(os.environ.get("VITSCALE_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "cifar10").is_dir():

@@ -1,12 +1,14 @@
 """The config system: what it fills in, what it refuses, and what it writes back."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
-from vitscale.config import ConfigError, differing_keys, from_dict, load, to_dict, to_toml
+from vitscale.config import differing_keys, from_dict, load, to_dict, to_toml
+from vitscale.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,35 @@ class Outer:
     flip: bool = True
     optim: Inner = dataclasses.field(default_factory=Inner)
     evals: dict[str, Inner] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Square:
+    kind: Literal["square"] = "square"
+    side: float = 1.0
+
+    def check(self, where: str) -> None:
+        if self.side > 100:
+            raise ConfigError(f"{where} is too large")
+
+    @classmethod
+    def upgrade(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"side" if key == "length" else key: value for key, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Circle:
+    kind: Literal["circle"] = "circle"
+    radius: float = 1.0
+    centre: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    frame: Square | Circle = dataclasses.field(default_factory=Square)
+    shapes: dict[str, Square | Circle] = dataclasses.field(default_factory=dict)
+    order: tuple[Square | Circle, ...] = ()
+    hole: Circle = dataclasses.field(default_factory=Circle)
 
 
 def write(path: Path, text: str) -> Path:
@@ -89,3 +120,68 @@ def test_differing_keys_are_dotted() -> None:
     old = to_dict(Outer(run_dir="a"))
     new = to_dict(Outer(run_dir="b", optim=Inner(lr=2.0)))
     assert list(differing_keys(old, new)) == ["run_dir", "optim.lr"]
+
+
+def test_the_kind_chooses_the_class_and_without_one_it_is_the_first() -> None:
+    values = {
+        "frame": {"kind": "circle", "radius": 2},
+        "shapes": {"a": {"side": 3}, "b": {"kind": "circle"}},
+        "order": [{"kind": "circle"}, {}],
+        "hole": {"kind": "circle"},
+    }
+    drawing = from_dict(Drawing, values)
+    assert drawing.frame == Circle(radius=2.0)
+    assert drawing.shapes == {"a": Square(side=3.0), "b": Circle()}
+    assert drawing.order == (Circle(), Square())
+    assert from_dict(Drawing, {}).frame == Square()
+    assert from_dict(Drawing, to_dict(drawing)) == drawing
+    assert from_dict(Square | Circle, {"kind": "circle"}) == Circle()
+
+
+def test_an_override_changes_the_kind_of_a_section(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", "[frame]\nside = 2\n")
+    assert load(Drawing, [path]).frame == Square(side=2.0)
+    assert load(Drawing, [], ["shapes.a={kind='circle', radius=3}"]).shapes == {"a": Circle(radius=3.0)}
+    with pytest.raises(ConfigError, match=r'unknown key frame.side: only kind = "square" reads it'):
+        load(Drawing, [path], ["frame.kind=circle"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"shapes": {"a": {"kind": "squair"}}},
+            "shapes.a.kind 'squair' is not one of 'square', 'circle'; did you mean \"square\"?",
+        ),
+        ({"frame": {"kind": 3}}, "frame.kind 3 is not one of 'square', 'circle'"),
+        ({"frame": {"kind": []}}, "frame.kind [] is not one of 'square', 'circle'"),
+        ({"frame": "circle"}, "frame must be a table, not 'circle'"),
+        (
+            {"shapes": {"a": {"radius": 2}}},
+            'unknown key shapes.a.radius: only kind = "circle" reads it; remove it or set '
+            'shapes.a.kind = "circle"',
+        ),
+        ({"order": [{}, {"sid": 2}]}, "unknown key order[1].sid in [order[1]]; did you mean order[1].side?"),
+        ({"hole": {"kind": "square"}}, "hole.kind 'square' is not one of 'circle'"),
+        ({"shapes": {"a": {"side": 101}}}, "shapes.a is too large"),
+    ],
+)
+def test_mistakes_in_a_kind_are_refused_by_the_place_of_the_section(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_dict(Drawing, values)
+    assert str(error.value) == message
+
+
+def test_a_section_reads_what_earlier_versions_wrote() -> None:
+    assert from_dict(Drawing, {"frame": {"length": 4}}).frame == Square(side=4.0)
+    with pytest.raises(ConfigError, match=r"unknown key hole.length"):
+        from_dict(Drawing, {"hole": {"length": 4}})
+
+
+def test_a_field_of_two_plain_types_is_our_mistake() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Vague:
+        size: int | str = 0
+
+    with pytest.raises(TypeError, match="size: a config field has one type, or is a union of dataclasses"):
+        from_dict(Vague, {"size": 1})

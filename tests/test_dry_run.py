@@ -1,7 +1,4 @@
-"""--dry-run: everything that follows from a config, in numbers, with nothing written; and every config
-that
-comes along.
-"""
+"""--dry-run shows what follows from a config and writes nothing; all of configs/ loads."""
 
 from pathlib import Path
 
@@ -10,7 +7,7 @@ import pytest
 from launch.train import main
 from vitscale import config as configs
 from vitscale.dry_run import describe
-from vitscale.job import TrainConfig
+from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
@@ -34,7 +31,7 @@ def test_the_numbers_are_shown_and_the_run_directory_is_left_alone(tmp_path: Pat
         "3e-05 per step",
         '"train_batch_size": 16',
         "97 in 3 shards",
-        "1 each epoch (others each time)",
+        "1 each epoch (different ones)",
     ):
         assert part in shown, shown
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""tools/evaluate.py end to end on a small export: results, JSON, ranks, and what it says to wrong input."""
+"""tools/evaluate.py end to end on a small export: results, JSON, ranks, wrong input."""
 
 import io
 import json
@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vitscale.checkpoint.export import load_model
-from vitscale.checkpoint.format import write_safetensors
+from vitscale.checkpoint.safetensors import write_safetensors
 from vitscale.config import to_dict
-from vitscale.evals.tasks import EvalConfig
-from vitscale.evaluate import FrozenModel, evaluate
+from vitscale.evals import ClassifyConfig
+from vitscale.evaluate import evaluate
 from vitscale.models import build_model
-from vitscale.models.vit import ModelConfig
+from vitscale.models.vit import ViTConfig
+from vitscale.weights.saved import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 7
@@ -28,7 +28,7 @@ CLASSES = 7
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny untrained model, with a head that is not zero, exported at step 123."""
-    config = ModelConfig(
+    config = ViTConfig(
         width=16, depth=1, num_heads=2, mlp_dim=32, patch_size=4, image_size=8, num_classes=CLASSES
     )
     state = build_model(config, seed=0).state_dict()
@@ -42,7 +42,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train-000000.tar with 42 samples and test-000000.tar with 23: a number that no world size divides."""
+    """42 samples to train on and 23 to test on: no number of ranks divides 23."""
     folder = tmp_path_factory.mktemp("shards")
     generator = np.random.default_rng(0)
     for name, count in (("train-000000.tar", 42), ("test-000000.tar", 23)):
@@ -68,7 +68,7 @@ def run_tool(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[
 
 
 def test_classify_scores_the_models_own_logits(export: Path, shards: Path):
-    test = EvalConfig(test=f"{shards}/test-*.tar", batch_size=10)
+    test = ClassifyConfig(test=f"{shards}/test-*.tar", batch_size=10)
     outcome = evaluate(str(export), "classify", test, torch.device("cpu"))
     with tarfile.open(shards / "test-000000.tar") as tar:
         files = [tar.extractfile(f"{i:05d}.png").read() for i in range(23)]  # type: ignore[union-attr]
@@ -80,19 +80,6 @@ def test_classify_scores_the_models_own_logits(export: Path, shards: Path):
     expected = {"top1": int((ranks < 1).sum()) / 23, "top5": int((ranks < 5).sum()) / 23, "num_samples": 23}
     assert 0 < expected["top1"] < expected["top5"] < 1
     assert outcome == {"checkpoint": str(export), "step": 123, "results": expected}
-
-
-def test_the_frozen_model_normalises_and_keeps_dropout_off():
-    config = ModelConfig(
-        width=16, depth=1, num_heads=2, mlp_dim=32, patch_size=4, image_size=8, num_classes=3, dropout=0.5
-    )
-    module = build_model(config, seed=0).train()
-    model = FrozenModel(module, image_size=8, num_classes=3, device=torch.device("cpu"))
-    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    features = model.features(images)
-    assert torch.equal(features, model.features(images)) and not features.requires_grad
-    torch.testing.assert_close(features, module.features(images / 127.5 - 1.0))
-    assert model.logits(images).shape == (2, 3)
 
 
 @pytest.mark.parametrize("kind", ["classify", "fewshot"])

@@ -1,4 +1,4 @@
-"""The first losses that the paper's heads must give, and the definitions of both losses."""
+"""Both losses by their definitions, and the first ones that the paper's heads must give."""
 
 import math
 
@@ -9,15 +9,14 @@ from vitscale.losses import LossConfig, compute_loss, to_targets
 
 
 @pytest.mark.parametrize(("num_classes", "expected"), [(10, 2.302585), (1000, 6.907755)])
-def test_softmax_begins_at_ln_c(num_classes: int, expected: float) -> None:
+def test_softmax_starts_at_ln_c(num_classes: int, expected: float) -> None:
     targets = to_targets(torch.tensor([[3], [0]]), num_classes)
-    assert compute_loss(LossConfig(), torch.zeros(2, num_classes), targets).item() == pytest.approx(
-        expected, abs=1e-6
-    )
+    loss = compute_loss(LossConfig(), torch.zeros(2, num_classes), targets)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(("num_classes", "bias", "expected"), [(21843, -10.0, 10.9917), (1000, -6.9, 7.9073)])
-def test_sigmoid_begins_where_the_bias_puts_it(num_classes: int, bias: float, expected: float) -> None:
+def test_sigmoid_starts_where_the_bias_puts_it(num_classes: int, bias: float, expected: float) -> None:
     targets = to_targets(torch.tensor([[3], [0]]), num_classes)
     loss = compute_loss(LossConfig(name="sigmoid"), torch.full((2, num_classes), bias), targets)
     assert loss.item() == pytest.approx(expected, abs=1e-4)
@@ -32,18 +31,14 @@ def test_labels_padded_with_minus_one_become_multi_hot() -> None:
 def test_sigmoid_sums_over_classes_and_averages_over_images() -> None:
     logits = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
     targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    terms = [
-        math.log1p(math.exp(-1)),
-        math.log1p(math.exp(-2)),
-        math.log1p(math.exp(0.5)),
-        math.log1p(math.exp(-3)),
-    ]
-    assert compute_loss(LossConfig(name="sigmoid"), logits, targets).item() == pytest.approx(
-        sum(terms) / 2, rel=1e-6
-    )
+    terms = [math.log1p(math.exp(x)) for x in (-1, -2, 0.5, -3)]  # -logit where the target is 1
+    loss = compute_loss(LossConfig(name="sigmoid"), logits, targets)
+    assert loss.item() == pytest.approx(sum(terms) / 2, rel=1e-6)
 
 
 def test_16_bit_logits_are_scored_in_fp32() -> None:
-    assert compute_loss(
-        LossConfig(), torch.zeros(1, 1000, dtype=torch.bfloat16), to_targets(torch.tensor([[1]]), 1000)
-    ).dtype == (torch.float32)
+    logits, targets = torch.linspace(-9, 9, 1000)[None].bfloat16(), to_targets(torch.tensor([[1]]), 1000)
+    for config in (LossConfig(), LossConfig(name="sigmoid")):
+        loss = compute_loss(config, logits, targets)
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, compute_loss(config, logits.float(), targets))

@@ -1,9 +1,10 @@
-"""The run's numbers: one row a step after any resume, bit for bit, and the same in TensorBoard."""
+"""A run's numbers: one row per step after any resume, bit for bit the same in TensorBoard."""
 
 import io
 import json
 import logging
 import math
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vitscale import metrics
-from vitscale.metrics import MetricsWriter, read_metrics
+from vitscale.metrics import MetricsWriter, read_metrics, remaining_time
 
 
 def write_rows(run_dir: Path, steps: range, *, resume_step: int = 0, scale: float = 1.0) -> None:
@@ -26,12 +27,12 @@ def steps_of(run_dir: Path) -> list[int]:
     return [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")]
 
 
-def test_rows_read_back_bit_for_bit_while_the_run_goes_on(tmp_path: Path):
+def test_rows_read_back_bit_for_bit_while_the_run_continues(tmp_path: Path):
     losses = [float(np.float32(x)) for x in np.random.default_rng(0).normal(size=50)]
     writer = MetricsWriter(tmp_path, resume_step=0, total_steps=50, tensorboard=False)
     for step, loss in enumerate(losses, start=1):
         writer.write(step, {"train/loss": loss, "data/digest": 2**63 - step})
-    rows = read_metrics(tmp_path / "metrics.jsonl")  # before close: each row is out as soon as it is written
+    rows = read_metrics(tmp_path / "metrics.jsonl")  # before close: each row is flushed when it is written
     writer.close()
     assert [row["train/loss"] for row in rows] == losses
     assert rows[0] == {"step": 1, "train/loss": losses[0], "data/digest": 2**63 - 1}
@@ -64,9 +65,21 @@ def test_a_whole_last_row_without_its_newline_does_not_swallow_the_next(tmp_path
 
 
 def test_a_fresh_start_keeps_nothing(tmp_path: Path):
-    write_rows(tmp_path, range(1, 5))
-    write_rows(tmp_path, range(1, 3))
-    assert steps_of(tmp_path) == [1, 2]
+    for steps in (range(1, 5), range(1, 3)):
+        writer = MetricsWriter(tmp_path, resume_step=0, total_steps=100, tensorboard=False)
+        writer.write(0, {"eval/x/top1": 0.1})  # before the first step
+        writer.close()
+        assert steps_of(tmp_path) == [0]
+        write_rows(tmp_path, steps)
+        assert steps_of(tmp_path) == list(steps)
+
+
+def test_a_resume_keeps_the_evaluation_before_the_first_step(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "eval/x/top1": 0.1}\n{"step": 1, "train/loss": 2.0}\n'
+    )
+    write_rows(tmp_path, range(2, 3), resume_step=1)
+    assert steps_of(tmp_path) == [0, 1, 2]
 
 
 def test_trimming_replaces_the_file_in_one_step(tmp_path: Path):
@@ -75,9 +88,17 @@ def test_trimming_replaces_the_file_in_one_step(tmp_path: Path):
     before = path.stat().st_ino
     with open(path, "rb") as old:
         metrics.trim_metrics(path, 2)
-        assert old.read().count(b"\n") == 4  # who had the old file open still has all of it
+        assert old.read().count(b"\n") == 4  # a reader that had the old file open still has all of it
     assert path.stat().st_ino != before
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_file_without_anything_to_trim_is_not_written_again(tmp_path: Path):
+    write_rows(tmp_path, range(1, 5))
+    path = tmp_path / "metrics.jsonl"
+    before = path.stat().st_ino
+    metrics.trim_metrics(path, 4)
+    assert path.stat().st_ino == before and steps_of(tmp_path) == [1, 2, 3, 4]
 
 
 def test_non_finite_numbers_stay_valid_json(tmp_path: Path):
@@ -98,9 +119,9 @@ def test_tensorboard_holds_the_same_numbers_after_a_resume(tmp_path: Path):
         writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    scalars = {event.step: event.value for event in events.Scalars("train/loss")}
-    assert scalars == {row["step"]: float(np.float32(row["train/loss"])) for row in rows}
-    assert sorted(scalars) == list(range(1, 11))
+    scalars = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert scalars == [(row["step"], float(np.float32(row["train/loss"]))) for row in rows]
+    assert [step for step, _ in scalars] == list(range(1, 11))
 
 
 def test_images_and_hyperparameters_reach_tensorboard(tmp_path: Path):
@@ -112,6 +133,7 @@ def test_images_and_hyperparameters_reach_tensorboard(tmp_path: Path):
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["images"] == ["data/inputs"]
+    assert [event.step for event in events.Images("data/inputs")] == [0]
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"model.variant" in content and b"B/16" in content and b"[0.9, 0.999]" in content
 
@@ -148,3 +170,36 @@ def test_on_a_terminal_a_bar_shows_step_and_loss(tmp_path: Path, monkeypatch: py
     writer.close()
     shown = terminal.getvalue()
     assert "30/40" in shown and "loss 2.2500" in shown and "eval/cifar10/10shot 0.44\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("elapsed_seconds", "num_done", "num_left", "text"),
+    [
+        (10.0, 4, 100, "04:10"),
+        (10.0, 4, 1, "00:02"),  # 2.5 s
+        (10.0, 4, 0, "00:00"),
+        (10.0, 4, -3, "00:00"),  # a run whose total was shortened
+        (1.0, 1, 3661, "1:01:01"),
+        (10.0, 1, 6, "01:00"),
+        (10.0, 0, 100, "?"),
+        (10.0, -1, 100, "?"),
+    ],
+)
+def test_the_remaining_time_is_the_steps_left_at_the_pace_so_far(
+    elapsed_seconds: float, num_done: int, num_left: int, text: str
+):
+    assert remaining_time(elapsed_seconds, num_done, num_left) == text
+
+
+def test_a_resumed_run_takes_its_pace_from_its_own_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    caplog.set_level(logging.INFO, logger="vitscale")
+    clock = iter([100.0, 100.5, 110.0])  # at the start of the process, and at each row
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    writer = MetricsWriter(tmp_path, resume_step=20, total_steps=40, tensorboard=False)
+    for step in (20, 24):
+        writer.write(step, {"train/loss": 1.0})
+    writer.close()
+    # 4 steps in 10 s, and 16 are left
+    assert [record.getMessage().rpartition("  ")[2] for record in caplog.records] == ["eta ?", "eta 00:40"]

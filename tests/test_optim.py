@@ -1,14 +1,15 @@
-"""Weight decay acts on kernels only, and as the paper means it."""
+"""Weight decay acts on kernels only, as the paper means it; frozen parameters do not train."""
 
 import pytest
 import torch
+from torch import nn
 
-from vitscale.config import ConfigError
+from vitscale.errors import ConfigError
 from vitscale.models import build_model
-from vitscale.models.vit import ModelConfig
-from vitscale.optim import OptimConfig, build_optimizer, is_kernel, parameter_groups
+from vitscale.models.vit import ViTConfig
+from vitscale.optim import OptimConfig, build_optimizer, freeze, is_kernel, parameter_groups
 
-CONFIG = ModelConfig(
+CONFIG = ViTConfig(
     variant="Ti/4",
     width=8,
     depth=1,
@@ -51,3 +52,82 @@ def test_decay_is_decoupled_and_multiplied_by_the_rate() -> None:
 def test_decay_with_sgd_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"optim.weight_decay must be 0 with optim.name = .sgd."):
         OptimConfig(name="sgd", weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": 0.0}, "optim.lr 0.0 must be above 0"),
+        ({"eps": 0.0}, "optim.eps 0.0 must be above 0"),
+        ({"betas": (0.9, 1.0)}, r"optim.betas \[0.9, 1.0\] and optim.momentum 0.9 must lie in \[0, 1\)"),
+        ({"betas": (-0.1, 0.9)}, r"optim.betas \[-0.1, 0.9\]"),
+        ({"momentum": 1.0}, "optim.momentum 1.0 must lie"),
+        ({"weight_decay": -0.1}, "optim.weight_decay -0.1 and optim.clip_norm 1.0 must not be negative"),
+        ({"clip_norm": -1.0}, "optim.weight_decay 0.0 and optim.clip_norm -1.0 must not be negative"),
+        ({"ema_decay": 1.0}, r"optim.ema_decay 1.0 must lie in \[0, 1\)"),
+        ({"ema_decay": -0.1}, "optim.ema_decay -0.1 must lie"),
+    ],
+)
+def test_values_out_of_range_are_refused(values: dict, message: str) -> None:
+    lowest = {"betas": (0.0, 0.0), "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 0.0, "ema_decay": 0.0}
+    OptimConfig(**lowest)
+    with pytest.raises(ConfigError, match=message):
+        OptimConfig(**values)
+
+
+def test_the_optimizer_is_the_one_that_is_named() -> None:
+    model = build_model(CONFIG, 0)
+    adamw = build_optimizer(OptimConfig(lr=0.02, betas=(0.8, 0.95), eps=1e-6), model)
+    assert type(adamw) is torch.optim.AdamW
+    for group in adamw.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.8, 0.95), 1e-6)
+    sgd = build_optimizer(OptimConfig(name="sgd", lr=0.03, momentum=0.7), model)
+    assert type(sgd) is torch.optim.SGD
+    for group in sgd.param_groups:
+        assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.03, 0.7, 0.0)
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, param in model.named_parameters() if param.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "frozen"),
+    [
+        ((), set()),
+        (("head.bias",), {"head.bias"}),
+        (("patch_embed.*",), {"patch_embed.proj.weight", "patch_embed.proj.bias"}),
+        (("blocks.[01].norm1.*", "pos_embed"), {"blocks.0.norm1.weight", "blocks.0.norm1.bias", "pos_embed"}),
+    ],
+)
+def test_freeze_takes_exactly_what_the_patterns_match_out_of_training(
+    patterns: tuple[str, ...], frozen: set[str]
+) -> None:
+    model = build_model(CONFIG, 0)
+    everything = trained(model)
+    freeze(model, patterns)
+    assert trained(model) == everything - frozen and len(frozen) < len(everything)
+    named = {id(param): name for name, param in model.named_parameters()}
+    groups = parameter_groups(model, 0.1)
+    assert {named[id(param)] for group in groups for param in group["params"]} == everything - frozen
+
+
+def test_a_group_that_is_frozen_as_a_whole_is_left_out() -> None:
+    model = nn.Linear(2, 3)
+    freeze(model, ["weight"])
+    assert [group["name"] for group in parameter_groups(model, 0.1)] == ["no_decay"]
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_names_that_exist() -> None:
+    model = build_model(CONFIG, 0)
+    everything = trained(model)
+    with pytest.raises(ConfigError) as error:
+        freeze(model, ["blokcs.*"])
+    names = ", ".join([name for name, _ in model.named_parameters()][:3])
+    assert str(error.value) == f"optim.freeze 'blokcs.*' matches no parameter; they are named like {names}"
+    assert trained(model) == everything
+
+
+def test_freezing_everything_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optim.freeze \['head.\*', '\*'\] leaves nothing to train"):
+        freeze(build_model(CONFIG, 0), ["head.*", "*"])

@@ -10,17 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from vitscale.config import ConfigError
+from vitscale.errors import BusyError, ConfigError, DataError
 from vitscale.processes import TASKS_PER_WORKER, map_in_order
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_results_come_in_the_order_of_the_items(workers: int) -> None:
-    def slow_for_even(number: int) -> int:
-        time.sleep(0.002 * (number % 2))
+    def slow_for_odd(number: int) -> int:
+        time.sleep(0.002 * (number % 2))  # so that workers finish out of order
         return number * number
 
-    assert list(map_in_order(slow_for_even, range(40), workers)) == [n * n for n in range(40)]
+    assert list(map_in_order(slow_for_odd, range(40), workers)) == [n * n for n in range(40)]
+
+
+def test_a_negative_number_of_workers_is_refused() -> None:
+    assert list(map_in_order(abs, [-1], 0)) == [1]
+    with pytest.raises(ConfigError, match="--workers -1 must not be negative"):
+        list(map_in_order(abs, [-1], -1))
 
 
 def test_only_a_bounded_number_of_tasks_is_under_way() -> None:
@@ -38,15 +44,15 @@ def test_only_a_bounded_number_of_tasks_is_under_way() -> None:
 
 def test_an_exception_of_a_worker_is_raised_and_no_worker_stays() -> None:
     def fails(number: int) -> int:
-        raise ConfigError(f"{os.getpid()}")
+        raise DataError(f"{os.getpid()}")
 
-    with pytest.raises(ConfigError) as failure:
+    with pytest.raises(DataError) as failure:
         list(map_in_order(fails, range(10), 2))
     assert not is_running(int(str(failure.value)))
 
 
 def test_a_killed_worker_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match="with fewer --workers"):
+    with pytest.raises(BusyError, match="with fewer --workers"):
         list(map_in_order(lambda _: os.kill(os.getpid(), signal.SIGKILL), [0], 1))
 
 
@@ -68,8 +74,8 @@ def test_workers_die_with_a_killed_parent() -> None:
         workers = [int(parent.stdout.readline()) for _ in range(2)]
         parent.kill()
         parent.wait()
-        end = time.monotonic() + 10
-        while time.monotonic() < end and any(is_running(worker) for worker in workers):
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and any(is_running(worker) for worker in workers):
             time.sleep(0.05)
     assert not any(is_running(worker) for worker in workers)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vitscale.config import ConfigError
+from vitscale.errors import ConfigError
 from vitscale.schedule import ScheduleConfig, learning_rate
 
 
@@ -31,3 +31,24 @@ def test_rsqrt_falls_with_the_root_of_time_and_constant_does_not() -> None:
 def test_an_end_that_nothing_reads_is_refused() -> None:
     with pytest.raises(ConfigError, match=r'schedule.end_lr is read by decay = "linear" only'):
         ScheduleConfig(decay="cosine", end_lr=1e-5)
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "rsqrt", "constant"])
+def test_without_a_warmup_the_first_step_has_almost_the_peak_rate(decay: str) -> None:
+    config = ScheduleConfig(decay=decay)
+    assert learning_rate(1, 1000, 0.5, config) == pytest.approx(0.5, rel=2e-3)
+    assert learning_rate(1, 1000, 0.5, config) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"warmup_steps": -1}, "schedule.warmup_steps -1 and schedule.end_lr 0.0 must not be negative"),
+        ({"end_lr": -1e-5}, "schedule.warmup_steps 0 and schedule.end_lr -1e-05 must not be negative"),
+        ({"timescale_steps": 0}, "schedule.timescale_steps 0 must be above 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(values: dict, message: str) -> None:
+    ScheduleConfig(decay="linear", warmup_steps=0, end_lr=0.0, timescale_steps=1)
+    with pytest.raises(ConfigError, match=message):
+        ScheduleConfig(decay="linear", **values)

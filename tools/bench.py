@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure vitscale beside a baseline in the same run: prints a table, writes JSON."""
+"""Measure vitscale beside its baselines in one run: prints a table, writes JSON if asked."""
 
 import argparse
 import json
@@ -17,15 +17,13 @@ EXAMPLE = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
 
-    from vitscale.checkpoint.format import CheckpointError
-    from vitscale.config import ConfigError
-    from vitscale.data.index import DataError
+    from vitscale import command
 
-    try:
-        results = COMMANDS[arguments.command](arguments)
-    except (CheckpointError, ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(lambda: measure(arguments))
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    results = COMMANDS[arguments.command](arguments)
     print_table(results)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -43,25 +41,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     data = commands.add_parser(
         "data",
-        help="images per core and second, beside Pillow, webdataset and the decoder alone",
+        help="images per second of one core, beside Pillow, webdataset and the decoder alone",
         epilog='example: python tools/bench.py data --shards "data/imagenet/train-*.tar"',
     )
     data.add_argument("--shards", required=True, help="glob or brace pattern, quoted, or an index.json")
-    data.add_argument("--image-size", type=int, default=224)
-    data.add_argument("--rounds", type=int, default=5, help="the figures are medians over them")
+    data.add_argument("--image-size", type=int, default=224, help="of the views, in pixels")
+    data.add_argument("--rounds", type=int, default=5, help="each figure is a median over them")
 
     order = commands.add_parser(
         "order",
-        help="index, start-up, seek, memory and shuffle of a data set of any size, and a proof of its order",
+        help="index, start-up, seek, memory and shuffle of a data set of any size, and proof of its order",
         epilog="example: python tools/bench.py order --samples 303000000 --shards 30000 --world 1024",
     )
-    order.add_argument("--samples", type=int, default=303_000_000)
-    order.add_argument("--shards", type=int, default=30_000)
-    order.add_argument("--world", type=int, default=1024)
-    order.add_argument("--global-batch", type=int, default=4096)
-    order.add_argument("--sample-bytes", type=int, default=110_000, help="of a stored JPEG")
+    order.add_argument("--samples", type=int, default=303_000_000, help="of the synthetic data set")
+    order.add_argument("--shards", type=int, default=30_000, help="of the synthetic data set")
+    order.add_argument("--world", type=int, default=1024, help="number of ranks")
+    order.add_argument("--global-batch", type=int, default=4096, help="images per step of all ranks")
+    order.add_argument("--sample-bytes", type=int, default=110_000, help="size of a stored JPEG")
     order.add_argument("--workers", type=int, default=8, help="data workers of a rank")
-    order.add_argument("--folder", type=Path, default=Path("data/bench-order"), help="for the synthetic set")
+    order.add_argument("--folder", type=Path, default=Path("data/bench-order"), help="for the data set")
 
     checkpoint = commands.add_parser(
         "checkpoint",
@@ -69,11 +67,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="example: python tools/bench.py checkpoint --variant B/16 --ranks 2 --folder /mnt/disk",
     )
     checkpoint.add_argument("--variant", default="B/16", help="of the model, NAME/PATCH")
-    checkpoint.add_argument("--ranks", type=int, default=2, help="processes that save; on GPUs, one each")
-    checkpoint.add_argument("--rounds", type=int, default=5, help="the figures are medians over them")
-    checkpoint.add_argument("--folder", default="", help="on the disk to measure; a temporary one if not set")
+    checkpoint.add_argument("--ranks", type=int, default=2, help="processes that save, one per GPU if any")
+    checkpoint.add_argument("--rounds", type=int, default=5, help="each figure is a median over them")
+    checkpoint.add_argument("--folder", default="", help="on the disk to measure; default: a temporary one")
     checkpoint.add_argument(
-        "--no-deepspeed", dest="deepspeed", action="store_false", help="leave DeepSpeed's own ways out"
+        "--no-deepspeed", dest="deepspeed", action="store_false", help="do not measure DeepSpeed's own"
     )
     for command in (data, order, checkpoint):
         command.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file")
@@ -114,14 +112,13 @@ def print_table(results: dict[str, Any], indent: str = "") -> None:
             print(f"{indent}{name}")
             print_table(value, indent + "  ")
         else:
-            shown = (
-                value
-                if isinstance(value, bool | str)
-                else f"{value:,.4g}"
-                if value < 100
-                else f"{value:,.0f}"
-            )
-            print(f"{indent}{name:<{46 - len(indent)}}{shown!s:>16}")
+            print(f"{indent}{name:<{46 - len(indent)}}{_shown(value):>16}")
+
+
+def _shown(value: float | str) -> str:
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
 
 
 COMMANDS = {"data": bench_data, "order": bench_order, "checkpoint": bench_checkpoint}

@@ -1,11 +1,8 @@
 #!/usr/bin/env python3
-"""Look at checkpoints, verify and compare them; exchange weights with other libraries, and average them."""
+"""List, show, verify and compare checkpoints; export, import and average their weights."""
 
 import argparse
-import dataclasses
 import datetime
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +20,16 @@ EXAMPLE = """examples:
 
 CKPT = "a run directory (its newest good checkpoint), a step directory, or an export"
 DIFF = """Compare two checkpoints or exports tensor by tensor. Exit status: 0 if they hold the same weights
-at the same point of the same experiment, 1 if not, 2 if one cannot be read. run_dir, [engine], [log],
-[checkpoint], [evals] and the ranks that wrote them may differ. "relative" is |A-B| / max(|A|, |B|), in L2
-norms."""
+at the same point of the same experiment, 1 if not, 2 if one of them cannot be read. run_dir, [engine],
+[log], [checkpoint], [evals] and the ranks that wrote them may differ. "relative" is |A-B| / max(|A|, |B|)
+in L2 norms."""
 
 FORMATS = ["safetensors", "timm", "transformers", "npz"]
-PIXELS = "how its images were normalised: imagenet (DINO, DeiT) goes into the patch embedding; half is ours"
-DIALECT = "names in an .npz file: original = Google's released files, linen = its code since, big_vision"
+PIXELS = (
+    "how its images were normalised: half = as ours; imagenet (DINO, DeiT) = the difference goes into the "
+    "patch embedding"
+)
+DIALECT = "names in an .npz file: original = Google's released files, linen = its later code, big_vision"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,40 +40,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_views(commands)
     _add_exchange(commands)
     arguments = _parse(parser, argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
 
-    from vitscale.checkpoint.format import CheckpointError
-    from vitscale.config import ConfigError
+    from vitscale import command
 
-    try:
-        return COMMANDS[arguments.command](arguments)
-    except (CheckpointError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing is left half written", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output, head or less, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        print(
-            f"error: {error.filename or error}: {error.strerror}; mend the path or its permissions",
-            file=sys.stderr,
-        )
-        return 2
+    return command.run(lambda: COMMANDS[arguments.command](arguments))
 
 
 def _add_views(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The commands list, show, verify, diff and reshard."""
     add = commands.add_parser
-    listing = add("list", help="the checkpoints of a run: step, metrics, size, and whether each is whole")
+    listing = add("list", help="the checkpoints of a run: step, metrics, size, and whether each is intact")
     listing.add_argument("run", metavar="RUN", help="a run directory, or its URL in a store")
-    listing.add_argument("--fast", action="store_true", help="compare sizes only; reads no tensor")
+    listing.add_argument(
+        "--fast", action="store_true", help="compare only the sizes of the files, and read no tensor"
+    )
     show = add("show", help="what a checkpoint holds: facts, tensors in numbers, config")
     show.add_argument("checkpoint", metavar="CKPT", help=CKPT)
-    show.add_argument("--config", action="store_true", help="the config alone, as TOML")
-    add("verify", help="re-read every file and compare checksums").add_argument(
+    show.add_argument("--config", action="store_true", help="only the config, as TOML")
+    add("verify", help="read every file again and compare checksums").add_argument(
         "checkpoint", metavar="CKPT", help=CKPT
     )
     diff = add("diff", help="which tensors of two checkpoints differ, and by how much", description=DIFF)
@@ -85,18 +69,18 @@ def _add_views(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     for command in (listing, show, diff):
         command.add_argument("--json", action="store_true", help="print JSON")
     reshard = add(
-        "reshard", help="the same checkpoint in N files; nothing needs it: any world reads any other's"
+        "reshard", help="the same checkpoint in N files, for shipping: any world size reads any checkpoint"
     )
     reshard.add_argument("checkpoint", metavar="CKPT", help="a run directory, or a step directory")
-    reshard.add_argument("out", metavar="OUT", help="the step directory to make")
-    reshard.add_argument(
-        "--world", metavar="N", type=int, required=True, help="number of ranks to cut it for"
-    )
+    reshard.add_argument("out", metavar="OUT", help="the step directory to write")
+    reshard.add_argument("--world", metavar="N", type=int, required=True, help="the number of files")
 
 
 def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The commands export, import and average."""
-    export = commands.add_parser("export", help="the weights for another library, or with the config inside")
+    export = commands.add_parser(
+        "export", help="write the weights for another library, or for vitscale with the config inside"
+    )
     export.add_argument("checkpoint", metavar="CKPT", help=CKPT)
     export.add_argument("out", metavar="OUT", help="a folder, FILE.safetensors, or for npz FILE.npz")
     export.add_argument("--format", choices=FORMATS, default="safetensors")
@@ -107,8 +91,10 @@ def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     export.add_argument(
         "--shard-mb", metavar="N", type=int, default=0, help="files of at most N x 10^6 bytes; 0 = one file"
     )
-    importing = commands.add_parser("import", help="an export, which any command takes, from other weights")
-    importing.add_argument("file", metavar="FILE", help="FILE.npz, FILE.safetensors, or the folder of one")
+    importing = commands.add_parser("import", help="make an export from another library's weights")
+    importing.add_argument(
+        "file", metavar="FILE", help="FILE.npz, FILE.safetensors, or a folder of safetensors"
+    )
     importing.add_argument("out", metavar="OUT", help="a folder, or FILE.safetensors")
     importing.add_argument("--format", choices=FORMATS, required=True)
     importing.add_argument("--pixels", choices=["half", "imagenet"], default="half", help=PIXELS)
@@ -116,64 +102,75 @@ def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "overrides",
         metavar="model.KEY=VALUE",
         nargs="*",
-        help="what the file does not say: model.num_heads=3",
+        help="what the file does not say, for example model.num_heads=3",
     )
-    average = commands.add_parser("average", help="the mean of the weights of several checkpoints, an export")
+    average = commands.add_parser(
+        "average", help="make an export of the mean of several checkpoints' weights"
+    )
     average.add_argument("checkpoints", metavar="CKPT", nargs="+", help=CKPT)
     average.add_argument("out", metavar="OUT", help="a folder, or FILE.safetensors")
     for command in (export, average):
         command.add_argument(
-            "--ema", action="store_true", help="their average over training (optim.ema_decay)"
+            "--ema", action="store_true", help="take their average over training (optim.ema_decay)"
         )
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """As parse_args, with overrides before or after the options, which argparse does not do by itself."""
-    arguments, late = parser.parse_known_args(argv)
-    if late and (arguments.command != "import" or any(word.startswith("-") for word in late)):
-        parser.error(f"unrecognized arguments: {' '.join(late)}")
-    if late:
-        arguments.overrides += late
+    """As parse_args, but overrides may follow the options too, which argparse would refuse."""
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (arguments.command != "import" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     return arguments
 
 
 def list_run(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint.report import listing, show
+    from vitscale.report import listing
+    from vitscale.report.text import json_values, to_json
 
-    found = listing.list_run(arguments.run, checksums=not arguments.fast)
-    print(show.to_json(dataclasses.asdict(found)) if arguments.json else listing.render(found, _now()))
+    checkpoints = listing.list_run(arguments.run, checksums=not arguments.fast)
+    if arguments.json:
+        print(to_json(json_values(checkpoints)))
+    else:
+        print(listing.render(checkpoints, _now()))
     return 0
 
 
 def show_checkpoint(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint.report import show
+    from vitscale.report import show
+    from vitscale.report.contents import open_contents
+    from vitscale.report.text import to_json
 
-    opened = show.open_checkpoint(arguments.checkpoint)
+    contents = open_contents(arguments.checkpoint)
     if arguments.config:
-        print(show.to_json(opened.config) if arguments.json else show.render_config(opened).rstrip())
+        print(to_json(contents.config) if arguments.json else show.render_config(contents).rstrip())
         return 0
-    tensors = show.measure(opened)
+    tensors = show.measure(contents)
     if arguments.json:
-        print(show.to_json(show.values_of(opened, tensors)))
+        print(to_json(show.values_of(contents, tensors)))
     else:
-        print(show.render(opened, tensors, _now()))
+        print(show.render(contents, tensors, _now()))
     return 0
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint.report import show
+    from vitscale.report.contents import open_contents
+    from vitscale.report.show import render_verified
 
-    print(show.render_verified(show.open_checkpoint(arguments.checkpoint)))
+    print(render_verified(open_contents(arguments.checkpoint)))
     return 0
 
 
 def diff(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint.report import compare, show
+    from vitscale.report import compare
+    from vitscale.report.contents import open_contents
+    from vitscale.report.text import json_values, to_json
 
-    a, b = (show.open_checkpoint(path) for path in (arguments.a, arguments.b))
-    found = compare.compare(a, b, all_states=arguments.states)
-    print(show.to_json(dataclasses.asdict(found)) if arguments.json else compare.render(found))
-    return 0 if found.equal else 1
+    a, b = open_contents(arguments.a), open_contents(arguments.b)
+    comparison = compare.compare(a, b, all_slots=arguments.states)
+    print(to_json(json_values(comparison)) if arguments.json else compare.render(comparison))
+    return 0 if comparison.equal else 1
 
 
 def reshard(arguments: argparse.Namespace) -> int:
@@ -184,7 +181,7 @@ def reshard(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint.foreign.convert import export_model
+    from vitscale.weights.foreign.convert import export_model
 
     out = export_model(
         arguments.checkpoint,
@@ -193,14 +190,14 @@ def export(arguments: argparse.Namespace) -> int:
         dialect=arguments.dialect,
         dtype=arguments.dtype,
         shard_mb=arguments.shard_mb,
-        state="ema" if arguments.ema else "fp32",
+        slot="ema" if arguments.ema else "fp32",
     )
     print(out)
     return 0
 
 
 def import_weights(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint.foreign.convert import import_model
+    from vitscale.weights.foreign.convert import import_model
 
     out = import_model(
         arguments.file,
@@ -214,9 +211,9 @@ def import_weights(arguments: argparse.Namespace) -> int:
 
 
 def average(arguments: argparse.Namespace) -> int:
-    from vitscale.checkpoint.average import average
+    from vitscale.weights.average import average
 
-    print(average(arguments.checkpoints, arguments.out, state="ema" if arguments.ema else "fp32"))
+    print(average(arguments.checkpoints, arguments.out, slot="ema" if arguments.ema else "fp32"))
     return 0
 
 

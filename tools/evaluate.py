@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate a checkpoint by hand: few-shot accuracy of its features, or the accuracy of its head."""
+"""Evaluate a checkpoint: few-shot accuracy of its features, or the accuracy of its head."""
 
 import argparse
 import json
@@ -22,25 +22,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.kind == "fewshot" and not (args.data or (args.train and args.test)):
         parser.error("fewshot needs --data FOLDER (with train-*.tar and test-*.tar), or --train and --test")
     # Torch is imported after the arguments are known to be right, so that --help is instant.
+    from vitscale import command
+
+    return command.run(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
     from vitscale import distributed
-    from vitscale.checkpoint.format import CheckpointError
-    from vitscale.config import ConfigError, from_dict
-    from vitscale.data.index import DataError
-    from vitscale.evals.tasks import EvalConfig
+    from vitscale.config import from_dict
+    from vitscale.evals import EvalConfig
     from vitscale.evaluate import evaluate
 
-    try:
-        config = from_dict(EvalConfig, _config_values(args))
-        distributed.initialize()
-        state = "ema" if args.ema else "fp32"
-        outcome = evaluate(args.checkpoint, args.kind, config, distributed.device(), state)
-        if distributed.is_main():
-            _report(outcome, args.json)
-    except (ConfigError, DataError, CheckpointError, FileNotFoundError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    finally:
-        distributed.shutdown()
+    distributed.initialize()
+    config = distributed.together(lambda: from_dict(EvalConfig, _config_values(args)))
+    slot = "ema" if args.ema else "fp32"
+    outcome = evaluate(args.checkpoint, args.kind, config, distributed.device(), slot)
+    if distributed.is_main():
+        _report(outcome, args.json)
     return 0
 
 
@@ -55,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "fewshot",
         "least squares on the features of a few training images (mean over seeds)",
-        "example:\n  python tools/evaluate.py fewshot runs/demo --train 'data/cifar10/train-*.tar' --test "
-        "'data/cifar10/test-*.tar'",
+        "example:\n  python tools/evaluate.py fewshot runs/demo "
+        "--train 'data/cifar10/train-*.tar' --test 'data/cifar10/test-*.tar'",
     )
     fewshot.add_argument(
         "--data", metavar="FOLDER", help="folder or URL that holds train-*.tar and test-*.tar"
@@ -111,7 +109,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _config_values(args: argparse.Namespace) -> dict[str, Any]:
-    """The keys of [evals.NAME] that the command line sets; the others keep the section's defaults."""
+    """What the command line sets of [evals.NAME]; the other keys keep their defaults."""
     values = {key: value for key, value in vars(args).items() if value is not None}
     for key in ("checkpoint", "json", "local_rank", "data", "ema"):
         values.pop(key, None)
@@ -125,15 +123,16 @@ def _config_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(outcome: dict[str, Any], path: str | None) -> None:
-    from vitscale import storage
+    from vitscale import atomic
 
     print(f"{outcome['checkpoint']}  step {outcome['step']:,}")
     for name, value in outcome["results"].items():
         print(f"  {name:<14}{value:>10,}" if isinstance(value, int) else f"  {name:<14}{value:>10.4f}")
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        storage.write_atomic(path, (json.dumps(outcome, indent=2) + "\n").encode())
+        atomic.write(path, (json.dumps(outcome, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.exit(main())

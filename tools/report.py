@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
-"""What runs have come to: first and last loss, and every evaluation before and after, from their
-metrics.jsonl.
-"""
+"""Print the first and last loss of runs, and the first and last results of every evaluation."""
 
 import argparse
 import sys
@@ -19,25 +17,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     arguments = parser.parse_args(argv)
 
-    from vitscale.metrics import FILE_NAME, read_metrics
+    from vitscale import command
 
-    print(f"{'run':<24} {'number':<28} {'first':>10} {'last':>10}   steps")
-    for run in arguments.runs:
-        path = Path(run) / FILE_NAME
-        if not path.is_file():
-            print(
-                f"error: {path} does not exist: {run} is not a run directory, or logged nothing yet",
-                file=sys.stderr,
-            )
-            return 2
-        rows = read_metrics(path)
-        names = dict.fromkeys(
-            name for row in rows for name in row if name == "train/loss" or name.startswith("eval/")
-        )
-        for name in (name for name in names if not name.endswith(("_std", "num_samples"))):
-            steps = [row["step"] for row in rows if name in row]
-            values = [row[name] for row in rows if name in row]
-            print(f"{run:<24} {name:<28} {values[0]:>10.4f} {values[-1]:>10.4f}   {steps[0]} to {steps[-1]}")
+    return command.run(lambda: report(arguments.runs))
+
+
+def report(runs: Sequence[str]) -> int:
+    from vitscale.report.runs import render
+
+    print(render(runs))
     return 0
 
 

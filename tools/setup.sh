@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Make .venv with the versions known to work (constraints.txt), once; run again it does nothing until they change.
-#   bash tools/setup.sh [EXTRA]        EXTRA: dev for the test tools
+# Install vitscale into .venv, with the versions that it is tested with (constraints.txt). A second run
+# does nothing until pyproject.toml or constraints.txt change.
+#   bash tools/setup.sh [EXTRA]        EXTRA: s3, gcs or http for a store; dev for the tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extra="${1:+[$1]}"
@@ -13,10 +14,11 @@ python="${PYTHON:-python3}"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
-echo "Installing into .venv (a few minutes the first time) ..."
+echo "Installing into .venv; the first time takes a few minutes ..."
 torch=$(grep '^torch==' constraints.txt)
 index=()
-# Without an NVIDIA GPU the CUDA build would be gigabytes for nothing; where pip would not pick a CPU build, say where it is.
+# Without an NVIDIA GPU the CUDA build would be gigabytes for nothing. Where pip would not choose a CPU
+# build by itself, tell it where one is.
 if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     pip install --quiet --upgrade "pip>=23.3"
     pip install --quiet --dry-run --no-deps --report - "$torch" 2>/dev/null | grep -q '+cpu' ||
@@ -24,6 +26,6 @@ if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! .venv/bin/p
 fi
 pip install --quiet "${index[@]}" "$torch"
 pip install --quiet --constraint constraints.txt --editable ".$extra"
-# timm by itself: no model of its needs torchvision, and what else it needs has come with transformers.
+# timm alone: the models that the tests use need no torchvision, and transformers brought the rest.
 [ "${1:-}" != dev ] || pip install --quiet --constraint constraints.txt --no-deps timm
 touch "$stamp"

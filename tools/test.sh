@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Set everything up and run every check: style, types, tests. Arguments go to pytest: bash tools/test.sh tests/data
+# Install everything and run every check: style, types, tests. Arguments go to pytest, and then the
+# tests alone are run:
+#   bash tools/test.sh tests/data
+#   bash tools/test.sh --sweep         every exhaustive table whole
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh dev
-# The tests of web servers need nginx: it is installed where that takes no password, and elsewhere they skip.
+# The tests against web servers need nginx. It is installed where that takes no password; elsewhere
+# these tests skip.
 if ! command -v nginx >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     { apt-get install -y -qq --no-install-recommends nginx-light ||
         { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light; }; } >/dev/null 2>&1 || true

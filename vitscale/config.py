@@ -1,8 +1,8 @@
-"""One config system: frozen dataclasses, filled from TOML files merged left to right and dotted overrides.
+"""Configuration: frozen dataclasses, filled from TOML files and `section.key=value` overrides.
 
-Each section is declared beside the code that reads it; this module only knows how to fill, check and write
-them. What a user gets wrong is a ConfigError whose one sentence says what, where, which rule, and what to
-write instead.
+Each section is declared beside the code that reads it; this module only fills, checks and
+writes them. Whatever a user gets wrong is a ConfigError, whose one sentence says what is
+wrong, where, which rule it breaks, and what to write instead.
 """
 
 import dataclasses
@@ -12,21 +12,50 @@ import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+    runtime_checkable,
+)
+
+from vitscale.errors import ConfigError
 
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
-    """The user can mend it: the message says how. Scripts print it and exit with status 2."""
+@runtime_checkable
+class Checked(Protocol):
+    """A section that can be at any place, like [evals.NAME], and so is told its own.
+
+    A section at a fixed place checks itself in __post_init__ instead.
+    """
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError for a value that does not fit. where: the section's dotted name."""
+
+
+@runtime_checkable
+class Upgraded(Protocol):
+    """A section class that reads what earlier versions of vitscale wrote in its place."""
+
+    def upgrade(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values as this version would have written them."""
+        ...
 
 
 def load(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
-    """Fill the dataclass `schema` from TOML files (later ones win) and `section.key=value` overrides (they
-    win over all).
+    """Fill the dataclass `schema` from TOML files and `section.key=value` overrides.
 
-    Raises ConfigError for a missing or unreadable file, an unknown key, a wrong type, or a value that a
-    section refuses.
+    A later file wins over an earlier one, and an override over all files. Raises ConfigError
+    for a missing or unreadable file, an unknown key, a wrong type, or a value that a section
+    refuses.
     """
     merged: dict[str, Any] = {}
     for path in paths:
@@ -36,27 +65,22 @@ def load(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] 
     return from_dict(schema, merged)
 
 
-def from_dict(schema: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build `schema` from nested plain values, checking every key and type. `where` is the section's dotted
-    name.
+@overload
+def from_dict(schema: type[T], values: Mapping[str, Any], where: str = "") -> T: ...
+@overload
+def from_dict(schema: Any, values: Mapping[str, Any], where: str = "") -> Any: ...
+def from_dict(schema: Any, values: Mapping[str, Any], where: str = "") -> Any:
+    """Build `schema` from nested plain values, checking every key and type.
+
+    schema: a dataclass, or a union of dataclasses, each of which has a field like
+    `kind: Literal["vit"] = "vit"`: the values' `kind` chooses among them, and without one the
+    first is taken. where: the dotted name of the section, for messages.
     """
-    hints = get_type_hints(schema)
-    unknown = [key for key in values if key not in hints]
-    if unknown:
-        raise ConfigError(_unknown_key(unknown[0], list(hints), where))
-    filled = {key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()}
-    missing = [
-        field.name
-        for field in dataclasses.fields(schema)  # type: ignore[arg-type]
-        if field.name not in filled
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(
-            f"{_join(where, missing[0])} is missing: it has no default, so the config must set it"
-        )
-    return schema(**filled)
+    kinds: dict[str, Any] = {member.kind: member for member in get_args(schema)}  # none of a single class
+    if kinds:
+        kind = values.get("kind", next(iter(kinds)))
+        schema = kinds[_choose(kind, tuple(kinds), dotted(where, "kind"))]
+    return _build(schema, kinds, values, where)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -70,20 +94,25 @@ def to_toml(config: Any) -> str:
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """The dotted keys at which two nested dicts differ, in the order of `old`, then what only `new` has."""
+    """The dotted keys at which two nested dicts differ, in the order of `old`, then `new`."""
     for key in [*old, *(k for k in new if k not in old)]:
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from differing_keys(a, b, _join(where, key))
+            yield from differing_keys(a, b, dotted(where, key))
         elif a != b:
-            yield _join(where, key)
+            yield dotted(where, key)
 
 
 def positive(where: str, **values: int | float) -> None:
-    """Raise ConfigError for the first of `values` that is not above 0."""
+    """Raise ConfigError for the first of the section's `values` that is not above 0."""
     for key, value in values.items():
         if not value > 0:
-            raise ConfigError(f"{where}.{key} {value} must be above 0")
+            raise ConfigError(f"{dotted(where, key)} {value} must be above 0")
+
+
+def dotted(where: str, key: str) -> str:
+    """The name of a key in the section `where`; "" is the top level."""
+    return f"{where}.{key}" if where else key
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -121,27 +150,59 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _build(schema: Any, kinds: Mapping[str, Any], values: Mapping[str, Any], where: str) -> Any:
+    hints, fields = get_type_hints(schema), dataclasses.fields(schema)
+    values = _upgrade(schema, values)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        raise ConfigError(_unknown_key(unknown[0], list(hints), kinds, where))
+    converted = {key: _convert(hints[key], value, dotted(where, key)) for key, value in values.items()}
+    required = [
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in converted]
+    if missing:
+        raise ConfigError(
+            f"{dotted(where, missing[0])} is missing: it has no default, so the config must set it"
+        )
+    section = schema(**converted)
+    if isinstance(section, Checked):
+        section.check(where)
+    return section
+
+
+def _upgrade(schema: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return schema.upgrade(values) if isinstance(schema, Upgraded) else values
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+    is_union = origin in (Union, types.UnionType)
+    if all(map(dataclasses.is_dataclass, args if is_union else [hint])):
         return from_dict(hint, _expect(value, Mapping, where, "a table"), where)
+    if is_union:
+        raise TypeError(f"{where}: a config field has one type, or is a union of dataclasses")
     if hint is Any:
         return value
     if origin is Literal:
-        if value not in args or type(value) not in {type(a) for a in args}:
-            near = difflib.get_close_matches(str(value), [str(a) for a in args], 1)
-            hint_text = f'; did you mean "{near[0]}"?' if near else ""
-            raise ConfigError(f"{where} {value!r} is not one of {', '.join(map(repr, args))}{hint_text}")
-        return value
+        return _choose(value, args, where)
     if origin is tuple:
         items = _expect(value, list | tuple, where, "a list")
         return _convert_tuple(args, items, where)
     if origin is dict:
         table = _expect(value, Mapping, where, "a table")
-        return {key: _convert(args[1], item, _join(where, key)) for key, item in table.items()}
-    if origin in (Union, types.UnionType):
-        raise TypeError(f"{where}: config fields have one type, not a union")
+        return {key: _convert(args[1], item, dotted(where, key)) for key, item in table.items()}
     return _convert_scalar(hint, value, where)  # pyright: ignore[reportArgumentType] (narrowed by the branches)
+
+
+def _choose(value: Any, options: tuple[Any, ...], where: str) -> Any:
+    if value in options and type(value) in set(map(type, options)):  # True == 1, but is no choice of 1
+        return value
+    near = difflib.get_close_matches(str(value), list(map(str, options)), 1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise ConfigError(f"{where} {value!r} is not one of {', '.join(map(repr, options))}{hint}")
 
 
 def _convert_tuple(args: tuple[Any, ...], items: Sequence[Any], where: str) -> tuple[Any, ...]:
@@ -171,15 +232,17 @@ def _expect(value: Any, kind: Any, where: str, name: str) -> Any:
     return value
 
 
-def _unknown_key(key: str, known: Sequence[str], where: str) -> str:
+def _unknown_key(key: str, known: Sequence[str], kinds: Mapping[str, Any], where: str) -> str:
+    readers = [f'"{kind}"' for kind, member in kinds.items() if key in get_type_hints(member)]
+    if readers:
+        return (
+            f"unknown key {dotted(where, key)}: only kind = {' or '.join(readers)} reads it; "
+            f"remove it or set {dotted(where, 'kind')} = {readers[0]}"
+        )
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     place = f"[{where}]" if where else "the top level"
-    hint = f"did you mean {_join(where, near[0])}?" if near else f"known keys: {', '.join(known)}"
-    return f"unknown key {_join(where, key)} in {place}; {hint}"
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
+    hint = f"did you mean {dotted(where, near[0])}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key {dotted(where, key)} in {place}; {hint}"
 
 
 def _toml_lines(values: Mapping[str, Any], where: str = "") -> Iterator[str]:
@@ -188,10 +251,10 @@ def _toml_lines(values: Mapping[str, Any], where: str = "") -> Iterator[str]:
         if key not in tables:
             yield f"{_toml_key(key)} = {_toml_value(value)}"
     for key, table in tables.items():
-        dotted = _join(where, _toml_key(key))
+        name = dotted(where, _toml_key(key))
         yield ""
-        yield f"[{dotted}]"
-        yield from _toml_lines(table, dotted)
+        yield f"[{name}]"
+        yield from _toml_lines(table, name)
 
 
 def _toml_key(key: str) -> str:

@@ -1,20 +1,26 @@
-"""Who we are among the processes of a job, and the few collectives that the library needs; all of it works
-alone too.
+"""Which rank this process is, and the few collectives that the library needs.
 
-Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* will do (deepspeed, torchrun); with none of
-them set the process is a world of one. Objects travel as JSON in byte tensors: nothing is pickled between
-processes.
+Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* will do (deepspeed, torchrun).
+Without them the process is a world of one, in which everything here works too. Objects travel
+as JSON in byte tensors: nothing is pickled between processes.
 """
 
+import contextlib
 import datetime
 import json
 import os
 import socket
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from vitscale import errors
+from vitscale.errors import StoreError, UserError
+
+T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(minutes=10)
 CHANNEL_TIMEOUT = datetime.timedelta(hours=3)  # a rank may write a large file while others wait for it
@@ -22,21 +28,21 @@ _STANDALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR":
 
 
 def initialize() -> None:
-    """Join the process group: NCCL where there is a GPU, else gloo. Every process calls it once; again does
-    nothing.
+    """Join the process group: NCCL with a GPU, gloo without. Every process calls it.
+
+    A second call does nothing.
     """
     if dist.is_initialized():
         return
     if "WORLD_SIZE" not in os.environ:
-        os.environ.update(_STANDALONE, MASTER_PORT=str(_free_port()))
+        os.environ.update(_STANDALONE, MASTER_PORT=str(free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
         dist.init_process_group("cuda:nccl,cpu:gloo", timeout=TIMEOUT, device_id=device())
     else:
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # or DeepSpeed warns, in every process, that it has to guess
-        # Ranks of one machine share its cores: with the default, each would start a thread per core.
+        # Without it, DeepSpeed warns in every process that it has to guess.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # The ranks of a machine share its cores; by default each would start a thread per core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
         dist.init_process_group("gloo", timeout=TIMEOUT)
 
@@ -48,8 +54,9 @@ def shutdown() -> None:
 
 
 def new_channel() -> dist.ProcessGroup | None:
-    """A way for the ranks to talk from another thread without disturbing what the trainer says; None when
-    alone. Every rank calls it at the same point.
+    """A process group for a thread beside the trainer, or None in a world of one.
+
+    Collectives of the two may then overlap in any order. Every rank calls it at the same point.
     """
     if world_size() == 1:
         return None
@@ -62,6 +69,16 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def launched_rank() -> int:
+    """As rank, but already known before initialize: what the launcher says."""
+    return rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """As world_size, but already known before initialize: what the launcher says."""
+    return world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -71,7 +88,7 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Processes of this job on this machine: deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE."""
+    """Processes of this job on this machine, as torchrun or deepspeed (LOCAL_SIZE) says."""
     return int(
         os.environ.get("LOCAL_WORLD_SIZE")
         or os.environ.get("LOCAL_SIZE")
@@ -88,22 +105,22 @@ def device() -> torch.device:
 
 
 def barrier() -> None:
-    """Wait for every rank (over the CPU, so that no GPU work is waited for)."""
+    """Wait for every rank, on the CPU: work in a GPU's queue is not waited for."""
     all_reduce_sum([0.0])
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:
-    """Sum of each value over the ranks, in float64. Every rank calls it with as many values."""
+    """The sum of each value over the ranks, in float64; all ranks give equally many values."""
     return _reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM)
 
 
 def all_reduce_sum_int(values: list[int]) -> list[int]:
-    """Sum of each value over the ranks in wrapping 64-bit integers. Every rank brings as many."""
+    """As all_reduce_sum, in 64-bit integers, which wrap around."""
     return _reduce(torch.tensor(values, dtype=torch.int64), dist.ReduceOp.SUM)
 
 
 def all_reduce_max(values: list[float]) -> list[float]:
-    """Maximum of each value over the ranks. Every rank calls it with as many values."""
+    """The maximum of each value over the ranks; all ranks give equally many values."""
     return _reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX)
 
 
@@ -114,8 +131,10 @@ def _reduce(tensor: Tensor, op: Any) -> list[Any]:
 
 
 def all_gather_rows(rows: Tensor, channel: dist.ProcessGroup | None = None) -> Tensor:
-    """Concatenate the rows of all ranks in rank order, on the CPU; ranks may bring different numbers of rows
-    [n_r, ...]. channel: one of new_channel; None = the trainer's.
+    """The rows [n_r, ...] of all ranks r, concatenated in rank order on the CPU of every rank.
+
+    Ranks may give different numbers of rows: all are padded to the largest, gathered, and cut
+    again. channel: from new_channel; None = the trainer's.
     """
     rows = rows.detach().cpu().contiguous()
     if world_size() == 1:
@@ -131,7 +150,7 @@ def all_gather_rows(rows: Tensor, channel: dist.ProcessGroup | None = None) -> T
 
 
 def gather_json(value: Any, channel: dist.ProcessGroup | None = None) -> list[Any]:
-    """The JSON-able `value` of every rank, in rank order, on every rank."""
+    """The `value` of every rank, in rank order, on every rank; it travels as JSON."""
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = all_gather_rows(torch.tensor([len(data)]), channel).tolist()
     parts = torch.split(all_gather_rows(data, channel), sizes)
@@ -139,11 +158,63 @@ def gather_json(value: Any, channel: dist.ProcessGroup | None = None) -> list[An
 
 
 def broadcast_json(value: Any, channel: dist.ProcessGroup | None = None) -> Any:
-    """Rank 0's JSON-able `value` on every rank."""
+    """Rank 0's `value` on every rank; it travels as JSON."""
     return gather_json(value if is_main() else None, channel)[0]
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+def on_main(action: Callable[[], T]) -> T:
+    """Run an action on rank 0, and return its result on every rank; every rank calls it.
+
+    The result travels as JSON. A UserError of rank 0 is raised on every rank, with its class
+    and message; an OSError becomes a StoreError.
+    """
+    result, failure = _attempt(action) if is_main() else (None, None)
+    result, failure = broadcast_json([result, failure])
+    _raise_shared(failure)
+    return result
+
+
+def together(action: Callable[[], T], channel: dist.ProcessGroup | None = None) -> T:
+    """Run an action on every rank, and fail on all if it fails on any; every rank calls it.
+
+    The action must not communicate. The failure of the lowest rank is raised on all of them, as
+    on_main does. channel: from new_channel; None = the trainer's.
+    """
+    result, my_failure = _attempt(action)
+    for failure in gather_json(my_failure, channel):
+        _raise_shared(failure)
+    return result
+
+
+@contextlib.contextmanager
+def alike() -> Iterator[None]:
+    """Marks a block that does the same on every rank: an error that one raises, all raise."""
+    try:
+        yield
+    except UserError as error:
+        error.shared = True
+        raise
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T, None] | tuple[Any, list[str]]:
+    """The action's result and None, or None and the class and message of a user's error."""
+    try:
+        return action(), None
+    except UserError as error:
+        return None, [type(error).__name__, str(error)]
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return None, [StoreError.__name__, f"{where}{error.strerror or error}"]
+
+
+def _raise_shared(failure: list[str] | None) -> None:
+    if failure:
+        kind, message = failure
+        raise getattr(errors, kind)(message, shared=True)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

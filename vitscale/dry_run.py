@@ -6,21 +6,22 @@ import os
 import torch
 
 from vitscale import config as configs
-from vitscale import plan as planning
-from vitscale.job import Job, TrainConfig, expected_first_loss, prepare
+from vitscale import memory
+from vitscale.job import Job, expected_first_loss, prepare
+from vitscale.models import MODELS
 from vitscale.models.flops import train_flops
-from vitscale.models.vit import ViT
+from vitscale.train_config import TrainConfig
 
 
 def describe(config: TrainConfig, world_size: int) -> str:
-    """The resolved config, batch plan, model, weight decay, first loss, DeepSpeed JSON and memory estimate as
-    text.
+    """Config, data, batch plan, model, memory estimate and DeepSpeed JSON, as text.
 
-    Raises what train() would raise for a config or data set that cannot be used.
+    Raises what train() would raise for a config or a data set that cannot be used.
     """
     job = prepare(config, world_size)
     with torch.device("meta"):
-        num_params = sum(param.numel() for param in ViT(config.model).parameters())
+        model = MODELS[config.model.kind](config.model)
+    num_params = sum(param.numel() for param in model.parameters())
     return "\n\n".join(
         (
             f"# resolved config\n{configs.to_toml(config).strip()}",
@@ -38,30 +39,24 @@ def _section(title: str, lines: list[tuple[str, str]]) -> str:
 
 
 def _data_lines(job: Job) -> list[tuple[str, str]]:
-    mixture, epochs = job.mixture, job.mixture.epochs(job.total_steps)
-    worlds = [world for world in mixture.worlds() if job.config.global_batch % world == 0]
-    lines = []
-    for source, order, weight, passes in zip(
-        job.sources, mixture.orders, mixture.weights, epochs, strict=True
-    ):
+    mixture = job.mixture
+    world_sizes = [world for world in mixture.worlds() if job.config.global_batch % world == 0]
+    lines: list[tuple[str, str]] = []
+    parts = zip(job.sources, mixture.orders, mixture.weights, mixture.epochs(job.total_steps), strict=True)
+    for source, order, weight, epochs in parts:
         index = source.index
+        size = f"{len(index.shards):,} shards; {index.num_bytes:,} bytes"
         lines += [
-            ("source", f"{source.name}: {float(weight):.2%} of every batch, {passes:,.2f} epochs"),
-            (
-                "  samples",
-                f"{index.num_samples:,} in {len(index.shards):,} shards; {index.num_bytes:,} bytes",
-            ),
-            (
-                "  left out",
-                f"{order.tail:,} each epoch (others each time); {len(source.excluded):,} excluded",
-            ),
+            ("source", f"{source.name}: {float(weight):.2%} of every batch, {epochs:,.2f} epochs"),
+            ("  samples", f"{index.num_samples:,} in {size}"),
+            ("  left out", f"{order.tail:,} each epoch (different ones); {len(source.excluded):,} excluded"),
             ("  damaged", f"{index.num_damaged:,} known to the index"),
         ]
     return [
         *lines,
         ("steps per epoch", f"{mixture.steps_per_epoch:,}"),
         ("total steps", f"{job.total_steps:,}"),
-        ("lanes", f"{mixture.lanes:,}; it runs on {', '.join(map(str, worlds))} devices"),
+        ("lanes", f"{mixture.lanes:,}; it runs on {', '.join(map(str, world_sizes))} devices"),
         ("JPEG decoder", job.decoder),
     ]
 
@@ -77,27 +72,23 @@ def _batch_lines(job: Job) -> list[tuple[str, str]]:
 
 
 def _model_lines(config: TrainConfig, num_params: int) -> list[tuple[str, str]]:
-    optim = config.optim
+    decay = config.optim.lr * config.optim.weight_decay
     return [
         ("parameters", f"{num_params:,}"),
         ("training FLOPs", f"{train_flops(config.model):,} per image"),
-        (
-            "effective weight decay",
-            f"{optim.lr * optim.weight_decay:g} per step at the peak rate, on kernels only",
-        ),
+        ("effective weight decay", f"{decay:g} per step at the peak rate, on kernels only"),
         ("expected first loss", f"{expected_first_loss(config):.6f}"),
     ]
 
 
 def _memory_lines(job: Job, num_params: int) -> list[tuple[str, str]]:
     config, engine = job.config, job.config.engine
-    states = planning.state_bytes(num_params, engine.zero_stage, job.plan.world_size, config.precision)
-    kept = planning.activation_bytes(
+    states = memory.state_bytes(num_params, engine.zero_stage, job.plan.world_size, config.precision)
+    activations = memory.activation_bytes(
         config.model, job.plan.micro_batch, config.precision, engine.activation_checkpointing
     )
-    workers = f"{engine.num_workers} data workers per rank on {os.cpu_count()} cores"
     return [
         ("parameters and state", f"{states / 2**30:,.2f} GiB"),
-        ("activations", f"{kept / 2**30:,.2f} GiB"),
-        ("host", workers),
+        ("activations", f"{activations / 2**30:,.2f} GiB"),
+        ("host", f"{engine.num_workers} data workers per rank on {os.cpu_count()} cores"),
     ]

@@ -10,13 +10,17 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The loss ([loss]): "softmax" for one class an image, "sigmoid" also for several (ImageNet-21k, JFT)."""
+    """The loss of the classification objective ([loss]).
+
+    name:  "softmax" for one class per image; "sigmoid" also for several (ImageNet-21k, JFT)
+    """
 
     name: Literal["softmax", "sigmoid"] = "softmax"
 
 
 def to_targets(labels: Int64[Tensor, "B M"], num_classes: int) -> Float[Tensor, "B C"]:
-    """Labels, padded with -1, to a multi-hot table."""
+    """Labels, padded with -1, as multi-hot rows: [2, -1] of 4 classes is [0, 0, 1, 0]."""
+    # The padding goes to a class of its own, which is then cut off.
     targets = labels.new_zeros(len(labels), num_classes + 1)
     return targets.scatter_(1, labels.where(labels >= 0, num_classes), 1)[:, :num_classes].float()
 
@@ -24,11 +28,13 @@ def to_targets(labels: Int64[Tensor, "B M"], num_classes: int) -> Float[Tensor, 
 def compute_loss(
     config: LossConfig, logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]
 ) -> Float[Tensor, ""]:
-    """Mean over the batch of softmax cross-entropy, or of sigmoid cross-entropy summed over classes
-    (big_vision utils.py).
+    """The mean over the batch of the cross-entropy, in fp32 (big_vision utils.py).
+
+    "sigmoid" sums the binary cross-entropies of an image's classes.
     """
     logits = logits.float()
     if config.name == "softmax":
         return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
-    # Not binary_cross_entropy_with_logits: in fp32 it is 1% off at a logit of -10, where ImageNet-21k begins.
+    # Not binary_cross_entropy_with_logits, which in fp32 is 1% off at a logit of -10, where the
+    # head for ImageNet-21k starts.
     return (F.softplus(logits) - logits * targets).sum(-1).mean()

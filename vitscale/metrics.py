@@ -1,8 +1,12 @@
-"""One set of numbers a logged step, rendered to metrics.jsonl, TensorBoard and the console.
+"""Writes the numbers of each logged step to metrics.jsonl, TensorBoard and the console.
 
-metrics.jsonl holds one JSON object a row, {"step": 50, "train/loss": 2.1, ...}. Floats are written with the
-fewest digits that read back to the same value, so two runs compare bit for bit. JSON has no NaN: it and the
-infinities are written as the strings "nan", "inf" and "-inf", which read_metrics turns back into floats.
+A row of metrics.jsonl is one JSON object:
+
+    {"step": 50, "train/loss": 2.1, ...}
+
+Floats have the fewest digits that read back to the same value, so two runs compare bit for bit.
+JSON has no NaN: it and the infinities are written as the strings "nan", "inf" and "-inf", which
+read_metrics turns back into floats.
 """
 
 import json
@@ -20,13 +24,13 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
-from vitscale import storage
+from vitscale import atomic
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 NON_FINITE = ("nan", "inf", "-inf")
-# What the console shows of the numbers, where a step has them: name, label, format.
+# The numbers that the console shows, if a step has them: name, label, format.
 CONSOLE = (
     ("epoch", "epoch", "{:.2f}"),
     ("train/loss", "loss", "{:.4f}"),
@@ -39,10 +43,11 @@ CONSOLE = (
 
 
 class MetricsWriter:
-    """Writes a run's numbers; only rank 0 makes one. Each row leaves the process at once: a kill loses none.
+    """Writes a run's numbers; only rank 0 makes one. Each row is flushed, so a kill loses none.
 
-    resume_step: the step of the checkpoint that training goes on from, 0 for a fresh start. What an earlier
-    process wrote past it, and a last row torn by a kill, is dropped, so that each step stands once.
+    resume_step: the step of the checkpoint that training continues from, 0 for a fresh start.
+    Rows that an earlier process wrote past it are dropped, and so is a last row torn by a kill,
+    so that each step appears once.
     """
 
     def __init__(
@@ -53,13 +58,14 @@ class MetricsWriter:
         trim_metrics(folder / FILE_NAME, resume_step)
         self._file = open(folder / FILE_NAME, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = _open_tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
-        # A log file full of carriage returns helps nobody: the bar is for terminals alone.
+        # Only on a terminal: in a log file, a bar is one long line full of carriage returns.
         self._bar = _open_bar(resume_step, total_steps) if sys.stderr.isatty() else None
-        self._total_steps, self._first_step, self._start = total_steps, resume_step, time.monotonic()
+        self._resume_step, self._total_steps = resume_step, total_steps
+        self._start_seconds = time.monotonic()
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
-        """Record the numbers of a step everywhere."""
-        row = {"step": step, **{name: _plain(value) for name, value in numbers.items()}}
+        """Write the numbers of a step to all three."""
+        row = {"step": step, **{name: _json_number(value) for name, value in numbers.items()}}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
@@ -69,61 +75,92 @@ class MetricsWriter:
         self._show(step, numbers)
 
     def write_images(self, tag: str, images: UInt8[Tensor, "B 3 H W"], step: int = 0) -> None:
-        """Show images as one grid in TensorBoard."""
+        """Show images in TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.add_images(tag, images, step)
             self._tensorboard.flush()
 
     def write_hparams(self, values: Mapping[str, Any]) -> None:
-        """Show a resolved config, nested tables as dotted names, as hyperparameters in TensorBoard."""
+        """Show a resolved config in TensorBoard, with dotted names for nested tables."""
         if self._tensorboard is not None:
             self._tensorboard.add_hparams(_flatten(values), {}, run_name=".")
 
     def close(self) -> None:
-        """Finish the files and the bar."""
+        """Close the files and the bar."""
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._file.close()
 
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _show(self, step: int, numbers: Mapping[str, float | int]) -> None:
         text = _console_text(numbers)
         if self._bar is None:
-            logger.info("step %d/%d  %s  eta %s", step, self._total_steps, text, self._remaining(step))
+            elapsed_seconds = time.monotonic() - self._start_seconds
+            eta = remaining_time(elapsed_seconds, step - self._resume_step, self._total_steps - step)
+            logger.info("step %d/%d  %s  eta %s", step, self._total_steps, text, eta)
         elif any(name in numbers for name, _, _ in CONSOLE):
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
         else:
             self._bar.write(f"step {step}/{self._total_steps}  {text}", file=sys.stderr)
 
-    def _remaining(self, step: int) -> str:
-        done = step - self._first_step
-        if done <= 0:
-            return "?"
-        seconds = (time.monotonic() - self._start) / done * max(0, self._total_steps - step)
-        return tqdm.format_interval(round(seconds))
+
+class SilentWriter:
+    """Takes the place of a MetricsWriter on ranks other than 0, and writes nothing."""
+
+    def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
+        pass
+
+    def write_images(self, tag: str, images: UInt8[Tensor, "B 3 H W"], step: int = 0) -> None:
+        pass
+
+    def write_hparams(self, values: Mapping[str, Any]) -> None:
+        pass
+
+    def __enter__(self) -> "SilentWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def remaining_time(elapsed_seconds: float, num_done: int, num_left: int) -> str:
+    """How long the steps that are left take at the pace of those done, as "12:34" or "1:02:03".
+
+    Example: 4 steps done in 10 s and 100 left make 250 s, "04:10". "?" while none is done.
+    """
+    if num_done <= 0:
+        return "?"
+    return tqdm.format_interval(round(elapsed_seconds / num_done * max(0, num_left)))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order, without a last one that is half written or torn by a kill."""
-    rows = (_parse(line) for line in Path(path).read_bytes().splitlines(keepends=True))
+    """The rows of a metrics.jsonl in order, except for a last row that is half written."""
+    rows = (_parse_row(line) for line in Path(path).read_bytes().splitlines(keepends=True))
     return [row for row in rows if row is not None]
 
 
 def trim_metrics(path: Path, resume_step: int) -> None:
-    """Drop the rows past `resume_step` (0: all) and torn ones, atomically."""
+    """Drop rows past `resume_step` and torn ones, atomically; 0, a fresh start, drops all."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if (row := _parse(line)) is not None and 0 < resume_step >= row["step"]]
+    rows = [(line, _parse_row(line)) for line in lines]
+    kept = [line for line, row in rows if row is not None and row["step"] <= resume_step and resume_step > 0]
     if len(kept) < len(lines):
         logger.info("%s: dropped %d rows past step %d", path, len(lines) - len(kept), resume_step)
-        storage.write_atomic(path, b"".join(kept))
+        atomic.write(path, b"".join(kept))
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """A row, or None if it is torn: a whole one ends in a newline."""
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    """A row; None if it is torn: a complete one ends in a newline."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -135,18 +172,18 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return {name: float(value) if value in NON_FINITE else value for name, value in row.items()}
 
 
-def _plain(value: float | int) -> float | int | str:
+def _json_number(value: float | int) -> float | int | str:
     return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _console_text(numbers: Mapping[str, float | int]) -> str:
-    shown = [f"{label} {form.format(numbers[name])}" for name, label, form in CONSOLE if name in numbers]
-    # A row without training numbers is an evaluation: all of it matters.
-    return "  ".join(shown or [f"{name} {value:.4g}" for name, value in numbers.items()])
+    texts = [f"{label} {form.format(numbers[name])}" for name, label, form in CONSOLE if name in numbers]
+    # A row without training numbers is an evaluation, of which every number is shown.
+    return "  ".join(texts or [f"{name} {value:.4g}" for name, value in numbers.items()])
 
 
 def _open_tensorboard(folder: Path, resume_step: int) -> SummaryWriter:
-    """purge_step makes TensorBoard forget what earlier processes wrote from that step on."""
+    """With purge_step, TensorBoard ignores what earlier processes wrote from that step on."""
     return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
 
 
@@ -154,13 +191,12 @@ def _open_bar(resume_step: int, total_steps: int) -> "tqdm[Any]":
     return tqdm(initial=resume_step, total=total_steps, unit="step", file=sys.stderr, dynamic_ncols=True)
 
 
-def _flatten(values: Mapping[str, Any], where: str = "") -> dict[str, bool | int | float | str]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
     flat: dict[str, bool | int | float | str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{where}{key}."))
+            flat.update(_flatten(value, f"{prefix}{key}."))
         else:
-            flat[f"{where}{key}"] = (
-                value if isinstance(value, bool | int | float | str) else json.dumps(value)
-            )
+            is_plain = isinstance(value, bool | int | float | str)
+            flat[f"{prefix}{key}"] = value if is_plain else json.dumps(value)
     return flat

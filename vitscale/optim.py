@@ -1,4 +1,4 @@
-"""Optimizers of the paper: AdamW with decay on kernels only, and SGD with momentum for fine-tuning."""
+"""The paper's optimizers: AdamW with decay on kernels, SGD with momentum for fine-tuning."""
 
 import dataclasses
 import fnmatch
@@ -8,17 +8,23 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vitscale.config import ConfigError, positive
+from vitscale.config import positive
+from vitscale.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer ([optim]). weight_decay is decoupled and multiplied by the learning rate; clip_norm 0 =
-    no clipping.
+    """The optimizer ([optim]).
 
-    freeze: patterns of parameter names that are not trained ("patch_embed.*", "blocks.[0-3].*"). ema_decay:
-    of the exponential moving average of the weights, with which evaluations then run (paper, Section 4.1:
-    0.9999); 0 = none.
+    name:          "adamw" or "sgd"
+    lr:            the peak rate, which [schedule] multiplies
+    betas, eps:    of AdamW
+    momentum:      of SGD
+    weight_decay:  decoupled, times the learning rate, on kernels only; 0 with SGD
+    clip_norm:     largest global gradient norm; 0 = no clipping
+    freeze:        names of parameters to leave untrained ("patch_embed.*", "blocks.[0-3].*")
+    ema_decay:     of the exponential moving average of the weights, with which evaluations
+                   then run (paper, section 4.1: 0.9999); 0 = none
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -38,7 +44,10 @@ class OptimConfig:
                 f"optim.betas {list(self.betas)} and optim.momentum {self.momentum} must lie in [0, 1)"
             )
         if self.weight_decay < 0 or self.clip_norm < 0:
-            raise ConfigError("optim.weight_decay and optim.clip_norm must not be negative")
+            raise ConfigError(
+                f"optim.weight_decay {self.weight_decay} and optim.clip_norm {self.clip_norm} "
+                "must not be negative; 0 turns each off"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(
                 f"optim.ema_decay {self.ema_decay} must lie in [0, 1); 0.9999 is usual, 0 is none"
@@ -50,25 +59,26 @@ class OptimConfig:
 
 
 def is_kernel(name: str, param: nn.Parameter) -> bool:
-    """Whether weight decay applies: weights of linear layers, not biases, norms, tokens or position
-    embeddings.
+    """Whether weight decay applies: to weights of linear layers, big_vision's */kernel.
 
-    Source: big_vision optax.py, which decays names that end in /kernel.
+    Biases, norms, tokens and position embeddings are left out. Under ZeRO 3 a parameter's own
+    shape is empty, and ds_shape is that of the whole.
     """
-    return name.endswith(".weight") and len(getattr(param, "ds_shape", param.shape)) >= 2
+    return name.endswith(".weight") and param.ndim >= 2
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Exclude the parameters whose names match from training. Raises ConfigError for a pattern that matches
-    none, and if nothing is left to train.
+    """Exclude the parameters whose names match a pattern from training.
+
+    Raises ConfigError for a pattern that matches no name, and if nothing is left to train.
     """
     params = dict(model.named_parameters())
     for pattern in patterns:
         names = fnmatch.filter(params, pattern)
         if not names:
             raise ConfigError(
-                f"optim.freeze {pattern!r} matches no parameter; they are named like "
-                f"{', '.join(list(params)[:3])}"
+                f"optim.freeze {pattern!r} matches no parameter; "
+                f"they are named like {', '.join(list(params)[:3])}"
             )
         for name in names:
             params[name].requires_grad_(False)
@@ -77,7 +87,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters in a group "decay" and a group "no_decay"; an empty group is left out."""
+    """The trained parameters in groups "decay" and "no_decay"; an empty group is left out."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     groups = [
         {"name": "decay", "params": [p for n, p in named if is_kernel(n, p)], "weight_decay": weight_decay},
@@ -87,7 +97,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The torch optimizer over the model's parameter groups; the rate is set anew before every step."""
+    """The torch optimizer over the parameter groups; the rate is set before every step."""
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

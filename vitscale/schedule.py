@@ -4,15 +4,17 @@ import dataclasses
 import math
 from typing import Literal
 
-from vitscale.config import ConfigError
+from vitscale.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The schedule ([schedule]): a linear warmup that multiplies the decay curve (paper, Table 3; big_vision
-    utils.py).
+    """The learning rate over time ([schedule]): a decay curve, times a linear warmup.
 
-    end_lr: where "linear" ends. timescale_steps: of "rsqrt".
+    decay:            "linear", "cosine", "rsqrt" or "constant"
+    warmup_steps:     steps over which the factor of the warmup rises from 0 to 1
+    end_lr:           where "linear" ends
+    timescale_steps:  steps after which "rsqrt" has fallen to 1 / sqrt(2)
     """
 
     decay: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
@@ -22,7 +24,10 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or self.end_lr < 0:
-            raise ConfigError("schedule.warmup_steps and schedule.end_lr must not be negative")
+            raise ConfigError(
+                f"schedule.warmup_steps {self.warmup_steps} and schedule.end_lr {self.end_lr} "
+                "must not be negative"
+            )
         if self.timescale_steps < 1:
             raise ConfigError(f"schedule.timescale_steps {self.timescale_steps} must be above 0")
         if self.end_lr and self.decay != "linear":
@@ -32,7 +37,17 @@ class ScheduleConfig:
 
 
 def learning_rate(step: int, total_steps: int, peak_lr: float, config: ScheduleConfig) -> float:
-    """Rate of the `step`-th update, from 1 to total_steps; the warmup is below total_steps."""
+    """The rate of update `step`, from 1 to total_steps (paper, Table 3; big_vision utils.py).
+
+    w = warmup_steps, t = timescale_steps, p = (step - w) / (total_steps - w) within [0, 1]:
+
+        linear      min(1, step / w) * (end_lr + (peak_lr - end_lr) * (1 - p))
+        cosine      min(1, step / w) * peak_lr * (1 + cos(pi * p)) / 2
+        rsqrt       min(1, step / w) * peak_lr * sqrt(t / (t + max(0, step - w)))
+        constant    min(1, step / w) * peak_lr
+
+    The warmup must be shorter than the run (TrainConfig.num_steps).
+    """
     warmup = config.warmup_steps
     factor = min(1.0, step / warmup) if warmup else 1.0
     progress = min(max((step - warmup) / (total_steps - warmup), 0.0), 1.0)

@@ -1,9 +1,9 @@
-"""Bytes by name: local files and the stores that fsspec speaks, through one small set of functions.
+"""Bytes by URL: local files and fsspec's stores, through one small set of functions.
 
-Only these schemes are opened: a shard is data, never code, so `pipe:` and the like are refused before any
-library sees them. Transient errors are retried with exponential backoff and jitter, here and only here: the
-clients' own retries, which would multiply with ours, are switched off. What stays broken is a StoreError,
-never data that are missing.
+Only SCHEMES are opened: a shard is data, never code, so `pipe:` and the like are refused before
+any library sees them. Transient errors are retried with exponential backoff and jitter, here
+and only here: the clients' own retries, which would multiply with ours, are switched off. What
+keeps failing is a StoreError, and is never taken for missing data.
 """
 
 import errno
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import fsspec
 from braceexpand import braceexpand
 
-from vitscale.config import ConfigError
+from vitscale.errors import ConfigError, StoreError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,50 +37,50 @@ LOOKUP_THREADS = 32
 STREAM_STEP_BYTES = 8 << 20
 
 CREDENTIALS = {
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and AWS_ENDPOINT_URL for "
-    "a store that is not Amazon's, on every node",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), "
+    "and AWS_ENDPOINT_URL for a store that is not Amazon's, on every node",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run: gcloud auth application-default login, on every node",
     "http": "the server must let this machine read it",
 }
-
-
-class StoreError(ConfigError):
-    """A store, or a disk, that refuses or does not answer; nothing is said about what it holds."""
+_NO_CREDENTIALS = {  # exceptions of botocore and google.auth
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "DefaultCredentialsError",
+}
 
 
 def expand(pattern: str) -> list[str]:
-    """The sorted URLs that a glob, a brace pattern ({000..127}) or a plain URL names. Raises ConfigError if
-    there are none.
+    """The sorted URLs that a glob, a brace pattern ({000..127}) or a plain URL names.
 
-    A remote pattern lists its shards by braces, which needs no listing permission, or by `*` where the store
-    can list.
+    A remote pattern names its shards by braces, which needs no permission to list, or by `*`
+    where the store can list. Raises ConfigError if there are none.
     """
     urls: set[str] = set()
     try:
         expanded = braceexpand(pattern)
     except ValueError:  # braces that are not closed
         raise ConfigError(
-            f"{pattern!r} has a brace without its other half; write one like {{000..127}}"
+            f"{pattern!r} has a brace without its other half; write pairs, like {{000..127}}"
         ) from None
     for url in expanded:
         if any(c in url for c in "*?[") and is_local(url):
             urls.update(glob.glob(local_path(url), recursive=True))
         elif any(c in url for c in "*["):
             fs, path = _filesystem(url)
-            found = _retry(functools.partial(fs.glob, path), url, "listing")
-            urls.update(map(fs.unstrip_protocol, found))
+            paths = _retry(functools.partial(fs.glob, path), url, "listing")
+            urls.update(map(fs.unstrip_protocol, paths))
         else:
             urls.add(url)
     if not urls:
         raise ConfigError(
-            f"no file matches {pattern!r}; check the path (quote patterns so that the shell leaves them "
-            "alone)"
+            f"no file matches {pattern!r}; check the path, and quote it if your shell expands patterns"
         )
     return sorted(urls)
 
 
 def scheme(url: str) -> str:
-    """The scheme of a URL ("file" for a plain path). Raises ConfigError for one that is not allowed."""
+    """The scheme of a URL, "file" for a path. Raises ConfigError for one not in SCHEMES."""
     match = re.match(r"^([A-Za-z][A-Za-z0-9+.-]*):", url)
     name = match.group(1).lower() if match else "file"
     if name not in SCHEMES:
@@ -99,7 +99,7 @@ def local_path(url: str) -> str:
 
 
 def join(base: str, name: str) -> str:
-    """`name` relative to the folder of `base`; an absolute path or URL stays as it is."""
+    """`name` relative to the folder of `base`; an absolute path or a URL is left as it is."""
     if os.path.isabs(name) or re.match(r"^[A-Za-z][A-Za-z0-9+.-]*:", name):
         return name
     return f"{base.rpartition('/')[0]}/{name}" if "/" in base else name
@@ -119,8 +119,9 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) of the object; fewer where it ends before. Raises FileNotFoundError if there is
-    none.
+    """Bytes [start, end) of the object, fewer if it ends before.
+
+    Raises FileNotFoundError if there is none.
     """
     if is_local(url):
         return _retry(lambda: _pread(local_path(url), start, end), url, "reading")
@@ -135,27 +136,27 @@ def read_range(url: str, start: int, end: int) -> bytes:
 
 
 def open_stream(url: str) -> io.BufferedReader:
-    """The object as a sequential stream of bytes, for one pass over it."""
+    """The object as a stream of bytes, for one pass over it."""
     if is_local(url):
         return open(local_path(url), "rb")
     return io.BufferedReader(_RangeFile(url), STREAM_STEP_BYTES)
 
 
 def names_in(folder: str) -> list[str]:
-    """The names directly in a folder or below a store's prefix, sorted; none where there is no such place."""
+    """The sorted names directly in a folder or below a store's prefix; [] if there is none."""
     try:
         if is_local(folder):
             return sorted(os.listdir(local_path(folder)))
         fs, path = _filesystem(folder)
         fs.invalidate_cache()
-        found = _retry(lambda: fs.ls(path, detail=False), folder, "listing")
+        names = _retry(lambda: fs.ls(path, detail=False), folder, "listing")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted({name.rstrip("/").rpartition("/")[2] for name in found} - {""})
+    return sorted({name.rstrip("/").rpartition("/")[2] for name in names} - {""})
 
 
 def upload(path: str | Path, url: str) -> None:
-    """Copy a local file into a store. Raises StoreError if what lies there then is not as long."""
+    """Copy a local file into a store. Raises StoreError if the copy's size differs."""
     fs, remote = _filesystem(url)
     _retry(lambda: fs.put_file(str(path), remote), url, "writing")
     fs.invalidate_cache()
@@ -171,7 +172,7 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def delete(url: str) -> None:
-    """Delete an object, or all that lies below a store's prefix; what is not there is no error."""
+    """Delete an object, or all below a store's prefix. It is no error if there is nothing."""
     fs, path = _filesystem(url)
     fs.invalidate_cache()
     try:
@@ -181,13 +182,13 @@ def delete(url: str) -> None:
 
 
 def connect(url: str) -> None:
-    """Make the client of the URL's store in this process: two threads must not make it at once."""
+    """Make the client of the URL's store in this process, before threads that would race to."""
     if not is_local(url):
         _filesystem(url)
 
 
 def sizes(urls: Sequence[str]) -> list[int | None]:
-    """The size of each object in bytes, None where there is none. Remote ones are asked for in parallel."""
+    """The size of each object in bytes, None where there is none; remote ones in parallel."""
     if all(map(is_local, urls)):
         return [_size(url) for url in urls]
     for url in {scheme(url): url for url in urls}.values():
@@ -196,33 +197,8 @@ def sizes(urls: Sequence[str]) -> list[int | None]:
         return list(pool.map(_size, urls))
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write a local file so that a kill at any instant leaves the old content or the new one, on disk."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
-
-
-def fsync_directory(path: str | Path) -> None:
-    """Make the names in a local directory durable (renames and new files)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class _RangeFile(io.RawIOBase):
-    """A remote object as a file to be read from end to end, in ranges each of which is retried by itself."""
+    """A remote object as a file to be read from start to end. Each range is retried alone."""
 
     def __init__(self, url: str) -> None:
         size = _size(url)
@@ -272,10 +248,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
 def client(name: str, process: int) -> Any:
     """The fsspec file system of a scheme in one process.
 
-    A client does not survive a fork, so every process makes its own. A worker keeps its parent's, too,
-    unused:
-    finalising it would take the parent's open connections out of the epoll set that the two share, and the
-    parent would wait for answers until its time-out.
+    A client does not survive a fork, so every process makes its own. A worker keeps its
+    parent's as well, unused: finalising it would take the parent's open connections out of the
+    epoll set that the two share, and the parent would wait for answers until its timeout.
     """
     fs = fsspec.filesystem(name, skip_instance_cache=True, **_client_options(name))
     fs.retries = 1
@@ -285,7 +260,7 @@ def client(name: str, process: int) -> Any:
 def _client_options(name: str) -> dict[str, Any]:
     if name == "s3":
         timeouts = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "read_timeout": READ_TIMEOUT_SECONDS}
-        # Our own checksums go with all that we write; the client's are wrong for ranges at some servers.
+        # What we write has our own checksums. The client's are wrong for ranges at some.
         checksums = {
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
@@ -302,9 +277,10 @@ def _client_options(name: str) -> dict[str, Any]:
 
 
 def _retry(call: Callable[[], T], url: str, doing: str, *, beyond_end: T | None = None) -> T:
-    """Call, and again after transient errors; what cannot get better by waiting is raised at once.
+    """Call, and call again after transient errors; raise at once what waiting cannot fix.
 
-    beyond_end: what to return where the store says that the range lies behind the object's end.
+    doing: for messages, like "reading". beyond_end: what to return if the store says that the
+    range is behind the object's end.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -315,8 +291,8 @@ def _retry(call: Callable[[], T], url: str, doing: str, *, beyond_end: T | None 
             _raise_if_final(error, url, doing)
             if attempt == ATTEMPTS:
                 raise StoreError(
-                    f"{doing} {url} failed {ATTEMPTS} times, the last time with: {_text(error)}; when the "
-                    "store answers again, the same command goes on"
+                    f"{doing} {url} failed {ATTEMPTS} times, the last time with: {_text(error)}; "
+                    "run the same command again when the store answers"
                 ) from None
             delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (attempt - 1))
             delay *= 0.5 + random.random()
@@ -327,18 +303,13 @@ def _retry(call: Callable[[], T], url: str, doing: str, *, beyond_end: T | None 
 
 
 def _raise_if_final(error: Exception, url: str, doing: str) -> None:
-    """Raise what a user must mend, and what is not a store's error at all; return for what may pass."""
+    """Raise what a user must fix and what is no store's error; return if it may pass."""
     status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
     kinds = {type(error).__name__, type(error.__cause__).__name__}
     way_out = CREDENTIALS.get({"gcs": "gs", "https": "http"}.get(scheme(url), scheme(url)), "")
     if status == 404 or (isinstance(error, FileNotFoundError) and not _hides_another(error)):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
-    if kinds & {
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "ProfileNotFound",
-        "DefaultCredentialsError",
-    }:
+    if kinds & _NO_CREDENTIALS:
         raise StoreError(f"{doing} {url}: there are no credentials ({_text(error)}); {way_out}") from None
     if isinstance(error, PermissionError) or status in (401, 403):
         raise StoreError(f"{doing} {url}: access is denied ({_text(error)}); {way_out}") from None
@@ -352,7 +323,7 @@ def _raise_if_final(error: Exception, url: str, doing: str) -> None:
 
 
 def _hides_another(error: FileNotFoundError) -> bool:
-    """fsspec's http tells every failed look-up as a missing file; the cause says what it was."""
+    """fsspec's HTTP reports any failed look-up as a missing file; the cause is what it was."""
     return type(error.__cause__).__module__.partition(".")[0] == "aiohttp"
 
 
@@ -363,5 +334,6 @@ def _is_beyond_end(error: Exception) -> bool:
 
 
 def _text(error: BaseException) -> str:
+    """An error's kind and first line, for messages."""
     cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
     return f"{type(cause).__name__}: {cause}".splitlines()[0].rstrip(": ")

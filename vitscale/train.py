@@ -1,8 +1,11 @@
 """Training: one straight loop. Fine-tuning is the same loop with an [init] section.
 
-Start order: 1 resume this run from its newest good checkpoint; 2 go on from another run's full state ([init]
-with full_state); 3 initialise weights from another checkpoint ([init], with a new head and resized position
-embeddings); 4 from scratch.
+A run starts from the first of these that it has:
+
+    1  its own newest good checkpoint: the run is resumed
+    2  another run's full state ([init] with full_state)
+    3  another checkpoint's weights ([init]), with a new head and resized position embeddings
+    4  nothing: from scratch
 """
 
 import contextlib
@@ -10,8 +13,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import signal
-from collections.abc import Generator, Mapping
-from pathlib import Path
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,204 +21,236 @@ from torch import Tensor
 
 from vitscale import config as configs
 from vitscale import distributed
-from vitscale import engine as engines
-from vitscale.checkpoint import load, state
-from vitscale.checkpoint.ema import Ema
-from vitscale.checkpoint.export import SavedModel, State, locate
-from vitscale.checkpoint.saver import Saver
+from vitscale.checkpoint import load
+from vitscale.checkpoint.manifest import TrainState
+from vitscale.checkpoint.save import Saver
 from vitscale.checkpoint.store import Home
 from vitscale.data.cache import NodeCache
-from vitscale.data.index import DataError
-from vitscale.data.lane import Recipe
+from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches, on_device
-from vitscale.data.mixup import mix
-from vitscale.data.transforms import normalize
-from vitscale.evals.tasks import ClassifyTask, FewShotTask, open_task
-from vitscale.job import (
-    Job,
-    TrainConfig,
-    check_continuation,
-    check_new_length,
-    claim_run_dir,
-    prepare,
-    write_config,
-)
-from vitscale.losses import compute_loss, to_targets
-from vitscale.meter import QUARANTINE_NAME, Meter, Progress, bad_data_sentence, too_many_bad
-from vitscale.metrics import MetricsWriter, trim_metrics
-from vitscale.models import build_model
+from vitscale.data.quarantine import Quarantine
+from vitscale.engine.engine import Engine
+from vitscale.engine.zero import WholeTensors
+from vitscale.errors import DataError
+from vitscale.evals import open_task
+from vitscale.evals.adapters import LiveModel
+from vitscale.evals.task import Task
+from vitscale.job import Job, prepare
+from vitscale.meter import Meter
+from vitscale.metrics import MetricsWriter, SilentWriter, trim_metrics
+from vitscale.models import Model, build_model
 from vitscale.models.transfer import transfer_state
-from vitscale.models.vit import ViT
-from vitscale.optim import build_optimizer, freeze
+from vitscale.objectives import BatchKey, Objective, build_objective
+from vitscale.optim import freeze
+from vitscale.progress import Due, Phases, Progress
 from vitscale.rng import derive_seed
+from vitscale.run_dir import check_continuation, check_new_length, claimed, write_config
 from vitscale.schedule import learning_rate
+from vitscale.train_config import TrainConfig
+from vitscale.weights.saved import SavedModel, Slot, locate
 
 logger = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit status: stopped after a clean save, start it again
 SHOWN_IMAGES = 16
+Tasks = Mapping[str, Task]
 
 
 def train(config: TrainConfig) -> int:
-    """Run the config to its end, resuming what is there. Every rank calls it. Returns the exit status: 0, or
-    75.
+    """Run the config to its end, resuming what there is; every rank calls it.
 
-    Raises ConfigError, DataError or CheckpointError (all ValueErrors) for what the user can mend.
+    Returns the exit status: 0, or 75 if it was stopped. Raises a UserError for what the user
+    can fix. A process may call it many times.
     """
     distributed.initialize()
     job = prepare(config, distributed.world_size())
-    tasks = {
-        name: open_task(name, section, config.model.image_size) for name, section in config.evals.items()
-    }
-    lock = claim_run_dir(job)
-    stop = StopFlag()
-    run = start(job)
-    write_config(job)
-    with run.saver:
-        loop(job, run, tasks, stop)
-    distributed.barrier()  # a launcher may end all ranks when the first has ended with another status than 0
-    if lock:
-        lock.release()
+    tasks = distributed.together(lambda: open_tasks(config))
+    with claimed(job), StopSignals() as stop, started(job, tasks) as run:
+        loop(run, stop)
+        distributed.barrier()  # a launcher may kill all ranks when the first ends with status 75
     return 0 if run.progress.step == job.total_steps else PREEMPTED
 
 
-def loop(job: Job, run: "Run", tasks: Mapping[str, FewShotTask | ClassifyTask], stop: "StopFlag") -> None:
-    """Train from where the run is to its end, or to where it is asked to stop; every rank calls it."""
-    config, engine, progress, saver = job.config, run.engine, run.progress, run.saver
-    writer = open_metrics(job, progress.step)
-    stream = open_stream(job, progress.step)
-    if progress.step == 0:
-        if writer:
-            writer.write_hparams(configs.to_dict(config))
-        evaluate_due(run, job, tasks, 0, writer)  # what an untrained model gives: the line to beat
+def loop(run: "Run", stop: "StopSignals") -> None:
+    """Train from where the run is to its end, or until asked to stop; every rank calls it."""
+    job, engine, at, metrics, saver = run.job, run.engine, run.progress, run.metrics, run.saver
     meter = Meter(job)
+    phases = Phases(meter)
+    if at.step == 0:
+        metrics.write_hparams(configs.to_dict(job.config))
+        with phases("evaluate"):  # what an untrained model gives: the line to beat
+            evaluate(run, due_after(0, job).evaluate)
 
-    for step in range(progress.step + 1, job.total_steps + 1):
-        with meter.waiting_for_data():
-            batch = next(stream)
-        lr = learning_rate(step, job.total_steps, config.optim.lr, config.schedule)
-        engines.set_learning_rate(engine, lr)
-        loss = train_step(engine, job, batch, step)
-        if run.ema:
-            run.ema.update(engine)
+    while at.step < job.total_steps:
+        with phases("data"):
+            batch = next(run.batches)
+        with phases("step"):
+            lr = learning_rate(at.step + 1, job.total_steps, job.config.optim.lr, job.config.schedule)
+            engine.set_learning_rate(lr)
+            loss = train_step(run, batch, at.step + 1)
+        at.advance()
         meter.add(batch)
-        progress.step = step
+        run.quarantine.add(batch.bad)
         stopping, save_failed = agreed(stop.asked, saver.failed)
         if save_failed:
             saver.wait()  # raises
 
-        last = step == job.total_steps
-        if step == 1 or last or stopping or step % config.log.every_steps == 0:
-            numbers = meter.read(engine, loss, lr, progress)
-            if writer:
-                writer.write(step, numbers)
-        if step == 1 and writer:
-            writer.write_images("inputs", batch.images[:SHOWN_IMAGES], step)
+        due = due_after(at.step, job, stopping=stopping)
+        if due.log:
+            with phases("log"):
+                at.bad_samples += run.quarantine.flush(at.step)
+                metrics.write(at.step, meter.read(engine, loss, lr, at))
+        if at.step == 1:
+            metrics.write_images("inputs", batch.images[:SHOWN_IMAGES], at.step)
         for cost in saver.finished():
-            if writer:
-                writer.write(step, cost)
-        if evaluate_due(run, job, tasks, step, writer):
-            meter.restart()
-        damaged = too_many_bad(job, progress)
-        due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-        if last or stopping or damaged or due:
-            meter.count_bad(progress)
-            saver.save(engine, checkpoint_header(job, engine, progress), run.ema)
-            meter.restart()
+            metrics.write(at.step, cost)
+        if due.evaluate:
+            with phases("evaluate"):
+                evaluate(run, due.evaluate)
+        seen = at.step * job.config.global_batch
+        damaged = run.quarantine.is_over(at.bad_samples, seen)
+        if due.save or damaged:
+            with phases("save"):
+                at.bad_samples += run.quarantine.flush(at.step)
+                saver.save(engine, train_state(job, at))
         if damaged:
-            raise DataError(bad_data_sentence(job, progress))
-        if stopping and not last:
+            raise DataError(run.quarantine.verdict(at.bad_samples, seen, at.step), shared=True)
+        if due.end:
             break
     saver.wait()
-    stream.close()
-    if writer:
-        for cost in saver.finished():
-            writer.write(progress.step, cost)
-        writer.close()
+    for cost in saver.finished():
+        metrics.write(at.step, cost)
 
 
-def train_step(engine: Any, job: Job, batch: Batch, step: int) -> Tensor:
-    """One optimizer step on this rank's part of a global batch. Returns its mean loss, fp32 on the device."""
-    config, augment = job.config, job.config.augment
+def train_step(run: "Run", batch: Batch, step: int) -> Tensor:
+    """One optimizer step on this rank's part of a global batch.
+
+    Returns the mean loss of that part, fp32, on the device.
+    """
+    job, engine = run.job, run.engine
+    config, plan, rank = job.config, job.plan, distributed.rank()
     total = torch.zeros((), device=distributed.device())
     micro_batches = zip(
-        batch.images.split(job.plan.micro_batch), batch.labels.split(job.plan.micro_batch), strict=True
+        batch.images.split(plan.micro_batch), batch.labels.split(plan.micro_batch), strict=True
     )
-    position = distributed.rank() * job.plan.per_rank
     for micro_step, (images, labels) in enumerate(micro_batches):
         if config.model.dropout:
-            torch.manual_seed(derive_seed(config.seed, "dropout", step, distributed.rank(), micro_step))
-        pixels, targets = mix(
-            normalize(images, torch.float32),
-            to_targets(labels, config.model.num_classes),
-            mixup=augment.mixup,
-            cutmix=augment.cutmix,
-            switch=augment.cutmix_share,
-            seed=config.seed,
-            step=step,
-            first_position=position + micro_step * job.plan.micro_batch,
-        )
-        logits = engine(pixels.to(engines.DTYPES[config.precision]))
-        loss = compute_loss(config.loss, logits, targets)
+            torch.manual_seed(derive_seed(config.seed, "dropout", step, rank, micro_step))
+        # Row 0's place in the global batch: with 512 images a rank in micro batches of 64, the
+        # second micro batch of rank 1 starts at 512 + 64.
+        key = BatchKey(config.seed, step, rank * plan.per_rank + micro_step * plan.micro_batch)
+        loss = run.objective.loss(engine.forward, images, labels, key)
         engine.backward(loss)
         engine.step()
-        total += loss.detach() / job.plan.grad_accum_steps
+        total += loss.detach() / plan.grad_accum_steps
     return total
+
+
+def due_after(step: int, job: Job, *, stopping: bool = False) -> Due:
+    config = job.config
+    return Due.after(
+        step,
+        job.total_steps,
+        stopping=stopping,
+        log_every=config.log.every_steps,
+        save_every=config.checkpoint.every_steps,
+        evaluate_every={name: section.every_steps for name, section in config.evals.items()},
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What lives as long as the loop: the engine, the average of its weights, its checkpoints, where
-    it is.
-    """
+    """What the loop works with."""
 
-    engine: Any
-    ema: Ema | None
-    saver: Saver
+    job: Job
+    tasks: Tasks
+    engine: Engine
+    objective: Objective
     progress: Progress
+    batches: Iterator[Batch]
+    quarantine: Quarantine
+    saver: Saver
+    metrics: MetricsWriter | SilentWriter
 
 
-def start(job: Job) -> Run:
-    """Build the engine with the weights and state that the start order gives it; every rank calls it."""
+@contextlib.contextmanager
+def started(job: Job, tasks: Tasks) -> Iterator[Run]:
+    """A run that is ready for its next step, closed at the end; every rank enters it."""
     config = job.config
     home = Home.of(config.run_dir, config.checkpoint)
-    found = load.find(home)
-    passed_over = found.passed_over if found else ()
-    if found:
-        check_continuation(job, found)
+    engine, progress, passed_over = start(job, home)
+    write_config(job)
+    with (
+        contextlib.closing(engine),
+        open_metrics(job, progress.step) as metrics,
+        contextlib.closing(open_stream(job, progress)) as stream,
+        Saver(home, config.checkpoint, passed_over) as saver,
+    ):
+        yield Run(
+            job=job,
+            tasks=tasks,
+            engine=engine,
+            objective=build_objective(
+                config.objective,
+                loss=config.loss,
+                augment=config.augment,
+                num_classes=config.model.num_classes,
+            ),
+            progress=progress,
+            batches=stream,
+            quarantine=Quarantine(config.run_dir, config.data.max_bad_fraction),
+            saver=saver,
+            metrics=metrics,
+        )
+
+
+def start(job: Job, home: Home) -> tuple[Engine, Progress, tuple[int, ...]]:
+    """Start the engine in the order of the module's list; every rank calls it.
+
+    Returns the engine, where the run is, and the steps whose checkpoints did not verify.
+    """
+    config = job.config
+    checkpoint = load.find(home)
+    passed_over = checkpoint.passed_over if checkpoint else ()
+    if checkpoint:
+        with distributed.alike():
+            check_continuation(job, checkpoint)
     elif config.init.full_state:
-        found = load.verified(config.init.checkpoint)
-        check_new_length(job, found)
-    model = initial_model(config, resumed=found is not None)
-    initial = {} if found else {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = build_optimizer(config.optim, model)
-    engine = engines.start_engine(model, optimizer, config.engine, job.plan, job.deepspeed_config)
-    if not found and config.precision != "fp32":
-        # DeepSpeed makes the fp32 masters from 16-bit weights: give them back what rounding took
-        state.restore(engine, state.WholeTensors(initial), (), 0)
-    ema = Ema(engine, config.optim.ema_decay) if config.optim.ema_decay else None
-    progress = Progress()
-    if found:
-        load.resume(engine, found, config.optim.name, ema)
-        if distributed.is_main():
-            ranks, stage = found.manifest.world_size, found.manifest.zero_stage
-            logger.info("resumed from %s, written by %d ranks at ZeRO %d", found.folder, ranks, stage)
-        progress = Progress(step=found.manifest.step, bad_samples=found.manifest.counters["bad_samples"])
-    saver = Saver(home, config.checkpoint, config.optim.name, passed_over)
-    return Run(engine=engine, ema=ema, saver=saver, progress=progress)
+        checkpoint = load.find_other(config.init.checkpoint)
+        with distributed.alike():
+            check_new_length(job, checkpoint)
+    model = initial_model(config, resumed=checkpoint is not None)
+    initial = {} if checkpoint else {name: value.clone() for name, value in model.state_dict().items()}
+    engine = Engine(model, config.optim, config.engine, job.plan, config.precision)
+    if not checkpoint:
+        if config.precision != "fp32":
+            # DeepSpeed made the fp32 masters from 16-bit weights: restore what rounding took.
+            engine.restore(WholeTensors(initial))
+        return engine, Progress(), passed_over
+    load.resume(engine, checkpoint)
+    manifest = checkpoint.manifest
+    if distributed.is_main():
+        ranks, stage = manifest.world_size, manifest.zero_stage
+        logger.info("resumed from %s, written by %d ranks at ZeRO %d", checkpoint.folder, ranks, stage)
+    progress = Progress(
+        step=manifest.step, data_step=manifest.train.data_step, bad_samples=manifest.train.bad_samples
+    )
+    return engine, progress, passed_over
 
 
-def initial_model(config: TrainConfig, *, resumed: bool) -> ViT:
-    """The model on the CPU: initialised from the seed; unless `resumed`, with the backbone of [init] if there
-    is one. What optim.freeze names is frozen.
+def initial_model(config: TrainConfig, *, resumed: bool) -> Model:
+    """The model on the CPU, initialised from the seed, with what optim.freeze names frozen.
+
+    Unless the run is resumed, its backbone is that of [init] if there is one.
     """
     model = build_model(config.model, seed=derive_seed(config.seed, "init"))
-    freeze(model, config.optim.freeze)
+    with distributed.alike():
+        freeze(model, config.optim.freeze)
     if config.init.checkpoint and not resumed:
-        weights: State = "ema" if config.init.ema else "fp32"
-        path, _ = load.on_main(lambda: locate(config.init.checkpoint, weights))
-        saved = SavedModel(path, state=weights)
-        backbone = transfer_state(saved.state(), saved.config, config.model)
+        slot: Slot = "ema" if config.init.ema else "fp32"
+        # The newest checkpoint of a live run may change: rank 0 decides once which one to take.
+        path, _ = distributed.on_main(lambda: locate(config.init.checkpoint, slot))
+        saved, backbone = distributed.together(lambda: _backbone(path, slot, config))
         unexpected = model.load_state_dict(backbone, strict=False).unexpected_keys
         assert not unexpected, unexpected
         if distributed.is_main():
@@ -224,112 +258,103 @@ def initial_model(config: TrainConfig, *, resumed: bool) -> ViT:
     return model
 
 
-def open_metrics(job: Job, step: int) -> MetricsWriter | None:
-    """The writer of rank 0, with rows past `step` dropped; None on other ranks."""
-    if not distributed.is_main():
-        return None
+def _backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedModel, dict[str, Tensor]]:
+    saved = SavedModel(path, slot=slot)
+    return saved, transfer_state(saved.state_dict(), saved.config, config.model)
+
+
+def open_tasks(config: TrainConfig) -> Tasks:
+    return {name: open_task(name, section, config.model.image_size) for name, section in config.evals.items()}
+
+
+def open_metrics(job: Job, step: int) -> MetricsWriter | SilentWriter:
+    """On rank 0 a writer, after dropping the rows past `step`; on other ranks a silent one."""
     config = job.config
-    trim_metrics(Path(config.run_dir) / QUARANTINE_NAME, step)
+    if not distributed.is_main():
+        return SilentWriter()
+    trim_metrics(Quarantine(config.run_dir, 0).path, step)
     return MetricsWriter(
         config.run_dir, resume_step=step, total_steps=job.total_steps, tensorboard=config.log.tensorboard
     )
 
 
-def open_stream(job: Job, step: int) -> Generator[Batch, None, None]:
-    """This rank's batches from `step` to the end of the run."""
+def open_stream(job: Job, progress: Progress) -> Generator[Batch, None, None]:
+    """This rank's part of every batch from where the run is to its end."""
     config = job.config
     cache = NodeCache(config.engine.cache_dir, int(config.engine.cache_gb * 1e9))
     stream = Stream(
         sources=job.sources,
         mixture=job.mixture,
-        recipe=Recipe(config.augment, job.decoder, config.model.image_size, config.model.num_classes),
+        view_config=ViewConfig(
+            config.augment, job.decoder, config.model.image_size, config.model.num_classes
+        ),
         lanes=job.mixture.rank_lanes(distributed.rank(), job.plan.world_size),
-        first_step=step,
-        last_step=job.total_steps,
+        first_step=progress.data_step,
+        last_step=progress.data_step + job.total_steps - progress.step,
         cache=cache if config.engine.cache_dir else None,
     )
     return on_device(batches(stream, config.engine.num_workers), distributed.device())
 
 
-def checkpoint_header(job: Job, engine: Any, progress: Progress) -> dict[str, Any]:
+def train_state(job: Job, progress: Progress) -> TrainState:
     """The trainer's part of a checkpoint's manifest."""
     config = job.config
-    epoch, step_in_epoch = divmod(progress.step, job.mixture.steps_per_epoch)
-    return {
-        "step": progress.step,
-        "samples_seen": progress.step * config.global_batch,
-        "epoch": epoch,
-        "step_in_epoch": step_in_epoch,
-        "data_fingerprint": job.data_fingerprint(),
-        "precision": config.precision,
-        "counters": {**state.counters(engine), "bad_samples": progress.bad_samples},
-        "config": configs.to_dict(config),
-        "versions": {
+    return TrainState(
+        step=progress.step,
+        data_step=progress.data_step,
+        samples_seen=progress.step * config.global_batch,
+        bad_samples=progress.bad_samples,
+        steps_per_epoch=job.mixture.steps_per_epoch,
+        data_fingerprint=job.data_fingerprint(),
+        decoder=job.decoder,
+        precision=config.precision,
+        config=configs.to_dict(config),
+        versions={
             name: importlib.metadata.version(name) for name in ("vitscale", "torch", "deepspeed", "numpy")
         },
-    }
+    )
 
 
-def evaluate_due(
-    run: Run,
-    job: Job,
-    tasks: Mapping[str, FewShotTask | ClassifyTask],
-    step: int,
-    writer: MetricsWriter | None,
-) -> bool:
-    """Run the evaluations that fall due at this step, every rank taking part, with the average of the weights
-    where there is one. Returns whether any were.
+def evaluate(run: Run, names: tuple[str, ...]) -> None:
+    """Run evaluations, with the average of the weights if there is one; every rank calls it."""
+    if not names:
+        return
+    config = run.job.config.model
+    model = LiveModel(run.engine.forward, image_size=config.image_size, num_classes=config.num_classes)
+    with run.engine.evaluating():
+        for name in names:
+            results = run.tasks[name].run(model)
+            numbers = {f"eval/{name}/{key}": value for key, value in results.items()}
+            run.metrics.write(run.progress.step, numbers)
+
+
+class StopSignals:
+    """Within the block, SIGTERM and SIGUSR1 ask for a clean stop instead of ending the process.
+
+    After such a stop they remain caught: launchers send several signals, and the process still
+    has to end cleanly.
     """
-    due = {
-        name: task
-        for name, task in tasks.items()
-        if step % task.config.every_steps == 0 or step == job.total_steps
-    }
-    with run.ema.in_place(run.engine) if run.ema and due else contextlib.nullcontext():
-        for name, task in due.items():
-            results = task.run(EngineModel(run.engine, job.config))
-            if writer:
-                writer.write(step, {f"eval/{name}/{key}": value for key, value in results.items()})
-    return bool(due)
-
-
-class EngineModel:
-    """The model in training, as evaluations see it: uint8 images in, float32 out, dropout off."""
-
-    def __init__(self, engine: Any, config: TrainConfig) -> None:
-        self._engine, self._dtype = engine, engines.DTYPES[config.precision]
-        self.image_size, self.num_classes = config.model.image_size, config.model.num_classes
-
-    def features(self, images: Tensor) -> Tensor:
-        return self._run(images, features_only=True)
-
-    def logits(self, images: Tensor) -> Tensor:
-        return self._run(images, features_only=False)
-
-    @torch.no_grad()
-    def _run(self, images: Tensor, *, features_only: bool) -> Tensor:
-        self._engine.eval()
-        try:
-            pixels = normalize(images.to(distributed.device()), self._dtype)
-            return self._engine.module(pixels, features_only=features_only).float()
-        finally:
-            self._engine.train()
-
-
-class StopFlag:
-    """SIGTERM and SIGUSR1 ask for a clean stop."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+            self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in {} if self.asked else self._previous.items():
+            signal.signal(number, handler)
 
     def _ask(self, *_: object) -> None:
         self.asked = True
 
 
 def agreed(*flags: bool) -> list[bool]:
-    """For each flag, whether it is set on any rank: all ranks act on it at the same step. Every rank calls
-    it.
+    """For each flag, whether any rank has set it, so that all act on it at the same step.
+
+    Every rank calls it.
     """
-    return [value > 0 for value in distributed.all_reduce_max([float(flag) for flag in flags])]
+    return [bool(flag) for flag in distributed.all_reduce_max([float(flag) for flag in flags])]

@@ -1,4 +1,4 @@
-"""A checkpoint cut for another number of ranks holds the same, and is refused where it would do harm."""
+"""A checkpoint cut for another number of ranks holds the same; what does harm is refused."""
 
 import dataclasses
 import re
@@ -6,33 +6,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import FIXED, STATES, state_of, write_step
+from make import FIXED, STATES, state_of, verified, write_step
 from safetensors.torch import load_file
 
 from tools.checkpoint import main
 from vitscale.checkpoint import reshard as resharding
-from vitscale.checkpoint import store
-from vitscale.checkpoint.format import FIXED as FIXED_STATE
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.reshard import piece, reshard
+from vitscale.engine.zero import UNTRAINED
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 7, 100])
 def test_every_state_of_every_tensor_is_the_same_at_any_world_size(tmp_path: Path, world_size: int) -> None:
     source, tensors = write_step(tmp_path / "run", 12, state_of(12)), state_of(12)
     out = reshard(str(tmp_path / "run"), str(tmp_path / "deep" / "out"), world_size)
-    manifest = store.verify(out)
+    manifest = verified(out)
     reader = FragmentReader(out, manifest)
     for (state, name), tensor in tensors.items():
         whole = reader.whole(name, state)
         assert whole.dtype == tensor.dtype and torch.equal(whole, tensor)
-    before = store.verify(source)
+    before = verified(source)
     changed = {"world_size", "zero_stage", "files", "tensors"}
     for field in dataclasses.fields(before):
         if field.name not in changed:
             assert getattr(manifest, field.name) == getattr(before, field.name)
     assert (manifest.world_size, manifest.zero_stage, len(manifest.files)) == (world_size, 3, world_size)
-    assert {name for name, info in manifest.tensors.items() if info.fixed} == set(FIXED)
+    assert {name for name, info in manifest.tensors.items() if info.untrained} == set(FIXED)
     assert list((tmp_path / "deep").iterdir()) == [out]
 
 
@@ -45,7 +44,7 @@ def test_fragments_are_cut_as_zero_3_cuts_them(tmp_path: Path) -> None:
     assert last["fixed/mask"].tolist() == [True] and "fp32/scale" not in last
     assert set(last) == {
         f"{state}/{name}" for state in STATES for name in ("patch.weight", "norm.bias", "head.weight")
-    } | {f"{FIXED_STATE}/{name}" for name in ("pos_embed", "mask")}
+    } | {f"{UNTRAINED}/{name}" for name in ("pos_embed", "mask")}
 
 
 @pytest.mark.parametrize(("num_values", "world_size"), [(0, 3), (1, 4), (10, 4), (12, 4), (5, 4), (7, 1)])
@@ -70,7 +69,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(resharding.storage, "fsync_directory", full)
+    monkeypatch.setattr(resharding.atomic, "_sync", full)
     with pytest.raises(OSError, match="No space"):
         reshard(str(tmp_path / "run"), str(tmp_path / "out" / "step"), 2)
     assert list((tmp_path / "out").iterdir()) == []
@@ -96,4 +95,5 @@ def test_what_cannot_be_done_is_one_sentence(
     broken.write_bytes(broken.read_bytes()[:-1] + b"\x7f")
     status = main(["reshard", str(tmp_path / source), str(tmp_path / out), "--world", str(world)])
     assert status == 2 and re.search(message, capsys.readouterr().err)
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("**/.tmp-*"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("**/.*.tmp-*"))
+    assert main(["reshard", str(tmp_path / "run"), str(tmp_path / "out"), "--world", "2"]) == 0

@@ -1,77 +1,45 @@
 """Checkpoint files on disk: written exactly, verified by checksum, kept and found by number."""
 
-import dataclasses
-import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import xxhash
+from make import edit_manifest, newest, state_of, verified, write_step
 from safetensors.torch import load_file
 
 from vitscale import load_model
 from vitscale.checkpoint import store
-from vitscale.checkpoint.export import SavedModel, export_safetensors, locate
-from vitscale.checkpoint.format import (
-    CheckpointError,
-    Manifest,
-    SafetensorsReader,
-    TensorInfo,
-    write_safetensors,
-)
 from vitscale.checkpoint.load import FragmentReader
+from vitscale.checkpoint.manifest import Manifest
+from vitscale.checkpoint.safetensors import SafetensorsReader, write_safetensors
+from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.config import to_dict
-from vitscale.models import build_model
-from vitscale.models.vit import ModelConfig
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.models import ModelConfig, build_model
+from vitscale.weights.export import export_safetensors
+from vitscale.weights.saved import SavedModel, locate
 
 CONFIG = ModelConfig(variant="Ti/4", width=16, depth=1, num_heads=2, mlp_dim=24, image_size=8, num_classes=5)
+FIRST, SECOND = "rank-00000.safetensors", "rank-00001.safetensors"
 
 
-def write_checkpoint(directory: Path, step: int, world_size: int = 3) -> dict[str, torch.Tensor]:
-    """A committed checkpoint of a model whose tensors are cut at odd places among `world_size` files."""
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """The folder of a run's checkpoints; the run is tmp_path."""
+    return store.directory_of(tmp_path)
+
+
+def write_model(run: Path, step: int, world_size: int = 3) -> dict[str, torch.Tensor]:
+    """A committed checkpoint of a model, and its weights by name."""
     model = build_model(CONFIG, seed=step)
-    state = {name: param.detach() for name, param in model.named_parameters()}
-    folder = store.step_directory(directory, step)
-    folder.mkdir(parents=True)
-    files, tensors = (
-        {},
-        {name: TensorInfo(shape=tuple(value.shape), fragments=()) for name, value in state.items()},
-    )
-    for rank in range(world_size):
-        file, pieces = f"rank-{rank:05d}.safetensors", {}
-        for name, value in state.items():
-            each = -(-value.numel() // world_size)
-            start, count = rank * each, max(0, min(each, value.numel() - rank * each))
-            if count:
-                pieces[f"fp32/{name}"] = value.reshape(-1)[start : start + count]
-                tensors[name] = dataclasses.replace(
-                    tensors[name], fragments=(*tensors[name].fragments, (file, start, count))
-                )
-        files[file] = write_safetensors(folder / file, pieces, {"format": "pt"})
-    manifest = Manifest(
-        step=step,
-        samples_seen=step * 8,
-        epoch=0,
-        step_in_epoch=step,
-        data_fingerprint="f",
-        optimizer="adamw",
-        optimizer_steps=0,
-        states=("fp32",),
-        world_size=world_size,
-        zero_stage=3,
-        precision="fp32",
-        loss_scaler={},
-        counters={},
-        config={"model": to_dict(CONFIG)},
-        versions={},
-        created="now",
-        tensors=tensors,
-        files=files,
-    )
-    manifest.save(folder / "manifest.json")
-    return state
+    weights = {name: param.detach() for name, param in model.named_parameters()}
+    tensors = {("fp32", name): value for name, value in weights.items()}
+    config = {"model": to_dict(CONFIG)}
+    write_step(run, step, tensors, world_size=world_size, slots=("fp32",), config=config)
+    return weights
 
 
 def test_our_safetensors_files_are_everyones(tmp_path: Path) -> None:
@@ -85,9 +53,10 @@ def test_our_safetensors_files_are_everyones(tmp_path: Path) -> None:
     assert info.num_bytes == (tmp_path / "x.safetensors").stat().st_size
 
 
-def test_any_range_is_read_from_any_fragments(tmp_path: Path) -> None:
-    state = write_checkpoint(tmp_path, 1, world_size=4)
-    reader = FragmentReader(*store.newest_good(tmp_path))
+def test_any_range_is_read_from_any_fragments(tmp_path: Path, directory: Path) -> None:
+    state = write_model(tmp_path, 1, world_size=4)
+    checkpoint = newest(directory)
+    reader = FragmentReader(checkpoint.folder, checkpoint.manifest)
     name = "blocks.0.mlp.fc1.weight"
     flat = state[name].reshape(-1)
     for start, count in ((0, 1), (95, 3), (0, flat.numel()), (flat.numel() - 1, 1), (37, 200)):
@@ -97,92 +66,125 @@ def test_any_range_is_read_from_any_fragments(tmp_path: Path) -> None:
     assert torch.equal(reader.whole(name), state[name])
 
 
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def cut_off_the_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            lambda f: f.write_bytes(f.read_bytes()[:-3] + b"\x01" + f.read_bytes()[-2:]),
-            "is damaged: its checksum",
-        ),
-        (lambda f: f.write_bytes(f.read_bytes()[:-1]), "bytes, the manifest says"),
-        (lambda f: f.unlink(), "is missing"),
+        (flip_a_bit, "is damaged: its checksum"),
+        (cut_off_the_end, "bytes, the manifest says"),
+        (Path.unlink, "is missing"),
     ],
 )
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
-    tmp_path: Path, damage, message: str, caplog
+    tmp_path: Path, directory: Path, damage: Callable[[Path], None], message: str, caplog
 ) -> None:
-    write_checkpoint(tmp_path, 1)
-    write_checkpoint(tmp_path, 2)
-    damage(store.step_directory(tmp_path, 2) / "rank-00001.safetensors")
-    path, manifest = store.newest_good(tmp_path)
-    assert manifest.step == 1 and path == store.step_directory(tmp_path, 1)
+    write_model(tmp_path, 1)
+    write_model(tmp_path, 2)
+    assert newest(directory).manifest.train.step == 2
+    damage(store.step_directory(directory, 2) / SECOND)
+    assert newest(directory).folder == str(store.step_directory(directory, 1))
     assert "step-000000002/rank-00001.safetensors" in caplog.text and message in caplog.text
 
 
-def test_every_flipped_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, 1)
-    path = store.step_directory(tmp_path, 1) / "manifest.json"
+def test_a_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path, directory: Path, sweep: bool) -> None:
+    write_model(tmp_path, 1)
+    path = store.step_directory(directory, 1) / "manifest.json"
+    assert verified(path.parent).train.step == 1
     data = path.read_bytes()
-    for position in range(0, len(data), 61):
+    for position in range(0, len(data), 1 if sweep else 61):
         flipped = data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
         path.write_bytes(flipped)
         with pytest.raises(CheckpointError, match="manifest"):
-            store.verify(path.parent)
+            verified(path.parent)
+
+
+ALIEN, UNCOVERED = "was not written by vitscale", "do not hold the .* values of norm.bias once each"
+Values = dict[str, Any]
+
+
+def norm_bias(*fragments: list, shape: Sequence[float] = (16,)) -> Callable[[Values], object]:
+    """The edit that says of norm.bias, which has 16 values, where they are."""
+    return lambda values: values["tensors"]["norm.bias"].update(fragments=list(fragments), shape=list(shape))
+
+
+def extra_file(name: str) -> Callable[[Values], object]:
+    """The edit that lists a copy of the first file under another name."""
+    return lambda values: values["files"].update({name: values["files"][FIRST]})
+
+
+def nothing(_: Values) -> None:
+    """The edit that leaves a manifest as it was written."""
 
 
 @pytest.mark.parametrize(
-    "edit",
+    ("refused", "message", "accepted"),
     [
-        lambda v: v["files"].update({"../x.safetensors": v["files"]["rank-00000.safetensors"]}),
-        lambda v: v["files"].update({"/x.safetensors": v["files"]["rank-00000.safetensors"]}),
-        lambda v: v["tensors"]["norm.bias"].update(fragments=[["elsewhere", 0, 16]]),
-        lambda v: v["tensors"]["norm.bias"].update(fragments=[["rank-00000.safetensors", 0, 20]] * 2),
-        lambda v: v["tensors"]["norm.bias"].update(
-            fragments=[["rank-00000.safetensors", 0, 20], ["rank-00000.safetensors", 20, -4]]
-        ),
-        lambda v: v["tensors"]["norm.bias"].update(shape=[-4, -4]),
-        lambda v: v["tensors"]["norm.bias"].update(
-            shape=[10**15], fragments=[["rank-00000.safetensors", 0, 10**15]]
-        ),
-        lambda v: v["tensors"]["norm.bias"].update(shape=[16.0]),
-        lambda v: v.update(tensors=[]),
-        lambda v: v.update(files={"rank-00000.safetensors": 5}),
-        lambda v: v.update(config=[]),
-        lambda v: v.update(step="3"),
-        lambda v: v.update(created=5),
-        lambda v: v.update(evil=1),
-        lambda v: v.pop("step"),
-        lambda v: v.pop("version"),
+        (extra_file("../copy"), ALIEN, extra_file("copy")),
+        (extra_file("/copy"), ALIEN, extra_file("copy")),
+        (norm_bias(["elsewhere", 0, 16]), ALIEN, norm_bias([FIRST, 0, 16])),
+        (norm_bias([FIRST, 0, 16], [FIRST, 0, 16]), UNCOVERED, norm_bias([FIRST, 0, 16])),
+        (norm_bias([FIRST, 0, 9], [SECOND, 8, 8]), UNCOVERED, norm_bias([FIRST, 0, 8], [SECOND, 8, 8])),
+        (norm_bias([FIRST, 0, 7], [SECOND, 8, 8]), UNCOVERED, norm_bias([SECOND, 8, 8], [FIRST, 0, 8])),
+        (norm_bias([FIRST, 0, 20], [FIRST, 20, -4]), ALIEN, norm_bias([FIRST, 0, 16], [FIRST, 16, 0])),
+        (norm_bias([FIRST, 0, 16.0]), ALIEN, norm_bias([FIRST, 0, 16])),
+        (norm_bias([FIRST, 0, 16], shape=(-4, -4)), ALIEN, norm_bias([FIRST, 0, 16], shape=(4, 4))),
+        (norm_bias([FIRST, 0, 10**15], shape=(10**15,)), ALIEN, norm_bias([FIRST, 0, 9], shape=(9,))),
+        (norm_bias([FIRST, 0, 16], shape=(16.0,)), ALIEN, norm_bias([FIRST, 0, 16])),
+        (lambda v: v.update(tensors=[]), ALIEN, lambda v: v.update(tensors={})),
+        (lambda v: v["files"].update({FIRST: 5}), ALIEN, nothing),
+        (lambda v: v["train"].update(config=[]), ALIEN, lambda v: v["train"].update(config={})),
+        (lambda v: v["train"].update(step="3"), ALIEN, lambda v: v["train"].update(step=3)),
+        (lambda v: v.update(created=5), ALIEN, lambda v: v.update(created="5")),
+        (lambda v: v.update(evil=1), ALIEN, nothing),
+        (lambda v: v["train"].pop("step"), ALIEN, nothing),
+        (lambda v: v.pop("version"), "of version None", nothing),
     ],
 )
 def test_a_hostile_manifest_with_a_right_checksum_is_refused(
-    tmp_path: Path, edit: Callable[[dict[str, Any]], object]
+    tmp_path: Path,
+    directory: Path,
+    refused: Callable[[Values], object],
+    message: str,
+    accepted: Callable[[Values], object],
 ) -> None:
-    write_checkpoint(tmp_path, 3)
-    path = store.step_directory(tmp_path, 3) / "manifest.json"
-    values = json.loads(path.read_text())
-    values.pop("checksum")
-    edit(values)
-    text = json.dumps(values, sort_keys=True).encode()
-    path.write_text(json.dumps({**values, "checksum": xxhash.xxh3_128(text).hexdigest()}))
-    with pytest.raises(CheckpointError):
-        store.newest_good(tmp_path)
+    write_model(tmp_path, 3)
+    manifest = store.step_directory(directory, 3) / "manifest.json"
+    written = manifest.read_bytes()
+    shutil.copy(manifest.with_name(FIRST), manifest.with_name("copy"))
+    edit_manifest(manifest, accepted)
+    assert newest(directory).manifest.train.step == 3
+    manifest.write_bytes(written)
+    edit_manifest(manifest, refused)
+    with pytest.raises(CheckpointError, match=message):
+        newest(directory)
 
 
-def test_with_no_good_checkpoint_left_the_run_is_not_called_new(tmp_path: Path) -> None:
-    assert store.newest_good(tmp_path) is None
-    write_checkpoint(tmp_path, 1)
-    (store.step_directory(tmp_path, 1) / "manifest.json").unlink()
+def test_with_no_good_checkpoint_left_the_run_is_not_called_new(tmp_path: Path, directory: Path) -> None:
+    directory.mkdir()
+    assert newest(directory) is None
+    write_model(tmp_path, 1)
+    (store.step_directory(directory, 1) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* verifies \(.*holds no manifest.json"):
-        store.newest_good(tmp_path)
+        newest(directory)
 
 
-def test_steps_are_ordered_by_number_and_leftovers_are_no_checkpoints(tmp_path: Path) -> None:
+def test_steps_are_ordered_by_number_and_leftovers_are_no_checkpoints(
+    tmp_path: Path, directory: Path
+) -> None:
     for step in (900_000_000, 2_000_000_000, 5):
-        write_checkpoint(tmp_path, step)
-    (tmp_path / ".tmp-step-000000007").mkdir()
-    (tmp_path / "step-old").mkdir()
-    assert store.steps_on_disk(tmp_path) == [5, 900_000_000, 2_000_000_000]
+        write_model(tmp_path, step)
+    (directory / ".tmp-step-000000007").mkdir()
+    (directory / "step-old").mkdir()
+    assert store.steps_on_disk(directory) == [5, 900_000_000, 2_000_000_000]
 
 
 def test_only_our_own_names_are_steps(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_retention_keeps_the_last_and_every_nth(
 
 
 def test_an_export_gives_the_same_model_without_deepspeed(tmp_path: Path) -> None:
-    state = write_checkpoint(tmp_path / "run" / "checkpoints", 3)
+    state = write_model(tmp_path / "run", 3)
     for out in ("one.safetensors", "folder"):
         path = export_safetensors(tmp_path / "run", tmp_path / out)
         assert locate(path) == (str(path), 3)
@@ -232,3 +234,30 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "y.safetensors", {"a": torch.zeros(1)}, {})
     with pytest.raises(CheckpointError, match="was not exported by vitscale"):
         SavedModel(tmp_path / "y.safetensors")
+
+
+def test_a_commit_needs_every_file_whole(tmp_path: Path) -> None:
+    temporary = write_step(tmp_path / "written", 3, state_of(3))
+    manifest = Manifest.load(temporary)
+    file = temporary / "rank-00001.safetensors"
+    content = file.read_bytes()
+    final = store.step_directory(tmp_path / "run", 3)
+    final.parent.mkdir()
+    file.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=r"rank-00001.* is not visible to rank 0"):
+        store.commit(manifest, temporary, final)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"rank-00001.* is not visible to rank 0"):
+        store.commit(manifest, temporary, final)
+    assert not final.exists()
+    file.write_bytes(content)
+    store.commit(manifest, temporary, final)
+    assert verified(final) == manifest and not temporary.exists()
+    assert (final.parent / store.LATEST).read_text() == "step-000000003\n"
+
+
+@pytest.mark.parametrize(("key", "least"), [("keep_last", 1), ("every_steps", 0), ("keep_every_steps", 0)])
+def test_each_count_of_the_config_has_its_least_value(key: str, least: int) -> None:
+    assert getattr(CheckpointConfig(**{key: least}), key) == least
+    with pytest.raises(ConfigError, match=f"checkpoint.{key}"):
+        CheckpointConfig(**{key: least - 1})

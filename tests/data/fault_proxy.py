@@ -1,7 +1,10 @@
-"""A loopback proxy that spoils a seeded share of HTTP requests: fault_proxy.py PORT TARGET MODE SHARE.
+"""A loopback proxy that spoils a share of HTTP requests: fault_proxy.py PORT TARGET MODE SHARE.
 
-MODE: reset (the connection is reset before the request is passed on), cut (reset after 20 kB of the body),
-stall (never answered), wrong (one byte in the middle of the body is changed).
+MODE is one of:
+    reset  the connection is reset before the request is passed on
+    cut    it is reset after 20 kB of the body
+    stall  the request is never answered
+    wrong  one byte in the middle of the body is changed
 """
 
 import asyncio
@@ -15,7 +18,7 @@ METHODS = (b"GET", b"HEAD", b"PUT", b"POST", b"DELETE")
 
 
 class Connection:
-    """One client connection: requests pass upwards, answers downwards."""
+    """A client's connection: requests are passed to the target, and its answers back."""
 
     def __init__(self, target: int, mode: str, share: float, draws: random.Random) -> None:
         self.target, self.mode, self.share, self.draws = target, mode, share, draws
@@ -44,13 +47,13 @@ class Connection:
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
-            before, self.passed = self.passed, self.passed + len(data)
+            start, self.passed = self.passed, self.passed + len(data)
             if self.spoiled and self.mode == "cut" and self.passed > CUT_BYTES:
-                writer.write(data[: max(0, CUT_BYTES - before)])
+                writer.write(data[: max(0, CUT_BYTES - start)])
                 return reset(writer)
-            if self.spoiled and self.mode == "wrong" and before <= CUT_BYTES < self.passed:
-                at = CUT_BYTES - before
-                data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+            if self.spoiled and self.mode == "wrong" and start <= CUT_BYTES < self.passed:
+                wrong = CUT_BYTES - start
+                data = data[:wrong] + bytes([data[wrong] ^ 1]) + data[wrong + 1 :]
             writer.write(data)
             await writer.drain()
         writer.close()

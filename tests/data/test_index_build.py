@@ -1,19 +1,20 @@
-"""Building an index: in parallel, restartable, the same whoever builds it; and the tools around it."""
+"""Building an index: in parallel, resumable, the same whoever builds it; and the data tools."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from make import jpeg, write_index, write_shards, write_tar
 from PIL import Image
-from shard_files import jpeg, write_index, write_shards, write_tar
 
 from tools.data import main
-from vitscale.data.index import DataError, Index, build_index
+from vitscale.data.index import Index, build_index
+from vitscale.errors import DataError
+from vitscale.processes import ProgressCallback
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,69 +26,69 @@ def shards(tmp_path: Path) -> list[str]:
 
 def test_any_number_of_workers_builds_the_same_files(tmp_path: Path, shards: list[str]) -> None:
     for workers in (0, 1, 3):
-        build_index(shards, chunk_samples=4, workers=workers).save(tmp_path / f"{workers}.json")
-    for kind in ("json", "chunks.npy"):
-        files = [(tmp_path / f"{workers}.{kind}").read_bytes() for workers in (0, 1, 3)]
-        names = [
-            data.replace(f"{workers}.chunks".encode(), b"N")
-            for workers, data in zip((0, 1, 3), files, strict=True)
-        ]
-        assert names[0] == names[1] == names[2]
+        (tmp_path / str(workers)).mkdir()
+        build_index(shards, chunk_samples=4, workers=workers).save(tmp_path / str(workers) / "index.json")
+    for name in ("index.json", "index.chunks.npy"):
+        assert len({(tmp_path / str(workers) / name).read_bytes() for workers in (0, 1, 3)}) == 1
 
 
-def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path, shards: list[str]) -> None:
-    """SIGKILL at several moments; a shard that is finished is not read again."""
-    whole = tmp_path / "whole.json"
-    build_index(shards).save(whole)
-    out, journal = tmp_path / "index.json", tmp_path / "index.partial"
-    done = 0
-    for _ in range(5):
-        code = (
-            "import sys, time; from pathlib import Path; from vitscale.data.index import build_index; "
-            "build_index(sys.argv[2:], workers=1, journal=Path(sys.argv[1]), "
-            "progress=lambda _: time.sleep(0.05))"
-        )
-        builder = subprocess.Popen([sys.executable, "-c", code, str(journal), *shards], cwd=ROOT)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and builder.poll() is None:
-            lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
-            if lines > done + 1:
-                break
-            time.sleep(0.005)
-        os.kill(builder.pid, signal.SIGKILL)
-        builder.wait()
-        lines = journal.read_bytes().count(b"\n")
-        assert lines >= done, "a kill lost what was done"
-        done = lines
-        journal.write_bytes(journal.read_bytes() + b'{"shard": {"url": "to')  # a line that was being written
-    for path in map(Path, shards[: done - 2]):
-        path.rename(path.with_suffix(".away"))  # what is done is looked up, not read: size alone is asked
-        path.write_bytes(bytes(path.with_suffix(".away").stat().st_size))
+KILLED_BUILDER = """
+import os, signal, sys
+from pathlib import Path
+from vitscale.data.index import build_index
+journal, last, shards = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+def progress(num_done, num_shards):
+    if num_done == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+build_index(shards, workers=1, journal=journal, progress=progress)
+"""
+
+
+def test_a_killed_build_resumes_where_it_stopped(tmp_path: Path, shards: list[str]) -> None:
+    """SIGKILL after so many shards, four times; a shard that is finished is not read again."""
+    whole, journal = build_index(shards), tmp_path / "index.partial"
+    for last in (1, 2, 7, 15):
+        command = [sys.executable, "-c", KILLED_BUILDER, str(journal), str(last), *shards]
+        assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+        assert journal.read_bytes().count(b"\n") == 1 + last  # with the header
+        journal.write_bytes(journal.read_bytes() + b'{"shard": {"url": "to')  # torn while it is written
+    for path in map(Path, shards[:15]):
+        path.write_bytes(bytes(path.stat().st_size))  # only the size of a finished shard is looked at
     index = build_index(shards, journal=journal)
     assert not journal.exists()
-    index.save(out)
-    assert json.loads(out.read_text())["shards"] == json.loads(whole.read_text())["shards"]
-    assert Index.load(str(out)).fingerprint() == Index.load(str(whole)).fingerprint()
+    assert index.shards == whole.shards and index.label_counts == whole.label_counts
+    assert index.chunks.tolist() == whole.chunks.tolist()
+
+
+class Stopped(Exception):
+    """Raised in the middle of a build."""
+
+
+def stop_after(num_shards: int) -> ProgressCallback:
+    """A progress callback that ends a build after so many shards."""
+
+    def progress(done: int, total: int) -> None:
+        if done == num_shards:
+            raise Stopped
+
+    return progress
 
 
 def test_a_shard_that_changed_since_is_read_again(tmp_path: Path, shards: list[str]) -> None:
     journal = tmp_path / "index.partial"
-    stopped = iter(range(12))
-    with pytest.raises(StopIteration):
-        build_index(shards, journal=journal, progress=lambda _: next(stopped) and None)
+    with pytest.raises(Stopped):
+        build_index(shards, journal=journal, progress=stop_after(12))
     replaced = write_shards(tmp_path / "other", [11])
     os.replace(replaced[0], shards[0])
     assert build_index(shards, journal=journal).shards[0].num_samples == 11
 
 
-def test_an_index_of_another_version_or_chunking_is_not_gone_on_with(
-    tmp_path: Path, shards: list[str]
-) -> None:
+def test_a_build_with_other_chunks_is_not_resumed(tmp_path: Path, shards: list[str]) -> None:
     journal = tmp_path / "index.partial"
-    stopped = iter(range(12))
-    with pytest.raises(StopIteration):
-        build_index(shards, chunk_samples=8, journal=journal, progress=lambda _: next(stopped) and None)
-    assert build_index(shards, chunk_samples=4, journal=journal).chunk_samples == 4
+    with pytest.raises(Stopped):
+        build_index(shards, chunk_samples=8, journal=journal, progress=stop_after(12))
+    index = build_index(shards, chunk_samples=4, journal=journal)
+    assert index.chunks.tolist() == build_index(shards, chunk_samples=4).chunks.tolist()
 
 
 def test_what_was_allowed_to_be_damaged_is_refused_by_the_next_build(
@@ -95,9 +96,8 @@ def test_what_was_allowed_to_be_damaged_is_refused_by_the_next_build(
 ) -> None:
     journal = tmp_path / "index.partial"
     Path(shards[0]).write_bytes(Path(shards[0]).read_bytes()[:4000])
-    stopped = iter(range(3))
-    with pytest.raises(StopIteration):
-        build_index(shards, allow_damaged=True, journal=journal, progress=lambda _: next(stopped) and None)
+    with pytest.raises(Stopped):
+        build_index(shards, allow_damaged=True, journal=journal, progress=stop_after(3))
     with pytest.raises(DataError, match="restore the shard"):
         build_index(shards, journal=journal)
 
@@ -157,11 +157,21 @@ def test_wrong_options_are_one_sentence(tmp_path: Path, capsys, arguments: list[
     shard = tmp_path / "train-000000.tar"
     before = shard.read_bytes()
     try:
-        status = main([a.format(shards=shard, index=index, folder=tmp_path) for a in arguments])
+        status = main([text.format(shards=shard, index=index, folder=tmp_path) for text in arguments])
     except SystemExit as stopped:  # by argparse
         status = stopped.code
     assert status == 2 and sentence in capsys.readouterr().err
     assert shard.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options", [["--chunk-samples", "1"], ["--chunk-samples", "65535", "--workers", "0"]]
+)
+def test_options_at_their_bounds_are_accepted(tmp_path: Path, options: list[str]) -> None:
+    (shard,) = write_shards(tmp_path, [3])
+    out = tmp_path / "other.json"
+    assert main(["index", shard, "--out", str(out), *options]) == 0
+    assert Index.load(str(out)).num_samples == 3
 
 
 def test_a_bomb_does_not_end_the_statistics(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -173,7 +183,7 @@ def test_a_bomb_does_not_end_the_statistics(tmp_path: Path, capsys, monkeypatch)
 
 def test_dedup_writes_a_list_that_training_leaves_out(tmp_path: Path, capsys) -> None:
     train = write_index(tmp_path / "train", [40, 37])
-    test = write_shards(tmp_path / "test", [12])  # the same pictures as the first twelve
+    test = write_shards(tmp_path / "test", [12])  # the first twelve pictures of the training set
     out = tmp_path / "lists" / "duplicates.json"
     sheet = tmp_path / "sheet.png"
     command = ["dedup", str(train), "--against", test[0], "--out", str(out), "--sheet", str(sheet)]

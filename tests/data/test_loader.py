@@ -1,10 +1,10 @@
-"""The loader: the same samples and pixels at any world size, worker count and starting step; damage
-replaced
-and counted.
+"""The loader: the same samples and pixels at any world size, worker count and starting step;
+damaged samples are replaced and counted.
 """
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shard_files import jpeg, write_index, write_tar
+from make import jpeg, write_index, write_tar
 
-from vitscale.config import ConfigError
-from vitscale.data.index import DataError, Index, build_index
-from vitscale.data.lane import Lane, Recipe
+from vitscale.data.index import Index, build_index
+from vitscale.data.lane import Lane, ViewConfig
 from vitscale.data.loader import Stream, batches
-from vitscale.data.reader import read_chunk
+from vitscale.data.reader import Chunk, read_chunk
 from vitscale.data.sources import (
     DataConfig,
     Source,
@@ -28,6 +27,7 @@ from vitscale.data.sources import (
     open_sources,
 )
 from vitscale.data.transforms import AugmentConfig
+from vitscale.errors import ConfigError, DataError, StoreError
 
 CONFIG = DataConfig(index="index.json", lanes=4, window_chunks=2)
 
@@ -52,7 +52,7 @@ def make_stream(
     return Stream(
         sources=sources,
         mixture=mixture,
-        recipe=Recipe(augment, "simplejpeg", 8, 5),
+        view_config=ViewConfig(augment, "simplejpeg", 8, 5),
         lanes=mixture.rank_lanes(rank, world_size),
         first_step=first,
         last_step=last,
@@ -109,44 +109,46 @@ def test_unusable_samples_are_replaced_the_same_way_by_anyone_and_named(tmp_path
         41: (jpeg(41), b"5"),
     }
     index = damaged_index(tmp_path, bad)
-    one = list(batches(make_stream(index, 0, 8), 0))
-    two = [list(batches(make_stream(index, 0, 8, r, 2), 2)) for r in range(2)]
-    for step, whole in enumerate(one):
-        assert torch.equal(torch.cat([rank[step].images for rank in two]), whole.images)
-    delivered = np.concatenate([batch.ids for batch in one])
+    alone = list(batches(make_stream(index, 0, 8), 0))
+    ranks = [list(batches(make_stream(index, 0, 8, r, 2), 2)) for r in range(2)]
+    for step, whole in enumerate(alone):
+        assert torch.equal(torch.cat([rank[step].images for rank in ranks]), whole.images)
+    delivered = np.concatenate([batch.ids for batch in alone])
     assert len(delivered) == 64 and not set(bad) & set(delivered.tolist())
-    sentences = "\n".join(sentence for batch in one for sentence in batch.bad)
-    for number, reason in (
-        (3, "not a JPEG"),
-        (17, "s00017"),
-        (30, "s00030"),
-        (41, "label 5 is out of range"),
-    ):
-        assert f"s{number:05d}" in sentences and reason in sentences
-    named = {sentence.split("sample s")[1][:5] for batch in one for sentence in batch.bad}
-    assert named == {f"{number:05d}" for number in bad}
+    sentences = [sentence for batch in alone for sentence in batch.bad]
+    by_key = {sentence.split("sample s")[1][:5]: sentence for sentence in sentences}
+    assert sorted(by_key) == ["00003", "00017", "00030", "00041"]
+    assert "not a JPEG" in by_key["00003"] and "label 5 is out of range" in by_key["00041"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_data_with_nothing_usable_end_in_one_sentence(tmp_path: Path, num_workers: int) -> None:
     index = damaged_index(tmp_path, {n: (jpeg(n)[:100], b"0") for n in range(64)})
+    stream = make_stream(index, 0, 8)
     with pytest.raises(DataError, match=r"^100 samples in a row could not be used"):
-        list(batches(make_stream(index, 0, 8), num_workers))
+        next(batches(stream, num_workers))
+
+
+def test_half_of_the_data_is_enough(tmp_path: Path) -> None:
+    index = damaged_index(tmp_path, {n: (jpeg(n)[:100], b"0") for n in range(32)})
+    delivered = [batch.ids for batch in batches(make_stream(index, 0, 8), 0)]
+    assert np.concatenate(delivered).min() >= 32
 
 
 def test_labels_that_the_model_has_no_place_for_are_refused(module_index: Index) -> None:
-    check_labels(make_stream(module_index, 0, 1).sources, CONFIG, 5)
-    with pytest.raises(
-        ConfigError, match=r"label 4, out of range for model.num_classes 4 .* set model.num_classes = 5"
-    ):
-        check_labels(make_stream(module_index, 0, 1).sources, CONFIG, 4)
+    sources = make_stream(module_index, 0, 1).sources
+    check_labels(sources, CONFIG, 5)
+    sentence = r"label 4, out of range for model.num_classes 4 .* set model.num_classes = 5"
+    with pytest.raises(ConfigError, match=sentence):
+        check_labels(sources, CONFIG, 4)
 
 
 def test_several_labels_need_a_multi_label_config(tmp_path: Path) -> None:
     index = damaged_index(tmp_path, {0: (jpeg(0), b"1 3")})
+    sources = make_stream(index, 0, 1).sources
+    check_labels(sources, dataclasses.replace(CONFIG, labels="multi"), 5)
     with pytest.raises(ConfigError, match=r'data.labels = "multi"'):
-        check_labels(make_stream(index, 0, 1).sources, CONFIG, 5)
-    check_labels(make_stream(index, 0, 1).sources, dataclasses.replace(CONFIG, labels="multi"), 5)
+        check_labels(sources, CONFIG, 5)
     rows = torch.cat([batch.labels for batch in batches(make_stream(index, 0, 8), 0)])
     assert rows.shape == (64, 2) and [1, 3] in rows.tolist() and (rows[:, 1] == -1).sum() == 63
 
@@ -184,8 +186,8 @@ def test_a_mixture_with_every_augmentation_gives_the_same_pixels_to_anyone(
 
 def test_a_mixture_draws_from_its_sources_in_exact_proportion(two_indexes: list[Index]) -> None:
     ids = np.stack([batch.ids for batch in batches(make_stream(two_indexes, 0, 40), 0)])
-    given = np.cumsum((ids < 97).sum(axis=1))
-    assert given.tolist() == [int(8 * (step + 1) * 7 / 10 + 0.5) for step in range(40)]
+    from_first = np.cumsum((ids < 97).sum(axis=1))
+    assert from_first.tolist() == [int(8 * (step + 1) * 7 / 10 + 0.5) for step in range(40)]
     labels = {
         label
         for batch in batches(make_stream(two_indexes, 0, 40), 0)
@@ -202,72 +204,152 @@ def test_views_of_one_sample_in_a_batch_differ_and_are_those_of_its_epoch(module
             assert len(views) == 2 and not torch.equal(views[0], views[1])
 
 
-def test_labels_are_mapped_into_the_space_of_the_run(module_index: Index, tmp_path: Path) -> None:
+def test_labels_are_mapped_into_the_space_of_the_run(module_index: Index) -> None:
     mapping = {0: 4, 1: 3, 2: 2, 3: 1, 4: 0}
     plain = batches(make_stream(module_index, 0, 12), 0)
     mapped = batches(make_stream(module_index, 0, 12, label_map=mapping), 0)
-    for one, other in zip(plain, mapped, strict=True):
-        assert torch.equal(4 - one.labels, other.labels) and torch.equal(one.images, other.images)
+    for before, after in zip(plain, mapped, strict=True):
+        assert torch.equal(4 - before.labels, after.labels) and torch.equal(before.images, after.images)
 
 
 def test_excluded_samples_are_never_delivered_and_no_damage(module_index: Index) -> None:
     excluded = np.arange(0, 97, 3)
     stream = make_stream(module_index, 0, 24, excluded=excluded)
-    seen = [batch for batch in batches(stream, 2)]
+    seen = list(batches(stream, 2))
     assert not set(excluded.tolist()) & {sample for batch in seen for sample in batch.ids.tolist()}
     assert not any(batch.bad for batch in seen)
     plain = list(batches(make_stream(module_index, 0, 24), 0))
-    kept = [(a.ids == b.ids).mean() for a, b in zip(seen, plain, strict=True)]
+    kept = [(after.ids == before.ids).mean() for after, before in zip(seen, plain, strict=True)]
     assert 0.6 < np.mean(kept) < 0.75  # the others stay where they were
 
 
-def test_sources_are_opened_from_the_config_and_refused_where_they_do_not_fit(
-    module_index: Index, tmp_path: Path
-) -> None:
-    path = str(Path(module_index.shards[0].url).parent / "index.json")
-    (tmp_path / "map.json").write_text('{"0": 7, "1": 8, "2": 9, "3": 10, "4": 11}')
-    (tmp_path / "short.json").write_text("[0, 1, 2]")
-    (tmp_path / "bad.json").write_text("nonsense")
-    config = DataConfig(
-        sources=(SourceConfig(index=path), SourceConfig(index=path, label_map=f"{tmp_path}/map.json"))
-    )
+@pytest.fixture
+def index_path(module_index: Index) -> str:
+    return str(Path(module_index.shards[0].url).parent / "index.json")
+
+
+def test_sources_are_opened_with_their_label_maps(index_path: str, tmp_path: Path) -> None:
+    (tmp_path / "dict.json").write_text('{"0": 7, "1": 8, "2": 9, "3": 10, "4": 11}')
+    (tmp_path / "list.json").write_text("[1, 2, 3, 4, 5]")
+    maps = ("", f"{tmp_path}/dict.json", f"{tmp_path}/list.json")
+    config = DataConfig(sources=tuple(SourceConfig(index=index_path, label_map=path) for path in maps))
     sources = open_sources(config)
-    assert [source.max_label for source in sources] == [4, 11]
-    with pytest.raises(ConfigError, match=r"holds label 11, out of range for model.num_classes 10"):
-        check_labels(sources, config, 10)
-    for name, sentence in (
-        ("short.json", "no entry for label 3"),
-        ("bad.json", "cannot be read; it must be JSON"),
-        ("none.json", "does not exist"),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            open_sources(DataConfig(index=path, label_map=f"{tmp_path}/{name}"))
-    with pytest.raises(ConfigError, match="they belong into each"):
-        DataConfig(index=path, sources=(SourceConfig(index=path),))
-    with pytest.raises(ConfigError, match="must be above 0"):
-        SourceConfig(index=path, weight=0.0)
-    with pytest.raises(ConfigError, match="each a name of its own"):
-        open_sources(DataConfig(sources=(SourceConfig(index=path, name="a"),) * 2))
+    assert [source.max_label for source in sources] == [4, 11, 5]
+    check_labels(sources, config, 12)
+    with pytest.raises(ConfigError, match=r"holds label 11, out of range for model.num_classes 11"):
+        check_labels(sources, config, 11)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[0, 1, 2]", "has no entry for label 3"),
+        ("nonsense", "is not a label map; it must be JSON"),
+        ("5", "is not a label map; it must be JSON"),
+        ("[" * 100_000, "is not a label map; it must be JSON"),
+        ('{"0": "cat"}', "maps to 'cat'; labels are whole numbers from 0"),
+        ("[0, 1, 2, 3, -1]", "maps to -1; labels are whole numbers from 0"),
+        ("[0, 1, 2, 3, 1.5]", "maps to 1.5; labels are whole numbers from 0"),
+    ],
+    ids=range(7),
+)
+def test_a_label_map_that_does_not_fit_is_refused(
+    index_path: str, tmp_path: Path, content: str, sentence: str
+) -> None:
+    (tmp_path / "map.json").write_text(content)
+    config = DataConfig(index=index_path, label_map=f"{tmp_path}/map.json")
+    with pytest.raises(DataError, match=sentence):
+        open_sources(config)
+
+
+def test_a_label_map_that_is_missing_or_a_folder_is_refused(index_path: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.json does not exist"):
+        open_sources(DataConfig(index=index_path, label_map=f"{tmp_path}/none.json"))
+    with pytest.raises(StoreError, match="cannot be read: Is a directory; name a JSON file"):
+        open_sources(DataConfig(index=index_path, label_map=str(tmp_path)))
+
+
+def test_an_index_that_is_a_folder_is_refused(index_path: str) -> None:
+    with pytest.raises(StoreError, match=r"cannot be read: Is a directory; name an index\.json"):
+        open_sources(DataConfig(index=str(Path(index_path).parent)))
+
+
+def test_a_list_that_leaves_out_more_than_half_is_refused(
+    module_index: Index, index_path: str, tmp_path: Path
+) -> None:
+    exclusions = {"format": "vitscale-exclude", "version": 1, "index_fingerprint": module_index.fingerprint()}
+    for count in (48, 49):
+        (tmp_path / f"{count}.json").write_text(json.dumps({**exclusions, "ids": list(range(count))}))
+    (source,) = open_sources(DataConfig(index=index_path, exclude=f"{tmp_path}/48.json"))
+    assert source.excluded.tolist() == list(range(48))
+    with pytest.raises(DataError, match="leaves out 49 of 97 samples, more than half"):
+        open_sources(DataConfig(index=index_path, exclude=f"{tmp_path}/49.json"))
+
+
+def test_a_config_with_two_kinds_of_sources_is_refused(index_path: str) -> None:
+    with pytest.raises(ConfigError, match="write them into each of the sources"):
+        DataConfig(index=index_path, sources=(SourceConfig(index=index_path),))
+
+
+def test_sources_must_have_different_names(index_path: str) -> None:
+    first, second = SourceConfig(index=index_path, name="a"), SourceConfig(index=index_path, name="b")
+    assert [source.name for source in open_sources(DataConfig(sources=(first, second)))] == ["a", "b"]
+    with pytest.raises(ConfigError, match="sources have the names a, a; give each a different name"):
+        open_sources(DataConfig(sources=(first, first)))
+
+
+@pytest.mark.parametrize(
+    ("accepted", "refused", "sentence"),
+    [
+        ({"lanes": 0}, {"lanes": -1}, "data.lanes -1 must be 0 or more"),
+        ({"window_chunks": 1}, {"window_chunks": 0}, "data.window_chunks 0 must be 1 or more"),
+        ({"max_bad_fraction": 1.0}, {"max_bad_fraction": 1.1}, "data.max_bad_fraction 1.1 must lie in"),
+    ],
+)
+def test_a_data_config_out_of_bounds_is_refused(accepted: dict, refused: dict, sentence: str) -> None:
+    DataConfig(**accepted)
+    with pytest.raises(ConfigError, match=sentence):
+        DataConfig(**refused)
 
 
 def test_every_change_of_what_samples_are_changes_the_fingerprint(module_index: Index) -> None:
     (source,) = make_stream(module_index, 0, 1).sources
-    changed = [
+    sources = [
         source,
         dataclasses.replace(source, label_map={0: 1}),
         dataclasses.replace(source, excluded=np.array([3])),
     ]
-    assert len({one.fingerprint() for one in changed}) == 3
+    assert len({source.fingerprint() for source in sources}) == 3
 
 
 def test_the_read_ahead_of_a_lane_is_bounded(module_index: Index) -> None:
-    """What a lane holds: at most one window, what is read ahead of the next, and the rest of a chunk."""
+    """A lane holds at most a window, what it read ahead of the next, and a rest of a chunk."""
     stream = make_stream(module_index, 0, 24)
     with ThreadPoolExecutor(2) as threads:
         read = functools.partial(read_chunk, module_index)
-        lane = Lane(1, 0, stream.mixture, stream.sources, stream.recipe, (read,), threads)
-        held = []
+        lane = Lane(1, 0, stream.mixture, stream.sources, stream.view_config, (read,), threads)
+        num_held = []
         for _ in range(24):
             lane.take_step()
-            held.append(len(lane._feeds[0]._held))
-    assert max(held) <= 8 + 4 and min(held) < 8
+            num_held.append(len(lane._readers[0]._held))
+    assert max(num_held) <= 8 + 4 and min(num_held) < 8
+
+
+def test_a_lane_reads_no_chunk_twice_in_an_epoch(module_index: Index) -> None:
+    """Windows end inside chunks: what the next one needs of such a chunk is carried over."""
+    config = dataclasses.replace(CONFIG, lanes=1)
+    sources = make_stream(module_index, 0, 1).sources
+    mixture = make_mixture(sources, config, seed=1, global_batch=8)
+    view_config = ViewConfig(AugmentConfig(), "simplejpeg", 8, 5)
+    chunks: list[int] = []
+
+    def read(chunk: int) -> Chunk:
+        chunks.append(chunk)
+        return read_chunk(module_index, chunk)
+
+    with ThreadPoolExecutor(1) as threads:
+        lane = Lane(0, 0, mixture, sources, view_config, (read,), threads)
+        views = [view for _ in range(mixture.steps_per_epoch - 1) for view in lane.take_step()]
+    drawn = module_index.layout.chunk_of(np.array([view.sample for view in views]))
+    assert len(set(drawn.tolist())) > 20
+    assert len(set(chunks)) == len(chunks)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vitscale import rng
-from vitscale.data.order import DIGEST_MASK, Layout, Order, digest
+from vitscale.data.order import DIGEST_MASK, EpochOrder, Order, ShardLayout, digest
 
 SHARDS = np.array([100, 37, 0, 260, 1, 599])
 
@@ -14,7 +14,7 @@ SHARDS = np.array([100, 37, 0, 260, 1, 599])
 def make_order(
     lanes: int = 12, length: int | None = None, seed: int = 3, source: int = 0, window: int = 16
 ) -> Order:
-    layout = Layout(SHARDS, 8)
+    layout = ShardLayout(SHARDS, 8)
     length = layout.num_samples // lanes if length is None else length
     return Order(
         layout=layout, seed=seed, source=source, lanes=lanes, lane_length=length, window_samples=window
@@ -27,7 +27,7 @@ def epoch_ids(order: Order, epoch: int) -> np.ndarray:
 
 
 def test_a_layout_places_every_sample_in_its_chunk() -> None:
-    layout = Layout(SHARDS, 8)
+    layout = ShardLayout(SHARDS, 8)
     chunks = [
         range(first + n, first + min(n + 8, count))
         for first, count in zip(np.cumsum(SHARDS) - SHARDS, SHARDS, strict=False)
@@ -39,6 +39,22 @@ def test_a_layout_places_every_sample_in_its_chunk() -> None:
         assert set(layout.chunk_of(np.array(ids)).tolist()) == {number}
         assert 8 - layout.shortfalls[number] == len(ids)
     assert [layout.shard_of(n) for n in (0, 12, 13, 17, 18, 50, 51, 52)] == [0, 0, 1, 1, 3, 3, 4, 5]
+
+
+def test_the_worked_examples_of_the_docstrings_hold() -> None:
+    layout = ShardLayout(np.array([5, 3]), chunk_samples=2)
+    assert [list(layout.chunk_ids(chunk)) for chunk in range(5)] == [[0, 1], [2, 3], [4], [5, 6], [7]]
+    assert layout.first_ids.tolist() == [0, 5, 8] and layout.first_chunks.tolist() == [0, 3, 5]
+    permuted = EpochOrder(layout, np.array([3, 0, 4, 2, 1], dtype=np.uint32), np.array([8]))
+    assert permuted.sample_ids(range(8)).tolist() == [5, 6, 0, 1, 7, 4, 2, 3]
+    assert permuted.sample_ids(range(3, 6)).tolist() == [1, 7, 4]
+    order = Order(
+        layout=ShardLayout(np.array([20]), 4), seed=0, source=0, lanes=2, lane_length=10, window_samples=4
+    )
+    lengths = [[len(window.ids) for window in itertools.islice(order.lane_stream(n, 0), 5)] for n in (0, 1)]
+    assert lengths == [[4, 4, 2, 4, 4], [2, 4, 4, 2, 4]]
+    second, entered = list(itertools.islice(order.lane_stream(0, 0), 2))[1], next(order.lane_stream(0, 5))
+    assert entered.ids.tolist() == second.ids.tolist() and (second.skip, entered.skip) == (0, 1)
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 12, 64, 997])
@@ -65,19 +81,17 @@ def test_a_lane_begins_at_any_draw_of_any_epoch() -> None:
             assert np.array_equal(order.lane_ids(lane, first, 40), whole[first : first + 40])
 
 
-def test_windows_tell_where_the_next_one_begins() -> None:
-    """The samples behind `last` in its chunk are the first ones of the lane's next window."""
+def test_windows_say_where_the_next_one_begins() -> None:
+    """The samples after `last` in its chunk are the first ones of the lane's next window."""
     order = make_order(lanes=3)
-    stream = order.lane_stream(1, 0)
-    windows = [next(stream) for _ in range(10)]
-    for one, other in itertools.pairwise(windows):
-        chunk = order.layout.chunk_ids(int(order.layout.chunk_of(np.array([one.last]))[0]))
-        assert set(range(one.last + 1, chunk.stop)) <= set(other.ids.tolist())
-        assert one.last in one.ids
+    for window, following in itertools.pairwise(itertools.islice(order.lane_stream(1, 0), 10)):
+        chunk = order.layout.chunk_ids(int(order.layout.chunk_of(np.array([window.last]))[0]))
+        assert set(range(window.last + 1, chunk.stop)) <= set(following.ids.tolist())
+        assert window.last in window.ids
 
 
 def test_lanes_read_at_different_steps() -> None:
-    """Windows of different lanes end at different draws: no step reads for all lanes at once."""
+    """Windows of different lanes end at different draws: no step reads for all of them."""
     order = make_order(lanes=8, window=16)
     first_windows = [len(next(order.lane_stream(lane, 0)).ids) for lane in range(8)]
     assert first_windows == [16, 14, 12, 10, 8, 6, 4, 2]
@@ -86,13 +100,12 @@ def test_lanes_read_at_different_steps() -> None:
 def test_epochs_seeds_and_sources_have_different_orders() -> None:
     orders = [epoch_ids(make_order(), 0), epoch_ids(make_order(), 1)]
     orders += [epoch_ids(make_order(seed=4), 0), epoch_ids(make_order(source=1), 0)]
-    for number, one in enumerate(orders):
-        assert not any(np.array_equal(one, other) for other in orders[number + 1 :])
+    assert not any(np.array_equal(first, second) for first, second in itertools.combinations(orders, 2))
 
 
 def test_batches_mix_the_data_set_as_uniform_draws_would() -> None:
     """Mean absolute gap between neighbours in id, against the uniform expectation n / 3."""
-    layout = Layout(np.full(100, 100), 8)
+    layout = ShardLayout(np.full(100, 100), 8)
     order = Order(layout=layout, seed=0, source=0, lanes=24, lane_length=416, window_samples=16)
     ids = epoch_ids(order, 0).T.astype(float)
     assert abs(np.abs(np.diff(ids, axis=1)).mean() / (10_000 / 3) - 1) < 0.05
@@ -112,13 +125,17 @@ def test_permutations_hold_every_number_once(n: int) -> None:
 
 
 def test_permutations_are_uniform() -> None:
-    """Every value is as often at every place: chi-square over 4,000 permutations of 8 (49 degrees of
-    freedom).
-    """
+    """Each value is as often at each place: chi-square over 4,000 permutations of 8."""
     counts = np.zeros((8, 8))
     for seed in range(4000):
         counts[np.arange(8), rng.permutation(8, seed, "window", 0)] += 1
-    assert ((counts - 500) ** 2 / 500).sum() < 49 + 5 * np.sqrt(98)
+    assert ((counts - 500) ** 2 / 500).sum() < 49 + 5 * np.sqrt(98)  # 49 degrees of freedom
+
+
+def test_the_digest_of_a_batch_never_changes() -> None:
+    """Golden values: `data/digest` of older runs must stay comparable."""
+    assert digest(np.array([7, 0, 302_999_999]), 0) == 5768792351212235
+    assert digest(np.array([5]), 4095) == 8768673797076538
 
 
 def test_the_digest_is_free_of_the_world_size_and_sees_every_swap() -> None:

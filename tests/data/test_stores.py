@@ -1,30 +1,31 @@
-"""Shards on real servers: the same data as on a local disk, however the store behaves; and what is said when
-it refuses.
+"""Shards on real servers: the same data as on a local disk, however the store behaves, and what
+is said when it refuses.
 """
 
+import contextlib
 import dataclasses
-import functools
-import threading
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from data.servers import SECRET, faulty_proxy, http_server, s3_server, use_s3
-from shard_files import write_index
+from make import write_index
 
 from vitscale import storage
-from vitscale.config import ConfigError
 from vitscale.data.cache import NodeCache
+from vitscale.data.exclusions import load_exclusions
 from vitscale.data.index import Index, build_index, check_shards
-from vitscale.data.lane import Recipe
+from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches
 from vitscale.data.order import digest
 from vitscale.data.reader import read_chunk
 from vitscale.data.samples import BadSample, RawSample
-from vitscale.data.sources import DataConfig, Source, make_mixture
+from vitscale.data.sources import DataConfig, Source, make_mixture, open_sources
 from vitscale.data.transforms import AugmentConfig
-from vitscale.storage import StoreError
+from vitscale.errors import ConfigError, DataError, StoreError
 
 CONFIG = DataConfig(index="index.json", lanes=4, window_chunks=2)
 
@@ -62,7 +63,7 @@ def web(folder: Path, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch) -> None:
-    """Shorter waits, so that a store that never answers is given up in a test's time."""
+    """Shorter waits, so that a test does not wait long for a store that never answers."""
     monkeypatch.setattr(storage, "FIRST_DELAY_SECONDS", 0.01)
     monkeypatch.setattr(storage, "LONGEST_DELAY_SECONDS", 0.1)
 
@@ -73,7 +74,7 @@ def epoch(index: Index, num_workers: int = 0, cache: NodeCache | None = None) ->
     stream = Stream(
         sources=sources,
         mixture=mixture,
-        recipe=Recipe(AugmentConfig(), "simplejpeg", 16, 5),
+        view_config=ViewConfig(AugmentConfig(), "simplejpeg", 16, 5),
         lanes=mixture.rank_lanes(0, 1),
         first_step=0,
         last_step=mixture.steps_per_epoch,
@@ -84,9 +85,9 @@ def epoch(index: Index, num_workers: int = 0, cache: NodeCache | None = None) ->
 
 def assert_same_epoch(remote: list[Batch], local: list[Batch]) -> None:
     assert len(remote) == len(local) == 12
-    for ours, theirs in zip(remote, local, strict=True):
-        assert digest(ours.ids, 0) == digest(theirs.ids, 0)
-        assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
+    for ours, expected in zip(remote, local, strict=True):
+        assert digest(ours.ids, 0) == digest(expected.ids, 0)
+        assert torch.equal(ours.images, expected.images) and torch.equal(ours.labels, expected.labels)
         assert not ours.bad
 
 
@@ -117,32 +118,40 @@ def test_a_store_that_spoils_a_fifth_of_the_requests_delivers_the_same(
         assert_same_epoch(epoch(index), epoch(local))
 
 
-def test_a_server_that_comes_back_is_waited_for(folder: Path, local: Index, monkeypatch) -> None:
-    monkeypatch.setattr(storage, "LONGEST_DELAY_SECONDS", 1.0)
+class Restart(logging.Handler):
+    """Starts a server when storage has logged that the second attempt to read `url` failed."""
+
+    def __init__(self, url: str, start: Callable[[], object]) -> None:
+        super().__init__()
+        self.url, self.start, self.attempts = url, start, []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _, url, _, next_attempt, _ = record.args
+        if url == self.url:
+            self.attempts.append(next_attempt)
+            if next_attempt == 3:
+                self.start()
+
+
+def test_a_server_that_comes_back_is_waited_for(folder: Path, monkeypatch, caplog) -> None:
     with s3_server(folder) as port:
         pass
     use_s3(monkeypatch, port)
-
-    def come_back() -> None:
-        with s3_server(folder, port):
-            done.wait(30)
-
-    done = threading.Event()
-    helper = threading.Timer(0.5, come_back)
-    helper.start()
-    try:
-        assert len(storage.read_bytes("s3://vit/index.json")) == (folder / "vit/index.json").stat().st_size
-    finally:
-        done.set()
-        helper.join()
+    caplog.set_level(logging.INFO, storage.logger.name)
+    with contextlib.ExitStack() as running:
+        restart = Restart("s3://vit/index.json", lambda: running.enter_context(s3_server(folder, port)))
+        storage.logger.addHandler(restart)
+        running.callback(storage.logger.removeHandler, restart)
+        assert storage.read_bytes(restart.url) == (folder / "vit" / "index.json").read_bytes()
+    assert restart.attempts == [2, 3]
 
 
 def remote_index(local: Index, base: str) -> Index:
-    shards = tuple(dataclasses.replace(s, url=f"{base}/{Path(s.url).name}") for s in local.shards)
+    shards = tuple(dataclasses.replace(shard, url=f"{base}/{Path(shard.url).name}") for shard in local.shards)
     return dataclasses.replace(local, shards=shards)
 
 
-def test_shards_on_a_store_are_indexed_where_they_lie(s3: str, local: Index) -> None:
+def test_shards_on_a_store_are_indexed_where_they_are(s3: str, local: Index) -> None:
     index = build_index(storage.expand(f"{s3}/train-{{000000..000002}}.tar"), chunk_samples=4, workers=2)
     assert index.fingerprint() == local.fingerprint()
     assert storage.expand(f"{s3}/train-*.tar") == [shard.url for shard in index.shards]
@@ -151,7 +160,7 @@ def test_shards_on_a_store_are_indexed_where_they_lie(s3: str, local: Index) -> 
 
 def test_a_missing_shard_is_named_before_training_and_replaced_in_it(s3: str, local: Index) -> None:
     index = remote_index(local, "s3://vit/elsewhere")
-    with pytest.raises(ValueError, match=r"train-000000\.tar is in the index but not there"):
+    with pytest.raises(DataError, match=r"train-000000\.tar is in the index but not there"):
         check_shards(index)
     samples = read_chunk(index, 0)
     assert [sample.reason for sample in samples if isinstance(sample, BadSample)] == [
@@ -159,48 +168,91 @@ def test_a_missing_shard_is_named_before_training_and_replaced_in_it(s3: str, lo
     ] * 4
 
 
-def test_what_a_user_must_mend_is_one_sentence(server: int, web: str, monkeypatch) -> None:
-    read = functools.partial(storage.read_range, start=0, end=10)
+def test_a_wrong_key_is_one_sentence(s3: str, server: int, monkeypatch) -> None:
+    assert len(storage.read_range(f"{s3}/index.json", 0, 10)) == 10
     use_s3(monkeypatch, server, AWS_SECRET_ACCESS_KEY="wrong" + SECRET)
     with pytest.raises(StoreError, match=r"access is denied .* AWS_SECRET_ACCESS_KEY"):
-        read("s3://vit/index.json")
-    use_s3(monkeypatch, server)
+        storage.read_range(f"{s3}/index.json", 0, 10)
+
+
+@pytest.mark.parametrize("url", ["s3://vit/nothing.tar", "s3://nothing/index.json", "{web}/nothing.tar"])
+def test_an_object_that_is_missing_is_not_found(s3: str, web: str, url: str) -> None:
+    url = url.format(web=web)
+    assert storage.sizes([f"{web}/index.json", url])[1] is None
     with pytest.raises(FileNotFoundError):
-        read("s3://vit/nothing.tar")
-    with pytest.raises(FileNotFoundError):
-        read("s3://nothing/index.json")
-    with pytest.raises(FileNotFoundError):
-        read(f"{web}/nothing.tar")
+        storage.read_range(url, 0, 10)
+
+
+def test_a_range_beyond_the_end_is_empty(s3: str, web: str) -> None:
+    for place in (s3, web):
+        assert storage.read_range(f"{place}/index.json", 10**9, 10**9 + 5) == b""
+
+
+def test_what_a_server_forbids_is_one_sentence(web: str) -> None:
+    assert storage.sizes([f"{web}/index.json"])[0]
     with pytest.raises(StoreError, match="access is denied"):
-        read(f"{web}/secret/x.tar")
-    assert storage.sizes([f"{web}/index.json", f"{web}/nothing.tar"])[1] is None
+        storage.read_range(f"{web}/secret/x.tar", 0, 10)
     with pytest.raises(StoreError, match="access is denied"):
         storage.sizes([f"{web}/secret/x.tar"])
+
+
+def test_a_server_without_ranges_is_one_sentence(web: str) -> None:
+    assert len(storage.read_range(f"{web}/index.json", 0, 10)) == 10
     with pytest.raises(StoreError, match="ignores range requests"):
-        read(f"{web}/norange/index.json")
-    assert storage.read_range(f"{web}/index.json", 10**9, 10**9 + 5) == b""
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
-    with pytest.raises(StoreError, match=r"failed 2 times, the last time with: .*onnect.* the same command"):
-        read("http://127.0.0.1:9/x.tar")
+        storage.read_range(f"{web}/norange/index.json", 0, 10)
+
+
+def test_a_scheme_that_is_not_allowed_is_refused() -> None:
     with pytest.raises(ConfigError, match="pipe: is not allowed"):
-        read("pipe:cat /etc/passwd")
+        storage.read_range("pipe:cat /etc/passwd", 0, 10)
 
 
-def test_missing_credentials_are_one_sentence(server: int, monkeypatch, tmp_path: Path) -> None:
-    use_s3(monkeypatch, server)
+@pytest.fixture
+def silent(monkeypatch) -> str:
+    """A store that does not answer."""
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    return "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda local, url: storage.read_range(url, 0, 10),
+        lambda local, url: Index.load(url),
+        lambda local, url: build_index([url]),
+        lambda local, url: check_shards(remote_index(local, url)),
+        lambda local, url: load_exclusions(url, local),
+        lambda local, url: open_sources(DataConfig(index=local_path(local), label_map=url)),
+        lambda local, url: epoch(remote_index(local, url)),
+        lambda local, url: epoch(remote_index(local, url), 2),
+    ],
+    ids=["range", "index", "shard", "sizes", "exclusions", "label map", "stream", "stream of workers"],
+)
+def test_a_store_that_does_not_answer_is_no_damage(local: Index, silent: str, read) -> None:
+    with pytest.raises(StoreError, match=r"failed 2 times, the last time with: .*onnect.* the same command"):
+        read(local, f"{silent}/x.json")
+
+
+def local_path(index: Index) -> str:
+    return str(Path(index.shards[0].url).with_name("index.json"))
+
+
+def test_missing_credentials_are_one_sentence(s3: str, monkeypatch, tmp_path: Path) -> None:
+    assert storage.read_bytes(f"{s3}/index.json")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    storage.client.cache_clear()
     with pytest.raises(StoreError, match=r"there are no credentials .* AWS_ACCESS_KEY_ID"):
-        storage.read_bytes("s3://vit/index.json")
+        storage.read_bytes(f"{s3}/index.json")
 
 
 def test_chunks_of_a_store_are_kept_on_the_node(s3: str, local: Index, tmp_path: Path, monkeypatch) -> None:
     cache = NodeCache(str(tmp_path / "cache"), 10**9)
     index = remote_index(local, s3)
     assert_same_epoch(epoch(index, 2, cache), epoch(local))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the store is gone: nothing is asked of it
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nothing is read from the store
     storage.client.cache_clear()
     assert_same_epoch(epoch(index, 2, cache), epoch(local))
 
@@ -209,8 +261,9 @@ def test_a_damaged_cache_is_noticed_and_filled_again(s3: str, local: Index, tmp_
     cache = NodeCache(str(tmp_path), 10**9)
     index = remote_index(local, s3)
     read_chunk(index, 0, cache)
-    (kept,) = [path for path in tmp_path.rglob("*") if path.is_file()]
-    for damage in (lambda data: data[:-1], lambda data: bytes(len(data)), lambda data: b""):
-        kept.write_bytes(damage(kept.read_bytes()))
+    (cached,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    whole = cached.read_bytes()
+    for damaged in (whole[:-1], bytes(len(whole)), b""):
+        cached.write_bytes(damaged)
         assert all(isinstance(sample, RawSample) for sample in read_chunk(index, 0, cache))
-    assert kept.read_bytes()[:4] == b"s000"
+        assert cached.read_bytes() == whole

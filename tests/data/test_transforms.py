@@ -1,15 +1,14 @@
-"""Decoding and augmentation: strict about damage, exact about geometry, keyed by (seed, epoch, sample)."""
+"""Decoding and augmentation: strict about damage, exact about geometry, keyed by the sample."""
 
 import io
 
 import numpy as np
 import pytest
 import torch
+from make import jpeg
 from PIL import Image
-from shard_files import jpeg
 
 from vitscale import rng
-from vitscale.config import ConfigError
 from vitscale.data import decode as decoding
 from vitscale.data.decode import DamagedImage, decode, resolve_decoder
 from vitscale.data.transforms import (
@@ -21,6 +20,7 @@ from vitscale.data.transforms import (
     normalize,
     resize,
 )
+from vitscale.errors import ConfigError
 
 
 def encoded(image: Image.Image, form: str) -> bytes:
@@ -34,9 +34,8 @@ def encoded(image: Image.Image, form: str) -> bytes:
     [("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "WEBP"), ("CMYK", "JPEG"), ("L", "JPEG")],
 )
 def test_every_kind_of_image_becomes_rgb(mode: str, form: str) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)).convert(
-        mode
-    )
+    noise = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
     pixels = decode(encoded(image, form))
     assert pixels.shape == (9, 7, 3) and pixels.dtype == np.uint8
     if form == "PNG":
@@ -58,9 +57,12 @@ def test_garbage_inside_a_jpeg_is_noticed() -> None:
 
 
 def test_a_bomb_is_refused_by_its_header(monkeypatch) -> None:
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 100)
-    for data in (jpeg(0, 16), encoded(Image.new("RGB", (16, 16)), "PNG")):
-        with pytest.raises(DamagedImage, match="16 x 16 pixels"):
+    images = jpeg(0, 16), encoded(Image.new("RGB", (16, 16)), "PNG")
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 256)
+    assert [decode(data).shape for data in images] == [(16, 16, 3)] * 2
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 255)
+    for data in images:
+        with pytest.raises(DamagedImage, match="16 x 16 pixels; at most 255 are decoded"):
             decode(data)
 
 
@@ -81,9 +83,11 @@ def test_inception_crops_keep_to_area_and_aspect() -> None:
         assert 0.73 < width / height < 1.36
         areas.append(height * width / (90 * 120))
     assert 0.19 < min(areas) < 0.22 and 0.48 < max(areas) < 0.51 and abs(np.mean(areas) - 0.35) < 0.02
-    assert inception_crop(
-        10, 1000, AugmentConfig(crop_area=(0.9, 1.0)), rng.uniform(40, 0, "crop", 0, 0)
-    ) == (0, 0, 10, 1000)
+
+
+def test_an_image_that_no_crop_fits_is_taken_whole() -> None:
+    config, draws = AugmentConfig(crop_area=(0.9, 1.0)), rng.uniform(40, 0, "crop", 0, 0)
+    assert inception_crop(10, 1000, config, draws) == (0, 0, 10, 1000)
 
 
 def test_the_view_belongs_to_seed_epoch_and_sample() -> None:
@@ -124,9 +128,9 @@ def box_of(sample: int):
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "keep_grey"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_decoding_only_the_crop_gives_the_same_pixels(subsampling: str, progressive: bool) -> None:
-    """libjpeg-turbo's partial decode beside simplejpeg's whole one: equal to the bit, at every place."""
+    """libjpeg-turbo's partial decode equals simplejpeg's whole one bit for bit, anywhere."""
     if resolve_decoder("auto") != "turbojpeg":
-        pytest.skip("libjpeg-turbo 3 is not here: pip install turbojpeg")
+        pytest.skip("libjpeg-turbo 3 is not installed: pip install turbojpeg")
     draws = np.random.default_rng(0)
     for _ in range(25):
         height, width = draws.integers(1, 130, 2)
@@ -140,16 +144,16 @@ def test_decoding_only_the_crop_gives_the_same_pixels(subsampling: str, progress
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", **options)
         for sample in range(4):
-            ours = decode(buffer.getvalue(), box_of(sample), "turbojpeg")
-            theirs = decode(buffer.getvalue(), box_of(sample), "simplejpeg")
-            assert np.array_equal(ours, theirs)
+            partial = decode(buffer.getvalue(), box_of(sample), "turbojpeg")
+            assert np.array_equal(partial, decode(buffer.getvalue(), box_of(sample), "simplejpeg"))
 
 
 @pytest.mark.parametrize("decoder", ["turbojpeg", "simplejpeg"])
 def test_a_jpeg_cut_behind_the_crop_is_noticed_too(decoder: str) -> None:
     if resolve_decoder("auto") != "turbojpeg":
-        pytest.skip("libjpeg-turbo 3 is not here: pip install turbojpeg")
+        pytest.skip("libjpeg-turbo 3 is not installed: pip install turbojpeg")
     data = jpeg(5, size=128)
+    assert decode(data, lambda h, w: (0, 0, 8, 8), decoder).shape == (8, 8, 3)
     for cut in (len(data) // 2, len(data) - 40, len(data) - 1):
         with pytest.raises(DamagedImage):
             decode(data[:cut], lambda h, w: (0, 0, 8, 8), decoder)
@@ -158,7 +162,7 @@ def test_a_jpeg_cut_behind_the_crop_is_noticed_too(decoder: str) -> None:
 @pytest.mark.parametrize("decoder", ["turbojpeg", "simplejpeg"])
 def test_a_damaged_header_does_not_touch_the_images_after_it(decoder: str) -> None:
     if resolve_decoder("auto") != "turbojpeg":
-        pytest.skip("libjpeg-turbo 3 is not here: pip install turbojpeg")
+        pytest.skip("libjpeg-turbo 3 is not installed: pip install turbojpeg")
     whole = jpeg(0)
     table = whole.index(b"\xff\xdb")
     before = decode(whole, decoder=decoder)
@@ -178,14 +182,15 @@ def test_sixteen_bits_of_grey_keep_their_upper_eight() -> None:
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
 def test_an_animation_is_refused_by_name(form: str) -> None:
-    frames = [Image.new("RGB", (9, 9), (40 * n, 0, 0)) for n in range(3)]
+    still, *others = [Image.new("RGB", (9, 9), (40 * n, 0, 0)) for n in range(3)]
+    assert decode(encoded(still, form)).shape == (9, 9, 3)
     buffer = io.BytesIO()
-    frames[0].save(buffer, form, save_all=True, append_images=frames[1:])
+    still.save(buffer, form, save_all=True, append_images=others)
     with pytest.raises(DamagedImage, match="an animation of 3 frames"):
         decode(buffer.getvalue())
 
 
-def test_the_decoder_that_a_run_names_must_be_there(monkeypatch) -> None:
+def test_the_decoder_that_a_run_names_must_be_installed(monkeypatch) -> None:
     monkeypatch.setattr(decoding, "open_turbojpeg", lambda: None)
     assert resolve_decoder("auto") == resolve_decoder("simplejpeg") == "simplejpeg"
     with pytest.raises(ConfigError, match=r"pip install turbojpeg"):
@@ -204,5 +209,32 @@ def test_distortions_come_in_their_order_and_leave_the_size() -> None:
         view = augment(pixels, AugmentConfig(**change), 32, ViewKey(0, 0, 7))
         assert view.shape == (3, 32, 32) and view.dtype == torch.uint8 and view.is_contiguous()
         assert not torch.equal(view, plain)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "refused", "sentence"),
+    [
+        ({"crop_area": (0.1, 1.0)}, {"crop_area": (0.0, 1.0)}, "must rise within"),
+        ({"crop_area": (0.5, 0.5)}, {"crop_area": (0.5, 0.4)}, "must rise within"),
+        ({"crop_area": (0.5, 1.0)}, {"crop_area": (0.5, 1.1)}, "must rise within"),
+        ({"crop_aspect": (1.0, 1.0)}, {"crop_aspect": (1.0, 0.9)}, "must rise from above 0"),
+        ({"crop_aspect": (0.1, 1.0)}, {"crop_aspect": (0.0, 1.0)}, "must rise from above 0"),
+        ({"repeats": 1}, {"repeats": 0}, "augment.repeats"),
+        ({"pad": 0}, {"pad": -1}, "augment.pad -1 must not be negative"),
+        ({"color_jitter": 1.5}, {"color_jitter": -0.1}, "augment.color_jitter -0.1 must not be negative"),
+        ({"mixup": 0.8}, {"mixup": -0.8}, "augment.mixup -0.8 and augment.cutmix 0.0 must not be"),
+        ({"cutmix": 1.0}, {"cutmix": -1.0}, "augment.mixup 0.0 and augment.cutmix -1.0 must not be"),
+        ({"cutmix_share": 1.0}, {"cutmix_share": 1.1}, "augment.cutmix_share 1.1 must lie in"),
+        ({"random_erasing": 0.0}, {"random_erasing": -0.1}, "augment.random_erasing -0.1 must lie in"),
+    ],
+)
+def test_an_augment_config_out_of_bounds_is_refused(accepted: dict, refused: dict, sentence: str) -> None:
+    AugmentConfig(**accepted)
+    with pytest.raises(ConfigError, match=sentence):
+        AugmentConfig(**refused)
+
+
+def test_only_deit_varies_the_magnitude() -> None:
+    AugmentConfig(randaugment="deit", randaugment_magnitude_std=0.5)
     with pytest.raises(ConfigError, match="has no deviation"):
         AugmentConfig(randaugment="augreg", randaugment_magnitude_std=0.5)

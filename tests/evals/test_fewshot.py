@@ -1,9 +1,9 @@
-"""The few-shot protocol: exact algebra, known invariances, and a measured baseline on real images."""
+"""The few-shot protocol: exact algebra, and what must leave its predictions unchanged."""
 
 import numpy as np
 import pytest
 
-from vitscale.config import ConfigError
+from vitscale.errors import DataError
 from vitscale.evals import fewshot
 from vitscale.evals.fewshot import append_bias, least_squares_accuracy, support_indices, whitening
 
@@ -31,7 +31,7 @@ def test_fewer_shots_of_a_seed_are_a_subset_of_more():
 
 
 def test_a_class_with_too_few_examples_is_named():
-    with pytest.raises(ConfigError, match="class 4 has 2"):
+    with pytest.raises(DataError, match="class 4 has 2"):
         support_indices(np.array([1, 1, 1, 4, 4]), shots=3, seed=0)
 
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from scipy.ndimage import zoom
 
-from vitscale.config import ConfigError
+from vitscale.errors import ConfigError
 from vitscale.models import build_model
 from vitscale.models.posemb import resize_posemb, sincos2d
 from vitscale.models.transfer import transfer_state
-from vitscale.models.vit import ModelConfig
+from vitscale.models.vit import ViTConfig
 
-TINY = ModelConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=16, num_classes=5)
+TINY = ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=16, num_classes=5)
 
 
 @pytest.mark.parametrize("new", [24, 10])
@@ -47,9 +47,9 @@ def test_sincos_is_big_visions() -> None:
 
 
 def test_the_backbone_moves_to_another_resolution_and_the_head_does_not() -> None:
-    source = build_model(ModelConfig(**{**vars(TINY), "representation_size": 8}), 1)
+    source = build_model(ViTConfig(**{**vars(TINY), "representation_size": 8}), 1)
     torch.nn.init.ones_(source.head.weight)
-    target = build_model(ModelConfig(**{**vars(TINY), "image_size": 24, "num_classes": 3}), 2)
+    target = build_model(ViTConfig(**{**vars(TINY), "image_size": 24, "num_classes": 3}), 2)
     state = transfer_state(source.state_dict(), source.config, target.config)
     missing, unexpected = target.load_state_dict(state, strict=False)
     assert missing == ["head.weight", "head.bias"] and unexpected == []
@@ -63,4 +63,4 @@ def test_the_backbone_moves_to_another_resolution_and_the_head_does_not() -> Non
 def test_another_backbone_is_refused_by_its_key(change: dict, key: str) -> None:
     source = build_model(TINY, 0)
     with pytest.raises(ConfigError, match=rf"model.{key} is .* set model.{key} ="):
-        transfer_state(source.state_dict(), TINY, ModelConfig(**{**vars(TINY), **change}))
+        transfer_state(source.state_dict(), TINY, ViTConfig(**{**vars(TINY), **change}))

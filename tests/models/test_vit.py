@@ -7,20 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitscale.config import ConfigError
+from vitscale.errors import ConfigError
 from vitscale.models import build_model
 from vitscale.models.flops import forward_flops, forward_macs, train_flops
-from vitscale.models.vit import ModelConfig, ViT
+from vitscale.models.vit import ViT, ViTConfig
 
-TINY = ModelConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=8, num_classes=5)
+TINY = ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=8, num_classes=5)
 
 
-def count(config: ModelConfig) -> int:
+def count(config: ViTConfig) -> int:
     with torch.device("meta"):
         return sum(param.numel() for param in ViT(config).parameters())
 
 
-# Google's code, counted: without a head, with 1,000 classes; with 21,843 classes and the tanh layer.
+# Counted in Google's code: no head; 1,000 classes; 21,843 classes and the tanh layer.
 @pytest.mark.parametrize(
     ("variant", "no_head", "imagenet", "in21k"),
     [
@@ -34,11 +34,11 @@ def count(config: ModelConfig) -> int:
 def test_parameter_counts_are_the_papers_to_the_unit(
     variant: str, no_head: int, imagenet: int, in21k: int | None
 ) -> None:
-    assert count(ModelConfig(variant=variant, num_classes=0)) == no_head
-    assert count(ModelConfig(variant=variant)) == imagenet
+    assert count(ViTConfig(variant=variant, num_classes=0)) == no_head
+    assert count(ViTConfig(variant=variant)) == imagenet
     if in21k:
-        width = ModelConfig(variant=variant).resolved_width
-        assert count(ModelConfig(variant=variant, num_classes=21843, representation_size=width)) == in21k
+        width = ViTConfig(variant=variant).resolved_width
+        assert count(ViTConfig(variant=variant, num_classes=21843, representation_size=width)) == in21k
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_parameter_counts_are_the_papers_to_the_unit(
     [("B/32", 7, 56.1), ("B/16", 7, 224), ("L/32", 7, 196), ("L/16", 14, 1567), ("H/14", 14, 4262)],
 )
 def test_flops_give_the_exaflops_of_table_6(variant: str, epochs: int, exaflops: float) -> None:
-    """Within 0.3% of the printed figures; B/32, which the paper rounds to 55, by its computed value."""
-    total = train_flops(ModelConfig(variant=variant)) * 303e6 * epochs / 1e18
+    """Within 0.3% of the printed figures; for B/32, printed as 55, of the computed one."""
+    total = train_flops(ViTConfig(variant=variant)) * 303e6 * epochs / 1e18
     assert total == pytest.approx(exaflops, rel=3e-3)
 
 
@@ -59,14 +59,12 @@ def test_macs_are_those_of_the_formula() -> None:
         "L/16": 61.554,
         "H/14": 167.294,
     }.items():
-        assert forward_macs(ModelConfig(variant=variant)) / 1e9 == pytest.approx(gmacs, abs=1e-3)
-    assert forward_flops(ModelConfig(variant="B/16")) == 2 * forward_macs(ModelConfig(variant="B/16"))
+        assert forward_macs(ViTConfig(variant=variant)) / 1e9 == pytest.approx(gmacs, abs=1e-3)
+    assert forward_flops(ViTConfig(variant="B/16")) == 2 * forward_macs(ViTConfig(variant="B/16"))
 
 
 def reference_forward(model: ViT, images: Tensor) -> Tensor:
-    """The same model written the other way: convolution, one einsum per head, norms and GELU by their
-    formulas.
-    """
+    """The same model written another way: convolution, one head at a time, plain formulas."""
     config, state = model.config, dict(model.named_parameters())
     width, heads, patch = config.resolved_width, config.resolved_num_heads, config.resolved_patch_size
     size = width // heads
@@ -100,7 +98,7 @@ def reference_forward(model: ViT, images: Tensor) -> Tensor:
 
 
 def test_the_forward_pass_equals_an_independent_one() -> None:
-    model = build_model(ModelConfig(**{**vars(TINY), "representation_size": 16}), seed=0)
+    model = build_model(ViTConfig(**{**vars(TINY), "representation_size": 16}), seed=0)
     with torch.no_grad():
         for param in model.parameters():
             param.normal_(0, 0.3, generator=torch.Generator().manual_seed(param.numel()))
@@ -115,12 +113,12 @@ def test_layer_norm_uses_googles_epsilon() -> None:
     x = (
         torch.full((1, 64), 3.0) + torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) * 1e-3
     )  # variance ~ 1e-6
-    out = build_model(ModelConfig(**{**vars(TINY), "width": 64}), 0).norm(x).detach()
+    out = build_model(ViTConfig(**{**vars(TINY), "width": 64}), 0).norm(x).detach()
     assert out.std() == pytest.approx((x.var() / (x.var() + 1e-6)).sqrt().item(), rel=0.02)
 
 
 def test_gelu_is_the_tanh_formula_unless_asked_otherwise() -> None:
-    models = {kind: build_model(ModelConfig(**{**vars(TINY), "gelu": kind}), 0) for kind in ("tanh", "exact")}
+    models = {kind: build_model(ViTConfig(**{**vars(TINY), "gelu": kind}), 0) for kind in ("tanh", "exact")}
     outs = {}
     for kind, model in models.items():
         mlp = model.blocks[0].mlp
@@ -135,7 +133,7 @@ def test_gelu_is_the_tanh_formula_unless_asked_otherwise() -> None:
 
 def test_weights_are_initialised_as_googles() -> None:
     model = build_model(
-        ModelConfig(variant="S/16", image_size=32, head_bias=-6.9, representation_size=384), seed=3
+        ViTConfig(variant="S/16", image_size=32, head_bias=-6.9, representation_size=384), seed=3
     )
     width, limit = 384, math.sqrt(6 / (2 * 384))
     for part in model.blocks[0].attn.qkv.weight.split(width):
@@ -155,7 +153,7 @@ def test_weights_are_initialised_as_googles() -> None:
 
 def test_no_parameter_is_left_uninitialised_and_the_seed_decides_all() -> None:
     for pool in ("token", "mean", "map"):
-        config = ModelConfig(**{**vars(TINY), "pool": pool, "representation_size": 8})
+        config = ViTConfig(**{**vars(TINY), "pool": pool, "representation_size": 8})
         model = ViT(config)
         with torch.no_grad():
             for param in model.parameters():
@@ -170,7 +168,7 @@ def test_no_parameter_is_left_uninitialised_and_the_seed_decides_all() -> None:
 @pytest.mark.parametrize("pool", ["token", "mean", "map"])
 @pytest.mark.parametrize("posemb", ["learned", "sincos2d"])
 def test_every_pooling_and_position_embedding_trains_all_parameters(pool: str, posemb: str) -> None:
-    config = ModelConfig(**{**vars(TINY), "pool": pool, "posemb": posemb})
+    config = ViTConfig(**{**vars(TINY), "pool": pool, "posemb": posemb})
     model = build_model(config, 0)
     nn.init.normal_(model.head.weight)
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -184,7 +182,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     grads = []
     for mode in ("none", "full"):
-        model = build_model(ModelConfig(**{**vars(TINY), "dropout": 0.2}), 0)
+        model = build_model(ViTConfig(**{**vars(TINY), "dropout": 0.2}), 0)
         nn.init.ones_(model.head.weight)
         model.set_activation_checkpointing(mode)
         torch.manual_seed(0)
@@ -205,7 +203,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
 )
 def test_models_that_cannot_be_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ModelConfig(**values)
+        ViTConfig(**values)
 
 
 def test_an_image_of_another_size_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Start real ranks of launch/train.py, watch them, and kill them as a node failure would."""
+"""A run in a folder, and its commands: started, watched, and killed as by a node failure."""
 
 import contextlib
 import os
@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from vitscale.checkpoint import store
 from vitscale.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "launch" / "train.py"
 TIMEOUT_SECONDS = 180
 
 CONFIG = """
@@ -60,31 +62,28 @@ tensorboard = false
 
 
 class Job:
-    """A training run in a folder: `start` gives its ranks, which end or are killed before it returns."""
+    """A training run in a folder of its own."""
 
     def __init__(self, folder: Path, index: Path) -> None:
         self.run_dir = folder / "run"
         self.config = folder / "config.toml"
+        self.log = folder / "log"  # of all ranks together
+        self.port = 0  # MASTER_PORT of the last start
         folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(CONFIG.format(run_dir=self.run_dir, index=index))
 
     def start(
-        self,
-        world_size: int,
-        *overrides: str,
-        kill_when: Callable[[], object] | None = None,
-        kill_delay_seconds: float = 0.0,
+        self, world_size: int, *overrides: str, kill_when: Callable[[], object] | None = None
     ) -> list[int]:
-        """Run `world_size` ranks to their end, or SIGKILL them all soon after `kill_when()` holds.
+        """Run launch/train.py on every rank to its end, or SIGKILL all once kill_when() holds.
 
-        Returns their exit statuses.
+        Returns the exit statuses in rank order.
         """
         with self.ranks(world_size, *overrides) as processes:
             deadline = time.monotonic() + TIMEOUT_SECONDS
             while any(process.poll() is None for process in processes):
                 assert time.monotonic() < deadline, self.output()
                 if kill_when and kill_when():
-                    time.sleep(kill_delay_seconds)
                     for process in processes:
                         process.kill()
                 if any(process.poll() not in (None, 0) for process in processes):
@@ -96,38 +95,49 @@ class Job:
 
     @contextlib.contextmanager
     def ranks(self, world_size: int, *overrides: str) -> Iterator[list[subprocess.Popen[bytes]]]:
-        """The running processes of a job; whatever is left of them is killed at the end."""
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
-        common = {
-            "WORLD_SIZE": world_size,
-            "LOCAL_WORLD_SIZE": world_size,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        processes = []
-        for rank in range(world_size):
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank, **common}
-            command = [sys.executable, ROOT / "launch" / "train.py", self.config, *overrides]
-            with open(self.run_dir.parent / f"rank-{rank}.log", "ab") as log:
-                processes.append(
-                    subprocess.Popen(
-                        list(map(str, command)),
-                        env={k: str(v) for k, v in env.items()},
-                        stdout=log,
-                        stderr=log,
-                    )
-                )
-        try:
-            yield processes
-        finally:
-            for process in processes:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+        """The running processes of launch/train.py; those still alive are killed at the end."""
+        command = [sys.executable, PROGRAM, self.config, *overrides]
+        with reserved_port() as self.port:
+            common = {
+                "OMP_NUM_THREADS": 1,
+                "WORLD_SIZE": world_size,
+                "LOCAL_WORLD_SIZE": world_size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": self.port,
+            }
+            processes = [
+                self._popen(command, {**common, "RANK": rank, "LOCAL_RANK": rank})
+                for rank in range(world_size)
+            ]
+            try:
+                yield processes
+            finally:
+                for process in processes:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+
+    def launch(self, launcher: str, *arguments: str) -> int:
+        """Run the job by a launcher with these arguments. Returns its exit status."""
+        program = Path(sys.executable).with_name(launcher)
+        with reserved_port() as self.port:
+            ports = ["--master_port", self.port]
+            process = self._popen([program, *arguments, *ports, PROGRAM, self.config], {"OMP_NUM_THREADS": 1})
+            try:
+                return process.wait(TIMEOUT_SECONDS)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the ranks, where it did not end in time
+
+    def _popen(self, command: list[object], environment: Mapping[str, object]) -> subprocess.Popen[bytes]:
+        env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                list(map(str, command)), env=env, stdout=log, stderr=log, start_new_session=True
+            )
 
     def output(self) -> str:
-        return "\n".join(path.read_text() for path in sorted(self.run_dir.parent.glob("rank-*.log")))
+        """What all ranks have printed so far."""
+        return self.log.read_text()
 
     def reached(self, step: int) -> Callable[[], bool]:
         """Whether the run has logged `step`."""
@@ -141,5 +151,23 @@ class Job:
     def column(self, name: str) -> list[float]:
         return [row[name] for row in self.rows()]
 
+    def checkpoints(self) -> dict[int, Path]:
+        """The folders of all committed checkpoints, by step."""
+        directory = store.directory_of(self.run_dir)
+        return {step: store.step_directory(directory, step) for step in store.steps_on_disk(directory)}
+
     def temporary_saves(self) -> list[Path]:
-        return list((self.run_dir / "checkpoints").glob(".tmp-step-*"))
+        return list(store.directory_of(self.run_dir).glob(".tmp-step-*"))
+
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A TCP port that the system gives to nobody else meanwhile.
+
+    It is held by a socket that is bound and does not listen. This socket and torch's store both
+    set SO_REUSEADDR, so that rank 0 can listen on the port all the same.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]

@@ -1,99 +1,158 @@
-"""What the ranks of the tests do; tests start these functions in real processes (multiprocess.zygote)."""
+"""What forked ranks run, and what happens to them, as values that a test can print."""
 
+import dataclasses
 import os
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from launch.train import main
-from vitscale.checkpoint.saver import THREAD_NAME
+from vitscale import config as configs
+from vitscale import distributed
+from vitscale.checkpoint.save import THREAD_NAME
+from vitscale.train import train as train_config
+from vitscale.train import train_step
+from vitscale.train_config import TrainConfig
 
-# Calls into C with which a save changes the world, or waits for another rank.
+# Calls into C by which a save changes files or folders, or waits for another rank.
 EFFECTS = {
     "open", "write", "flush", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir", "allgather",
 }  # fmt: skip
 
 
-def train(config: str, *overrides: str) -> int:
-    """A run, as launch/train.py makes it."""
-    return main([config, *overrides])
+class Event(Protocol):
+    """What happens to a run; every rank arms it before it starts."""
+
+    def arm(self) -> None: ...
 
 
-def train_apart(config: str, run_dir: str, *overrides: str) -> int:
-    """A run whose ranks share no disk: each has a run directory of its own."""
-    return train(config, f"run_dir={run_dir}-{os.environ['RANK']}", *overrides)
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """SIGKILL of one rank just before an effect of a save, both counted from 0 per start."""
 
+    rank: int
+    save: int
+    effect: int
 
-def train_a_little(config: str, *overrides: str) -> int:
-    """A run that is asked to stop after its seventh batch, as by a scheduler."""
-    batches = 0
+    def arm(self) -> None:
+        if rank() == self.rank:
+            at_effects(self._kill)
 
-    def count(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal batches
-        if event == "call" and frame.f_code.co_name == "train_step":
-            batches += 1
-            if batches == 7:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    sys.setprofile(count)
-    return train(config, *overrides)
-
-
-def train_with_file_limit(config: str, rank: str, num_bytes: str, *overrides: str) -> int:
-    """A run in which one rank can write no file longer than `num_bytes`, as under a quota."""
-    if os.environ["RANK"] == rank:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(num_bytes), int(num_bytes)))
-    return train(config, *overrides)
-
-
-def train_until_killed(config: str, rank: str, save: str, effect: str, *overrides: str) -> int:
-    """A run in which one rank kills itself just before the n-th effect of its n-th save (from 0)."""
-    if os.environ["RANK"] == rank:
-        _at_effects(_killer(int(save), int(effect)))
-    return train(config, *overrides)
-
-
-def train_recorded(config: str, file: str, *overrides: str) -> int:
-    """A run that writes down the effects of its saves: a line for every save, names between blanks."""
-    saves: list[list[str]] = []
-
-    def record(number: int, _: int, name: str) -> None:
-        saves.extend([] for _ in range(number + 1 - len(saves)))
-        saves[number].append(name)
-
-    _at_effects(record)
-    status = train(config, *overrides)
-    with open(f"{file}-{os.environ['RANK']}", "w", encoding="utf-8") as out:
-        out.writelines(" ".join(names) + "\n" for names in saves)
-    return status
-
-
-def _killer(save: int, effect: int) -> Callable[[int, int, str], None]:
-    def at(number: int, count: int, name: str) -> None:
-        if (number, count) == (save, effect):
-            print(f"killed before {name}, effect {count} of save {number}", file=sys.stderr, flush=True)
+    def _kill(self, save: int, effect: int, name: str) -> None:
+        if (save, effect) == (self.save, self.effect):
+            print(f"{self}: killed before {name}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return at
+
+@dataclasses.dataclass(frozen=True)
+class KillAll:
+    """SIGKILL of all ranks and data workers as one rank begins its n-th batch (from 1)."""
+
+    batch: int
+
+    def arm(self) -> None:
+        at_batch(self.batch, lambda: os.killpg(0, signal.SIGKILL))
 
 
-def _at_effects(act: Callable[[int, int, str], None]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """SIGTERM to every rank as it begins its n-th batch (from 1), as a scheduler sends it."""
+
+    batch: int = 7
+
+    def arm(self) -> None:
+        at_batch(self.batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+@dataclasses.dataclass(frozen=True)
+class FileLimit:
+    """One rank can write no file that is longer than `num_bytes`, as under a quota."""
+
+    rank: int
+    num_bytes: int
+
+    def arm(self) -> None:
+        if rank() == self.rank:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.num_bytes, self.num_bytes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Nothing but a note of the effects of every save, in FILE-RANK, as lines "SAVE NAME"."""
+
+    file: Path
+
+    def arm(self) -> None:
+        at_effects(self._note)
+
+    def _note(self, save: int, _: int, name: str) -> None:
+        with open(f"{self.file}-{rank()}", "a", encoding="utf-8") as out:
+            out.write(f"{save} {name}\n")
+
+    def effects(self, rank: int, save: int) -> list[str]:
+        """The names of a save's effects on a rank, in their order."""
+        lines = [line.split() for line in Path(f"{self.file}-{rank}").read_text().splitlines()]
+        return [name for number, name in lines if int(number) == save]
+
+
+def train(config: Path, overrides: Sequence[str] = (), event: Event | None = None) -> int:
+    """A run, as launch/train.py makes it."""
+    if event:
+        event.arm()
+    return main([str(config), *overrides])
+
+
+def train_apart(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -> int:
+    """A run whose ranks share no disk: each has a run directory of its own, RUN_DIR-RANK."""
+    return train(config, [f"run_dir={run_dir}-{rank()}", *overrides])
+
+
+def train_twice(first: Path, second: Path) -> int:
+    """Two runs in one process, one after the other, and then the first again, which is done."""
+    distributed.initialize()
+    for config in (first, second, first):
+        status = train_config(configs.load(TrainConfig, [config]))
+        assert status == 0, status
+    return 0
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def at_batch(number: int, act: Callable[[], object]) -> None:
+    """Call act() as this rank begins its n-th batch (from 1)."""
+    batches = 0
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal batches
+        if event == "call" and frame.f_code is train_step.__code__:
+            batches += 1
+            if batches == number:
+                act()
+
+    sys.setprofile(profile)
+
+
+def at_effects(act: Callable[[int, int, str], None]) -> None:
     """Call act(save, effect, name) before every effect of the thread that writes checkpoints.
 
-    The interpreter's profiler sees every call into C, so nothing of what is tested is replaced.
+    The interpreter's profiler sees every call into C, so that nothing under test is replaced.
     """
-    counts: dict[threading.Thread, int] = {}
+    num_effects: dict[threading.Thread, int] = {}  # of every save so far: each has a thread of its own
 
     def profile(_: FrameType, event: str, called: Any) -> None:
         if event == "c_call" and called.__name__ in EFFECTS:
             thread = threading.current_thread()
             if thread.name == THREAD_NAME:
-                counts[thread] = counts.get(thread, -1) + 1
-                act(len(counts) - 1, counts[thread], called.__name__)
+                num_effects.setdefault(thread, 0)
+                act(len(num_effects) - 1, num_effects[thread], called.__name__)
+                num_effects[thread] += 1
 
     threading.setprofile(profile)

@@ -1,117 +1,65 @@
-"""Every way in which a checkpoint that two ranks wrote can be damaged: refused by name, and never used."""
+"""However a checkpoint of two ranks is damaged, it is refused by name and never used."""
 
-import random
+import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from make import newest
+from multiprocess import damage as damaging
 from multiprocess.job import Job
+from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint import store
-from vitscale.checkpoint.format import MANIFEST, CheckpointError
-
-PLACES = 24  # in each file
-Damage = Callable[[Path], None]
+from vitscale.checkpoint.verify import alone
 
 
 @pytest.fixture
-def run(tmp_path: Path, uninterrupted: Job) -> tuple[Path, Path]:
+def places(sweep: bool) -> int:
+    """At how many random places each file is cut, and at how many a bit is flipped."""
+    return 200 if sweep else 24
+
+
+@pytest.fixture
+def sound(tmp_path: Path, uninterrupted: Job) -> Path:
     """The last two checkpoints of a run, in a folder of their own."""
     directory = store.directory_of(uninterrupted.run_dir)
     for step in store.steps_on_disk(directory)[-2:]:
-        shutil.copytree(store.step_directory(directory, step), tmp_path / store.step_name(step))
-    older, newest = (tmp_path / store.step_name(step) for step in store.steps_on_disk(tmp_path))
-    return older, newest
+        shutil.copytree(store.step_directory(directory, step), tmp_path / "sound" / store.step_name(step))
+    return tmp_path / "sound"
 
 
-def check_refused(run: tuple[Path, Path], file: str, caplog) -> None:
-    """The newest checkpoint is refused, naming `file`, and the one before is used."""
-    older, newest = run
-    with pytest.raises(CheckpointError, match=file):
-        store.verify(newest)
-    caplog.clear()
-    found = store.newest_good(newest.parent)
-    assert found and found[0] == older
-    assert f"checkpoint passed over: {newest}" in caplog.text and file in caplog.text
+def test_damage_is_refused_by_name_and_the_checkpoint_before_is_used(
+    sound: Path, tmp_path: Path, places: int, caplog
+) -> None:
+    older, last = (store.step_name(step) for step in store.steps_on_disk(sound))
+    assert newest(sound).folder == str(sound / last)
+    for damage in damaging.damages(sound / last, places):
+        folder = damaging.damaged(damage, sound, tmp_path / "damaged")
+        assert damage.problem in alone(str(folder / last)).problem, damage.name
+        caplog.clear()
+        checkpoint = newest(folder)
+        assert checkpoint.folder == str(folder / older), damage.name
+        assert f"checkpoint passed over: {folder / last}" in caplog.text, damage.name
 
 
-def test_a_file_cut_anywhere_is_refused(run: tuple[Path, Path], caplog) -> None:
-    _, newest = run
-    for path in sorted(newest.iterdir()):
-        data = path.read_bytes()
-        for length in [0, 1, 7, len(data) - 1, *random.Random(1).sample(range(len(data)), PLACES)]:
-            path.write_bytes(data[:length])
-            check_refused(run, path.name, caplog)
-        path.write_bytes(data)
-    assert store.newest_good(newest.parent)[0] == newest
+def test_ranks_that_share_the_work_refuse_the_same_and_use_the_same(
+    sound: Path, tmp_path: Path, places: int, zygote: Zygote
+) -> None:
+    log, result, folder = tmp_path / "log", tmp_path / "result.json", tmp_path / "damaged"
+    arguments = (sound, folder, places, result)
+    statuses = zygote.run(2, damaging.find_together, *arguments, log=log, timeout_seconds=600)
+    assert statuses == [0, 0], log.read_text()
+    older, last = store.steps_on_disk(sound)
+    expected = [
+        [damage.name, str(store.step_directory(folder, older)), [last]]
+        for damage in damaging.damages(store.step_directory(sound, last), places)
+    ]
+    assert json.loads(result.read_text()) == expected
 
 
-def test_one_flipped_bit_anywhere_is_refused(run: tuple[Path, Path], caplog) -> None:
-    _, newest = run
-    rng = random.Random(2)
-    for path in sorted(newest.iterdir()):
-        data = path.read_bytes()
-        for position in [0, len(data) - 1, *rng.sample(range(len(data)), PLACES)]:
-            flipped = bytearray(data)
-            flipped[position] ^= 1 << rng.randrange(8)
-            path.write_bytes(flipped)
-            check_refused(run, path.name, caplog)
-        path.write_bytes(data)
-    assert store.newest_good(newest.parent)[0] == newest
-
-
-def swap_ranks(run: tuple[Path, Path]) -> str:
-    one, other = sorted(run[1].glob("rank-*"))
-    one.rename(run[1] / "kept")
-    other.rename(one)
-    (run[1] / "kept").rename(other)
-    return "rank-00000"
-
-
-def lose_a_file(run: tuple[Path, Path]) -> str:
-    (run[1] / "rank-00001.safetensors").unlink()
-    return "rank-00001.safetensors is missing"
-
-
-def take_a_file_from_another_step(run: tuple[Path, Path]) -> str:
-    shutil.copy(run[0] / "rank-00001.safetensors", run[1])
-    return "rank-00001"
-
-
-def take_the_manifest_from_another_step(run: tuple[Path, Path]) -> str:
-    shutil.copy(run[0] / MANIFEST, run[1])
-    return "rank-00000"
-
-
-def lose_the_manifest(run: tuple[Path, Path]) -> str:
-    (run[1] / MANIFEST).unlink()
-    return f"holds no {MANIFEST}"
-
-
-def lose_everything(run: tuple[Path, Path]) -> str:
-    for path in run[1].iterdir():
-        path.unlink()
-    return f"holds no {MANIFEST}"
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        swap_ranks,
-        lose_a_file,
-        take_a_file_from_another_step,
-        take_the_manifest_from_another_step,
-        lose_the_manifest,
-        lose_everything,
-    ],
-)
-def test_files_of_others_or_none_are_refused(run: tuple[Path, Path], damage, caplog) -> None:
-    check_refused(run, damage(run), caplog)
-
-
-def test_a_stale_or_broken_name_of_the_newest_misleads_nobody(run: tuple[Path, Path]) -> None:
-    older, newest = run
-    for content in (older.name, "step-000000999", "", "../.."):
-        (newest.parent / store.LATEST).write_text(content)
-        assert store.newest_good(newest.parent)[0] == newest
+def test_a_stale_or_broken_name_of_the_newest_misleads_nobody(sound: Path) -> None:
+    last = store.step_directory(sound, store.steps_on_disk(sound)[-1])
+    for content in ("step-000000015", "step-000000999", "", "../.."):
+        (sound / store.LATEST).write_text(content)
+        assert newest(sound).folder == str(last)

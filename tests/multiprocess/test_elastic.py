@@ -1,14 +1,17 @@
-"""Real ranks, really killed with SIGKILL in mid-run: what comes after is what would have come anyway."""
+"""Ranks are killed in mid-run; what comes after is what an uninterrupted run computes."""
 
 import os
+import re
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from multiprocess.job import Job
+from multiprocess.ranks import KillAll
+from multiprocess.zygote import Zygote
 
-from vitscale.checkpoint import store
+from vitscale.distributed import free_port
 
 STEPS = list(range(1, 21))
 
@@ -25,6 +28,7 @@ def test_an_uninterrupted_run_logs_every_step_once_and_learns(uninterrupted: Job
 def test_resume_on_the_same_layout_equals_the_uninterrupted_run_bit_for_bit(
     tmp_path: Path, index: Path, uninterrupted: Job, workers: int
 ) -> None:
+    """By the real command, with ranks killed from outside, wherever they are at step 8."""
     job = Job(tmp_path, index)
     override = f"engine.num_workers={workers}"
     assert job.start(2, override, kill_when=job.reached(8)) == [-9, -9], job.output()
@@ -33,81 +37,69 @@ def test_resume_on_the_same_layout_equals_the_uninterrupted_run_bit_for_bit(
     assert job.column("step") == STEPS
     for name in ("train/loss", "train/grad_norm", "train/lr", "data/digest"):
         assert job.column(name) == uninterrupted.column(name)
-    assert same_files(last_checkpoint(job), last_checkpoint(uninterrupted))
+    assert same_files(job.checkpoints()[20], uninterrupted.checkpoints()[20])
 
 
-def test_dropout_is_resumed_bit_for_bit(tmp_path: Path, index: Path) -> None:
-    jobs = [Job(tmp_path / name, index) for name in ("whole", "killed")]
-    assert jobs[0].start(1, "model.dropout=0.1") == [0]
-    assert jobs[1].start(1, "model.dropout=0.1", kill_when=jobs[1].reached(11)) == [-9]
-    assert jobs[1].start(1, "model.dropout=0.1") == [0]
-    assert jobs[0].column("train/loss") == jobs[1].column("train/loss")
+def test_dropout_is_resumed_bit_for_bit(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    whole, killed = Job(tmp_path / "whole", index), Job(tmp_path / "killed", index)
+    assert zygote.train(whole, 1, "model.dropout=0.1") == [0], whole.output()
+    assert zygote.train(killed, 1, "model.dropout=0.1", event=KillAll(batch=12)) == [-9]
+    assert zygote.train(killed, 1, "model.dropout=0.1") == [0], killed.output()
+    assert killed.column("train/loss") == whole.column("train/loss")
 
 
-def test_other_world_sizes_and_zero_stages_go_on_with_the_same_data_and_losses(
-    tmp_path: Path, index: Path, uninterrupted: Job
+def test_other_world_sizes_and_zero_stages_continue_with_the_same_data_and_losses(
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job
 ) -> None:
-    """2 ranks at ZeRO 1, then 1 rank at ZeRO 3, then 2 ranks at ZeRO 2: killed twice, no conversion step."""
+    """2 ranks at ZeRO 1, then 1 at ZeRO 3, then 2 at ZeRO 2: killed twice, converted never."""
     job = Job(tmp_path, index)
-    assert job.start(2, kill_when=job.reached(7)) == [-9, -9], job.output()
-    assert job.start(1, "engine.zero_stage=3", "engine.num_workers=1", kill_when=job.reached(14)) == [-9], (
-        job.output()
-    )
-    assert job.start(2, "engine.zero_stage=2", "engine.micro_batch=4") == [0, 0], job.output()
+    assert zygote.train(job, 2, event=KillAll(batch=8)) == [-9, -9], job.output()
+    second = ("engine.zero_stage=3", "engine.num_workers=1")
+    assert zygote.train(job, 1, *second, event=KillAll(batch=8)) == [-9], job.output()
+    assert zygote.train(job, 2, "engine.zero_stage=2", "engine.micro_batch=4") == [0, 0], job.output()
     assert job.column("step") == STEPS
     assert job.column("data/digest") == uninterrupted.column("data/digest")
     assert job.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=1e-5)
 
 
-def test_a_kill_during_a_save_leaves_the_previous_checkpoint_in_charge(
-    tmp_path: Path, index: Path, uninterrupted: Job
+def test_sigterm_saves_and_exits_75_and_the_same_command_continues(
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job
 ) -> None:
     job = Job(tmp_path, index)
-    directory = job.run_dir / "checkpoints"
-    caught = 0
-    for attempt in range(6):
-        before = store.steps_on_disk(directory)
-        # A save is seen by its temporary folder; the delay moves the kill through its stages.
-        job.start(2, kill_when=job.temporary_saves, kill_delay_seconds=0.004 * attempt)
-        caught += bool(job.temporary_saves())
-        after = store.steps_on_disk(directory)
-        assert set(before) <= {*after} or len(after) >= 2, "a kill took a checkpoint away"
-        if after:
-            newest = store.newest_good(directory)
-            assert newest and newest[1].step == after[-1], "a committed checkpoint does not verify"
-        if after and after[-1] == 20:
-            break
-    assert caught, "no kill fell into a save"
-    assert job.start(2) == [0, 0], job.output()
-    assert job.column("step") == STEPS
-    assert job.column("train/loss") == uninterrupted.column("train/loss")
-    assert not job.temporary_saves()
-
-
-def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(
-    tmp_path: Path, index: Path, uninterrupted: Job
-) -> None:
-    job = Job(tmp_path, index)
-    with job.ranks(2, "checkpoint.every_steps=0", "engine.num_workers=1") as processes:
+    with job.ranks(2, "checkpoint.every_steps=0", "engine.num_workers=1") as ranks:
         while not job.reached(4)():
+            assert all(rank.poll() is None for rank in ranks), job.output()
             time.sleep(0.005)
-        # One rank is told, with its data workers, as a scheduler does it; all ranks stop together.
-        for process in [*psutil.Process(processes[1].pid).children(recursive=True), processes[1]]:
+        # A scheduler signals one rank and its data workers; all ranks stop together.
+        workers = [psutil.Process(rank.pid).children(recursive=True) for rank in ranks]
+        for process in (*workers[1], ranks[1]):
             process.terminate()
-        assert [process.wait(60) for process in processes] == [75, 75], job.output()
-    (stopped,) = store.steps_on_disk(job.run_dir / "checkpoints")
+        assert [rank.wait(60) for rank in ranks] == [75, 75], job.output()
+    pids = [process.pid for process in (*ranks, *workers[0], *workers[1])]
+    assert shared_memory_of(pids, job.port) == []
+    (stopped,) = job.checkpoints()
     assert 4 <= stopped < 20 and job.column("step") == list(range(1, stopped + 1))
-    assert job.start(2) == [0, 0], job.output()
+    assert zygote.train(job, 2) == [0, 0], job.output()
     assert job.column("train/loss") == uninterrupted.column("train/loss")
 
 
-def test_nothing_is_left_in_shared_memory(uninterrupted: Job) -> None:
-    assert [name for name in os.listdir("/dev/shm") if name.startswith(("deepspeed", "torch_"))] == []
+def shared_memory_of(pids: list[int], port: int) -> list[str]:
+    """What a job left in /dev/shm: torch's names have the process, DeepSpeed's the port."""
+    prefixes = tuple(f"torch_{pid}_" for pid in pids)
+    names = os.listdir("/dev/shm")
+    return [name for name in names if name.startswith(prefixes) or re.match(f"deepspeed.*_{port}_", name)]
 
 
-def last_checkpoint(job: Job) -> Path:
-    directory = job.run_dir / "checkpoints"
-    return store.step_directory(directory, store.steps_on_disk(directory)[-1])
+@pytest.mark.parametrize("name", ["torch_{pid}_865324406_1", "deepspeed_allreduce_buffer_0_127_{port}_1"])
+def test_a_leftover_in_shared_memory_is_found(name: str) -> None:
+    pid, port = os.getpid(), free_port()
+    path = Path("/dev/shm", name.format(pid=pid, port=port))
+    path.touch()
+    try:
+        assert shared_memory_of([pid], port) == [path.name]
+    finally:
+        path.unlink()
+    assert shared_memory_of([pid], port) == []
 
 
 def same_files(one: Path, other: Path) -> bool:

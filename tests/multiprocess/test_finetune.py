@@ -1,4 +1,4 @@
-"""Fine-tuning and evaluation in training, on real ranks: the same loop with an [init] section and [evals]."""
+"""Fine-tuning and evaluation during training: the same loop with [init] and [evals]."""
 
 from pathlib import Path
 
@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 from multiprocess.job import Job
+from multiprocess.zygote import Zygote
 
 from vitscale import load_model
-from vitscale.checkpoint import store
-from vitscale.checkpoint.export import export_safetensors
-from vitscale.evals.tasks import EvalConfig, run_task
-from vitscale.evaluate import FrozenModel
+from vitscale.evals import FewShotConfig, open_task
+from vitscale.evals.adapters import FrozenModel
 from vitscale.metrics import read_metrics
 from vitscale.models.posemb import resize_posemb
+from vitscale.weights.export import export_safetensors
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_pretrained_model_is_finetuned_at_another_resolution_and_evaluated_by_all_ranks(
-    tmp_path: Path, index: Path, uninterrupted: Job, stage: int
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job, stage: int
 ) -> None:
     exported = export_safetensors(uninterrupted.run_dir, tmp_path / "pretrained.safetensors")
     shards = str(index.parent / "train-*.tar")
@@ -31,12 +31,12 @@ def test_a_pretrained_model_is_finetuned_at_another_resolution_and_evaluated_by_
         "schedule.warmup_steps=1",
         "optim.name=sgd",
         "optim.weight_decay=0",
-        "optim.lr=1e-9",  # so that the backbone after 3 steps is still what it was initialised with
+        "optim.lr=1e-9",  # the backbone after 3 steps is still what it was initialised with
         f"engine.zero_stage={stage}",
         f"evals.few={{kind='fewshot', train='{shards}', test='{shards}', shots=[2], every_steps=2}}",
         f"evals.top={{kind='classify', test='{shards}', every_steps=100}}",
     )
-    assert job.start(2, *overrides) == [0, 0], job.output()
+    assert zygote.train(job, 2, *overrides) == [0, 0], job.output()
     assert job.column("train/loss")[0] == pytest.approx(np.log(5), abs=1e-6)
 
     source, tuned = load_model(exported), load_model(job.run_dir)
@@ -50,15 +50,16 @@ def test_a_pretrained_model_is_finetuned_at_another_resolution_and_evaluated_by_
     few = [(row["step"], row["eval/few/2shot"]) for row in rows if "eval/few/2shot" in row]
     top = [(row["step"], row["eval/top/top1"]) for row in rows if "eval/top/top1" in row]
     assert [step for step, _ in few] == [0, 2, 3] and [step for step, _ in top] == [0, 3]
-    alone = FrozenModel(tuned, image_size=12, num_classes=5, device=torch.device("cpu"))
-    config = EvalConfig(kind="fewshot", train=shards, test=shards, shots=(2,))
-    assert few[-1][1] == pytest.approx(run_task("few", config, alone)["2shot"], abs=0.03)
+    task = open_task("few", FewShotConfig(train=shards, test=shards, shots=(2,)), image_size=12)
+    alone = task.run(FrozenModel(tuned, torch.device("cpu")))
+    assert few[-1][1] == pytest.approx(alone["2shot"], abs=0.03)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_by_the_key(
-    tmp_path: Path, index: Path, uninterrupted: Job
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job
 ) -> None:
     job = Job(tmp_path, index)
-    assert job.start(1, f"init.checkpoint={uninterrupted.run_dir}", "model.mlp_dim=64") == [2]
+    options = (f"init.checkpoint={uninterrupted.run_dir}", "model.mlp_dim=64")
+    assert zygote.train(job, 1, *options) == [2]
     assert "model.mlp_dim is 64, but the [init] checkpoint has 32; set model.mlp_dim = 32" in job.output()
-    assert store.steps_on_disk(job.run_dir / "checkpoints") == []
+    assert not job.checkpoints()

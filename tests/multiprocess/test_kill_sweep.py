@@ -1,79 +1,71 @@
-"""SIGKILL before every kind of thing that a save does, on each rank: no run is ever lost, nor a step of it
-twice.
+"""SIGKILL during a save, on each rank: no run is lost, and no step is logged twice.
 
-    bash tools/test.sh tests/multiprocess/test_kill_sweep.py --kills 300     for the night
+There is a kill before each kind of effect on each rank, with --sweep before each effect.
 """
 
 import collections
-import itertools
 import random
 from pathlib import Path
 
 import pytest
-from multiprocess.job import CONFIG, Job
+from make import verified
+from multiprocess.job import Job
+from multiprocess.ranks import Kill, Record
 from multiprocess.zygote import Zygote
 
-from vitscale.checkpoint import store
-
-SAVES_A_START = 3
+SEED = 0
+SAVES_PER_START = 3
 OPTIONS = ("checkpoint.every_steps=1", "checkpoint.keep_last=2")
 
 
 def test_every_kill_during_a_save_is_survived(
-    tmp_path: Path, index: Path, zygote: Zygote, pytestconfig: pytest.Config, capsys
+    tmp_path: Path, index: Path, zygote: Zygote, sweep: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kills = int(pytestconfig.getoption("--kills"))
     whole, killed = (Job(tmp_path / name, index) for name in ("whole", "killed"))
-    steps = f"total_steps={SAVES_A_START * kills + 10}"
-    log = tmp_path / "log"
-    stages = stages_of_a_save(zygote, tmp_path, index)
-    directory = store.directory_of(killed.run_dir)
+    names = effects_of_a_save(zygote, Job(tmp_path / "recorded", index))
+    kills = draw_kills(names, sweep)
+    options = (f"total_steps={SAVES_PER_START * len(kills) + 10}", *OPTIONS)
     survived: collections.Counter[str] = collections.Counter()
     newest = 0
-    for seed in range(kills):
-        rng = random.Random(seed)
-        # From the third save of the run on, an old checkpoint is deleted, as in the save that was recorded.
-        rank, save = seed % 2, rng.randrange(SAVES_A_START) if newest else SAVES_A_START - 1
-        name, effects = rng.choice(stages[rank])
-        where = [killed.config, rank, save, rng.choice(effects), steps, *OPTIONS]
-        statuses = zygote.run(2, "multiprocess.ranks:train_until_killed", *where, log=log)
-        assert statuses[rank] == -9 and statuses[1 - rank] != 0, log.read_text()[-2000:]
+    for kill in kills:
+        statuses = zygote.train(killed, 2, *options, event=kill)
+        assert statuses[kill.rank] == -9 and statuses[1 - kill.rank] != 0, killed.output()[-2000:]
 
-        for step in store.steps_on_disk(directory):
-            store.verify(store.step_directory(directory, step))
-        was, newest = newest, max(store.steps_on_disk(directory), default=0)
-        assert newest - was in (save, save + 1), (
-            f"kill {seed} before {name} lost more than the save it fell into"
-        )
-        survived[name] += 1
-    assert zygote.run(2, "multiprocess.ranks:train", killed.config, steps, *OPTIONS, log=log) == [0, 0]
-    assert zygote.run(
-        2, "multiprocess.ranks:train", whole.config, steps, "checkpoint.every_steps=0", log=log
-    ) == [0, 0]
+        checkpoints = killed.checkpoints()
+        for folder in checkpoints.values():
+            verified(folder)
+        before, newest = newest, max(checkpoints, default=0)
+        assert newest - before in (kill.save, kill.save + 1), f"{kill} lost more than the save it fell into"
+        survived[names[kill.rank][kill.effect]] += 1
+    assert zygote.train(killed, 2, *options) == [0, 0], killed.output()[-2000:]
+    assert zygote.train(whole, 2, *options, "checkpoint.every_steps=0") == [0, 0], whole.output()
     for column in ("step", "train/loss", "train/grad_norm", "data/digest"):
         assert killed.column(column) == whole.column(column)
     assert not killed.temporary_saves()
     with capsys.disabled():
-        print(f"\n{kills} kills during saves survived: before {dict(survived.most_common())}")
+        print(f"\n{len(kills)} kills (seed {SEED}) survived: before {dict(survived.most_common())}")
 
 
-def stages_of_a_save(zygote: Zygote, folder: Path, index: Path) -> list[list[tuple[str, list[int]]]]:
-    """For each rank: the effects of a save, in runs of equal ones, with their numbers. Of a save that also
-    deletes an old checkpoint.
+def effects_of_a_save(zygote: Zygote, job: Job) -> list[list[str]]:
+    """The names of a save's effects on each of two ranks; it also deletes an old checkpoint."""
+    record = Record(job.run_dir.parent / "effects")
+    options = ("total_steps=5", "schedule.warmup_steps=1", *OPTIONS)
+    assert zygote.train(job, 2, *options, event=record) == [0, 0], job.output()
+    names = [record.effects(rank, save=4) for rank in range(2)]
+    assert {"write", "fsync", "replace", "rename", "unlink", "rmdir"} <= set(names[0])
+    return names
+
+
+def draw_kills(names: list[list[str]], sweep: bool) -> list[Kill]:
+    """A kill before each effect of a save on each rank; without `sweep`, one of each kind.
+
+    It is in one of the first saves after a start. The first kill is in the run's third save:
+    from then on a save deletes an old checkpoint, as the one that was recorded did.
     """
-    config = folder / "recorded.toml"
-    config.write_text(CONFIG.format(run_dir=folder / "recorded", index=index))
-    statuses = zygote.run(
-        2,
-        "multiprocess.ranks:train_recorded",
-        *(config, folder / "effects", "total_steps=5", "checkpoint.every_steps=1", "schedule.warmup_steps=1"),
-        log=folder / "log",
-    )
-    assert statuses == [0, 0], (folder / "log").read_text()
-    found = []
-    for rank in range(2):
-        names = (folder / f"effects-{rank}").read_text().splitlines()[-1].split()
-        runs = itertools.groupby(enumerate(names), key=lambda pair: pair[1])
-        found.append([(name, [number for number, _ in pairs]) for name, pairs in runs])
-    assert {"write", "fsync", "replace", "rename", "unlink", "rmdir"} <= {name for name, _ in found[0]}
-    return found
+    rng = random.Random(SEED)
+    places = [(rank, effect) for rank in range(2) for effect in range(len(names[rank]))]
+    rng.shuffle(places)
+    if not sweep:
+        places = list({(rank, names[rank][effect]): (rank, effect) for rank, effect in places}.values())
+    saves = [SAVES_PER_START - 1, *rng.choices(range(SAVES_PER_START), k=len(places) - 1)]
+    return [Kill(rank, save, effect) for (rank, effect), save in zip(places, saves, strict=True)]

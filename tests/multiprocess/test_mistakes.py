@@ -1,11 +1,12 @@
-"""What a user can get wrong when starting or resuming a run: one sentence, exit status 2, nothing lost."""
+"""Mistakes in starting or resuming a run: one sentence, exit status 2, and nothing is lost."""
 
 import shutil
 from pathlib import Path
 
 import pytest
+from make import jpeg, newest, write_tar
 from multiprocess.job import Job
-from shard_files import jpeg, write_tar
+from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint import store
 from vitscale.data.index import build_index
@@ -13,7 +14,7 @@ from vitscale.data.index import build_index
 
 @pytest.fixture
 def finished(tmp_path: Path, uninterrupted: Job, index: Path) -> Job:
-    """A copy of the reference run, to be damaged."""
+    """A copy of the reference run, for the test to damage."""
     job = Job(tmp_path / "copy", index)
     shutil.copytree(uninterrupted.run_dir, job.run_dir)
     config = (job.run_dir / "config.toml").read_text()
@@ -37,77 +38,83 @@ def flip_byte(path: Path) -> None:
 
 
 def test_a_flipped_byte_sends_the_run_back_to_the_checkpoint_before(
-    finished: Job, uninterrupted: Job
+    finished: Job, uninterrupted: Job, zygote: Zygote
 ) -> None:
-    directory = finished.run_dir / "checkpoints"
-    newest = store.step_directory(directory, store.steps_on_disk(directory)[-1])
-    flip_byte(newest / "rank-00001.safetensors")
-    assert finished.start(2) == [0, 0], finished.output()
-    assert f"{newest}/rank-00001.safetensors is damaged: its checksum does not match" in finished.output()
+    folder = finished.checkpoints()[20]
+    flip_byte(folder / "rank-00001.safetensors")
+    assert zygote.train(finished, 2) == [0, 0], finished.output()
+    assert f"{folder}/rank-00001.safetensors is damaged: its checksum does not match" in finished.output()
     assert "resumed from" in finished.output() and "step-000000018" in finished.output()
     assert finished.column("train/loss") == uninterrupted.column("train/loss")
-    assert store.newest_good(directory)[0] == newest
+    assert newest(store.directory_of(finished.run_dir)).folder == str(folder)
 
 
-def test_a_run_with_no_good_checkpoint_left_is_not_started_afresh(finished: Job) -> None:
-    directory = finished.run_dir / "checkpoints"
-    for step in store.steps_on_disk(directory):
-        flip_byte(store.step_directory(directory, step) / "manifest.json")
+def test_a_run_with_no_good_checkpoint_left_is_not_started_afresh(finished: Job, zygote: Zygote) -> None:
+    for folder in finished.checkpoints().values():
+        flip_byte(folder / "manifest.json")
     before = (finished.run_dir / "metrics.jsonl").read_bytes()
-    assert finished.start(1) == [2]
+    assert zygote.train(finished, 1) == [2]
     assert "no checkpoint in" in sentence(finished) and "manifest.json is damaged" in sentence(finished)
     assert (finished.run_dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_experiment_in_the_run_directory_is_refused_with_the_keys(finished: Job) -> None:
+def test_another_experiment_in_the_run_directory_is_refused_with_the_keys(
+    finished: Job, zygote: Zygote
+) -> None:
     before = (finished.run_dir / "config.toml").read_bytes()
-    assert finished.start(1, "optim.lr=1e-4", "model.depth=1") == [2]
+    assert zygote.train(finished, 1, "optim.lr=1e-4", "model.depth=1") == [2]
     assert "model.depth was 2, now 1, optim.lr was 0.005, now 0.0001" in sentence(finished)
     assert (finished.run_dir / "config.toml").read_bytes() == before
 
 
-def test_a_checkpoint_of_another_experiment_is_not_resumed_where_the_config_is_gone(finished: Job) -> None:
+def test_a_checkpoint_of_another_experiment_is_not_resumed_where_the_config_is_gone(
+    finished: Job, zygote: Zygote
+) -> None:
     (finished.run_dir / "config.toml").unlink()
-    assert finished.start(1, "optim.lr=0.1", "total_steps=22") == [2]
+    assert zygote.train(finished, 1, "optim.lr=0.1", "total_steps=22") == [2]
     assert "step-000000020 holds another experiment: optim.lr was 0.005, now 0.1" in sentence(finished)
-    assert finished.start(1, "total_steps=22") == [0], finished.output()
+    assert zygote.train(finished, 1, "total_steps=22") == [0], finished.output()
 
 
-def test_a_longer_total_goes_on_and_a_shorter_one_is_refused(finished: Job) -> None:
-    assert finished.start(1, "total_steps=10") == [2]
+def test_a_longer_total_continues_and_a_shorter_one_is_refused(finished: Job, zygote: Zygote) -> None:
+    assert zygote.train(finished, 1, "total_steps=10") == [2]
     assert "was started for 20 steps and cannot be shortened to 10" in sentence(finished)
-    assert finished.start(1, "total_steps=22") == [0], finished.output()
+    assert zygote.train(finished, 1, "total_steps=22") == [0], finished.output()
     assert finished.column("step") == list(range(1, 23))
 
 
-def test_other_data_behind_the_same_path_are_refused(tmp_path: Path, finished: Job, index: Path) -> None:
+def test_other_data_behind_the_same_path_are_refused(
+    tmp_path: Path, finished: Job, index: Path, zygote: Zygote
+) -> None:
     folder = tmp_path / "shards"
     shutil.copytree(index.parent, folder)
     text = finished.config.read_text().replace(str(index), str(folder / "index.json"))
     finished.config.write_text(text)
     config = finished.run_dir / "config.toml"
     config.write_text(config.read_text().replace(str(index), str(folder / "index.json")))
-    assert finished.start(1) == [0], finished.output()  # the same shards elsewhere are the same data
+    assert zygote.train(finished, 1) == [0], finished.output()  # the same shards elsewhere are the same data
     (folder / "train-000002.tar").unlink()
     build_index(sorted(map(str, folder.glob("train-*.tar"))), chunk_samples=4).save(folder / "index.json")
-    assert finished.start(1, "total_steps=24") == [2]
+    assert zygote.train(finished, 1, "total_steps=24") == [2]
     assert "was trained on other data than" in sentence(finished)
 
 
-def test_too_many_bad_samples_end_the_run_with_a_count_and_a_checkpoint(tmp_path: Path) -> None:
+def test_too_many_bad_samples_end_the_run_with_a_count_and_a_checkpoint(
+    tmp_path: Path, zygote: Zygote
+) -> None:
     members = []
-    for number in range(64):
-        image = b"a text file" if number % 4 == 0 else jpeg(number)
-        members += [(f"s{number:03d}.jpg", image), (f"s{number:03d}.cls", str(number % 5).encode())]
+    for sample in range(64):
+        image = b"a text file" if sample % 4 == 0 else jpeg(sample)
+        members += [(f"s{sample:03d}.jpg", image), (f"s{sample:03d}.cls", str(sample % 5).encode())]
     index = build_index([str(write_tar(tmp_path / "x.tar", members))], chunk_samples=4)
     index.save(tmp_path / "index.json")
     job = Job(tmp_path / "job", tmp_path / "index.json")
-    assert 2 in job.start(2), job.output()
+    assert 2 in zygote.train(job, 2), job.output()
     assert "more than data.max_bad_fraction 0.01 allows" in sentence(job)
     assert job.column("data/bad_samples")[-1] > 10
-    assert store.newest_good(job.run_dir / "checkpoints")
+    assert newest(store.directory_of(job.run_dir))
     assert (job.run_dir / "quarantine.jsonl").read_text().count("not a JPEG, PNG or WebP") >= 10
-    assert job.start(1, "total_steps=30", "checkpoint.every_steps=0") == [2]
+    assert zygote.train(job, 1, "total_steps=30", "checkpoint.every_steps=0") == [2]
 
 
 @pytest.mark.parametrize(
@@ -129,14 +136,16 @@ def test_too_many_bad_samples_end_the_run_with_a_count_and_a_checkpoint(tmp_path
     ],
 )
 def test_a_config_that_cannot_run_says_what_to_write(
-    tmp_path: Path, index: Path, override: str, message: str
+    tmp_path: Path, index: Path, override: str, message: str, zygote: Zygote
 ) -> None:
     job = Job(tmp_path, index)
-    assert job.start(1, override) == [2]
+    assert zygote.train(job, 1, override) == [2]
     assert message in sentence(job)
 
 
-def test_a_mistake_at_the_first_start_may_be_mended(tmp_path: Path, index: Path) -> None:
+def test_a_mistake_at_the_first_start_may_be_fixed(tmp_path: Path, index: Path) -> None:
+    """With the real command, whose exit status a script sees."""
     job = Job(tmp_path, index)
     assert job.start(1, "init.checkpoint=nowhere") == [2]
+    assert "nowhere is not a checkpoint" in sentence(job)
     assert job.start(1, "total_steps=6") == [0], job.output()

@@ -1,21 +1,24 @@
-"""The engine computes what plain PyTorch computes, at every ZeRO stage and precision that it offers."""
+"""The engine computes what plain PyTorch computes, at every ZeRO stage and precision."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from multiprocess.job import Job
+from multiprocess.ranks import KillAll
+from multiprocess.zygote import Zygote
 
 from vitscale import config as configs
-from vitscale.data.lane import Recipe
+from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Stream, batches
 from vitscale.data.transforms import normalize
-from vitscale.job import TrainConfig, prepare
+from vitscale.job import prepare
 from vitscale.losses import compute_loss, to_targets
 from vitscale.models import build_model
 from vitscale.optim import build_optimizer
 from vitscale.rng import derive_seed
 from vitscale.schedule import learning_rate
+from vitscale.train_config import TrainConfig
 
 
 def plain_pytorch_losses(path: Path) -> list[float]:
@@ -27,7 +30,9 @@ def plain_pytorch_losses(path: Path) -> list[float]:
     stream = Stream(
         sources=job.sources,
         mixture=job.mixture,
-        recipe=Recipe(config.augment, job.decoder, config.model.image_size, config.model.num_classes),
+        view_config=ViewConfig(
+            config.augment, job.decoder, config.model.image_size, config.model.num_classes
+        ),
         lanes=job.mixture.rank_lanes(0, 1),
         first_step=0,
         last_step=job.total_steps,
@@ -53,11 +58,12 @@ def test_zero_1_equals_plain_pytorch(uninterrupted: Job) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_2_and_3_equal_zero_1(tmp_path: Path, index: Path, uninterrupted: Job, stage: int) -> None:
+def test_zero_2_and_3_equal_zero_1(
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job, stage: int
+) -> None:
     job = Job(tmp_path, index)
-    assert job.start(2, f"engine.zero_stage={stage}", "engine.activation_checkpointing=full") == [0, 0], (
-        job.output()
-    )
+    options = (f"engine.zero_stage={stage}", "engine.activation_checkpointing=full")
+    assert zygote.train(job, 2, *options) == [0, 0], job.output()
     assert job.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=1e-6)
 
 
@@ -67,34 +73,37 @@ def device_has_fp16() -> bool:
     return get_accelerator().is_fp16_supported()
 
 
-def test_fp16_without_hardware_for_it_is_refused_in_one_sentence(tmp_path: Path, index: Path) -> None:
+def test_fp16_without_hardware_for_it_is_refused_in_one_sentence(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
     if device_has_fp16():
         pytest.skip("this device computes in fp16")
     job = Job(tmp_path, index)
-    assert job.start(1, "precision=fp16") == [2]
+    assert zygote.train(job, 1, "precision=fp16") == [2]
     assert 'precision "fp16" does not run on this device' in job.output()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bit_follows_fp32_and_resumes_bit_for_bit(
-    tmp_path: Path, index: Path, uninterrupted: Job, precision: str
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job, precision: str
 ) -> None:
     if precision == "fp16" and not device_has_fp16():
         pytest.skip("DeepSpeed refuses fp16 on this device")
-    overrides = (f"precision={precision}",)
-    whole, killed = Job(tmp_path / "whole", index), Job(tmp_path / "killed", index)
-    assert whole.start(1, *overrides) == [0], whole.output()
+    whole = check_bit_for_bit_resume(tmp_path, index, zygote, f"precision={precision}")
     assert whole.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=0.05)
-    assert killed.start(1, *overrides, kill_when=killed.reached(8)) == [-9], killed.output()
-    assert killed.start(1, *overrides) == [0], killed.output()
-    assert killed.column("train/loss") == whole.column("train/loss")
 
 
-def test_sgd_resumes_bit_for_bit_with_its_momentum(tmp_path: Path, index: Path) -> None:
+def test_sgd_resumes_bit_for_bit_with_its_momentum(tmp_path: Path, index: Path, zygote: Zygote) -> None:
     overrides = ("optim.name=sgd", "optim.weight_decay=0", "optim.lr=0.02")
-    whole, killed = Job(tmp_path / "whole", index), Job(tmp_path / "killed", index)
-    assert whole.start(1, *overrides) == [0], whole.output()
-    assert killed.start(1, *overrides, kill_when=killed.reached(8)) == [-9], killed.output()
-    assert killed.start(1, *overrides) == [0], killed.output()
-    assert killed.column("train/loss") == whole.column("train/loss")
+    whole = check_bit_for_bit_resume(tmp_path, index, zygote, *overrides)
     assert min(whole.column("train/loss")) < whole.column("train/loss")[0] - 0.01
+
+
+def check_bit_for_bit_resume(folder: Path, index: Path, zygote: Zygote, *overrides: str) -> Job:
+    """A run that is killed and resumed has the losses of one that is not, which is returned."""
+    whole, killed = Job(folder / "whole", index), Job(folder / "killed", index)
+    assert zygote.train(whole, 1, *overrides) == [0], whole.output()
+    assert zygote.train(killed, 1, *overrides, event=KillAll(batch=9)) == [-9], killed.output()
+    assert zygote.train(killed, 1, *overrides) == [0], killed.output()
+    assert killed.column("train/loss") == whole.column("train/loss")
+    return whole

@@ -1,26 +1,37 @@
-"""Ranks forked from a process that has imported everything: they start in a tenth of a second, not in ten.
+"""Ranks forked from a process that has imported everything: they start in a tenth of a second.
 
-    zygote = Zygote(); zygote.run(2, "multiprocess.ranks:train", "config.toml", log=Path("log"))  ->  [0, 0]
+    zygote = Zygote()
+    zygote.train(job, 2, "engine.zero_stage=3", event=Kill(rank=1, save=0, effect=30))
+        ->  [1, -9]
 
-Nothing else differs from ranks that a launcher starts: own processes, gloo between them, real signals.
+They are processes of their own with gloo between them, as a launcher starts them.
 """
 
+import contextlib
+import gc
 import importlib
-import json
 import os
+import pickle
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from multiprocess import ranks
+from multiprocess.job import Job, reserved_port
 
 TESTS = Path(__file__).resolve().parents[1]
 PATH = f"{TESTS}:{TESTS.parent}"
-GRACE_SECONDS = 0.3  # between the death of one rank and the end of the others, as a launcher does it
+# What a run imports. DeepSpeed imports the last two only as it starts an engine.
+IMPORTS = ("deepspeed", "vitscale.train", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+GRACE_SECONDS = 0.3  # from the failure of one rank to the kill of the others
+Environment = Mapping[str, str | None]
 
 
 class Zygote:
@@ -29,33 +40,45 @@ class Zygote:
     def __init__(self) -> None:
         env = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "multiprocess.zygote"],
+            [sys.executable, "-c", "from multiprocess.zygote import main; main()"],
             env=env,
-            text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+        )
+
+    def train(
+        self,
+        job: Job,
+        world_size: int,
+        *overrides: str,
+        event: ranks.Event | None = None,
+        environment: Environment | None = None,
+    ) -> list[int]:
+        """Train the job to its end, or to where the event ends it. Returns what run returns."""
+        return self.run(
+            world_size, ranks.train, job.config, overrides, event, log=job.log, environment=environment
         )
 
     def run(
         self,
         world_size: int,
-        function: str,
+        function: Callable[..., int | None],
         *arguments: object,
         log: Path,
-        timeout_seconds: float = 60,
-        environment: Mapping[str, str] | None = None,
+        timeout_seconds: float = 120,
+        environment: Environment | None = None,
     ) -> list[int]:
-        """Run `function` ("module:name") on every rank of a job to its end; the arguments arrive as text.
+        """Run a function of a module on every rank of a job to its end; they print to `log`.
 
-        When a rank fails or is killed the others are killed a little later. Returns the exit statuses, minus
-        the signal number where a signal ended it.
+        When one has failed, the others are killed a little later. environment: changes to the
+        zygote's own; None unsets a variable. Returns the exit statuses in rank order; a rank
+        that a signal ended has minus its number.
         """
         assert self._process.stdin and self._process.stdout
-        environment = {**(environment or {}), "WORLD_SIZE": str(world_size)}
-        request = [environment, function, list(map(str, arguments)), str(log), timeout_seconds]
-        self._process.stdin.write(json.dumps(request) + "\n")
+        request = (world_size, function, arguments, log, timeout_seconds, environment or {})
+        pickle.dump(request, self._process.stdin)
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        return pickle.load(self._process.stdout)
 
     def close(self) -> None:
         self._process.kill()
@@ -63,29 +86,45 @@ class Zygote:
 
 
 def main() -> None:
-    import torch
-
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no reply
+    for module in IMPORTS:
+        importlib.import_module(module)
     torch.set_num_threads(1)
-    import deepspeed  # noqa: F401 (imported for the children)
-
-    import vitscale.train  # noqa: F401
-
-    for line in sys.stdin:
-        print(json.dumps(_job(*json.loads(line))), flush=True)
+    gc.freeze()  # DeepSpeed collects garbage six times per engine; nothing imported is garbage
+    while True:
+        pickle.dump(_job(*pickle.load(sys.stdin.buffer)), replies)
+        replies.flush()
 
 
 def _job(
-    environment: dict[str, str], function: str, arguments: list[str], log: str, timeout_seconds: float
+    world_size: int,
+    function: Callable[..., int | None],
+    arguments: tuple[Any, ...],
+    log: Path,
+    timeout_seconds: float,
+    environment: dict[str, str | None],
 ) -> list[int]:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(sock.getsockname()[1])}
-    world_size = int(environment["WORLD_SIZE"])
-    environment["LOCAL_WORLD_SIZE"] = environment["WORLD_SIZE"]
-    pids = [_fork(rank, environment, function, arguments, log) for rank in range(world_size)]
+    environment |= {"MASTER_ADDR": "127.0.0.1"}
+    environment |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    pids: list[int] = []
+    with reserved_port() as port:
+        environment["MASTER_PORT"] = str(port)
+        for rank in range(world_size):
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            pids.append(_fork(pids[0] if pids else 0, environment, function, arguments, log))
+        try:
+            return _wait(pids, timeout_seconds)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pids[0], signal.SIGKILL)  # data workers of ranks that were killed
+
+
+def _wait(pids: list[int], timeout_seconds: float) -> list[int]:
+    """The exit statuses of all ranks; after a failure or the timeout, the rest is killed."""
     statuses: dict[int, int] = {}
     deadline = time.monotonic() + timeout_seconds
-    while len(statuses) < world_size:
+    while len(statuses) < len(pids):
         for pid in pids:
             if pid not in statuses and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 statuses[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -100,24 +139,33 @@ def _job(
     return [statuses[pid] for pid in pids]
 
 
-def _fork(rank: int, environment: dict[str, str], function: str, arguments: list[str], log: str) -> int:
+def _fork(
+    group: int,
+    environment: Mapping[str, str | None],
+    function: Callable[..., int | None],
+    arguments: tuple[Any, ...],
+    log: Path,
+) -> int:
+    """Start a rank in a process group (0: in a new one). Returns its process id."""
     pid = os.fork()
     if pid:
+        with contextlib.suppress(OSError):  # both sides do it: neither may run on before it is done
+            os.setpgid(pid, group or pid)
         return pid
     status = 1
     try:
+        os.setpgid(0, group)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-        module, _, name = function.partition(":")
-        status = getattr(importlib.import_module(module), name)(*arguments) or 0
-    except BaseException:  # a fork must never return into its parent's code, whatever was raised
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        status = function(*arguments) or 0
+    except BaseException:  # whatever was raised, a fork must not return into its parent's code
         traceback.print_exc()
     finally:
         os._exit(status)
-
-
-if __name__ == "__main__":
-    main()

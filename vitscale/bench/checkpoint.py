@@ -1,10 +1,10 @@
-"""What saving, loading and exporting cost, beside a raw write of the same bytes and beside DeepSpeed's own
-checkpoints (`tools/bench.py checkpoint`).
+"""`tools/bench.py checkpoint`: what saving, loading and exporting cost.
 
-Real ranks write and read a state of real size, at random values. What is compared is measured in turns, in
-the same processes and rounds, and the ratios are medians of the rounds' ratios, since a disk's speed changes
-from minute to minute. The page cache is warm in every load. What the steps of a training lose while a save is
-under way is not measured.
+The baselines are a raw write of the same bytes, and DeepSpeed's own checkpoints. Real ranks
+write and read a state of real size with random values. A disk's speed changes from minute to
+minute: so what is compared is measured in turns, in the same processes and rounds, and each
+ratio is the median of the rounds' ratios. The page cache is warm in every load. How much a save
+in the background slows down training is not measured.
 """
 
 import dataclasses
@@ -24,21 +24,23 @@ import torch
 from torch.multiprocessing.spawn import ProcessException
 
 from vitscale.bench import ranks
-from vitscale.bench.ranks import Figures, Layout
-from vitscale.checkpoint.export import SavedModel
-from vitscale.checkpoint.format import CheckpointError
-from vitscale.config import ConfigError
-from vitscale.models.vit import ModelConfig
+from vitscale.bench.ranks import Figures, Sharding
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.models import ModelConfig
+from vitscale.weights.saved import SavedModel
 
 CONVERSION = "deepspeed.checkpoint.ds_to_universal"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointBench:
-    """What is measured: a ViT of `variant`, saved by `ranks` at ZeRO 1; every figure is a median over
-    `rounds`.
+    """What is measured.
 
-    folder: on the disk to measure; "" = a temporary one. deepspeed: measure its own checkpoints, too.
+    variant: of the ViT that is saved.
+    ranks: how many processes save it, at ZeRO 1.
+    rounds: each figure is a median over them.
+    folder: on the disk to measure; "" = a temporary one.
+    deepspeed: measure DeepSpeed's own checkpoints, too.
     """
 
     variant: str = "B/16"
@@ -52,8 +54,8 @@ class CheckpointBench:
             raise ConfigError("--ranks and --rounds must be above 0")
         if not _fits(self.ranks):
             raise ConfigError(
-                f"--ranks {self.ranks} needs as many GPUs, and {torch.cuda.device_count()} are here; "
-                "lower it, or set CUDA_VISIBLE_DEVICES to nothing, to measure on the CPU"
+                f"--ranks {self.ranks} needs as many GPUs, and there are {torch.cuda.device_count()}; lower "
+                'it, or set CUDA_VISIBLE_DEVICES="" to measure on the CPU'
             )
 
     @property
@@ -61,25 +63,25 @@ class CheckpointBench:
         return ModelConfig(variant=self.variant)
 
     @property
-    def own(self) -> Layout:
-        """The layout that saves, and to whose load the others are compared."""
-        return Layout(self.ranks, 1)
+    def own(self) -> Sharding:
+        """The sharding that saves; the loads of the others are compared to its load."""
+        return Sharding(self.ranks, 1)
 
     @property
-    def others(self) -> list[Layout]:
-        """Other numbers of ranks, as far as there are devices for them, and another ZeRO stage."""
-        worlds = sorted({world for world in (1, 2, 2 * self.ranks) if world != self.ranks and _fits(world)})
-        return [*(Layout(world, 1) for world in worlds), Layout(self.ranks, 3)]
+    def others(self) -> list[Sharding]:
+        """Other numbers of ranks, if there are enough devices, and another ZeRO stage."""
+        sizes = sorted({size for size in (1, 2, 2 * self.ranks) if size != self.ranks and _fits(size)})
+        return [*(Sharding(size, 1) for size in sizes), Sharding(self.ranks, 3)]
 
     @property
-    def elsewhere(self) -> Layout:
-        """Where a checkpoint is taken to; the own layout, on a machine with one GPU."""
+    def elsewhere(self) -> Sharding:
+        """The sharding that a checkpoint is moved to; its own, on a machine with one GPU."""
         return self.others[0] if len(self.others) > 1 else self.own
 
 
-def _fits(world: int) -> bool:
-    """Whether every rank of a world has a device of its own."""
-    return not torch.cuda.is_available() or world <= torch.cuda.device_count()
+def _fits(world_size: int) -> bool:
+    """Whether each rank gets a device of its own; on the CPU, always."""
+    return not torch.cuda.is_available() or world_size <= torch.cuda.device_count()
 
 
 def run(config: CheckpointBench, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -93,10 +95,10 @@ def run(config: CheckpointBench, progress: Callable[[str], None]) -> dict[str, A
             config.ranks, ranks.measure_saves, config.model, 1, folder / "saves", config.rounds
         )
         runs = {}
-        for layout in (config.own, *config.others):
-            progress(f"a checkpoint of {layout}")
-            runs[str(layout)] = folder / str(layout)
-            ranks.start(layout.world, ranks.write_checkpoint, config.model, layout.stage, runs[str(layout)])
+        for writer in (config.own, *config.others):
+            progress(f"a checkpoint of {writer}")
+            runs[str(writer)] = run_dir = folder / str(writer)
+            ranks.start(writer.world_size, ranks.write_checkpoint, config.model, writer.zero_stage, run_dir)
         readers = (config.own, config.elsewhere, config.others[-1])
         loads = {str(reader): _loads(config, reader, runs, progress) for reader in dict.fromkeys(readers)}
         progress("exporting")
@@ -118,7 +120,7 @@ def run(config: CheckpointBench, progress: Callable[[str], None]) -> dict[str, A
 
 
 def _saving(figures: Figures) -> dict[str, Any]:
-    """The rows of saving. A raw write ends with fsync, a save with its commit."""
+    """The rows about saving. A raw write ends with its fsync, a save with its commit."""
     megabytes, raw = figures["bytes"][0] / 1e6, [*figures["raw"][1:], *figures["raw_again"][1:]]
     ratios = _ratios(figures["raw"], figures["writing"])
     return {
@@ -144,11 +146,12 @@ def _saving(figures: Figures) -> dict[str, Any]:
 
 
 def _loads(
-    config: CheckpointBench, reader: Layout, runs: Mapping[str, Path], progress: Callable[[str], None]
+    config: CheckpointBench, reader: Sharding, runs: Mapping[str, Path], progress: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
-    """One reader, checkpoints of all layouts; the ratios are to the one of the reader's own layout."""
+    """One reader's loads of every run's checkpoint; ratios are to that of its own sharding."""
     progress(f"loading on {reader}")
-    measured = ranks.start(reader.world, ranks.measure_loads, config.model, reader.stage, runs, config.rounds)
+    arguments = (config.model, reader.zero_stage, runs, config.rounds)
+    measured = ranks.start(reader.world_size, ranks.measure_loads, *arguments)
     totals = {
         name: [sum(pair) for pair in zip(figures["verify"], figures["restore"], strict=True)]
         for name, figures in measured.items()
@@ -168,6 +171,7 @@ def _loads(
 
 
 def _exports(run_dir: Path, folder: Path) -> dict[str, float]:
+    """Memory and time of each export format. It must hold at least the largest tensor."""
     largest = 4 * max(map(math.prod, SavedModel(run_dir).shapes.values()))
     rows: dict[str, float] = {"largest tensor, MB": largest / 1e6}
     for format in ("safetensors", "timm"):
@@ -184,8 +188,9 @@ def _exports(run_dir: Path, folder: Path) -> dict[str, float]:
 
 
 def _deepspeed(config: CheckpointBench, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    """The same through DeepSpeed: save, load of the same layout, and conversion and load at another world
-    size. What fails is told in its row, and the rest left out.
+    """The same with DeepSpeed: save, load in the same sharding, convert, and load in another.
+
+    If one of them fails, a row says so, and the rest is left out.
     """
     rows: dict[str, Any] = {}
     try:
@@ -202,7 +207,9 @@ def _deepspeed(config: CheckpointBench, folder: Path, progress: Callable[[str], 
         progress("DeepSpeed's universal conversion")
         rows |= _convert(folder)
         progress("DeepSpeed's universal load")
-        universal = ranks.start(config.elsewhere.world, load, *arguments, "universal", True, config.rounds)
+        universal = ranks.start(
+            config.elsewhere.world_size, load, *arguments, "universal", True, config.rounds
+        )
         rows[f"universal load on {config.elsewhere}, seconds"] = _median(universal["load"])
     except (ProcessException, CheckpointError) as error:
         rows["failed"] = str(error).strip().splitlines()[-1]
@@ -210,7 +217,7 @@ def _deepspeed(config: CheckpointBench, folder: Path, progress: Callable[[str], 
 
 
 def _convert(folder: Path) -> dict[str, float]:
-    """DeepSpeed's command, as it tells users to call it; the memory is that of its largest process."""
+    """DeepSpeed's command, as its documentation has it; the memory is its largest process's."""
     command = [sys.executable, "-m", CONVERSION, "--input_folder", f"{folder / 'last'}"]
     command += ["--output_folder", f"{folder / 'universal'}", "--num_extract_workers", "1"]
     command += ["--num_merge_workers", "1"]
@@ -234,15 +241,15 @@ def _convert(folder: Path) -> dict[str, float]:
 def _compare(
     config: CheckpointBench, saves: Figures, loads: Mapping[str, Any], results: dict[str, Any]
 ) -> None:
-    """From the beginning of a save to the state at another world size, both ways."""
-    rows, other = results["DeepSpeed's own checkpoints"], config.elsewhere
-    universal = f"universal load on {other}, seconds"
+    """From the start of a save to the state at another world size, in both ways."""
+    rows, target = results["DeepSpeed's own checkpoints"], config.elsewhere
+    universal = f"universal load on {target}, seconds"
     if universal not in rows:
         return
     theirs = rows["save, seconds"] + rows["universal conversion, seconds"] + rows[universal]
     started = theirs - rows["of that, starting the command, seconds"]
-    ours = _median(saves["save"]) + loads[str(other)][str(config.own)]["both, seconds"]
-    results[f"save, then load on {other}"] = {
+    ours = _median(saves["save"]) + loads[str(target)][str(config.own)]["both, seconds"]
+    results[f"save, then load on {target}"] = {
         "vitscale, durable and verified, seconds": ours,
         "DeepSpeed, seconds": theirs,
         "DeepSpeed / vitscale": theirs / ours,
@@ -251,10 +258,11 @@ def _compare(
 
 
 def _median(figures: Sequence[float]) -> float:
-    """Of the rounds that count."""
+    """The median of the rounds that count: all except round 0."""
     return median(figures[1:])
 
 
-def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Of each round that counts."""
-    return [one / other for one, other in zip(ours[1:], theirs[1:], strict=True)]
+def _ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """The ratio of each round that counts."""
+    pairs = zip(numerators[1:], denominators[1:], strict=True)
+    return [numerator / denominator for numerator, denominator in pairs]

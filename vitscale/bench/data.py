@@ -1,9 +1,8 @@
-"""How fast one core reads, decodes and augments, beside Pillow, webdataset and the decoder alone
-(`tools/bench.py data`).
+"""`tools/bench.py data`: how fast one core reads, decodes and augments.
 
-Everything is measured in CPU seconds of this process, over the same images and crops, in interleaved rounds;
-the figures are medians over the rounds, so that other work on the machine spoils neither them nor their
-ratios.
+The baselines are Pillow, webdataset and the decoder alone. All are measured in CPU seconds of
+this process, over the same images and crops, in interleaved rounds. Each figure is a median
+over the rounds, so that other work on the machine spoils neither the figures nor their ratios.
 """
 
 import dataclasses
@@ -21,26 +20,31 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from vitscale import storage
-from vitscale.config import ConfigError
 from vitscale.data.decode import Decoder, decode, resolve_decoder
-from vitscale.data.index import Index, build_index
-from vitscale.data.lane import Recipe
+from vitscale.data.index import Index, open_index
+from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Stream, batches, pad_labels, reuse_memory
 from vitscale.data.reader import read_chunk
 from vitscale.data.samples import RawSample
 from vitscale.data.sources import DataConfig, Source, make_mixture
 from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box, finish_view, resize
+from vitscale.errors import ConfigError
 
 AUGMENT = AugmentConfig()
 BATCH, LANES = 16, 4
-READ_PASSES = 5  # one pass of reading takes a tenth of a second: too short to be timed alone
-MIN_SAMPLES = 960  # a smaller set is read several times, so that its lanes are longer than a few chunks
+READ_PASSES = 5  # one pass of reading takes a tenth of a second, too short to be timed
+MIN_SAMPLES = 960  # smaller sets are repeated, so that their lanes are longer than a few chunks
 Measure = Callable[[int], int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataBench:
-    """What is measured: shards (a pattern, or an index.json), the views' size, rounds."""
+    """What is measured.
+
+    shards: a glob or brace pattern, or an index.json.
+    image_size: of the views, in pixels.
+    rounds: each figure is a median over them.
+    """
 
     shards: str
     image_size: int = 224
@@ -52,9 +56,9 @@ class DataBench:
 
 
 def run(config: DataBench, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Images per CPU second of every way, the ratios that matter, fidelity to Pillow, and where time goes."""
+    """Images per CPU second, the ratios that matter, fidelity to Pillow, where time goes."""
     torch.set_num_threads(1)
-    reuse_memory()  # as the workers of the loader do; it serves all that is measured
+    reuse_memory()  # as the loader's workers do; all that is measured profits from it
     index = _open(config.shards)
     samples = [sample for chunk in range(len(index.chunks)) for sample in read_chunk(index, chunk)]
     images = [sample for sample in samples if isinstance(sample, RawSample)]
@@ -71,12 +75,12 @@ def run(config: DataBench, progress: Callable[[str], None]) -> dict[str, Any]:
         "tar reading, webdataset": functools.partial(_read_webdataset, urls),
     }
     speeds = {name: [] for name in ways}
-    for number in range(config.rounds + 1):  # the first round warms caches up and is not counted
+    for round_index in range(config.rounds + 1):  # round 0 warms up caches and is not counted
         for name, way in ways.items():
-            progress(f"round {number} of {config.rounds}: {name}")
+            progress(f"round {round_index} of {config.rounds}: {name}")
             began = time.process_time()
-            count = way(number)
-            if number:
+            count = way(round_index)
+            if round_index:
                 speeds[name].append(count / (time.process_time() - began))
     medians = {name: median(values) for name, values in speeds.items()}
     return {
@@ -91,10 +95,10 @@ def run(config: DataBench, progress: Callable[[str], None]) -> dict[str, Any]:
 
 
 def fidelity(images: Sequence[RawSample], size: int, decoder: Decoder) -> dict[str, float]:
-    """PSNR in dB of our views against Pillow's antialiased bilinear resize of the same crops."""
+    """PSNR in dB of our views against Pillow's antialiased bilinear ones of the same crops."""
     values = []
-    for number, sample in enumerate(images):
-        key = ViewKey(0, 0, number)
+    for sample_id, sample in enumerate(images):
+        key = ViewKey(0, 0, sample_id)
         box = functools.partial(choose_box, AUGMENT, key)
         ours = resize(decode(sample.image, box, decoder), size, size).permute(1, 2, 0).numpy()
         error = np.square(ours.astype(np.float64) - _pillow_view(sample, box, size)).mean()
@@ -103,7 +107,8 @@ def fidelity(images: Sequence[RawSample], size: int, decoder: Decoder) -> dict[s
 
 
 def _open(shards: str) -> Index:
-    index = Index.load(shards) if shards.endswith(".json") else build_index(storage.expand(shards))
+    """The index, repeated until it has MIN_SAMPLES."""
+    index = open_index(shards)
     times = -(-MIN_SAMPLES // index.num_samples)
     return dataclasses.replace(index, shards=index.shards * times, chunks=np.tile(index.chunks, times))
 
@@ -126,7 +131,7 @@ def _loader(index: Index, size: int, decoder: Decoder, epoch: int) -> int:
     stream = Stream(
         sources=sources,
         mixture=mixture,
-        recipe=Recipe(AUGMENT, decoder, size, index.max_label + 1),
+        view_config=ViewConfig(AUGMENT, decoder, size, index.max_label + 1),
         lanes=mixture.rank_lanes(0, 1),
         first_step=epoch * mixture.steps_per_epoch,
         last_step=(epoch + 1) * mixture.steps_per_epoch,
@@ -135,7 +140,7 @@ def _loader(index: Index, size: int, decoder: Decoder, epoch: int) -> int:
 
 
 def _webdataset(urls: Sequence[str], size: int, decoder: Decoder, epoch: int) -> int:
-    """webdataset's own pipeline: its reading and grouping, our decode and crop, its batching."""
+    """webdataset's pipeline: its reading and grouping, our decode and crop, its batching."""
 
     def view(sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
         key = ViewKey(0, epoch, hash(sample["__key__"]) & 0xFFFFFFFF)
@@ -163,13 +168,13 @@ def _read(index: Index, _: int) -> int:
 
 
 def _pillow(images: Sequence[RawSample], size: int, epoch: int) -> int:
-    for number, sample in enumerate(images):
-        _pillow_view(sample, functools.partial(choose_box, AUGMENT, ViewKey(0, epoch, number)), size)
+    for sample_id, sample in enumerate(images):
+        _pillow_view(sample, functools.partial(choose_box, AUGMENT, ViewKey(0, epoch, sample_id)), size)
     return len(images)
 
 
 def _pillow_view(sample: RawSample, choose: Callable[[int, int], Any], size: int) -> np.ndarray:
-    """Whole decode, crop, antialiased bilinear resize: what torchvision does with Pillow."""
+    """Decode all, crop, resize (antialiased bilinear): what torchvision does with Pillow."""
     image = Image.open(io.BytesIO(sample.image)).convert("RGB")
     top, left, height, width = choose(image.height, image.width)
     crop = image.crop((left, top, left + width, top + height))
@@ -183,16 +188,16 @@ def _decode_whole(images: Sequence[RawSample], decoder: Decoder, _: int) -> int:
 
 
 def _decode_crops(images: Sequence[RawSample], decoder: Decoder, epoch: int) -> int:
-    for number, sample in enumerate(images):
-        decode(sample.image, functools.partial(choose_box, AUGMENT, ViewKey(0, epoch, number)), decoder)
+    for sample_id, sample in enumerate(images):
+        decode(sample.image, functools.partial(choose_box, AUGMENT, ViewKey(0, epoch, sample_id)), decoder)
     return len(images)
 
 
 def _shares(
     index: Index, images: Sequence[RawSample], size: int, decoder: Decoder, speed: float
 ) -> dict[str, float]:
-    """Where the loader's time goes: each part by itself, as a share of the loader's time an image."""
-    keys = [ViewKey(0, 1, number) for number in range(len(images))]
+    """Where the loader's time goes: each part alone, as a share of its time per image."""
+    keys = [ViewKey(0, 1, sample_id) for sample_id in range(len(images))]
     crops = [
         decode(sample.image, functools.partial(choose_box, AUGMENT, key), decoder)
         for sample, key in zip(images, keys, strict=True)
@@ -217,6 +222,6 @@ def _shares(
             part()
             times.append(time.process_time() - began)
         shares[name] = median(times) / len(images) * speed
-    # The crop is chosen within the measured decoding, too.
+    # What was measured as decoding also chooses the crop.
     shares["decoding the crop"] -= shares["choosing the crop"]
     return {**shares, "the rest": 1 - sum(shares.values())}

@@ -1,9 +1,7 @@
-"""What the order of a JFT-sized data set costs, and that it loses and repeats nothing (`tools/bench.py
-order`).
+"""`tools/bench.py order`: what the order of a JFT-sized data set costs, and that it is right.
 
-The index is synthetic, of real size and in the real format; one real shard stands for all of them, so that
-the
-loader reads and decodes real images by it.
+The index is synthetic, of real size and in the real format. One real shard stands for all of
+them, so that the loader reads and decodes real images.
 """
 
 import dataclasses
@@ -27,9 +25,9 @@ from PIL import Image
 
 from vitscale import rng, storage
 from vitscale.data.index import Index
-from vitscale.data.lane import Recipe
+from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Stream, batches
-from vitscale.data.mix import Mixture
+from vitscale.data.mixture import Mixture
 from vitscale.data.scan import chunk_checksum, scan_shard
 from vitscale.data.sources import Source
 from vitscale.data.tar import BLOCK, walk
@@ -43,7 +41,14 @@ LOADER_STEPS = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OrderBench:
-    """The size of the measurement. sample_bytes: of a stored JPEG (110,000: ImageNet's originals)."""
+    """The size of the measurement.
+
+    samples, shards: of the synthetic data set.
+    world: how many ranks share it; global_batch: their images per step.
+    sample_bytes: of a stored JPEG; 110,000 is the average of ImageNet's originals.
+    workers: data workers of a rank.
+    folder: for the synthetic data set.
+    """
 
     samples: int = 303_000_000
     shards: int = 30_000
@@ -55,7 +60,7 @@ class OrderBench:
 
 
 def run(config: OrderBench, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Build the index and measure, each figure of memory and start-up in a process of its own."""
+    """Write the index and measure; memory and start-up are measured in fresh processes."""
     progress("writing the synthetic index and shard")
     index_file = write_index(config)
     array = index_file.with_suffix(".chunks.npy")
@@ -78,12 +83,12 @@ def run(config: OrderBench, progress: Callable[[str], None]) -> dict[str, Any]:
 
 
 def write_index(config: OrderBench) -> Path:
-    """An index of `samples` in `shards` of unequal size (5% apart), all read from one real shard."""
+    """An index of `samples` in `shards` of unequal size (5% apart), all of one real file."""
     config.folder.mkdir(parents=True, exist_ok=True)
     path = config.folder / "index.json"
-    known = config.folder / "made.json"
+    marker = config.folder / "made.json"  # what the index in this folder was made for
     wanted = json.dumps([config.samples, config.shards, config.sample_bytes])
-    if known.exists() and known.read_text() == wanted:
+    if marker.exists() and marker.read_text() == wanted:
         return path
     counts = _shard_sizes(config)
     scan = scan_shard(_write_shard(config, int(counts.max())), CHUNK, allow_damaged=False)
@@ -97,12 +102,12 @@ def write_index(config: OrderBench) -> Path:
     shards = tuple(dataclasses.replace(scan.shard, num_samples=count) for count in counts.tolist())
     labels = dict.fromkeys(range(1000), config.samples // 1000)
     Index(shards=shards, chunk_samples=32, chunks=records, label_counts=labels, max_labels=1).save(path)
-    known.write_text(wanted)
+    marker.write_text(wanted)
     return path
 
 
 def _shard_sizes(config: OrderBench) -> np.ndarray:
-    """Unequal sizes, with last chunks of a few lengths, that add up to all samples."""
+    """Unequal sizes that add up to all samples, and whose last chunks have several lengths."""
     mean = config.samples / config.shards
     draws = rng.uniform(config.shards, 0, "demo", 99)
     counts = (mean * (0.95 + 0.1 * draws) / CHUNK).astype(np.int64) * CHUNK
@@ -115,7 +120,7 @@ def _shard_sizes(config: OrderBench) -> np.ndarray:
 
 
 def _partial_chunk(path: str, start: int, num_samples: int) -> tuple[int, int]:
-    """The record of the first `num_samples` samples of the chunk that begins at byte `start`."""
+    """Blocks and checksum of the first `num_samples` samples of the chunk at byte `start`."""
     with open(path, "rb") as file:
         file.seek(start)
         members = itertools.islice(walk(file, start, whole=True), 2 * num_samples)
@@ -125,9 +130,7 @@ def _partial_chunk(path: str, start: int, num_samples: int) -> tuple[int, int]:
 
 
 def probe_order(config: OrderBench) -> dict[str, float]:
-    """Start-up from the index file to the first batch's ids of one rank, seeks, and memory of this
-    process.
-    """
+    """Start-up of one rank (from index file to the first batch's ids), seeks, and memory."""
     process = psutil.Process()
     before, began = process.memory_info().rss, time.perf_counter()
     mixture = _mixture(Index.load(str(config.folder / "index.json")), config)
@@ -152,8 +155,9 @@ def probe_order(config: OrderBench) -> dict[str, float]:
 
 
 def probe_loader(config: OrderBench) -> dict[str, float]:
-    """Memory of the data side of one rank: its workers, and what this process holds beyond Python and
-    torch.
+    """Memory of the data side of one rank.
+
+    That is its workers, and what this process holds beyond Python and torch.
     """
     process = psutil.Process()
     torch.zeros(1)
@@ -163,7 +167,7 @@ def probe_loader(config: OrderBench) -> dict[str, float]:
     stream = Stream(
         sources=(Source(name="0", index=index, label_map={}, excluded=np.empty(0, dtype=np.int64)),),
         mixture=mixture,
-        recipe=Recipe(AugmentConfig(), "simplejpeg", 224, 1000),
+        view_config=ViewConfig(AugmentConfig(), "simplejpeg", 224, 1000),
         lanes=mixture.rank_lanes(config.world // 2, config.world),
         first_step=mixture.steps_per_epoch // 2,
         last_step=mixture.steps_per_epoch,
@@ -182,7 +186,7 @@ def probe_loader(config: OrderBench) -> dict[str, float]:
 
 
 def prove_epoch(mixture: Mixture) -> dict[str, Any]:
-    """Map every position of an epoch to its sample: each must be marked once, and all but the tail."""
+    """Map every position of an epoch to its sample: all but the tail must come, once each."""
     order = mixture.orders[0]
     seen = np.zeros(order.layout.num_samples, dtype=np.bool_)
     used = order.lanes * order.lane_length
@@ -200,9 +204,9 @@ def prove_epoch(mixture: Mixture) -> dict[str, Any]:
 
 
 def prove_ranks(mixture: Mixture, world: int, ranks: int = 8, steps: int = 64) -> dict[str, Any]:
-    """Walk some ranks through steps in mid-epoch: what they read must differ from one another's, and be
-    the
-    slices of the global batches.
+    """Walk some ranks through steps in the middle of an epoch.
+
+    No two may read the same sample, and what they read must be their slices of the batches.
     """
     first = mixture.steps_per_epoch // 2
     chosen = sorted({0, world - 1, *(rng.permutation(world, 0, "demo", 97)[: ranks - 2].tolist())})
@@ -215,10 +219,11 @@ def prove_ranks(mixture: Mixture, world: int, ranks: int = 8, steps: int = 64) -
     ids = np.concatenate(parts)
     batch, per_rank = mixture.batch_ids(first, range(mixture.lanes)), mixture.global_batch // world
     slices = [
-        np.array_equal(
-            mixture.batch_ids(first, mixture.rank_lanes(r, world)), batch[r * per_rank : (r + 1) * per_rank]
+        np.array_equal(  # with a global batch of 4096 on 1024 ranks, rank 3 reads batch[12:16]
+            mixture.batch_ids(first, mixture.rank_lanes(rank, world)),
+            batch[rank * per_rank : (rank + 1) * per_rank],
         )
-        for r in chosen
+        for rank in chosen
     ]
     return {
         "ranks_walked": len(chosen),
@@ -228,15 +233,17 @@ def prove_ranks(mixture: Mixture, world: int, ranks: int = 8, steps: int = 64) -
 
 
 def shuffle_quality(mixture: Mixture, num_batches: int = 32) -> dict[str, float]:
-    """A batch's spread beside that of uniform draws: shards in it, and the mean gap between its samples."""
+    """How mixed a batch is: its shards, and its samples' mean gap, beside uniform draws."""
     layout, size = mixture.orders[0].layout, mixture.global_batch
     num_shards = len(layout.shard_samples)
     shards, gaps = [], []
     for step in range(num_batches):
         ids = mixture.batch_ids(step * (mixture.steps_per_epoch // num_batches), range(mixture.lanes))
         shards.append(len(np.unique(np.searchsorted(layout.first_ids, ids, side="right"))))
-        order = rng.permutation(size, 0, "demo", 96, step)  # lanes are neighbours; any pairing will do
+        order = rng.permutation(size, 0, "demo", 96, step)  # in a batch, lanes are neighbours
         gaps.append(np.abs(np.diff(ids[order].astype(np.float64))).mean())
+    # None of `size` uniform draws hits a given shard with chance (1 - 1 / num_shards) ** size.
+    # Two uniform draws from n samples are n / 3 apart in the mean.
     uniform_shards = num_shards * (1 - (1 - 1 / num_shards) ** size)
     return {
         "shards_in_a_batch": float(np.mean(shards)),
@@ -256,25 +263,25 @@ def _mixture(index: Index, config: OrderBench) -> Mixture:
 
 
 def _write_shard(config: OrderBench, count: int) -> str:
-    """A tar of `count` samples: 32 JPEGs of about sample_bytes, over and over."""
-    photos = [_jpeg(number, config.sample_bytes) for number in range(32)]
+    """A tar of `count` samples: 32 JPEGs of about sample_bytes, repeated."""
+    photos = [_jpeg(seed, config.sample_bytes) for seed in range(32)]
     path = config.folder / "shard.tar"
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for number in range(count):
-            for extension, data in (("jpg", photos[number % 32]), ("cls", b"1")):
-                info = tarfile.TarInfo(f"{number:07d}.{extension}")
+        for sample in range(count):
+            for extension, data in (("jpg", photos[sample % 32]), ("cls", b"1")):
+                info = tarfile.TarInfo(f"{sample:07d}.{extension}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     return str(path)
 
 
-def _jpeg(number: int, num_bytes: int) -> bytes:
-    """A picture of 500 x 375 pixels, ImageNet's usual size, with as much detail as makes the bytes."""
-    draws = rng.uniform(500 * 375 * 3, number, "demo", 95).reshape(375, 500, 3)
+def _jpeg(seed: int, num_bytes: int) -> bytes:
+    """A picture of 500 x 375 pixels, ImageNet's usual size, with noise up to num_bytes."""
+    draws = rng.uniform(500 * 375 * 3, seed, "demo", 95).reshape(375, 500, 3)
     smooth = Image.fromarray((255 * draws).astype(np.uint8)).resize((125, 94)).resize((500, 375))
     low, high = 0.0, 1.0
     data = b""
-    for _ in range(12):
+    for _ in range(12):  # bisects the share of noise
         noise = (low + high) / 2
         pixels = (1 - noise) * np.asarray(smooth, dtype=np.float64) + noise * 255 * draws
         buffer = io.BytesIO()
@@ -287,7 +294,7 @@ def _jpeg(number: int, num_bytes: int) -> bytes:
 def _in_fresh_process(
     probe: Callable[[OrderBench], dict[str, float]], config: OrderBench
 ) -> dict[str, float]:
-    """Run a probe of this module where nothing else has used memory."""
+    """Run a probe of this module in a process in which nothing else has used memory."""
     values = {**dataclasses.asdict(config), "folder": str(config.folder)}
     code = (
         "import json, sys; from pathlib import Path; from vitscale.bench import order; "

@@ -1,70 +1,58 @@
-"""A checkpoint cut again for another number of ranks.
+"""Writing a checkpoint again with another number of files.
 
-Any world size reads any checkpoint as it lies: this is for shipping, where as many files as there are
-machines, or a single one, are handier.
+Any world size can read any checkpoint as it is. This is for shipping one: a single file, or one
+file per machine, is easier to copy.
 """
 
 import dataclasses
 import math
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from vitscale import storage
-from vitscale.checkpoint.format import (
-    FIXED,
-    MANIFEST,
-    CheckpointError,
-    FileInfo,
-    Manifest,
-    SafetensorsReader,
-    SafetensorsWriter,
-)
+from vitscale import atomic, storage
 from vitscale.checkpoint.load import FragmentReader
+from vitscale.checkpoint.manifest import MANIFEST, Manifest
+from vitscale.checkpoint.safetensors import FileInfo, SafetensorsReader, SafetensorsWriter
 from vitscale.checkpoint.verify import open_directory
-from vitscale.checkpoint.weights import export_at
+from vitscale.engine.zero import UNTRAINED
+from vitscale.errors import CheckpointError
 
 
 def reshard(checkpoint: str, out: str, world_size: int) -> Path:
-    """Write the step directory `out`: `checkpoint` (a run or step directory) with every tensor of every state
-    cut for `world_size` ranks as ZeRO 3 cuts it. One fragment is in memory at a time.
+    """Write a checkpoint (a run or step directory) as the step directory `out`.
 
-    Nothing has the name `out` until all of it is on disk. Raises CheckpointError for bad arguments and for a
-    checkpoint that is damaged.
+    Every slot of every tensor is cut for `world_size` ranks as ZeRO 3 would cut it, with one
+    fragment in memory at a time. Nothing has the name `out` until all of it is on disk. Raises
+    CheckpointError for bad arguments and for a damaged checkpoint.
     """
     if not storage.is_local(out):
-        raise CheckpointError(f"{out} is in a store: write into a folder, and copy it to where it goes")
+        raise CheckpointError(f"{out} is in a store: write to a local folder, and upload it from there")
     target = Path(storage.local_path(out))
     if world_size < 1:
         raise CheckpointError(f"--world {world_size} must be 1 or more: it is the number of files to write")
     if target.exists():
         raise CheckpointError(f"{out} exists and is not overwritten; choose another name, or delete it first")
-    if export_at(checkpoint):
+    if checkpoint.endswith(".safetensors"):
         raise CheckpointError(
             f"{checkpoint} is an export: it holds weights alone; give a run or step directory"
         )
     source, manifest = open_directory(checkpoint)
     if target.resolve().is_relative_to(Path(source).resolve()):
-        raise CheckpointError(f"{out} lies inside {source}, which is what to read; choose a place beside it")
+        raise CheckpointError(f"{out} lies inside {source}, which is being read; choose a folder outside it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    temporary.mkdir()
-    try:
+    with atomic.appearing(target) as temporary:
+        temporary.mkdir()
         _write(source, manifest, temporary, world_size)
-        os.rename(temporary, target)
-    except BaseException:  # Ctrl-C, too, leaves nothing behind; raised again
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    storage.fsync_directory(target.parent)
     return target
 
 
 def piece(num_values: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Start and count of a rank's fragment of a flattened tensor under ZeRO 3: ceil(values / ranks) each, as
-    long as there are any.
+    """Start and count of a rank's fragment of a flattened tensor under ZeRO 3.
+
+    Each rank takes ceil(values / ranks) as long as there are any: 10 values on 4 ranks are
+    (0, 3), (3, 3), (6, 3) and (9, 1); 5 values are (0, 2), (2, 2), (4, 1) and (5, 0).
     """
     each = -(-num_values // world_size)
     start = min(rank * each, num_values)
@@ -80,14 +68,14 @@ def _write(source: str, manifest: Manifest, folder: Path, world_size: int) -> No
         pieces = {
             name: piece(math.prod(info.shape), rank, world_size) for name, info in manifest.tensors.items()
         }
-        mine = [(state, name) for state, name in dtypes if pieces[name][1]]
-        shapes = {f"{state}/{name}": ((pieces[name][1],), dtypes[state, name]) for state, name in mine}
+        mine = [(slot, name) for slot, name in dtypes if pieces[name][1]]
+        shapes = {f"{slot}/{name}": ((pieces[name][1],), dtypes[slot, name]) for slot, name in mine}
         with SafetensorsWriter(folder / file, shapes, {"format": "pt"}) as writer:
-            for state, name in mine:
+            for slot, name in mine:
                 start, count = pieces[name]
-                values = torch.empty(count, dtype=dtypes[state, name])
-                reader.read_into(values, state, name, start)
-                writer.write(f"{state}/{name}", values)
+                values = torch.empty(count, dtype=dtypes[slot, name])
+                reader.read_into(values, slot, name, start)
+                writer.write(f"{slot}/{name}", values)
         files[file] = writer.info
         for name in {name: None for _, name in mine}:
             fragments[name].append((file, *pieces[name]))
@@ -98,18 +86,17 @@ def _write(source: str, manifest: Manifest, folder: Path, world_size: int) -> No
     dataclasses.replace(manifest, world_size=world_size, zero_stage=3, tensors=tensors, files=files).save(
         folder / MANIFEST
     )
-    storage.fsync_directory(folder)
 
 
 def _dtypes(source: str, manifest: Manifest) -> dict[tuple[str, str], torch.dtype]:
-    """The dtype of each (state, tensor) that the files hold, state by state."""
+    """The dtype of each (slot, tensor) that the files hold, slot by slot."""
     readers: dict[str, SafetensorsReader] = {}
-    found: dict[tuple[str, str], torch.dtype] = {}
-    for state in (*manifest.states, FIXED):
+    dtypes: dict[tuple[str, str], torch.dtype] = {}
+    for slot in (*manifest.slots, UNTRAINED):
         for name, info in manifest.tensors.items():
-            if info.fragments and info.fixed == (state == FIXED):
+            if info.fragments and info.untrained == (slot == UNTRAINED):
                 file = info.fragments[0][0]
                 if file not in readers:
                     readers[file] = SafetensorsReader(storage.child(source, file))
-                found[state, name] = readers[file].dtype(f"{state}/{name}")
-    return found
+                dtypes[slot, name] = readers[file].dtype(f"{slot}/{name}")
+    return dtypes

@@ -1,6 +1,6 @@
-"""A rank's share of the training state at one instant, and its way into a committed checkpoint.
+"""A rank's share of the training state at one instant, and how it becomes a checkpoint.
 
-take() is all that training waits for; write() needs nothing of the engine any more and may run in a thread.
+Training waits for take() only; write() does not need the engine and may run in a thread.
 """
 
 import dataclasses
@@ -16,19 +16,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from vitscale import distributed, storage
-from vitscale.checkpoint import state, store
-from vitscale.checkpoint.ema import EMA, Ema
-from vitscale.checkpoint.format import (
-    FIXED,
-    CheckpointError,
-    FileInfo,
-    Manifest,
-    TensorInfo,
-    write_safetensors,
-)
+from vitscale import atomic, distributed, storage
+from vitscale.checkpoint import store
+from vitscale.checkpoint.manifest import Manifest, TensorInfo, TrainState
+from vitscale.checkpoint.safetensors import FileInfo, write_safetensors
 from vitscale.checkpoint.store import TEMPORARY, Home
-from vitscale.config import ConfigError
+from vitscale.engine.engine import Engine
+from vitscale.engine.zero import UNTRAINED, Counters
+from vitscale.errors import StoreError, UserError
 
 T = TypeVar("T")
 _ALIGNMENT = 64
@@ -36,20 +31,20 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class HostBuffer:
-    """Host memory for one snapshot, kept from save to save; pinned where there is a GPU to copy from."""
+    """Host memory for one snapshot, reused by every save; pinned if a GPU copies to it."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of the tensors, which hold until the next call."""
+        """Copies of the tensors, valid until the next call."""
         starts, end = {}, 0
         for name, tensor in tensors.items():
             starts[name] = end
-            end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+            end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT  # rounded up
         if len(self._memory) < end:
             pinned = torch.cuda.is_available()
-            self._memory = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+            self._memory = torch.empty(0, dtype=torch.uint8)  # frees the old memory before the new one
             self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
         copies = {}
         for name, tensor in tensors.items():
@@ -64,77 +59,71 @@ class HostBuffer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """header: the Manifest's fields but for tensors and files. shapes: of all tensors, whole. pieces: what
-    this rank holds, (name, start, count). tensors: by STATE/NAME, 1-D.
+    """What this rank writes, and what the manifest will say about it.
+
+    shapes: the whole shape of every tensor.
+    untrained: the names of the tensors that are not trained.
+    pieces: (name, start, count) of each fragment that this rank has.
+    tensors: the 1-D values of these fragments, by SLOT/NAME.
     """
 
-    header: dict[str, Any]
+    train: TrainState
+    optimizer: str
+    slots: tuple[str, ...]
+    counters: Counters
+    loss_scaler: dict[str, Any]
+    zero_stage: int
     shapes: dict[str, tuple[int, ...]]
-    fixed: frozenset[str]
+    untrained: frozenset[str]
     pieces: list[tuple[str, int, int]]
     tensors: dict[str, Tensor]
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
-
-def take(
-    engine: Any, optimizer: str, header: dict[str, Any], ema: Ema | None, buffer: HostBuffer | None
-) -> Snapshot:
+def take(engine: Engine, train: TrainState, buffer: HostBuffer | None) -> Snapshot:
     """The state of an engine between two optimizer steps; every rank calls it.
 
-    header: the trainer's part of the Manifest. buffer: where to copy the values to; None = they are views of
-    the live state.
+    buffer: where to copy the values; None = they are views of the live state.
     """
-    steps = state.optimizer_steps(engine)
-    states = ("fp32", *(state.OPTIMIZER_STATES[optimizer] if steps > 0 else ()))
-    owned = state.owned_states(engine, states)
-    if ema:
-        owned[EMA] = ema.owned(engine)
-    tensors = {f"{name}/{owner}": tensor for name, part in owned.items() for owner, tensor in part.items()}
-    pieces = [(fragment.name, fragment.start, fragment.count) for fragment in state.fragments(engine)]
-    fixed = list(state.fixed(engine))
-    for piece in fixed:
-        if len(piece.mine):
-            tensors[f"{FIXED}/{piece.name}"] = piece.mine.detach()
-            pieces.append((piece.name, piece.start, len(piece.mine)))
+    owned = engine.owned()
+    tensors = {f"{slot}/{name}": tensor for slot, part in owned.items() for name, tensor in part.items()}
+    pieces = [(fragment.name, fragment.start, fragment.count) for fragment in engine.fragments()]
+    untrained = list(engine.untrained())
+    for tensor in untrained:
+        if len(tensor.mine):
+            tensors[f"{UNTRAINED}/{tensor.name}"] = tensor.mine.detach()
+            pieces.append((tensor.name, tensor.start, len(tensor.mine)))
     return Snapshot(
-        header={
-            **header,
-            "optimizer": optimizer,
-            "optimizer_steps": steps,
-            "states": tuple(owned),
-            "world_size": distributed.world_size(),
-            "zero_stage": engine.zero_optimization_stage(),
-            "loss_scaler": state.loss_scaler(engine),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        },
-        shapes=state.shapes(engine),
-        fixed=frozenset(piece.name for piece in fixed),
+        train=train,
+        optimizer=engine.optimizer_name,
+        slots=tuple(owned),
+        counters=engine.counters,
+        loss_scaler=engine.loss_scaler,
+        zero_stage=engine.zero_stage,
+        shapes=engine.shapes(),
+        untrained=frozenset(tensor.name for tensor in untrained),
         pieces=pieces,
         tensors=buffer.copy(tensors) if buffer else tensors,
     )
 
 
 def write(snapshot: Snapshot, home: Home, channel: ProcessGroup | None = None) -> None:
-    """Write and commit a checkpoint; every rank calls it, all of them over `channel` or none.
+    """Write and commit a checkpoint; every rank calls it, all with a channel or all without.
 
-    Raises CheckpointError on every rank if any could not write (disk full, read-only, store away): the
-    previous checkpoint is then still in charge.
+    Raises a UserError on every rank if any of them could not write (disk full, read-only, no
+    answer from the store). The previous checkpoint is then still the newest.
     """
-    step = snapshot.header["step"]
-    # What a rank of a dead job may still be writing must not meet what this job writes.
+    # A rank of a dead job may still be writing the same step: the token keeps its files apart.
     token = distributed.broadcast_json(secrets.token_hex(4), channel)
-    temporary = home.directory / f"{TEMPORARY}{store.step_name(step)}-{token}"
+    temporary = home.directory / f"{TEMPORARY}{store.step_name(snapshot.train.step)}-{token}"
     suffix = f"-{token}" if home.store else ""
     file = f"rank-{distributed.rank():05d}{suffix}.safetensors"
+    path = temporary / file
     try:
-        info = _together(lambda: _write_file(snapshot, temporary / file, home), temporary / file, channel)
+        info = distributed.together(lambda: _saving(path, lambda: _write_file(snapshot, path, home)), channel)
         everyone = distributed.gather_json([file, dataclasses.asdict(info), snapshot.pieces], channel)
         manifest = _manifest(snapshot, everyone)
-        _together(lambda: _commit(manifest, temporary, home), temporary, channel)
-    except CheckpointError:  # on all ranks; after any other error one of them may still be at work in there
+        distributed.together(lambda: _saving(temporary, lambda: _commit(manifest, temporary, home)), channel)
+    except UserError:  # raised on all ranks; after any other error, one may still be writing there
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if home.store:
@@ -145,10 +134,10 @@ def _write_file(snapshot: Snapshot, path: Path, home: Home) -> FileInfo:
     path.parent.mkdir(parents=True, exist_ok=True)
     info = write_safetensors(path, snapshot.tensors, {"format": "pt"})
     if home.store:
-        folder = store.step_folder(home.store, snapshot.header["step"])
+        folder = store.step_folder(home.store, snapshot.train.step)
         storage.upload(path, storage.child(folder, path.name))
     else:
-        storage.fsync_directory(path.parent)
+        atomic.sync_folder(path.parent)
     return info
 
 
@@ -161,33 +150,38 @@ def _commit(manifest: Manifest, temporary: Path, home: Home) -> None:
 
 
 def _manifest(snapshot: Snapshot, everyone: list[Any]) -> Manifest:
+    """everyone: for each rank, the name and FileInfo of its file, and its pieces."""
     fragments: dict[str, list[tuple[str, int, int]]] = {name: [] for name in snapshot.shapes}
     for file, _, pieces in everyone:
         for name, start, count in pieces:
             fragments[name].append((file, start, count))
     return Manifest(
-        **snapshot.header,
+        train=snapshot.train,
+        optimizer=snapshot.optimizer,
+        slots=snapshot.slots,
+        counters=snapshot.counters,
+        loss_scaler=snapshot.loss_scaler,
+        world_size=distributed.world_size(),
+        zero_stage=snapshot.zero_stage,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         tensors={
-            name: TensorInfo(shape=shape, fragments=tuple(fragments[name]), fixed=name in snapshot.fixed)
+            name: TensorInfo(
+                shape=shape, fragments=tuple(fragments[name]), untrained=name in snapshot.untrained
+            )
             for name, shape in snapshot.shapes.items()
         },
         files={file: FileInfo(**info) for file, info, _ in everyone},
     )
 
 
-def _together(action: Callable[[], T], path: Path, channel: ProcessGroup | None) -> T:
-    """Run a local action on every rank, and fail on every rank if it failed on any."""
-    result, failure = None, ""
+def _saving(path: Path, action: Callable[[], T]) -> T:
+    """Run a part of a save; its errors also say that the last checkpoint is intact."""
     try:
-        result = action()
+        return action()
     except OSError as error:
-        failure = _sentence(error, path)
-    except (ConfigError, CheckpointError) as error:
-        failure = f"{error}; the last checkpoint is intact"
-    failures = [text for text in distributed.gather_json(failure, channel) if text]
-    if failures:
-        raise CheckpointError(failures[0])
-    return result  # pyright: ignore[reportReturnType] (None only after a failure)
+        raise StoreError(_sentence(error, path)) from None
+    except UserError as error:
+        raise type(error)(f"{error}; the last checkpoint is intact") from None
 
 
 def _sentence(error: OSError, path: Path) -> str:
@@ -197,5 +191,5 @@ def _sentence(error: OSError, path: Path) -> str:
         free = f" ({usage.free / 1e9:,.2f} of {usage.total / 1e9:,.2f} GB free there)"
     return (
         f"saving {path} failed: {error.strerror or error}{free}; the last checkpoint is intact: free space "
-        "(or lower checkpoint.keep_last) or mend the path, and start again"
+        "(or lower checkpoint.keep_last) or fix the path, and start again"
     )

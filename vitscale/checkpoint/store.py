@@ -1,11 +1,27 @@
-"""Where checkpoints lie: committed as a whole, kept, found again by what verifies.
+"""Where checkpoints are kept, how they are committed as a whole, and which ones are deleted.
 
     RUN/checkpoints/step-000012000/manifest.json, rank-00000.safetensors, ...
-    RUN/checkpoints/latest                          the name of the newest committed one
+    RUN/checkpoints/latest      the name of the newest one, for people; a resume ignores it
 
-A kill at any instant leaves the previous checkpoint in charge. In a folder nothing has its final name until a
-rename, and what has it was fsynced before; in an object store the manifest is published last. A reader trusts
-checksums, not names, and walks back to the newest that verifies.
+A save of step 12000, and what a resume finds if the job is killed during or after each part:
+
+    1  every rank writes .tmp-step-000012000-TOKEN/rank-NNNNN.safetensors, and fsyncs it
+           the previous checkpoint (the next start deletes .tmp- folders)
+    2  rank 0 adds manifest.json, and fsyncs the folder
+           the previous checkpoint: the new one is complete, but has not got its name
+    3  if step-000012000 exists (it did not verify, so its steps were done again), it is
+       renamed to .tmp-deleted-step-000012000 and deleted
+           the previous checkpoint
+    4  the folder is renamed to step-000012000
+           the new checkpoint, though `latest` still names the previous one
+    5  `latest` is replaced
+           the new checkpoint
+    6  old checkpoints are renamed to .tmp-deleted-step-NNNNNNNNN and deleted (retention)
+           the new checkpoint
+
+An object store has no rename: there the ranks upload their files under names that no other save
+uses, and the manifest is written last. A reader trusts checksums, not names, and walks back to
+the newest checkpoint that verifies.
 """
 
 import dataclasses
@@ -15,9 +31,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vitscale import storage
-from vitscale.checkpoint.format import MANIFEST, CheckpointError, FileInfo, Manifest, hash_file
-from vitscale.config import ConfigError
+from vitscale import atomic, storage
+from vitscale.checkpoint.manifest import MANIFEST, Manifest
+from vitscale.errors import CheckpointError, ConfigError, StoreError
 
 logger = logging.getLogger(__name__)
 LATEST = "latest"
@@ -28,10 +44,13 @@ TEMPORARY = ".tmp-"
 class CheckpointConfig:
     """When to save, where, and what to keep ([checkpoint]).
 
-    every_steps 0 = only at the end; keep_every_steps 0 = none for ever. background: training waits only
-    while its state is copied to host memory (12 bytes a parameter over the ranks; 16 with optim.ema_decay).
-    store: a run's prefix in an object store, "s3://bucket/run"; checkpoints go there by way of the run
-    directory.
+    every_steps: save after every so many steps, and at the end; 0 = only at the end.
+    keep_last: how many of the newest checkpoints to keep.
+    keep_every_steps: checkpoints of steps that are multiples of it are kept for ever; 0 = none.
+    background: training waits only while its state is copied to host memory (12 bytes a
+        parameter over all ranks; 16 with optim.ema_decay).
+    store: a prefix in an object store, "s3://bucket/run", to which checkpoints are uploaded
+        after they were written in the run directory; "" = they stay in the run directory.
     """
 
     every_steps: int = 1000
@@ -56,8 +75,9 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Home:
-    """Where a run keeps its checkpoints: a folder that its ranks share; or, if `store` is set, below that
-    URL, and the folder, which may be each node's own, holds files on their way there.
+    """Where a run keeps its checkpoints: a folder that its ranks share, or its URL in a store.
+
+    With a store, the folder holds files until they are uploaded, and may be each node's own.
     """
 
     directory: Path
@@ -68,10 +88,10 @@ class Home:
         return cls(directory_of(run_dir), child_of_run(config.store) if config.store else "")
 
     def committed(self) -> list[tuple[int, str]]:
-        """(step, folder or URL) of all committed checkpoints in both places, the newest first."""
+        """(step, folder or URL) of the committed checkpoints in both places, newest first."""
         places = [str(self.directory), self.store] if self.store else [str(self.directory)]
-        found = [(step, step_folder(place, step)) for place in places for step in steps_on_disk(place)]
-        return sorted(found, key=lambda pair: -pair[0])
+        steps = [(step, step_folder(place, step)) for place in places for step in steps_on_disk(place)]
+        return sorted(steps, key=lambda pair: -pair[0])
 
 
 def directory_of(run_dir: str | Path) -> Path:
@@ -97,9 +117,9 @@ def step_name(step: int) -> str:
 
 
 def steps_on_disk(place: str | Path) -> list[int]:
-    """The steps of all committed checkpoints in a folder or store, rising; by number, not by time."""
+    """The steps of all committed checkpoints in a folder or store, sorted by number."""
     names = [name.removeprefix("step-") for name in storage.names_in(str(place)) if name.startswith("step-")]
-    # What another hand has named otherwise (step-5, step-000000005-copy) is not ours to read or delete.
+    # Other names (step-5, step-000000005-copy) are somebody else's: not ours to read or delete.
     steps = sorted(int(name) for name in names if name.isdecimal() and step_name(int(name)) == f"step-{name}")
     if storage.is_local(str(place)):
         return steps
@@ -107,36 +127,37 @@ def steps_on_disk(place: str | Path) -> list[int]:
 
 
 def commit(manifest: Manifest, temporary: Path, final: Path) -> None:
-    """Give a written checkpoint its manifest and its final name; rank 0 calls it when all ranks have
-    written.
+    """Give a written checkpoint its manifest and its final name: steps 2 to 5 of the module.
+
+    Rank 0 calls it after all ranks have written their files.
     """
     for name, info in manifest.files.items():
         if not (temporary / name).exists() or (temporary / name).stat().st_size != info.num_bytes:
             raise CheckpointError(
-                f"{temporary / name}, which another rank has written, is not to be seen from rank 0: run_dir "
-                'must be on a file system that all nodes share, or set checkpoint.store = "s3://..."'
+                f"{temporary / name}, written by another rank, is not visible to rank 0: run_dir must be on "
+                'a file system that all nodes share, or set checkpoint.store = "s3://..."'
             )
     manifest.save(temporary / MANIFEST)
-    storage.fsync_directory(temporary)
-    if final.exists():  # a broken one that was passed over: the run has now redone its steps
+    atomic.sync_folder(temporary)
+    if final.exists():  # it did not verify at the start, and the run has done its steps again
         delete(final)
     os.rename(temporary, final)
-    storage.fsync_directory(final.parent)
-    storage.write_atomic(final.parent / LATEST, f"{final.name}\n".encode())
+    atomic.sync_folder(final.parent)
+    atomic.write(final.parent / LATEST, f"{final.name}\n".encode())
 
 
 def publish(manifest: Manifest, place: str) -> None:
-    """As commit, in an object store, where the ranks have put their files under names that are new."""
+    """As commit, for a store, to which the ranks have uploaded their files."""
     folder = step_folder(place, manifest.step)
     storage.write_bytes(storage.child(folder, MANIFEST), manifest.to_bytes())
     storage.write_bytes(storage.child(place, LATEST), f"{step_name(manifest.step)}\n".encode())
     for name in storage.names_in(folder):
-        if name != MANIFEST and name not in manifest.files:  # of an earlier attempt at this step
+        if name != MANIFEST and name not in manifest.files:  # left by an earlier attempt at this step
             storage.delete(storage.child(folder, name))
 
 
 def delete(path: Path) -> None:
-    """Take the final name away first, so that a kill in the middle leaves no half checkpoint under it."""
+    """Delete a step directory, renamed first, so that a kill leaves no half of it to read."""
     doomed = path.with_name(f"{TEMPORARY}deleted-{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
@@ -144,7 +165,7 @@ def delete(path: Path) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Delete what dead saves left in a folder; only the holder of the run's lock knows that they are dead."""
+    """Delete what killed saves left in a folder; only the holder of the run's lock calls it."""
     for leftover in directory.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in directory.glob(f".{LATEST}.tmp-*"):
@@ -152,111 +173,39 @@ def clean(directory: Path) -> None:
 
 
 def retained(steps: Sequence[int], keep_last: int, keep_every_steps: int) -> set[int]:
-    """Which of the steps to keep: the last ones, and every n-th for ever."""
+    """Which steps to keep: the last ones, and every multiple of keep_every_steps."""
     forever = {step for step in steps if keep_every_steps and step % keep_every_steps == 0}
     return {*sorted(steps)[-keep_last:], *forever}
 
 
 def apply_retention(home: Home, config: CheckpointConfig, distrusted: Sequence[int] = ()) -> None:
-    """Delete what need not be kept; rank 0 calls it after a commit. A failed deletion is reported and tried
-    again later.
+    """Delete the checkpoints that need not be kept; rank 0 calls it after a commit.
 
-    distrusted: steps that did not verify; they neither count as kept ones nor are they touched.
+    distrusted: steps that did not verify; they are neither counted nor deleted.
+
+    A failed deletion is logged, and tried again after the next save.
     """
     place = home.store or str(home.directory)
     try:
         steps = [step for step in steps_on_disk(place) if step not in distrusted]
         kept = retained(steps, config.keep_last, config.keep_every_steps)
         for step in sorted(set(steps) - kept):
-            if home.store:
+            if home.store:  # without its manifest it is no checkpoint: a kill after this does no harm
                 storage.delete(storage.child(step_folder(place, step), MANIFEST))
                 storage.delete(step_folder(place, step))
             else:
                 delete(step_directory(home.directory, step))
         for folder in _unpublished(home.store, max(steps, default=0)) if home.store else ():
             storage.delete(folder)
-    except (OSError, storage.StoreError) as error:
+    except (OSError, StoreError) as error:
         logger.warning("an old checkpoint could not be deleted (%s); trying again after the next save", error)
 
 
 def _unpublished(place: str, newest: int) -> Iterator[str]:
-    """What saves that were killed left in a store, before its newest checkpoint."""
+    """The folders that killed saves left in a store, at steps before its newest checkpoint."""
     for name in storage.names_in(place):
         step = name.removeprefix("step-")
         if name.startswith("step-") and step.isdigit() and int(step) < newest:
             folder = step_folder(place, int(step))
             if MANIFEST not in storage.names_in(folder):
                 yield folder
-
-
-def check_file(folder: str | Path, name: str, expected: FileInfo) -> str:
-    """What is wrong with a file of a checkpoint, as a sentence; "" if its bytes are those of the manifest."""
-    path = storage.child(folder, name)
-    try:
-        found = hash_file(path)
-    except FileNotFoundError:
-        return f"{path} is missing"
-    if found.num_bytes != expected.num_bytes:
-        return f"{path} has {found.num_bytes:,} bytes, the manifest says {expected.num_bytes:,}"
-    if found.checksum != expected.checksum:
-        return f"{path} is damaged: its checksum does not match the manifest"
-    return ""
-
-
-def check_coverage(folder: str | Path, manifest: Manifest) -> str:
-    """What the fragments of a manifest leave out or hold twice, as a sentence; "" if nothing."""
-    for name, tensor in manifest.tensors.items():
-        end, size = 0, numel(tensor.shape)
-        for _, start, count in sorted(tensor.fragments, key=lambda fragment: fragment[1]):
-            if start != end:
-                break
-            end += count
-        if end != size:
-            return f"{folder}: its fragments do not hold the {size:,} values of {name} once each"
-    return ""
-
-
-def verify(folder: str | Path) -> Manifest:
-    """Check the manifest and every file of a step directory. Raises CheckpointError naming the first that is
-    wrong.
-    """
-    manifest = Manifest.load(folder)
-    problem = check_coverage(folder, manifest)
-    for name, info in manifest.files.items():
-        problem = problem or check_file(folder, name, info)
-    if problem:
-        raise CheckpointError(problem)
-    return manifest
-
-
-def newest_good(place: str | Path) -> tuple[str | Path, Manifest] | None:
-    """The newest checkpoint in a folder or store that verifies; newer ones that do not are named in a
-    warning. None if there is none at all.
-
-    Raises CheckpointError if there are checkpoints but none of them verifies.
-    """
-    broken = []
-    for step in reversed(steps_on_disk(place)):
-        try:
-            folder = place / step_name(step) if isinstance(place, Path) else step_folder(place, step)
-            return folder, verify(folder)
-        except CheckpointError as error:
-            broken.append(str(error))
-            logger.warning("checkpoint passed over: %s", error)
-    if broken:
-        raise none_verifies(str(place), broken[0])
-    return None
-
-
-def none_verifies(place: str, problem: str) -> CheckpointError:
-    """The error of a run that has checkpoints, none of them good: starting from scratch would lose it."""
-    return CheckpointError(
-        f"no checkpoint in {place} verifies ({problem}); restore one, or move the folder away to start afresh"
-    )
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

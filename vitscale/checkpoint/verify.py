@@ -1,128 +1,244 @@
-"""Checkpoints checked by hand: many at a time, their files hashed by a few threads, with a progress bar on a
-terminal.
+"""Which checkpoint is good: checks its manifest, what its fragments cover, and every checksum.
+
+A reader trusts checksums, not names, and walks back to the newest checkpoint that passes:
+alone, with a few threads, or on all ranks together, each hashing its share of the files.
 """
 
 import dataclasses
+import itertools
 import logging
+import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
-from vitscale import storage
+from vitscale import distributed, storage
 from vitscale.checkpoint import store
-from vitscale.checkpoint.format import MANIFEST, CheckpointError, FileInfo, Manifest
+from vitscale.checkpoint.manifest import MANIFEST, Manifest
+from vitscale.checkpoint.safetensors import FileInfo, hash_file
+from vitscale.errors import CheckpointError, StoreError
 
 logger = logging.getLogger(__name__)
 THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Checked:
-    """A step directory, its manifest if that is readable, and what is wrong: "" where nothing was found."""
+class Verdict:
+    """A step directory, its manifest if that is readable, and its first problem; "" = none."""
 
     folder: str
     manifest: Manifest | None
     problem: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that passed, in a folder or store. passed_over: newer steps that failed."""
+
+    folder: str
+    manifest: Manifest
+    passed_over: tuple[int, ...] = ()
+
+
+Check = Callable[[str], Verdict]
+
+
+def newest_good(candidates: Iterable[tuple[int, str]], place: str, check: Check) -> Checkpoint | None:
+    """The first of `candidates` that passes, or None if there are none.
+
+    candidates: (step, folder), the newest first.
+    place: what to call all of them in the error.
+    check: `alone` or `together`.
+
+    Each candidate that is passed over is logged as a warning. Raises CheckpointError if there
+    are some and none passes: to start from scratch would lose the run.
+    """
+    passed_over, problems = [], []
+    for step, folder in candidates:
+        verdict = check(folder)
+        if verdict.manifest and not verdict.problem:
+            return Checkpoint(folder, verdict.manifest, tuple(passed_over))
+        passed_over.append(step)
+        problems.append(verdict.problem)
+        if distributed.is_main():
+            logger.warning("checkpoint passed over: %s", verdict.problem)
+    if problems:
+        raise CheckpointError(
+            f"no checkpoint in {place} verifies ({problems[0]}); restore one, or move the folder away to "
+            "start from scratch"
+        )
+    return None
+
+
+def good(verdict: Verdict) -> Checkpoint:
+    """The checkpoint, if it passed. Raises CheckpointError with its problem if not."""
+    if verdict.problem or not verdict.manifest:
+        raise CheckpointError(verdict.problem)
+    return Checkpoint(verdict.folder, verdict.manifest)
+
+
+def alone(folder: str) -> Verdict:
+    """Check a step directory in this process, with a few threads that hash the files."""
+    return check_all([folder])[0]
+
+
+def together(folder: str) -> Verdict:
+    """Check a step directory on all ranks, each hashing its share of the files.
+
+    Every rank gets the same verdict. Raises StoreError on every rank if one of them gets a
+    refusal or no answer, which says nothing about the checkpoint.
+    """
+    manifest, my_digest, my_problem = distributed.together(lambda: _check_share(folder))
+    everyone = distributed.gather_json([my_problem, my_digest])
+    for rank, (problem, digest) in enumerate(everyone):
+        if not problem and digest != everyone[0][1]:
+            differs = f"{folder} differs between ranks 0 and {rank}: run_dir must be shared by all nodes"
+            return Verdict(folder=folder, manifest=manifest, problem=differs)
+    first = next((problem for problem, _ in everyone if problem), "")
+    return Verdict(folder=folder, manifest=manifest, problem=first)
+
+
+def _check_share(folder: str) -> tuple[Manifest | None, str, str]:
+    """The manifest, its digest, and what is wrong with it or with this rank's files."""
+    manifest, digest = None, ""
+    try:
+        manifest = Manifest.load(folder)
+        digest = manifest.digest()
+        problem = check_coverage(folder, manifest)
+        for name in sorted(manifest.files)[distributed.rank() :: distributed.world_size()]:
+            problem = problem or check_file(folder, name, manifest.files[name])
+    except CheckpointError as error:
+        problem = str(error)
+    except PermissionError as error:
+        raise StoreError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        problem = f"{error.filename or folder} cannot be read: {error.strerror}"
+    return manifest, digest, problem
+
+
 def places_of(run: str) -> list[str]:
-    """Where a run's checkpoints lie: in its directory and in the store that its config names, or below its
-    URL.
+    """Where a run keeps its checkpoints.
+
+    For a directory: in it, and in the store that its config names. For a URL: below it.
     """
     if not storage.is_local(run):
         return [store.child_of_run(run)]
     directory = Path(storage.local_path(run))
     try:
         config = tomllib.loads((directory / "config.toml").read_text(encoding="utf-8"))
-        kept_in = config["checkpoint"]["store"]
+        url = config["checkpoint"]["store"]
     except (OSError, ValueError, KeyError):
-        kept_in = ""
-    return [str(store.directory_of(directory)), *([store.child_of_run(kept_in)] if kept_in else [])]
+        url = ""
+    return [str(store.directory_of(directory)), *([store.child_of_run(url)] if url else [])]
 
 
 def committed(run: str) -> list[tuple[int, str]]:
-    """(step, folder) of all the checkpoints of a run by rising step."""
-    found = [
+    """(step, folder) of all checkpoints of a run, sorted by step."""
+    return sorted(
         (step, store.step_folder(place, step))
         for place in places_of(run)
         for step in store.steps_on_disk(place)
-    ]
-    return sorted(found, key=lambda pair: pair[0])
-
-
-def open_directory(path: str) -> tuple[str, Manifest]:
-    """The folder of the newest good checkpoint of a run, or a step directory itself, and its manifest.
-
-    Newer ones that do not verify are named in a warning. Raises CheckpointError if there is none that does.
-    """
-    if MANIFEST in storage.names_in(path):
-        return path, _good(check_all([path])[0])
-    problems = []
-    for _, folder in reversed(committed(path)):
-        (found,) = check_all([folder])
-        if not found.problem:
-            return folder, _good(found)
-        problems.append(found.problem)
-        logger.warning("checkpoint passed over: %s", found.problem)
-    if problems:
-        raise store.none_verifies(path, problems[0])
-    raise CheckpointError(
-        f"{path} is not a checkpoint: give a run directory with checkpoints in it, a step directory, or an "
-        "export"
     )
 
 
-def check_all(folders: Sequence[str], *, checksums: bool = True) -> list[Checked]:
-    """Check step directories, and report instead of raising; of each, the first problem is told.
+def open_directory(path: str) -> tuple[str, Manifest]:
+    """The folder and manifest of a run's newest good checkpoint, or of a step directory.
 
-    checksums: False compares the sizes of the files with the manifest's, and reads none of them.
+    Raises CheckpointError if there is none that passes.
     """
-    opened = [_open(folder) for folder in folders]
+    if MANIFEST in storage.names_in(path):
+        return path, good(alone(path)).manifest
+    newest = newest_good(reversed(committed(path)), path, alone)
+    if not newest:
+        raise CheckpointError(
+            f"{path} is not a checkpoint: give a run directory with checkpoints in it, "
+            "a step directory, or an export"
+        )
+    return newest.folder, newest.manifest
+
+
+def check_all(folders: Sequence[str], *, checksums: bool = True) -> list[Verdict]:
+    """Check step directories in this process, with a progress bar on a terminal.
+
+    checksums: False compares only the sizes of the files with the manifest.
+    """
+    verdicts = [_open(folder) for folder in folders]
     files = [
-        (number, one.folder, name, info)
-        for number, one in enumerate(opened)
-        if one.manifest and not one.problem
-        for name, info in one.manifest.files.items()
+        (index, verdict.folder, name, info)
+        for index, verdict in enumerate(verdicts)
+        if verdict.manifest and not verdict.problem
+        for name, info in verdict.manifest.files.items()
     ]
     places = [(folder, name, info) for _, folder, name, info in files]
-    found = _check_files(places) if checksums else _check_sizes(places)
     problems: dict[int, str] = {}
-    for (number, *_), problem in zip(files, found, strict=True):
+    results = _check_files(places) if checksums else _check_sizes(places)
+    for (index, *_), problem in zip(files, results, strict=True):
         if problem:
-            problems.setdefault(number, problem)
+            problems.setdefault(index, problem)
     return [
-        dataclasses.replace(one, problem=one.problem or problems.get(number, ""))
-        for number, one in enumerate(opened)
+        dataclasses.replace(verdict, problem=verdict.problem or problems.get(index, ""))
+        for index, verdict in enumerate(verdicts)
     ]
 
 
-def _good(found: Checked) -> Manifest:
-    if found.problem or not found.manifest:
-        raise CheckpointError(found.problem)
-    return found.manifest
+def check_file(folder: str | Path, name: str, expected: FileInfo) -> str:
+    """What is wrong with a file, as a sentence; "" if size and checksum are the manifest's."""
+    path = storage.child(folder, name)
+    try:
+        actual = hash_file(path)
+    except FileNotFoundError:
+        return f"{path} is missing"
+    if actual.num_bytes != expected.num_bytes:
+        return _wrong_size(path, actual.num_bytes, expected)
+    if actual.checksum != expected.checksum:
+        return f"{path} is damaged: its checksum does not match the manifest"
+    return ""
 
 
-def _open(folder: str) -> Checked:
+def check_coverage(folder: str | Path, manifest: Manifest) -> str:
+    """Which tensor the fragments do not cover exactly once, as a sentence; "" if none.
+
+    Sorted by start, each (start, count) must begin where the last one ended:
+
+        (0, 4), (4, 6)    cover 10 values
+        (0, 4), (5, 5)    leave a gap
+        (0, 4), (3, 7)    overlap
+    """
+    for name, tensor in manifest.tensors.items():
+        num_values = math.prod(tensor.shape)
+        pieces = sorted((start, count) for _, start, count in tensor.fragments)
+        ends = list(itertools.accumulate((count for _, count in pieces), initial=0))
+        if ends[-1] != num_values or any(start != end for (start, _), end in zip(pieces, ends, strict=False)):
+            return f"{folder}: its fragments do not hold the {num_values:,} values of {name} once each"
+    return ""
+
+
+def _open(folder: str) -> Verdict:
     try:
         manifest = Manifest.load(folder)
     except CheckpointError as error:
-        return Checked(folder=folder, manifest=None, problem=str(error))
+        return Verdict(folder=folder, manifest=None, problem=str(error))
     except OSError as error:
-        return Checked(folder=folder, manifest=None, problem=f"{folder} cannot be read: {error.strerror}")
-    return Checked(folder=folder, manifest=manifest, problem=store.check_coverage(folder, manifest))
+        return Verdict(folder=folder, manifest=None, problem=f"{folder} cannot be read: {error.strerror}")
+    return Verdict(folder=folder, manifest=manifest, problem=check_coverage(folder, manifest))
 
 
 def _check_sizes(files: Sequence[tuple[str, str, FileInfo]]) -> list[str]:
     paths = [storage.child(folder, name) for folder, name, _ in files]
-    return [
-        f"{path} is missing"
-        if size is None
-        else f"{path} has {size:,} bytes, the manifest says {info.num_bytes:,}" * (size != info.num_bytes)
-        for path, size, (_, _, info) in zip(paths, storage.sizes(paths), files, strict=True)
-    ]
+    problems = []
+    for path, num_bytes, (_, _, info) in zip(paths, storage.sizes(paths), files, strict=True):
+        if num_bytes is None:
+            problems.append(f"{path} is missing")
+        else:
+            problems.append("" if num_bytes == info.num_bytes else _wrong_size(path, num_bytes, info))
+    return problems
+
+
+def _wrong_size(path: str, num_bytes: int, expected: FileInfo) -> str:
+    return f"{path} has {num_bytes:,} bytes, the manifest says {expected.num_bytes:,}"
 
 
 def _check_files(files: Sequence[tuple[str, str, FileInfo]]) -> list[str]:
@@ -130,7 +246,7 @@ def _check_files(files: Sequence[tuple[str, str, FileInfo]]) -> list[str]:
     for folder in {storage.scheme(folder): folder for folder, _, _ in files}.values():
         storage.connect(folder)
     with (
-        # disable=None: shown on a terminal alone
+        # disable=None: shown on a terminal only
         tqdm(total=total, unit="B", unit_scale=True, desc="verifying", leave=False, disable=None) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
@@ -139,13 +255,13 @@ def _check_files(files: Sequence[tuple[str, str, FileInfo]]) -> list[str]:
             for task in as_completed(tasks):
                 bar.update(tasks[task])
             return [task.result() for task in tasks]
-        except BaseException:  # Ctrl-C, too, must not wait for the files still in the queue; raised again
+        except BaseException:  # Ctrl-C, too, must not wait for the files in the queue
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def _problem(folder: str, name: str, info: FileInfo) -> str:
     try:
-        return store.check_file(folder, name, info)
+        return check_file(folder, name, info)
     except OSError as error:
         return f"{storage.child(folder, name)} cannot be read: {error.strerror}"

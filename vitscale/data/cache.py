@@ -1,10 +1,9 @@
 """A bounded cache of remote chunks on a node's own disk, shared by all processes of the node.
 
-A chunk is a file under its hash; the folders share the limit evenly, so that adding a file looks through
-one
-folder only. There is no lock and no list: files appear by rename, a hit renews the file's time, the oldest
-are
-removed first, and whatever a killed process leaves behind is an old file like any other.
+A chunk is a file named by the hash of its key. The limit is divided evenly among folders, so
+that adding a file looks through one folder only. There is no lock and no list: files appear by
+rename, a hit renews the file's time, and the oldest are removed first. What a killed process
+leaves behind is an old file like any other.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ FOLDER_BYTES = 256 << 20  # about 70 chunks of photographs: quick to look throug
 
 
 class NodeCache:
-    """Up to `max_bytes` of chunks in `folder` (each process may exceed it by the one chunk being added)."""
+    """Up to `max_bytes` of chunks in `folder`; a process may exceed it by the chunk it adds."""
 
     def __init__(self, folder: str, max_bytes: int) -> None:
         self._root = Path(folder)
@@ -35,7 +34,10 @@ class NodeCache:
         return data
 
     def put(self, key: str, data: bytes) -> None:
-        """Keep `data`, and remove what has not been used for longest. A full or broken disk is no error."""
+        """Keep `data`, and remove what was not used for longest.
+
+        A full or broken disk is no error.
+        """
         path = self._path(key)
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         with contextlib.suppress(OSError):

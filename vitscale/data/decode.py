@@ -1,6 +1,7 @@
-"""Image bytes to RGB pixels, by the fastest decoder there is. Strict: libjpeg-turbo reports what Pillow
-passes
-over, and sizes are checked before decoding.
+"""Image bytes to RGB pixels, by the fastest decoder there is.
+
+It is strict: libjpeg-turbo reports damage that Pillow passes over, and sizes are checked before
+decoding.
 """
 
 import io
@@ -14,28 +15,28 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
-from vitscale.config import ConfigError
 from vitscale.data.tar import Bytes
 from vitscale.data.turbojpeg import Box, open_turbojpeg
+from vitscale.errors import ConfigError
 
-MAX_PIXELS = 50_000_000  # a decompression bomb is refused by its header
+MAX_PIXELS = 50_000_000  # by the header, so that a decompression bomb is refused
 
 Decoder = Literal["turbojpeg", "simplejpeg"]
 Choose = Callable[[int, int], Box]
 
 
 class DamagedImage(ValueError):
-    """The bytes cannot be decoded to an image; the message says why."""
+    """The bytes cannot be decoded to an image, for the reason in the message."""
 
 
 def resolve_decoder(name: Literal["auto", "turbojpeg", "simplejpeg"]) -> Decoder:
-    """The decoder of JPEGs that a run uses. Raises ConfigError if it is not here."""
+    """The decoder of JPEGs that a run uses. Raises ConfigError if it is not installed."""
     if name == "simplejpeg" or (name == "auto" and not open_turbojpeg()):
         return "simplejpeg"
     if not open_turbojpeg():
         raise ConfigError(
-            'data.decoder = "turbojpeg" needs libjpeg-turbo 3, which is not here; run: pip install '
-            'turbojpeg, or set "auto"'
+            'data.decoder = "turbojpeg" needs libjpeg-turbo 3, which is not installed; run: '
+            'pip install turbojpeg, or set "auto"'
         )
     return "turbojpeg"
 
@@ -48,10 +49,11 @@ def whole(height: int, width: int) -> Box:
 def decode(
     data: Bytes, choose: Choose = whole, decoder: Decoder = "simplejpeg"
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Decode the part of a JPEG, PNG or WebP that `choose(height, width)` names to RGB uint8.
+    """Decode the box of a JPEG, PNG or WebP that `choose(height, width)` names, to RGB.
 
-    Raises DamagedImage for damage, other content, animations, or over MAX_PIXELS. JPEGs in CMYK, and
-    everything else, go through Pillow; grey of 16 bits keeps its upper 8.
+    `decoder` decodes JPEGs. CMYK JPEGs and the other formats go through Pillow; of 16 bits of
+    grey the upper 8 are kept. Raises DamagedImage for damage, for any other content, for
+    animations and for more than MAX_PIXELS.
     """
     if data[:3] == b"\xff\xd8\xff":
         try:
@@ -63,7 +65,8 @@ def decode(
     return _cut(_decode_pillow(data), choose)
 
 
-def _decode_jpeg(data: Bytes, choose: Choose, decoder: Decoder) -> np.ndarray | None:
+def _decode_jpeg(data: Bytes, choose: Choose, decoder: Decoder) -> UInt8[np.ndarray, "h w 3"] | None:
+    """The pixels of the box; None for a JPEG that is left to Pillow."""
     if decoder == "turbojpeg":
         turbojpeg = open_turbojpeg()
         assert turbojpeg
@@ -100,7 +103,7 @@ def _decode_pillow(data: Bytes) -> UInt8[np.ndarray, "h w 3"]:
         raise DamagedImage(str(error).split("<")[0].strip() or type(error).__name__) from None
 
 
-def _cut(pixels: np.ndarray, choose: Choose) -> np.ndarray:
+def _cut(pixels: UInt8[np.ndarray, "H W 3"], choose: Choose) -> UInt8[np.ndarray, "h w 3"]:
     top, left, height, width = choose(*pixels.shape[:2])
     return pixels[top : top + height, left : left + width]
 

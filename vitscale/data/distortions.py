@@ -1,10 +1,9 @@
-"""Distortions of one image after crop, flip and resize: RandAugment, colour jitter and random erasing.
+"""Distortions of an image after crop and flip: RandAugment, colour jitter and random erasing.
 
-Each function is pure: its random numbers come as `draws`, uniform in [0, 1), so that the caller keys them
-by
-sample and a test can choose them. What the published results were trained with is followed, oddities of
-its
-code included, since the strengths in the papers' tables mean that code; the pixel work is Pillow's.
+Each function is pure: its random numbers come as `draws`, uniform in [0, 1), so that the caller
+keys them by sample and a test can choose them. The code that the published results were trained
+with is followed, its oddities included, since the strengths in the papers' tables are meant for
+that code. The pixels are Pillow's work.
 """
 
 import functools
@@ -34,7 +33,7 @@ Op = Callable[[Image.Image], Image.Image]
 
 
 class Edges(NamedTuple):
-    """How a geometric op samples pixels, and the colour of what comes from outside the image."""
+    """How a geometric op samples pixels, and the colour of those from outside the image."""
 
     resample: Image.Resampling
     fill: tuple[int, int, int]
@@ -56,14 +55,13 @@ def rand_augment(
 
     draws: RAND_AUGMENT_DRAWS_PER_OP for each op. Source: Cubuk et al., "RandAugment".
 
-    "augreg" is randaug(num_ops, magnitude) of "How to train your ViT?" (big_vision pp/autoaugment.py):
-    every
-    chosen op is applied, since that code draws a `prob` in 0.2..0.8 and then never uses it. Its magnitude
-    is
-    fixed, so magnitude_std must be 0 (ValueError), and may exceed 10: see `augreg_ops`.
+    "augreg" is randaug(num_ops, magnitude) of "How to train your ViT?" (big_vision's
+    pp/autoaugment.py). Every chosen op is applied, since that code draws a `prob` in 0.2..0.8
+    and then never uses it. The magnitude may exceed 10 (see `augreg_ops`) and is fixed, so
+    magnitude_std must be 0 (ValueError).
 
-    "deit" is timm's rand-m{magnitude}-mstd{magnitude_std}-inc1, of DeiT: an op is applied with probability
-    0.5, at a magnitude drawn from a normal and clipped to [0, 10].
+    "deit" is DeiT's, timm's rand-m{magnitude}-mstd{magnitude_std}-inc1. An op is applied with
+    probability 0.5, at a magnitude drawn from a normal distribution and clipped to [0, 10].
     """
     if flavour == "augreg" and magnitude_std:
         raise ValueError(
@@ -77,7 +75,7 @@ def rand_augment(
             choice, applied, quantile, sign = op_draws
             if applied >= 0.5:
                 continue
-            # A draw of 0 would be an infinite deviation, and no number at all times a magnitude_std of 0.
+            # A draw of 0 would be an infinite deviation, and NaN times a magnitude_std of 0.
             normal = float(scipy.special.ndtri(max(quantile, 2.0**-54)))
             ops = deit_ops(min(max(magnitude + magnitude_std * normal, 0), 10) / 10, _sign(sign))
         image = list(ops.values())[int(choice * len(ops))](image)
@@ -89,16 +87,18 @@ def _sign(draw: float) -> int:
 
 
 def augreg_ops(level: float, sign: int, centre: tuple[float, float]) -> dict[str, Op]:
-    """The 16 ops of the AugReg RandAugment at `level` = M / 10, in the order that a draw chooses from.
+    """The 16 ops of AugReg's RandAugment at `level` = M / 10, in the order of the draws.
 
-    sign: 1 or -1, for the ops that go either way. centre: (row, column) of the cutout in [0, 1).
-    Translation and cutout are in pixels and meant for images of 224. The level is not clipped above 1, so:
-    - Posterize keeps int(4 level) bits, so it is milder the higher the level: 4 bits at M = 10, 6 at 15, all
-      at 20. Where the bits are not in 1..8 (M < 2.5, M >= 22.5) TensorFlow's shift, capped at 7, keeps 1.
-    - Solarize's threshold int(256 level) became a uint8, which wrapped it: 0 at M = 10 and M = 20, which is
-      Invert, and 128 at M = 15.
-    - the factor of Color, Contrast, Brightness and Sharpness extrapolates and is clipped to pixels: 0.1, 1.9,
-      2.8 and 3.7 at M = 0, 10, 15 and 20.
+    sign: 1 or -1, for the ops that go either way. centre: (row, column) of the cutout in [0,
+    1). Translation and cutout are in pixels, meant for images of 224. A level may exceed 1:
+
+    - Posterize keeps int(4 level) bits, so it is milder the higher the level: 4 bits at M = 10,
+      6 at 15, all at 20. Where that is not in 1..8 (M < 2.5, M >= 22.5), TensorFlow's shift,
+      capped at 7, keeps 1 bit.
+    - Solarize's threshold int(256 level) became a uint8, which wrapped it: 0 at M = 10 and 20,
+      which is Invert, and 128 at M = 15.
+    - The factor of Color, Contrast, Brightness and Sharpness extrapolates, pixels are clipped:
+      0.1, 1.9, 2.8 and 3.7 at M = 0, 10, 15 and 20.
     """
     factor = 1.8 * level + 0.1
     shear, pixels = sign * 0.3 * level, sign * 100 * level
@@ -123,12 +123,12 @@ def augreg_ops(level: float, sign: int, centre: tuple[float, float]) -> dict[str
 
 
 def deit_ops(level: float, sign: int) -> dict[str, Op]:
-    """The 15 ops of timm's increasing set at `level` = magnitude / 10 in [0, 1], in the order that a draw
-    chooses from.
+    """The 15 ops of timm's increasing set, in the order of the draws.
 
-    sign: 1 or -1, for the ops that go either way. Geometric ops are bicubic, since DeiT passes its
-    train_interpolation on, and fill with the ImageNet mean. Deviation: PosterizeIncreasing keeps at least
-    1 bit; timm's 0 bits at level 1 are a black image or an error, depending on the version of Pillow.
+    level: magnitude / 10, in [0, 1]. sign: 1 or -1, for the ops that go either way. Geometric
+    ops are bicubic, since DeiT passes its train_interpolation on, and fill with the ImageNet
+    mean. Deviation: PosterizeIncreasing keeps at least 1 bit; timm's 0 bits at level 1 are a
+    black image or an error, depending on the version of Pillow.
     """
     factor = max(0.1, 1 + sign * 0.9 * level)
     shear, shift = sign * 0.3 * level, sign * 0.45 * level
@@ -156,22 +156,22 @@ def _rotate(image: Image.Image, degrees: float, edges: Edges) -> Image.Image:
 
 
 def _shear(image: Image.Image, x: float, y: float, edges: Edges) -> Image.Image:
-    """Each pixel from `x` further along its row for each row, and `y` down its column for each column."""
+    """Take each pixel from x * row further right, and y * column further down."""
     return _affine(image, (1.0, x, 0.0, y, 1.0, 0.0), edges)
 
 
 def _translate(image: Image.Image, x: float, y: float, edges: Edges) -> Image.Image:
-    """Each pixel from `x` pixels to its right and `y` below it."""
+    """Take each pixel from `x` pixels to its right and `y` below it."""
     return _affine(image, (1.0, 0.0, x, 0.0, 1.0, y), edges)
 
 
 def _translate_relative(image: Image.Image, x: float, y: float, edges: Edges) -> Image.Image:
-    """`_translate` by parts of the image's width and height."""
+    """`_translate` by fractions of the image's width and height."""
     return _translate(image, x * image.width, y * image.height, edges)
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], edges: Edges) -> Image.Image:
-    """Each pixel (x, y) from (a x + b y + c, d x + e y + f), for a matrix (a, b, c, d, e, f)."""
+    """Take pixel (x, y) from (a x + b y + c, d x + e y + f); matrix: (a, b, c, d, e, f)."""
     return image.transform(
         image.size, Image.Transform.AFFINE, matrix, resample=edges.resample, fillcolor=edges.fill
     )
@@ -182,7 +182,7 @@ def _posterize(image: Image.Image, bits: int) -> Image.Image:
 
 
 def _solarize_add(image: Image.Image, addition: int) -> Image.Image:
-    """`addition` to every value below 128."""
+    """Add to every value below 128."""
     table = [min(value + addition, 255) if value < 128 else value for value in range(256)]
     return image.point(table * 3)
 
@@ -196,9 +196,9 @@ def _contrast(image: Image.Image, factor: float) -> Image.Image:
 
 
 def _contrast_from_size(image: Image.Image, factor: float) -> Image.Image:
-    """Contrast as the TensorFlow code has it: away from the grey level H W / 256 (196 at 224 x 224).
+    """Contrast as in the TensorFlow code: away from grey level H W / 256 (196 at 224 x 224).
 
-    That code means the mean grey level, as Pillow has it, but sums the histogram without its values.
+    It means the mean grey level, as in Pillow, but sums the histogram without its values.
     """
     grey = min(image.width * image.height // 256, 255)
     return Image.blend(Image.new("RGB", image.size, (grey, grey, grey)), image, factor)
@@ -213,7 +213,10 @@ def _sharpness(image: Image.Image, factor: float) -> Image.Image:
 
 
 def _cutout(image: Image.Image, half_side: int, centre: tuple[float, float]) -> Image.Image:
-    """A grey square of 2 half_side around a pixel, cut off at the image's edge (DeVries and Taylor)."""
+    """A grey square of side 2 half_side around a pixel, cut off at the edge.
+
+    Source: DeVries and Taylor, "Cutout".
+    """
     row, column = int(centre[0] * image.height), int(centre[1] * image.width)
     image = image.copy()
     image.paste(AUGREG_EDGES.fill, (column - half_side, row - half_side, column + half_side, row + half_side))
@@ -223,9 +226,9 @@ def _cutout(image: Image.Image, half_side: int, centre: tuple[float, float]) -> 
 def color_jitter(image: Image.Image, strength: float, draws: Float64[np.ndarray, " n"]) -> Image.Image:
     """`image` (RGB) with brightness, contrast and saturation scaled, in a random order.
 
-    strength: each factor is uniform in [max(0, 1 - strength), 1 + strength]. draws: COLOR_JITTER_DRAWS,
-    one
-    for each factor and one for the order. Source: torchvision's ColorJitter with hue 0, as timm calls it.
+    strength: each factor is uniform in [max(0, 1 - strength), 1 + strength].
+    draws: COLOR_JITTER_DRAWS, one for each factor and one for the order.
+    Source: torchvision's ColorJitter with hue 0, as timm calls it.
     """
     *factor_draws, order_draw = draws.reshape(COLOR_JITTER_DRAWS).tolist()
     low, high = max(0.0, 1 - strength), 1 + strength
@@ -240,14 +243,12 @@ def color_jitter(image: Image.Image, strength: float, draws: Float64[np.ndarray,
 def random_erasing(
     view: UInt8[Tensor, "3 S S"], probability: float, draws: Float64[np.ndarray, " n"], noise_seed: int
 ) -> UInt8[Tensor, "3 S S"]:
-    """With `probability`, a copy of `view` in which noise fills one rectangle; otherwise `view` itself.
+    """With `probability`, a copy of `view` with a rectangle of noise; otherwise `view` itself.
 
-    draws: RANDOM_ERASING_DRAWS: whether, then (area, aspect, top, left) for each attempt. noise_seed: in
-    [0, 2^63), the key of the noise. Source: Zhong et al., "Random Erasing", as in timm's "pixel" mode:
-    normal
-    noise in units normalised by ImageNet's mean and deviation. Deviation: the view is uint8, so noise
-    beyond
-    the range of pixels (3 to 4% of it) is clipped.
+    draws: RANDOM_ERASING_DRAWS: whether to erase, then (area, aspect, top, left) per attempt.
+    noise_seed: in [0, 2^63), the noise's key. Source: Zhong et al., "Random Erasing", as in
+    timm's "pixel" mode: normal noise in units normalised by ImageNet's mean and deviation.
+    Deviation: the view is uint8, so noise beyond the pixel range (3 to 4% of it) is clipped.
     """
     assert draws.shape == (RANDOM_ERASING_DRAWS,)
     if draws[0] >= probability:
@@ -261,8 +262,9 @@ def random_erasing(
 def erasing_box(size: int, draws: Float64[np.ndarray, " n"]) -> tuple[int, int, int, int]:
     """The rectangle (top, left, height, width) to erase in a square of side `size`.
 
-    Its area is uniform in 0.02 to 1/3 of the square, its aspect (height / width) log-uniform in 0.3 to
-    1 / 0.3. draws: four for each attempt; when no attempt fits within the square, the rectangle is empty.
+    Its area is uniform in 0.02 to 1/3 of the square, its aspect (height / width) log-uniform in
+    0.3 to 1 / 0.3. draws: four for each attempt. If no attempt fits into the square, the
+    rectangle is empty.
     """
     for area_draw, aspect_draw, top_draw, left_draw in draws.reshape(-1, 4).tolist():
         area = size**2 * (0.02 + area_draw * (1 / 3 - 0.02))
@@ -274,8 +276,8 @@ def erasing_box(size: int, draws: Float64[np.ndarray, " n"]) -> tuple[int, int, 
 
 
 def _pixel_noise(height: int, width: int, noise_seed: int) -> UInt8[Tensor, "3 height width"]:
-    # Inverting the normal's distribution keeps to Philox's raw words; Generator.normal's stream may
-    # change.
+    # The normal's inverse distribution keeps to Philox's raw words: NumPy may change the stream
+    # of Generator.normal.
     normal = scipy.special.ndtri(rng.uniform(3 * height * width, noise_seed, "erase"))
     mean, std = np.reshape(IMAGENET_MEAN, (3, 1, 1)), np.reshape(IMAGENET_STD, (3, 1, 1))
     pixels = 255 * (mean + std * normal.reshape(3, height, width))

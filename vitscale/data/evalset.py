@@ -1,4 +1,4 @@
-"""Evaluation data: labelled samples by number, decoded as they are, nothing augmented or replaced."""
+"""Evaluation data: labelled samples by number. Nothing is augmented, and nothing replaced."""
 
 import functools
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitscale import storage
 from vitscale.data.decode import DamagedImage, decode
-from vitscale.data.index import DataError, Index, build_index
+from vitscale.data.index import Index, open_index
 from vitscale.data.loader import pad_labels
 from vitscale.data.reader import describe, read_samples
 from vitscale.data.transforms import evaluation_view
+from vitscale.errors import DataError
 
 Crop = Literal["resize", "center"]
 
 
 class EvaluationSet(Dataset[tuple[Tensor, Tensor]]):
-    """Samples 0 .. num_samples - 1 of an index, as model input of one size."""
+    """Samples 0 to num_samples - 1 of an index, as model input of one size."""
 
     def __init__(self, index: Index, *, image_size: int, crop: Crop = "resize", num_workers: int = 0) -> None:
         self.index, self.image_size, self.num_workers = index, image_size, num_workers
@@ -31,13 +31,8 @@ class EvaluationSet(Dataset[tuple[Tensor, Tensor]]):
     def open(
         cls, pattern: str, *, image_size: int, crop: Crop = "resize", num_workers: int = 0
     ) -> "EvaluationSet":
-        """Open an index.json, or plain shards by glob, brace pattern or URL (they are then indexed in
-        memory).
-
-        Raises DataError or ConfigError for what is missing or damaged.
-        """
-        index = Index.load(pattern) if pattern.endswith(".json") else build_index(storage.expand(pattern))
-        return cls(index, image_size=image_size, crop=crop, num_workers=num_workers)
+        """Open an index.json, or plain shards by glob, brace pattern or URL (open_index)."""
+        return cls(open_index(pattern), image_size=image_size, crop=crop, num_workers=num_workers)
 
     @property
     def num_samples(self) -> int:
@@ -45,14 +40,17 @@ class EvaluationSet(Dataset[tuple[Tensor, Tensor]]):
 
     @functools.cached_property
     def labels(self) -> Int64[np.ndarray, "n M"]:
-        """Labels of all samples, padded with -1; reads the shards once, decodes nothing."""
+        """Labels of all samples, padded with -1: one pass over the shards, nothing decoded."""
         rows = [sample.labels for sample in read_samples(self.index, range(self.num_samples))]
         return pad_labels(rows, self.index.max_labels).numpy()
 
     def batches(
         self, indices: Int64[np.ndarray, " n"], batch_size: int
     ) -> Iterator[tuple[UInt8[Tensor, "B 3 S S"], Int64[Tensor, "B M"]]]:
-        """The samples of `indices`, in that order, in batches. Raises DataError at a damaged one."""
+        """Batches of images and labels of `indices`, in that order.
+
+        Raises DataError at a damaged sample.
+        """
         parts = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
         workers = min(self.num_workers, len(parts))
         yield from DataLoader(self, batch_size=None, sampler=parts, num_workers=workers)

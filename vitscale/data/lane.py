@@ -1,5 +1,5 @@
-"""One lane's training samples in order: read ahead by threads, decoded, augmented, and replaced where
-damaged.
+"""One lane's training samples, in order: read ahead by threads, decoded and augmented; damaged
+ones are replaced.
 """
 
 import functools
@@ -8,26 +8,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from torch import Tensor
 
 from vitscale import rng
 from vitscale.data.decode import DamagedImage, Decoder, decode
-from vitscale.data.index import DataError
-from vitscale.data.mix import Mixture
+from vitscale.data.mixture import Mixture
 from vitscale.data.order import Order, Window
 from vitscale.data.reader import Chunk, describe
 from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import Source
 from vitscale.data.transforms import AugmentConfig, ViewKey, augment, choose_box, finish_view
+from vitscale.errors import DataError
 
 MAX_REPLACEMENTS = 100
-READ_AHEAD = 1 / 8  # of a window: when no more is left of it, the next one is read
+READ_AHEAD = 1 / 8  # the part of a window that is still to come when the next one is requested
 
 ReadChunk = Callable[[int], Chunk]
 
 
-class Recipe(NamedTuple):
-    """What is made of a sample's bytes."""
+class ViewConfig(NamedTuple):
+    """How samples are made into training views, the same for all samples of a run."""
 
     augment: AugmentConfig
     decoder: Decoder
@@ -36,15 +37,18 @@ class Recipe(NamedTuple):
 
 
 class View(NamedTuple):
-    """A training view of a sample: its number through all sources, uint8 [3, S, S], its labels."""
+    """A training view of a sample. sample: its id, numbered through all sources."""
 
     sample: int
-    image: Tensor
+    image: UInt8[Tensor, "3 S S"]
     labels: tuple[int, ...]
 
 
 class Lane:
-    """A lane from its first draw of a step on."""
+    """A lane from its first draw of `first_step` on.
+
+    readers: what reads a chunk of each source. threads: where they are called.
+    """
 
     def __init__(
         self,
@@ -52,50 +56,64 @@ class Lane:
         first_step: int,
         mixture: Mixture,
         sources: tuple[Source, ...],
-        recipe: Recipe,
+        view_config: ViewConfig,
         readers: tuple[ReadChunk, ...],
         threads: ThreadPoolExecutor,
     ) -> None:
         self._number, self._mixture, self._draw = number, mixture, first_step * mixture.draws_per_step
-        feeds = []
-        for order, source, read, given in zip(
-            mixture.orders, sources, readers, mixture.counts(number, self._draw), strict=True
-        ):
-            feeds.append(_Feed(order, source, number, given, read, threads))
-        self._feeds = feeds
-        self._makers = [
-            ViewMaker(source, first_id, read, recipe, mixture.seed)
+        drawn_before = mixture.counts(number, self._draw)  # from each source
+        self._readers = [
+            _WindowReader(order, source, number, first_draw, read, threads)
+            for order, source, first_draw, read in zip(
+                mixture.orders, sources, drawn_before, readers, strict=True
+            )
+        ]
+        self._augmenters = [
+            Augmenter(source, first_id, read, view_config, mixture.seed)
             for source, first_id, read in zip(sources, mixture.first_ids, readers, strict=True)
         ]
 
     def take_step(self) -> list[View]:
-        """The views of one step, in batch order."""
-        views = []
+        """The views of a step, in batch order: each draw's first view, then the second ones."""
+        views_by_draw = []
         for _ in range(self._mixture.draws_per_step):
             source, _ = self._mixture.source_of(self._number, self._draw)
             self._draw += 1
-            views.append(self._makers[source].make(*self._feeds[source].take()))
-        return [sample[view] for view in range(self._mixture.repeats) for sample in views]
+            views_by_draw.append(self._augmenters[source].make(*self._readers[source].take()))
+        return [views[number] for number in range(self._mixture.repeats) for views in views_by_draw]
 
     def take_bad(self) -> list[str]:
-        """The sentences about samples replaced since the last call."""
-        bad = [sentence for maker in self._makers for sentence in maker.bad]
-        for maker in self._makers:
-            maker.bad.clear()
+        """One sentence for each sample that was replaced since the last call."""
+        bad = [sentence for augmenter in self._augmenters for sentence in augmenter.bad]
+        for augmenter in self._augmenters:
+            augmenter.bad.clear()
         return bad
 
 
 class _Request(NamedTuple):
-    """A window under way: the samples to hold for it and for the begin of the next one, and their reads."""
+    """A window that is being read. wanted: the samples to hold for it and for the next one."""
 
     window: Window
     wanted: set[int]
     reads: list[Future[dict[int, RawSample | BadSample]]]
 
 
-class _Feed:
-    """The undecoded samples of one source in one lane. A sample is held from its chunk's arrival to its
-    turn.
+class _WindowReader:
+    """The undecoded samples of one source in one lane, in drawing order.
+
+    A window may end inside a chunk. What the next one needs of that chunk is then held, so that
+    no chunk is read twice. Chunks and windows of 4 samples, a lane that begins inside a chunk:
+
+        chunk      28-31 |    8-11     |    20-23
+        sample id  30 31 |  8  9 10 11 | 20 21 22 23
+        window      1  1 |  1  1  2  2 |  2  2  3  3
+
+        window           held before    chunks read    held then
+        1  30 31  8  9   -              28-31, 8-11    30 31 8 9 10 11
+        2  10 11 20 21   10 11          20-23          10 11 20 21 22 23
+
+    A window is requested shortly before it begins, and a sample is dropped when it is drawn: a
+    lane holds about one window and the rest of a chunk.
     """
 
     def __init__(
@@ -124,22 +142,25 @@ class _Feed:
         return self._epoch, sample_id, self._held.pop(sample_id)
 
     def _request(self) -> _Request:
+        """Begin to read the next window: those of its chunks that are not held."""
         window = next(self._windows)
         drawn = window.ids[window.skip :].tolist()
-        # What is held of an earlier epoch will have been taken by then.
+        # What is held for the old epoch is drawn there: the new epoch reads the sample again.
         held = self._held if window.epoch == self._epoch else {}
         missing = np.array([sample_id for sample_id in drawn if sample_id not in held], dtype=np.int64)
         # The chunk in which the window ends holds the first samples of the next one.
         end = self._layout.chunk_ids(int(self._layout.chunk_of(np.array([window.last]))[0])).stop
         wanted = {*drawn, *range(window.last + 1, end)}
         chunks = np.unique(self._layout.chunk_of(missing)).tolist()
-        return _Request(window, wanted, [self._threads.submit(self._fetch, c, wanted) for c in chunks])
+        reads = [self._threads.submit(self._fetch, chunk, wanted) for chunk in chunks]
+        return _Request(window, wanted, reads)
 
     def _fetch(self, chunk: int, wanted: set[int]) -> dict[int, RawSample | BadSample]:
         samples = zip(self._layout.chunk_ids(chunk), self._read(chunk), strict=True)
         return {sample_id: _detached(sample) for sample_id, sample in samples if sample_id in wanted}
 
     def _advance(self) -> None:
+        """Pass to the next window, and wait for its reads."""
         window, wanted, reads = self._next or self._request()
         self._next = None
         self._epoch, self._pending = window.epoch, window.ids[window.skip :].tolist()[::-1]
@@ -149,26 +170,30 @@ class _Feed:
 
 
 def _detached(sample: RawSample | BadSample) -> RawSample | BadSample:
-    """The sample with bytes of its own: a view would keep its whole chunk until the last of them is used."""
+    """The sample with a copy of its image: a view would keep its whole chunk in memory."""
     if isinstance(sample, BadSample):
         return sample
     return sample._replace(image=bytes(sample.image))
 
 
-class ViewMaker:
-    """Samples of one source to views; one that cannot be used is replaced by a deterministic other one of
-    the
-    same source, which its sentence in `bad` tells, or is silently expected where it was excluded.
+class Augmenter:
+    """Makes the views of one source's samples.
+
+    A sample that cannot be used is replaced by another one of its source, chosen by the seed
+    and the sample alone. `bad` gets a sentence for each, except for those that were excluded.
     """
 
-    def __init__(self, source: Source, first_id: int, read: ReadChunk, recipe: Recipe, seed: int) -> None:
+    def __init__(
+        self, source: Source, first_id: int, read: ReadChunk, view_config: ViewConfig, seed: int
+    ) -> None:
         self._source, self._first_id, self._read = source, first_id, read
-        self._recipe, self._seed = recipe, seed
+        self._config, self._seed = view_config, seed
         self.bad: list[str] = []
 
     def make(self, epoch: int, sample_id: int, sample: RawSample | BadSample) -> list[View]:
-        """The `repeats` views of a sample in an epoch, or of its replacement. Raises DataError when 100
-        samples in a row cannot be used.
+        """The `repeats` views of a sample in an epoch, or of its replacement.
+
+        Raises DataError if 100 samples in a row cannot be used.
         """
         drawn, reason = sample_id, ""
         for attempt in range(MAX_REPLACEMENTS):
@@ -189,28 +214,29 @@ class ViewMaker:
         )
 
     def _views(self, sample: RawSample, epoch: int, sample_id: int) -> list[View]:
-        config, decoder, size, _ = self._recipe
-        number = self._first_id + sample_id
-        keys = [ViewKey(self._seed, epoch, number, view) for view in range(config.repeats)]
+        config, decoder, size, _ = self._config
+        run_id = self._first_id + sample_id  # through all sources
+        keys = [ViewKey(self._seed, epoch, run_id, view) for view in range(config.repeats)]
         if len(keys) == 1:
             box = functools.partial(choose_box, config, keys[0])
             images = [finish_view(decode(sample.image, box, decoder), config, size, keys[0])]
-        else:  # most of the work is reading the JPEG's code: once for all views
+        else:  # most of the work is to decode the JPEG: once for all views
             pixels = decode(sample.image, decoder=decoder)
             images = [augment(pixels, config, size, key) for key in keys]
         mapping = self._source.label_map
         labels = tuple(mapping[label] for label in sample.labels) if mapping else sample.labels
-        return [View(number, image, labels) for image in images]
+        return [View(run_id, image, labels) for image in images]
 
     def _unusable(self, sample: RawSample | BadSample) -> str:
+        """Why a sample cannot be used, "" if it can."""
         if isinstance(sample, BadSample):
             return sample.reason
         mapping, index = self._source.label_map, self._source.index
         for label in sample.labels:
             if mapping and label not in mapping:
                 return f"label {label} is not in the label map"
-            if not mapping and label >= self._recipe.num_classes:
-                return f"label {label} is out of range for model.num_classes {self._recipe.num_classes}"
+            if not mapping and label >= self._config.num_classes:
+                return f"label {label} is out of range for model.num_classes {self._config.num_classes}"
         if len(sample.labels) > index.max_labels:
             return f"{len(sample.labels)} labels, the index says at most {index.max_labels}"
         return ""

@@ -1,10 +1,9 @@
-"""The training stream of one rank: worker processes read, decode and augment its lanes; the main process
-joins them, and on a GPU copies the next batch while the current one is trained on.
+"""The training stream of one rank. Worker processes read, decode and augment its lanes. The
+main process joins them and copies the next batch to a GPU while the current one is trained on.
 
-The stream is a function of (mixture, rank, world size, first step): a restart begins at any step, by a
-seek
-and the reading of at most one window per lane. A sample that cannot be used is replaced by a deterministic
-other one, and reported.
+The stream is a function of (mixture, rank, world size, first step). So it can start at any
+step, after a seek and the reading of at most one window per lane. A sample that cannot be used
+is replaced by another one, the same whoever reads it, and reported.
 """
 
 import ctypes
@@ -23,13 +22,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vitscale import storage
-from vitscale.config import ConfigError
 from vitscale.data.cache import NodeCache
-from vitscale.data.index import DataError
-from vitscale.data.lane import Lane, Recipe, View
-from vitscale.data.mix import Mixture
+from vitscale.data.lane import Lane, View, ViewConfig
+from vitscale.data.mixture import Mixture
 from vitscale.data.reader import read_chunk
 from vitscale.data.sources import Source
+from vitscale.errors import UserError
 
 PREFETCHED_STEPS = 2  # per worker
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # malloc.h
@@ -40,8 +38,8 @@ READ_THREADS = 8  # per worker: reads wait for disks and stores, not for a core
 class Batch:
     """One rank's part of a global batch, in batch order.
 
-    images uint8 [n, 3, S, S]; labels int64 [n, M], padded with -1; ids int64 [n], numbered through all
-    sources, as delivered (after replacements); bad: one sentence for each sample that had to be replaced.
+    labels: padded with -1. ids: of the samples that are delivered (after replacements),
+    numbered through all sources. bad: one sentence for each sample that had to be replaced.
     """
 
     images: UInt8[Tensor, "n 3 S S"]
@@ -52,14 +50,15 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stream:
-    """What every worker of a rank needs to know; plain values, to be handed to another process.
+    """What the workers of a rank need: plain values, which can be sent to another process.
 
-    cache: where chunks of remote shards are kept on this node; None = nowhere.
+    lanes: those of the rank. first_step, last_step: 0-based, the end excluded. cache: where
+    chunks of remote shards are kept on this node; None = nowhere.
     """
 
     sources: tuple[Source, ...]
     mixture: Mixture
-    recipe: Recipe
+    view_config: ViewConfig
     lanes: range
     first_step: int
     last_step: int
@@ -71,10 +70,10 @@ class Stream:
 
 
 def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
-    """The batches of steps first_step to last_step (0-based, end excluded) for the stream's lanes.
+    """The stream's batches, one a step.
 
-    The lanes are divided among `num_workers` processes (0 = read in this one). Raises DataError when data
-    cannot be used, or a store does not answer.
+    The lanes are divided among `num_workers` processes (0 = read in this one). Raises DataError
+    if the data cannot be used, and StoreError if a store does not answer.
     """
     workers = min(num_workers, len(stream.lanes))
     stream.mixture.draw_epochs(stream.first_step)  # once, and shared by the workers
@@ -85,16 +84,16 @@ def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
         prefetch_factor=PREFETCHED_STEPS if workers else None,
         worker_init_fn=_prepare_worker,
     )
-    # With an iterable dataset the loader asks the workers in turn: item i comes from worker i % n.
+    # With an iterable dataset, the loader asks the workers in turn: item i is worker i % n's.
     parts = iter(loader)
     for _ in range(stream.first_step, stream.last_step):
         yield _join([next(parts) for _ in range(max(1, workers))])
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
-    """The batches with images and labels on `device`: on a GPU each is copied from pinned memory on a
-    stream of
-    its own while the one before it is in use.
+    """The batches with images and labels on `device`.
+
+    A GPU gets each from pinned memory, on a side stream, while the one before it is in use.
     """
     if device.type != "cuda":
         yield from batches
@@ -119,17 +118,17 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch
 
 
 def _prepare_worker(_: int) -> None:
-    # A scheduler signals every process of a job: the trainer still needs its workers for the steps up to
-    # the
-    # save.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    # A scheduler signals every process of a job, and the trainer still needs its workers for
+    # the steps up to the save.
+    for signal_number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signal_number, signal.SIG_IGN)
     reuse_memory()
 
 
 def reuse_memory() -> None:
-    """Let glibc keep freed chunks for the next ones: mapping and clearing fresh memory for every chunk costs
-    more than reading it.
+    """Let glibc keep freed memory for the next chunk, in this process.
+
+    To map and clear fresh memory for every chunk costs more than to read the chunk.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
@@ -140,7 +139,7 @@ def reuse_memory() -> None:
 def _join(parts: Sequence[dict[str, Any]]) -> Batch:
     for part in parts:
         if "error" in part:
-            raise DataError(part["error"])
+            raise part["error"]
     images, labels, ids = (
         parts[0][name] if len(parts) == 1 else torch.cat([part[name] for part in parts])
         for name in ("images", "labels", "ids")
@@ -149,8 +148,9 @@ def _join(parts: Sequence[dict[str, Any]]) -> Batch:
 
 
 class _WorkerStream(IterableDataset[dict[str, Any]]):
-    """Yields the worker's lanes of each step. Errors travel as data, so that the user reads our sentence
-    alone.
+    """Yields a worker's part of each step.
+
+    A UserError is sent as data: DataLoader would wrap what is raised in its own message.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -158,26 +158,26 @@ class _WorkerStream(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
-        number, total = (info.id, info.num_workers) if info else (0, 1)
-        numbers = [int(lane) for lane in np.array_split(np.array(self.stream.lanes), total)[number]]
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        lane_numbers = np.array_split(np.array(self.stream.lanes), num_workers)[worker].tolist()
         for source in self.stream.sources:
             storage.connect(source.index.shards[0].url)
         threads = ThreadPoolExecutor(READ_THREADS)
         try:
-            yield from self._steps(numbers, threads)
-        except (DataError, ConfigError) as error:
-            yield {"error": str(error)}
+            yield from self._steps(lane_numbers, threads)
+        except UserError as error:
+            yield {"error": error}
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _steps(self, numbers: list[int], threads: ThreadPoolExecutor) -> Iterator[dict[str, Any]]:
+    def _steps(self, lane_numbers: list[int], threads: ThreadPoolExecutor) -> Iterator[dict[str, Any]]:
         stream = self.stream
         readers = tuple(
             functools.partial(read_chunk, source.index, cache=stream.cache) for source in stream.sources
         )
         lanes = [
-            Lane(n, stream.first_step, stream.mixture, stream.sources, stream.recipe, readers, threads)
-            for n in numbers
+            Lane(n, stream.first_step, stream.mixture, stream.sources, stream.view_config, readers, threads)
+            for n in lane_numbers
         ]
         for _ in range(stream.first_step, stream.last_step):
             views = [view for lane in lanes for view in lane.take_step()]
@@ -195,5 +195,5 @@ def _collate(views: list[View], bad: list[str], max_labels: int) -> dict[str, An
 
 
 def pad_labels(labels: Sequence[tuple[int, ...]], max_labels: int) -> Int64[Tensor, "n M"]:
-    """Labels as a table padded with -1: [n, max_labels]."""
+    """The labels of n samples as a table of M = max_labels columns, padded with -1."""
     return torch.tensor([(*row, *[-1] * (max_labels - len(row))) for row in labels])

@@ -1,10 +1,9 @@
 """The order of one source: pure arithmetic on integers, with no process, file or state.
 
-Epoch e permutes the chunks; cumulative counts give every sample a position; the positions are cut into V
-lanes;
-in a lane, windows of consecutive positions are shuffled. So what a lane gives at its n-th draw depends on
-(layout, seed, source, V, lane_length, window) only, and finding it takes no walk: the state of a reader is
-n.
+Each epoch permutes the chunks. Cumulative counts then give every sample a position, the
+positions are cut into V lanes, and windows of consecutive positions of a lane are shuffled. So
+what a lane gives at its n-th draw depends only on (layout, seed, source, V, lane_length,
+window). Finding it takes no walk over the draws before it: the state of a reader is n.
 """
 
 import dataclasses
@@ -23,9 +22,16 @@ _KEPT_EPOCHS = 2  # lanes pass from one epoch to the next within a few steps of 
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How samples lie in shards and chunks: shard_samples [num_shards], each shard cut into chunks of
-    `chunk_samples`, the last of a shard shorter. Sample ids and chunk numbers count through the shards.
+class ShardLayout:
+    """How a set of shards is cut into chunks.
+
+    shard_samples: the number of samples in each shard. A shard is cut into chunks of
+    `chunk_samples`, the last of which may be shorter. Samples and chunks are numbered through
+    the shards:
+
+        ShardLayout([5, 3], chunk_samples=2)
+        sample ids  0 1 | 2 3 | 4 || 5 6 | 7        first_ids     0 5 8
+        chunk        0     1    2     3    4        first_chunks  0 3 5
     """
 
     shard_samples: Int64[np.ndarray, " num_shards"]
@@ -50,41 +56,43 @@ class Layout:
         return int(self.first_chunks[-1])
 
     def chunk_of(self, ids: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        """The chunks that hold the samples."""
-        shards = np.searchsorted(self.first_ids, ids, side="right") - 1
+        """The chunk that holds each sample."""
+        shards = np.searchsorted(self.first_ids, ids, side="right") - 1  # [n]
         return self.first_chunks[shards] + (ids - self.first_ids[shards]) // self.chunk_samples
 
     def shard_of(self, chunk: int) -> int:
+        """The shard that holds a chunk."""
         return int(np.searchsorted(self.first_chunks, chunk, side="right")) - 1
 
     def chunk_ids(self, chunk: int) -> range:
         """The sample ids of a chunk."""
-        first, count = self.spans(np.array([chunk]))
-        return range(int(first[0]), int(first[0] + count[0]))
+        first_ids, counts = self.spans(np.array([chunk]))
+        return range(int(first_ids[0]), int(first_ids[0] + counts[0]))
 
     def spans(
         self, chunks: Int64[np.ndarray, " n"]
     ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
         """First sample id and number of samples of each chunk."""
-        shards = np.searchsorted(self.first_chunks, chunks, side="right") - 1
-        skipped = (chunks - self.first_chunks[shards]) * self.chunk_samples
+        shards = np.searchsorted(self.first_chunks, chunks, side="right") - 1  # [n]
+        skipped = (chunks - self.first_chunks[shards]) * self.chunk_samples  # within the shard
         counts = np.minimum(self.chunk_samples, self.shard_samples[shards] - skipped)
         return self.first_ids[shards] + skipped, counts
 
     @functools.cached_property
     def shortfalls(self) -> UInt16[np.ndarray, " num_chunks"]:
-        """By how many samples each chunk is shorter than a full one: 0 but for the last of a shard."""
-        short = np.zeros(self.num_chunks, dtype=np.uint16)
-        filled = self.shard_samples > 0
-        short[self.first_chunks[1:][filled] - 1] = -self.shard_samples[filled] % self.chunk_samples
-        return short
+        """How many samples each chunk lacks to a full one: 0 except for the last of a shard."""
+        shortfalls = np.zeros(self.num_chunks, dtype=np.uint16)
+        filled = self.shard_samples > 0  # [num_shards]; an empty shard has no last chunk
+        shortfalls[self.first_chunks[1:][filled] - 1] = -self.shard_samples[filled] % self.chunk_samples
+        return shortfalls
 
 
 class Window(NamedTuple):
-    """Consecutive draws of a lane: sample ids in drawing order, of one epoch; the first `skip` are past.
+    """Consecutive draws of a lane, all in one epoch: sample ids in drawing order.
 
-    last: the sample at the window's last position; where the next window begins within its chunk, that one
-    begins behind it.
+    skip: how many of its draws are past already, where a lane is entered inside a window.
+    last: the sample at the window's last position, before the shuffle. If its chunk has a
+    sample after it, that is where the lane's next window begins.
     """
 
     epoch: int
@@ -97,12 +105,12 @@ class Window(NamedTuple):
 class Order:
     """What each lane of one source draws.
 
-    source: the number of the source in a mixture, so that sources of one seed have orders of their own.
-    lane_length: draws of a lane in an epoch; lanes x lane_length of the samples are used, another subset
-    each epoch.
+    source: its number in a mixture, so that sources under one seed have different orders.
+    lane_length: draws of a lane in an epoch. An epoch uses lanes x lane_length of the samples,
+    each epoch another subset.
     """
 
-    layout: Layout
+    layout: ShardLayout
     seed: int
     source: int
     lanes: int
@@ -114,11 +122,11 @@ class Order:
 
     @property
     def tail(self) -> int:
-        """Samples that an epoch leaves out."""
+        """How many samples an epoch leaves out."""
         return self.layout.num_samples - self.lanes * self.lane_length
 
     def epoch(self, epoch: int) -> "EpochOrder":
-        """The order of one epoch (from 0): a permutation of the chunks, kept while it is in use."""
+        """The order of one epoch (from 0); the last two are kept."""
         if epoch not in self._epochs:
             while len(self._epochs) >= _KEPT_EPOCHS:
                 del self._epochs[min(self._epochs)]
@@ -126,10 +134,17 @@ class Order:
         return self._epochs[epoch]
 
     def lane_stream(self, lane: int, first_draw: int) -> Iterator[Window]:
-        """The windows of a lane from the one that holds `first_draw` (0-based, over all epochs), without
-        end.
+        """The windows of a lane, without end, from the one that holds `first_draw`.
 
-        The lanes' windows begin at different draws, so that reading is spread evenly over the steps.
+        Draws count from 0 over all epochs. The windows of different lanes end at different
+        draws, so that reading is spread evenly over the steps. For 2 lanes, lane_length 10 and
+        window_samples 4:
+
+            lane 0, shift 0:  draws 0-3 | 4-7 | 8-9 || 10-13 | 14-17 | ...
+            lane 1, shift 2:  draws 0-1 | 2-5 | 6-9 || 10-11 | 12-15 | ...
+
+        lane_stream(0, 5) begins with the window of draws 4-7 and skip = 1. A window ends with
+        its epoch (||) at the latest.
         """
         size, shift = self.window_samples, lane * self.window_samples // self.lanes
         epoch, first = divmod(first_draw, self.lane_length)
@@ -138,7 +153,7 @@ class Order:
                 start = max(0, window * size - shift)
                 stop = min(self.lane_length, (window + 1) * size - shift)
                 positions = range(lane * self.lane_length + start, lane * self.lane_length + stop)
-                ids = self.epoch(epoch).sample_ids(positions)
+                ids = self.epoch(epoch).sample_ids(positions)  # [stop - start]
                 shuffle = rng.permutation(len(ids), self.seed, "window", self._key(epoch), lane, window)
                 yield Window(epoch, max(0, first - start), ids[shuffle], int(ids[-1]))
             epoch, first = epoch + 1, 0
@@ -154,49 +169,59 @@ class Order:
         return np.concatenate(parts)
 
     def _key(self, epoch: int) -> int:
+        """Epoch and source as one id: a stream takes three, and windows need two more."""
         return epoch | self.source << 32
 
 
 @dataclasses.dataclass(frozen=True)
 class EpochOrder:
-    """One epoch's permutation of the chunks [num_chunks], and the samples up to the end of each block of
-    64
-    of them [num_blocks].
+    """One epoch's permutation of the chunks.
+
+    block_ends: the number of samples up to the end of each block of 64 permuted chunks. A
+    search in these and a count within one block find a position: no sum per chunk is stored.
     """
 
-    layout: Layout
+    layout: ShardLayout
     chunks: UInt32[np.ndarray, " num_chunks"]
     block_ends: Int64[np.ndarray, " num_blocks"]
 
     @classmethod
     def draw(cls, order: Order, epoch: int) -> "EpochOrder":
+        """Permute the chunks of an epoch (from 0)."""
         layout = order.layout
-        chunks = rng.permutation(layout.num_chunks, order.seed, "chunks", order._key(epoch)).astype(np.uint32)
-        starts = np.arange(0, len(chunks), _BLOCK)
-        short = np.add.reduceat(layout.shortfalls[chunks], starts, dtype=np.int64)
+        chunks = rng.permutation(layout.num_chunks, order.seed, "chunks", order._key(epoch))
+        chunks = chunks.astype(np.uint32)
+        starts = np.arange(0, len(chunks), _BLOCK)  # [num_blocks]
+        missing = np.add.reduceat(layout.shortfalls[chunks], starts, dtype=np.int64)
         full = np.diff(np.append(starts, len(chunks))) * layout.chunk_samples
-        return cls(layout, chunks, np.cumsum(full - short))
+        return cls(layout, chunks, np.cumsum(full - missing))
 
     def sample_ids(self, positions: range) -> Int64[np.ndarray, " n"]:
-        """The samples at consecutive positions of the epoch."""
+        """The samples at n consecutive positions of the epoch.
+
+        With ShardLayout([5, 3], chunk_samples=2), if the chunks are permuted to 3 0 4 2 1:
+
+            position   0 1 | 2 3 | 4 | 5 | 6 7
+            chunk       3     0    4   2    1
+            sample id  5 6 | 0 1 | 7 | 4 | 2 3        sample_ids(range(3, 6)) is 1 7 4
+        """
         first, last = np.searchsorted(self.block_ends, [positions.start, positions.stop - 1], side="right")
-        chunks = self.chunks[first * _BLOCK : (last + 1) * _BLOCK].astype(np.int64)
-        first_ids, counts = self.layout.spans(chunks)
-        ends = np.cumsum(counts) + (self.block_ends[first - 1] if first else 0)
-        wanted = np.arange(positions.start, positions.stop)
-        chunk = np.searchsorted(ends, wanted, side="right")
-        return first_ids[chunk] + wanted - (ends[chunk] - counts[chunk])
+        chunks = self.chunks[first * _BLOCK : (last + 1) * _BLOCK].astype(np.int64)  # [c]
+        first_ids, counts = self.layout.spans(chunks)  # [c] each
+        ends = np.cumsum(counts) + (self.block_ends[first - 1] if first else 0)  # [c]
+        wanted = np.arange(positions.start, positions.stop)  # [n]
+        places = np.searchsorted(ends, wanted, side="right")  # [n], places in `chunks`
+        return first_ids[places] + wanted - (ends[places] - counts[places])
 
 
 def digest(ids: Int64[np.ndarray, " n"], first_position: int) -> int:
-    """This slice's share of the batch digest: the shares of all ranks, added and masked, are
-    `data/digest`.
+    """A slice's share of the batch digest: all shares, added and masked, are `data/digest`.
 
-    ids: the sample ids at positions first_position, first_position + 1, ... of the global batch. A sum of
-    mixed words (splitmix64's finalizer), so that any partition of the batch gives the same total, and any
-    swap another one.
+    ids: the sample ids at positions first_position, first_position + 1, ... of the global
+    batch. Each (id, position) is mixed to a word (splitmix64's finalizer), and the words are
+    added: every partition of the batch gives the same total, and any swap another one.
     """
-    positions = np.arange(first_position, first_position + len(ids), dtype=np.uint64)
+    positions = np.arange(first_position, first_position + len(ids), dtype=np.uint64)  # [n]
     with np.errstate(over="ignore"):
         words = (ids.astype(np.uint64) << np.uint64(24)) + positions * np.uint64(0x9E3779B97F4A7C15)
         words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

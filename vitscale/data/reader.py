@@ -1,5 +1,5 @@
-"""Samples by id: one ranged read brings one chunk, the index says whether it is intact, and the walker takes
-it apart.
+"""Samples by id: one ranged read gets a chunk, the index says whether it is intact, and the tar
+walker takes it apart.
 """
 
 from collections.abc import Iterable, Iterator
@@ -8,8 +8,9 @@ import numpy as np
 
 from vitscale import storage
 from vitscale.data.cache import NodeCache
-from vitscale.data.index import DataError, Index
+from vitscale.data.index import Index
 from vitscale.data.samples import BadSample, RawSample, parse_samples
+from vitscale.errors import DataError
 
 Chunk = list[RawSample | BadSample]
 
@@ -17,10 +18,11 @@ READS = 3  # a store, a network or a cache may deliver wrong bytes once
 
 
 def read_chunk(index: Index, chunk: int, cache: NodeCache | None = None) -> Chunk:
-    """All samples of a chunk, as many as the index says; those that damage hides are BadSamples.
+    """All samples of a chunk, as many as the index says; BadSamples where damage hides them.
 
-    Bytes that are not those that were indexed are read again; when they stay wrong, no sample of the chunk
-    can be trusted. cache: asked first, and given what was read, for chunks of remote shards.
+    Bytes that differ from those that were indexed are read again. If they still differ, no
+    sample of the chunk can be trusted, and all are BadSamples. cache: for chunks of remote
+    shards, asked first and given what was read.
     """
     shard, start, end = index.chunk_range(chunk)
     count = len(index.layout.chunk_ids(chunk))
@@ -44,15 +46,15 @@ def read_chunk(index: Index, chunk: int, cache: NodeCache | None = None) -> Chun
 
 
 def read_samples(index: Index, ids: Iterable[int]) -> Iterator[RawSample]:
-    """The samples of `ids`, in that order; ids in index order read each chunk once.
+    """The samples of `ids`, in that order; for rising ids, each chunk is read once.
 
-    Raises DataError at a damaged one: this serves evaluation and inspection, where nothing may be replaced.
+    Raises DataError at a damaged sample: in evaluation and inspection, nothing may be replaced.
     """
-    held, samples = -1, Chunk()
+    read, samples = -1, Chunk()  # the chunk that was read last
     for sample_id in ids:
         chunk = int(index.layout.chunk_of(np.array([sample_id]))[0])
-        if chunk != held:
-            held, samples = chunk, read_chunk(index, chunk)
+        if chunk != read:
+            read, samples = chunk, read_chunk(index, chunk)
         sample = samples[sample_id - index.layout.chunk_ids(chunk).start]
         if isinstance(sample, BadSample):
             raise DataError(f"{describe(index, sample_id)}: sample {sample.key}: {sample.reason}")
@@ -60,11 +62,12 @@ def read_samples(index: Index, ids: Iterable[int]) -> Iterator[RawSample]:
 
 
 def describe(index: Index, sample_id: int) -> str:
-    """Where a sample lies, for messages: its shard, the bytes of its chunk, its number."""
+    """Where a sample is, for messages: its shard, the bytes of its chunk, its number."""
     shard, start, end = index.chunk_range(int(index.layout.chunk_of(np.array([sample_id]))[0]))
     return f"{shard.url}, bytes {start:,} to {end:,}, sample number {sample_id:,}"
 
 
 def _distrusted(sample: RawSample | BadSample, where: str) -> BadSample:
+    """A sample of a chunk that is not as it was indexed, as a bad one."""
     reason = f": {sample.reason}" if isinstance(sample, BadSample) else ""
     return BadSample(sample.key, where + reason)

@@ -1,5 +1,6 @@
-"""What a sample in a shard is: consecutive files with one key, an image and its labels. A shard is data,
-never code.
+"""What a sample in a shard is: consecutive files with one key, an image and its labels.
+
+A shard is data, never code.
 """
 
 import json
@@ -16,7 +17,7 @@ _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
 
 
 class RawSample(NamedTuple):
-    """An undecoded sample: `labels` are class indices (one, or several for multi-label data).
+    """An undecoded sample. labels: class indices, several for multi-label data.
 
     The image may be a view of the chunk that was read, which it then keeps in memory.
     """
@@ -35,8 +36,9 @@ class BadSample(NamedTuple):
 
 
 def parse_samples(data: bytes, offset: int, count: int) -> list[RawSample | BadSample]:
-    """The `count` samples in a range of a shard that begins at byte `offset`; what damage hides is a
-    BadSample.
+    """The `count` samples in a range of a shard, which begins at byte `offset` of the shard.
+
+    Samples that damage hides are BadSamples.
     """
     samples: list[RawSample | BadSample] = []
     reason = "the range holds fewer samples than the index says"
@@ -50,10 +52,10 @@ def parse_samples(data: bytes, offset: int, count: int) -> list[RawSample | BadS
 
 
 def group(members: Iterable[Member]) -> Iterator[tuple[RawSample | BadSample, int]]:
-    """Join consecutive members of one key to samples: (sample, offset of its first header).
+    """Join consecutive members with one key to samples, each with its first header's offset.
 
-    When the members end in TarDamage, the sample being read is yielded only if its image and label were read
-    whole.
+    Where the members end in TarDamage, the current sample is yielded only if both its image and
+    its labels are whole. The damage is then raised.
     """
     key, offset, files = "", 0, list[tuple[str, Bytes]]()
     try:
@@ -84,17 +86,19 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def parse_labels(extension: str, data: Bytes) -> tuple[int, ...]:
-    """Class indices from `KEY.cls` ("3", or "3 17" / "3,17") or `KEY.json` (an integer, a list, or {"label":
-    ...}).
+    """Class indices from the content of a label file.
 
-    Raises ValueError if there are none or they are not whole numbers from 0.
+        KEY.cls     3  or  3 17  or  3,17
+        KEY.json    3  or  [3, 17]  or  {"labels": [3, 17]} ("label" and "cls" will do, too)
+
+    Raises ValueError if there are none, or if they are not whole numbers from 0.
     """
     if extension == "cls":
         text = bytes(data).decode("ascii").strip()
         if text.isdigit():  # the usual case
             return (int(text),)
         words = re.split(r"[\s,]+", text)
-        labels = [int(word) if word.isdigit() else -1 for word in words]  # int() takes "1_0", too
+        labels = [int(word) if word.isdigit() else -1 for word in words]  # int() would take "1_0"
     else:
         try:
             value = json.loads(bytes(data))
@@ -110,7 +114,7 @@ def parse_labels(extension: str, data: Bytes) -> tuple[int, ...]:
 
 
 def image_kind(data: Bytes) -> str:
-    """The image format by its first bytes: "jpg", "png", "webp", or "" for anything else."""
+    """The image format by its first bytes: "jpg", "png" or "webp"; "" for anything else."""
     head = bytes(data[:4])
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
 

@@ -1,4 +1,4 @@
-"""One pass over one shard: what it holds, where its chunks lie, and what is damaged."""
+"""One pass over one shard: what it holds, where its chunks are, and what is damaged."""
 
 import collections
 import dataclasses
@@ -8,17 +8,14 @@ import xxhash
 from vitscale import storage
 from vitscale.data.samples import BadSample, RawSample, group
 from vitscale.data.tar import BLOCK, Bytes, Readable, TarDamage, walk
+from vitscale.errors import DataError, StoreError
 
 LISTED = 20  # damaged samples that are named one by one; all are counted
 
 
-class DataError(ValueError):
-    """Data that cannot be used as it is; the message names the shard and the way out."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One tar file: `data_bytes` is where its last sample ends, `checksum` its xxh3-128 in hex."""
+    """One tar file. data_bytes: where its last sample ends. checksum: its xxh3-128, in hex."""
 
     url: str
     num_bytes: int
@@ -29,8 +26,10 @@ class Shard:
 
 @dataclasses.dataclass(kw_only=True)
 class Scan:
-    """What a pass over a shard found. chunks: (blocks, checksum) of each; damage: the first sentences of
-    `num_damaged`; tar_damage: whether the archive itself is broken.
+    """What a pass over a shard found.
+
+    chunks: (blocks of 512 bytes, checksum) of each. damage: a sentence for each of the first
+    damaged places, of num_damaged in all. tar_damage: whether the archive itself is broken.
     """
 
     shard: Shard
@@ -43,55 +42,57 @@ class Scan:
 
 
 def chunk_checksum(data: bytes | memoryview) -> int:
-    """What is kept of a chunk's content: 16 bits of its xxh3-64, compared at every read."""
+    """A chunk's checksum in the index, compared at every read: 16 bits of its xxh3-64."""
     return xxhash.xxh3_64_intdigest(data) & 0xFFFF
 
 
 def scan_shard(url: str, chunk_samples: int, *, allow_damaged: bool, listed: int = LISTED) -> Scan:
-    """Read a shard from end to end.
+    """Read a shard from beginning to end.
 
-    A cut, broken, empty or missing one raises DataError, unless `allow_damaged`: then its whole samples
-    before the damage are kept. Samples that cannot be used (no label, not an image) count as damage, too.
+    allow_damaged: keep the whole samples before the damage of a cut or broken shard. Samples
+    that cannot be used (no label, not an image) are always kept, and count as damage. listed:
+    how many damaged places get a sentence. Raises DataError for a shard that is missing or
+    empty and, without `allow_damaged`, cut or broken; StoreError for one that cannot be read.
     """
-    found = _Findings(url, listed)
-    chunks = _Chunks()
+    builder = _ScanBuilder(url, listed)
+    chunks = _ChunkCutter()
     try:
         with storage.open_stream(url) as raw:
             stream = _RecordingStream(raw, chunks)
             try:
                 for sample, start in group(walk(stream, whole=True)):
-                    if found.num_samples % chunk_samples == 0 and found.num_samples:
+                    if builder.num_samples % chunk_samples == 0 and builder.num_samples:
                         chunks.cut(start)
-                    found.add(sample)
+                    builder.add(sample)
                 data_bytes = stream.count - BLOCK
                 while rest := stream.read(1 << 20):
                     if any(rest):
                         raise TarDamage(data_bytes, "an empty block, and data after it")
             except TarDamage as error:
                 data_bytes = error.whole_until
-                found.tar_damage = f"{url}: {error}; {found.num_samples:,} whole samples before it"
-            if found.num_samples:
+                builder.tar_damage = f"{url}: {error}; {builder.num_samples:,} whole samples before it"
+            if builder.num_samples:
                 chunks.cut(data_bytes)
             stream.recording = False
-            while stream.read(1 << 20):
+            while stream.read(1 << 20):  # to the end, for the shard's checksum
                 pass
     except FileNotFoundError:
         raise DataError(f"shard {url} does not exist") from None
     except OSError as error:
-        raise DataError(f"shard {url} cannot be read: {error.strerror or error}") from None
-    found.refuse(allow_damaged)
+        raise StoreError(f"shard {url} cannot be read: {error.strerror or error}") from None
+    builder.refuse(allow_damaged)
     shard = Shard(
         url=url,
         num_bytes=stream.count,
-        data_bytes=data_bytes if found.num_samples else 0,
-        num_samples=found.num_samples,
+        data_bytes=data_bytes if builder.num_samples else 0,
+        num_samples=builder.num_samples,
         checksum=stream.hash.hexdigest(),
     )
-    return found.scan(shard, chunks.done)
+    return builder.scan(shard, chunks.finished)
 
 
-class _Findings:
-    """What the samples of a shard add up to."""
+class _ScanBuilder:
+    """Adds the samples of a shard up to its scan."""
 
     def __init__(self, url: str, listed: int) -> None:
         self.url, self.listed = url, listed
@@ -104,7 +105,7 @@ class _Findings:
     def add(self, sample: RawSample | BadSample) -> None:
         self.num_samples += 1
         if sample.key in self._keys:
-            self._report(f"{self.url}: sample {sample.key}: its key stands twice in this shard")
+            self._report(f"{self.url}: sample {sample.key}: its key occurs twice in this shard")
         self._keys.add(sample.key)
         if isinstance(sample, BadSample):
             self._report(f"{self.url}: sample {sample.key}: {sample.reason}")
@@ -113,6 +114,7 @@ class _Findings:
             self.max_labels = max(self.max_labels, len(sample.labels))
 
     def refuse(self, allow_damaged: bool) -> None:
+        """Raise DataError for a shard that is empty or, unless it is allowed, damaged."""
         if self.tar_damage and not allow_damaged:
             raise DataError(
                 f"{self.tar_damage}; restore the shard, leave it out, or keep those with --allow-damaged"
@@ -139,25 +141,26 @@ class _Findings:
             self.damage.append(sentence)
 
 
-class _Chunks:
-    """Cuts what was read into chunks; a cut is known only after bytes beyond it have been read."""
+class _ChunkCutter:
+    """Cuts what was read into chunks: a cut is known only after bytes beyond it were read."""
 
     def __init__(self) -> None:
-        self.done: list[tuple[int, int]] = []
+        self.finished: list[tuple[int, int]] = []
         self.pending = bytearray()
         self._start = 0
 
     def cut(self, end: int) -> None:
+        """End the current chunk at byte `end` of the shard."""
         size = end - self._start
-        self.done.append((size // BLOCK, chunk_checksum(bytes(self.pending[:size]))))
+        self.finished.append((size // BLOCK, chunk_checksum(bytes(self.pending[:size]))))
         del self.pending[:size]
         self._start = end
 
 
 class _RecordingStream:
-    """Counts and hashes what is read through it, and hands it to the chunks."""
+    """Counts and hashes what is read through it, and hands it to the chunk cutter."""
 
-    def __init__(self, stream: Readable, chunks: _Chunks) -> None:
+    def __init__(self, stream: Readable, chunks: _ChunkCutter) -> None:
         self._stream, self._chunks, self.recording = stream, chunks, True
         self.hash, self.count = xxhash.xxh3_128(), 0
 

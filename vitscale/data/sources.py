@@ -10,20 +10,21 @@ import numpy as np
 from jaxtyping import Int64
 
 from vitscale import storage
-from vitscale.config import ConfigError
-from vitscale.data.duplicates import load_exclusions
+from vitscale.data.exclusions import load_exclusions
 from vitscale.data.index import Index, check_shards
-from vitscale.data.mix import Mixture
+from vitscale.data.mixture import Mixture
+from vitscale.errors import ConfigError, DataError, StoreError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One of several sources ([[data.sources]]).
 
-    weight: its share of the samples, relative to the other weights. label_map: a JSON file, {"0": 17, ...}
-    or
-    a list, from the source's labels to those of the run; "" = as they are. exclude: a list made by
-    `tools/data.py dedup`. name: for metrics and messages; "" = its position.
+    index:      its index.json.
+    weight:     its share of the samples, relative to the other weights.
+    label_map:  a JSON file from its labels to the run's, {"0": 17, ...} or a list; "" = as is.
+    exclude:    a list of samples to leave out, from `tools/data.py dedup`; "" = none.
+    name:       for metrics and messages; "" = its position.
     """
 
     index: str
@@ -35,7 +36,7 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise ConfigError(
-                f"data.sources: the weight {self.weight} of {self.index} must be above 0, and finite"
+                f"data.sources: the weight {self.weight} of {self.index} must be above 0 and finite"
             )
 
 
@@ -43,12 +44,17 @@ class SourceConfig:
 class DataConfig:
     """The training data ([data]).
 
-    index, label_map, exclude: the only source, as in SourceConfig; or `sources`, to mix several. lanes:
-    the
-    streams that every global batch is put together from; the world size must divide it, and the order
-    depends
-    on it. 0 = the largest divisor of global_batch up to 1,024. window_chunks: chunks of a lane that are
-    shuffled together, and held in memory. decoder: of JPEGs; "auto" takes libjpeg-turbo 3 where it is.
+    index:             the index.json of a single source.
+    label_map:         of a single source, as in SourceConfig.
+    exclude:           of a single source, as in SourceConfig.
+    sources:           several sources, to be mixed, instead of the three keys above.
+    labels:            "single" if each sample has one label, "multi" if it may have several.
+    lanes:             streams that each global batch is put together from. The world size must
+                       divide it, and the sample order depends on it. 0 = the largest divisor of
+                       global_batch up to 1,024.
+    window_chunks:     chunks of a lane that are shuffled together, and held in memory.
+    decoder:           of JPEGs; "auto" is libjpeg-turbo 3 if it is installed, else simplejpeg.
+    max_bad_fraction:  the share of replaced samples, in [0, 1], above which the run ends.
     """
 
     index: str = ""
@@ -62,29 +68,27 @@ class DataConfig:
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.lanes < 0 or self.window_chunks < 1:
-            raise ConfigError(
-                f"data.lanes {self.lanes} must be 0 or more, data.window_chunks {self.window_chunks} 1 or "
-                "more"
-            )
+        if self.lanes < 0:
+            raise ConfigError(f"data.lanes {self.lanes} must be 0 or more")
+        if self.window_chunks < 1:
+            raise ConfigError(f"data.window_chunks {self.window_chunks} must be 1 or more")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"data.max_bad_fraction {self.max_bad_fraction} must lie in [0, 1]")
         if self.sources and (self.index or self.label_map or self.exclude):
             raise ConfigError(
-                "data.index, data.label_map and data.exclude are for a single source; with "
-                "[[data.sources]] "
-                "they belong into each of these"
+                "data.index, data.label_map and data.exclude are for a single source; "
+                "with [[data.sources]], write them into each of the sources"
             )
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
-        """The sources, whichever way they were written."""
-        alone = SourceConfig(index=self.index, label_map=self.label_map, exclude=self.exclude)
-        return self.sources or (alone,)
+        """The sources, in whichever way they were written."""
+        single = SourceConfig(index=self.index, label_map=self.label_map, exclude=self.exclude)
+        return self.sources or (single,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """An opened source. label_map: {} = labels stay; excluded: rising sample ids [n] that are left out."""
+    """An opened source. label_map: {} = labels stay. excluded: the ids to leave out, rising."""
 
     name: str
     index: Index
@@ -107,20 +111,22 @@ class Source:
 
 
 def open_sources(config: DataConfig) -> tuple[Source, ...]:
-    """Load the indexes, label maps and exclusions. Raises DataError or ConfigError for what does not fit."""
+    """Load the indexes, label maps and exclusions.
+
+    Raises DataError or ConfigError for what does not fit, StoreError for what cannot be read.
+    """
     sources = []
-    for number, section in enumerate(config.all_sources()):
+    for position, section in enumerate(config.all_sources()):
         index = Index.load(section.index)
         excluded = load_exclusions(section.exclude, index) if section.exclude else np.empty(0, np.int64)
         if 2 * len(excluded) > index.num_samples:
-            raise ConfigError(
-                f"{section.exclude} leaves out {len(excluded):,} of {index.num_samples:,} samples: more "
-                "than "
-                "half; check its threshold"
+            raise DataError(
+                f"{section.exclude} leaves out {len(excluded):,} of {index.num_samples:,} samples, "
+                "more than half; check the threshold that it was made with"
             )
         sources.append(
             Source(
-                name=section.name or str(number),
+                name=section.name or str(position),
                 index=index,
                 label_map=_read_label_map(section.label_map, index) if section.label_map else {},
                 excluded=excluded,
@@ -128,7 +134,7 @@ def open_sources(config: DataConfig) -> tuple[Source, ...]:
         )
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
-        raise ConfigError(f"data.sources have the names {', '.join(names)}; give each a name of its own")
+        raise ConfigError(f"data.sources have the names {', '.join(names)}; give each a different name")
     return tuple(sources)
 
 
@@ -154,36 +160,41 @@ def check_sources(sources: tuple[Source, ...]) -> None:
 
 
 def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: int) -> None:
-    """Raise ConfigError if a source holds labels that the model or the config has no place for."""
+    """Raise ConfigError for labels that the model or the config has no place for."""
     for source, section in zip(sources, config.all_sources(), strict=True):
         if source.max_label >= num_classes:
             raise ConfigError(
                 f"{section.index} holds label {source.max_label}, out of range for model.num_classes "
                 f"{num_classes} (labels run from 0 to {num_classes - 1}); set model.num_classes = "
-                f"{source.max_label + 1} or mend the labels"
+                f"{source.max_label + 1} or fix the labels"
             )
         if config.labels == "single" and source.index.max_labels > 1:
             raise ConfigError(
-                f"{section.index} has samples with {source.index.max_labels} labels; set data.labels = "
-                '"multi" and loss.name = "sigmoid"'
+                f"{section.index} has samples with {source.index.max_labels} labels; "
+                'set data.labels = "multi" and loss.name = "sigmoid"'
             )
 
 
 def _read_label_map(path: str, index: Index) -> dict[int, int]:
     try:
-        values = json.loads(storage.read_bytes(path))
-        pairs = values.items() if isinstance(values, dict) else enumerate(values)
-        mapping = {int(old): new for old, new in pairs}
+        content = storage.read_bytes(path)
     except FileNotFoundError:
-        raise ConfigError(f'label map {path} does not exist; write {{"0": 17, ...}} or a list') from None
-    except (ValueError, TypeError, AttributeError):
-        raise ConfigError(
-            f'label map {path} cannot be read; it must be JSON: {{"0": 17, ...}} or a list of new labels'
+        raise DataError(f'label map {path} does not exist; write {{"0": 17, ...}} or a list') from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise StoreError(f"label map {path} cannot be read: {reason}; name a JSON file") from None
+    try:
+        values = json.loads(content)
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        mapping = {int(label): run_label for label, run_label in pairs}
+    except (ValueError, TypeError, RecursionError):
+        raise DataError(
+            f'label map {path} is not a label map; it must be JSON: {{"0": 17, ...}} or a list of new labels'
         ) from None
-    wrong = [new for new in mapping.values() if type(new) is not int or new < 0]
+    wrong = [label for label in mapping.values() if type(label) is not int or label < 0]
     if wrong:
-        raise ConfigError(f"label map {path} maps to {wrong[0]!r}; labels are whole numbers from 0")
+        raise DataError(f"label map {path} maps to {wrong[0]!r}; labels are whole numbers from 0")
     missing = sorted(set(index.label_counts) - set(mapping))
     if missing:
-        raise ConfigError(f"label map {path} has no entry for label {missing[0]}, which the shards hold")
+        raise DataError(f"label map {path} has no entry for label {missing[0]}, which the shards hold")
     return mapping

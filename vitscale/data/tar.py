@@ -1,8 +1,8 @@
-"""A tar walker that never takes damage for the end of data.
+"""A tar walker that never takes damage for the end of the data.
 
-Python's tarfile, and so webdataset, ends an archive in silence at a broken header; here every header's
-checksum is verified, every member must be whole, and the archive must end with its end mark (or, for a range,
-at its last byte).
+Python's tarfile, and so webdataset, ends an archive silently at a broken header. Here every
+header's checksum is verified, every member must be whole, and an archive must end with its end
+mark (a range of one, after its last byte).
 """
 
 import zlib
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 BLOCK = 512
-MAX_MEMBER_BYTES = 256 << 20  # an image is far smaller; a corrupt size must not fill the memory
+MAX_MEMBER_BYTES = 256 << 20  # images are far smaller; a corrupt size must not fill the memory
 Bytes = bytes | memoryview
 _ZERO = bytes(BLOCK)
 _REGULAR, _SKIPPED = (b"0", b"\0"), (b"5", b"g")
@@ -24,7 +24,7 @@ class Readable(Protocol):
 
 
 class Slices:
-    """Bytes in memory as a stream that copies nothing: what is read are views of them."""
+    """Bytes in memory as a stream that copies nothing: what is read is a view of them."""
 
     def __init__(self, data: bytes) -> None:
         self._view, self._at = memoryview(data), 0
@@ -37,7 +37,7 @@ class Slices:
 
 
 class TarDamage(ValueError):
-    """The archive is damaged at byte `offset`: `what` says how."""
+    """The archive is damaged at byte `offset`; `what` says how."""
 
     def __init__(self, offset: int, what: str) -> None:
         super().__init__(f"byte {offset:,}: {what}")
@@ -46,7 +46,7 @@ class TarDamage(ValueError):
 
 
 class Member(NamedTuple):
-    """One regular file: `offset` is where its first header (a long-name header counts) begins."""
+    """One regular file. offset: where its first header begins, a long-name header included."""
 
     name: str
     offset: int
@@ -56,9 +56,9 @@ class Member(NamedTuple):
 def walk(stream: Readable, offset: int = 0, *, whole: bool) -> Iterator[Member]:
     """The regular files of a tar stream that begins at byte `offset` of its archive, in order.
 
-    whole: the stream is an archive and must end with the end mark; otherwise it is a range of members and
-    ends with the last of them. Raises TarDamage where the bytes are not what tar prescribes, after yielding
-    what lies before.
+    whole: the stream is a whole archive and must end with its end mark; otherwise it is a range
+    of members and ends after the last of them. Raises TarDamage where the bytes are not what
+    tar prescribes, after all members before that place.
     """
     first, long_name = offset, ""
     while True:
@@ -92,14 +92,15 @@ def _parse_header(header: bytes, offset: int) -> tuple[str, int, bytes]:
         size = _parse_number(header[124:136])
     except ValueError:
         raise TarDamage(offset, "a header that is not a tar header") from None
-    # Adler-32's lower half is 1 + the sum of the bytes, modulo 65,521: fifteen times as fast as sum().
+    # Adler-32's lower half is 1 + the sum of the bytes, modulo 65,521: 15 times as fast as
+    # sum(). The checksum's own field counts as spaces.
     total = zlib.adler32(header[:148] + b" " * 8 + header[156:]) & 0xFFFF
     if total != (1 + expected) % 65521:
         raise TarDamage(offset, "a header whose checksum is wrong")
     if not 0 <= size <= MAX_MEMBER_BYTES:
         raise TarDamage(offset, f"a member of {size:,} bytes; at most {MAX_MEMBER_BYTES:,} are allowed")
     name = _text(header[:100])
-    if header[345] and header[257:263] == b"ustar\0":
+    if header[345] and header[257:263] == b"ustar\0":  # a long path's folders are in a second field
         name = f"{_text(header[345:500])}/{name}"
     return name, size, header[156:157]
 
@@ -119,9 +120,10 @@ def _read_data(stream: Readable, size: int, offset: int, name: str) -> Bytes:
 
 
 def _long_name(kind: bytes, data: Bytes) -> str:
+    """The name in a GNU long-name (L) or pax (x) header; "" if a pax header has none."""
     if kind == b"L":
         return _text(bytes(data))
-    for record in bytes(data).split(b"\n"):  # pax: "LENGTH path=NAME"
+    for record in bytes(data).split(b"\n"):  # "LENGTH path=NAME"
         key, _, value = record.partition(b" ")[2].partition(b"=")
         if key == b"path":
             return value.decode("utf-8", "replace")

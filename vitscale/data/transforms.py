@@ -1,8 +1,7 @@
-"""Pixels to model input: crop, flip and resize on the CPU in uint8; normalisation on the device.
+"""Pixels to model input: crop, resize and flip on the CPU in uint8; normalise on the device.
 
-Every draw is keyed by (seed, epoch, sample, view), so it is the same whoever makes it. Batches cross to the
-device
-as uint8, a quarter of float32's bytes.
+Every draw is keyed by (seed, epoch, sample, view), so it is the same whoever makes it. Batches
+cross to the device as uint8, a quarter of the bytes of float32.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitscale import rng
-from vitscale.config import ConfigError, positive
+from vitscale.config import positive
 from vitscale.data.distortions import (
     COLOR_JITTER_DRAWS,
     RAND_AUGMENT_DRAWS_PER_OP,
@@ -27,21 +26,30 @@ from vitscale.data.distortions import (
     random_erasing,
 )
 from vitscale.data.turbojpeg import Box
+from vitscale.errors import ConfigError
 
 CROP_ATTEMPTS = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Training augmentation ([augment]).
+    """Training augmentation ([augment]). Every crop ends at model.image_size.
 
-    crop: "inception" takes a random area and aspect ratio; "pad" resizes, pads by `pad` black pixels and
-    crops at random (the CIFAR recipe); "resize" takes the whole image. All end at model.image_size.
-    randaugment: "augreg" as in "How to train your ViT", RandAugment(ops, magnitude); "deit" as in DeiT, with
-    a deviation of the magnitude (distortions.py). color_jitter: strength for brightness, contrast and
-    saturation. random_erasing: probability. mixup, cutmix: alpha of the Beta distribution, 0 = off; where
-    both are on, cutmix_share of the pairs are cut (mixup.py). repeats: views of each sample in a global
-    batch (repeated augmentation, Hoffer et al. 2020); an epoch then has `repeats` times as many images.
+    crop:            "inception" takes a random area and aspect ratio; "pad" resizes, pads and
+                     crops at random (the CIFAR recipe); "resize" takes the whole image.
+    crop_area:       of an inception crop, as a share of the image: lowest, highest.
+    crop_aspect:     of an inception crop, width / height: lowest, highest.
+    pad:             black pixels on each side, for "pad".
+    flip:            mirror half of the images.
+    randaugment:     "augreg" as in "How to train your ViT", or "deit" as in DeiT, where the
+                     magnitude varies (distortions.py); "none" = off.
+    randaugment_*:   the number of ops, their magnitude (from 0; 10 is usual), its deviation.
+    color_jitter:    strength for brightness, contrast and saturation; 0 = off.
+    random_erasing:  probability.
+    mixup, cutmix:   alpha of the Beta distribution; 0 = off.
+    cutmix_share:    the share of pairs that are cut where both are on (mixup.py).
+    repeats:         views of each sample in a global batch (repeated augmentation, Hoffer et
+                     al. 2020); an epoch then has `repeats` times as many images.
     """
 
     crop: Literal["inception", "pad", "resize"] = "inception"
@@ -74,8 +82,8 @@ class AugmentConfig:
                 raise ConfigError(f"augment.{name} {getattr(self, name)} must not be negative")
         if self.randaugment == "augreg" and self.randaugment_magnitude_std:
             raise ConfigError(
-                'augment.randaugment = "augreg" has no deviation of its magnitude; set '
-                'randaugment_magnitude_std = 0, or take "deit"'
+                'augment.randaugment = "augreg" has no deviation of its magnitude; '
+                'set randaugment_magnitude_std = 0, or use "deit"'
             )
         if self.mixup < 0 or self.cutmix < 0:
             raise ConfigError(
@@ -88,8 +96,9 @@ class AugmentConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ViewKey:
-    """Whose draws they are: a sample (numbered through all sources) in an epoch of its source, and which of
-    its `repeats` views.
+    """Whose random draws they are: a sample's in an epoch, for one of its `repeats` views.
+
+    sample: numbered through all sources. epoch: of its source.
     """
 
     seed: int
@@ -119,7 +128,7 @@ def choose_box(config: AugmentConfig, key: ViewKey, height: int, width: int) -> 
 def finish_view(
     pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, size: int, key: ViewKey
 ) -> UInt8[Tensor, "3 size size"]:
-    """A training view from the box that choose_box took: resized, padded, flipped, distorted, erased."""
+    """A training view of the box that choose_box took: resized, padded, flipped, distorted."""
     view = resize(pixels, size, size)
     if config.crop == "pad" and config.pad:
         top, left = (int(draw * (2 * config.pad + 1)) for draw in key.uniform(2, "crop"))
@@ -139,7 +148,7 @@ def finish_view(
 
 
 def _distort(view: UInt8[Tensor, "3 S S"], config: AugmentConfig, key: ViewKey) -> UInt8[Tensor, "3 S S"]:
-    image = Image.fromarray(view.permute(1, 2, 0).numpy())
+    image = Image.fromarray(view.permute(1, 2, 0).numpy())  # [S, S, 3]
     if config.color_jitter:
         image = color_jitter(image, config.color_jitter, key.uniform(COLOR_JITTER_DRAWS, "jitter"))
     if config.randaugment != "none":
@@ -156,18 +165,16 @@ def _distort(view: UInt8[Tensor, "3 S S"], config: AugmentConfig, key: ViewKey) 
 
 
 def inception_crop(height: int, width: int, config: AugmentConfig, draws: np.ndarray) -> Box:
-    """A random crop (top, left, height, width) after "Going deeper with convolutions": area and aspect ratio
-    uniform.
+    """A random crop (top, left, height, width), uniform in area and in aspect ratio.
 
-    draws: uniform numbers in [0, 1), four for each attempt; when no attempt fits the image, the whole image
-    is taken. Source: TensorFlow's sample_distorted_bounding_box, which differs in that it draws the height,
-    not the area, uniformly.
+    draws: uniform in [0, 1), four for each attempt; if no attempt fits the image, all of it is
+    taken. Source: "Going deeper with convolutions", as in TensorFlow's
+    sample_distorted_bounding_box. Deviation: that draws the height uniformly, not the area.
     """
+    (low_area, high_area), (low_aspect, high_aspect) = config.crop_area, config.crop_aspect
     for area_draw, aspect_draw, top_draw, left_draw in draws.reshape(-1, 4):
-        area = (
-            height * width * (config.crop_area[0] + area_draw * (config.crop_area[1] - config.crop_area[0]))
-        )
-        aspect = config.crop_aspect[0] + aspect_draw * (config.crop_aspect[1] - config.crop_aspect[0])
+        area = height * width * (low_area + area_draw * (high_area - low_area))
+        aspect = low_aspect + aspect_draw * (high_aspect - low_aspect)
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top = int(top_draw * (height - crop_height + 1))
@@ -179,8 +186,10 @@ def inception_crop(height: int, width: int, config: AugmentConfig, draws: np.nda
 def evaluation_view(
     pixels: UInt8[np.ndarray, "h w 3"], crop: Literal["resize", "center"], size: int
 ) -> UInt8[Tensor, "3 size size"]:
-    """The evaluation view: squeezed to the square ("resize"), or short side to size * 256 / 224 and centre
-    crop.
+    """The evaluation view of a decoded image.
+
+    "resize" squeezes it to the square. "center" resizes the short side to size x 256 / 224, and
+    takes the central square.
     """
     if crop == "resize":
         return resize(pixels, size, size).contiguous()
@@ -193,13 +202,13 @@ def evaluation_view(
 
 def resize(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[Tensor, "3 H W"]:
     """Antialiased bilinear resize in uint8."""
-    # A crop or a read-only array is copied; [1, 3, h, w] in channels-last memory is torch's fast path.
-    image = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    # A crop or a read-only array is copied. Channels-last memory is torch's fast path.
+    image = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]  # [1 3 h w]
     if image.shape[2:] != (height, width):
         image = F.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)
     return image[0]
 
 
 def normalize(images: UInt8[Tensor, "B 3 H W"], dtype: torch.dtype) -> Float[Tensor, "B 3 H W"]:
-    """Pixels to [-1, 1] on the tensor's device: (x - 127.5) / 127.5, as the paper's code scales its input."""
+    """Pixels to [-1, 1] on their device: (x - 127.5) / 127.5, as in the paper's code."""
     return ((images.float() - 127.5) / 127.5).to(dtype)

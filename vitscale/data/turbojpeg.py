@@ -1,8 +1,8 @@
 """libjpeg-turbo 3 through ctypes: decodes only the part of a JPEG that a crop needs.
 
-The library comes with the wheel `turbojpeg`  or is the system's; version 2 (Debian 12,
-Ubuntu
-22.04) has no tj3 functions and is passed over. API: https://libjpeg-turbo.org/Documentation/Documentation
+The library comes with the wheel `turbojpeg`, or is the system's. Version 2 (Debian 12, Ubuntu
+22.04) has no tj3 functions and is passed over.
+API: https://libjpeg-turbo.org/Documentation/Documentation
 """
 
 import ctypes
@@ -19,8 +19,8 @@ from vitscale.data.tar import Bytes
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
-# Upsampling of chroma looks at neighbours: with two more pixels on each side the crop equals that of the
-# whole.
+# Chroma upsampling looks at neighbours: with two more pixels on each side, a crop has the same
+# pixels as in the whole image.
 MARGIN = 2
 _DECOMPRESS = 1  # TJINIT_DECOMPRESS
 _STOP_ON_WARNING, _SUBSAMPLING, _WIDTH, _HEIGHT, _PRECISION, _COLOURSPACE = 0, 4, 5, 6, 7, 8  # TJPARAM_*
@@ -35,8 +35,10 @@ class _Region(ctypes.Structure):
 
 
 class TurboJpeg:
-    """A decompressor. Every image has a handle of its own (4 microseconds): one that stopped in a damaged
-    header would report it for every later image, and lend its tables to images that lack theirs.
+    """A decompressor with a new handle for every image, which costs 4 microseconds.
+
+    A handle that stopped in a damaged header would report it for all later images, and lend its
+    tables to images that lack theirs.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -55,12 +57,11 @@ class TurboJpeg:
     def decode(
         self, data: Bytes, choose: Callable[[int, int], Box], check: Callable[[int, int], None]
     ) -> UInt8[np.ndarray, "h w 3"] | None:
-        """The pixels of the box that `choose(height, width)` names; None for a JPEG that is not RGB or
-        grey
-        in 8 bits.
+        """The pixels of the box that `choose(height, width)` names.
 
-        check: called with width and height before anything is decoded. Raises ValueError at damage; what is
-        damaged behind the crop, in a JPEG that has its end, is not looked at, and does not touch the pixels.
+        None for a JPEG that is neither RGB nor grey in 8 bits. check: called with width and
+        height before anything is decoded. Raises ValueError at damage. Damage behind the crop
+        is not looked at if the JPEG has its end mark: it does not touch the pixels.
         """
         handle = self._library.tj3Init(_DECOMPRESS)
         self._library.tj3Set(handle, _STOP_ON_WARNING, 1)
@@ -82,9 +83,10 @@ class TurboJpeg:
         if colourspace not in _TO_RGB or precision != 8:
             return None
         top, left, box_height, box_width = choose(height, width)
-        if bytes(data[-2:]) != _END:  # it may be cut: the decoder finds out only if it reads to the end
+        if bytes(data[-2:]) != _END:  # it may be cut, which only a decoder of the whole notices
             whole = self._decode_region(handle, data, 0, 0, width, height)
             return whole[top : top + box_height, left : left + box_width]
+        # A region must begin at a multiple of the MCU's width; it may begin in any row.
         mcu = _MCU_WIDTHS[subsampling] if 0 <= subsampling < len(_MCU_WIDTHS) else width
         x, y = max(0, left - MARGIN) // mcu * mcu, max(0, top - MARGIN)
         right, bottom = min(width, left + box_width + MARGIN), min(height, top + box_height + MARGIN)
@@ -103,13 +105,14 @@ class TurboJpeg:
         return pixels
 
     def _check(self, status: int, handle: int) -> None:
+        """Raise ValueError with the library's message if a call failed."""
         if status:
             raise ValueError(self._library.tj3GetErrorStr(handle).decode("utf-8", "replace"))
 
 
 @functools.cache
 def open_turbojpeg() -> TurboJpeg | None:
-    """The decompressor, or None where there is no libjpeg-turbo 3."""
+    """The decompressor, or None if there is no libjpeg-turbo 3."""
     for path in _candidates():
         try:
             library = ctypes.CDLL(path)
@@ -121,6 +124,7 @@ def open_turbojpeg() -> TurboJpeg | None:
 
 
 def _candidates() -> Iterator[str]:
+    """Files that may be libjpeg-turbo 3: the wheel's, then the system's."""
     wheel = importlib.util.find_spec("turbojpeg")
     if wheel and wheel.origin:
         folder = Path(wheel.origin).parent

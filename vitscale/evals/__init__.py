@@ -1,0 +1,23 @@
+"""Evaluations by configuration ([evals.NAME]).
+
+To add a kind: write its config (a TaskConfig) and its task (a Task) in a file of their own,
+then name the config in EvalConfig and open the task in open_task.
+"""
+
+from vitscale.evals.classify import ClassifyConfig, ClassifyTask
+from vitscale.evals.fewshot import FewShotConfig, FewShotTask
+from vitscale.evals.task import Task
+
+EvalConfig = ClassifyConfig | FewShotConfig  # [evals.NAME] without a kind is the first one
+
+
+def open_task(name: str, config: EvalConfig, image_size: int) -> Task:
+    """Open the data of [evals.NAME]. The task that it returns can run often, on any model.
+
+    A shard that is missing raises DataError here, and so before training starts.
+    """
+    match config:
+        case ClassifyConfig():
+            return ClassifyTask.open(name, config, image_size)
+        case FewShotConfig():
+            return FewShotTask.open(name, config, image_size)

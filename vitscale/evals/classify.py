@@ -1,13 +1,42 @@
-"""Top-1 and top-5 accuracy, for one label an image or several."""
+"""Accuracy of a model's own head: top-1 and top-5, for one label per image or several."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Float, Int64
 from torch import Tensor
+
+from vitscale import distributed
+from vitscale.data.evalset import EvaluationSet
+from vitscale.errors import DataError
+from vitscale.evals.features import own_indices
+from vitscale.evals.task import EvalModel, TaskConfig, open_shards
+from vitscale.losses import to_targets
+
+_FEWSHOT_KEYS = ("train", "shots", "seeds", "l2_reg")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(TaskConfig):
+    """Accuracy of the head on a labelled test set; it has the common keys only."""
+
+    kind: Literal["classify"] = "classify"
+
+    @classmethod
+    def upgrade(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Leave out the keys of few-shot that earlier versions wrote into every evaluation.
+
+        They are left out only as those versions wrote them: all at once, and `train` empty.
+        """
+        if all(key in values for key in _FEWSHOT_KEYS) and not values["train"]:
+            return {key: value for key, value in values.items() if key not in _FEWSHOT_KEYS}
+        return values
 
 
 class Counts(NamedTuple):
-    """How many examples count, and how many of those are right."""
+    """How many samples have a label, and how many of those are right."""
 
     num_samples: int
     top1: int
@@ -17,16 +46,57 @@ class Counts(NamedTuple):
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def topk_correct(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Counts:
-    """Count the examples whose highest logit, and one of whose 5 highest, lies at a positive label.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyTask:
+    """Counts how often the head is right. Of several labels of an image, any one will do."""
 
-    targets: multi-hot. An example without any label is left out of numerator and denominator, which is also
-    the rule of ImageNet-ReaL (big_vision evaluators/classification.py, lines 40-52). With fewer than 5
-    classes, top5 looks at all.
+    name: str
+    config: ClassifyConfig
+    test: EvaluationSet
+
+    @classmethod
+    def open(cls, name: str, config: ClassifyConfig, image_size: int) -> "ClassifyTask":
+        return cls(name=name, config=config, test=open_shards(config.test, config, image_size))
+
+    def run(self, model: EvalModel) -> dict[str, float]:
+        """{"top1": 0.6, "top5": 0.9, "num_samples": 10000}; top5 with more than 5 classes."""
+        indices, remaining = own_indices(np.arange(self.test.num_samples))
+        counts = Counts(0, 0, 0)
+        for images, labels in self.test.batches(indices, self.config.batch_size):
+            own = max(0, min(len(images), remaining))  # the rest only fills up this rank's share
+            logits = model.logits(images).float().cpu()[:own]
+            counts = counts.plus(topk_correct(logits, self._targets(labels[:own], model.num_classes)))
+            remaining -= own
+        num_samples, top1, top5 = distributed.all_reduce_sum([float(count) for count in counts])
+        if num_samples == 0:
+            raise DataError(
+                f"{self.name}: {self.config.test}: no sample has a label, so there is nothing to score; "
+                "give labelled shards"
+            )
+        results = {"top1": top1 / num_samples}
+        if model.num_classes > 5:
+            results["top5"] = top5 / num_samples
+        return {**results, "num_samples": int(num_samples)}
+
+    def _targets(self, labels: Int64[Tensor, "B M"], num_classes: int) -> Float[Tensor, "B C"]:
+        if labels.numel() and labels.max() >= num_classes:
+            raise DataError(
+                f"{self.name}: {self.config.test}: class {int(labels.max())} does not exist in a model of "
+                f"{num_classes} classes; give the test set that the head was trained for"
+            )
+        return to_targets(labels, num_classes)
+
+
+def topk_correct(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Counts:
+    """Count the samples that have a label at their highest logit, and among their 5 highest.
+
+    targets: multi-hot. A sample without labels counts neither as right nor as wrong, which is
+    the rule of ImageNet-ReaL (big_vision evaluators/classification.py, lines 40-52). With
+    fewer than 5 classes, top5 looks at all of them.
     """
     positive = targets > 0
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5], highest first
-    hits = positive.gather(1, best)  # an example without labels has no hit
+    hits = positive.gather(1, best)  # [B, 5]; a sample without labels has no hit
     return Counts(
         num_samples=int(positive.any(dim=1).sum()),
         top1=int(hits[:, 0].sum()),

@@ -8,15 +8,18 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from vitscale import distributed
-from vitscale.config import ConfigError
 from vitscale.data.evalset import EvaluationSet
+from vitscale.errors import DataError
 
 
 def rank_block(num_samples: int, rank: int, world_size: int) -> tuple[range, int]:
-    """The contiguous block of positions that a rank takes, and its length, which is the same on every rank.
+    """The contiguous block of positions that a rank takes, and the length that all ranks run.
 
-    The last ranks' blocks may be shorter than that length, or empty; they fill up with any sample, so that
-    every rank runs the model equally often: under ZeRO stage 3 a forward pass is a collective.
+    Under ZeRO stage 3 a forward pass is a collective, so all ranks must run the model equally
+    often. The blocks of the last ranks may be shorter, or empty; any sample fills them up:
+
+        10 samples on 4 ranks: length 3, blocks 0-2, 3-5, 6-8, 9
+         5 samples on 4 ranks: length 2, blocks 0-1, 2-3, 4, none
     """
     length = -(-num_samples // world_size)
     start = min(rank * length, num_samples)
@@ -24,9 +27,9 @@ def rank_block(num_samples: int, rank: int, world_size: int) -> tuple[range, int
 
 
 def own_indices(indices: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " length"], int]:
-    """This rank's share of `indices`, filled up to the length all ranks have, and how many of it count."""
+    """This rank's share of `indices`, filled up to the common length, and how many count."""
     if len(indices) == 0:
-        raise ConfigError("the evaluation set is empty; give shards that hold samples")
+        raise DataError("the evaluation set is empty; give shards that hold samples")
     block, length = rank_block(len(indices), distributed.rank(), distributed.world_size())
     own = indices[block.start : block.stop]
     return np.concatenate([own, np.full(length - len(own), indices[-1])]), len(own)
@@ -38,9 +41,10 @@ def extract(
     indices: Int64[np.ndarray, " n"],
     batch_size: int,
 ) -> tuple[Float[Tensor, "n D"], Int64[Tensor, "n M"]]:
-    """Features and labels of the samples `indices`, in order, on every rank's CPU; every rank calls it.
+    """Features and labels of the samples `indices`, in that order, on every rank's CPU.
 
-    features: takes a batch on the CPU and moves it to its device itself. batch_size is per rank.
+    Every rank calls it. features: takes a batch on the CPU and moves it to its own device.
+    batch_size: per rank. Labels are padded with -1.
     """
     own, count = own_indices(indices)
     rows, labels = [], []

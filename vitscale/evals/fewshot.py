@@ -1,33 +1,134 @@
-"""Few-shot evaluation: closed-form least squares from frozen features to {-1, 1}^C, in float64 numpy.
+"""Few-shot evaluation: closed-form least squares from frozen features to {-1, 1}^C, in float64.
 
-The protocol of the paper ("regularised least-squares regression mapping the frozen representation of a subset
-of training images to {-1, 1}^K") to the letter of big_vision's evaluators/fewshot_lsr.py, so that numbers
-compare with published ones. Nothing is tuned and nothing is drawn but the support set, whose seeds are part
-of the protocol.
+The protocol of the paper ("regularised least-squares regression mapping the frozen
+representation of a subset of training images to {-1, 1}^K"), to the letter of big_vision's
+evaluators/fewshot_lsr.py, so that its numbers compare with published ones. Nothing is tuned.
+Only the choice of the training images is random, and its seeds are part of the protocol.
 """
+
+import dataclasses
+import itertools
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
 
-from vitscale.config import ConfigError
+from vitscale import distributed
+from vitscale.config import dotted, positive
+from vitscale.data.evalset import EvaluationSet
+from vitscale.errors import ConfigError, DataError
+from vitscale.evals.features import extract
+from vitscale.evals.task import EvalModel, TaskConfig, open_shards
 
 BIAS_CONSTANT = 100.0  # a constant feature so large that the bias is almost unregularised
 L2_REG = 2.0**10
 STD_EPSILON = 1e-5
 
 
-def support_indices(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int64[np.ndarray, " s"]:
-    """The positions of `shots` examples of each class, in the order of the classes (fewshot_lsr, 215-222).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShotConfig(TaskConfig):
+    """Least squares on the frozen features of a few training images, besides the common keys.
 
-    One generator for all classes: each class draws a permutation of its examples and keeps the first `shots`,
-    so that fewer shots of the same seed are a subset of more. Raises ConfigError if a class has fewer than
-    `shots` examples.
+    train:   the shards to draw the training images from; written like test
+    shots:   how many images of each class to train on, each number a result of its own
+    seeds:   the draws to average over
+    l2_reg:  ridge regularisation; the default is big_vision's
+    """
+
+    kind: Literal["fewshot"] = "fewshot"
+    train: str = ""
+    shots: tuple[int, ...] = (1, 5, 10)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    l2_reg: float = L2_REG
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        if not self.train:
+            raise ConfigError(
+                f"{dotted(where, 'train')} is empty: fewshot needs training shards, "
+                "like data/cifar10/train-*.tar"
+            )
+        for key, values, lowest in (("shots", self.shots, 1), ("seeds", self.seeds, 0)):
+            if not values or min(values) < lowest or len(set(values)) < len(values):
+                raise ConfigError(
+                    f"{dotted(where, key)} {list(values)} must list different whole numbers "
+                    f"from {lowest} up, like [{lowest}]"
+                )
+        positive(where, l2_reg=self.l2_reg)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShotTask:
+    """Mean accuracy and its population deviation over the seeds, for each number of shots."""
+
+    name: str
+    config: FewShotConfig
+    train: EvaluationSet
+    test: EvaluationSet
+
+    @classmethod
+    def open(cls, name: str, config: FewShotConfig, image_size: int) -> "FewShotTask":
+        train, test = (open_shards(pattern, config, image_size) for pattern in (config.train, config.test))
+        return cls(name=name, config=config, train=train, test=test)
+
+    def run(self, model: EvalModel) -> dict[str, float]:
+        """{"1shot": 0.31, "1shot_std": 0.02, ...}, fractions of 1."""
+        config = self.config
+        pool = single_labels(self.train.labels, f"{self.name}: {config.train}")
+        pairs = itertools.product(config.shots, config.seeds)
+        draws = [support_indices(pool, shots, seed) for shots, seed in pairs]
+        # Only the images of some draw are decoded: the pool may be all of ImageNet.
+        drawn = np.unique(np.concatenate(draws))
+        support, _ = extract(model.features, self.train, drawn, config.batch_size)
+        everything = np.arange(self.test.num_samples)
+        test, padded = extract(model.features, self.test, everything, config.batch_size)
+        test_labels = single_labels(padded.numpy(), f"{self.name}: {config.test}")
+        unknown = np.setdiff1d(test_labels, pool)
+        if len(unknown):
+            raise DataError(
+                f"{self.name}: {config.test}: class {unknown[0]} does not occur in the training shards "
+                f"{config.train}; give both sets of one data set"
+            )
+
+        # Each rank fits its share of the draws; the sum then holds all, equal on all ranks.
+        accuracies = [0.0] * len(draws)
+        for i in range(distributed.rank(), len(draws), distributed.world_size()):
+            rows = support.numpy()[np.searchsorted(drawn, draws[i])]
+            accuracies[i] = least_squares_accuracy(
+                rows, pool[draws[i]], test.numpy(), test_labels, config.l2_reg
+            )
+        by_shots = np.reshape(distributed.all_reduce_sum(accuracies), (len(config.shots), len(config.seeds)))
+        results: dict[str, float] = {}
+        for shots, values in zip(config.shots, by_shots, strict=True):
+            results[f"{shots}shot"] = float(values.mean())
+            results[f"{shots}shot_std"] = float(values.std())
+        return results
+
+
+def single_labels(labels: Int64[np.ndarray, "n M"], source: str) -> Int64[np.ndarray, " n"]:
+    """The one label of each sample. Raises DataError, naming `source`, for none or several."""
+    counts = (labels >= 0).sum(axis=1)
+    if (counts != 1).any():
+        position = int(np.argmax(counts != 1))
+        raise DataError(
+            f"{source}: sample {position} has {counts[position]} labels, but few-shot needs exactly one; "
+            "give shards with one label per image"
+        )
+    return labels[np.arange(len(labels)), (labels >= 0).argmax(axis=1)]
+
+
+def support_indices(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int64[np.ndarray, " s"]:
+    """The positions of `shots` samples of each class, class by class (fewshot_lsr, 215-222).
+
+    One generator serves all classes: each class permutes its samples and keeps the first
+    `shots`, so that fewer shots of a seed are a subset of more. Raises DataError if a class
+    has too few samples.
     """
     generator = np.random.default_rng(seed)
     classes, counts = np.unique(labels, return_counts=True)
     if (counts < shots).any():
         k = int(np.argmax(counts < shots))
-        raise ConfigError(
+        raise DataError(
             f"{shots}-shot evaluation needs {shots} training examples of every class, but class "
             f"{classes[k]} has {counts[k]}; lower shots or give more training shards"
         )
@@ -42,11 +143,14 @@ def least_squares_accuracy(
     test_labels: Int[np.ndarray, " m"],
     l2_reg: float = L2_REG,
 ) -> float:
-    """The share of `test` whose class the regression fitted on `support` ranks first (any class ids)."""
+    """The share of `test` whose own class scores highest in the regression fitted on `support`.
+
+    Class ids may be any integers.
+    """
     classes, targets = np.unique(support_labels, return_inverse=True)
     signs = 2.0 * np.eye(len(classes))[targets] - 1.0  # [n, C] in {-1, 1}
     mean, std = whitening(support)
-    weights = solve(append_bias((support - mean) / std), signs, l2_reg)
+    weights = solve(append_bias((support - mean) / std), signs, l2_reg)  # [D+1, C]
     scores = append_bias((test - mean) / std) @ weights  # [m, C]
     return float(np.mean(classes[scores.argmax(axis=1)] == test_labels))
 
@@ -54,7 +158,7 @@ def least_squares_accuracy(
 def whitening(
     support: Float[np.ndarray, "n D"],
 ) -> tuple[Float64[np.ndarray, " D"], Float64[np.ndarray, " D"]]:
-    """Mean and standard deviation (ddof 0, plus 1e-5) of each feature over the support set alone."""
+    """Mean and deviation (ddof 0, plus 1e-5) of each feature, over the support set alone."""
     features = support.astype(np.float64)
     return features.mean(axis=0), features.std(axis=0) + STD_EPSILON
 
@@ -66,11 +170,18 @@ def append_bias(features: Float64[np.ndarray, "n D"]) -> Float64[np.ndarray, "n 
 def solve(
     x: Float64[np.ndarray, "n D"], y: Float64[np.ndarray, "n C"], l2_reg: float
 ) -> Float64[np.ndarray, "D C"]:
-    """Ridge regression, argmin |x w - y|^2 + l2_reg |w|^2, by the smaller of the two eigenproblems
-    (fewshot_lsr, 75-108).
+    """Ridge regression, through the smaller of two eigenproblems (fewshot_lsr, 75-108).
 
-    n >= D: with x^T x = q diag(e) q^T,  w = q diag(1 / (e + l2)) q^T x^T y n <  D: with x x^T = q diag(e)
-    q^T,  w = x^T q diag(1 / (e + l2)) q^T y
+    With l2 = l2_reg, the w that minimises |x w - y|^2 + l2 |w|^2 has two forms:
+
+        w = (x^T x + l2 I)^-1 x^T y         inverts a matrix of D x D
+        w = x^T (x x^T + l2 I)^-1 y         inverts a matrix of n x n
+
+    They are equal because (x^T x + l2 I) x^T = x^T (x x^T + l2 I). Eigenvectors turn either
+    inverse into a division:
+
+        n >= D:   x^T x = q diag(e) q^T     w = q diag(1 / (e + l2)) q^T x^T y
+        n <  D:   x x^T = q diag(e) q^T     w = x^T q diag(1 / (e + l2)) q^T y
     """
     n, dim = x.shape
     return _solve_primal(x, y, l2_reg) if n >= dim else _solve_dual(x, y, l2_reg)

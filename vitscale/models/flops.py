@@ -1,13 +1,20 @@
-"""FLOPs by formula: 2 per multiply-add, attention matmuls included, nothing else (the convention of the
-paper's Table 6).
+"""FLOPs of a ViT by formula, in the convention of the paper's Table 6.
+
+A multiply-add is 2 FLOPs. Matmuls count, attention's among them; norms, softmax, GELU and
+the head do not.
 """
 
-from vitscale.models.vit import ModelConfig
+from vitscale.models.vit import ViTConfig
 
 
-def forward_macs(config: ModelConfig) -> int:
-    """Multiply-adds of one image up to the final norm: patch embedding, and per block projections, MLP and
-    attention.
+def forward_macs(config: ViTConfig) -> int:
+    """Multiply-adds of one image, from the patch embedding to the final norm.
+
+    For n patches of P x P pixels, N tokens of width D and an MLP of width M:
+
+        patch embedding    n * 3 P^2 * D
+        each block         N * (4 D^2 + 2 D M)    qkv, output projection, MLP
+                           + 2 N^2 * D            attention scores, sum of the values
     """
     width, tokens = config.resolved_width, config.num_tokens
     patches, patch = config.grid[0] * config.grid[1], config.resolved_patch_size
@@ -15,23 +22,11 @@ def forward_macs(config: ModelConfig) -> int:
     return patches * 3 * patch**2 * width + config.resolved_depth * block
 
 
-def head_macs(config: ModelConfig) -> int:
-    """Multiply-adds of one image in pooling, tanh layer and classifier."""
-    width, tokens = config.resolved_width, config.num_tokens
-    pool = 2 * width**2 + tokens * (2 * width**2 + 2 * width) + 2 * width * config.resolved_mlp_dim
-    hidden = config.representation_size or width
-    return (
-        (pool if config.pool == "map" else 0)
-        + width * config.representation_size
-        + hidden * config.num_classes
-    )
-
-
-def forward_flops(config: ModelConfig) -> int:
+def forward_flops(config: ViTConfig) -> int:
     """Forward FLOPs per image, without the head."""
     return 2 * forward_macs(config)
 
 
-def train_flops(config: ModelConfig) -> int:
-    """Forward and backward FLOPs per image, without recomputation and head: 3 x forward, as MFU counts."""
+def train_flops(config: ViTConfig) -> int:
+    """Forward and backward FLOPs per image, 3 x forward: MFU counts no recomputation."""
     return 3 * forward_flops(config)

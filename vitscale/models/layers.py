@@ -11,8 +11,9 @@ Gelu = Literal["tanh", "exact"]
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens, as a reshape and one matmul; the weight is the flattened kernel of the usual
-    convolution.
+    """Patches to tokens, by a reshape and one matmul.
+
+    The weight is the kernel of the usual strided convolution, flattened from [D, C, P, P].
     """
 
     def __init__(self, patch_size: int, width: int) -> None:
@@ -30,7 +31,7 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU; dropout after each (paper, appendix B.1)."""
+    """Two linear layers with a GELU between, and dropout after each (paper, appendix B.1)."""
 
     def __init__(self, width: int, mlp_dim: int, dropout: float, gelu: Gelu) -> None:
         super().__init__()
@@ -45,7 +46,10 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (paper, appendix A); rows of qkv are q, k, v, head by head within each."""
+    """Multi-head self-attention (paper, appendix A).
+
+    qkv.weight holds the rows of q, then of k, then of v; within each, head by head.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -80,8 +84,9 @@ class Block(nn.Module):
 
 
 class MapHead(nn.Module):
-    """Multi-head attention pooling: a learned probe attends to all tokens, then an MLP ("Scaling ViT",
-    big_vision).
+    """Multi-head attention pooling ("Scaling Vision Transformers"; big_vision models/vit.py).
+
+    A learned probe, the one query, attends to all tokens; a residual MLP follows.
     """
 
     def __init__(self, width: int, mlp_dim: int, num_heads: int, gelu: Gelu, norm_eps: float) -> None:
@@ -98,7 +103,7 @@ class MapHead(nn.Module):
         batch, tokens, width = x.shape
         head = (self.num_heads, width // self.num_heads)
         query = self.q(self.probe.expand(batch, 1, width)).reshape(batch, 1, *head).transpose(1, 2)
-        key, value = self.kv(x).reshape(batch, tokens, 2, *head).permute(2, 0, 3, 1, 4)
+        key, value = self.kv(x).reshape(batch, tokens, 2, *head).permute(2, 0, 3, 1, 4)  # [B, K, N, D / K]
         pooled = F.scaled_dot_product_attention(query, key, value)  # [B, K, 1, D / K]
         pooled = self.proj(pooled.transpose(1, 2).reshape(batch, 1, width))
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]

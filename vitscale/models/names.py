@@ -1,29 +1,39 @@
-"""Our parameters beside those of timm, transformers and Google's .npz files: names and layouts, both ways.
+"""Translates our parameters to those of timm, transformers and Google's .npz files, and back.
 
-Every dialect is a table of Rules: a few of our tensors, and the few of theirs that hold the same numbers.
-Rules move values and never change them, so a round trip is exact; on meta tensors they give shapes without
-memory.
+A dialect is a list of Rules, each for a few of our tensors and the few of theirs that hold the
+same numbers. Rules move values without changing them, so a round trip is exact. On meta tensors
+they give shapes without memory.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vitscale.models.vit import ModelConfig, ViT
+from vitscale.models import ModelConfig
+from vitscale.models.vit import ViT
 
 Dialect = Literal["vitscale", "timm", "transformers", "original", "linen", "big_vision"]
 FLAX_DIALECTS = ("original", "linen", "big_vision")
-Shapes = Mapping[str, tuple[int, ...]]
-Layout = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of one tensor: to theirs, to ours
+Read = Callable[[str], Tensor]  # a whole tensor by name, as TensorSource.tensor gives it
+
+
+class Relayout(NamedTuple):
+    """How one tensor is laid out again for the dialect, and back."""
+
+    to_theirs: Callable[[Tensor], Tensor]
+    to_ours: Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Our tensors `ours` and their tensors `theirs` hold the same numbers; the functions turn one list into
-    the other.
+    """Our tensors `ours` and their tensors `theirs` hold the same numbers; the functions turn
+    one list into the other. An example with width D and K heads of width d:
+
+        ours    blocks.0.attn.qkv.weight [3 D, D]
+        theirs  .../query/kernel, .../key/kernel, .../value/kernel, each [D, K, d]
     """
 
     ours: tuple[str, ...]
@@ -33,8 +43,9 @@ class Rule:
 
 
 def rules(dialect: Dialect, config: ModelConfig) -> list[Rule]:
-    """The whole model, in the order of our parameters. A fixed position embedding counts as a learned one,
-    but in big_vision, which computes the same.
+    """The rules of the whole model, in the order of our parameters.
+
+    Fixed position embeddings count as learned, except in big_vision, which computes them too.
     """
     if dialect == "vitscale":
         return [_rule(name, (name,), _SAME) for name in our_shapes(config)]
@@ -44,14 +55,14 @@ def rules(dialect: Dialect, config: ModelConfig) -> list[Rule]:
     return list(table(config) if table else _flax(dialect, config))
 
 
-def to_theirs(table: Iterable[Rule], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Their tensors one by one, made from ours, which `read` gives by name when they are needed."""
+def to_theirs(table: Iterable[Rule], read: Read) -> Iterator[tuple[str, Tensor]]:
+    """The dialect's tensors one by one, from ours; `read` is called when a tensor is needed."""
     for rule in table:
         yield from zip(rule.theirs, rule.to_theirs([read(name) for name in rule.ours]), strict=True)
 
 
-def to_ours(table: Iterable[Rule], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors one by one, made from theirs, which `read` gives by name when they are needed."""
+def to_ours(table: Iterable[Rule], read: Read) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors one by one, from the dialect's; `read` is called when a tensor is needed."""
     for rule in table:
         yield from zip(rule.ours, rule.to_ours([read(name) for name in rule.theirs]), strict=True)
 
@@ -63,29 +74,30 @@ def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def their_shapes(dialect: Dialect, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a dialect's tensors for a model of ours, in the order of our parameters."""
+    """Names and shapes of the dialect's tensors for a model, in the order of our parameters."""
     shapes = our_shapes(config if dialect == "vitscale" else dataclasses.replace(config, posemb="learned"))
     tensors = to_theirs(rules(dialect, config), lambda name: torch.empty(shapes[name], device="meta"))
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
-def single_names(dialect: Dialect) -> dict[str, str]:
-    """Their name of each of ours that is one tensor there too, for a model of one block with all that a model
-    can have.
+def one_to_one_names(dialect: Dialect) -> dict[str, str]:
+    """Maps each of our parameter names to the dialect's, where both keep it as one tensor.
+
+    The names are those of a model with one block and every part that a model can have.
     """
     largest = ModelConfig(variant="mu/1", image_size=1, num_classes=1, representation_size=1)
-    found = {}
+    names = {}
     for pool in ("map", "token"):
         for rule in rules(dialect, dataclasses.replace(largest, pool=pool)):
             if len(rule.ours) == len(rule.theirs):
-                found |= dict(zip(rule.ours, rule.theirs, strict=True))
-    return found
+                names |= dict(zip(rule.ours, rule.theirs, strict=True))
+    return names
 
 
-# timm: our names are timm's, but for these; and its patch embedding is a convolution.
+# timm has our names except for these, and its patch embedding is a convolution.
 _TIMM_NAMES = {"attn_pool.probe": "attn_pool.latent"}
 
-# transformers, below vit.encoder.layer.N: the names on disk, which version 5 still reads and writes.
+# transformers, below vit.encoder.layer.N: on disk, also those of its version 5.
 _TRANSFORMERS_BLOCK = {
     "norm1": ("layernorm_before",),
     "attn.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
@@ -95,7 +107,7 @@ _TRANSFORMERS_BLOCK = {
     "mlp.fc2": ("output.dense",),
 }
 
-# Flax, below Transformer/encoderblock_N: the numbers are those of the dialect (_FLAX_NUMBERS).
+# Flax, below Transformer/encoderblock_N: module numbers depend on the dialect (_FLAX_NUMBERS).
 _FLAX_BLOCK = {
     "norm1": ("LayerNorm_0",),
     "attn.qkv": tuple(f"MultiHeadDotProductAttention_{{attn}}/{part}" for part in ("query", "key", "value")),
@@ -105,7 +117,7 @@ _FLAX_BLOCK = {
     "mlp.fc2": ("MlpBlock_{mlp}/Dense_1",),
 }
 _FLAX_NUMBERS = {
-    "original": {"attn": 1, "norm": 2, "mlp": 3},  # before Flax's linen, modules were counted together
+    "original": {"attn": 1, "norm": 2, "mlp": 3},  # Flax before linen: all kinds counted together
     "linen": {"attn": 0, "norm": 1, "mlp": 0},
     "big_vision": {"attn": 0, "norm": 1, "mlp": 0},
 }
@@ -123,8 +135,8 @@ _FLAX_MAP_HEAD = {
 
 def _timm(config: ModelConfig) -> Iterator[Rule]:
     for name in our_shapes(config):
-        layout = _conv(config.resolved_patch_size) if name == "patch_embed.proj.weight" else _SAME
-        yield _rule(name, (_TIMM_NAMES.get(name, name),), layout)
+        relayout = _conv(config.resolved_patch_size) if name == "patch_embed.proj.weight" else _SAME
+        yield _rule(name, (_TIMM_NAMES.get(name, name),), relayout)
 
 
 def _transformers(config: ModelConfig) -> Iterator[Rule]:
@@ -168,8 +180,8 @@ def _flax(dialect: Dialect, config: ModelConfig) -> Iterator[Rule]:
     if config.num_classes:
         modules["head"] = (f"{prefix}head",)
     for ours, theirs in modules.items():
-        for leaf, their_leaf, layout in _flax_leaves(ours, config.resolved_num_heads):
-            yield _rule(f"{ours}.{leaf}", tuple(f"{name}/{their_leaf}" for name in theirs), layout)
+        for leaf, their_leaf, relayout in _flax_leaves(ours, config.resolved_num_heads):
+            yield _rule(f"{ours}.{leaf}", tuple(f"{name}/{their_leaf}" for name in theirs), relayout)
 
 
 def _flax_tokens(dialect: Dialect, config: ModelConfig, prefix: str) -> Iterator[Rule]:
@@ -184,8 +196,8 @@ def _flax_tokens(dialect: Dialect, config: ModelConfig, prefix: str) -> Iterator
         yield _rule("pos_embed", (prefix + posemb,), _SAME)
 
 
-def _flax_leaves(module: str, num_heads: int) -> list[tuple[str, str, Layout]]:
-    """(our leaf, their leaf, layout) of one of our modules."""
+def _flax_leaves(module: str, num_heads: int) -> list[tuple[str, str, Relayout]]:
+    """(our leaf, their leaf, relayout) of one of our modules."""
     last = module.rpartition(".")[2]
     if last.startswith("norm"):
         return [("weight", "scale", _SAME), ("bias", "bias", _SAME)]
@@ -196,31 +208,34 @@ def _flax_leaves(module: str, num_heads: int) -> list[tuple[str, str, Layout]]:
     return [("weight", "kernel", _TRANSPOSED), ("bias", "bias", _SAME)]
 
 
-def _rule(ours: str, theirs: tuple[str, ...], layout: Layout) -> Rule:
-    """One tensor of ours, which is theirs one below another (q, k and v), each in `layout`."""
-    to_theirs, to_ours = layout
-    return Rule(
-        ours=(ours,),
-        theirs=theirs,
-        to_theirs=lambda tensors: [to_theirs(part) for part in tensors[0].chunk(len(theirs))],
-        to_ours=lambda tensors: (
-            [torch.cat([to_ours(tensor) for tensor in tensors])]
-            if len(tensors) > 1
-            else [to_ours(tensors[0])]
-        ),
-    )
+def _rule(ours: str, theirs: tuple[str, ...], relayout: Relayout) -> Rule:
+    """One tensor of ours for one of theirs, or for several along its first axis (q, k, v)."""
+
+    def split(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [relayout.to_theirs(part) for part in tensors[0].chunk(len(theirs))]
+
+    def join(tensors: Sequence[Tensor]) -> list[Tensor]:
+        parts = [relayout.to_ours(tensor) for tensor in tensors]
+        return [torch.cat(parts)] if len(parts) > 1 else parts
+
+    return Rule(ours=(ours,), theirs=theirs, to_theirs=split, to_ours=join)
+
+
+def _fold_class_token(tensors: Sequence[Tensor]) -> list[Tensor]:
+    cls, posemb = tensors  # [1, 1, D] and [1, 1 + N, D]
+    return [cls + posemb[:, :1], posemb[:, 1:]]
 
 
 def _unfold_class_token(tensors: Sequence[Tensor]) -> list[Tensor]:
-    cls, posemb = tensors
+    cls, posemb = tensors  # [1, 1, D] and [1, N, D]
     return [cls, torch.cat([torch.zeros_like(cls), posemb], dim=1)]
 
 
-# big_vision adds positions before it puts the class token in front: its token has its own position added.
+# big_vision adds positions before it prepends the class token, which contains its own position.
 _FOLDED_CLASS_TOKEN = Rule(
     ours=("cls_token", "pos_embed"),
     theirs=("params/cls", "params/pos_embedding"),
-    to_theirs=lambda tensors: [tensors[0] + tensors[1][:, :1], tensors[1][:, 1:]],
+    to_theirs=_fold_class_token,
     to_ours=_unfold_class_token,
 )
 
@@ -233,33 +248,33 @@ def _transpose(tensor: Tensor) -> Tensor:
     return tensor.T
 
 
-_SAME: Layout = (_itself, _itself)
-_TRANSPOSED: Layout = (_transpose, _transpose)  # [out, in] and [in, out]
+_SAME = Relayout(_itself, _itself)
+_TRANSPOSED = Relayout(_transpose, _transpose)  # [out, in] and [in, out]
 
 
-def _conv(patch: int) -> Layout:
-    """[D, 3 P P] and OIHW [D, 3, P, P]."""
-    return (lambda ours: ours.unflatten(1, (3, patch, patch)), lambda theirs: theirs.flatten(1))
+def _conv(patch: int) -> Relayout:
+    """Ours [D, 3 P P], theirs OIHW [D, 3, P, P]."""
+    return Relayout(lambda ours: ours.unflatten(1, (3, patch, patch)), lambda theirs: theirs.flatten(1))
 
 
-def _hwio(patch: int) -> Layout:
-    """[D, 3 P P] and HWIO [P, P, 3, D]."""
-    return (
+def _hwio(patch: int) -> Relayout:
+    """Ours [D, 3 P P], theirs HWIO [P, P, 3, D]."""
+    return Relayout(
         lambda ours: ours.unflatten(1, (3, patch, patch)).permute(2, 3, 1, 0),
         lambda theirs: theirs.permute(3, 2, 0, 1).flatten(1),
     )
 
 
-def _heads_out(num_heads: int) -> Layout:
-    """[K d, D] and [D, K, d]: a layer into the heads."""
-    return (lambda ours: ours.T.unflatten(1, (num_heads, -1)), lambda theirs: theirs.flatten(1).T)
+def _heads_out(num_heads: int) -> Relayout:
+    """Ours [K d, D], theirs [D, K, d]: a layer whose output is cut into heads."""
+    return Relayout(lambda ours: ours.T.unflatten(1, (num_heads, -1)), lambda theirs: theirs.flatten(1).T)
 
 
-def _heads_in(num_heads: int) -> Layout:
-    """[D, K d] and [K, d, D]: a layer out of the heads."""
-    return (lambda ours: ours.T.unflatten(0, (num_heads, -1)), lambda theirs: theirs.flatten(0, 1).T)
+def _heads_in(num_heads: int) -> Relayout:
+    """Ours [D, K d], theirs [K, d, D]: a layer whose input is cut into heads."""
+    return Relayout(lambda ours: ours.T.unflatten(0, (num_heads, -1)), lambda theirs: theirs.flatten(0, 1).T)
 
 
-def _heads(num_heads: int) -> Layout:
-    """[K d] and [K, d]."""
-    return (lambda ours: ours.unflatten(0, (num_heads, -1)), lambda theirs: theirs.flatten())
+def _heads(num_heads: int) -> Relayout:
+    """Ours [K d], theirs [K, d]."""
+    return Relayout(lambda ours: ours.unflatten(0, (num_heads, -1)), lambda theirs: theirs.flatten())

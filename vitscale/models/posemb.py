@@ -1,4 +1,4 @@
-"""Position embeddings: the fixed 2-D sine-cosine kind, and resizing learned ones to another grid."""
+"""Position embeddings: the fixed 2-D sine-cosine table, and resizing of learned ones."""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,11 @@ Grid = tuple[int, int]
 
 
 def resize_posemb(posemb: Float[Tensor, "1 N D"], old: Grid, new: Grid) -> Float[Tensor, "1 M D"]:
-    """Resize the grid part of a position embedding as Google's code does; tokens before the grid stay as they
-    are.
+    """Resize the grid of a position embedding; the tokens before it keep theirs.
 
-    old, new: (rows, columns), square or not. Bilinear with aligned corners equals scipy.ndimage.zoom(order=1)
-    of the ViT repository (checkpoint.py:interpolate_posembed); align_corners=False would not.
+    old, new: (rows, columns), square or not. Bilinear with aligned corners equals the
+    scipy.ndimage.zoom(order=1) of Google's code (checkpoint.py:interpolate_posembed);
+    align_corners=False would not.
     """
     prefix = posemb.shape[1] - old[0] * old[1]
     if prefix < 0:
@@ -28,9 +28,7 @@ def resize_posemb(posemb: Float[Tensor, "1 N D"], old: Grid, new: Grid) -> Float
 
 
 def sincos2d(grid: Grid, width: int, temperature: float = 10_000.0) -> Float[Tensor, "1 N D"]:
-    """Fixed 2-D position embedding of "Better plain ViT baselines" (big_vision
-    models/vit.py:posemb_sincos_2d).
-    """
+    """The fixed 2-D table of "Better plain ViT baselines" (big_vision posemb_sincos_2d)."""
     rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
     omega = 1.0 / temperature ** (torch.arange(width // 4) / (width // 4 - 1))
     y, x = rows.reshape(-1, 1) * omega, cols.reshape(-1, 1) * omega  # [N, D / 4]

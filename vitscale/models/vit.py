@@ -10,20 +10,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitscale.config import ConfigError
+from vitscale.errors import ConfigError
 from vitscale.models.layers import Block, Gelu, MapHead, PatchEmbed
+from vitscale.models.model import Model
 from vitscale.models.posemb import Grid, sincos2d
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
+    """The sizes that the letter of a variant stands for."""
+
     width: int
     depth: int
     mlp_dim: int
     num_heads: int
 
 
-# Paper, Table 1 (B, L, H); the others: vision_transformer configs/models.py and big_vision models/vit.py.
+# B, L and H are the paper's (Table 1); the others are of vision_transformer configs/models.py
+# and big_vision models/vit.py.
 VARIANTS = {
     "mu": Variant(32, 1, 128, 2),
     "Ti": Variant(192, 12, 768, 3),
@@ -39,11 +43,22 @@ VARIANTS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The model ([model]). width, depth, num_heads, mlp_dim and patch_size override the variant's where they
-    are not 0.
+class ViTConfig:
+    """A Vision Transformer ([model] with kind = "vit").
 
-    num_classes 0 = no head; representation_size 0 = no tanh layer before the head.
+    variant:              NAME/PATCH: a name of VARIANTS, and a patch's side in pixels
+    width, depth, num_heads, mlp_dim, patch_size:
+                          each overrides the variant's; 0 = the variant's
+    image_size:           side of the square input in pixels, a multiple of the patch size
+    num_classes:          outputs of the head; 0 = no head
+    pool:                 what represents the image: the class "token", the "mean" of the patch
+                          tokens, or "map", multi-head attention pooling
+    representation_size:  width of the tanh layer before the head; 0 = none
+    head_bias:            initial bias of the head; for a sigmoid loss about -ln(num_classes)
+    dropout:              after the position embedding, each attention and each MLP layer
+    posemb:               "learned", or the fixed "sincos2d"
+    gelu:                 "tanh", Google's approximation, or "exact"
+    norm_eps:             epsilon of every LayerNorm
     """
 
     kind: Literal["vit"] = "vit"
@@ -61,7 +76,7 @@ class ModelConfig:
     dropout: float = 0.0
     posemb: Literal["learned", "sincos2d"] = "learned"
     gelu: Gelu = "tanh"
-    norm_eps: float = 1e-6  # Flax's default, so Google's; torch's 1e-5 is another model
+    norm_eps: float = 1e-6  # Flax's default, and so Google's; torch's 1e-5 is another model
 
     def __post_init__(self) -> None:
         self._check_variant()
@@ -122,22 +137,23 @@ class ModelConfig:
 
     @property
     def grid(self) -> Grid:
-        """Patches in a column and in a row."""
+        """Patches per column and per row."""
         side = self.image_size // self.resolved_patch_size
         return side, side
 
     @property
     def num_tokens(self) -> int:
-        """Patches, and the class token where there is one."""
+        """Patches, plus the class token where there is one."""
         return self.grid[0] * self.grid[1] + (self.pool == "token")
 
 
-class ViT(nn.Module):
-    """Images to logits, or to the representation before the head."""
+class ViT(Model):
+    """The Vision Transformer of a config. init_weights gives its parameters their values."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
+    config: ViTConfig
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
         width, gelu, eps = config.resolved_width, config.gelu, config.norm_eps
         mlp_dim, heads = config.resolved_mlp_dim, config.resolved_num_heads
         self.patch_embed = PatchEmbed(config.resolved_patch_size, width)
@@ -145,7 +161,8 @@ class ViT(nn.Module):
         if config.posemb == "learned":
             self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, width))
         else:
-            table = sincos2d(config.grid, width)  # the class token, where there is one, gets none
+            table = sincos2d(config.grid, width)  # [1, n, D]
+            # The class token, where there is one, gets no position.
             prefix = table.new_zeros(1, config.num_tokens - table.shape[1], width)
             self.register_buffer("pos_embed", torch.cat([prefix, table], dim=1), persistent=False)
         self.drop = nn.Dropout(config.dropout)
@@ -161,9 +178,6 @@ class ViT(nn.Module):
         self._checkpointing = False
 
     def forward(self, images: Float[Tensor, "B 3 H W"], features_only: bool = False) -> Float[Tensor, "B C"]:
-        """Logits [B, num_classes], or with features_only (or without a head) the representation before the
-        head [B, D].
-        """
         size = self.config.image_size
         if images.shape[2:] != (size, size):
             raise ValueError(
@@ -181,19 +195,25 @@ class ViT(nn.Module):
             x = torch.tanh(self.pre_logits(x))
         return x if features_only or self.head is None else self.head(x)
 
-    def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """The representation before the head. Through __call__, because ZeRO 3 gathers parameters in its
-        hooks.
-        """
-        return self(images, features_only=True)
-
     def set_activation_checkpointing(self, mode: Literal["none", "full"]) -> None:
-        """Recompute each block in the backward pass ("full"), or keep all activations."""
         self._checkpointing = mode == "full"
+
+    def compile_blocks(self) -> None:
+        for block in self.blocks:
+            block.compile()
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Initialise as Google's code does (vision_transformer models_vit.py), from `seed` alone."""
+        """Initialise as Google's code does (vision_transformer models_vit.py).
+
+        Kernels are Xavier uniform and biases 0, except for:
+
+            biases of MLPs        normal, deviation 1e-6
+            patch embedding       LeCun normal
+            learned positions     normal, deviation 0.02
+            class token           0
+            head                  kernel 0, bias config.head_bias
+        """
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -204,7 +224,8 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and name.endswith(("attn.qkv", "attn_pool.kv")):
-                # q, k and v are layers of fan-out D in Flax; as one matrix their limit would be too small.
+                # In Flax q, k and v are layers of fan-out D each. As one matrix of fan-out 3 D
+                # their limit would be too small.
                 _xavier_uniform(module.weight, self.config.resolved_width, generator)
             if isinstance(module, nn.Linear) and name.endswith((".fc1", ".fc2")):
                 module.bias.normal_(0.0, 1e-6, generator=generator)
@@ -231,8 +252,9 @@ def _xavier_uniform(weight: Tensor, fan_out: int, generator: torch.Generator) ->
 
 
 def _lecun_normal(weight: Tensor, generator: torch.Generator) -> None:
-    """Flax's default: a normal of variance 1 / fan_in, cut at two deviations and scaled back to that
-    variance.
+    """Flax's default: a normal of variance 1 / fan_in, cut at two standard deviations.
+
+    A unit normal cut there has a deviation of 0.8796, for which the division makes up.
     """
     std = math.sqrt(1 / weight.shape[1]) / 0.87962566103423978
     nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)

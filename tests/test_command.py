@@ -1,0 +1,92 @@
+"""How a program ends: its status, a sentence for the user's mistakes, a traceback for ours."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitscale import command
+from vitscale.errors import BusyError, CheckpointError, ConfigError, DataError, StoreError, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def raising(error: BaseException):
+    def program() -> int:
+        raise error
+
+    return program
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, CheckpointError, StoreError, BusyError])
+def test_what_the_user_can_fix_is_one_line_and_status_2(kind: type[UserError], capsys) -> None:
+    assert command.run(raising(kind("the shard is cut; restore it"))) == 2
+    assert capsys.readouterr().err == "error: the shard is cut; restore it\n"
+
+
+def test_a_status_of_the_program_is_kept(capsys) -> None:
+    assert command.run(lambda: 75) == 75
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ValueError, match="ours"):
+        command.run(raising(ValueError("ours")))
+    with pytest.raises(OSError, match="reset"):
+        command.run(raising(OSError(errno.ECONNRESET, "connection reset")))
+
+
+def test_a_disk_that_refuses_is_named(capsys) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/metrics.jsonl")
+    assert command.run(raising(full)) == 2
+    assert "error: /full/metrics.jsonl: No space left on device; fix the path" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_without_a_traceback(capsys) -> None:
+    assert command.run(raising(KeyboardInterrupt())) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rank", "shared", "printed"),
+    [("0", True, True), ("0", False, True), ("1", True, False), ("1", False, True)],
+)
+def test_what_all_ranks_raise_is_printed_by_rank_0_alone(
+    rank: str, shared: bool, printed: bool, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert command.run(raising(DataError("cut", shared=shared))) == 2
+    assert capsys.readouterr().err == ("error: cut\n" if printed else "")
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    row = '{"step": 1, "train/loss": 1.0}\n'
+    (tmp_path / "run" / "metrics.jsonl").write_text(row)
+    many = " ".join(["run"] * 2000)
+    piped = f"{sys.executable} {ROOT / 'tools' / 'report.py'} {many} | head -n 1"
+    done = subprocess.run(["bash", "-c", piped], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("run ") and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["launch/train.py", "nowhere.toml", "--dry-run"],
+        ["tools/data.py", "verify", "nowhere.json"],
+        ["tools/checkpoint.py", "show", "nowhere"],
+        ["tools/evaluate.py", "classify", "nowhere", "--data", "nowhere/test-*.tar"],
+        ["tools/report.py", "nowhere"],
+        ["tools/bench.py", "data", "--shards", "nowhere/*.tar"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_all_six_programs_end_with_one_sentence_and_status_2(words: list[str], tmp_path: Path) -> None:
+    program = [sys.executable, ROOT / words[0], *words[1:]]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("WARNING", "INFO"))]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "nowhere" in lines[0], done.stderr

@@ -1,0 +1,86 @@
+"""Memory per device: the ZeRO paper's own figures, and cases worked out by hand."""
+
+import dataclasses
+
+import pytest
+
+from vitscale.memory import activation_bytes, state_bytes
+from vitscale.models.vit import ViTConfig
+
+GB = 1e9
+B16 = ViTConfig(variant="B/16")  # 197 tokens, 12 blocks, D = 768, M = 3072
+# One image in one block of B/16, in 16 bit:
+#     block  197 * (16 * 768 + 4 * 3072)
+#     input  197 * 2 * 768
+BLOCK, BLOCK_INPUT = 4_841_472, 302_592
+
+
+@pytest.mark.parametrize(("stage", "gigabytes"), [(1, 31.4), (2, 16.6), (3, 1.9)])
+def test_state_is_what_figure_1_of_the_zero_paper_says(stage: int, gigabytes: float) -> None:
+    """arXiv 1910.02054, Figure 1: 7.5 billion parameters, 64 devices, mixed-precision Adam."""
+    assert round(state_bytes(7_500_000_000, stage, 64, "bf16") / GB, 1) == gigabytes
+
+
+@pytest.mark.parametrize(
+    ("world_size", "gigabytes"),
+    [(1, (120, 120, 120)), (4, (52.5, 41.3, 30)), (16, (35.6, 21.6, 7.5)), (1024, (30.1, 15.1, 0.12))],
+)
+def test_state_is_what_table_1_of_the_zero_paper_says(world_size: int, gigabytes: tuple) -> None:
+    """arXiv 1910.02054, Table 1: 7.5 billion parameters, to the digits that are printed."""
+    for stage, expected in zip((1, 2, 3), gigabytes, strict=True):
+        state = state_bytes(7_500_000_000, stage, world_size, "fp16") / GB
+        assert state == pytest.approx(expected, abs=0.051 if expected > 1 else 0.005)
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "precision", "expected"),
+    [
+        # 1,000 parameters; per parameter and device
+        (1, 1, "bf16", 16_000),  # 2 + 2 + 12
+        (1, 2, "bf16", 10_000),  # 2 + 2 + 12 / 2
+        (1, 8, "bf16", 5_500),  # 2 + 2 + 12 / 8
+        (2, 1, "bf16", 16_000),
+        (2, 2, "bf16", 9_000),  # 2 + (2 + 12) / 2
+        (2, 8, "bf16", 3_750),  # 2 + (2 + 12) / 8
+        (3, 1, "bf16", 16_000),
+        (3, 2, "bf16", 8_000),  # (2 + 2 + 12) / 2
+        (3, 8, "bf16", 2_000),  # (2 + 2 + 12) / 8
+        (1, 4, "fp16", 7_000),  # as bf16
+        (1, 1, "fp32", 20_000),  # 4 + 4 + 12
+        (1, 2, "fp32", 14_000),  # 4 + 4 + 12 / 2
+        (1, 8, "fp32", 9_500),  # 4 + 4 + 12 / 8
+        (2, 2, "fp32", 12_000),  # 4 + (4 + 12) / 2
+        (2, 8, "fp32", 6_000),  # 4 + (4 + 12) / 8
+        (3, 2, "fp32", 10_000),  # (4 + 4 + 12) / 2
+        (3, 8, "fp32", 2_500),  # (4 + 4 + 12) / 8
+    ],
+)
+def test_state_by_hand(stage: int, world_size: int, precision: str, expected: int) -> None:
+    assert state_bytes(1_000, stage, world_size, precision) == expected
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "precision", "checkpointing", "expected"),
+    [
+        (1, "bf16", "none", 12 * BLOCK),
+        (1, "fp16", "none", 12 * BLOCK),
+        (1, "fp32", "none", 2 * 12 * BLOCK),
+        (64, "bf16", "none", 64 * 12 * BLOCK),
+        (1, "bf16", "full", 12 * BLOCK_INPUT + BLOCK),
+        (64, "bf16", "full", 64 * (12 * BLOCK_INPUT + BLOCK)),
+        (64, "fp32", "full", 2 * 64 * (12 * BLOCK_INPUT + BLOCK)),
+    ],
+)
+def test_activations_of_b16_by_hand(
+    micro_batch: int, precision: str, checkpointing: str, expected: int
+) -> None:
+    assert activation_bytes(B16, micro_batch, precision, checkpointing) == expected
+
+
+def test_activations_grow_with_every_size_of_the_model() -> None:
+    """64 tokens of a 32-pixel image, 3 blocks, D = 48, M = 40; 16 D + 4 M for each."""
+    small = ViTConfig(width=48, depth=3, mlp_dim=40, num_heads=3, patch_size=4, image_size=32, pool="mean")
+    assert activation_bytes(small, 1, "bf16", "none") == 3 * 64 * (16 * 48 + 4 * 40)
+    deeper, larger = (dataclasses.replace(small, **change) for change in ({"depth": 6}, {"image_size": 64}))
+    assert activation_bytes(deeper, 1, "bf16", "none") == 2 * activation_bytes(small, 1, "bf16", "none")
+    assert activation_bytes(larger, 1, "bf16", "none") == 4 * activation_bytes(small, 1, "bf16", "none")

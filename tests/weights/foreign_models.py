@@ -1,0 +1,168 @@
+"""Models of ours and of other libraries with random weights, and timm without torchvision."""
+
+import dataclasses
+import importlib.machinery
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitscale.models import ModelConfig, build_model
+from vitscale.weights.export import export_metadata, write_export
+
+SIZES = {"width": 32, "depth": 2, "num_heads": 4, "mlp_dim": 80, "patch_size": 4, "image_size": 12}
+TINY = ModelConfig(**SIZES, num_classes=5)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill every parameter with noise: no bias is 0, and no two tensors are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            is_scale = "norm" in name and name.endswith("weight")
+            param.copy_(0.2 * torch.randn(param.shape, generator=generator) + is_scale)
+    return model.eval()
+
+
+def saved_model(path: Path, config: ModelConfig = TINY, seed: int = 0, step: int = 7) -> nn.Module:
+    """A random model of ours, and its export at `path`."""
+    model = randomise(build_model(config, seed=0), seed)
+    weights = {name: param.detach() for name, param in model.named_parameters()}
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    write_export(path, weights.items(), shapes, export_metadata(config, step, "fp32"))
+    return model
+
+
+def images(config: ModelConfig, count: int = 3) -> Tensor:
+    """Pixels in [-1, 1], [B, 3, H, W]."""
+    size = config.image_size
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(9)) * 2 - 1
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    theirs = dict(b.named_parameters())
+    return all(torch.equal(param, theirs.pop(name)) for name, param in a.named_parameters()) and not theirs
+
+
+def resolved(config: ModelConfig) -> dict[str, object]:
+    """A configuration with its sizes as numbers, whether it gives a variant or numbers."""
+    sizes = {key: getattr(config, f"resolved_{key}") for key in SIZES if key != "image_size"}
+    return dataclasses.asdict(dataclasses.replace(config, variant="B/16", **sizes))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, config: ModelConfig) -> Tensor:
+    return model(images(config))
+
+
+@contextmanager
+def _stub_torchvision() -> Iterator[None]:
+    """Modules in the place of torchvision, which timm imports but no model needs."""
+
+    class Stub(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {"__getattr__": None})
+
+    class Mode(type):
+        def __getattr__(cls, name: str) -> str:
+            return name
+
+    names = ["", ".transforms", ".transforms.functional", ".datasets", ".ops", ".ops.misc", ".models"]
+    stubs = {f"torchvision{name}": Stub(f"torchvision{name}") for name in names}
+    for name, stub in stubs.items():
+        stub.__path__ = []
+        stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(stubs[parent], child, stub)
+    stubs["torchvision.transforms.functional"].InterpolationMode = Mode("InterpolationMode", (), {})
+    sys.modules.update(stubs)
+    try:
+        yield
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+
+
+def import_timm() -> Any:
+    if "torchvision" in sys.modules or importlib.machinery.PathFinder.find_spec("torchvision"):
+        import timm
+    else:
+        with _stub_torchvision():
+            import timm
+    return timm
+
+
+def flax_logits(arrays: dict[str, Tensor], images: Tensor, pool: str) -> Tensor:
+    """Google's model (vision_transformer models_vit.py, big_vision models/vit.py), on arrays of
+    any dialect in its own layouts: images [B, 3, H, W] in, logits [B, C] out.
+    """
+    arrays = {name.removeprefix("params/"): value for name, value in arrays.items()}
+    kernel = arrays["embedding/kernel"]  # HWIO
+    size = kernel.shape[0]
+    patches = images.unfold(2, size, size).unfold(3, size, size)  # [B, 3, h, w, P, P]
+    x = torch.einsum("bihwpq,pqid->bhwd", patches, kernel).flatten(1, 2) + arrays["embedding/bias"]
+    if "pos_embedding" in arrays:  # big_vision adds positions before the class token comes
+        x = x + arrays["pos_embedding"]
+    if "cls" in arrays:
+        x = torch.cat([arrays["cls"].expand(len(x), -1, -1), x], dim=1)
+    x = x + arrays.get("Transformer/posembed_input/pos_embedding", 0)
+    depth = len({name.split("/")[1] for name in arrays if "/encoderblock_" in name})
+    for i in range(depth):
+        x = _flax_block(_below(arrays, f"Transformer/encoderblock_{i}/"), x)
+    x = _flax_norm(_below(arrays, "Transformer/encoder_norm/"), x)
+    x = {"token": x[:, 0], "mean": x.mean(1)}[pool] if pool != "map" else _flax_map(arrays, x)
+    if "pre_logits/kernel" in arrays:
+        x = torch.tanh(x @ arrays["pre_logits/kernel"] + arrays["pre_logits/bias"])
+    return x @ arrays["head/kernel"] + arrays["head/bias"]
+
+
+def _flax_block(arrays: dict[str, Tensor], x: Tensor) -> Tensor:
+    attention, first, second, mlp = (
+        _below(arrays, next(name for name in arrays if name.startswith(kind)).split("/")[0] + "/")
+        for kind in ("MultiHead", "LayerNorm_0", ("LayerNorm_1", "LayerNorm_2"), "MlpBlock")
+    )
+    y = _flax_norm(first, x)
+    x = x + _flax_attention(attention, y, y)
+    return x + _flax_mlp(mlp, _flax_norm(second, x))
+
+
+def _flax_map(arrays: dict[str, Tensor], x: Tensor) -> Tensor:
+    head = _below(arrays, "MAPHead_0/")
+    probe = head["probe"].expand(len(x), -1, -1)
+    pooled = _flax_attention(_below(head, "MultiHeadDotProductAttention_0/"), probe, x)
+    normed = _flax_norm(_below(head, "LayerNorm_0/"), pooled)
+    return (pooled + _flax_mlp(_below(head, "MlpBlock_0/"), normed))[:, 0]
+
+
+def _flax_attention(arrays: dict[str, Tensor], queries: Tensor, x: Tensor) -> Tensor:
+    query, key, value = (
+        torch.einsum("bnd,dkh->bnkh", source, arrays[f"{part}/kernel"]) + arrays[f"{part}/bias"]
+        for part, source in (("query", queries), ("key", x), ("value", x))
+    )
+    weights = (torch.einsum("bqkh,bnkh->bkqn", query, key) / query.shape[-1] ** 0.5).softmax(-1)
+    mixed = torch.einsum("bkqn,bnkh->bqkh", weights, value)
+    return torch.einsum("bqkh,khd->bqd", mixed, arrays["out/kernel"]) + arrays["out/bias"]
+
+
+def _flax_mlp(arrays: dict[str, Tensor], x: Tensor) -> Tensor:
+    x = x @ arrays["Dense_0/kernel"] + arrays["Dense_0/bias"]
+    x = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    return x @ arrays["Dense_1/kernel"] + arrays["Dense_1/bias"]
+
+
+def _flax_norm(arrays: dict[str, Tensor], x: Tensor) -> Tensor:
+    x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * arrays["scale"] + arrays["bias"]
+
+
+def _below(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The arrays whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,109 @@
+"""The mean of checkpoints: of runs, of exports and of averages over training, in float64."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from foreign_models import TINY, saved_model
+from make import write_step
+from safetensors.torch import load_file, save_file
+
+from vitscale import load_model
+from vitscale.checkpoint.safetensors import SafetensorsReader
+from vitscale.config import to_dict
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.models import ModelConfig, build_model
+from vitscale.weights.average import average
+from vitscale.weights.export import export_safetensors
+from vitscale.weights.saved import SavedModel
+
+
+def write_run(
+    run: Path, step: int, frozen: str = "cls_token", slots: tuple[str, ...] = ("fp32", "ema")
+) -> None:
+    """A checkpoint with weights of `step`, an average of -step, and a frozen tensor of 0.5."""
+    shapes = {name: param.shape for name, param in build_model(TINY, 0).named_parameters()}
+    values = {"fp32": float(step), "ema": -float(step)}
+    tensors = {
+        (slot, name): torch.full(shape, values[slot])
+        for slot in slots
+        for name, shape in shapes.items()
+        if name != frozen
+    }
+    tensors["fixed", frozen] = torch.full(shapes[frozen], 0.5)
+    write_step(run, step, tensors, slots=slots, config={"model": to_dict(TINY)})
+
+
+def test_the_mean_is_taken_in_float64(tmp_path: Path) -> None:
+    for seed in range(3):
+        saved_model(tmp_path / f"{seed}.safetensors", seed=seed, step=10 * seed)
+    out = average([tmp_path / f"{seed}.safetensors" for seed in (2, 0, 1)], tmp_path / "mean")
+    sources = [SavedModel(tmp_path / f"{seed}.safetensors") for seed in (2, 0, 1)]
+    averaged = SavedModel(out)
+    for name, value in averaged.tensors():
+        expected = torch.stack([source.tensor(name).double() for source in sources]).sum(0) / 3
+        assert torch.equal(value, expected.float())
+    assert averaged.shapes == sources[0].shapes
+    assert averaged.step == 20 and load_model(out).config == TINY
+    metadata = SafetensorsReader(out).metadata
+    assert json.loads(metadata["vitscale.averaged_steps"]) == [20, 0, 10]
+
+
+def test_runs_and_their_averages_over_training_are_averaged(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 12)
+    write_run(tmp_path / "b", 14)
+    runs = [tmp_path / "a", tmp_path / "b"]
+    raw = SavedModel(average(runs, tmp_path / "raw.safetensors")).state_dict()
+    ema = SavedModel(average(runs, tmp_path / "ema", slot="ema")).state_dict()
+    assert raw.pop("cls_token").unique().item() == ema.pop("cls_token").unique().item() == 0.5
+    assert {value.unique().item() for value in raw.values()} == {13.0}
+    assert {value.unique().item() for value in ema.values()} == {-13.0}
+
+
+def test_an_export_takes_the_average_over_training_where_there_is_one(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 12)
+    write_run(tmp_path / "plain", 12, slots=("fp32",))
+    out = export_safetensors(tmp_path / "a", tmp_path / "ema.safetensors", slot="ema")
+    assert SavedModel(out).tensor("head.bias").unique().item() == -12.0
+    assert SafetensorsReader(out).metadata["vitscale.state"] == "ema"
+    assert load_model(tmp_path / "a", slot="ema").norm.weight.unique().item() == -12.0
+    for source in (tmp_path / "plain", out):
+        with pytest.raises(CheckpointError, match=r"holds no average of the weights \(EMA\).*; drop --ema"):
+            average([tmp_path / "a", source], tmp_path / "out", slot="ema")
+
+
+def test_different_models_and_single_ones_are_refused(tmp_path: Path) -> None:
+    saved_model(tmp_path / "a.safetensors")
+    saved_model(tmp_path / "b.safetensors", dataclasses.replace(TINY, gelu="exact"))
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    with pytest.raises(CheckpointError, match=r"model\.gelu is 'exact', not 'tanh'; average checkpoints of"):
+        average([a, b], tmp_path / "out")
+    with pytest.raises(ConfigError, match="average needs two checkpoints or more before OUT, not 1"):
+        average([a], tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors exists, and average overwrites nothing"):
+        average([a, a], b)
+    assert not (tmp_path / "out").exists()
+    average([a, a], tmp_path / "out")
+    assert (tmp_path / "out").exists()
+
+
+def test_a_model_with_other_tensors_is_refused(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    saved_model(a)
+    tensors, metadata = load_file(a), SafetensorsReader(a).metadata
+    save_file({name: value for name, value in tensors.items() if name != "norm.weight"}, b, metadata)
+    with pytest.raises(CheckpointError, match=r"b\.safetensors and .*a\.safetensors hold different tensors"):
+        average([a, b], tmp_path / "out")
+
+
+def test_the_same_model_may_be_configured_and_trained_in_two_ways(tmp_path: Path) -> None:
+    config = ModelConfig(variant="mu/4", image_size=8, num_classes=3)
+    with_numbers = ModelConfig(
+        variant="B/4", width=32, depth=1, mlp_dim=128, num_heads=2, image_size=8, num_classes=3, dropout=0.1
+    )
+    saved_model(tmp_path / "a.safetensors", config)
+    saved_model(tmp_path / "b.safetensors", with_numbers)
+    out = average([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "out")
+    assert SavedModel(out).config == config

@@ -1,0 +1,377 @@
+"""Exports and imports, tested by what matters: the other library computes the same logits."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign_models import (
+    TINY,
+    flax_logits,
+    images,
+    import_timm,
+    logits,
+    randomise,
+    resolved,
+    same_weights,
+    saved_model,
+)
+from safetensors.torch import load_file, save_file
+
+from vitscale import load_model
+from vitscale.data.transforms import evaluation_view, normalize
+from vitscale.models import ModelConfig
+from vitscale.weights.export import export_safetensors
+from vitscale.weights.foreign.convert import export_model, import_model
+from vitscale.weights.saved import SavedModel
+
+ROOT = Path(__file__).resolve().parents[2]
+UPSTREAM = dataclasses.replace(TINY, representation_size=24)
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    return pytest.importorskip("transformers")  # before timm: it must not see the stub of torchvision
+
+
+@pytest.fixture(scope="module")
+def timm(transformers: Any) -> Any:
+    pytest.importorskip("huggingface_hub")
+    return import_timm()
+
+
+# timm
+
+
+@pytest.mark.parametrize(
+    ("pool", "gelu"), [("token", "tanh"), ("token", "exact"), ("mean", "tanh"), ("map", "exact")]
+)
+def test_timm_computes_the_logits_of_an_export(tmp_path: Path, timm: Any, pool: str, gelu: str) -> None:
+    config = dataclasses.replace(TINY, pool=pool, gelu=gelu)
+    model = saved_model(tmp_path / "ours.safetensors", config)
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
+    other = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert (logits(model, config) - logits(other, config)).abs().max() < 1e-5
+    values = json.loads((out / "config.json").read_text())
+    by_hand = timm.create_model(
+        values["architecture"],
+        num_classes=5,
+        checkpoint_path=out / "model.safetensors",
+        **values["model_args"],
+    ).eval()
+    assert torch.equal(logits(by_hand, config), logits(other, config))
+    back = load_model(import_model(out, tmp_path / "back", format="timm"))
+    assert same_weights(back, model) and resolved(back.config) == resolved(config)
+
+
+@pytest.mark.parametrize(
+    ("pool", "arguments"),
+    [
+        ("token", {"global_pool": "token"}),
+        ("token", {"global_pool": "token", "act_layer": "gelu_tanh"}),
+        ("mean", {"global_pool": "avg", "class_token": False, "fc_norm": False}),
+        ("map", {"global_pool": "map", "class_token": False, "act_layer": "gelu_tanh"}),
+    ],
+)
+def test_an_import_computes_the_logits_of_timm(
+    tmp_path: Path, timm: Any, pool: str, arguments: dict[str, Any]
+) -> None:
+    sizes = {"img_size": 12, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.5}
+    other = randomise(timm.create_model("vit_base_patch16_224", num_classes=5, **sizes, **arguments))
+    folder, arguments = tmp_path / "timm", {**sizes, **arguments}
+    timm.models.save_for_hf(other, folder, model_args=arguments, safe_serialization=True)
+    model = load_model(import_model(tmp_path / "timm", tmp_path / "ours", format="timm"))
+    assert model.config.pool == pool
+    assert (logits(model, TINY) - logits(other, TINY)).abs().max() < 1e-5
+    again = export_model(tmp_path / "ours", tmp_path / "again", format="timm")
+    theirs, ours = load_file(tmp_path / "timm" / "model.safetensors"), load_file(again / "model.safetensors")
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_what_a_timm_architecture_implies_is_known(tmp_path: Path, timm: Any) -> None:
+    for name in (
+        "vit_base_patch16_siglip_224",
+        "vit_so400m_patch16_siglip_256",
+        "vit_large_patch16_siglip_512",
+        "vit_giantopt_patch16_siglip_gap_256",
+        "vit_base_patch16_gap_224",
+    ):
+        narrow = {"img_size": 32, "embed_dim": 192, "depth": 1}
+        other = timm.create_model(name, num_classes=0, **narrow)
+        save_file(other.state_dict(), tmp_path / "model.safetensors")
+        values = {"architecture": name, "global_pool": other.global_pool}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        heads = other.blocks[0].attn.num_heads
+        overrides = [] if "gap" in name else [f"model.num_heads={heads}"]
+        path = import_model(tmp_path, tmp_path / "out", format="timm", overrides=overrides)
+        config = SavedModel(path).config
+        assert config.resolved_num_heads == heads, name
+        tanh = "Tanh" in repr(other.blocks[0].mlp.act) or "tanh" in repr(other.blocks[0].mlp.act)
+        assert config.gelu == ("tanh" if tanh else "exact"), name
+
+
+def test_a_known_model_has_timms_name_for_it(tmp_path: Path) -> None:
+    config = ModelConfig(variant="Ti/16", image_size=32, num_classes=3)
+    saved_model(tmp_path / "ours.safetensors", config)
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
+    assert json.loads((out / "config.json").read_text())["architecture"] == "vit_tiny_patch16_224"
+    back = SavedModel(import_model(out, tmp_path / "back", format="timm"))
+    assert back.config == dataclasses.replace(config, gelu="tanh")
+
+
+def test_dino_imports_without_a_config_and_with_its_prefix(tmp_path: Path, caplog: Any) -> None:
+    config = dataclasses.replace(TINY, num_classes=0, gelu="exact")
+    model = saved_model(tmp_path / "ours.safetensors", config)
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
+    state = load_file(out / "model.safetensors")
+    save_file(
+        {f"module.backbone.{name}": value for name, value in state.items()}, tmp_path / "dino.safetensors"
+    )
+    path = import_model(
+        tmp_path / "dino.safetensors", tmp_path / "dino", format="timm", overrides=["model.num_heads=4"]
+    )
+    assert same_weights(load_model(path), model)
+    assert resolved(SavedModel(path).config) == resolved(config) and "heads" not in caplog.text
+    import_model(tmp_path / "dino.safetensors", tmp_path / "guessed", format="timm")
+    assert "how many heads there are: assuming 1 (model.num_heads)" in caplog.text
+
+
+def test_imagenets_pixels_go_into_the_patch_embedding(tmp_path: Path, caplog: Any) -> None:
+    model = saved_model(tmp_path / "ours.safetensors", dataclasses.replace(TINY, gelu="exact"))
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
+    values = json.loads((out / "config.json").read_text())
+    values["pretrained_cfg"]["mean"] = [0.485, 0.456, 0.406]
+    (out / "config.json").write_text(json.dumps(values))
+    import_model(out, tmp_path / "plain", format="timm")
+    assert "consider --pixels imagenet" in caplog.text
+    folded = load_model(import_model(out, tmp_path / "folded", format="timm", pixels="imagenet"))
+    pixels = (images(TINY) + 1) / 2
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = model((pixels - mean[:, None, None]) / std[:, None, None])
+        assert (folded(images(TINY)) - expected).abs().max() < 1e-5
+
+
+# transformers
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+def test_transformers_computes_the_logits_of_an_export(tmp_path: Path, transformers: Any, gelu: str) -> None:
+    config = dataclasses.replace(TINY, gelu=gelu, norm_eps=1e-3)  # large enough to change the logits
+    model = saved_model(tmp_path / "ours.safetensors", config)
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "hf", format="transformers")
+    other, info = transformers.ViTForImageClassification.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()) and other.num_labels == 5
+    with torch.no_grad():
+        assert (logits(model, config) - other(images(config)).logits).abs().max() < 1e-5
+    back = load_model(import_model(out, tmp_path / "back", format="transformers"))
+    assert same_weights(back, model) and resolved(back.config) == resolved(config)
+
+
+def test_transformers_prepares_images_as_our_evaluations_do(tmp_path: Path, transformers: Any) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "hf", format="transformers")
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8)
+    theirs = transformers.AutoImageProcessor.from_pretrained(out)(images=pixels, return_tensors="pt")
+    ours = normalize(evaluation_view(pixels, "resize", 12)[None], torch.float32)
+    assert (theirs["pixel_values"] - ours).abs().max() < 2.1 / 127.5  # rounding of resized pixels
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new"])
+def test_an_import_computes_the_logits_of_transformers(tmp_path: Path, transformers: Any, act: str) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80, hidden_act=act,
+        image_size=12, patch_size=4, num_labels=3,
+    )  # fmt: skip
+    other = randomise(transformers.ViTForImageClassification(config))
+    other.save_pretrained(tmp_path / "hf", max_shard_size="30KB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    model = load_model(import_model(tmp_path / "hf", tmp_path / "ours", format="transformers"))
+    assert (model.config.norm_eps, model.config.num_classes) == (1e-12, 3)
+    with torch.no_grad():
+        assert (logits(model, TINY) - other(images(TINY)).logits).abs().max() < 1e-5
+
+
+def test_transformers_pooler_is_our_tanh_layer(tmp_path: Path, transformers: Any) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80, image_size=12,
+        patch_size=4, pooler_output_size=24,
+    )  # fmt: skip
+    other = randomise(transformers.ViTModel(config))
+    other.save_pretrained(tmp_path / "hf")
+    model = load_model(import_model(tmp_path / "hf", tmp_path / "ours", format="transformers"))
+    assert (model.config.representation_size, model.config.num_classes) == (24, 0)
+    with torch.no_grad():
+        assert (logits(model, TINY) - other(images(TINY)).pooler_output).abs().max() < 1e-5
+
+
+# npz
+
+
+@pytest.mark.parametrize(
+    ("dialect", "pool"),
+    [(dialect, pool) for dialect in ("original", "linen", "big_vision") for pool in ("token", "mean")]
+    + [("big_vision", "map")],
+)
+def test_npz_files_hold_googles_model_to_the_bit(tmp_path: Path, dialect: Any, pool: str) -> None:
+    config = dataclasses.replace(UPSTREAM, pool=pool)
+    model = saved_model(tmp_path / "ours.safetensors", config)
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "a.npz", format="npz", dialect=dialect)
+    with np.load(out, allow_pickle=False) as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+    assert (flax_logits(arrays, images(config), pool) - logits(model, config)).abs().max() < 1e-5
+    np.savez(tmp_path / "plain.npz", **{name: value.numpy() for name, value in arrays.items()})
+    for file in (out, tmp_path / "plain.npz"):
+        back = load_model(import_model(file, tmp_path / "back", format="npz"))
+        assert resolved(back.config) == resolved(config)
+        assert torch.equal(logits(back, config), logits(model, config))
+        assert same_weights(back, model) or (dialect == "big_vision" and pool == "token")
+    again = export_model(tmp_path / "back", tmp_path / "b.npz", format="npz", dialect=dialect)
+    with np.load(again, allow_pickle=False) as file:
+        assert set(file.files) == set(arrays)
+        assert all(np.array_equal(file[name], arrays[name].numpy()) for name in file.files)
+
+
+def test_equal_weights_make_equal_npz_files(tmp_path: Path) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    for name in ("a.npz", "b.npz"):
+        export_model(tmp_path / "ours.safetensors", tmp_path / name, format="npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+@pytest.mark.parametrize("prefix", ["params/", "opt/target/", "params/img/", ""])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_wrapped_and_stacked_npz_files_are_read(tmp_path: Path, caplog: Any, prefix: str, save: Any) -> None:
+    caplog.set_level("INFO")
+    config = dataclasses.replace(TINY, pool="map")
+    model = saved_model(tmp_path / "ours.safetensors", config)
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "a.npz", format="npz", dialect="big_vision")
+    with np.load(out) as file:
+        arrays = {name.removeprefix("params/"): file[name] for name in file.files}
+    stacked = {}
+    for name in list(arrays):
+        if "encoderblock_0" in name:
+            rows = [arrays.pop(name.replace("_0", f"_{i}", 1)) for i in range(2)]
+            stacked[name.replace("encoderblock_0", "encoderblock")] = np.stack(rows)
+    wrapped = {prefix + name: value for name, value in (arrays | stacked).items()}
+    if prefix:
+        wrapped["opt/state/step"] = np.array([3])
+    if prefix == "params/img/":
+        wrapped["params/txt/head/bias"] = np.zeros(2, np.float32)
+    save(tmp_path / "stacked.npz", **wrapped)
+    back = load_model(import_model(tmp_path / "stacked.npz", tmp_path / "back", format="npz"))
+    assert same_weights(back, model) and resolved(back.config) == resolved(config)
+    assert ("arrays outside" in caplog.text) == bool(prefix)
+
+
+def test_npz_arrays_of_two_bytes_and_in_fortrans_order_are_read_exactly(tmp_path: Path) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    export_model(tmp_path / "ours.safetensors", tmp_path / "half.npz", format="npz", dtype="fp16")
+    bf16 = export_safetensors(tmp_path / "ours.safetensors", tmp_path / "bf16.safetensors", dtype="bf16")
+    out = export_model(bf16, tmp_path / "a.npz", format="npz")
+    with np.load(out) as file:
+        arrays = {name: file[name] for name in file.files}
+    upper = {
+        name: (value.view(np.uint32) >> 16).astype(np.uint16).view("V2") for name, value in arrays.items()
+    }
+    np.savez(tmp_path / "v2.npz", **upper)
+    np.savez(tmp_path / "fortran.npz", **{name: np.asfortranarray(value) for name, value in arrays.items()})
+    expected = load_model(bf16)
+    for name in ("v2.npz", "fortran.npz"):
+        assert same_weights(
+            load_model(import_model(tmp_path / name, tmp_path / "back", format="npz")), expected
+        )
+    half = SavedModel(import_model(tmp_path / "half.npz", tmp_path / "back", format="npz"))
+    assert all(torch.equal(value, value.half().float()) for _, value in half.tensors())
+
+
+def test_an_exact_gelu_is_reported_and_kept_in_npz(tmp_path: Path, caplog: Any) -> None:
+    saved_model(tmp_path / "ours.safetensors", dataclasses.replace(TINY, gelu="exact"))
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "a.npz", format="npz")
+    assert "this one has model.gelu = 'exact'" in caplog.text
+    back = SavedModel(import_model(out, tmp_path / "back", format="npz"))
+    assert back.config == SavedModel(tmp_path / "ours.safetensors").config and back.step == 7
+
+
+@pytest.mark.parametrize("format", ["timm", "transformers", "npz"])
+def test_fixed_positions_become_learned_ones(tmp_path: Path, format: Any) -> None:
+    config = dataclasses.replace(TINY, posemb="sincos2d")
+    model = saved_model(tmp_path / "ours.safetensors", config)
+    out = export_model(
+        tmp_path / "ours.safetensors",
+        tmp_path / "a.npz" if format == "npz" else tmp_path / "a",
+        format=format,
+    )
+    back = load_model(import_model(out, tmp_path / "back", format=format))
+    assert back.config.posemb == "learned" and torch.equal(back.pos_embed, model.pos_embed)
+    assert torch.equal(logits(back, config), logits(model, config))
+
+
+def test_big_vision_computes_fixed_positions_itself(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, posemb="sincos2d", pool="mean")
+    model = saved_model(tmp_path / "ours.safetensors", config)
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "a.npz", format="npz", dialect="big_vision")
+    with np.load(out) as file:
+        assert not [name for name in file.files if "pos" in name]
+        np.savez(tmp_path / "plain.npz", **{name: file[name] for name in file.files})
+    path = import_model(
+        tmp_path / "plain.npz", tmp_path / "back", format="npz", overrides=["model.image_size=12"]
+    )
+    assert torch.equal(logits(load_model(path), config), logits(model, config))
+
+
+# shards, and the command line
+
+
+@pytest.mark.parametrize("format", ["safetensors", "transformers"])
+def test_shards_are_hugging_faces_and_ours(tmp_path: Path, transformers: Any, format: Any) -> None:
+    config = ModelConfig(variant="Ti/16", depth=2, image_size=32, num_classes=3)
+    model = saved_model(tmp_path / "ours.safetensors", config)
+    export_model(tmp_path / "ours.safetensors", tmp_path / "out", format=format, shard_mb=1)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert index["metadata"]["total_size"] == 4 * sum(param.numel() for param in model.parameters())
+    for file in files:
+        tensors = load_file(tmp_path / "out" / file)
+        assert sum(value.nbytes for value in tensors.values()) <= 1e6 or len(tensors) == 1
+        assert {index["weight_map"][name] for name in tensors} == {file}
+    if format == "transformers":
+        other = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
+        with torch.no_grad():
+            assert (other(images(config)).logits - logits(model, config)).abs().max() < 1e-5
+    else:
+        assert same_weights(load_model(tmp_path / "out"), model)
+    back = import_model(tmp_path / "out", tmp_path / "back", format=format)
+    assert same_weights(load_model(back), model)
+
+
+def test_the_command_line_exports_imports_and_averages(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "a.safetensors")
+    script = (
+        "import sys; sys.path.insert(0, '.'); sys.path.insert(0, 'tools'); import checkpoint, shlex\n"
+        "for line in sys.stdin: print(checkpoint.main(shlex.split(line)))"
+    )
+    commands = f"""export {tmp_path}/a.safetensors {tmp_path}/big.npz --format npz --dialect big_vision
+        import {tmp_path}/big.npz {tmp_path}/back --format npz model.dropout=0.1 model.head_bias=-1
+        average {tmp_path}/a.safetensors {tmp_path}/back {tmp_path}/mean.safetensors
+        average {tmp_path}/a.safetensors {tmp_path}/mean2.safetensors
+        import {tmp_path}/big.npz {tmp_path}/other --format npz model.nonsense=1"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], input=commands, capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    out = ["big.npz", "back/model.safetensors", "mean.safetensors"]
+    assert result.stdout.split() == [word for name in out for word in (f"{tmp_path}/{name}", "0")] + [
+        "2",
+        "2",
+    ]
+    assert "average needs two checkpoints or more" in result.stderr
+    assert "unknown key model.nonsense in [model]" in result.stderr
+    back = load_model(tmp_path / "back")
+    assert (back.config.dropout, back.config.head_bias) == (0.1, -1)
+    assert torch.equal(logits(back, TINY), logits(model, TINY))

@@ -1,0 +1,295 @@
+"""Files of exports and imports: rounded to nearest, complete or absent, refused if wrong."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign_models import TINY, same_weights, saved_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitscale import load_model
+from vitscale.checkpoint.safetensors import SafetensorsReader
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.models import ModelConfig
+from vitscale.weights import publish
+from vitscale.weights.files import Weights, write_folder
+from vitscale.weights.foreign.convert import export_model, import_model
+from vitscale.weights.saved import SavedModel
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("format", ["safetensors", "timm", "transformers"])
+def test_16_bit_exports_round_to_nearest(tmp_path: Path, format: Any, dtype: Any) -> None:
+    model = saved_model(tmp_path / "ours.safetensors")
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "out", format=format, dtype=dtype)
+    file = tmp_path / "out" / "model.safetensors"
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    assert {value.dtype for value in load_file(file).values()} == {torch_dtype}
+    assert SafetensorsReader(file).metadata["vitscale.dtype"] == dtype
+    back = SavedModel(import_model(out, tmp_path / "back", format=format))
+    for name, param in model.named_parameters():
+        assert torch.equal(back.tensor(name), param.to(torch_dtype).float())
+
+
+def test_a_shard_holds_at_most_the_limit_or_one_tensor(tmp_path: Path) -> None:
+    sizes = {"a": 2, "b": 3, "c": 1, "d": 6, "e": 1}  # in fp16: 4, 6, 2, 12 and 2 bytes
+    tensors = {name: torch.full((size,), size / 4) for name, size in sizes.items()}
+    shapes = {name: (size,) for name, size in sizes.items()}
+    file = write_folder(tmp_path, tensors.items(), shapes, "fp16", {}, shard_bytes=10)
+    index = json.loads((tmp_path / file).read_text())
+    assert index["metadata"]["total_size"] == 26
+    shards: dict[str, str] = {}
+    for name, shard in index["weight_map"].items():
+        shards[shard] = shards.get(shard, "") + name
+    assert list(shards.values()) == ["ab", "c", "d", "e"]
+    weights = Weights(tmp_path / file)
+    assert all(torch.equal(weights.tensor(name), tensors[name]) for name in tensors)
+    assert write_folder(tmp_path, tensors.items(), shapes, "fp16", {}, shard_bytes=26) == "model.safetensors"
+
+
+def test_an_export_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: Any) -> None:
+    config = ModelConfig(variant="Ti/16", depth=2, image_size=32, num_classes=3)
+    first = saved_model(tmp_path / "a.safetensors", config, seed=1)
+    second = saved_model(tmp_path / "b.safetensors", config, seed=2)
+    out = tmp_path / "out"
+    export_model(tmp_path / "a.safetensors", out, format="safetensors", shard_mb=1)
+    read = SavedModel.tensor
+
+    def interrupted(self: SavedModel, name: str) -> Tensor:
+        if name == "norm.weight":
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    monkeypatch.setattr(SavedModel, "tensor", interrupted)
+    for target, format in ((out, "safetensors"), (tmp_path / "new", "timm"), (tmp_path / "new.npz", "npz")):
+        with pytest.raises(KeyboardInterrupt):
+            export_model(tmp_path / "b.safetensors", target, format=format)
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors", "out"}
+    assert same_weights(load_model(out), first)
+    export_model(tmp_path / "b.safetensors", out, format="safetensors")
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+    assert same_weights(load_model(out), second)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors", "out"}
+
+
+def test_an_export_is_replaced_where_names_cannot_be_exchanged(tmp_path: Path, monkeypatch: Any) -> None:
+    saved_model(tmp_path / "a.safetensors")
+    for format in ("transformers", "timm"):
+        monkeypatch.setattr(publish, "_exchange", lambda a, b: False)  # as on some network file systems
+        export_model(tmp_path / "a.safetensors", tmp_path / "out", format=format)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "out"}
+
+
+def test_what_is_not_an_export_is_never_replaced(tmp_path: Path) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    export_model(tmp_path / "ours.safetensors", tmp_path / "hf", format="transformers")
+    (tmp_path / "hf" / "notes.txt").write_text("mine")
+    (tmp_path / "theirs").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "theirs" / "model.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "theirs.safetensors")
+    np.savez(tmp_path / "theirs.npz", a=np.zeros(1))
+    for out, format, reason in (
+        ("hf", "transformers", "it also holds notes.txt; name a new folder"),
+        ("theirs", "timm", "its weights are not an export of vitscale; name a new folder"),
+        ("theirs.safetensors", "safetensors", "it is not an export of vitscale; name a new file"),
+        ("theirs.npz", "npz", "it is not an export of vitscale; name a new file"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(CheckpointError, match=f"{out} is not replaced: {reason}"):
+            export_model(tmp_path / "ours.safetensors", tmp_path / out, format=format)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "arguments", "message"),
+    [
+        (
+            {"pool": "mean"},
+            {"format": "transformers"},
+            "model.pool 'mean' cannot be exported to transformers",
+        ),
+        ({"representation_size": 8}, {"format": "transformers"}, "model.representation_size 8 cannot be"),
+        ({"representation_size": 8}, {"format": "timm"}, "no tanh layer before its head; use"),
+        ({"norm_eps": 1e-5}, {"format": "timm"}, "model.norm_eps 1e-05 cannot be exported to timm"),
+        ({"pool": "map"}, {"format": "npz"}, "model.pool 'map' cannot .* original: .* --dialect big_vision"),
+        ({}, {"format": "safetensors", "slot": "ema"}, "holds no average of the weights"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_before_writing(
+    tmp_path: Path, keys: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    saved_model(tmp_path / "ours.safetensors", dataclasses.replace(TINY, **keys))
+    out = tmp_path / ("out.npz" if arguments["format"] == "npz" else "out")
+    with pytest.raises(CheckpointError, match=message):
+        export_model(tmp_path / "ours.safetensors", out, **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("out", "arguments", "message"),
+    [
+        ("out.npz", {"format": "npz", "dtype": "bf16"}, "NumPy has no bfloat16"),
+        ("out.npz", {"format": "npz", "shard_mb": 5}, "one file whose name ends in .npz, without --shard-mb"),
+        ("out", {"format": "npz"}, "one file whose name ends in .npz, without --shard-mb"),
+        ("out", {"format": "timm", "shard_mb": 5}, "timm reads one model.safetensors, no shards"),
+        ("out.safetensors", {"format": "timm"}, "must be a folder: timm reads config.json"),
+        ("out.npz", {"format": "transformers"}, "must be a folder: transformers reads config.json"),
+        (
+            "out.safetensors",
+            {"format": "safetensors", "shard_mb": 5},
+            "is one file, which cannot hold shards",
+        ),
+        ("out", {"format": "safetensors", "shard_mb": -1}, "--shard-mb -1 must not be negative"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_before_writing(
+    tmp_path: Path, out: str, arguments: dict[str, Any], message: str
+) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    with pytest.raises(ConfigError, match=message):
+        export_model(tmp_path / "ours.safetensors", tmp_path / out, **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.safetensors"]
+
+
+def test_a_value_beyond_fp16_is_refused(tmp_path: Path) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    path, out = tmp_path / "ours.safetensors", tmp_path / "out"
+    metadata = SafetensorsReader(path).metadata
+    largest = torch.finfo(torch.float16).max
+    save_file(load_file(path) | {"head.bias": torch.tensor([1, 2, 3, 4, 1e6])}, path, metadata)
+    with pytest.raises(CheckpointError, match=r"head.bias holds 1e\+06, which is too large for fp16; use"):
+        export_model(path, out, format="timm", dtype="fp16")
+    assert not out.exists()
+    save_file(load_file(path) | {"head.bias": torch.tensor([1, 2, 3, 4, largest])}, path, metadata)
+    assert load_file(export_model(path, out, format="timm", dtype="fp16") / "model.safetensors")
+
+
+def timm_tensors(tmp_path: Path) -> dict[str, Tensor]:
+    """The tensors of an export at tmp_path / "timm"."""
+    saved_model(tmp_path / "ours.safetensors")
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("added", "removed", "message"),
+    [
+        ({"dist_token": (1, 1, 32)}, "", "dist_token belongs to DeiT's distillation token"),
+        ({"reg_token": (1, 4, 32)}, "", "reg_token belongs to register tokens"),
+        ({"blocks.0.ls1.gamma": (32,)}, "", "blocks.0.ls1.gamma is a layer scale"),
+        ({"blocks.1.attn.q_norm.weight": (8,)}, "", "q_norm.weight normalises queries and keys"),
+        ({"fc_norm.weight": (32,)}, "norm.weight", "fc_norm.weight normalises after the pooling"),
+        ({"norm_pre.weight": (32,)}, "", "norm_pre.weight normalises before the blocks"),
+        ({"head.mlp.0.weight": (9, 32)}, "", "head.mlp.0.weight belongs to a projection head"),
+        ({"blocks.7.norm1.weight": (32,)}, "", "blocks.7.norm1.weight has no place in a ViT of vitscale"),
+        ({}, "blocks.1.attn.qkv.bias", r"there is no blocks.1.attn.qkv.bias, which is \(96,\) in a ViT"),
+        ({}, "patch_embed.proj.bias", "there is no patch_embed.proj.bias"),
+        ({"pos_embed": (1, 13, 32)}, "", "pos_embed is for 12 patches, which make no square"),
+        ({"patch_embed.proj.weight": (32, 1, 4, 4)}, "", r"patch_embed.proj.weight is \(32, 1, 4, 4\), but"),
+        ({"patch_embed.proj.weight": (32, 3, 2, 8)}, "", r"patch_embed.proj.weight is \(32, 3, 2, 8\), but"),
+        ({"pos_embed": (32,)}, "", "the shapes of its tensors are not those of a ViT"),
+    ],
+)
+def test_other_architectures_are_refused_by_the_tensor(
+    tmp_path: Path, added: dict[str, Any], removed: str, message: str
+) -> None:
+    tensors = timm_tensors(tmp_path)
+    path, out = tmp_path / "x.safetensors", tmp_path / "out"
+    others = {name: value for name, value in tensors.items() if name != removed}
+    save_file(others | {name: torch.ones(shape) for name, shape in added.items()}, path)
+    with pytest.raises(CheckpointError, match=f"x.safetensors: .*{message}"):
+        import_model(path, out, format="timm")
+    assert not out.exists()
+    save_file(tensors, path)
+    assert import_model(path, out, format="timm").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_args": {"act_layer": "quick_gelu"}}, "act_layer 'quick_gelu'"),
+        ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "act_layer 'quick_gelu'"),
+        ({"model_args": {"norm_layer": "rmsnorm"}}, "norm_layer 'rmsnorm'"),
+        ({"global_pool": "avg"}, "global_pool 'avg', but the tensors are those of 'token'"),
+        ({"model_args": 3}, "is not a configuration in JSON"),
+        ([], "is not a configuration in JSON"),
+    ],
+)
+def test_other_architectures_are_refused_by_timms_config(tmp_path: Path, values: Any, message: str) -> None:
+    timm_tensors(tmp_path)
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=message):
+        import_model(tmp_path / "timm", tmp_path / "out", format="timm")
+    ours = {"model_args": {"act_layer": "gelu_tanh", "norm_layer": None}, "global_pool": "token"}
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(ours))
+    assert import_model(tmp_path / "timm", tmp_path / "out", format="timm").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"model_type": "dinov2"}, CheckpointError, "model_type 'dinov2'"),
+        ({"hidden_act": "relu"}, CheckpointError, "hidden_act 'relu'"),
+        ({"num_attention_heads": 5}, ConfigError, "model.num_heads 5"),
+        ({"num_attention_heads": "four"}, ConfigError, "model.num_heads must be a whole number"),
+    ],
+)
+def test_other_architectures_are_refused_by_transformers_config(
+    tmp_path: Path, values: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    hf = export_model(tmp_path / "ours.safetensors", tmp_path / "hf", format="transformers")
+    ours = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(ours | values))
+    with pytest.raises(error, match=message):
+        import_model(hf, tmp_path / "out", format="transformers")
+    (hf / "config.json").write_text(json.dumps(ours))
+    assert import_model(hf, tmp_path / "out", format="transformers").exists()
+
+
+def test_transformers_weights_without_their_config_are_refused(tmp_path: Path) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    hf = export_model(tmp_path / "ours.safetensors", tmp_path / "hf", format="transformers")
+    (hf / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing beside the weights"):
+        import_model(hf, tmp_path / "out", format="transformers")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("conv_root/kernel", "conv_root/kernel belongs to a ResNet"),
+        ("block1/unit1/conv1/kernel", "belongs to a ResNet"),
+        ("Transformer/encoderblock_1/extra/scale", "encoderblock_1/extra/scale has no place"),
+        ("Transformer/encoderblock_5/LayerNorm_0/scale", "encoderblock_5/LayerNorm_0/scale has no place"),
+    ],
+)
+def test_unknown_npz_arrays_are_refused_by_name(tmp_path: Path, name: str, message: str) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "a.npz", format="npz")
+    arrays = dict(np.load(out).items())
+    np.savez(tmp_path / "x.npz", **arrays, **{name: np.ones(3, "f4")})
+    with pytest.raises(CheckpointError, match=message):
+        import_model(tmp_path / "x.npz", tmp_path / "out", format="npz")
+    np.savez(tmp_path / "x.npz", **arrays)
+    assert import_model(tmp_path / "x.npz", tmp_path / "out", format="npz").exists()
+
+
+def test_an_export_that_is_not_the_model_it_names_is_refused(tmp_path: Path) -> None:
+    saved_model(tmp_path / "a.safetensors")
+    tensors, metadata = (
+        load_file(tmp_path / "a.safetensors"),
+        SafetensorsReader(tmp_path / "a.safetensors").metadata,
+    )
+    save_file({k: v for k, v in tensors.items() if k != "norm.weight"}, tmp_path / "b.safetensors", metadata)
+    with pytest.raises(CheckpointError, match="does not hold the model that it names: norm"):
+        load_model(tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="holds no norm"):
+        export_model(tmp_path / "b.safetensors", tmp_path / "out", format="timm")

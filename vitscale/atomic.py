@@ -1,0 +1,59 @@
+"""Local files and folders that appear under their names whole and on disk, or not at all.
+
+A kill at any instant leaves either the old content or the new. At worst a temporary file or
+folder stays behind, whose name begins with a dot and ends in `.tmp-PID`.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+Rename = Callable[[Path, Path], None]
+
+
+@contextlib.contextmanager
+def appearing(path: str | Path, rename: Rename = os.replace) -> Iterator[Path]:
+    """A temporary path beside `path`, for the block to write to; it then takes the name `path`.
+
+    The block may write a file or a folder; it must sync the files in a folder itself. If it
+    ends without an exception, the temporary path is synced and renamed. rename(temporary, path)
+    does the renaming; what it leaves at the temporary path is removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    _remove(temporary)
+    try:
+        yield temporary
+        _sync(temporary)
+        rename(temporary, path)
+    finally:
+        _remove(temporary)
+    sync_folder(path.parent)
+
+
+def write(path: str | Path, data: bytes) -> None:
+    """Write a file that is on disk on return. A kill leaves the old content or the new."""
+    with appearing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def sync_folder(path: str | Path) -> None:
+    """Make the names in a folder durable: new files and renames."""
+    _sync(Path(path))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,241 @@
+"""The manifest of a checkpoint: where its run was, what it holds, and a checksum of every file.
+
+It is written last: a folder without one is not a checkpoint. Fragments are 1-D pieces of
+flattened tensors, named SLOT/PARAMETER, in plain safetensors files beside it. A bias of 16
+values, saved by two ranks, looks like this:
+
+    {"format": "vitscale-checkpoint", "version": 3,
+     "train": {"step": 12000, "data_step": 12000, ...}, "optimizer": "adamw",
+     "slots": ["fp32", "exp_avg", "exp_avg_sq"],
+     "world_size": 2, "zero_stage": 1, ...
+     "tensors": {"norm.bias": {"shape": [16], "untrained": false,
+                               "fragments": [["rank-00000.safetensors", 0, 10],
+                                             ["rank-00001.safetensors", 10, 6]]}, ...},
+     "files": {"rank-00000.safetensors": {"num_bytes": 9216, "checksum": "5f0c..."}, ...},
+     "checksum": "a41b..."}
+
+rank-00001.safetensors then holds "fp32/norm.bias", "exp_avg/norm.bias" and
+"exp_avg_sq/norm.bias", each of 6 values.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+import xxhash
+
+from vitscale import atomic, storage
+from vitscale.checkpoint.safetensors import FileInfo, sizes
+from vitscale.engine.zero import UNTRAINED, Counters
+from vitscale.errors import CheckpointError
+
+FORMAT, VERSION = "vitscale-checkpoint", 3
+READABLE = (1, 2, 3)
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a run was, and which run it is.
+
+    step: optimizer steps done.
+    data_step: global batches consumed; more than `step` once a run has skipped data.
+    samples_seen: images trained on.
+    bad_samples: samples that could not be used and were replaced.
+    steps_per_epoch: steps of one pass through the data; 0 if not known (versions 1 and 2, saved
+        in the first epoch).
+    data_fingerprint: what every step reads.
+    decoder: what decodes it.
+    precision: "fp32", "bf16" or "fp16".
+    config: the whole config of the run.
+    versions: of the packages that it ran with.
+    """
+
+    step: int
+    data_step: int
+    samples_seen: int
+    bad_samples: int
+    steps_per_epoch: int
+    data_fingerprint: str
+    decoder: str
+    precision: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def epoch(self) -> int:
+        """Completed passes through the data."""
+        return self.data_step // self.steps_per_epoch if self.steps_per_epoch else 0
+
+    @property
+    def step_in_epoch(self) -> int:
+        return self.data_step - self.epoch * self.steps_per_epoch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """A parameter or buffer: its shape, and the fragments of its flattened values.
+
+    fragments: (file, start, count) of each.
+    untrained: a frozen parameter or a buffer, whose only slot is "fixed".
+    """
+
+    shape: tuple[int, ...]
+    fragments: tuple[tuple[str, int, int], ...]
+    untrained: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    optimizer: optim.name of the run.
+    slots: what is kept of every trained tensor: "fp32", the optimizer's slots, "ema".
+    counters: the engine's step counters.
+    loss_scaler: the engine's; empty except in fp16.
+    world_size, zero_stage: of the job that wrote it.
+    created: ISO 8601.
+    """
+
+    train: TrainState
+    optimizer: str
+    slots: tuple[str, ...]
+    counters: Counters
+    loss_scaler: dict[str, Any]
+    world_size: int
+    zero_stage: int
+    created: str
+    tensors: dict[str, TensorInfo]
+    files: dict[str, FileInfo]
+
+    @property
+    def step(self) -> int:
+        return self.train.step
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.files.values())
+
+    def to_bytes(self) -> bytes:
+        """The manifest as it is written, with a checksum of itself."""
+        values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        return json.dumps({**values, "checksum": _digest(values)}, indent=1).encode()
+
+    def digest(self) -> str:
+        """A checksum of all its values."""
+        return _digest(dataclasses.asdict(self))
+
+    def save(self, path: Path) -> None:
+        """Write the manifest durably to a local file."""
+        atomic.write(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Manifest":
+        """Read and check the manifest of a step directory, of any readable version.
+
+        Raises CheckpointError naming what is wrong, or StoreError if the store does not answer.
+        """
+        path = storage.child(directory, MANIFEST)
+        try:
+            data = storage.read_bytes(path)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{directory} holds no {MANIFEST}: it is not a finished checkpoint"
+            ) from None
+        try:
+            values = json.loads(data)
+            checksum = values.pop("checksum")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise CheckpointError(f"{path} is damaged: it is not a manifest") from None
+        if checksum != _digest(values):
+            raise CheckpointError(f"{path} is damaged: its checksum does not match")
+        name, version = values.pop("format", None), values.pop("version", None)
+        if name != FORMAT or version not in READABLE:
+            raise CheckpointError(
+                f"{path} is a {name} of version {version}; this vitscale reads versions up to {VERSION}"
+            )
+        try:
+            return _parse(_upgraded(values) if version < 3 else values)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                f"{path} was not written by vitscale: a key, a type, a size or a file name in it is wrong"
+            ) from None
+
+
+def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of version 1 or 2 in the form of version 3.
+
+    In both, the trainer's state was flat, every step consumed one batch, and the decoder was
+    part of the fingerprint. Version 1 had trained parameters only.
+    """
+    step, epoch, step_in_epoch = (values.pop(key) for key in ("step", "epoch", "step_in_epoch"))
+    fingerprint, _, decoder = values.pop("data_fingerprint").partition("-")
+    counters = dict(values.pop("counters"))
+    del values["optimizer_steps"]  # global_steps - skipped_steps
+    tensors = {
+        name: {
+            "shape": info["shape"],
+            "fragments": info["fragments"],
+            "untrained": info.get(UNTRAINED, False),
+        }
+        for name, info in values.pop("tensors").items()
+    }
+    train = {
+        "step": step,
+        "data_step": step,
+        "bad_samples": counters.pop("bad_samples", 0),
+        "steps_per_epoch": (step - step_in_epoch) // epoch if epoch else 0,
+        "data_fingerprint": fingerprint,
+        "decoder": decoder,
+        **{key: values.pop(key) for key in ("samples_seen", "precision", "config", "versions")},
+    }
+    slots = values.pop("states")
+    return {**values, "train": train, "slots": slots, "counters": counters, "tensors": tensors}
+
+
+def _parse(values: dict[str, Any]) -> Manifest:
+    """The manifest of plain JSON values, not trusted: anybody can write a correct checksum.
+
+    A file must have a plain name, which puts it beside the manifest, and be large enough for
+    its fragments. Raises ValueError, or whatever a wrong type raises.
+    """
+    values = {
+        **values,
+        "train": TrainState(**values["train"]),
+        "counters": Counters(**values["counters"]),
+        "slots": tuple(values["slots"]),
+        "files": {name: FileInfo(**info) for name, info in values["files"].items()},
+        "tensors": {
+            name: TensorInfo(
+                shape=sizes(info["shape"]),
+                fragments=tuple((file, start, count) for file, start, count in info["fragments"]),
+                untrained=info["untrained"],
+            )
+            for name, info in values["tensors"].items()
+        },
+    }
+    manifest = Manifest(**values)
+    for part in (manifest, manifest.train, manifest.counters):
+        for key, kind in get_type_hints(type(part)).items():
+            if type(getattr(part, key)) is not (get_origin(kind) or kind):
+                raise ValueError
+    for name, info in manifest.files.items():
+        sizes([info.num_bytes])
+        if Path(name).name != name or not isinstance(info.checksum, str):
+            raise ValueError
+    for info in manifest.tensors.values():
+        for file, start, count in info.fragments:
+            whole = type(start) is int and type(count) is int
+            if not whole or start < 0 or not 0 <= count <= manifest.files[file].num_bytes:
+                raise ValueError
+        if type(info.untrained) is not bool:
+            raise ValueError
+    if not all(isinstance(text, str) for text in (*manifest.slots, *manifest.train.versions.values())):
+        raise ValueError
+    return manifest
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(values, sort_keys=True).encode()).hexdigest()

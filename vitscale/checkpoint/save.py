@@ -1,0 +1,129 @@
+"""Saving in the background: training waits only while its state is copied to host memory.
+
+One save is under way at a time. When the next is due, it waits for the last, so that memory
+stays at one copy of what the rank owns. The writer threads have a process group of their own.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from vitscale import distributed
+from vitscale.checkpoint import snapshot, store
+from vitscale.checkpoint.manifest import TrainState
+from vitscale.checkpoint.snapshot import HostBuffer, Snapshot
+from vitscale.checkpoint.store import CheckpointConfig, Home
+from vitscale.engine.engine import Engine
+from vitscale.errors import CheckpointError, UserError
+
+logger = logging.getLogger(__name__)
+THREAD_NAME = "checkpoint writer"
+LAST_SAVE_SECONDS = 120
+
+
+@dataclasses.dataclass
+class _Save:
+    """A save under way, `done`, or ended by a `failure`. seconds: how long writing took."""
+
+    step: int
+    blocked_seconds: float = 0.0
+    seconds: float = 0.0
+    done: bool = False
+    failure: UserError | None = None
+    thread: threading.Thread | None = None
+
+
+class Saver:
+    """Makes the checkpoints of a run; every rank has one and calls it at the same steps.
+
+    distrusted: steps of checkpoints that did not verify; retention neither counts nor deletes
+        them.
+
+    Use it as a context manager: if training ends with an error, the save under way is finished.
+    """
+
+    def __init__(self, home: Home, config: CheckpointConfig, distrusted: Sequence[int] = ()) -> None:
+        self._home, self._config = home, config
+        self._distrusted = set(distrusted)
+        self._buffer = HostBuffer() if config.background else None
+        self._channel = distributed.new_channel()
+        self._saves: list[_Save] = []  # not yet reported by finished()
+
+    def save(self, engine: Engine, train: TrainState) -> None:
+        """Take a snapshot between two optimizer steps and write it (by default in a thread).
+
+        Raises a UserError on every rank if the previous save failed; in the foreground, also if
+        this one does.
+        """
+        began = time.perf_counter()
+        self.wait()
+        taken = snapshot.take(engine, train, self._buffer)
+        save = _Save(train.step)
+        self._saves.append(save)
+        if self._buffer:
+            save.thread = threading.Thread(
+                target=self._write, args=(taken, save), name=THREAD_NAME, daemon=True
+            )
+            save.thread.start()
+        else:
+            self._write(taken, save)
+            self.wait()
+        save.blocked_seconds = time.perf_counter() - began
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind and self._saves and (thread := self._saves[-1].thread):
+            thread.join(LAST_SAVE_SECONDS)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save failed; the ranks agree on it at every step."""
+        return bool(self._saves and self._saves[-1].failure)
+
+    def finished(self) -> list[dict[str, float]]:
+        """The cost of each save committed since the last call, as metrics.
+
+        blocked_seconds: for how long training waited. seconds: how long writing took.
+        """
+        done = [save for save in self._saves if save.done]
+        self._saves = [save for save in self._saves if not save.done]
+        for save in done:
+            logger.info(
+                "saved step %d in %.2f s; training waited for %.2f s of it",
+                save.step,
+                save.seconds,
+                save.blocked_seconds,
+            )
+        return [
+            {"checkpoint/blocked_seconds": save.blocked_seconds, "checkpoint/seconds": save.seconds}
+            for save in done
+        ]
+
+    def wait(self) -> None:
+        """Wait for the save under way, if any. Raises the UserError that ended it."""
+        if self._saves:
+            save = self._saves[-1]
+            if save.thread:
+                save.thread.join()
+            if save.failure:
+                raise save.failure
+
+    def _write(self, taken: Snapshot, save: _Save) -> None:
+        began = time.perf_counter()
+        try:
+            snapshot.write(taken, self._home, self._channel)
+            self._distrusted.discard(save.step)
+            if distributed.is_main():
+                store.apply_retention(self._home, self._config, sorted(self._distrusted))
+            save.seconds = time.perf_counter() - began
+            save.done = True
+        except UserError as error:
+            save.failure = error
+        except BaseException as error:  # an exception must not vanish with its thread
+            logger.exception("saving step %d failed", save.step)
+            message = f"saving step {save.step:,} failed: {type(error).__name__}: {error}"
+            save.failure = CheckpointError(message)

@@ -1,0 +1,59 @@
+"""How a program ends: the same for every program in launch/ and tools/.
+
+Status 0 is success, and 2 a mistake that the user can fix, printed as one sentence. Other
+statuses are the program's own. Any other exception is our bug, and keeps its traceback.
+"""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from vitscale import distributed
+from vitscale.errors import UserError
+
+MISTAKE, INTERRUPTED, NO_READER = 2, 130, 1
+# What a disk, a path or a limit refuses: the user fixes it outside of the program.
+_USERS_ERRNOS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
+    errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EMFILE,
+)  # fmt: skip
+
+
+def run(program: Callable[[], int]) -> int:
+    """Call the program and return its exit status; a user's mistake becomes a line on stderr.
+
+    Under a launcher every rank calls it. Rank 0 alone prints an error that all ranks raise
+    (UserError.shared); an error of a single rank is printed by that rank.
+    """
+    rank = distributed.launched_rank()
+    logging.basicConfig(
+        level=logging.ERROR if rank else logging.INFO,
+        format="%(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        return program()
+    except UserError as error:
+        if rank == 0 or not error.shared:
+            print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("stopped; nothing is left half written, and the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output (head, less) has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
+    except OSError as error:
+        if error.errno not in _USERS_ERRNOS:
+            raise
+        where = error.filename or "writing"
+        print(
+            f"error: {where}: {error.strerror}; "
+            "fix the path, its permissions or the disk, and run the same command again",
+            file=sys.stderr,
+        )
+        return MISTAKE
+    finally:
+        distributed.shutdown()

@@ -1,0 +1,106 @@
+"""The options of a packing, its report, and the error by which one image is left out."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from vitscale.errors import ConfigError
+
+Format = Literal["imagefolder", "imagenet21k", "imagenet1k", "cifar10", "cifar100", "csv", "jsonl", "shards"]
+FORMAT_NAMES: tuple[str, ...] = get_args(Format)
+SPLITS = ("train", "val", "test")
+NUM_LISTED = 20  # how many omissions a report describes; all are counted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """The options of a packing.
+
+    shuffle, seed   the order of the samples: shuffled by the seed, or that of the source
+    short_side      images whose short side is larger are re-encoded to it; 0 keeps all bytes
+    quality         of the JPEGs that are re-encoded
+    labels          which of CIFAR-100's two labels to take
+    val_images      ImageNet-1k's validation images: their tar, or the folder of the JPEGs
+    val_labels      their synsets: a text file with one per line, in the order of the file names
+    workers         number of processes; 0 works in this one
+    overwrite       replace the shards that are in OUT
+
+    All but the last two decide the bytes of the shards.
+    """
+
+    format: Format = "imagefolder"
+    samples_per_shard: int = 1000
+    shuffle: bool = True
+    seed: int = 0
+    short_side: int = 0
+    quality: int = 90
+    labels: Literal["fine", "coarse"] = "fine"
+    val_images: str = ""
+    val_labels: str = ""
+    workers: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise ConfigError(f"--samples-per-shard {self.samples_per_shard} must be above 0, like 1000")
+        if not 1 <= self.quality <= 100:
+            raise ConfigError(f"--quality {self.quality} must be from 1 to 100; 90 is a good choice")
+        if min(self.short_side, self.workers, self.seed) < 0:
+            raise ConfigError("--short-side, --workers and --seed must not be negative; 0 is the default")
+        if self.seed >= 2**64:
+            raise ConfigError(f"--seed {self.seed} must be below 2^64; 0 is the default")
+        if bool(self.val_images) != bool(self.val_labels):
+            raise ConfigError(
+                "--val-images and --val-labels belong together: the tar or folder of the validation JPEGs, "
+                "and the text file of their synset names"
+            )
+        if self.val_images and self.format != "imagenet1k":
+            raise ConfigError(f"--val-images belongs to --format imagenet1k, not {self.format}")
+
+    def content(self) -> dict[str, object]:
+        """What decides the bytes of the shards; a run that continues must have the same."""
+        values = dataclasses.asdict(self)
+        # The validation images may move: the digest of the listing identifies them.
+        for key in ("workers", "overwrite", "val_images", "val_labels"):
+            del values[key]
+        if not self.shuffle:
+            del values["seed"]
+        if not self.short_side:
+            del values["quality"]
+        return values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackReport:
+    """What a packing wrote, by split.
+
+    shards: their paths.
+    num_kept_shards: how many an earlier, interrupted run had finished.
+    num_omissions: how many sources were left out; `omissions` describes the first NUM_LISTED.
+    """
+
+    shards: dict[str, list[str]]
+    num_samples: dict[str, int]
+    num_kept_shards: int
+    num_omissions: int
+    omissions: tuple[str, ...]
+
+
+class Omission(ValueError):
+    """Why one source cannot be a sample. It is reported, and the packing continues."""
+
+
+class UnreadableFile(Omission):
+    """The file of a source cannot be opened or read."""
+
+
+@dataclasses.dataclass
+class Omissions:
+    """How many sources were left out, and one sentence for each of the first NUM_LISTED."""
+
+    count: int = 0
+    first: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, sentence: str) -> None:
+        self.count += 1
+        if len(self.first) < NUM_LISTED:
+            self.first.append(sentence)

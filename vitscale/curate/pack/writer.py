@@ -1,0 +1,70 @@
+"""Writes samples to WebDataset shards: deterministic bytes, and only whole shards appear."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from webdataset.writer import TarWriter
+
+from vitscale import atomic
+from vitscale.data.samples import RawSample
+from vitscale.errors import ConfigError
+
+SAMPLES_PER_SHARD = 1000
+
+
+def shard_name(split: str, shard_number: int) -> str:
+    return f"{split}-{shard_number:06d}.tar"
+
+
+@contextlib.contextmanager
+def open_shard(path: Path) -> Iterator[Callable[[RawSample], None]]:
+    """Open a shard and yield a function that writes one sample to it.
+
+    It appears as `path`, complete and on disk, when the block ends without an exception.
+    """
+    with (
+        atomic.appearing(path) as temporary,
+        open(temporary, "wb") as file,
+        TarWriter(file, user="", group="", mtime=0, encoder=False) as archive,
+    ):
+        yield lambda sample: _add_sample(archive, sample)
+
+
+def write_shards(
+    samples: Iterable[RawSample],
+    folder: Path,
+    prefix: str,
+    *,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write PREFIX-000000.tar, ... to `folder` and return their paths.
+
+    The same samples give the same bytes. Raises ConfigError if there are shards of that prefix,
+    unless `overwrite`: then all of them are replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    existing = sorted(folder.glob(f"{prefix}-*.tar"))
+    if existing and not overwrite:
+        raise ConfigError(
+            f"{folder} already holds {len(existing)} shards {prefix}-*.tar; "
+            "choose another folder or --overwrite"
+        )
+    for leftover in [*existing, *folder.glob(f".{prefix}-*.tar.tmp-*")]:
+        leftover.unlink()
+    paths, remaining = [], iter(samples)
+    while shard_samples := list(itertools.islice(remaining, samples_per_shard)):
+        path = folder / shard_name(prefix, len(paths))
+        with open_shard(path) as write:
+            for sample in shard_samples:
+                write(sample)
+        paths.append(str(path))
+    return paths
+
+
+def _add_sample(archive: TarWriter, sample: RawSample) -> None:
+    labels = " ".join(map(str, sample.labels)).encode()
+    archive.write({"__key__": sample.key, sample.extension: sample.image, "cls": labels})
+    archive.tarstream.members = []  # pyright: ignore[reportAttributeAccessIssue] (else it keeps all)

@@ -1,0 +1,135 @@
+"""Describes a data set as text and as a picture: counts, sizes, labels, resolutions."""
+
+import collections
+import dataclasses
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vitscale.data.index import Index
+from vitscale.data.reader import read_samples
+from vitscale.errors import DataError
+
+NUM_SAMPLED = 2000
+NUM_ROWS = 20  # of a text histogram, whose longest bar has BAR_CHARACTERS
+BAR_CHARACTERS = 40
+NUM_BINS = 40  # of a drawn histogram
+_PANEL = (760, 300)  # width and height of a drawn histogram in pixels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What the index says of the whole set, and the sizes of the images that were sampled.
+
+    short_sides (in pixels), megapixels, image_bytes: one entry for each sampled image that
+    could be opened; `unreadable` of them could not.
+    """
+
+    index: Index
+    short_sides: tuple[int, ...]
+    megapixels: tuple[float, ...]
+    image_bytes: tuple[int, ...]
+    unreadable: int
+
+
+def measure(index: Index) -> Stats:
+    """Read the headers of up to 2,000 images that are spread evenly over the set."""
+    num_sampled = min(NUM_SAMPLED, index.num_samples)
+    ids = np.unique(np.linspace(0, index.num_samples - 1, num_sampled).astype(int))
+    sizes, image_bytes = [], []
+    for sample_id in ids.tolist():
+        try:
+            sample = next(read_samples(index, [sample_id]))
+            with Image.open(io.BytesIO(sample.image), formats=("JPEG", "PNG", "WEBP")) as image:
+                sizes.append(image.size)
+            image_bytes.append(len(sample.image))
+        except (DataError, OSError, SyntaxError, Image.DecompressionBombError):
+            continue
+    return Stats(
+        index=index,
+        short_sides=tuple(min(size) for size in sizes),
+        megapixels=tuple(width * height / 1e6 for width, height in sizes),
+        image_bytes=tuple(image_bytes),
+        unreadable=len(ids) - len(sizes),
+    )
+
+
+def describe(stats: Stats) -> str:
+    """The text that `tools/data.py stats` prints."""
+    index, num_read = stats.index, len(stats.image_bytes)
+    shards = sorted(shard.num_samples for shard in index.shards)
+    lines = [
+        f"samples            {index.num_samples:,} ({index.num_damaged:,} damaged when indexed)",
+        f"shards             {len(shards):,} of {shards[0]:,} to {shards[-1]:,} samples",
+        f"bytes              {index.num_bytes:,}",
+        f"bytes per image    {sum(stats.image_bytes) / max(1, num_read):,.0f} "
+        f"(of {num_read:,} read, {stats.unreadable:,} unreadable)",
+        f"megapixels         {sum(stats.megapixels) / max(1, num_read):,.2f} on average",
+        f"classes            {len(index.label_counts):,}, the highest is {index.max_label:,}",
+        f"samples per class  {min(index.label_counts.values()):,} to {max(index.label_counts.values()):,}",
+        f"labels per sample  at most {index.max_labels}",
+        "",
+        "label          samples",
+        *_bars(collections.Counter(index.label_counts)),
+        "",
+        "short side     images",
+        *_bars(collections.Counter(stats.short_sides)),
+    ]
+    return "\n".join(lines)
+
+
+def draw(stats: Stats) -> Image.Image:
+    """Draw three histograms: samples per class, largest first, short sides, image bytes."""
+    counts = sorted(stats.index.label_counts.values(), reverse=True)
+    groups = [int(np.mean(part)) for part in np.array_split(counts, min(NUM_BINS * 4, len(counts)))]
+    sides, side_edges = np.histogram(stats.short_sides, NUM_BINS)
+    sizes, size_edges = np.histogram(np.array(stats.image_bytes) / 1000, NUM_BINS)
+    panels = [
+        (f"samples of the {len(counts):,} classes, from the largest", groups, ("1", f"{len(counts):,}")),
+        (f"short side of {len(stats.short_sides):,} images, pixels", sides.tolist(), _ends(side_edges)),
+        (f"size of {len(stats.image_bytes):,} images, kB", sizes.tolist(), _ends(size_edges)),
+    ]
+    width, height = _PANEL
+    sheet = Image.new("RGB", (width, 40 + height * len(panels)), "white")
+    pen = ImageDraw.Draw(sheet)
+    title = f"{stats.index.num_samples:,} samples in {len(stats.index.shards):,} shards"
+    pen.text((20, 12), title, fill="black", font=ImageFont.load_default(20))
+    for panel, (name, values, ends) in enumerate(panels):
+        _draw_panel(pen, 40 + panel * height, name, values, ends)
+    return sheet
+
+
+def _draw_panel(
+    pen: ImageDraw.ImageDraw, top: int, name: str, values: Sequence[int], ends: tuple[str, str]
+) -> None:
+    width, height = _PANEL
+    left, right, base, ceiling = 70, width - 20, top + height - 40, top + 50
+    font = ImageFont.load_default(14)
+    pen.text((20, top + 18), name, fill="black", font=font)
+    most, step = max(values, default=0), (right - left) / max(1, len(values))
+    for column, value in enumerate(values):
+        x, y = left + column * step, base - (base - ceiling) * value / max(1, most)
+        pen.rectangle((x, y, max(x, x + step - 1), base), fill=(62, 105, 172))
+    pen.line((left, base, right, base), fill="black")
+    pen.text((left - 8, ceiling), f"{most:,}", fill="black", font=font, anchor="rm")
+    pen.text((left - 8, base), "0", fill="black", font=font, anchor="rm")
+    pen.text((left, base + 8), ends[0], fill="black", font=font)
+    pen.text((right, base + 8), ends[1], fill="black", font=font, anchor="ra")
+
+
+def _ends(edges: np.ndarray) -> tuple[str, str]:
+    return f"{edges[0]:,.0f}", f"{edges[-1]:,.0f}"
+
+
+def _bars(counts: collections.Counter[int]) -> list[str]:
+    """The most frequent values with their counts as bars, in ascending order of the values."""
+    most = max(counts.values(), default=1)
+    lines = []
+    for value, count in sorted(counts.most_common(NUM_ROWS)):
+        bar = "#" * max(1, round(BAR_CHARACTERS * count / most))
+        lines.append(f"{value:<10,} {count:>10,}  {bar}")
+    if len(counts) > NUM_ROWS:
+        lines.append(f"and {len(counts) - NUM_ROWS:,} more")
+    return lines

@@ -1,0 +1,58 @@
+"""Samples that could not be used: counted over all ranks, named; too many end a run."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitscale import distributed
+
+logger = logging.getLogger(__name__)
+FILE_NAME = "quarantine.jsonl"
+MIN_SAMPLES = 1000  # a fraction is taken of at least as many: one bad sample early is no reason
+
+
+class Quarantine:
+    """RUN/quarantine.jsonl: a line {"step": ..., "sample": ...} for every replaced sample."""
+
+    def __init__(self, run_dir: str, max_bad_fraction: float) -> None:
+        self.path = Path(run_dir) / FILE_NAME
+        self._max_bad_fraction = max_bad_fraction
+        self._sentences: list[str] = []
+
+    def add(self, sentences: Sequence[str]) -> None:
+        """Note what this rank could not use: a sentence for each sample."""
+        self._sentences += sentences
+
+    def flush(self, step: int) -> int:
+        """Write what all ranks have noted since the last call, and return their number.
+
+        Every rank calls it.
+        """
+        (count,) = distributed.all_reduce_sum_int([len(self._sentences)])
+        if count:
+            everyone = distributed.gather_json(self._sentences)
+            self._sentences = []
+            if distributed.is_main():
+                self._write(step, [sentence for sentences in everyone for sentence in sentences])
+        return count
+
+    def is_over(self, bad_samples: int, samples_seen: int) -> bool:
+        """Whether more had to be replaced than data.max_bad_fraction allows."""
+        return bad_samples > self._max_bad_fraction * max(samples_seen, MIN_SAMPLES)
+
+    def verdict(self, bad_samples: int, samples_seen: int, step: int) -> str:
+        """The sentence that ends a run for which is_over holds."""
+        return (
+            f"{bad_samples:,} of {samples_seen:,} samples could not be used, more than data.max_bad_fraction "
+            f"{self._max_bad_fraction} allows; {self.path} lists them. A checkpoint was saved at step "
+            f"{step}: restore the shards, or continue in a new run_dir with [init] full_state = true and a "
+            "higher fraction"
+        )
+
+    def _write(self, step: int, sentences: list[str]) -> None:
+        logger.warning(
+            "%d samples could not be used and were replaced, the first: %s", len(sentences), sentences[0]
+        )
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, "sample": sentence}) + "\n" for sentence in sentences)

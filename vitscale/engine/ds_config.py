@@ -1,0 +1,99 @@
+"""The [engine] section, and the DeepSpeed JSON that follows from it: pure."""
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+
+from vitscale.config import positive
+from vitscale.engine.batches import BatchPlan
+from vitscale.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Speed and memory ([engine]); the results stay the same up to rounding.
+
+    micro_batch: images per device and forward pass; 0 = all of a rank's share, undivided.
+    zero_stage: what DeepSpeed shards: 1 optimizer state, 2 gradients too, 3 parameters too.
+    activation_checkpointing: "full" recomputes each block's activations in the backward pass.
+    compile: compile each block with torch.compile.
+    num_workers: data worker processes per rank; 0 = decode in the training process.
+    cache_dir: a folder on the node's own disk, shared by its processes, that keeps what was
+        read from remote shards; "" = none.
+    cache_gb: the most that cache_dir keeps, in 10^9 bytes.
+    offload_optimizer: keep master weights, moments and the update on the CPU.
+    deepspeed_extra: keys for DeepSpeed's JSON; those that vitscale derives are refused.
+    """
+
+    micro_batch: int = 0
+    zero_stage: int = 1
+    activation_checkpointing: Literal["none", "full"] = "none"
+    compile: bool = False
+    num_workers: int = 2
+    cache_dir: str = ""
+    cache_gb: float = 100.0
+    offload_optimizer: bool = False
+    deepspeed_extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.zero_stage == 0:
+            raise ConfigError(
+                "engine.zero_stage 0 is refused: DeepSpeed's stage 0 is wrong in bf16 and its state cannot "
+                "be resharded; use 1, which is the same on one device"
+            )
+        if self.zero_stage not in (1, 2, 3):
+            raise ConfigError(f"engine.zero_stage {self.zero_stage} is not one of 1, 2, 3")
+        if self.micro_batch < 0 or self.num_workers < 0:
+            raise ConfigError("engine.micro_batch and engine.num_workers must not be negative")
+        positive("engine", cache_gb=self.cache_gb)
+        zero = self.deepspeed_extra.get("zero_optimization", {})
+        if zero.get("round_robin_gradients"):
+            raise ConfigError(
+                "engine.deepspeed_extra.zero_optimization.round_robin_gradients is refused: with it "
+                "DeepSpeed mislabels which rank holds which parameter; leave it out"
+            )
+
+
+def make_ds_config(
+    config: EngineConfig, plan: BatchPlan, precision: Precision, clip_norm: float
+) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived from the section and the batch plan, never written by hand."""
+    derived: dict[str, Any] = {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.grad_accum_steps,
+        "gradient_clipping": clip_norm,
+        "steps_per_print": 10**9,  # never: the loop logs for itself
+        "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # True would replace F.linear in the whole process, and change the numerics.
+            "memory_efficient_linear": False,
+        },
+    }
+    if config.offload_optimizer:
+        derived["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": torch.cuda.is_available(),
+        }
+        derived["zero_force_ds_cpu_optimizer"] = False  # keep torch's optimizer, for the same results
+    if precision == "bf16":
+        derived |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if precision == "fp16":
+        derived |= {"fp16": {"enabled": True, "initial_scale_power": 16}}
+    return _with_extra(derived, config.deepspeed_extra, "engine.deepspeed_extra")
+
+
+def _with_extra(derived: dict[str, Any], extra: dict[str, Any], where: str) -> dict[str, Any]:
+    merged = dict(derived)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _with_extra(merged[key], value, f"{where}.{key}")
+        elif key in merged:
+            raise ConfigError(f"{where}.{key} is derived by vitscale (here {merged[key]!r}); remove it")
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,177 @@
+"""A model in training: DeepSpeed's ZeRO around it, and the average of its weights.
+
+Only the folder engine/ knows DeepSpeed. What [engine] sets changes speed and memory; results
+stay the same up to rounding.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitscale import distributed
+from vitscale.engine import zero
+from vitscale.engine.batches import BatchPlan
+from vitscale.engine.ds_config import EngineConfig, Precision, make_ds_config
+from vitscale.engine.ema import Ema
+from vitscale.engine.zero import EMA, FP32, OPTIMIZER_SLOTS, Counters, Fragment, FragmentSource, Untrained
+from vitscale.errors import ConfigError
+from vitscale.models import Model
+from vitscale.optim import OptimConfig, build_optimizer
+
+NO_STEPS = Counters()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine:
+    """A model under ZeRO, its optimizer and, with optim.ema_decay, the average of its weights.
+
+    Every rank has one, and all call its methods in the same order, since most of them
+    communicate. An optimizer step is grad_accum_steps times forward, backward and step.
+    """
+
+    def __init__(
+        self,
+        module: Model,
+        optim: OptimConfig,
+        config: EngineConfig,
+        plan: BatchPlan,
+        precision: Precision,
+    ) -> None:
+        """Hand the module to DeepSpeed, which moves it to this rank's device.
+
+        Raises ConfigError for a precision that the device does not have.
+        """
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.accelerator import get_accelerator
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        if distributed.device().type == "cpu":
+            # DeepSpeed's shared-memory kernel is for inference, yet it is compiled at start,
+            # which takes 30 s and a compiler, and leaves 66 MB per rank in /dev/shm. Training
+            # on CPU communicates through gloo.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)
+        module.set_activation_checkpointing(config.activation_checkpointing)
+        if config.compile:
+            module.compile_blocks()
+        accelerator = get_accelerator()
+        if precision == "fp16" and accelerator and not accelerator.is_fp16_supported():
+            raise ConfigError('precision "fp16" does not run on this device; use "bf16" or "fp32"')
+        self.module = module
+        self.optimizer_name = optim.name
+        self.zero_stage = config.zero_stage
+        self._dtype = DTYPES[precision]
+        self._ds: zero.DeepSpeed
+        self._ds, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=build_optimizer(optim, module),
+            config=make_ds_config(config, plan, precision, optim.clip_norm),
+        )
+        assert self._ds.gradient_accumulation_steps() == plan.grad_accum_steps
+        self._ema = Ema(self._ds, optim.ema_decay) if optim.ema_decay else None
+
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"], *, features_only: bool = False
+    ) -> Float[Tensor, "B C"]:
+        """The module's output in the run's precision; images in [-1, 1], on the device."""
+        # DeepSpeed's forward counts as part of a training step, so evaluation calls the module.
+        network = self._ds if self._ds.training else self.module
+        return network(images.to(self._dtype), features_only=features_only)
+
+    def backward(self, loss: Float[Tensor, ""]) -> None:
+        """Add the gradients of the mean loss of one micro batch."""
+        self._ds.backward(loss)
+
+    def step(self) -> None:
+        """End a micro step; the last of a step clips, and updates weights and average."""
+        self._ds.step()
+        if self._ema:
+            self._ema.update(self._ds)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of every parameter group for the coming step."""
+        for group in self._ds.basic_optimizer.param_groups:
+            group["lr"] = lr
+
+    def grad_norm(self) -> float:
+        """The global gradient norm of the last step before clipping; NaN if there is none."""
+        norm = self._ds.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block: evaluation mode, and the average, if any, as the weights."""
+        self._ds.eval()
+        try:
+            with self._ema.as_weights(self._ds) if self._ema else contextlib.nullcontext():
+                yield
+        finally:
+            self._ds.train()
+
+    @property
+    def counters(self) -> Counters:
+        return zero.counters(self._ds)
+
+    @property
+    def loss_scaler(self) -> dict[str, int | float | bool]:
+        """The numbers of the fp16 loss scaler; empty in other precisions."""
+        return zero.loss_scaler(self._ds)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """What is kept of every trained parameter now: "fp32", the optimizer's slots, "ema"."""
+        # The optimizer has no state before its first update.
+        optimizer = OPTIMIZER_SLOTS[self.optimizer_name] if self.counters.updates else ()
+        return (FP32, *optimizer, *((EMA,) if self._ema else ()))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of every parameter and persistent buffer."""
+        return zero.shapes(self.module)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank owns of the trained parameters, in the module's order."""
+        return zero.fragments(self._ds)
+
+    def untrained(self) -> Iterator[Untrained]:
+        """The frozen parameters and persistent buffers."""
+        return zero.untrained(self._ds)
+
+    def owned(self) -> dict[str, dict[str, Tensor]]:
+        """{slot: {parameter: 1-D fragment}} of this rank, as views of the live state.
+
+        Raises RuntimeError on every rank if the map of fragments does not fit the live weights.
+        """
+        optimizer = [slot for slot in self.slots if slot != EMA]
+        owned = zero.owned(self._ds, optimizer)
+        if self._ema:
+            owned[EMA] = self._ema.owned(self._ds)
+        return owned
+
+    def restore(
+        self,
+        source: FragmentSource,
+        slots: Sequence[str] = (FP32,),
+        counters: Counters = NO_STEPS,
+        loss_scaler: Mapping[str, int | float | bool] | None = None,
+    ) -> None:
+        """Fill weights, optimizer slots, the average and the untrained tensors from `source`.
+
+        slots: those that the source has; an average that it lacks starts at the weights.
+        counters: without updates in it, the optimizer starts fresh.
+
+        Parameter groups are not restored: learning rate and weight decay come from the config.
+        """
+        optimizer = [slot for slot in slots if slot not in (FP32, EMA)]
+        zero.restore(self._ds, source, optimizer, counters.updates)
+        zero.restore_counters(self._ds, counters, loss_scaler or {})
+        if self._ema:  # after the counters: it notes how many updates were made
+            self._ema.restore(self._ds, source, EMA if EMA in slots else FP32)
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds, so that another engine can follow in this process."""
+        self._ds.destroy()

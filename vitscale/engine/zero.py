@@ -1,0 +1,270 @@
+"""What each rank owns of every parameter under ZeRO 1, 2 and 3, and how to put it back.
+
+The only module that reads DeepSpeed's private names (0.19.8). A changed name fails loudly. A
+changed layout would not, so check_mapping compares the map with the live weights at every save.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from vitscale import distributed
+
+# deepspeed.DeepSpeedEngine, whose annotations lack most of the names that are read here.
+DeepSpeed = Any
+
+# A slot is something that training keeps of every parameter: the fp32 master weights, a state
+# of the optimizer (exp_avg, ...), the average.
+FP32, EMA = "fp32", "ema"
+OPTIMIZER_SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+UNTRAINED = "fixed"  # the only slot of an untrained tensor, as checkpoint files name it
+
+
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """DeepSpeed's step counters."""
+
+    global_steps: int = 0
+    global_samples: int = 0
+    skipped_steps: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights: all steps except those that fp16 skipped for an overflow."""
+        return self.global_steps - self.skipped_steps
+
+
+@runtime_checkable
+class FragmentSource(Protocol):
+    """Where a restore gets its values."""
+
+    def read_into(self, destination: Tensor, slot: str, name: str, start: int) -> None:
+        """destination[:] = the `slot` of parameter `name`, flattened, from `start` on."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeTensors:
+    """A source of whole tensors by name: an initialisation, or the weights of another model."""
+
+    tensors: Mapping[str, Tensor]
+
+    def read_into(self, destination: Tensor, slot: str, name: str, start: int) -> None:
+        destination.copy_(self.tensors[name].reshape(-1)[start : start + len(destination)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragment:
+    """A piece of a trained parameter that this rank owns.
+
+    It is param.flatten()[start : start + count]. Its master is flat[offset : offset + count],
+    where `flat` is this rank's fp32 buffer of the group. A rank owns at most one fragment of a
+    parameter. For example, a [3] and b [2, 3] are one group on two ranks:
+
+        ZeRO 1: a and b in one buffer, padded from 9 to 12 values and cut in the middle
+            rank 0    a[0:3] at offset 0, b[0:3] at offset 3
+            rank 1    b[3:6] at offset 0
+        ZeRO 3: each parameter cut by itself, into pieces of 2 and of 3 values
+            rank 0    a[0:2] at offset 0, b[0:3] at offset 2
+            rank 1    a[2:3] at offset 0, b[3:6] at offset 2
+    """
+
+    name: str
+    param: nn.Parameter
+    start: int
+    count: int
+    group: int
+    flat: Tensor
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This fragment's part of the buffer of any slot, which is laid out like `flat`."""
+        return tensor.detach().narrow(0, self.offset, self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Untrained:
+    """A frozen parameter or a persistent buffer, flattened.
+
+    mine: what this rank saves, from `start` on: its share, so that all ranks save it once.
+    held: what this rank restores, from `held_start` on: all of it, unless ZeRO cuts it.
+    """
+
+    name: str
+    mine: Tensor
+    start: int
+    held: Tensor
+    held_start: int
+
+
+def fragments(ds: DeepSpeed) -> Iterator[Fragment]:
+    """The fragments that this rank owns, in the order of the module's parameters."""
+    optimizer, buffers = ds.optimizer, flats(ds)
+    for name, param in ds.module.named_parameters():
+        if not param.requires_grad:
+            continue
+        if hasattr(param, "ds_id"):  # ZeRO 3: each rank holds ceil(numel / world_size), padded
+            group, offset, padded = optimizer.grad_position[optimizer.get_param_id(param)]
+            start = torch.distributed.get_rank(group=param.ds_process_group) * padded
+            count = min(padded, param.ds_numel - start)
+        else:  # ZeRO 1 and 2: each group is one flat buffer, cut into world_size equal parts
+            mapping = param._hp_mapping
+            if mapping is None:
+                continue
+            group, offset = mapping.param_group_index, mapping.hp_fragment_address.start
+            start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        if count > 0:
+            yield Fragment(name, param, start, count, group, buffers[group], offset)
+
+
+def untrained(ds: DeepSpeed) -> Iterator[Untrained]:
+    """Frozen parameters, and persistent buffers, which every rank holds whole."""
+    module = ds.module
+    persistent = module.state_dict(keep_vars=True)
+    named = [(name, param) for name, param in module.named_parameters() if not param.requires_grad]
+    named += [(name, buffer) for name, buffer in module.named_buffers() if name in persistent]
+    rank, world = distributed.rank(), distributed.world_size()
+    for name, tensor in named:
+        if hasattr(tensor, "ds_id"):  # ZeRO 3 cuts frozen parameters too
+            held, each = tensor.ds_tensor.data.view(-1), tensor.ds_tensor.ds_numel
+            start = torch.distributed.get_rank(group=tensor.ds_process_group) * each
+            held = held[: max(0, min(each, tensor.ds_numel - start))]
+            yield Untrained(name, held, start, held, start)
+        else:
+            held = tensor.data.view(-1)
+            each = -(-len(held) // world)  # 10 values on 4 ranks: 3, 3, 3, 1
+            start = min(rank * each, len(held))
+            yield Untrained(name, held[start : start + each], start, held, 0)
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The whole shape of every parameter and persistent buffer, even if ZeRO 3 has cut it."""
+    persistent = module.state_dict(keep_vars=True)
+    tensors = dict(module.named_parameters())
+    tensors |= {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+    return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
+
+
+def owned(ds: DeepSpeed, slots: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """{slot: {parameter: 1-D fragment}} of this rank, as views; "fp32" is the master.
+
+    Raises RuntimeError if the map is wrong (check_mapping). Every rank calls it.
+    """
+    check_mapping(ds)
+    owned: dict[str, dict[str, Tensor]] = {slot: {} for slot in slots}
+    for fragment in fragments(ds):
+        held = {FP32: fragment.flat, **ds.basic_optimizer.state.get(fragment.flat, {})}
+        for slot in slots:
+            owned[slot][fragment.name] = fragment.of(held[slot])
+    return owned
+
+
+@torch.no_grad()
+def check_mapping(ds: DeepSpeed) -> None:
+    """Compare every live weight with its master as the map says; every rank calls it.
+
+    Raises RuntimeError on every rank if any live weight is not the cast of its master.
+    """
+    wrong = ""
+    for fragment in fragments(ds):
+        param = fragment.param
+        if hasattr(param, "ds_id"):
+            live = param.ds_tensor.data.view(-1)[: fragment.count]  # type: ignore[union-attr]
+        else:
+            live = param.data.view(-1)[fragment.start : fragment.start + fragment.count]
+        if not torch.equal(live, fragment.of(fragment.flat).to(live)):
+            wrong = fragment.name
+            break
+    if distributed.all_reduce_max([float(bool(wrong))])[0]:
+        raise RuntimeError(
+            f"the map of ZeRO fragments is wrong{f' for {wrong}' if wrong else ' on another rank'}: nothing "
+            "was saved; this DeepSpeed does not lay its state out as 0.19.8 does"
+        )
+
+
+@torch.no_grad()
+def restore(ds: DeepSpeed, source: FragmentSource, slots: Sequence[str], updates: int) -> None:
+    """Fill masters, optimizer slots and untrained tensors from `source`; every rank calls it.
+
+    The live weights follow from the masters. slots: the optimizer's. updates: how many it has
+    made; with 0 it starts fresh.
+    """
+    if updates > 0:
+        _create_optimizer_state(ds, slots, updates)
+    for fragment in fragments(ds):
+        source.read_into(fragment.of(fragment.flat), FP32, fragment.name, fragment.start)
+        for slot in slots if updates > 0 else ():
+            held = ds.basic_optimizer.state[fragment.flat][slot]
+            source.read_into(fragment.of(held), slot, fragment.name, fragment.start)
+    for tensor in untrained(ds):
+        if len(tensor.held):
+            source.read_into(tensor.held, UNTRAINED, tensor.name, tensor.held_start)
+    refresh_live(ds)
+    check_mapping(ds)
+
+
+def loss_scaler(ds: DeepSpeed) -> dict[str, int | float | bool]:
+    """The numbers of the fp16 loss scaler; empty in other precisions."""
+    if not ds.fp16_enabled():
+        return {}
+    return {k: v for k, v in vars(ds.optimizer.loss_scaler).items() if isinstance(v, int | float | bool)}
+
+
+def counters(ds: DeepSpeed) -> Counters:
+    names = [field.name for field in dataclasses.fields(Counters)]
+    return Counters(**{name: int(getattr(ds, name)) for name in names})
+
+
+def restore_counters(ds: DeepSpeed, saved: Counters, scaler: Mapping[str, int | float | bool]) -> None:
+    """Set the step counters and, if the checkpoint and this run are fp16, the loss scaler."""
+    for name, value in dataclasses.asdict(saved).items():
+        setattr(ds, name, value)
+    ds.micro_steps = saved.global_steps * ds.gradient_accumulation_steps()
+    if scaler and ds.fp16_enabled():
+        vars(ds.optimizer.loss_scaler).update(scaler)
+
+
+def flats(ds: DeepSpeed) -> list[Tensor]:
+    """The flat fp32 master buffers: one per group, or one per sub-group under ZeRO 3."""
+    for name in (
+        "fp32_partitioned_groups_flat",  # ZeRO 3
+        "single_partition_of_fp32_groups",  # ZeRO 1 and 2
+        "fp32_groups_flat_partition",  # ZeRO 1 in bf16 with fp32 accumulation
+    ):
+        if hasattr(ds.optimizer, name):
+            return getattr(ds.optimizer, name)
+    raise RuntimeError(f"{type(ds.optimizer).__name__} keeps no fp32 masters that can be checkpointed")
+
+
+def _create_optimizer_state(ds: DeepSpeed, slots: Sequence[str], updates: int) -> None:
+    """Create the optimizer's state, which DeepSpeed does only in the first step."""
+    optimizer, base = ds.optimizer, ds.basic_optimizer
+    for index, flat in enumerate(flats(ds)):
+        zero_3 = ds.zero_optimization_stage() == 3
+        group = base.param_groups[optimizer.sub_group_to_group_id[index] if zero_3 else index]
+        held = base.state[flat]
+        for slot in slots:
+            if held.get(slot) is None:
+                held[slot] = torch.zeros_like(flat)
+        if type(base).__module__.startswith("deepspeed"):
+            held["step"] = updates
+        elif "exp_avg" in slots:
+            on_device = group.get("fused") or group.get("capturable")
+            held["step"] = torch.tensor(float(updates), device=flat.device if on_device else "cpu")
+    if ds.zero_optimization_stage() < 3:
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def refresh_live(ds: DeepSpeed) -> None:
+    """Set the live weights (low precision, gathered) from the masters; every rank calls it."""
+    optimizer = ds.optimizer
+    if ds.zero_optimization_stage() < 3:
+        optimizer.update_lp_params()
+        return
+    optimizer.checkpoint_event_prologue()  # partitions the parameters that are gathered
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    optimizer.checkpoint_event_epilogue()  # gathers the small persistent parameters again

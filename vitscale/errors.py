@@ -1,0 +1,36 @@
+"""The errors that a user can cause and can fix, by kind.
+
+Every message is one sentence that says what is wrong, where, which rule it breaks, and what to
+write instead. command.py prints it. Only our own bugs end with a traceback.
+"""
+
+
+class UserError(ValueError):
+    """The base of all kinds: a program prints the message and exits with status 2.
+
+    shared: every rank raises it with the same message, so that rank 0 alone prints it.
+    """
+
+    def __init__(self, message: str, *, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
+
+
+class ConfigError(UserError):
+    """A config file, an override or an option that cannot be used as written."""
+
+
+class DataError(UserError):
+    """Shards, an index, a list or an image source that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint, an export or another library's weights that cannot be read or written."""
+
+
+class StoreError(UserError):
+    """A store or a disk that refuses or does not answer, whatever it may hold."""
+
+
+class BusyError(UserError):
+    """Something that another process holds, or a process of ours that was killed."""

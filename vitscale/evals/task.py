@@ -1,0 +1,87 @@
+"""What all evaluations share: the common keys, and the interfaces of tasks and models.
+
+A task asks a model for features or logits and knows nothing of trainers or checkpoints, so
+the same one runs on a model in training and on one from a file (adapters.py).
+"""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from vitscale.config import dotted, positive
+from vitscale.data.evalset import Crop, EvaluationSet
+from vitscale.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """The keys that every kind of evaluation has.
+
+    kind:         each kind's own class sets it
+    test:         the shards to score (a glob, brace pattern or URL), or an index.json
+    every_steps:  how often it runs in training, besides before and after all steps
+    crop:         "resize" squeezes the image to a square; "center" resizes the short side to
+                  image_size * 256 / 224 and crops the centre
+    batch_size:   images in a forward pass of one rank
+    num_workers:  decoding processes per rank; 0 decodes in the main process
+    """
+
+    kind: str = ""
+    test: str = ""
+    every_steps: int = 1000
+    crop: Crop = "resize"
+    batch_size: int = 256
+    num_workers: int = 0
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError for a value that does not fit. where: the section's dotted name."""
+        if not self.test:
+            raise ConfigError(
+                f"{dotted(where, 'test')} is empty: an evaluation needs test shards, "
+                "like data/cifar10/test-*.tar"
+            )
+        positive(where, every_steps=self.every_steps, batch_size=self.batch_size)
+        if self.num_workers < 0:
+            raise ConfigError(
+                f"{dotted(where, 'num_workers')} {self.num_workers} must not be negative; "
+                "0 decodes in the main process"
+            )
+
+
+@runtime_checkable
+class EvalModel(Protocol):
+    """What a task needs of a model. Images come on the CPU; results may be on any device."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]: ...
+
+    def logits(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]: ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """An evaluation with its data open."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> TaskConfig: ...
+
+    def run(self, model: EvalModel) -> dict[str, float]:
+        """Results by name, as fractions of 1. Every rank calls it and gets the same."""
+        ...
+
+
+def open_shards(pattern: str, config: TaskConfig, image_size: int) -> EvaluationSet:
+    """The samples of `pattern`, decoded by `config`. Raises DataError for missing shards."""
+    return EvaluationSet.open(
+        pattern, image_size=image_size, crop=config.crop, num_workers=config.num_workers
+    )

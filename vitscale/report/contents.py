@@ -1,0 +1,139 @@
+"""What a checkpoint or an export contains, opened the same way for show, verify and diff."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitscale import storage
+from vitscale.checkpoint.load import FragmentReader
+from vitscale.checkpoint.manifest import Manifest
+from vitscale.checkpoint.safetensors import SafetensorsReader
+from vitscale.checkpoint.verify import open_directory
+from vitscale.errors import CheckpointError
+from vitscale.weights.files import INDEX_NAME, find_export, read_index
+
+CHUNK = 1 << 20  # values that are looked at together, in float64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A checkpoint whose files were verified, or an export.
+
+    facts: of the manifest, or of the export's metadata. config: the sections as nested plain
+    values; an export has [model] alone, another library's file nothing. untrained: the names of
+    frozen parameters and buffers. slots: "fp32" is the weights. tensor: one whole tensor by
+    name and slot, in the dtype that it is stored in.
+    """
+
+    path: str
+    is_export: bool
+    facts: dict[str, Any]
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    untrained: frozenset[str]
+    slots: tuple[str, ...]
+    num_bytes: int
+    num_files: int
+    tensor: Callable[[str, str], Tensor]
+
+
+def open_contents(path: str) -> Contents:
+    """Open a checkpoint or an export.
+
+    path: a run directory (its newest good checkpoint), a step directory, or weights in
+    safetensors, even of another library: a file, or the folder of one or of shards. Raises
+    CheckpointError for anything else, and for damage.
+    """
+    export = find_export(path)
+    if export:
+        return _open_export(export)
+    folder, manifest = open_directory(path)
+    return Contents(
+        path=folder,
+        is_export=False,
+        facts=facts_of(manifest),
+        config=manifest.train.config,
+        shapes={name: info.shape for name, info in manifest.tensors.items()},
+        untrained=frozenset(name for name, info in manifest.tensors.items() if info.untrained),
+        slots=manifest.slots,
+        num_bytes=manifest.num_bytes,
+        num_files=len(manifest.files),
+        tensor=FragmentReader(folder, manifest).whole,
+    )
+
+
+def facts_of(manifest: Manifest) -> dict[str, Any]:
+    """All that a manifest says, except for the config and what each tensor and file is.
+
+    The names are those that `show` prints and that are keys of its JSON.
+    """
+    train = manifest.train
+    return {
+        "step": train.step,
+        "data_step": train.data_step,
+        "samples_seen": train.samples_seen,
+        "epoch": train.epoch,
+        "step_in_epoch": train.step_in_epoch,
+        "data_fingerprint": f"{train.data_fingerprint}-{train.decoder}",
+        "optimizer": manifest.optimizer,
+        "optimizer_steps": manifest.counters.updates,
+        "states": manifest.slots,
+        "world_size": manifest.world_size,
+        "zero_stage": manifest.zero_stage,
+        "precision": train.precision,
+        "loss_scaler": manifest.loss_scaler,
+        "counters": {**dataclasses.asdict(manifest.counters), "bad_samples": train.bad_samples},
+        "versions": train.versions,
+        "created": manifest.created,
+    }
+
+
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """The flattened values in float64, CHUNK at a time."""
+    return (part.double() for part in tensor.reshape(-1).split(CHUNK))
+
+
+def _open_export(path: str) -> Contents:
+    metadata, file_of = read_index(path) if path.endswith(INDEX_NAME) else ({}, {})
+    files = sorted({storage.join(path, file) for file in file_of.values()}) or [path]
+    readers = [SafetensorsReader(file) for file in files]
+    reader_of = {name: reader for reader in readers for name in reader.header}
+    shapes = {name: tuple(reader.header[name]["shape"]) for name, reader in reader_of.items()}
+    dtypes = {name: reader.dtype(name) for name, reader in reader_of.items()}
+
+    def tensor(name: str, slot: str) -> Tensor:
+        assert slot == "fp32", slot
+        flat = torch.empty(math.prod(shapes[name]), dtype=dtypes[name])
+        reader_of[name].read_into(flat, name, 0)
+        return flat.view(shapes[name])
+
+    facts: dict[str, Any] = dict(metadata or readers[0].metadata)
+    model = _parse_model(path, facts.pop("vitscale.model", "{}"))
+    facts = {name.removeprefix("vitscale."): value for name, value in facts.items()}
+    if facts.get("step", "").isdigit():
+        facts["step"] = int(facts["step"])
+    return Contents(
+        path=path,
+        is_export=True,
+        facts=facts,
+        config={"model": model} if model else {},
+        shapes=shapes,
+        untrained=frozenset(),
+        slots=("fp32",),
+        num_bytes=sum(size or 0 for size in storage.sizes(files)),
+        num_files=len(files),
+        tensor=tensor,
+    )
+
+
+def _parse_model(path: str, text: str) -> Any:
+    """The model's configuration in an export's metadata."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} has damaged metadata (vitscale.model); copy it again") from None

@@ -1,0 +1,232 @@
+"""A run directory: its lock, its config.toml, and whether a job may continue its run."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from vitscale import atomic, distributed
+from vitscale import config as configs
+from vitscale.checkpoint import store
+from vitscale.checkpoint.verify import Checkpoint
+from vitscale.errors import BusyError, ConfigError, StoreError
+from vitscale.job import Job
+from vitscale.train_config import TrainConfig
+
+logger = logging.getLogger(__name__)
+CONFIG_NAME, LOCK_NAME = "config.toml", ".lock"
+# What may change at a resume: place, speed, logging, saving, evaluation, and a longer total.
+CHANGEABLE = (
+    "run_dir",
+    "engine",
+    "log",
+    "checkpoint",
+    "evals",
+    "total_steps",
+    "total_epochs",
+    "total_samples",
+)
+# Sections that name places: the fingerprint shows if data differ; [init] is not read again.
+PLACES = ("data", "init")
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+
+class RunLock:
+    """Held by rank 0 from the start of a job to its end.
+
+    A POSIX record lock: it works over NFS, child processes do not inherit it, and it is free
+    again when its process dies (or its node, once the file server notices). The content of the
+    file only says who holds it.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        """Take the lock.
+
+        Raises BusyError naming the holder if there is one, and OSError if it cannot be written.
+        """
+        self._path = Path(run_dir) / LOCK_NAME
+        self._file: IO[str] | None = None
+        while not self._file:
+            self._file = self._open()
+
+    def release(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> IO[str] | None:
+        """The locked file, or None if somebody removed it before it was locked."""
+        file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the lock is held)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read()
+            file.close()
+            if error.errno in _HELD:
+                raise BusyError(self._refusal(holder)) from None
+            logger.warning(
+                "%s is on a file system without locks (%s): "
+                "make sure that no second job uses this run directory",
+                self._path,
+                error.strerror,
+            )
+            return open(self._path, "a+", encoding="utf-8")
+        if not self._path.exists() or os.fstat(file.fileno()).st_ino != self._path.stat().st_ino:
+            file.close()
+            return None
+        file.truncate(0)
+        holder = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T %z")}
+        file.write(json.dumps(holder) + "\n")
+        file.flush()
+        return file
+
+    def _refusal(self, holder: str) -> str:
+        try:
+            values = json.loads(holder)
+            who = f"process {values['process']} on {values['host']} since {values['since']}"
+        except (ValueError, KeyError, TypeError):
+            who = "another process"
+        return (
+            f"run_dir {self._path.parent} is in use by {who}; end that job first or choose another run_dir "
+            f"(if its machine is gone for good, delete {self._path})"
+        )
+
+
+@contextlib.contextmanager
+def claimed(job: Job) -> Iterator[None]:
+    """Hold the run directory within the block; every rank enters it.
+
+    Raises BusyError if another job holds it, ConfigError if another experiment is in it or its
+    checkpoints are where this config does not look, and StoreError if it cannot be written.
+    """
+    folder = Path(job.config.run_dir)
+    lock: RunLock | None = None
+
+    def claim() -> None:
+        nonlocal lock
+        with _writing(job):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(folder)
+        if (folder / CONFIG_NAME).exists():
+            old = configs.load(TrainConfig, [folder / CONFIG_NAME])
+            problem = _difference(f"run_dir {folder}", old, job) or _left_behind(old, job)
+            if problem:
+                raise ConfigError(problem)
+
+    try:
+        distributed.on_main(claim)
+        if distributed.local_rank() == 0:  # with checkpoint.store, each node may have its own folder
+            store.clean(store.directory_of(folder))
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def write_config(job: Job) -> None:
+    """Write the resolved config into the run directory; every rank calls it.
+
+    A job calls it once it has started: a mistake at the first start then binds nobody.
+    """
+
+    def write() -> None:
+        with _writing(job):
+            atomic.write(Path(job.config.run_dir) / CONFIG_NAME, configs.to_toml(job.config).encode())
+
+    distributed.on_main(write)
+
+
+def check_continuation(job: Job, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError unless the job may continue the checkpoint.
+
+    It must be of this experiment (run directories with the same store share its checkpoints),
+    and have been trained on the data that the config names now.
+    """
+    folder, train = checkpoint.folder, checkpoint.manifest.train
+    if train.data_fingerprint != job.data_fingerprint():
+        raise ConfigError(
+            f"{folder} was trained on other data than the config names now (shards, their order or "
+            "chunking, label maps or exclusions changed), so it cannot continue where it stopped; restore "
+            "the shards and index, or start a new run_dir with [init] checkpoint"
+        )
+    if train.decoder != job.decoder:
+        raise ConfigError(
+            f"{folder} was trained with the JPEG decoder {train.decoder}, here it is {job.decoder}; set "
+            f'data.decoder = "{train.decoder}" (turbojpeg needs: pip install turbojpeg)'
+        )
+    problem = _difference(folder, configs.from_dict(TrainConfig, train.config), job, PLACES)
+    if problem:
+        raise ConfigError(problem)
+    if train.step > job.total_steps:
+        raise ConfigError(
+            f"{folder} is beyond the run's {job.total_steps:,} steps; raise the total or use another run_dir"
+        )
+
+
+def check_new_length(job: Job, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError if another run's checkpoint leaves this run no steps to do."""
+    if checkpoint.manifest.step >= job.total_steps:
+        raise ConfigError(
+            f"{checkpoint.folder}, which init.full_state continues, has done all of the run's "
+            f"{job.total_steps:,} steps; raise the total, or take its weights alone: init.full_state = false"
+        )
+
+
+@contextlib.contextmanager
+def _writing(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"run_dir {job.config.run_dir} cannot be written: {error.strerror}; choose another"
+        ) from None
+
+
+def _left_behind(old: TrainConfig, job: Job) -> str:
+    """Why checkpoint.store may not change; "" if the old place has nothing newer."""
+    new = job.config
+    if old.checkpoint.store == new.checkpoint.store:
+        return ""
+    before, now = (store.Home.of(new.run_dir, c.checkpoint).committed()[:1] for c in (old, new))
+    if not before or (now and now[0][0] >= before[0][0]):
+        return ""
+    return (
+        f"run_dir {new.run_dir} has its newest checkpoint at {before[0][1]}, where checkpoint.store = "
+        f"{new.checkpoint.store!r} does not look; set it back to {old.checkpoint.store!r}, or copy the "
+        "checkpoints to the new place first"
+    )
+
+
+def _difference(place: str, old: TrainConfig, job: Job, beside: Sequence[str] = ()) -> str:
+    """Why this job may not continue what is at `place`; "" if it may.
+
+    old: the config of what is there. beside: more sections that may differ.
+    """
+    new = job.config
+    changeable = (*CHANGEABLE, *beside)
+    pinned = [{k: v for k, v in configs.to_dict(c).items() if k not in changeable} for c in (old, new)]
+    for values in pinned:
+        values.get("data", {}).pop("decoder", None)  # check_continuation compares the one in use
+    keys = list(configs.differing_keys(pinned[0], pinned[1]))
+    if keys:
+        changes = ", ".join(f"{key} was {_value(old, key)!r}, now {_value(new, key)!r}" for key in keys)
+        another = "another run_dir and checkpoint.store" if new.checkpoint.store else "another run_dir"
+        return f"{place} holds another experiment: {changes}; set them back to resume it, or choose {another}"
+    before, now = old.num_steps(job.mixture.steps_per_epoch), job.total_steps
+    if before > now:
+        return f"{place} was started for {before:,} steps and cannot be shortened to {now:,}"
+    return ""
+
+
+def _value(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    return config

@@ -1,0 +1,143 @@
+"""The configuration of a training run: TrainConfig, the whole, and its small sections.
+
+The other sections are declared beside the code that reads them.
+"""
+
+import dataclasses
+
+from vitscale import config as configs
+from vitscale.checkpoint.store import CheckpointConfig
+from vitscale.data.sources import DataConfig
+from vitscale.data.transforms import AugmentConfig
+from vitscale.engine.ds_config import EngineConfig, Precision
+from vitscale.errors import ConfigError
+from vitscale.evals import EvalConfig
+from vitscale.losses import LossConfig
+from vitscale.models import ModelConfig
+from vitscale.objectives import ClassificationConfig, ObjectiveConfig
+from vitscale.optim import OptimConfig
+from vitscale.schedule import ScheduleConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training ([log]).
+
+    every_steps:  how often a row goes to the console, TensorBoard and metrics.jsonl
+    tensorboard:  whether to write TensorBoard's files
+    """
+
+    every_steps: int = 50
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        configs.positive("log", every_steps=self.every_steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """What to start from ([init]).
+
+    checkpoint:  a run, a step directory or an export; "" = from scratch
+    full_state:  continue at that run's step with its optimizer state, under this config (other
+                 data, another learning rate, a longer schedule); else take its weights alone
+    ema:         take the average of its weights over training
+    """
+
+    checkpoint: str = ""
+    full_state: bool = False
+    ema: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.full_state or self.ema) and not self.checkpoint:
+            key = "full_state" if self.full_state else "ema"
+            raise ConfigError(f"init.{key} = true needs init.checkpoint: the run to start from")
+        if self.full_state and self.ema:
+            raise ConfigError("init.full_state takes the average along; leave out init.ema")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    run_dir:        where its config, metrics and checkpoints are; with the same one it resumes
+    seed:           of weights, order, augmentation and dropout
+    global_batch:   images per optimizer step, over all devices
+    total_steps, total_epochs, total_samples:
+                    how long it is: set one of them; epochs may be fractional
+    precision:      of the forward and backward pass; the optimizer keeps fp32 masters
+    evals:          any number of evaluations, each by a name ([evals.NAME])
+    """
+
+    run_dir: str
+    seed: int = 0
+    global_batch: int = 1024
+    total_steps: int = 0
+    total_epochs: float = 0.0
+    total_samples: int = 0
+    precision: Precision = "fp32"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ClassificationConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        configs.positive("", global_batch=self.global_batch)
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed} must not be negative")
+        totals = {name: getattr(self, name) for name in ("total_steps", "total_epochs", "total_samples")}
+        given = [f"{name} = {value}" for name, value in totals.items() if value]
+        if len(given) != 1 or min(totals.values()) < 0:
+            raise ConfigError(
+                "set exactly one of total_steps, total_epochs, total_samples, above 0; "
+                f"here: {', '.join(given) or 'none'}"
+            )
+        if not self.data.index and not self.data.sources:
+            raise ConfigError(
+                "data.index is missing: name the index.json of the training shards (or several in "
+                "[[data.sources]]); make one with: python tools/data.py index SHARDS"
+            )
+        if self.total_epochs and len(self.data.sources) > 1:
+            raise ConfigError(
+                f"total_epochs = {self.total_epochs} has no meaning for several data.sources, "
+                "each of which has its own epochs; use total_steps or total_samples"
+            )
+        if self.augment.repeats > 1 and self.global_batch % self.augment.repeats:
+            repeats = self.augment.repeats
+            raise ConfigError(
+                f"global_batch {self.global_batch} is not a multiple of augment.repeats {repeats}; "
+                f"use {max(1, self.global_batch // repeats) * repeats}"
+            )
+        if self.data.labels == "multi" and self.loss.name == "softmax":
+            raise ConfigError(
+                'data.labels = "multi" needs loss.name = "sigmoid": softmax takes one class per image'
+            )
+        if self.model.num_classes < 1:
+            raise ConfigError("model.num_classes must be 1 or more to train: 0 builds a model without a head")
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the run. Raises ConfigError if its warmup does not fit in."""
+        steps = (
+            self.total_steps
+            or self.total_samples // self.global_batch
+            or round(self.total_epochs * steps_per_epoch)
+        )
+        if steps < 1:
+            raise ConfigError(
+                "the run has no whole step: its total is below one global_batch "
+                f"of {self.global_batch:,} images; raise the total"
+            )
+        if self.schedule.warmup_steps >= steps:
+            raise ConfigError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps:,} must be below "
+                f"the run's {steps:,} steps; lower it"
+            )
+        return steps

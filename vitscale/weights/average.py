@@ -1,0 +1,78 @@
+"""Averages the weights of checkpoints: the last ones of a run, or several fine-tunings."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitscale import config as configs
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.models import ModelConfig
+from vitscale.weights.export import export_metadata, write_export
+from vitscale.weights.files import TensorSource
+from vitscale.weights.saved import SavedModel, Slot
+
+_TRAINING_KEYS = ("head_bias", "dropout")  # keys of [model] that do not change what the weights compute
+
+
+def average(paths: Sequence[str | Path], out: str | Path, *, slot: Slot = "fp32") -> Path:
+    """Write the mean of several checkpoints' weights, computed in float64, as an fp32 export.
+
+    paths, slot: as in SavedModel. out: as in write_export. The export has the step of the
+    latest checkpoint, and the steps of all in its metadata. Two tensors are in memory at a
+    time: the mean and one source. Raises ConfigError for fewer than two paths, and
+    CheckpointError for different models and for an `out` that exists.
+    """
+    if len(paths) < 2:
+        raise ConfigError(f"average needs two checkpoints or more before OUT, not {len(paths)}")
+    if Path(out).exists():
+        raise CheckpointError(
+            f"{out} exists, and average overwrites nothing; name OUT at the end, or delete it first"
+        )
+    sources = [SavedModel(path, slot=slot) for path in paths]
+    first = sources[0]
+    for other in sources[1:]:
+        _check_same_model(first, other)
+    metadata = export_metadata(first.config, max(source.step for source in sources), "fp32") | {
+        "vitscale.state": slot,
+        "vitscale.averaged_steps": json.dumps([source.step for source in sources]),
+    }
+    means = ((name, _mean(sources, name)) for name in first.shapes)
+    return write_export(Path(out), means, first.shapes, metadata)
+
+
+def _mean(sources: Sequence[TensorSource], name: str) -> Tensor:
+    total = torch.zeros(sources[0].shapes[name], dtype=torch.float64)
+    for source in sources:
+        # In blocks: adding fp32 to float64, torch would first cast the whole tensor.
+        for sums, values in zip(_blocks(total), _blocks(source.tensor(name)), strict=True):
+            sums += values
+    return total.div_(len(sources)).to(torch.float32)
+
+
+def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.view(-1).split(1 << 20)
+
+
+def _check_same_model(a: SavedModel, b: SavedModel) -> None:
+    model_a, model_b = (configs.to_dict(_with_explicit_sizes(saved.config)) for saved in (a, b))
+    for key in configs.differing_keys(model_a, model_b):
+        if key not in _TRAINING_KEYS:
+            raise CheckpointError(
+                f"{b.path} is a different model from {a.path}: model.{key} is {model_b[key]!r}, not "
+                f"{model_a[key]!r}; average checkpoints of one model"
+            )
+    if a.shapes != b.shapes:
+        raise CheckpointError(
+            f"{b.path} and {a.path} hold different tensors; average checkpoints of one model"
+        )
+
+
+def _with_explicit_sizes(config: ModelConfig) -> ModelConfig:
+    """The same model with its sizes as numbers, however its config gives them."""
+    keys = ("width", "depth", "num_heads", "mlp_dim", "patch_size")
+    sizes = {key: getattr(config, f"resolved_{key}") for key in keys}
+    return dataclasses.replace(config, variant="B/16", **sizes)

@@ -1,0 +1,61 @@
+"""Exports: a model as a file of weights that carries its own configuration."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from vitscale import config as configs
+from vitscale.errors import ConfigError
+from vitscale.models import ModelConfig
+from vitscale.weights.files import Dtype, NamedTensors, Shapes, write_file, write_folder
+from vitscale.weights.publish import publishing
+from vitscale.weights.saved import SavedModel, Slot
+
+
+def export_safetensors(
+    path: str | Path, out: str | Path, *, dtype: Dtype = "fp32", shard_bytes: int = 0, slot: Slot = "fp32"
+) -> Path:
+    """Write a checkpoint's weights to safetensors and return the path of the file or index.
+
+    path, slot: as in SavedModel. out, shard_bytes: as in write_export. The metadata hold the
+    step and [model], so load_model needs nothing else. One tensor is in memory at a time.
+    """
+    saved = SavedModel(path, slot=slot)
+    metadata = export_metadata(saved.config, saved.step, dtype) | {"vitscale.state": slot}
+    return write_export(Path(out), saved.tensors(), saved.shapes, metadata, dtype, shard_bytes)
+
+
+def export_metadata(config: ModelConfig, step: int, dtype: Dtype) -> dict[str, str]:
+    """The metadata that make a file of weights an export."""
+    return {
+        "format": "pt",
+        "vitscale.model": json.dumps(configs.to_dict(config)),
+        "vitscale.step": str(step),
+        "vitscale.dtype": dtype,
+    }
+
+
+def write_export(
+    out: Path,
+    tensors: NamedTensors,
+    shapes: Shapes,
+    metadata: Mapping[str, str],
+    dtype: Dtype = "fp32",
+    shard_bytes: int = 0,
+) -> Path:
+    """Write an export, tensor by tensor, and return the path of the file or index.
+
+    out: a file name ending in .safetensors, or a folder for model.safetensors or its shards.
+    tensors: in the order of `shapes`. shard_bytes: as in write_folder; 0 for a file. Raises
+    CheckpointError if `out` exists and is not an export.
+    """
+    if out.suffix != ".safetensors":
+        with publishing(out) as temporary:
+            temporary.mkdir()
+            name = write_folder(temporary, tensors, shapes, dtype, metadata, shard_bytes)
+        return out / name
+    if shard_bytes:
+        raise ConfigError(f"{out} is one file, which cannot hold shards; give a folder, or drop --shard-mb")
+    with publishing(out) as temporary:
+        write_file(temporary, tensors, shapes, dtype, metadata)
+    return out

@@ -1,0 +1,157 @@
+"""A model's configuration as other libraries write it; what they cannot express is refused."""
+
+import dataclasses
+import math
+
+from vitscale.errors import CheckpointError
+from vitscale.models import ModelConfig
+from vitscale.models.names import Dialect
+from vitscale.models.vit import VARIANTS
+from vitscale.weights.files import Dtype
+
+_ONLY_TOKEN = (("token",), "ViTForImageClassification reads the class token; use --format timm")
+_NO_TANH_LAYER = "has no tanh layer before its head; use --format safetensors or npz"
+_NO_MAP_HEAD = (("token", "mean"), "only big_vision has this head; use --dialect big_vision")
+# By dialect, the keys that it limits: the allowed values, and what to do about others.
+_LIMITS: dict[Dialect, dict[str, tuple[tuple[object, ...], str]]] = {
+    "timm": {
+        "representation_size": ((0,), f"timm's VisionTransformer {_NO_TANH_LAYER}"),
+        "norm_eps": ((1e-6,), "timm's config.json cannot say another than 1e-6; use --format transformers"),
+    },
+    "transformers": {
+        "pool": _ONLY_TOKEN,
+        "representation_size": ((0,), f"ViTForImageClassification {_NO_TANH_LAYER}"),
+    },
+    "original": {"pool": _NO_MAP_HEAD},
+    "linen": {"pool": _NO_MAP_HEAD},
+}
+# What Google's code computes; an .npz file does not say it.
+GOOGLE_DEFAULTS = {"gelu": "tanh", "norm_eps": 1e-6}
+
+# timm's architectures by (variant, patch size): all are one class; model_args says the rest.
+_TIMM_NAMES = {
+    ("Ti", 16): "vit_tiny_patch16_224",
+    ("S", 8): "vit_small_patch8_224",
+    ("S", 16): "vit_small_patch16_224",
+    ("S", 32): "vit_small_patch32_224",
+    ("B", 8): "vit_base_patch8_224",
+    ("B", 16): "vit_base_patch16_224",
+    ("B", 32): "vit_base_patch32_224",
+    ("L", 14): "vit_large_patch14_224",
+    ("L", 16): "vit_large_patch16_224",
+    ("L", 32): "vit_large_patch32_224",
+    ("H", 14): "vit_huge_patch14_224",
+    ("g", 14): "vit_giant_patch14_224",
+    ("G", 14): "vit_gigantic_patch14_224",
+}
+TIMM_POOLS = {"token": "token", "mean": "avg", "map": "map"}
+_TIMM_GELUS = {"tanh": "gelu_tanh", "exact": "gelu"}
+_TRANSFORMERS_GELUS = {"tanh": "gelu_pytorch_tanh", "exact": "gelu"}
+_TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
+    """Raise CheckpointError for the first key of the model that the dialect cannot express."""
+    for key, (allowed, reason) in _LIMITS.get(dialect, {}).items():
+        value = getattr(config, key)
+        if value not in allowed:
+            raise CheckpointError(f"model.{key} {value!r} cannot be exported to {dialect}: {reason}")
+
+
+def unlike_google(config: ModelConfig) -> list[str]:
+    """The keys, as key = value, in which a model is not what readers of .npz files assume."""
+    values = {key: getattr(config, key) for key in GOOGLE_DEFAULTS}
+    return [f"model.{key} = {value!r}" for key, value in values.items() if value != GOOGLE_DEFAULTS[key]]
+
+
+def timm_config(config: ModelConfig) -> dict[str, object]:
+    """config.json for timm.create_model("local-dir:FOLDER", pretrained=True)."""
+    size, width = config.image_size, config.resolved_width
+    pool = TIMM_POOLS[config.pool]
+    variant, patch = _variant_name(config), config.resolved_patch_size
+    return {
+        "architecture": _TIMM_NAMES.get((variant, patch), "vit_base_patch16_224"),
+        "num_classes": config.num_classes,
+        "num_features": width,
+        "global_pool": pool,
+        "model_args": {
+            "img_size": size,
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": config.resolved_depth,
+            "num_heads": config.resolved_num_heads,
+            "mlp_ratio": _mlp_ratio(width, config.resolved_mlp_dim),
+            "global_pool": pool,
+            "class_token": config.pool == "token",
+            "fc_norm": False,  # mean pooling comes after the last norm, as in the paper's models
+            "act_layer": _TIMM_GELUS[config.gelu],
+        },
+        "pretrained_cfg": {
+            "num_classes": config.num_classes,
+            "input_size": [3, size, size],
+            "fixed_input_size": True,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def transformers_config(config: ModelConfig, dtype: Dtype) -> dict[str, object]:
+    """config.json of transformers' ViTForImageClassification."""
+    labels = {str(label): f"LABEL_{label}" for label in range(config.num_classes)}
+    return {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "hidden_size": config.resolved_width,
+        "num_hidden_layers": config.resolved_depth,
+        "num_attention_heads": config.resolved_num_heads,
+        "intermediate_size": config.resolved_mlp_dim,
+        "hidden_act": _TRANSFORMERS_GELUS[config.gelu],
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": config.norm_eps,
+        "image_size": config.image_size,
+        "patch_size": config.resolved_patch_size,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "id2label": labels,
+        "label2id": {name: int(label) for label, name in labels.items()},
+        "torch_dtype": _TORCH_DTYPES[dtype],
+    }
+
+
+def preprocessor_config(config: ModelConfig) -> dict[str, object]:
+    """preprocessor_config.json of transformers: a resize to a square, and pixels in [-1, 1]."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def _variant_name(config: ModelConfig) -> str:
+    """The variant of the model's sizes, however its config gives them; "" if there is none."""
+    sizes = (
+        config.resolved_width,
+        config.resolved_depth,
+        config.resolved_mlp_dim,
+        config.resolved_num_heads,
+    )
+    return next((name for name, variant in VARIANTS.items() if dataclasses.astuple(variant) == sizes), "")
+
+
+def _mlp_ratio(width: int, mlp_dim: int) -> float:
+    """A ratio for which timm's int(width * ratio) is mlp_dim: plain division may round down."""
+    ratio = mlp_dim / width
+    return ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)

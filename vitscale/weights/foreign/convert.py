@@ -1,0 +1,213 @@
+"""Exports to other libraries and imports from them: timm, transformers, Google's .npz files.
+
+Both ways stream: each tensor is read, laid out for the other side and written before the next.
+What the other side cannot express is refused before anything is written.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vitscale import atomic
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.models import ModelConfig
+from vitscale.models.names import our_shapes, rules, their_shapes, to_ours, to_theirs
+from vitscale.models.posemb import sincos2d
+from vitscale.weights.export import export_metadata, export_safetensors, write_export
+from vitscale.weights.files import Dtype, write_folder
+from vitscale.weights.foreign import configs, deduce
+from vitscale.weights.foreign.sources import ForeignWeights, open_npz, open_safetensors
+from vitscale.weights.npz import write_npz
+from vitscale.weights.publish import publishing
+from vitscale.weights.saved import SavedModel, Slot
+
+logger = logging.getLogger(__name__)
+Format = Literal["safetensors", "timm", "transformers", "npz"]
+FlaxDialect = Literal["original", "linen", "big_vision"]
+Pixels = Literal["half", "imagenet"]
+
+# How models normalise pixels in [0, 1]: (mean, deviation) per channel. Ours is "half".
+_PIXELS = {
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def export_model(
+    path: str | Path,
+    out: str | Path,
+    *,
+    format: Format,
+    dialect: FlaxDialect = "original",
+    dtype: Dtype = "fp32",
+    shard_mb: int = 0,
+    slot: Slot = "fp32",
+) -> Path:
+    """Write a checkpoint's weights in a library's format; returns the folder's or file's path.
+
+    path, slot: as in SavedModel. out: a folder; for npz a file name ending in .npz, and for
+    safetensors a folder or a file name. dialect: the names in an .npz file. Before anything is
+    written, raises ConfigError for options that contradict each other, and CheckpointError for
+    what the format cannot hold.
+    """
+    if shard_mb < 0:
+        raise ConfigError(f"--shard-mb {shard_mb} must not be negative")
+    if format == "safetensors":
+        return export_safetensors(path, out, dtype=dtype, shard_bytes=shard_mb * 10**6, slot=slot)
+    saved = SavedModel(path, slot=slot)
+    if format == "npz":
+        return _export_npz(saved, Path(out), dialect, dtype, shard_mb)
+    return _export_folder(saved, Path(out), format, dtype, shard_mb * 10**6)
+
+
+def import_model(
+    file: str | Path,
+    out: str | Path,
+    *,
+    format: Format,
+    overrides: Sequence[str] = (),
+    pixels: Pixels = "half",
+) -> Path:
+    """Make an fp32 export from another library's weights; returns the path of its file.
+
+    file: an .npz file, a safetensors file, or the folder of one or of shards, with config.json
+    beside them if the library writes one. overrides: model.key=value for what no file says.
+    pixels: how its images were normalised; if not "half", the patch embedding is changed to
+    take our pixels. out: as in write_export. Before anything is written, raises CheckpointError
+    for weights that none of our models has, and ConfigError for wrong overrides.
+    """
+    source = open_npz(str(file)) if format == "npz" else open_safetensors(str(file), format)
+    try:
+        config, step = _config_of(source, overrides), _step_of(source)
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"{file}: {error}") from None
+    if pixels == "half" and any(abs(mean - 0.5) > 0.01 for mean in source.pixel_mean):
+        logger.warning(
+            "its images had mean %s, but ours have 0.5: consider --pixels imagenet", source.pixel_mean
+        )
+    table, shapes = rules(source.dialect, config), our_shapes(config)
+    tensors = to_ours(table, source.tensor)
+    if pixels != "half":
+        tensors = _with_our_pixels(tensors, *_PIXELS[pixels])
+    shapes = {name: shapes[name] for rule in table for name in rule.ours}
+    metadata = export_metadata(config, step, "fp32") | {"vitscale.imported_from": Path(file).name}
+    written = write_export(Path(out), tensors, shapes, metadata)
+    logger.info("imported %d tensors as %s", len(shapes), config)
+    return written
+
+
+def _config_of(source: ForeignWeights, overrides: Sequence[str]) -> ModelConfig:
+    """The model with exactly the tensors of the source; a file that vitscale wrote names it."""
+    named_model = source.metadata.get("vitscale.model")
+    if named_model:
+        config = deduce.build_config(_parse_model(named_model), overrides)
+    else:
+        config = deduce.deduce_config(source.dialect, source.shapes, source.config_json, overrides)
+    deduce.check_tensors(source.dialect, config, source.shapes)
+    return config
+
+
+def _parse_model(text: str) -> dict[str, object]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise CheckpointError("the model in its metadata (vitscale.model) is damaged; copy it again")
+    return values
+
+
+def _step_of(source: ForeignWeights) -> int:
+    step = source.metadata.get("vitscale.step", "0")
+    if not (step.isascii() and step.isdigit()):
+        raise CheckpointError(
+            f"the step in its metadata (vitscale.step) is {step!r}, not a number; copy it again"
+        )
+    return int(step)
+
+
+def _export_npz(saved: SavedModel, out: Path, dialect: FlaxDialect, dtype: Dtype, shard_mb: int) -> Path:
+    configs.check_expressible(saved.config, dialect)
+    if dtype == "bf16":
+        raise ConfigError("NumPy has no bfloat16, so an .npz file is fp32 or fp16; use --dtype fp16")
+    if out.suffix != ".npz" or shard_mb:
+        raise ConfigError(f"{out} must be one file whose name ends in .npz, without --shard-mb")
+    for key_value in configs.unlike_google(saved.config):
+        logger.warning("readers of .npz files compute Google's model, but this one has %s", key_value)
+    config = saved.config
+    if dialect != "big_vision":
+        config = dataclasses.replace(config, posemb="learned")
+    tensors = to_theirs(rules(dialect, saved.config), functools.partial(_our_tensor, saved))
+    with publishing(out) as temporary:
+        write_npz(temporary, tensors, dtype, export_metadata(config, saved.step, dtype))
+    return out
+
+
+def _export_folder(
+    saved: SavedModel, out: Path, format: Literal["timm", "transformers"], dtype: Dtype, shard_bytes: int
+) -> Path:
+    config = saved.config
+    configs.check_expressible(config, format)
+    if out.suffix in (".safetensors", ".npz"):
+        raise ConfigError(f"{out} must be a folder: {format} reads config.json beside the weights")
+    if format == "timm" and shard_bytes:
+        raise ConfigError("timm reads one model.safetensors, no shards; drop --shard-mb")
+    files = {"config.json": configs.timm_config(config)}
+    if format == "transformers":
+        files = {
+            "config.json": configs.transformers_config(config, dtype),
+            "preprocessor_config.json": configs.preprocessor_config(config),
+        }
+    metadata = {
+        "format": "pt",
+        "vitscale.export": format,
+        "vitscale.step": str(saved.step),
+        "vitscale.dtype": dtype,
+    }
+    tensors = to_theirs(rules(format, config), functools.partial(_our_tensor, saved))
+    with publishing(out) as temporary:
+        temporary.mkdir()
+        write_folder(temporary, tensors, their_shapes(format, config), dtype, metadata, shard_bytes)
+        for name, values in files.items():
+            atomic.write(temporary / name, (json.dumps(values, indent=2) + "\n").encode())
+    return out
+
+
+def _with_our_pixels(
+    tensors: Iterable[tuple[str, Tensor]], mean: Sequence[float], std: Sequence[float]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same model for our pixels. `tensors`: the patch embedding's weight before its bias.
+
+    From a pixel p in [0, 1] we make x, but the model was trained on y:
+
+        x = (p - 0.5) / 0.5
+        y = (p - mean) / std = (0.5 / std) x + (0.5 - mean) / std = scale x + shift
+
+    so that kernel y + bias = (kernel scale) x + (bias + kernel shift).
+    """
+    means, deviations = (torch.tensor(values, dtype=torch.float64)[:, None] for values in (mean, std))
+    scale, shift = 0.5 / deviations, (0.5 - means) / deviations  # [3, 1] each
+    bias_shift = torch.zeros(())
+    for name, tensor in tensors:
+        if name == "patch_embed.proj.weight":
+            kernel = tensor.double().unflatten(1, (3, -1))  # [D, 3, P P]
+            tensor, bias_shift = (kernel * scale).flatten(1).float(), (kernel * shift).sum((1, 2))  # [D]
+        elif name == "patch_embed.proj.bias":
+            tensor = (tensor + bias_shift).float()
+        yield name, tensor
+
+
+def _our_tensor(saved: SavedModel, name: str) -> Tensor:
+    """A tensor of ours by name. A fixed position embedding, which is not saved, is computed."""
+    if name != "pos_embed" or saved.config.posemb == "learned":
+        return saved.tensor(name)
+    table = sincos2d(saved.config.grid, saved.config.resolved_width)  # [1, N, D]
+    prefix = table.new_zeros(1, saved.config.num_tokens - table.shape[1], table.shape[2])
+    return torch.cat([prefix, table], dim=1)

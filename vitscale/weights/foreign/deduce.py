@@ -1,0 +1,245 @@
+"""Deduces the configuration of another library's model from its tensors and its config.json.
+
+Whatever our models cannot compute is refused in a sentence that names the tensor or key: an
+import that left it out would be a different model.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vitscale import config as configs
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.models import ModelConfig
+from vitscale.models.names import (
+    FLAX_DIALECTS,
+    Dialect,
+    one_to_one_names,
+    our_shapes,
+    rules,
+    their_shapes,
+)
+from vitscale.models.vit import VARIANTS
+from vitscale.weights.files import Shapes
+from vitscale.weights.foreign.configs import GOOGLE_DEFAULTS, TIMM_POOLS
+
+logger = logging.getLogger(__name__)
+Values = dict[str, int | float | str]
+
+_GELUS = {"gelu": "exact", "gelu_tanh": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
+# What the name of a timm architecture implies, by patterns: its config.json does not repeat it.
+_TIMM_IMPLIED: dict[str, dict[str, object]] = {
+    r"^vit_(base_patch32|large_patch16(?=.*_512)|so400m_patch16|giantopt_patch16)_siglip_": {
+        "act_layer": "gelu_tanh"
+    },
+    r"quickgelu": {"act_layer": "quick_gelu"},
+    r"^vit_(giantopt_patch16_siglip|base_patch16_gap)_": {"num_heads": 16},
+}
+# timm's arguments that replace one of our layers by another.
+_TIMM_LAYERS = ("norm_layer", "embed_layer", "embed_norm_layer", "mlp_layer", "attn_layer", "block_fn")
+
+# Tensors of other architectures, by patterns in their names.
+_OTHER_ARCHITECTURES = {
+    r"dist(illation)?_token|head_dist": "belongs to DeiT's distillation token",
+    r"reg(ister)?_tokens?": "belongs to register tokens",
+    r"(^|\.)(ls\d\.gamma|gamma_\d|layer_scale\d)": "is a layer scale",
+    r"[qk]_norm|(query|key)_norm": "normalises queries and keys",
+    r"fc_norm": "normalises after the pooling; vitscale's models do so before it",
+    r"norm_pre|pre_layrnorm": "normalises before the blocks",
+    r"rel(ative)?_pos": "belongs to relative positions",
+    r"mask_token|decoder": "belongs to masked image modelling",
+    r"patch_embed\.backbone|(^|/)(conv_root|gn_root|resnet|block\d+/unit)": "belongs to a ResNet",
+    r"head_drop|head\.mlp|head\.last_layer": "belongs to a projection head; leave it out of the file",
+}
+
+
+def deduce_config(
+    dialect: Dialect, shapes: Shapes, config_json: Mapping[str, Any], overrides: Sequence[str]
+) -> ModelConfig:
+    """The configuration of the model whose tensors have `shapes` under the dialect's names.
+
+    config_json: empty if there is none. overrides: model.key=value, which come last. Raises
+    CheckpointError for what our models cannot be, and ConfigError for what [model] refuses.
+    """
+    refuse_other_architectures(shapes)
+    try:
+        values = _sizes(dialect, shapes)
+    except (IndexError, ZeroDivisionError):
+        raise CheckpointError("the shapes of its tensors are not those of a ViT") from None
+    values |= _EXTRAS[dialect](config_json, values) if dialect in _EXTRAS else GOOGLE_DEFAULTS
+    if "num_heads" not in values:
+        values["num_heads"] = _guess_heads(values, overrides)
+    return build_config(_with_variant(values), overrides)
+
+
+def build_config(values: Mapping[str, object], overrides: Sequence[str]) -> ModelConfig:
+    """The model section of values and overrides. Raises ConfigError if it refuses them."""
+    settings = [f"model.{key}={json.dumps(value)}" for key, value in values.items()]
+    return configs.load(_Sections, (), [*settings, *overrides]).model
+
+
+def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None:
+    """Raise CheckpointError unless these are exactly the tensors of the model."""
+    expected, ours = their_shapes(dialect, config), our_shapes(config)
+    if any(name not in ours for rule in rules(dialect, config) for name in rule.ours):
+        raise ConfigError(
+            f"model.posemb {config.posemb!r} must be 'learned': the file has position embeddings"
+        )
+    for name in shapes:
+        if name not in expected:
+            raise CheckpointError(
+                f"{name} has no place in a ViT of vitscale; leave it out of the file if it is not needed"
+            )
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise CheckpointError(f"there is no {name}, which is {shape} in a ViT of vitscale")
+        if shapes[name] != shape:
+            raise CheckpointError(
+                f"{name} is {shapes[name]}, but {shape} in the model that the other tensors describe"
+            )
+
+
+def refuse_other_architectures(names: Iterable[str]) -> None:
+    """Raise CheckpointError for the first tensor known to belong to another architecture."""
+    for name in names:
+        for pattern, meaning in _OTHER_ARCHITECTURES.items():
+            if re.search(pattern, name):
+                raise CheckpointError(f"{name} {meaning}: this model cannot be imported")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sections:
+    model: ModelConfig
+
+
+def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
+    """The keys of [model] that follow from the shapes."""
+    names = one_to_one_names(dialect)
+
+    def shape(ours: str) -> tuple[int, ...]:
+        if names[ours] not in shapes:
+            raise CheckpointError(f"there is no {names[ours]}: these are not all the weights of a ViT")
+        return shapes[names[ours]]
+
+    def length(ours: str) -> int:
+        """Of a vector; 0 if there is none."""
+        return shape(ours)[0] if names.get(ours) in shapes else 0
+
+    has_probe, has_token = (names.get(ours) in shapes for ours in ("attn_pool.probe", "cls_token"))
+    pool = "map" if has_probe else "token" if has_token else "mean"
+    width = shape("patch_embed.proj.bias")[0]
+    values: Values = {
+        "width": width,
+        "mlp_dim": shape("blocks.0.mlp.fc1.bias")[0],
+        "depth": _count_blocks(names["blocks.0.mlp.fc1.bias"], shapes),
+        "patch_size": math.isqrt(math.prod(shape("patch_embed.proj.weight")) // (3 * width)),
+        "num_classes": length("head.bias"),
+        "representation_size": length("pre_logits.bias"),
+        "pool": pool,
+    }
+    if dialect in FLAX_DIALECTS:
+        values["num_heads"] = shape("blocks.0.attn.proj.weight")[0]
+    if dialect == "big_vision" and names["pos_embed"] not in shapes:
+        logger.warning("no position embedding: assuming sincos2d; give model.image_size=N if it is not 224")
+        return values | {"posemb": "sincos2d"}
+    num_tokens = shape("pos_embed")[1]
+    num_patches = num_tokens - 1 if pool == "token" and dialect != "big_vision" else num_tokens
+    return values | {"image_size": values["patch_size"] * _side(num_patches, names["pos_embed"])}
+
+
+def _count_blocks(first: str, shapes: Shapes) -> int:
+    """The number of blocks, given a tensor name of block 0 that has no other 0 before that."""
+    before, _, after = first.partition("0")
+    num_blocks = 0
+    while f"{before}{num_blocks}{after}" in shapes:
+        num_blocks += 1
+    return num_blocks
+
+
+def _side(num_patches: int, name: str) -> int:
+    side = math.isqrt(max(0, num_patches))
+    if side * side != num_patches:
+        raise CheckpointError(
+            f"{name} is for {num_patches} patches, which make no square: vitscale takes square images"
+        )
+    return side
+
+
+def _timm_extras(config_json: Mapping[str, Any], values: Values) -> Values:
+    """The keys of [model] that the shapes do not say, from timm's config.json."""
+    arguments: dict[str, Any] = {}
+    for pattern, implied in _TIMM_IMPLIED.items():
+        if re.search(pattern, str(config_json.get("architecture", ""))):
+            arguments |= implied
+    arguments |= config_json.get("model_args") or {}
+    layer = next((key for key in _TIMM_LAYERS if arguments.get(key)), None)
+    if layer:
+        raise CheckpointError(f"config.json has {layer} {arguments[layer]!r}: this model cannot be imported")
+    expected = TIMM_POOLS[str(values["pool"])]
+    pool = arguments.get("global_pool", config_json.get("global_pool", expected))
+    if pool != expected:
+        raise CheckpointError(
+            f"config.json has global_pool {pool!r}, but the tensors are those of {expected!r}"
+        )
+    extras = {"gelu": _gelu("act_layer", arguments.get("act_layer") or "gelu"), "norm_eps": 1e-6}
+    return extras | ({"num_heads": arguments["num_heads"]} if "num_heads" in arguments else {})
+
+
+def _transformers_extras(config_json: Mapping[str, Any], values: Values) -> Values:
+    """The same from transformers' config.json, with the defaults of its ViTConfig."""
+    if not config_json:
+        raise CheckpointError("config.json is missing beside the weights; only it says the number of heads")
+    if config_json.get("model_type") != "vit":
+        raise CheckpointError(
+            f'config.json has model_type {config_json.get("model_type")!r}; only "vit" can be imported'
+        )
+    if values["representation_size"] and values["num_classes"]:
+        raise CheckpointError(
+            "the file has both vit.pooler.dense and a classifier, and transformers never uses both; leave "
+            "one of them out of it"
+        )
+    if values["representation_size"] and config_json.get("pooler_act", "tanh") != "tanh":
+        raise CheckpointError(
+            f"config.json has pooler_act {config_json['pooler_act']!r}; vitscale's models have tanh"
+        )
+    return {
+        "num_heads": config_json.get("num_attention_heads", 12),
+        "gelu": _gelu("hidden_act", config_json.get("hidden_act", "gelu")),
+        "norm_eps": config_json.get("layer_norm_eps", 1e-12),
+        "dropout": config_json.get("hidden_dropout_prob", 0.0),
+    }
+
+
+_EXTRAS = {"timm": _timm_extras, "transformers": _transformers_extras}
+
+
+def _gelu(key: str, value: str) -> str:
+    if not isinstance(value, str) or value not in _GELUS:
+        raise CheckpointError(
+            f"config.json has {key} {value!r}; vitscale's models have {' or '.join(_GELUS)}"
+        )
+    return _GELUS[value]
+
+
+def _guess_heads(values: Values, overrides: Sequence[str]) -> int:
+    """The number of heads of the variant with these sizes; without one, heads of width 64."""
+    sizes = (values["width"], values["depth"], values["mlp_dim"])
+    known = [v.num_heads for v in VARIANTS.values() if (v.width, v.depth, v.mlp_dim) == sizes]
+    heads = known[0] if known else max(1, int(values["width"]) // 64)
+    if not any(override.startswith("model.num_heads=") for override in overrides):
+        logger.warning("the file does not say how many heads there are: assuming %d (model.num_heads)", heads)
+    return heads
+
+
+def _with_variant(values: Values) -> Values:
+    """The same values with the sizes as one of our variants, if one has them."""
+    sizes = {key: values[key] for key in ("width", "depth", "mlp_dim", "num_heads")}
+    named = [name for name, variant in VARIANTS.items() if dataclasses.asdict(variant) == sizes]
+    rest = {key: value for key, value in values.items() if key not in (*sizes, "patch_size")}
+    if named:
+        return {"variant": f"{named[0]}/{values['patch_size']}", **rest}
+    return {"variant": f"B/{values['patch_size']}", **sizes, **rest}

@@ -1,0 +1,210 @@
+"""Opens the files of other libraries: tensors under the names of a dialect (models/names.py).
+
+In files, the same names have different prefixes, and tensors lie in shards or are stacked over
+the blocks; a ForeignWeights hides that.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from vitscale import storage
+from vitscale.errors import CheckpointError
+from vitscale.models.names import Dialect
+from vitscale.weights.files import Shapes, Weights, find_export
+from vitscale.weights.foreign.deduce import refuse_other_architectures
+from vitscale.weights.npz import NpzReader
+
+logger = logging.getLogger(__name__)
+
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
+# A tensor that every ViT of a format has.
+_LANDMARKS = {
+    "safetensors": "patch_embed.proj.weight",
+    "timm": "patch_embed.proj.weight",
+    "transformers": "embeddings.patch_embeddings.projection.weight",
+    "npz": "embedding/kernel",
+}
+# What may stand before its name, the longest first.
+_PREFIXES = {
+    "safetensors": ("module.", ""),
+    "timm": ("module.backbone.", "backbone.", "module.", ""),  # DINO's, and DistributedDataParallel's
+    "transformers": ("vit.", ""),  # ViTForImageClassification's, and ViTModel's own
+    "npz": ("opt/target/img/", "params/img/", "img/", "opt/target/", "params/", ""),
+}
+_TABLES = ("model_args", "pretrained_cfg")  # of timm's config.json
+_STACKED = "Transformer/encoderblock/"  # big_vision with scan: all blocks in one array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForeignWeights:
+    """Another library's weights under the names of its dialect (a TensorSource).
+
+    metadata: of the file. config_json: the file of that name beside it, empty if there is none.
+    pixel_mean: subtracted from pixels in [0, 1], per channel; empty if no file says it.
+    """
+
+    dialect: Dialect
+    shapes: Shapes
+    metadata: Mapping[str, str]
+    config_json: Mapping[str, Any]
+    pixel_mean: tuple[float, ...]
+    tensor: Callable[[str], Tensor]
+
+
+def open_safetensors(path: str, format: Literal["safetensors", "timm", "transformers"]) -> ForeignWeights:
+    """Open a safetensors file, the index of shards, or the folder of either.
+
+    Raises CheckpointError for damaged files and for names that are not the format's.
+    """
+    place = _find_safetensors(path)
+    weights = Weights(place)
+    prefix = _find_prefix(path, format, weights.shapes)
+    stored_names = {_dialect_name(name, format, prefix): name for name in weights.shapes}
+    if len(stored_names) < len(weights.shapes):
+        raise CheckpointError(
+            f"{path}: some tensors are there with and without {prefix!r}; write one model to a file"
+        )
+    config_json = _read_json(storage.join(place, "config.json"))
+    return ForeignWeights(
+        dialect="vitscale" if format == "safetensors" else format,
+        shapes={name: weights.shapes[stored] for name, stored in stored_names.items()},
+        metadata=weights.metadata,
+        config_json=config_json,
+        pixel_mean=_pixel_mean(config_json, _read_json(storage.join(place, "preprocessor_config.json"))),
+        tensor=lambda name: weights.tensor(stored_names[name]),
+    )
+
+
+def open_npz(path: str) -> ForeignWeights:
+    """Open one of Google's .npz files, in any dialect: a model, a whole training state, or a
+    model of images and texts. Raises as open_safetensors.
+    """
+    _refuse_pickle(path)
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path} does not exist; give the path of an .npz file on this machine")
+    arrays = NpzReader(path)
+    prefix = _find_prefix(path, "npz", arrays.shapes)
+    others = [name for name in arrays.shapes if not name.startswith(prefix)]
+    if others:
+        logger.info("%d arrays outside %s are not of this model: %s, ...", len(others), prefix, others[0])
+    dialect = _flax_dialect(name.removeprefix(prefix) for name in arrays.shapes if name.startswith(prefix))
+    places = _places(arrays.shapes, prefix, "params/" if dialect == "big_vision" else "")
+
+    def tensor(name: str) -> Tensor:
+        array, row = places[name]
+        return arrays.tensor(array) if row is None else arrays.row(array, row)
+
+    return ForeignWeights(
+        dialect=dialect,
+        shapes={
+            name: arrays.shapes[array] if row is None else arrays.shapes[array][1:]
+            for name, (array, row) in places.items()
+        },
+        metadata=arrays.metadata,
+        config_json={},
+        pixel_mean=(),
+        tensor=tensor,
+    )
+
+
+def _places(shapes: Shapes, prefix: str, dialect_prefix: str) -> dict[str, tuple[str, int | None]]:
+    """The array that holds each tensor of the dialect, and the tensor's row in a stacked one.
+
+    The array opt/target/Transformer/encoderblock/LayerNorm_0/scale [depth, D] holds the tensors
+
+        params/Transformer/encoderblock_0/LayerNorm_0/scale    in row 0
+        params/Transformer/encoderblock_1/LayerNorm_0/scale    in row 1, and so on
+    """
+    places: dict[str, tuple[str, int | None]] = {}
+    for array, shape in shapes.items():
+        if not array.startswith(prefix):
+            continue
+        name = array.removeprefix(prefix)
+        if name.startswith(_STACKED) and shape:
+            leaf = name.removeprefix(_STACKED)
+            for row in range(shape[0]):
+                places[f"{dialect_prefix}Transformer/encoderblock_{row}/{leaf}"] = (array, row)
+        else:
+            places[dialect_prefix + name] = (array, None)
+    return places
+
+
+def _find_safetensors(path: str) -> str:
+    _refuse_pickle(path)
+    place = find_export(path)
+    if place:
+        return place
+    for name in storage.names_in(path) if storage.is_local(path) and Path(path).is_dir() else ():
+        _refuse_pickle(storage.child(path, name))
+    raise CheckpointError(
+        f"{path} is neither a .safetensors file nor a folder with model.safetensors; check the path"
+    )
+
+
+def _refuse_pickle(path: str) -> None:
+    if path.endswith(_PICKLES):
+        raise CheckpointError(
+            f"{path} is a pickle, whose loading can run any code, so vitscale never loads one; if you trust "
+            "it, run safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors') "
+            "and import that"
+        )
+
+
+def _find_prefix(path: str, format: str, names: Iterable[str]) -> str:
+    """What stands before the dialect's names in this file."""
+    names = set(names)
+    for prefix in _PREFIXES[format]:
+        if prefix + _LANDMARKS[format] in names:
+            return prefix
+    try:
+        refuse_other_architectures(sorted(names))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    fitting = [other for other, mark in _LANDMARKS.items() if any(name.endswith(mark) for name in names)]
+    hint = f"use --format {fitting[-1]}" if fitting else "these are not the weights of a ViT"
+    raise CheckpointError(
+        f"{path} holds no {_LANDMARKS[format]}, which every ViT in {format} format has; {hint}"
+    )
+
+
+def _dialect_name(stored: str, format: str, prefix: str) -> str:
+    """The dialect's name of a tensor that the file has under the name `stored`."""
+    if format == "transformers":
+        return stored if prefix or stored.startswith("classifier.") else f"vit.{stored}"
+    return stored.removeprefix(prefix)
+
+
+def _flax_dialect(names: Iterable[str]) -> Literal["original", "linen", "big_vision"]:
+    names = set(names)
+    if "Transformer/posembed_input/pos_embedding" not in names:
+        return "big_vision"
+    return "original" if any("/MlpBlock_3/" in name for name in names) else "linen"
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    """A configuration beside the weights; empty if there is none."""
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError:
+        return {}
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        values = None
+    if isinstance(values, dict) and all(isinstance(values.get(key) or {}, dict) for key in _TABLES):
+        return values
+    raise CheckpointError(f"{path} is not a configuration in JSON, or is damaged; copy it again")
+
+
+def _pixel_mean(config: Mapping[str, Any], processor: Mapping[str, Any]) -> tuple[float, ...]:
+    """From timm's config.json or transformers' preprocessor_config.json."""
+    mean = (config.get("pretrained_cfg") or {}).get("mean") or processor.get("image_mean")
+    if not isinstance(mean, list) or not all(isinstance(value, int | float) for value in mean):
+        return ()
+    return tuple(map(float, mean))

@@ -1,0 +1,117 @@
+"""Checkpoints and exports as plain models: weights, configuration and the nn.Module."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from vitscale import config as configs
+from vitscale.checkpoint.load import FragmentReader
+from vitscale.checkpoint.manifest import Manifest
+from vitscale.checkpoint.verify import open_directory
+from vitscale.errors import CheckpointError
+from vitscale.models import Model, ModelConfig, build_model
+from vitscale.weights.files import TensorSource, Weights, find_export
+
+Slot = Literal["fp32", "ema"]
+
+
+class SavedModel:
+    """The weights and the configuration of a model on disk or in a store (a TensorSource).
+
+    path: a run directory (its newest good checkpoint), a step directory, or an export (the
+    file, the index of its shards, or the folder of either). slot: "fp32" for the weights, "ema"
+    for their average over training, if the run kept one. Raises CheckpointError for anything
+    else, and for damage.
+    """
+
+    def __init__(self, path: str | Path, *, slot: Slot = "fp32") -> None:
+        export = find_export(str(path))
+        self._source: TensorSource
+        if export:
+            self.path = export
+            self._source = weights = Weights(export)
+            self.step, model = _read_metadata(weights)
+            slots = ("fp32",)
+        else:
+            self.path, manifest = open_directory(str(path))
+            self._source = _CheckpointWeights(self.path, manifest, slot)
+            self.step, model = manifest.step, manifest.train.config.get("model")
+            slots = manifest.slots
+        self.shapes = dict(self._source.shapes)
+        if slot == "ema" and slot not in slots:
+            raise CheckpointError(
+                f"{self.path} holds no average of the weights (EMA), only the weights; drop --ema, or train "
+                "with optim.ema_decay"
+            )
+        if not isinstance(model, dict):
+            raise CheckpointError(f"{self.path} names no model configuration: vitscale did not write it")
+        self.config = configs.from_dict(ModelConfig, model, "model")
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor, as fp32."""
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.path} holds no {name}, which the model that it names has")
+        return self._source.tensor(name)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors by name, read one by one, as fp32."""
+        return ((name, self.tensor(name)) for name in self.shapes)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors by parameter name, as fp32."""
+        return dict(self.tensors())
+
+
+def load_model(path: str | Path, *, slot: Slot = "fp32") -> Model:
+    """The model of a checkpoint or export: a plain nn.Module in eval mode, fp32, on the CPU.
+
+    path, slot: as in SavedModel. DeepSpeed is not needed. Raises CheckpointError for what is no
+    checkpoint or export, and for damage.
+    """
+    saved = SavedModel(path, slot=slot)
+    model = build_model(saved.config, seed=0)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if saved.shapes != expected:
+        names = {*expected, *saved.shapes}
+        misfit = min(name for name in names if expected.get(name) != saved.shapes.get(name))
+        raise CheckpointError(f"{saved.path} does not hold the model that it names: {misfit} does not fit")
+    model.load_state_dict(saved.state_dict(), strict=True)
+    return model.eval()
+
+
+def locate(path: str | Path, slot: Slot = "fp32") -> tuple[str, int]:
+    """The step directory or export that `path` means at this moment, and its step.
+
+    A live run saves new checkpoints, so rank 0 locates one and all ranks load that.
+    """
+    saved = SavedModel(path, slot=slot)
+    return saved.path, saved.step
+
+
+class _CheckpointWeights:
+    """One slot of a checkpoint as a TensorSource."""
+
+    def __init__(self, folder: str, manifest: Manifest, slot: Slot) -> None:
+        self._reader, self._slot = FragmentReader(folder, manifest), slot
+        self.shapes = {name: info.shape for name, info in manifest.tensors.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self._reader.whole(name, self._slot)
+
+
+def _read_metadata(weights: Weights) -> tuple[int, object]:
+    """The step, and the plain values of the model's configuration."""
+    try:
+        model = json.loads(weights.metadata["vitscale.model"])
+        step = int(weights.metadata["vitscale.step"])
+    except KeyError:
+        raise CheckpointError(
+            f"{weights.path} was not exported by vitscale: it names no model configuration; convert it with "
+            "tools/checkpoint.py import"
+        ) from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{weights.path} has damaged metadata; copy it again") from None
+    return step, model
