@@ -1,5 +1,6 @@
 """Worker processes: in order, bounded, and gone when their parent is."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from make import write_index
 
 from vitscale.errors import BusyError, ConfigError, DataError
 from vitscale.processes import TASKS_PER_WORKER, map_in_order
@@ -78,6 +80,61 @@ def test_workers_die_with_a_killed_parent() -> None:
         while time.monotonic() < deadline and any(is_running(worker) for worker in workers):
             time.sleep(0.05)
     assert not any(is_running(worker) for worker in workers)
+
+
+OPEN_LOADER = """
+import os, sys
+from vitscale.data.index import Index
+from vitscale.data.loader import Stream, batches
+from vitscale.data.lane import ViewConfig
+from vitscale.data.transforms import AugmentConfig
+from vitscale.data.sources import DataConfig, make_mixture, open_sources
+sources = open_sources(DataConfig(index=sys.argv[1]))
+mixture = make_mixture(sources, DataConfig(index=sys.argv[1], lanes=4), seed=0, global_batch=8, repeats=1)
+stream = Stream(sources=sources, mixture=mixture, view_config=ViewConfig(AugmentConfig(), "pillow", 8, 5),
+                lanes=range(4), first_step=0, last_step=100)
+open_batches = batches(stream, 2)
+next(open_batches)
+parts = open_batches.gi_frame.f_locals["parts"]
+cycle = [open_batches, parts]
+cycle.append(cycle)  # as a traceback holds it: nothing closes the loader before the interpreter's end
+print(*[worker.pid for worker in parts._workers], flush=True)
+if sys.argv[2] == "wait":
+    import time
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
+@pytest.mark.parametrize("end", ["exit", "wait"])
+def test_data_workers_end_with_their_parent_however_it_ends(tmp_path: Path, end: str) -> None:
+    """At its exit with an open loader, and by a SIGKILL; not by anybody else's SIGTERM."""
+    index = write_index(tmp_path / "shards", [40, 37, 20])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", OPEN_LOADER, str(index), end], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert parent.stdout and parent.stderr
+    workers: list[int] = []
+    with parent.stdout, parent.stderr:
+        try:
+            workers = list(map(int, parent.stdout.readline().split()))
+            assert len(workers) == 2, parent.stderr.read().decode()
+            if end == "wait":
+                for worker in workers:
+                    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                        os.kill(worker, number)
+                time.sleep(0.5)
+                assert all(is_running(worker) for worker in workers)
+                parent.kill()
+            assert parent.wait(20) == (0 if end == "exit" else -signal.SIGKILL)
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline and any(is_running(worker) for worker in workers):
+                time.sleep(0.05)
+            assert not any(is_running(worker) for worker in workers)
+        finally:
+            for pid in (parent.pid, *workers):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def is_running(pid: int) -> bool:

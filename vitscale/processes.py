@@ -1,4 +1,4 @@
-"""Worker processes for tools that read many files: bounded, in order, and never left behind."""
+"""Worker processes: bounded, in order, ended by their parent alone, and never left behind."""
 
 import collections
 import contextvars
@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -64,16 +65,42 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(function: Callable[[Any], Any], parent: int) -> None:
-    """Let the kernel kill this worker with its parent.
+def die_with(parent: int) -> None:
+    """Let the kernel kill this process with its parent, whose process id it was given.
 
-    A SIGKILL of the parent would leave its workers running and writing.
+    Otherwise a SIGKILL of the parent would leave its workers running, reading and writing.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent responds for all
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before prctl
         os._exit(1)
+
+
+def obey_parent_alone() -> None:
+    """Let only this process's parent end it: by a SIGTERM, or by its own death.
+
+    A scheduler signals every process of a job, and a trainer still needs its workers for the
+    steps up to the save. A worker that ignored every SIGTERM would never end, though:
+    multiprocessing sends one as the interpreter exits, and then waits. It must be called before
+    this process starts a thread.
+    """
+    parent = os.getppid()
+    die_with(parent)
+    signals = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def take() -> None:
+        while True:
+            info = signal.sigwaitinfo(signals)
+            if info.si_signo == signal.SIGTERM and info.si_pid == parent:
+                os._exit(0)
+
+    threading.Thread(target=take, daemon=True).start()
+
+
+def _start_worker(function: Callable[[Any], Any], parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent responds for all
+    die_with(parent)
     _function.set(function)
 
 

@@ -9,7 +9,6 @@ is replaced by another one, the same whoever reads it, and reported.
 import ctypes
 import dataclasses
 import functools
-import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vitscale import storage
+from vitscale import processes, storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.lane import Lane, View, ViewConfig
 from vitscale.data.mixture import Mixture
@@ -118,10 +117,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch
 
 
 def _prepare_worker(_: int) -> None:
-    # A scheduler signals every process of a job, and the trainer still needs its workers for
-    # the steps up to the save.
-    for signal_number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(signal_number, signal.SIG_IGN)
+    processes.obey_parent_alone()
     reuse_memory()
 
 
