@@ -5,6 +5,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,9 @@ EXAMPLE = """examples:
   deepspeed --num_gpus 8 launch/train.py configs/pretrain/vit_b16_in21k.toml          eight GPUs
   python launch/train.py configs/demo/shapes.toml --dry-run                           show what would run
 
-exit status: 0 done; 2 something that you can fix, which one line names; 75 stopped by SIGTERM or SIGUSR1
-after a clean save: start it again"""
+exit status: 0 done; 1 a rank was lost, or a bug; 2 something that you can fix, which one line names; 75
+stopped by SIGTERM, SIGUSR1 or Ctrl-C after a clean save: start it again. Launchers return others; whatever
+they return, RUN/status.json says how it ended"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,9 +58,16 @@ def start(arguments: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    status = main()
-    logging.shutdown()
-    sys.stdout.flush()
-    # Not sys.exit(): about one exit in a hundred would end with SIGABRT in a thread of torch's,
-    # after all the work is done.
-    os._exit(status)
+    status = 1
+    try:
+        status = main()
+    except SystemExit as end:  # of argparse
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        # Not sys.exit(): about one exit in a hundred would end with SIGABRT in a thread of
+        # torch's, after all the work is done. And a failed rank must not wait for anything.
+        os._exit(status)

@@ -9,12 +9,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Units of one layer do not import one another; a unit is a file or folder of vitscale/ itself.
 LAYERS = [
-    ["errors", "progress"],
+    ["errors", "progress", "slurm", "rendezvous"],
     ["config", "distributed", "rng", "atomic"],
-    ["storage", "processes", "command"],
+    ["storage", "processes", "command", "ending", "watch"],
     ["models", "losses", "optim", "schedule", "mixup", "data"],
-    ["metrics", "engine", "evals", "memory", "objectives", "curate"],
-    ["checkpoint"],
+    ["metrics", "engine", "evals", "objectives", "curate"],
+    ["checkpoint", "health", "memory"],
     ["weights", "train_config"],
     ["job", "evaluate", "report"],
     ["run_dir", "meter", "dry_run"],

@@ -1,7 +1,8 @@
 """How a program ends: the same for every program in launch/ and tools/.
 
-Status 0 is success, and 2 a mistake that the user can fix, printed as one sentence. Other
-statuses are the program's own. Any other exception is our bug, and keeps its traceback.
+Status 0 is success, 2 a mistake that the user can fix, printed as one sentence, and 1 a failure
+without one: a rank that was lost, or our bug, which keeps its traceback. Other statuses are the
+program's own.
 """
 
 import errno
@@ -11,9 +12,9 @@ import sys
 from collections.abc import Callable
 
 from vitscale import distributed
-from vitscale.errors import UserError
+from vitscale.errors import Told, UserError
 
-MISTAKE, INTERRUPTED, NO_READER = 2, 130, 1
+FAILED, MISTAKE, INTERRUPTED, NO_READER = 1, 2, 130, 1
 # What a disk, a path or a limit refuses: the user fixes it outside of the program.
 _USERS_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
@@ -38,7 +39,9 @@ def run(program: Callable[[], int]) -> int:
     except UserError as error:
         if rank == 0 or not error.shared:
             print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+        return error.status
+    except Told:
+        return FAILED
     except KeyboardInterrupt:
         print("stopped; nothing is left half written, and the same command continues", file=sys.stderr)
         return INTERRUPTED

@@ -1,8 +1,8 @@
 """Which rank this process is, and the few collectives that the library needs.
 
-Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* will do (deepspeed, torchrun).
-Without them the process is a world of one, in which everything here works too. Objects travel
-as JSON in byte tensors: nothing is pickled between processes.
+Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* will do (deepspeed, torchrun),
+and so will srun. Without them the process is a world of one, in which everything here works
+too. Objects travel as JSON in byte tensors: nothing is pickled between processes.
 """
 
 import contextlib
@@ -10,15 +10,15 @@ import datetime
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vitscale import errors
-from vitscale.errors import StoreError, UserError
+from vitscale import errors, rendezvous, slurm
+from vitscale.errors import ConfigError, StoreError, UserError
 
 T = TypeVar("T")
 
@@ -30,21 +30,43 @@ _STANDALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR":
 def initialize() -> None:
     """Join the process group: NCCL with a GPU, gloo without. Every process calls it.
 
-    A second call does nothing.
+    A second call does nothing. Raises ConfigError for a launch that cannot work.
     """
     if dist.is_initialized():
         return
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in _launched():
         os.environ.update(_STANDALONE, MASTER_PORT=str(free_port()))
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-        dist.init_process_group("cuda:nccl,cpu:gloo", timeout=TIMEOUT, device_id=device())
+        torch.cuda.set_device(device())
     else:
         # Without it, DeepSpeed warns in every process that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # The ranks of a machine share its cores; by default each would start a thread per core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        store = rendezvous.own_store(TIMEOUT)
+        where = (
+            {"store": store, "rank": launched_rank(), "world_size": launched_world_size()} if store else {}
+        )
+        if torch.cuda.is_available():
+            dist.init_process_group("cuda:nccl,cpu:gloo", timeout=TIMEOUT, device_id=device(), **where)
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT, **where)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ConfigError(
+            f"port {port} of {socket.gethostname()}, where the ranks meet, is taken by another program; "
+            "choose another one: --master_port N for deepspeed and torchrun, else MASTER_PORT=N"
+        ) from None
+
+
+def _launched() -> Mapping[str, str]:
+    """The environment, with the variables that srun lacks."""
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(slurm.variables(os.environ))
+    return os.environ
 
 
 def shutdown() -> None:
@@ -71,12 +93,12 @@ def rank() -> int:
 
 def launched_rank() -> int:
     """As rank, but already known before initialize: what the launcher says."""
-    return rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return rank() if dist.is_initialized() else int(_launched().get("RANK", "0"))
 
 
 def launched_world_size() -> int:
     """As world_size, but already known before initialize: what the launcher says."""
-    return world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return world_size() if dist.is_initialized() else int(_launched().get("WORLD_SIZE", "1"))
 
 
 def world_size() -> int:
@@ -101,7 +123,33 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    chosen = "CUDA_VISIBLE_DEVICES" in os.environ
+    return torch.device("cuda", device_number(local_rank(), torch.cuda.device_count(), chosen=chosen))
+
+
+def device_number(local_rank: int, num_devices: int, *, chosen: bool) -> int:
+    """Which of the GPUs that a process sees is its own. Raises ConfigError if there is none.
+
+    chosen: somebody chose what it sees. A scheduler may show each process its own GPU alone, as
+        number 0 (srun --gpus-per-task 1).
+    """
+    if num_devices == 1 and chosen:
+        return 0
+    if local_rank >= num_devices:
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU: it sees {num_devices}; "
+            "start one process per GPU"
+        )
+    return local_rank
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, or does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 
 
 def barrier() -> None:

@@ -9,7 +9,10 @@ class UserError(ValueError):
     """The base of all kinds: a program prints the message and exits with status 2.
 
     shared: every rank raises it with the same message, so that rank 0 alone prints it.
+    status: the exit status of a program that it ends.
     """
+
+    status = 2
 
     def __init__(self, message: str, *, shared: bool = False) -> None:
         super().__init__(message)
@@ -34,3 +37,17 @@ class StoreError(UserError):
 
 class BusyError(UserError):
     """Something that another process holds, or a process of ours that was killed."""
+
+
+class Diverged(UserError):
+    """A run whose losses or gradients are no longer finite."""
+
+
+class RankLost(UserError):
+    """Another rank that has died or does not answer, though config and data may be right."""
+
+    status = 1
+
+
+class Told(Exception):
+    """Raised on a rank that fails because another one did, which has printed the cause."""

@@ -1,6 +1,11 @@
 """What a run needs of a device's memory, by arithmetic, before anything is built."""
 
+import torch
+
+from vitscale.engine.zero import OPTIMIZER_SLOTS
+from vitscale.models import MODELS, ModelConfig
 from vitscale.models.vit import ViTConfig
+from vitscale.optim import OptimConfig, freeze
 
 
 def state_bytes(num_params: int, zero_stage: int, world_size: int, precision: str) -> int:
@@ -37,3 +42,12 @@ def activation_bytes(config: ViTConfig, micro_batch: int, precision: str, checkp
     layers = config.resolved_depth
     per_image = layers * kept + full if checkpointing == "full" else layers * full
     return micro_batch * per_image * (2 if precision == "fp32" else 1)
+
+
+def checkpoint_bytes(config: ModelConfig, optim: OptimConfig) -> int:
+    """Bytes of a checkpoint: fp32 weights and, of what is trained, the other slots."""
+    with torch.device("meta"):
+        model = MODELS[config.kind](config)
+    freeze(model, optim.freeze)
+    slots = 1 + len(OPTIMIZER_SLOTS[optim.name]) + (optim.ema_decay > 0)
+    return sum(4 * param.numel() * (slots if param.requires_grad else 1) for param in model.parameters())

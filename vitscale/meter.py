@@ -65,7 +65,7 @@ class Meter:
             **self._epochs(progress.data_step),
             "train/loss": float(np.float32(loss_sum / world)),
             "train/lr": lr,
-            "train/grad_norm": float(np.float32(engine.grad_norm())),
+            "train/grad_norm": float(engine.grad_norm()),
             "train/skipped_steps": engine.counters.skipped_steps,
             "perf/images_per_second": speed,
             "time/data_wait_fraction": waited / world / elapsed,

@@ -1,13 +1,14 @@
-"""Worker processes: bounded, in order, ended by their parent alone, and never left behind."""
+"""Worker processes: bounded, in order, and never left behind."""
 
+import atexit
 import collections
+import contextlib
 import contextvars
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -76,26 +77,34 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def obey_parent_alone() -> None:
-    """Let only this process's parent end it: by a SIGTERM, or by its own death.
+def survive_signals() -> None:
+    """Let neither a scheduler nor a Ctrl-C end this worker, but the death of its parent.
 
     A scheduler signals every process of a job, and a trainer still needs its workers for the
-    steps up to the save. A worker that ignored every SIGTERM would never end, though:
-    multiprocessing sends one as the interpreter exits, and then waits. It must be called before
-    this process starts a thread.
+    steps up to the save. Such a worker has to be killed (kill_at_exit).
     """
-    parent = os.getppid()
-    die_with(parent)
-    signals = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    die_with(os.getppid())
 
-    def take() -> None:
-        while True:
-            info = signal.sigwaitinfo(signals)
-            if info.si_signo == signal.SIGTERM and info.si_pid == parent:
-                os._exit(0)
 
-    threading.Thread(target=take, daemon=True).start()
+@contextlib.contextmanager
+def kill_at_exit() -> Iterator[None]:
+    """Within the block, an exit of the interpreter kills the child processes that were started.
+
+    multiprocessing's own hook sends SIGTERM, and then waits for ever if a child ignores that.
+    """
+    others = set(multiprocessing.active_children())
+
+    def kill() -> None:
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()
+
+    atexit.register(kill)
+    try:
+        yield
+    finally:
+        atexit.unregister(kill)
 
 
 def _start_worker(function: Callable[[Any], Any], parent: int) -> None:

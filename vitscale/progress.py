@@ -17,11 +17,13 @@ class Progress:
     step: optimizer steps done.
     data_step: global batches consumed; equal to `step` until a run skips data.
     bad_samples: samples that could not be used and were replaced.
+    healthy: whether the newest checkpoint is.
     """
 
     step: int = 0
     data_step: int = 0
     bad_samples: int = 0
+    healthy: bool = True
 
     def advance(self) -> None:
         """Count a step, which trained on one global batch."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from vitscale import atomic, distributed
+from vitscale import atomic, distributed, ending
 from vitscale import config as configs
 from vitscale.checkpoint import store
 from vitscale.checkpoint.verify import Checkpoint
@@ -129,6 +129,20 @@ def claimed(job: Job) -> Iterator[None]:
     finally:
         if lock:
             lock.release()
+
+
+def note_refusal(run_dir: str, reason: str) -> None:
+    """Let the status of a run that is not done say why it was not started again.
+
+    Rank 0 calls it. It does nothing where no run was started yet, or one is under way.
+    """
+    status = ending.read(run_dir)
+    if not status or status["state"] == "done":
+        return
+    with contextlib.suppress(OSError, BusyError):
+        lock = RunLock(run_dir)
+        ending.write(Path(run_dir), "failed", status["step"], status["total_steps"], reason)
+        lock.release()
 
 
 def write_config(job: Job) -> None:

@@ -12,29 +12,30 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import logging
-import signal
 from collections.abc import Generator, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitscale import config as configs
-from vitscale import distributed
+from vitscale import distributed, memory
 from vitscale.checkpoint import load
 from vitscale.checkpoint.manifest import TrainState
+from vitscale.checkpoint.room import check_room
 from vitscale.checkpoint.save import Saver
 from vitscale.checkpoint.store import Home
 from vitscale.data.cache import NodeCache
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches, on_device
 from vitscale.data.quarantine import Quarantine
+from vitscale.ending import Ending
 from vitscale.engine.engine import Engine
 from vitscale.engine.zero import WholeTensors
-from vitscale.errors import DataError
+from vitscale.errors import DataError, Diverged, UserError
 from vitscale.evals import open_task
 from vitscale.evals.adapters import LiveModel
 from vitscale.evals.task import Task
+from vitscale.health import SKIPPED_IN_A_ROW, Health
 from vitscale.job import Job, prepare
 from vitscale.meter import Meter
 from vitscale.metrics import MetricsWriter, SilentWriter, trim_metrics
@@ -44,9 +45,10 @@ from vitscale.objectives import BatchKey, Objective, build_objective
 from vitscale.optim import freeze
 from vitscale.progress import Due, Phases, Progress
 from vitscale.rng import derive_seed
-from vitscale.run_dir import check_continuation, check_new_length, claimed, write_config
+from vitscale.run_dir import check_continuation, check_new_length, claimed, note_refusal, write_config
 from vitscale.schedule import learning_rate
 from vitscale.train_config import TrainConfig
+from vitscale.watch import Watch
 from vitscale.weights.saved import SavedModel, Slot, locate
 
 logger = logging.getLogger(__name__)
@@ -63,23 +65,38 @@ def train(config: TrainConfig) -> int:
     can fix. A process may call it many times.
     """
     distributed.initialize()
-    job = prepare(config, distributed.world_size())
-    tasks = distributed.together(lambda: open_tasks(config))
-    with claimed(job), StopSignals() as stop, started(job, tasks) as run:
-        loop(run, stop)
-        distributed.barrier()  # a launcher may kill all ranks when the first ends with status 75
-    return 0 if run.progress.step == job.total_steps else PREEMPTED
+    try:
+        job = prepare(config, distributed.world_size())
+        tasks = distributed.together(lambda: open_tasks(config))
+    except UserError as error:
+        message = str(error)
+        distributed.on_main(lambda: note_refusal(config.run_dir, message))
+        raise
+    with claimed(job), Ending(config.run_dir, job.total_steps) as ending, Watch(ending.failed) as watch:
+        ending.lost = watch.lost
+        with started(job, tasks) as run:
+            ending.progress = run.progress
+            loop(run, watch)
+        # A launcher may kill all ranks when the first ends with status 75.
+        reasons = [reason for reason in distributed.gather_json(watch.reason) if reason]
+        done = run.progress.step == job.total_steps
+        ending.ended("done" if done else "preempted", "" if done else reasons[0])
+    return 0 if done else PREEMPTED
 
 
-def loop(run: "Run", stop: "StopSignals") -> None:
-    """Train from where the run is to its end, or until asked to stop; every rank calls it."""
+def loop(run: "Run", watch: Watch) -> None:
+    """Train from where the run is to its end, or until asked to stop; every rank calls it.
+
+    Raises Diverged if it goes on without sense, or ends without a healthy checkpoint.
+    """
     job, engine, at, metrics, saver = run.job, run.engine, run.progress, run.metrics, run.saver
-    meter = Meter(job)
+    meter, health = Meter(job), Health(engine)
     phases = Phases(meter)
     if at.step == 0:
         metrics.write_hparams(configs.to_dict(job.config))
         with phases("evaluate"):  # what an untrained model gives: the line to beat
             evaluate(run, due_after(0, job).evaluate)
+    write_config(job)  # not before: a mistake that shows in the evaluation binds nobody
 
     while at.step < job.total_steps:
         with phases("data"):
@@ -90,8 +107,11 @@ def loop(run: "Run", stop: "StopSignals") -> None:
             loss = train_step(run, batch, at.step + 1)
         at.advance()
         meter.add(batch)
+        health.add(loss)
         run.quarantine.add(batch.bad)
-        stopping, save_failed = agreed(stop.asked, saver.failed)
+        if health.diverged:
+            raise diverged(run, f"the gradients of {SKIPPED_IN_A_ROW} steps in a row were not finite")
+        stopping, save_failed = agreed(watch.asked, saver.failed)
         if save_failed:
             saver.wait()  # raises
 
@@ -112,6 +132,7 @@ def loop(run: "Run", stop: "StopSignals") -> None:
         if due.save or damaged:
             with phases("save"):
                 at.bad_samples += run.quarantine.flush(at.step)
+                at.healthy = health.since_last_save()
                 saver.save(engine, train_state(job, at))
         if damaged:
             raise DataError(run.quarantine.verdict(at.bad_samples, seen, at.step), shared=True)
@@ -120,6 +141,21 @@ def loop(run: "Run", stop: "StopSignals") -> None:
     saver.wait()
     for cost in saver.finished():
         metrics.write(at.step, cost)
+    if at.step == job.total_steps and not at.healthy:
+        raise diverged(run, "losses or gradients before the last checkpoint were not finite")
+
+
+def diverged(run: "Run", finding: str) -> Diverged:
+    """The error for a run that must not go on; every rank calls it."""
+    run.saver.wait()
+    healthy = distributed.on_main(run.saver.newest_healthy)
+    way_out = (
+        f'continue from its newest healthy checkpoint in a new run_dir: [init] checkpoint = "{healthy}", '
+        "full_state = true, and a lower optim.lr"
+        if healthy
+        else "start again in a new run_dir with a lower optim.lr, a longer warmup or optim.clip_norm"
+    )
+    return Diverged(f"the run has diverged by step {run.progress.step:,}: {finding}; {way_out}", shared=True)
 
 
 def train_step(run: "Run", batch: Batch, step: int) -> Tensor:
@@ -178,8 +214,10 @@ def started(job: Job, tasks: Tasks) -> Iterator[Run]:
     """A run that is ready for its next step, closed at the end; every rank enters it."""
     config = job.config
     home = Home.of(config.run_dir, config.checkpoint)
+    with distributed.alike():
+        save_bytes = memory.checkpoint_bytes(config.model, config.optim)
+    check_room(home, config.checkpoint, save_bytes)
     engine, progress, passed_over = start(job, home)
-    write_config(job)
     with (
         contextlib.closing(engine),
         open_metrics(job, progress.step) as metrics,
@@ -233,7 +271,10 @@ def start(job: Job, home: Home) -> tuple[Engine, Progress, tuple[int, ...]]:
         ranks, stage = manifest.world_size, manifest.zero_stage
         logger.info("resumed from %s, written by %d ranks at ZeRO %d", checkpoint.folder, ranks, stage)
     progress = Progress(
-        step=manifest.step, data_step=manifest.train.data_step, bad_samples=manifest.train.bad_samples
+        step=manifest.step,
+        data_step=manifest.train.data_step,
+        bad_samples=manifest.train.bad_samples,
+        healthy=manifest.train.healthy,
     )
     return engine, progress, passed_over
 
@@ -312,6 +353,7 @@ def train_state(job: Job, progress: Progress) -> TrainState:
         versions={
             name: importlib.metadata.version(name) for name in ("vitscale", "torch", "deepspeed", "numpy")
         },
+        healthy=progress.healthy,
     )
 
 
@@ -326,30 +368,6 @@ def evaluate(run: Run, names: tuple[str, ...]) -> None:
             results = run.tasks[name].run(model)
             numbers = {f"eval/{name}/{key}": value for key, value in results.items()}
             run.metrics.write(run.progress.step, numbers)
-
-
-class StopSignals:
-    """Within the block, SIGTERM and SIGUSR1 ask for a clean stop instead of ending the process.
-
-    After such a stop they remain caught: launchers send several signals, and the process still
-    has to end cleanly.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._previous[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in {} if self.asked else self._previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
 
 
 def agreed(*flags: bool) -> list[bool]:

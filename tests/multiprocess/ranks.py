@@ -1,6 +1,7 @@
 """What forked ranks run, and what happens to them, as values that a test can print."""
 
 import dataclasses
+import json
 import os
 import resource
 import signal
@@ -11,10 +12,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+import torch
+
 from launch.train import main
 from vitscale import config as configs
 from vitscale import distributed
 from vitscale.checkpoint.save import THREAD_NAME
+from vitscale.engine.batches import plan_batches
+from vitscale.engine.engine import Engine
+from vitscale.health import Health
+from vitscale.models import build_model
 from vitscale.train import train as train_config
 from vitscale.train import train_step
 from vitscale.train_config import TrainConfig
@@ -70,6 +77,21 @@ class Stop:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fail:
+    """A bug of ours on one rank, as it begins its n-th batch (from 1)."""
+
+    rank: int
+    batch: int
+
+    def arm(self) -> None:
+        if rank() == self.rank:
+            at_batch(self.batch, self._fail)
+
+    def _fail(self) -> None:
+        raise ZeroDivisionError("a bug")
+
+
+@dataclasses.dataclass(frozen=True)
 class FileLimit:
     """One rank can write no file that is longer than `num_bytes`, as under a quota."""
 
@@ -120,6 +142,26 @@ def train_twice(first: Path, second: Path) -> int:
         status = train_config(configs.load(TrainConfig, [config]))
         assert status == 0, status
     return 0
+
+
+def watch_health(config: Path, out: Path) -> None:
+    """What Health says after a step on two ranks whose losses are given; OUT-RANK.json.
+
+    One after another: sound, not finite on rank 1 alone, sound again.
+    """
+    distributed.initialize()
+    loaded = configs.load(TrainConfig, [config])
+    plan = plan_batches(loaded.global_batch, loaded.engine.micro_batch, distributed.world_size())
+    engine = Engine(build_model(loaded.model, seed=0), loaded.optim, loaded.engine, plan, "fp32")
+    health, said = Health(engine), []
+    for value in (1.0, float("nan") if rank() else 1.0, 1.0):
+        images = torch.zeros(plan.micro_batch, 3, loaded.model.image_size, loaded.model.image_size)
+        for _ in range(plan.grad_accum_steps):
+            engine.backward(engine.forward(images).square().mean())
+            engine.step()
+        health.add(torch.tensor(value))
+        said.append(health.since_last_save())
+    Path(f"{out}-{rank()}.json").write_text(json.dumps(said))
 
 
 def rank() -> int:

@@ -51,6 +51,8 @@ class TrainState:
     precision: "fp32", "bf16" or "fp16".
     config: the whole config of the run.
     versions: of the packages that it ran with.
+    healthy: since the checkpoint before it, no step was skipped (in fp16: only to find the loss
+        scale), and losses and gradients were finite. True where it is not known.
     """
 
     step: int
@@ -63,6 +65,7 @@ class TrainState:
     precision: str
     config: dict[str, Any]
     versions: dict[str, str]
+    healthy: bool = True
 
     @property
     def epoch(self) -> int:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from vitscale import distributed
 from vitscale.checkpoint import snapshot, store
-from vitscale.checkpoint.manifest import TrainState
+from vitscale.checkpoint.manifest import Manifest, TrainState
 from vitscale.checkpoint.snapshot import HostBuffer, Snapshot
 from vitscale.checkpoint.store import CheckpointConfig, Home
 from vitscale.engine.engine import Engine
-from vitscale.errors import CheckpointError, UserError
+from vitscale.errors import CheckpointError, RankLost, UserError
 
 logger = logging.getLogger(__name__)
 THREAD_NAME = "checkpoint writer"
@@ -47,6 +47,7 @@ class Saver:
     def __init__(self, home: Home, config: CheckpointConfig, distrusted: Sequence[int] = ()) -> None:
         self._home, self._config = home, config
         self._distrusted = set(distrusted)
+        self._healthy: dict[int, bool] = {}  # by step
         self._buffer = HostBuffer() if config.background else None
         self._channel = distributed.new_channel()
         self._saves: list[_Save] = []  # not yet reported by finished()
@@ -118,12 +119,33 @@ class Saver:
             snapshot.write(taken, self._home, self._channel)
             self._distrusted.discard(save.step)
             if distributed.is_main():
-                store.apply_retention(self._home, self._config, sorted(self._distrusted))
+                self._healthy[save.step] = taken.train.healthy
+                store.apply_retention(self._home, self._config, sorted(self._distrusted), self._is_healthy)
             save.seconds = time.perf_counter() - began
             save.done = True
         except UserError as error:
             save.failure = error
         except BaseException as error:  # an exception must not vanish with its thread
+            if distributed.lost_connection(error):  # the trainer finds that, too, and says so
+                save.failure = RankLost(f"saving step {save.step:,} failed: another rank was lost ({error})")
+                return
             logger.exception("saving step %d failed", save.step)
             message = f"saving step {save.step:,} failed: {type(error).__name__}: {error}"
             save.failure = CheckpointError(message)
+
+    def newest_healthy(self) -> str:
+        """The folder or URL of the newest healthy checkpoint, or "" if there is none."""
+        committed = [
+            (step, folder) for step, folder in self._home.committed() if step not in self._distrusted
+        ]
+        return next((folder for step, folder in committed if self._is_healthy(step)), "")
+
+    def _is_healthy(self, step: int) -> bool:
+        """Whether a checkpoint says so; one that cannot be read does not."""
+        if step not in self._healthy:
+            folder = store.step_folder(self._home.store or str(self._home.directory), step)
+            try:
+                self._healthy[step] = Manifest.load(folder).train.healthy
+            except CheckpointError:
+                self._healthy[step] = False
+        return self._healthy[step]

@@ -28,7 +28,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vitscale import atomic, storage
@@ -45,7 +45,7 @@ class CheckpointConfig:
     """When to save, where, and what to keep ([checkpoint]).
 
     every_steps: save after every so many steps, and at the end; 0 = only at the end.
-    keep_last: how many of the newest checkpoints to keep.
+    keep_last: how many of the newest checkpoints to keep, beside the newest healthy one.
     keep_every_steps: checkpoints of steps that are multiples of it are kept for ever; 0 = none.
     background: training waits only while its state is copied to host memory (12 bytes a
         parameter over all ranks; 16 with optim.ema_decay).
@@ -172,23 +172,33 @@ def clean(directory: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def retained(steps: Sequence[int], keep_last: int, keep_every_steps: int) -> set[int]:
-    """Which steps to keep: the last ones, and every multiple of keep_every_steps."""
+def retained(
+    steps: Sequence[int], keep_last: int, keep_every_steps: int, is_healthy: Callable[[int], bool]
+) -> set[int]:
+    """Which steps to keep: the last, the newest healthy one, multiples of keep_every_steps.
+
+    is_healthy(step) is asked from the newest step on, up to the first healthy one.
+    """
     forever = {step for step in steps if keep_every_steps and step % keep_every_steps == 0}
-    return {*sorted(steps)[-keep_last:], *forever}
+    newest_healthy = next(filter(is_healthy, sorted(steps, reverse=True)), None)
+    healthy = set() if newest_healthy is None else {newest_healthy}
+    return {*sorted(steps)[-keep_last:], *healthy, *forever}
 
 
-def apply_retention(home: Home, config: CheckpointConfig, distrusted: Sequence[int] = ()) -> None:
+def apply_retention(
+    home: Home, config: CheckpointConfig, distrusted: Sequence[int], is_healthy: Callable[[int], bool]
+) -> None:
     """Delete the checkpoints that need not be kept; rank 0 calls it after a commit.
 
     distrusted: steps that did not verify; they are neither counted nor deleted.
+    is_healthy: of the others.
 
     A failed deletion is logged, and tried again after the next save.
     """
     place = home.store or str(home.directory)
     try:
         steps = [step for step in steps_on_disk(place) if step not in distrusted]
-        kept = retained(steps, config.keep_last, config.keep_every_steps)
+        kept = retained(steps, config.keep_last, config.keep_every_steps, is_healthy)
         for step in sorted(set(steps) - kept):
             if home.store:  # without its manifest it is no checkpoint: a kill after this does no harm
                 storage.delete(storage.child(step_folder(place, step), MANIFEST))

@@ -84,9 +84,10 @@ def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
         worker_init_fn=_prepare_worker,
     )
     # With an iterable dataset, the loader asks the workers in turn: item i is worker i % n's.
-    parts = iter(loader)
-    for _ in range(stream.first_step, stream.last_step):
-        yield _join([next(parts) for _ in range(max(1, workers))])
+    with processes.kill_at_exit():
+        parts = iter(loader)
+        for _ in range(stream.first_step, stream.last_step):
+            yield _join([next(parts) for _ in range(max(1, workers))])
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
@@ -117,7 +118,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch
 
 
 def _prepare_worker(_: int) -> None:
-    processes.obey_parent_alone()
+    processes.survive_signals()
     reuse_memory()
 
 

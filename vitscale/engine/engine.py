@@ -98,10 +98,14 @@ class Engine:
         for group in self._ds.basic_optimizer.param_groups:
             group["lr"] = lr
 
-    def grad_norm(self) -> float:
-        """The global gradient norm of the last step before clipping; NaN if there is none."""
+    def grad_norm(self) -> Float[Tensor, ""]:
+        """The global gradient norm of the last step before clipping, on the device.
+
+        NaN if there is none.
+        """
         norm = self._ds.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        value = float("nan") if norm is None else norm
+        return torch.as_tensor(value, dtype=torch.float32, device=distributed.device())
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -1,0 +1,143 @@
+"""However a job is ended, by whatever launcher, it saves or says why, and nothing lives on."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from multiprocess.ends import Case, End, end_of, read_status
+from multiprocess.job import Job
+from multiprocess.ranks import Fail, Stop
+from multiprocess.zygote import Zygote
+
+TERM, INT, USR1, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL
+TARGETS = {
+    "python": ("command", "group", "worker"),
+    "torchrun": ("command", "group", "rank 0", "rank 1", "worker"),
+    "deepspeed": ("command", "group", "launch.py", "rank 0", "rank 1", "worker"),
+}
+TABLE = [
+    Case(launcher, number, target)
+    for launcher, targets in TARGETS.items()
+    for number in (TERM, INT, USR1, KILL)
+    for target in targets
+    if target != "worker" or number == KILL  # a worker passes over every other signal
+]
+SAMPLE = [
+    Case("python", INT, "group"),
+    Case("python", KILL, "worker"),
+    Case("torchrun", TERM, "command"),
+    Case("torchrun", KILL, "command"),
+    Case("torchrun", KILL, "rank 0"),
+    Case("deepspeed", TERM, "command"),
+    Case("deepspeed", TERM, "rank 1"),
+    Case("deepspeed", KILL, "rank 1"),
+]
+
+
+def test_a_job_saves_or_says_why_and_leaves_nothing(tmp_path: Path, index: Path, sweep: bool) -> None:
+    for number, case in enumerate(TABLE if sweep else SAMPLE):
+        job = Job(tmp_path / str(number), index)
+        end = end_of(case, job)
+        print(f"{case!s:38} {end}")
+        assert not end.left, f"{case}: {end}"
+        assert end.seconds < 15, f"{case}: {end}"
+        check(case, end, job)
+
+
+def check(case: Case, end: End, job: Job) -> None:
+    everything = case.signal == KILL and (case.launcher, case.target) in (
+        ("python", "command"),
+        ("python", "group"),
+        ("deepspeed", "group"),
+    )
+    if everything:  # nobody is left to say anything
+        assert end.run["state"] == "running", end
+    elif case.signal == KILL and case.target in ("rank 0", "rank 1", "worker"):
+        assert end.run["state"] == "failed", end
+        assert len(end.causes) == 1, end.causes
+        what = "a data worker of rank" if case.target == "worker" else f"{case.target} (process"
+        assert what in end.run["reason"] and end.run["reason"] in end.causes[0], end
+        assert end.newest % 40 == 0
+    else:
+        assert end.run["state"] == "preempted" and end.run["reason"], end
+        assert not end.causes, end.causes
+        assert end.newest == end.logged == end.run["step"], end
+
+
+def test_a_second_ctrl_c_ends_at_once_even_in_a_hanging_collective(tmp_path: Path, index: Path) -> None:
+    job = Job(tmp_path, index)
+    with job.ranks(2, "total_steps=1000000") as ranks:
+        wait_for_step(job, 5)
+        ranks[1].send_signal(signal.SIGSTOP)  # rank 0 now waits for it in the next collective
+        time.sleep(1)
+        ranks[0].send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            ranks[0].wait(2)
+        ranks[0].send_signal(signal.SIGINT)
+        assert ranks[0].wait(2) == 130, job.output()
+    assert "error: ended by a second Ctrl-C" in job.output()
+    assert read_status(job)["state"] == "failed"
+
+
+def test_the_death_of_a_rank_ends_one_that_does_not_communicate(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    with job.ranks(2, "total_steps=1000000", "log.every_steps=1") as ranks:
+        wait_for_step(job, 5)
+        os.kill(ranks[0].pid, signal.SIGSTOP)  # both stand still, wherever they are
+        ranks[1].kill()
+        ranks[1].wait()
+        os.kill(ranks[0].pid, signal.SIGCONT)
+        assert ranks[0].wait(15) == 1, job.output()
+    assert job.output().count("error: rank 1 (process") == 1, job.output()
+    assert "rank 1 (process" in read_status(job)["reason"]
+
+
+def test_the_first_cause_is_told_once_by_the_rank_that_had_it(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    """A bug on rank 1: rank 0 fails as it loses the connection, and says nothing."""
+    job = Job(tmp_path, index)
+    statuses = zygote.train(job, 2, event=Fail(rank=1, batch=4))
+    assert all(statuses), job.output()
+    assert job.output().count("Traceback") == 1 and "ZeroDivisionError" in job.output(), job.output()
+    status = read_status(job)
+    assert (status["state"], status["step"]) == ("failed", 3)
+    assert status["reason"] == "ZeroDivisionError: a bug"
+    assert zygote.train(job, 2) == [0, 0], job.output()
+    assert (read_status(job)["state"], read_status(job)["step"]) == ("done", 20)
+
+
+def test_a_start_that_is_refused_is_noted_in_a_run_that_is_not_done(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    away = index.with_name("away.json")
+    assert zygote.train(job, 1, event=Stop()) == [75], job.output()
+    assert read_status(job)["reason"] == "SIGTERM (rank 0)"
+    index.rename(away)
+    try:
+        assert zygote.train(job, 1) == [2]
+        assert read_status(job)["state"] == "failed" and str(index) in read_status(job)["reason"]
+        step = read_status(job)["step"]
+        assert step == max(job.checkpoints())
+    finally:
+        away.rename(index)
+    assert zygote.train(job, 1) == [0], job.output()
+    index.rename(away)
+    try:
+        assert zygote.train(job, 1) == [2]
+        assert read_status(job)["state"] == "done"
+    finally:
+        away.rename(index)
+
+
+def wait_for_step(job: Job, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not job.reached(step)():
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.05)

@@ -1,0 +1,75 @@
+"""Which processes above a rank are its launcher, and whether they are still there."""
+
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from vitscale import watch
+
+RANK = "/env/bin/python -u launch/train.py"
+LAUNCH = "/env/bin/python -u -m deepspeed.launcher.launch"
+RUNNER = "/env/bin/python /env/bin/deepspeed --num_gpus"
+SSHD = "sshd: user@notty"
+
+
+@pytest.mark.parametrize(
+    ("commands", "top"),
+    [
+        ([LAUNCH, RUNNER, "-bash", "sshd: user@pts/0", "/sbin/init"], 2),  # the user's own session may end
+        ([LAUNCH, SSHD, "sshd: user [priv]", "/sbin/init"], 2),
+        ([LAUNCH, "bash -c cd /code; exec", SSHD, "/sbin/init"], 3),
+        ([LAUNCH, "/sbin/init"], 1),
+        (["-bash", "/sbin/init"], 0),
+    ],
+)
+def test_what_belongs_to_the_deepspeed_launcher(commands: list[str], top: int) -> None:
+    assert watch._top_of_deepspeed(commands) == top
+
+
+@pytest.mark.parametrize(
+    ("variables", "length"),
+    [
+        ({}, 0),
+        ({"TORCHELASTIC_RUN_ID": "x"}, 1),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}, 1),
+        ({"SLURM_PROCID": "0"}, 0),  # a batch script
+        ({"CROSS_RANK": "0"}, 0),  # left in the environment: no deepspeed is above
+    ],
+)
+def test_a_launcher_is_known_by_the_environment(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], length: int
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "SLURM_PROCID", "CROSS_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    ancestry = watch.launcher_ancestry()
+    assert len(ancestry) == length
+    if ancestry:
+        assert ancestry == [(psutil.Process(), os.getppid())]
+    assert watch.intact(ancestry)
+
+
+CHILD_OF_SHELL = "import os, sys; print(os.getpid(), flush=True); sys.stdin.read()"
+
+
+def test_an_orphan_has_lost_its_launcher() -> None:
+    shell = subprocess.Popen(
+        ["bash", "-c", f'{sys.executable} -c "{CHILD_OF_SHELL}" <&0 & wait'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert shell.stdin and shell.stdout
+    with shell.stdin, shell.stdout:
+        child = psutil.Process(int(shell.stdout.readline()))
+        ancestry = [(child, shell.pid)]
+        assert watch.intact(ancestry)
+        shell.kill()
+        shell.wait()
+        assert child.is_running() and not watch.intact(ancestry)
+        child.kill()
+        child.wait()
+        assert not watch.intact(ancestry)

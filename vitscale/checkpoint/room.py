@@ -1,0 +1,63 @@
+"""Whether checkpoints can be written where they are to be kept, found before the first step."""
+
+import secrets
+import shutil
+
+from vitscale import distributed, storage
+from vitscale.checkpoint.store import CheckpointConfig, Home
+from vitscale.errors import ConfigError, StoreError
+
+PROBE = ".probe-"
+
+
+def check_room(home: Home, config: CheckpointConfig, save_bytes: int) -> None:
+    """Write and read a probe, and compare the free space with what the run will keep.
+
+    Every rank calls it. save_bytes: of one checkpoint. Raises StoreError or ConfigError on all
+    ranks.
+    """
+    token = distributed.on_main(lambda: _write_probe(home))
+    try:
+        distributed.together(lambda: _look(home, config, save_bytes, token))
+    finally:
+        distributed.on_main(lambda: (home.directory / token).unlink(missing_ok=True))
+
+
+def _write_probe(home: Home) -> str:
+    token = f"{PROBE}{secrets.token_hex(4)}"
+    home.directory.mkdir(parents=True, exist_ok=True)
+    (home.directory / token).write_bytes(b"probe")
+    if home.store:
+        url = storage.child(home.store, token)
+        try:
+            storage.write_bytes(url, b"probe")
+            storage.delete(url)
+        except (OSError, StoreError) as error:
+            raise StoreError(
+                f"checkpoint.store {home.store} cannot be written: {error}; check its name and your "
+                "credentials"
+            ) from None
+    return token
+
+
+def _look(home: Home, config: CheckpointConfig, save_bytes: int, token: str) -> None:
+    if distributed.local_rank() != 0:
+        return
+    if home.store:  # the folder is this node's own, and holds its files until they are uploaded
+        home.directory.mkdir(parents=True, exist_ok=True)
+        saves, node_bytes = 1, save_bytes * distributed.local_world_size() // distributed.world_size()
+    elif not (home.directory / token).exists():
+        raise ConfigError(
+            f"{home.directory} on this node is not the folder that rank 0 sees: run_dir must be on a file "
+            'system that all nodes share, or set checkpoint.store = "s3://..."'
+        )
+    else:
+        saves, node_bytes = config.keep_last + 1 - min(config.keep_last, len(home.committed())), save_bytes
+    free = shutil.disk_usage(home.directory).free
+    if free < saves * node_bytes:
+        raise ConfigError(
+            f"{home.directory} has {free / 1e9:.1f} GB free; {saves} more checkpoints of "
+            f"{node_bytes / 1e9:.1f} GB need {saves * node_bytes / 1e9:.1f} GB "
+            "(checkpoint.keep_last + 1 in all); free some, lower checkpoint.keep_last, or choose another "
+            "run_dir"
+        )

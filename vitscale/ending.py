@@ -1,0 +1,138 @@
+"""How each start of a run ends: RUN/status.json, and the first cause of a failure, told once.
+
+    {"state": "preempted", "step": 12000, "total_steps": 500000, "reason": "SIGTERM (rank 3)",
+     "time": "2026-03-01T04:12:33+0000"}
+
+    state       meaning
+    running     it has begun; if no process runs any more, it was killed
+    done        all of its steps are done
+    preempted   it was asked to stop and has saved: start it again
+    failed      `reason` says why
+
+Schedulers decide by this file: launchers return 0, 1, 143 and others for the same end.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from vitscale import atomic, distributed
+from vitscale.errors import BusyError, RankLost, Told, UserError
+from vitscale.progress import Progress
+
+STATUS_NAME = "status.json"
+_CAUSE = ".cause-"
+# For how long to look for a dead rank once a connection is lost.
+DEATH_SECONDS = 1.0
+State = Literal["running", "done", "preempted", "failed"]
+
+
+class Ending:
+    """One start of a run, until it ends; every rank enters it, within the run's lock.
+
+    An exception that leaves the block is the run's failure. When one rank fails, the others
+    lose the connection to it and fail as well: only the first failure leaves the block as it
+    is. On the other ranks it becomes Told, which is not printed. What all ranks raise alike
+    (UserError.shared) leaves it on all of them.
+    """
+
+    def __init__(self, run_dir: str | Path, total_steps: int) -> None:
+        self.progress = Progress()
+        # Which ranks are dead, where that can be known.
+        self.lost: Callable[[float], RankLost | None] = lambda _: None
+        self._folder, self._total_steps = Path(run_dir), total_steps
+        self._token = ""
+
+    def __enter__(self) -> "Ending":
+        self._token = distributed.on_main(self._begin)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if error is None:
+            return
+        cause = self._cause(error)
+        if not self.failed(cause) and not _is_shared(cause):
+            raise Told from error
+        if cause is not error:
+            raise cause from error
+
+    def ended(self, state: State, reason: str = "") -> None:
+        """Write how the run ended; every rank calls it, and rank 0 writes."""
+        distributed.on_main(lambda: self._write(state, reason))
+
+    def failed(self, error: BaseException) -> bool:
+        """Whether this is the first failure of any rank; it is then written."""
+        first = distributed.is_main() if _is_shared(error) else self._is_first()
+        if first:
+            with contextlib.suppress(OSError):  # a full disk may be the very cause
+                self._write("failed", _sentence(error))
+        return first
+
+    def _begin(self) -> str:
+        for old in self._folder.glob(f"{_CAUSE}*"):
+            old.unlink(missing_ok=True)
+        self._write("running", "")
+        return secrets.token_hex(4)
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """What a user should read in place of another library's error, where we know better."""
+        if distributed.lost_connection(error):
+            first_line = str(error).strip().splitlines()[0]
+            return self.lost(DEATH_SECONDS) or RankLost(
+                f"the connection to another rank was lost ({first_line}); its machine's log may say more, "
+                "and the same command resumes from the newest checkpoint"
+            )
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+            return BusyError(
+                f"a data worker of rank {distributed.rank()} was killed, probably for lack of memory; lower "
+                "engine.num_workers, and the same command resumes from the newest checkpoint"
+            )
+        return error
+
+    def _is_first(self) -> bool:
+        try:
+            os.close(os.open(self._folder / f"{_CAUSE}{self._token}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        except OSError:  # the folder is gone or full: rather twice than never
+            return True
+        return True
+
+    def _write(self, state: State, reason: str) -> None:
+        write(self._folder, state, self.progress.step, self._total_steps, reason)
+
+
+def read(run_dir: str | Path) -> dict[str, Any] | None:
+    """The content of RUN/status.json; None if there is none that can be read."""
+    try:
+        status = json.loads((Path(run_dir) / STATUS_NAME).read_bytes())
+        return status if {"state", "step", "total_steps"} <= status.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def write(folder: Path, state: State, step: int, total_steps: int, reason: str) -> None:
+    """Write RUN/status.json; the holder of the run's lock calls it, or a rank of its job."""
+    values = {
+        "state": state,
+        "step": step,
+        "total_steps": total_steps,
+        "reason": reason,
+        "time": time.strftime("%FT%T%z"),
+    }
+    atomic.write(folder / STATUS_NAME, json.dumps(values, indent=1).encode() + b"\n")
+
+
+def _is_shared(error: BaseException) -> bool:
+    return isinstance(error, UserError) and error.shared
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, (UserError, KeyboardInterrupt)):
+        return str(error)
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -1,0 +1,49 @@
+"""Whether a run is still sound: finite losses and gradients, and no skipped steps.
+
+A step whose gradients are not finite is skipped: the weights stay as they are. In fp16 single
+skipped steps are how the loss scale is found, and no sign of trouble.
+"""
+
+import torch
+from torch import Tensor
+
+from vitscale import distributed
+from vitscale.engine.engine import Engine
+
+SKIPPED_IN_A_ROW = 10  # so many end the run
+
+
+class Health:
+    """What happened since the last checkpoint; every rank has one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._num_skipped = engine.counters.skipped_steps
+        self._skipped = False
+        self._not_finite = torch.zeros((), dtype=torch.bool, device=distributed.device())
+        self._in_a_row = 0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether too many steps in a row were skipped; the same on all ranks."""
+        return self._in_a_row >= SKIPPED_IN_A_ROW
+
+    def add(self, loss: Tensor) -> None:
+        """Count a step of this mean loss. Nothing is read from a GPU."""
+        counters, scaled = self._engine.counters, bool(self._engine.loss_scaler)
+        skipped = counters.skipped_steps > self._num_skipped
+        self._num_skipped = counters.skipped_steps
+        if not skipped:
+            self._in_a_row = 0
+            self._not_finite |= ~(torch.isfinite(loss) & torch.isfinite(self._engine.grad_norm()))
+            return
+        self._skipped = self._skipped or not scaled
+        if counters.updates or not scaled:  # fp16 begins with a scale that is too high
+            self._in_a_row += 1
+
+    def since_last_save(self) -> bool:
+        """Whether all was sound since the last call; every rank calls it, before a save."""
+        (trouble,) = distributed.all_reduce_max([float(self._skipped or bool(self._not_finite))])
+        self._skipped = False
+        self._not_finite.zero_()
+        return not trouble

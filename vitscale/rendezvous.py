@@ -1,0 +1,61 @@
+"""A fresh store for every attempt of torchrun, so that ranks meet again after a restart.
+
+torchrun keeps one store for all attempts (torch 2.13: always with the static backend; with c10d
+unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE is set, as it must be where machines join). gloo then
+finds the addresses of the ranks of the attempt before, which are dead, and waits. Here rank 0 of
+each attempt starts a store of its own, and the agents' store only tells the others where it is:
+
+    agents' store    "vitscale/store" = "10.0.0.7 40123 8d1f03ac"     (address, port, token)
+    rank 0's store   "token" = "8d1f03ac"
+
+A rank that reads the address of the attempt before finds nobody there, or another token, and
+reads again: rank 0 writes the new one within moments.
+"""
+
+import datetime
+import os
+import secrets
+import socket
+import time
+
+from torch.distributed import DistError, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+KEY = "vitscale/store"
+RETRY_SECONDS = 0.2
+CONNECT_TIMEOUT = datetime.timedelta(seconds=5)
+
+
+def own_store(timeout: datetime.timedelta) -> Store | None:
+    """The store in which this attempt's ranks meet; None where torch's way will do.
+
+    Every rank calls it. Raises DistError if the others do not come within the timeout.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents = TCPStore(address, port, is_master=False, timeout=timeout)
+    if os.environ["RANK"] == "0":
+        own = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        token = secrets.token_hex(4)
+        own.set("token", token)
+        agents.set(KEY, f"{_address_here(address, port)} {own.port} {token}")
+        return own
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        host, port_there, token = agents.get(KEY).decode().split()
+        try:
+            own = TCPStore(host, int(port_there), is_master=False, timeout=CONNECT_TIMEOUT)
+            if own.get("token").decode() == token:
+                own.set_timeout(timeout)
+                return own
+        except DistError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(RETRY_SECONDS)
+
+
+def _address_here(address: str, port: int) -> str:
+    """An address of this machine that every machine reaches which reaches the agents' store."""
+    with socket.create_connection((address, port)) as connection:
+        here, there = connection.getsockname()[0], connection.getpeername()[0]
+    return address if here == there else here  # the same: the agents' store is on this machine

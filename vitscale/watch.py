@@ -1,0 +1,202 @@
+"""What ends a run from outside: signals, a launcher that is gone, and ranks that have died.
+
+A thread looks once a second, and at once when a signal comes: also while the trainer waits in a
+collective, where Python's own handlers would not run.
+"""
+
+import itertools
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psutil
+
+from vitscale import distributed
+from vitscale.errors import RankLost
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LOOK_SECONDS = 1.0
+# From the death of a rank on this machine to the end of this one. Usually a collective fails
+# before, and says more; on a GPU it may hang.
+GRACE_SECONDS = 5.0
+# A launcher passes on a Ctrl-C that the terminal has sent to this process already.
+SAME_KEY_SECONDS = 0.5
+INTERRUPTED = 130
+
+
+class Watch:
+    """Within the block, what should stop the run is noted; every rank enters it.
+
+    asked: whether to save and end. SIGTERM, SIGUSR1 and Ctrl-C ask for it, and so does the
+    disappearance of a launcher. A second Ctrl-C ends the process at once.
+
+    If another rank of this machine dies, this one ends too: by the failure of a collective or,
+    GRACE_SECONDS later, from here. failed(error) then says whether this rank tells the cause.
+    """
+
+    def __init__(self, failed: Callable[[BaseException], bool]) -> None:
+        self.asked = False
+        self.reason = ""
+        self._failed = failed
+        self._ancestry = launcher_ancestry()
+        self._peers = {
+            rank: process
+            for rank, process in enumerate(distributed.gather_json(_identity()))
+            if process[:2] == _identity()[:2] and rank != distributed.rank()
+        }
+        self._interrupts: list[float] = []
+        self._previous: dict[int, Any] = {}
+        self._previous_fd = -1
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, lambda *_: None)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind:
+            return  # this process is about to end: what hangs on the way is still ended from here
+        self._closing.set()
+        signal.set_wakeup_fd(self._previous_fd)
+        os.write(self._writer, b"\0")
+        self._thread.join()
+        os.close(self._reader)
+        os.close(self._writer)
+        # Launchers send several signals, and after a stop the process still has to end cleanly.
+        for number, handler in {} if self.asked else self._previous.items():
+            signal.signal(number, handler)
+
+    def lost(self, wait_seconds: float = 0.0) -> RankLost | None:
+        """The error that says which ranks of this machine are dead; None if all live.
+
+        wait_seconds: for how long to look. A process that dies closes its connections a moment
+        before it is seen to be dead.
+        """
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            dead = {rank: peer for rank, peer in self._peers.items() if not _lives(peer)}
+            if dead:
+                who = ", ".join(f"rank {rank} (process {peer[2]})" for rank, peer in dead.items())
+                died = "has died" if len(dead) == 1 else "have died"
+                return RankLost(
+                    f"{who} on {socket.gethostname()} {died}: killed, perhaps for lack of memory, or "
+                    "crashed; the same command resumes from the newest checkpoint"
+                )
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.05)
+
+    def _run(self) -> None:
+        dead_since = None
+        while not self._closing.is_set():
+            if select.select([self._reader], [], [], LOOK_SECONDS)[0]:
+                for number in os.read(self._reader, 4096):
+                    self._take(number)
+            if not self.asked and not intact(self._ancestry):
+                self._ask("the launcher is gone")
+            if error := self.lost():
+                dead_since = dead_since or time.monotonic()
+                if time.monotonic() - dead_since > GRACE_SECONDS:
+                    self._end(error, error.status)
+
+    def _take(self, number: int) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            self._interrupts.append(now)
+            if now - self._interrupts[0] > SAME_KEY_SECONDS:
+                self._end(KeyboardInterrupt("ended by a second Ctrl-C, without a save"), INTERRUPTED)
+        if number in SIGNALS:
+            self._ask("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+
+    def _end(self, error: BaseException, status: int) -> None:
+        if self._failed(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(status)
+
+    def _ask(self, reason: str) -> None:
+        if not self.asked:
+            self.reason = f"{reason} (rank {distributed.rank()})"
+            self.asked = True
+
+
+# (host, its namespace of process ids, process id, when it was started)
+Identity = list[Any]
+
+
+def _identity() -> Identity:
+    namespace = os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""
+    return [socket.gethostname(), namespace, os.getpid(), psutil.Process().create_time()]
+
+
+def _lives(identity: Identity) -> bool:
+    *_, pid, created = identity
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def launcher_ancestry() -> list[tuple[psutil.Process, int]]:
+    """(process, its parent's id) from this process up to the launcher; empty without one.
+
+    A launcher is known by what it puts into the environment. A program that was started by hand
+    has none: its shell or terminal may go, and it stays.
+
+        torchrun            torchrun - rank
+        srun                slurmstepd - rank
+        deepspeed           deepspeed - launch.py - rank
+        deepspeed by pdsh   sshd - (shell) - launch.py - rank
+    """
+    me = psutil.Process()
+    ancestors = me.parents()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        last = 1
+    elif "CROSS_RANK" in os.environ:
+        last = _top_of_deepspeed([_command(process) for process in ancestors])
+    elif "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        last = 1
+    else:
+        last = 0
+    chain = [me, *ancestors[:last]]
+    return [(process, parent.pid) for process, parent in itertools.pairwise(chain)]
+
+
+def intact(ancestry: Sequence[tuple[psutil.Process, int]]) -> bool:
+    """Whether every process still has the parent that it had."""
+    try:
+        return all(process.ppid() == parent for process, parent in ancestry)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _top_of_deepspeed(commands: Sequence[str]) -> int:
+    """How many of a rank's ancestors, nearest first, belong to deepspeed.
+
+    commands: their command lines.
+    """
+    named = [number for number, command in enumerate(commands, 1) if "deepspeed" in command]
+    top = named[-1] if named else 0
+    if top and "deepspeed.launcher.launch" in commands[top - 1]:  # no runner above it: it came by ssh
+        sessions = [number for number, command in enumerate(commands, 1) if command.startswith("sshd")]
+        return next((number for number in sessions if number > top), top)
+    return top
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()[:4])
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return ""
