@@ -291,5 +291,28 @@ def test_an_export_that_is_not_the_model_it_names_is_refused(tmp_path: Path) -> 
     save_file({k: v for k, v in tensors.items() if k != "norm.weight"}, tmp_path / "b.safetensors", metadata)
     with pytest.raises(CheckpointError, match="does not hold the model that it names: norm"):
         load_model(tmp_path / "b.safetensors")
-    with pytest.raises(CheckpointError, match="holds no norm"):
+    with pytest.raises(CheckpointError, match="does not hold the model that it names: norm"):
         export_model(tmp_path / "b.safetensors", tmp_path / "out", format="timm")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"depth": 9_000_000}, r"it names: 9,000,000 blocks in 32 tensors"),
+        ({"width": 10_000_000}, "it names: blocks.0.attn.proj.bias does not fit"),
+        ({"width": 10**9}, r"model.width 1000000000 must lie in \[0, 16,777,216\]"),
+        ({"posemb": "sincos2d", "image_size": 40_000}, "must be at most 65,536, and make at most 1,048,576"),
+    ],
+)
+def test_what_hostile_metadata_name_is_never_built(
+    tmp_path: Path, keys: dict[str, object], message: str
+) -> None:
+    saved_model(tmp_path / "a.safetensors")
+    metadata = SafetensorsReader(tmp_path / "a.safetensors").metadata
+    metadata["vitscale.model"] = json.dumps({**json.loads(metadata["vitscale.model"]), **keys})
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "b.safetensors")
+    with pytest.raises((CheckpointError, ConfigError)):
+        import_model(tmp_path / "b.safetensors", tmp_path / "out", format="safetensors")
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Exports: a model as a file of weights that carries its own configuration."""
 
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ def export_metadata(config: ModelConfig, step: int, dtype: Dtype) -> dict[str, s
         "format": "pt",
         "vitscale.model": json.dumps(configs.to_dict(config)),
         "vitscale.step": str(step),
+        "vitscale.version": importlib.metadata.version("vitscale"),
         "vitscale.dtype": dtype,
     }
 

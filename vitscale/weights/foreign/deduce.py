@@ -84,6 +84,10 @@ def build_config(values: Mapping[str, object], overrides: Sequence[str]) -> Mode
 
 def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None:
     """Raise CheckpointError unless these are exactly the tensors of the model."""
+    if config.resolved_depth > len(shapes):  # counted first: the table of a hostile depth never ends
+        raise CheckpointError(
+            f"model.depth is {config.resolved_depth:,}, but there are {len(shapes)} tensors"
+        )
     expected, ours = their_shapes(dialect, config), our_shapes(config)
     if any(name not in ours for rule in rules(dialect, config) for name in rule.ours):
         raise ConfigError(
