@@ -83,7 +83,7 @@ def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     export.add_argument("checkpoint", metavar="CKPT", help=CKPT)
     export.add_argument("out", metavar="OUT", help="a folder, FILE.safetensors, or for npz FILE.npz")
-    export.add_argument("--format", choices=FORMATS, default="safetensors")
+    export.add_argument("--format", choices=FORMATS, help="default: npz for FILE.npz, else safetensors")
     export.add_argument(
         "--dialect", choices=["original", "linen", "big_vision"], default="original", help=DIALECT
     )

@@ -12,6 +12,8 @@ from vitscale.weights.files import Dtype, NamedTensors, Shapes, write_file, writ
 from vitscale.weights.publish import publishing
 from vitscale.weights.saved import SavedModel, Slot
 
+_OTHER_FILES = (".npz", ".npy", ".pth", ".pt", ".bin", ".ckpt", ".pkl")
+
 
 def export_safetensors(
     path: str | Path, out: str | Path, *, dtype: Dtype = "fp32", shard_bytes: int = 0, slot: Slot = "fp32"
@@ -49,8 +51,14 @@ def write_export(
 
     out: a file name ending in .safetensors, or a folder for model.safetensors or its shards.
     tensors: in the order of `shapes`. shard_bytes: as in write_folder; 0 for a file. Raises
-    CheckpointError if `out` exists and is not an export.
+    ConfigError for the name of another kind of file, and CheckpointError if `out` exists and is
+    not an export.
     """
+    if out.suffix in _OTHER_FILES:
+        raise ConfigError(
+            f"{out} has the name of a {out.suffix} file, and this is safetensors; end it in .safetensors, or "
+            "name a folder"
+        )
     if out.suffix != ".safetensors":
         with publishing(out) as temporary:
             temporary.mkdir()

@@ -45,7 +45,7 @@ def export_model(
     path: str | Path,
     out: str | Path,
     *,
-    format: Format,
+    format: Format | None = None,
     dialect: FlaxDialect = "original",
     dtype: Dtype = "fp32",
     shard_mb: int = 0,
@@ -54,12 +54,13 @@ def export_model(
     """Write a checkpoint's weights in a library's format; returns the folder's or file's path.
 
     path, slot: as in SavedModel. out: a folder; for npz a file name ending in .npz, and for
-    safetensors a folder or a file name. dialect: the names in an .npz file. Before anything is
-    written, raises ConfigError for options that contradict each other, and CheckpointError for
-    what the format cannot hold.
+    safetensors a folder or a file name. format: None = npz for such a name, else safetensors.
+    dialect: the names in an .npz file. Before anything is written, raises ConfigError for
+    options that contradict each other, and CheckpointError for what the format cannot hold.
     """
     if shard_mb < 0:
         raise ConfigError(f"--shard-mb {shard_mb} must not be negative")
+    format = format or ("npz" if Path(out).suffix == ".npz" else "safetensors")
     if format == "safetensors":
         return export_safetensors(path, out, dtype=dtype, shard_bytes=shard_mb * 10**6, slot=slot)
     saved = SavedModel(path, slot=slot)
