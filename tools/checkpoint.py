@@ -83,7 +83,7 @@ def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     export.add_argument("checkpoint", metavar="CKPT", help=CKPT)
     export.add_argument("out", metavar="OUT", help="a folder, FILE.safetensors, or for npz FILE.npz")
-    export.add_argument("--format", choices=FORMATS, default="safetensors")
+    export.add_argument("--format", choices=FORMATS, help="default: npz for FILE.npz, else safetensors")
     export.add_argument(
         "--dialect", choices=["original", "linen", "big_vision"], default="original", help=DIALECT
     )
@@ -134,6 +134,7 @@ def list_run(arguments: argparse.Namespace) -> int:
         print(to_json(json_values(checkpoints)))
     else:
         print(listing.render(checkpoints, _now()))
+    listing.check_newest(checkpoints)
     return 0
 
 
@@ -156,9 +157,11 @@ def show_checkpoint(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     from vitscale.report.contents import open_contents
-    from vitscale.report.show import render_verified
+    from vitscale.report.show import check_newest, render_verified
 
-    print(render_verified(open_contents(arguments.checkpoint)))
+    contents = open_contents(arguments.checkpoint)
+    print(render_verified(contents))
+    check_newest(contents)
     return 0
 
 

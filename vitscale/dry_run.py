@@ -3,12 +3,10 @@
 import json
 import os
 
-import torch
-
 from vitscale import config as configs
 from vitscale import memory
 from vitscale.job import Job, expected_first_loss, prepare
-from vitscale.models import MODELS
+from vitscale.models import empty_model
 from vitscale.models.flops import train_flops
 from vitscale.train_config import TrainConfig
 
@@ -19,9 +17,7 @@ def describe(config: TrainConfig, world_size: int) -> str:
     Raises what train() would raise for a config or a data set that cannot be used.
     """
     job = prepare(config, world_size)
-    with torch.device("meta"):
-        model = MODELS[config.model.kind](config.model)
-    num_params = sum(param.numel() for param in model.parameters())
+    num_params = sum(param.numel() for param in empty_model(config.model).parameters())
     return "\n\n".join(
         (
             f"# resolved config\n{configs.to_toml(config).strip()}",

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import importlib.metadata
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import IO, Any
 from vitscale import atomic, distributed, ending
 from vitscale import config as configs
 from vitscale.checkpoint import store
+from vitscale.checkpoint.manifest import saved_config
 from vitscale.checkpoint.verify import Checkpoint
 from vitscale.errors import BusyError, ConfigError, StoreError
 from vitscale.job import Job
@@ -116,7 +118,7 @@ def claimed(job: Job) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = RunLock(folder)
         if (folder / CONFIG_NAME).exists():
-            old = configs.load(TrainConfig, [folder / CONFIG_NAME])
+            old = _saved_config(folder / CONFIG_NAME)
             problem = _difference(f"run_dir {folder}", old, job) or _left_behind(old, job)
             if problem:
                 raise ConfigError(problem)
@@ -176,7 +178,8 @@ def check_continuation(job: Job, checkpoint: Checkpoint) -> None:
             f"{folder} was trained with the JPEG decoder {train.decoder}, here it is {job.decoder}; set "
             f'data.decoder = "{train.decoder}" (turbojpeg needs: pip install turbojpeg)'
         )
-    problem = _difference(folder, configs.from_dict(TrainConfig, train.config), job, PLACES)
+    old = saved_config(TrainConfig, train.config, "", folder, train.versions["vitscale"])
+    problem = _difference(folder, old, job, PLACES)
     if problem:
         raise ConfigError(problem)
     if train.step > job.total_steps:
@@ -192,6 +195,17 @@ def check_new_length(job: Job, checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}, which init.full_state continues, has done all of the run's "
             f"{job.total_steps:,} steps; raise the total, or take its weights alone: init.full_state = false"
         )
+
+
+def _saved_config(path: Path) -> TrainConfig:
+    """The config of the run that is there. Raises ConfigError naming the file."""
+    try:
+        return configs.load(TrainConfig, [path])
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path} cannot be read by this vitscale ({importlib.metadata.version('vitscale')}): {error}; "
+            "use the version that began the run, or a later one"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -82,6 +82,12 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         ("run", "run", 2, "run exists and is not overwritten; choose another name"),
         ("run", "run/checkpoints/step-000000012/two", 2, "lies inside .*step-000000012"),
         ("x.safetensors", "out", 2, "x.safetensors is an export: it holds weights alone"),
+        (
+            "run",
+            "shipped/step-000000001",
+            2,
+            "is the name of another step, but .*12; write .*/shipped/step-000000012",
+        ),
         ("absent", "out", 2, "absent is not a checkpoint: give a run directory"),
         ("damaged", "out", 2, "rank-00000.safetensors is damaged"),
     ],

@@ -1,5 +1,6 @@
 """Checkpoint files on disk: written exactly, verified by checksum, kept and found by number."""
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,8 +145,9 @@ def nothing(_: Values) -> None:
         (lambda v: v["train"].update(config=[]), ALIEN, lambda v: v["train"].update(config={})),
         (lambda v: v["train"].update(step="3"), ALIEN, lambda v: v["train"].update(step=3)),
         (lambda v: v.update(created=5), ALIEN, lambda v: v.update(created="5")),
-        (lambda v: v.update(evil=1), ALIEN, nothing),
+        (lambda v: v.update(evil=1), "manifest.json has the key evil, which this vitscale", nothing),
         (lambda v: v["train"].pop("step"), ALIEN, nothing),
+        (lambda v: v["train"].update(step=4), "holds the manifest.json of step 4: rename it", nothing),
         (lambda v: v.pop("version"), "of version None", nothing),
     ],
 )
@@ -166,6 +168,80 @@ def test_a_hostile_manifest_with_a_right_checksum_is_refused(
     edit_manifest(manifest, refused)
     with pytest.raises(CheckpointError, match=message):
         newest(directory)
+
+
+def test_a_step_under_the_name_of_another_is_passed_over(
+    tmp_path: Path, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_model(tmp_path, 3)
+    copy = store.step_directory(directory, 9)
+    shutil.copytree(store.step_directory(directory, 3), copy)
+    assert newest(directory).folder == str(store.step_directory(directory, 3))
+    assert f"{copy} holds the manifest.json of step 3: rename it or delete it" in caplog.text
+    shutil.copytree(copy, tmp_path / "step-5")  # not a name of ours: it claims nothing
+    assert verified(tmp_path / "step-5").step == 3
+
+
+def test_a_link_that_leads_nowhere_is_named_and_does_not_stop_the_next_save(
+    tmp_path: Path, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_model(tmp_path, 3)
+    link = store.step_directory(directory, 9)
+    link.symlink_to(tmp_path / "gone")
+    assert newest(directory).passed_over == (9,)
+    assert f"{link} is a link to {tmp_path}/gone, which does not exist" in caplog.text
+    temporary = write_step(tmp_path / "written", 9, state_of(9))
+    store.commit(Manifest.load(temporary), temporary, link)
+    assert newest(directory).folder == str(link) and not link.is_symlink()
+    assert not list(directory.glob(".tmp-*"))
+
+
+def test_of_a_linked_step_retention_deletes_the_link_alone(tmp_path: Path, directory: Path) -> None:
+    for step in (3, 4):
+        write_model(tmp_path, step)
+    link = store.step_directory(directory, 3)
+    link.rename(tmp_path / "elsewhere")
+    link.symlink_to(tmp_path / "elsewhere")
+    assert verified(link).step == 3
+    store.apply_retention(store.Home(directory), CheckpointConfig(keep_last=1))
+    assert store.steps_on_disk(directory) == [4] and verified(tmp_path / "elsewhere").step == 3
+    assert not list(directory.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", SECOND])
+def test_a_fifo_in_a_checkpoint_is_not_waited_for(
+    tmp_path: Path, directory: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_model(tmp_path, 1)
+    write_model(tmp_path, 2)
+    path = store.step_directory(directory, 2) / name
+    path.unlink()
+    os.mkfifo(path)
+    assert newest(directory).folder == str(store.step_directory(directory, 1))
+    assert f"{path} is a FIFO, a socket or a device, not a file" in caplog.text
+    with pytest.raises(CheckpointError, match="is a FIFO"):
+        SafetensorsReader(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda train: train.update(mood=1), "manifest.json has the key train.mood, which"),
+        (lambda train: train["config"]["model"].update(mood=1), "holds a config that"),
+    ],
+)
+def test_what_a_newer_version_wrote_is_named_with_that_version(
+    tmp_path: Path, directory: Path, edit: Callable[[Values], object], message: str
+) -> None:
+    write_model(tmp_path, 3)
+    folder = store.step_directory(directory, 3)
+    edit_manifest(folder / "manifest.json", lambda v: v["train"]["versions"].update(vitscale="0.9.0"))
+    load_model(folder)
+    edit_manifest(folder / "manifest.json", lambda v: edit(v["train"]))
+    with pytest.raises(CheckpointError, match=message) as raised:
+        load_model(folder)
+    assert "use the version that wrote it, or a later one" in str(raised.value)
+    assert all(part in str(raised.value) for part in (str(folder), "mood", "written by 0.9.0"))
 
 
 def test_with_no_good_checkpoint_left_the_run_is_not_called_new(tmp_path: Path, directory: Path) -> None:

@@ -33,7 +33,7 @@ def damages(newest: Path, places: int) -> list[Damage]:
         Damage("the manifest lost", f"holds no {MANIFEST}", _lose(MANIFEST)),
         Damage("everything lost", f"holds no {MANIFEST}", _lose("*")),
         Damage("a file of another step", "rank-00001", _take_from_older("rank-00001.safetensors")),
-        Damage("the manifest of another step", "rank-00000", _take_from_older(MANIFEST)),
+        Damage("the manifest of another step", "holds the manifest.json of step", _take_from_older(MANIFEST)),
     ]
     for path in sorted(newest.iterdir()):
         rng, size = random.Random(path.name), path.stat().st_size

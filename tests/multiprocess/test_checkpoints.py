@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from make import verified
+from make import edit_manifest, verified
 from multiprocess.job import Job
 from multiprocess.ranks import FileLimit, Kill, Stop, train_apart
 from multiprocess.zygote import Zygote
@@ -210,13 +210,29 @@ def test_a_checkpoint_that_does_not_verify_is_passed_over_and_never_counts_as_ke
     options = ["checkpoint.every_steps=2", "checkpoint.keep_last=2"]
     assert zygote.train(job, 2, *options, event=Stop()) == [75, 75], job.output()
     newest = list(job.checkpoints().values())[-1]
-    (newest / "rank-00001.safetensors").unlink()
     future = newest.with_name(store.step_name(1000))
-    newest.rename(future)  # damaged, and by its name newer than all that the run will save
+    newest.rename(future)  # by its name newer than all that the run will save
     assert zygote.train(job, 2, *options) == [0, 0], job.output()
-    assert f"checkpoint passed over: {future}/rank-00001.safetensors is missing" in job.output()
+    assert f"checkpoint passed over: {future} holds the manifest.json of step " in job.output()
     assert list(job.checkpoints()) == [18, 20, 1000]
     assert job.column("train/loss") == uninterrupted.column("train/loss")
+
+
+def test_a_run_of_a_newer_version_is_refused_by_the_file_and_the_key(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 1, "total_steps=6") == [0], job.output()
+    config = job.run_dir / "config.toml"
+    written = config.read_text()
+    config.write_text(f"mood = 1\n{written}")
+    assert zygote.train(job, 1) == [2]
+    assert f"{config} cannot be read by this vitscale (0.1.0): unknown key mood" in job.output()
+    config.write_text(written)
+    edit_manifest(job.checkpoints()[6] / "manifest.json", lambda v: v["train"]["config"].update(mood=1))
+    assert zygote.train(job, 1) == [2]
+    assert f"{job.checkpoints()[6]} holds a config that this vitscale (0.1.0; it was" in job.output()
+    assert "Traceback" not in job.output()
 
 
 def test_ranks_that_share_no_disk_are_told_so_at_the_first_save(

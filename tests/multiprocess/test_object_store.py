@@ -52,7 +52,7 @@ def test_a_run_is_killed_and_resumed_from_the_store(
     assert not any((job.run_dir / "checkpoints").iterdir()), "the staging directory was not emptied"
 
     use_s3(monkeypatch, port)
-    assert open_directory("s3://runs/a")[1].step == 20
+    assert open_directory("s3://runs/a").manifest.step == 20
     load_model("s3://runs/a")
 
 

@@ -93,8 +93,9 @@ def test_damage_is_named_in_the_list_and_does_not_end_it(run: Path, capsys: Capt
     (folder / "step-000000020" / "rank-00002.safetensors").unlink()
     (folder / "step-000000030" / "manifest.json").write_text("{}")
     options = ["--fast"] if fast else []
-    status, out, _ = call(capsys, "list", run, *options)
-    assert status == 0
+    status, out, err = call(capsys, "list", run, *options)
+    assert status == 2 and "the newest checkpoint, step 30, is damaged, and " in err
+    assert ("training would resume from step 10;" if fast else "no other verifies;") in err
     # A flipped bit, of step 10, shows only where the files are read.
     assert out.count("DAMAGED") == (2 if fast else 3)
     assert ("step 10: " in out) is not fast
@@ -102,8 +103,15 @@ def test_damage_is_named_in_the_list_and_does_not_end_it(run: Path, capsys: Capt
     assert "step 20: " in out and "rank-00002.safetensors is missing" in out
     assert "step 30: " in out and "manifest.json is damaged" in out
     rows = call_json(capsys, "list", run, *options)["checkpoints"]
+    assert call(capsys, "list", run, *options, "--json")[0] == 2
     assert rows[0]["num_bytes"] > 0 and (rows[2]["num_bytes"], rows[2]["facts"]) == (0, {})
     assert [row["state"] for row in rows] == ["not verified" if fast else "DAMAGED", "DAMAGED", "DAMAGED"]
+
+
+def test_a_list_whose_newest_checkpoint_is_good_succeeds(run: Path, capsys: Capture) -> None:
+    damage(run / "checkpoints" / "step-000000020" / "rank-00001.safetensors")
+    status, out, err = call(capsys, "list", run)
+    assert (status, out.count("DAMAGED"), err) == (0, 1, "")
 
 
 def test_a_file_of_another_size_is_found_without_reading_it(run: Path) -> None:
@@ -285,8 +293,11 @@ def test_damage_is_refused_and_a_run_falls_back_to_its_newest_good(
     for command in (["show", newest], ["verify", newest], ["diff", newest, run], ["diff", run, newest]):
         status, out, err = call(capsys, *command)
         assert status == 2 and "rank-00002.safetensors is damaged: its checksum" in err and not out
-    assert call(capsys, "verify", run)[1].startswith(f"{run}/checkpoints/step-000000020: 7 tensors")
+    status, out, err = call(capsys, "verify", run)
+    assert status == 2 and out.startswith(f"{run}/checkpoints/step-000000020: 7 tensors")
+    assert err.startswith("error: the newest checkpoint, step 30, is damaged, and training would resume from")
     assert "checkpoint passed over" in caplog.text
+    assert call(capsys, "show", run)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from vitscale import load_model
 from vitscale.data.transforms import evaluation_view, normalize
+from vitscale.errors import CheckpointError
 from vitscale.models import ModelConfig
 from vitscale.weights.export import export_safetensors
 from vitscale.weights.foreign.convert import export_model, import_model
@@ -124,7 +125,21 @@ def test_a_known_model_has_timms_name_for_it(tmp_path: Path) -> None:
     assert back.config == dataclasses.replace(config, gelu="tanh")
 
 
-def test_dino_imports_without_a_config_and_with_its_prefix(tmp_path: Path, caplog: Any) -> None:
+@pytest.mark.parametrize("pool", ["map", "mean"])
+def test_the_gelu_of_a_model_like_siglip_is_asked_for_where_no_file_says_it(
+    tmp_path: Path, pool: str
+) -> None:
+    model = saved_model(tmp_path / "ours.safetensors", dataclasses.replace(TINY, pool=pool))
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
+    (out / "config.json").unlink()
+    heads = "model.num_heads=4"
+    with pytest.raises(CheckpointError, match=r'says model.gelu; add model.gelu=... \("tanh" or "exact"'):
+        import_model(out, tmp_path / "back", format="timm", overrides=[heads])
+    back = import_model(out, tmp_path / "back", format="timm", overrides=[heads, "model.gelu=tanh"])
+    assert torch.equal(logits(load_model(back), TINY), logits(model, TINY))
+
+
+def test_dino_imports_without_a_config_and_with_its_prefix(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, num_classes=0, gelu="exact")
     model = saved_model(tmp_path / "ours.safetensors", config)
     out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
@@ -136,9 +151,11 @@ def test_dino_imports_without_a_config_and_with_its_prefix(tmp_path: Path, caplo
         tmp_path / "dino.safetensors", tmp_path / "dino", format="timm", overrides=["model.num_heads=4"]
     )
     assert same_weights(load_model(path), model)
-    assert resolved(SavedModel(path).config) == resolved(config) and "heads" not in caplog.text
-    import_model(tmp_path / "dino.safetensors", tmp_path / "guessed", format="timm")
-    assert "how many heads there are: assuming 1 (model.num_heads)" in caplog.text
+    assert resolved(SavedModel(path).config) == resolved(config)
+    with pytest.raises(
+        CheckpointError, match=r"no file beside the weights says model.num_heads; add .* often 1"
+    ):
+        import_model(tmp_path / "dino.safetensors", tmp_path / "guessed", format="timm")
 
 
 def test_imagenets_pixels_go_into_the_patch_embedding(tmp_path: Path, caplog: Any) -> None:

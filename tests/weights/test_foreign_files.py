@@ -12,6 +12,7 @@ from foreign_models import TINY, same_weights, saved_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tools.checkpoint import main
 from vitscale import load_model
 from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.errors import CheckpointError, ConfigError
@@ -139,6 +140,8 @@ def test_what_a_format_cannot_hold_is_refused_before_writing(
         ("out.npz", {"format": "npz", "shard_mb": 5}, "one file whose name ends in .npz, without --shard-mb"),
         ("out", {"format": "npz"}, "one file whose name ends in .npz, without --shard-mb"),
         ("out", {"format": "timm", "shard_mb": 5}, "timm reads one model.safetensors, no shards"),
+        ("out.npz", {"format": "safetensors"}, "has the name of a .npz file, and this is safetensors"),
+        ("out.pth", {}, "has the name of a .pth file, and this is safetensors; end it in .safetensors"),
         ("out.safetensors", {"format": "timm"}, "must be a folder: timm reads config.json"),
         ("out.npz", {"format": "transformers"}, "must be a folder: transformers reads config.json"),
         (
@@ -158,6 +161,13 @@ def test_options_that_contradict_each_other_are_refused_before_writing(
     assert [path.name for path in tmp_path.iterdir()] == ["ours.safetensors"]
 
 
+def test_an_export_has_the_format_that_its_name_says(tmp_path: Path) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    for name, content in (("a.npz", b"PK"), ("b.safetensors", b""), ("c/model.safetensors", b"")):
+        assert main(["export", str(tmp_path / "ours.safetensors"), str(tmp_path / name.split("/")[0])]) == 0
+        assert (tmp_path / name).read_bytes().startswith(content)
+
+
 def test_a_value_beyond_fp16_is_refused(tmp_path: Path) -> None:
     saved_model(tmp_path / "ours.safetensors")
     path, out = tmp_path / "ours.safetensors", tmp_path / "out"
@@ -169,6 +179,9 @@ def test_a_value_beyond_fp16_is_refused(tmp_path: Path) -> None:
     assert not out.exists()
     save_file(load_file(path) | {"head.bias": torch.tensor([1, 2, 3, 4, largest])}, path, metadata)
     assert load_file(export_model(path, out, format="timm", dtype="fp16") / "model.safetensors")
+
+
+HEADS = ["model.num_heads=4"]  # which no file says where timm's config.json is missing or cut
 
 
 def timm_tensors(tmp_path: Path) -> dict[str, Tensor]:
@@ -192,7 +205,13 @@ def timm_tensors(tmp_path: Path) -> dict[str, Tensor]:
         ({}, "blocks.1.attn.qkv.bias", r"there is no blocks.1.attn.qkv.bias, which is \(96,\) in a ViT"),
         ({}, "patch_embed.proj.bias", "there is no patch_embed.proj.bias"),
         ({"pos_embed": (1, 13, 32)}, "", "pos_embed is for 12 patches, which make no square"),
-        ({"patch_embed.proj.weight": (32, 1, 4, 4)}, "", r"patch_embed.proj.weight is \(32, 1, 4, 4\), but"),
+        (
+            {"patch_embed.proj.weight": (32, 1, 4, 4)},
+            "",
+            "weight is for images of 1 channel, but .*; repeat it",
+        ),
+        ({"patch_embed.proj.weight": (32, 4, 4, 4)}, "", "weight is for images of 4 channels, but .* blue$"),
+        ({"vision_model.post_layernorm.weight": (32,)}, "", "is of SigLIP or CLIP in transformers"),
         ({"patch_embed.proj.weight": (32, 3, 2, 8)}, "", r"patch_embed.proj.weight is \(32, 3, 2, 8\), but"),
         ({"pos_embed": (32,)}, "", "the shapes of its tensors are not those of a ViT"),
     ],
@@ -205,10 +224,10 @@ def test_other_architectures_are_refused_by_the_tensor(
     others = {name: value for name, value in tensors.items() if name != removed}
     save_file(others | {name: torch.ones(shape) for name, shape in added.items()}, path)
     with pytest.raises(CheckpointError, match=f"x.safetensors: .*{message}"):
-        import_model(path, out, format="timm")
+        import_model(path, out, format="timm", overrides=HEADS)
     assert not out.exists()
     save_file(tensors, path)
-    assert import_model(path, out, format="timm").exists()
+    assert import_model(path, out, format="timm", overrides=HEADS).exists()
 
 
 @pytest.mark.parametrize(
@@ -218,6 +237,12 @@ def test_other_architectures_are_refused_by_the_tensor(
         ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "act_layer 'quick_gelu'"),
         ({"model_args": {"norm_layer": "rmsnorm"}}, "norm_layer 'rmsnorm'"),
         ({"global_pool": "avg"}, "global_pool 'avg', but the tensors are those of 'token'"),
+        ({"model_args": {"img_size": [4, 36]}}, r"has img_size \[4, 36\], but vitscale takes square images"),
+        ({"model_args": {"img_size": 16}}, "has img_size 16, but .* would be those of 12 x 12"),
+        (
+            {"pretrained_cfg": {"input_size": [3, 4, 36]}},
+            r"has input_size \[4, 36\], but vitscale takes square",
+        ),
         ({"model_args": 3}, "is not a configuration in JSON"),
         ([], "is not a configuration in JSON"),
     ],
@@ -226,16 +251,24 @@ def test_other_architectures_are_refused_by_timms_config(tmp_path: Path, values:
     timm_tensors(tmp_path)
     (tmp_path / "timm" / "config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=message):
-        import_model(tmp_path / "timm", tmp_path / "out", format="timm")
-    ours = {"model_args": {"act_layer": "gelu_tanh", "norm_layer": None}, "global_pool": "token"}
+        import_model(tmp_path / "timm", tmp_path / "out", format="timm", overrides=HEADS)
+    ours = {
+        "model_args": {"act_layer": "gelu_tanh", "norm_layer": None, "img_size": 12},
+        "global_pool": "token",
+        "pretrained_cfg": {"input_size": [3, 16, 16]},  # what it was trained at before is no matter
+    }
     (tmp_path / "timm" / "config.json").write_text(json.dumps(ours))
-    assert import_model(tmp_path / "timm", tmp_path / "out", format="timm").exists()
+    assert import_model(tmp_path / "timm", tmp_path / "out", format="timm", overrides=HEADS).exists()
 
 
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({"model_type": "dinov2"}, CheckpointError, "model_type 'dinov2'"),
+        ({"model_type": "dinov2"}, CheckpointError, "model_type 'dinov2'; only 'vit' can be imported$"),
+        ({"model_type": "beit"}, CheckpointError, "only 'vit' can be imported .BEiT has relative positions"),
+        ({"model_type": "siglip_vision_model"}, CheckpointError, r"imported \(timm's vit_\*_siglip_\*"),
+        ({"image_size": [4, 36]}, CheckpointError, r"image_size \[4, 36\], but vitscale takes square images"),
+        ({"image_size": 16}, CheckpointError, "image_size 16, but .* would be those of 12 x 12"),
         ({"hidden_act": "relu"}, CheckpointError, "hidden_act 'relu'"),
         ({"num_attention_heads": 5}, ConfigError, "model.num_heads 5"),
         ({"num_attention_heads": "four"}, ConfigError, "model.num_heads must be a whole number"),
@@ -291,5 +324,28 @@ def test_an_export_that_is_not_the_model_it_names_is_refused(tmp_path: Path) -> 
     save_file({k: v for k, v in tensors.items() if k != "norm.weight"}, tmp_path / "b.safetensors", metadata)
     with pytest.raises(CheckpointError, match="does not hold the model that it names: norm"):
         load_model(tmp_path / "b.safetensors")
-    with pytest.raises(CheckpointError, match="holds no norm"):
+    with pytest.raises(CheckpointError, match="does not hold the model that it names: norm"):
         export_model(tmp_path / "b.safetensors", tmp_path / "out", format="timm")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"depth": 9_000_000}, r"it names: 9,000,000 blocks in 32 tensors"),
+        ({"width": 10_000_000}, "it names: blocks.0.attn.proj.bias does not fit"),
+        ({"width": 10**9}, r"model.width 1000000000 must lie in \[0, 16,777,216\]"),
+        ({"posemb": "sincos2d", "image_size": 40_000}, "must be at most 65,536, and make at most 1,048,576"),
+    ],
+)
+def test_what_hostile_metadata_name_is_never_built(
+    tmp_path: Path, keys: dict[str, object], message: str
+) -> None:
+    saved_model(tmp_path / "a.safetensors")
+    metadata = SafetensorsReader(tmp_path / "a.safetensors").metadata
+    metadata["vitscale.model"] = json.dumps({**json.loads(metadata["vitscale.model"]), **keys})
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "b.safetensors")
+    with pytest.raises((CheckpointError, ConfigError)):
+        import_model(tmp_path / "b.safetensors", tmp_path / "out", format="safetensors")
+    assert not (tmp_path / "out").exists()

@@ -19,18 +19,21 @@ rank-00001.safetensors then holds "fp32/norm.bias", "exp_avg/norm.bias" and
 """
 
 import dataclasses
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import xxhash
 
 from vitscale import atomic, storage
-from vitscale.checkpoint.safetensors import FileInfo, sizes
+from vitscale import config as configs
+from vitscale.checkpoint.safetensors import FileInfo, check_regular, sizes
 from vitscale.engine.zero import UNTRAINED, Counters
-from vitscale.errors import CheckpointError
+from vitscale.errors import CheckpointError, ConfigError
 
+T = TypeVar("T")
 FORMAT, VERSION = "vitscale-checkpoint", 3
 READABLE = (1, 2, 3)
 MANIFEST = "manifest.json"
@@ -141,12 +144,11 @@ class Manifest:
         Raises CheckpointError naming what is wrong, or StoreError if the store does not answer.
         """
         path = storage.child(directory, MANIFEST)
+        check_regular(path)
         try:
             data = storage.read_bytes(path)
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{directory} holds no {MANIFEST}: it is not a finished checkpoint"
-            ) from None
+            raise CheckpointError(_absence(str(directory))) from None
         try:
             values = json.loads(data)
             checksum = values.pop("checksum")
@@ -160,11 +162,58 @@ class Manifest:
                 f"{path} is a {name} of version {version}; this vitscale reads versions up to {VERSION}"
             )
         try:
-            return _parse(_upgraded(values) if version < 3 else values)
+            values = _upgraded(values) if version < 3 else values
+            _check_keys(path, values)
+            return _parse(values)
+        except CheckpointError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(
                 f"{path} was not written by vitscale: a key, a type, a size or a file name in it is wrong"
             ) from None
+
+
+def saved_config(schema: type[T], values: Mapping[str, Any], where: str, place: str, writer: str) -> T:
+    """The config, or its section `where`, that vitscale of version `writer` saved at `place`.
+
+    Raises CheckpointError naming both if this version does not read it.
+    """
+    try:
+        return configs.from_dict(schema, values, where)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{place} holds a config that {_readers(writer)} cannot read: {error}; "
+            "use the version that wrote it, or a later one"
+        ) from None
+
+
+def _readers(writer: Any) -> str:
+    return f"this vitscale ({importlib.metadata.version('vitscale')}; it was written by {writer})"
+
+
+def _absence(directory: str) -> str:
+    """Why a directory holds no manifest, as a sentence."""
+    if storage.is_local(directory):
+        folder = Path(storage.local_path(directory))
+        if folder.is_symlink() and not folder.exists():
+            return f"{directory} is a link to {folder.readlink()}, which does not exist"
+    return f"{directory} holds no {MANIFEST}: it is not a finished checkpoint"
+
+
+def _check_keys(path: str, values: dict[str, Any]) -> None:
+    """Raise CheckpointError for a key that this version does not know."""
+    train = values["train"]
+    for kind, prefix, part in (
+        (Manifest, "", values),
+        (TrainState, "train.", train),
+        (Counters, "counters.", values["counters"]),
+    ):
+        unknown = sorted(set(part) - {field.name for field in dataclasses.fields(kind)})
+        if unknown:
+            raise CheckpointError(
+                f"{path} has the key {prefix}{unknown[0]}, which {_readers(train['versions']['vitscale'])} "
+                "does not know; use the version that wrote it, or a later one"
+            )
 
 
 def _upgraded(values: dict[str, Any]) -> dict[str, Any]:

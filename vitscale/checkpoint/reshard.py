@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from vitscale import atomic, storage
+from vitscale.checkpoint import store
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import MANIFEST, Manifest
 from vitscale.checkpoint.safetensors import FileInfo, SafetensorsReader, SafetensorsWriter
@@ -38,7 +39,13 @@ def reshard(checkpoint: str, out: str, world_size: int) -> Path:
         raise CheckpointError(
             f"{checkpoint} is an export: it holds weights alone; give a run or step directory"
         )
-    source, manifest = open_directory(checkpoint)
+    found = open_directory(checkpoint)
+    source, manifest = found.folder, found.manifest
+    if store.step_of(out) not in (None, manifest.step):
+        raise CheckpointError(
+            f"{out} is the name of another step, but {source} is step {manifest.step:,}; write "
+            f"{storage.join(out, store.step_name(manifest.step))}"
+        )
     if target.resolve().is_relative_to(Path(source).resolve()):
         raise CheckpointError(f"{out} lies inside {source}, which is being read; choose a folder outside it")
     target.parent.mkdir(parents=True, exist_ok=True)

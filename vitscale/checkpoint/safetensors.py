@@ -119,6 +119,7 @@ class SafetensorsReader:
 
     def __init__(self, path: str | Path) -> None:
         self._path = str(path)
+        check_regular(self._path)
         (length,) = struct.unpack("<Q", self._read_bytes(0, 8).ljust(8))
         size = storage.sizes([self._path])[0] or 0
         text = self._read_bytes(8, 8 + length) if length <= size - 8 else b""
@@ -216,8 +217,20 @@ def _bytes_of(flat: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType] (ndarray is a buffer)
 
 
+def check_regular(path: str | Path) -> None:
+    """Raise CheckpointError for a FIFO, a socket or a device, whose reading might never end."""
+    if storage.is_local(str(path)):
+        place = Path(storage.local_path(str(path)))
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            raise CheckpointError(f"{path} is a FIFO, a socket or a device, not a file; copy it again")
+
+
 def hash_file(path: str | Path) -> FileInfo:
-    """Size and checksum of a file as it is now. Raises FileNotFoundError if there is none."""
+    """Size and checksum of a file as it is now.
+
+    Raises FileNotFoundError if there is none, and CheckpointError for what is no file.
+    """
+    check_regular(path)
     digest, count = xxhash.xxh3_128(), 0
     buffer = memoryview(bytearray(_BLOCK))
     with storage.open_stream(str(path)) as file:

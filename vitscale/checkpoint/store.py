@@ -112,15 +112,22 @@ def step_folder(place: str, step: int) -> str:
     return storage.child(place, step_name(step))
 
 
+def step_of(folder: str | Path) -> int | None:
+    """The step that the last part of a path or URL names; None if it has another name."""
+    name = str(folder).rstrip("/").rpartition("/")[2]
+    digits = name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() and name == step_name(int(digits)) else None
+
+
 def step_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
 def steps_on_disk(place: str | Path) -> list[int]:
     """The steps of all committed checkpoints in a folder or store, sorted by number."""
-    names = [name.removeprefix("step-") for name in storage.names_in(str(place)) if name.startswith("step-")]
     # Other names (step-5, step-000000005-copy) are somebody else's: not ours to read or delete.
-    steps = sorted(int(name) for name in names if name.isdecimal() and step_name(int(name)) == f"step-{name}")
+    found = map(step_of, storage.names_in(str(place)))
+    steps = sorted(step for step in found if step is not None)
     if storage.is_local(str(place)):
         return steps
     return [step for step in steps if MANIFEST in storage.names_in(step_folder(str(place), step))]
@@ -139,7 +146,7 @@ def commit(manifest: Manifest, temporary: Path, final: Path) -> None:
             )
     manifest.save(temporary / MANIFEST)
     atomic.sync_folder(temporary)
-    if final.exists():  # it did not verify at the start, and the run has done its steps again
+    if os.path.lexists(final):  # it did not verify at the start, and the run has done its steps again
         delete(final)
     os.rename(temporary, final)
     atomic.sync_folder(final.parent)
@@ -157,17 +164,27 @@ def publish(manifest: Manifest, place: str) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a step directory, renamed first, so that a kill leaves no half of it to read."""
+    """Delete a step directory, renamed first, so that a kill leaves no half of it to read.
+
+    Of a link to one, only the link is deleted.
+    """
     doomed = path.with_name(f"{TEMPORARY}deleted-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove(doomed, ignore_errors=True)
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path, *, ignore_errors: bool = False) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def clean(directory: Path) -> None:
     """Delete what killed saves left in a folder; only the holder of the run's lock calls it."""
     for leftover in directory.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover, ignore_errors=True)
     for leftover in directory.glob(f".{LATEST}.tmp-*"):
         leftover.unlink(missing_ok=True)
 

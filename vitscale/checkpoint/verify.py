@@ -107,7 +107,7 @@ def _check_share(folder: str) -> tuple[Manifest | None, str, str]:
     try:
         manifest = Manifest.load(folder)
         digest = manifest.digest()
-        problem = check_coverage(folder, manifest)
+        problem = check_manifest(folder, manifest)
         for name in sorted(manifest.files)[distributed.rank() :: distributed.world_size()]:
             problem = problem or check_file(folder, name, manifest.files[name])
     except CheckpointError as error:
@@ -144,20 +144,20 @@ def committed(run: str) -> list[tuple[int, str]]:
     )
 
 
-def open_directory(path: str) -> tuple[str, Manifest]:
-    """The folder and manifest of a run's newest good checkpoint, or of a step directory.
+def open_directory(path: str) -> Checkpoint:
+    """A run's newest good checkpoint, or a step directory's.
 
     Raises CheckpointError if there is none that passes.
     """
     if MANIFEST in storage.names_in(path):
-        return path, good(alone(path)).manifest
+        return good(alone(path))
     newest = newest_good(reversed(committed(path)), path, alone)
     if not newest:
         raise CheckpointError(
             f"{path} is not a checkpoint: give a run directory with checkpoints in it, "
             "a step directory, or an export"
         )
-    return newest.folder, newest.manifest
+    return newest
 
 
 def check_all(folders: Sequence[str], *, checksums: bool = True) -> list[Verdict]:
@@ -198,7 +198,15 @@ def check_file(folder: str | Path, name: str, expected: FileInfo) -> str:
     return ""
 
 
-def check_coverage(folder: str | Path, manifest: Manifest) -> str:
+def check_manifest(folder: str | Path, manifest: Manifest) -> str:
+    """Why a manifest cannot be that of its folder, as a sentence; "" if it can."""
+    step = store.step_of(folder)
+    if step not in (None, manifest.step):
+        return f"{folder} holds the {MANIFEST} of step {manifest.step:,}: rename it or delete it"
+    return _check_coverage(folder, manifest)
+
+
+def _check_coverage(folder: str | Path, manifest: Manifest) -> str:
     """Which tensor the fragments do not cover exactly once, as a sentence; "" if none.
 
     Sorted by start, each (start, count) must begin where the last one ended:
@@ -223,7 +231,7 @@ def _open(folder: str) -> Verdict:
         return Verdict(folder=folder, manifest=None, problem=str(error))
     except OSError as error:
         return Verdict(folder=folder, manifest=None, problem=f"{folder} cannot be read: {error.strerror}")
-    return Verdict(folder=folder, manifest=manifest, problem=check_coverage(folder, manifest))
+    return Verdict(folder=folder, manifest=manifest, problem=check_manifest(folder, manifest))
 
 
 def _check_sizes(files: Sequence[tuple[str, str, FileInfo]]) -> list[str]:
@@ -263,5 +271,7 @@ def _check_files(files: Sequence[tuple[str, str, FileInfo]]) -> list[str]:
 def _problem(folder: str, name: str, info: FileInfo) -> str:
     try:
         return check_file(folder, name, info)
+    except CheckpointError as error:
+        return str(error)
     except OSError as error:
         return f"{storage.child(folder, name)} cannot be read: {error.strerror}"

@@ -6,11 +6,19 @@ and its Model in a file of their own; then name the config in ModelConfig, as in
 (flops.py, transfer.py, names.py, vitscale/memory.py) then needs a case for it.
 """
 
+import torch
+
 from vitscale.models.model import Model
 from vitscale.models.vit import ViT, ViTConfig
 
 ModelConfig = ViTConfig  # [model]: later a union of the kinds, the first of which is the default
 MODELS: dict[str, type[Model]] = {"vit": ViT}
+
+
+def empty_model(config: ModelConfig) -> Model:
+    """The model of a config without values or memory, on the meta device."""
+    with torch.device("meta"):
+        return MODELS[config.kind](config)
 
 
 def build_model(config: ModelConfig, seed: int) -> Model:

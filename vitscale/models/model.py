@@ -3,6 +3,7 @@
 import abc
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -40,7 +41,20 @@ class Model(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter, from `seed` alone."""
+        """Fill every parameter from `seed` alone, and the buffers."""
+
+    @abc.abstractmethod
+    def init_buffers(self) -> None:
+        """Fill the buffers, which follow from the config."""
+
+    def allocate(self, device: torch.device | str) -> "Model":
+        """Move a model without values (empty_model) to a device, for somebody to fill.
+
+        Its buffers are filled; its parameters have whatever was in the memory.
+        """
+        self.to_empty(device=device)
+        self.init_buffers()
+        return self
 
     @abc.abstractmethod
     def set_activation_checkpointing(self, mode: Literal["none", "full"]) -> None:

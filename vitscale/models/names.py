@@ -12,8 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vitscale.models import ModelConfig
-from vitscale.models.vit import ViT
+from vitscale.models import ModelConfig, empty_model
 
 Dialect = Literal["vitscale", "timm", "transformers", "original", "linen", "big_vision"]
 FLAX_DIALECTS = ("original", "linen", "big_vision")
@@ -69,8 +68,7 @@ def to_ours(table: Iterable[Rule], read: Read) -> Iterator[tuple[str, Tensor]]:
 
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of our parameters, in the model's order."""
-    with torch.device("meta"):
-        return {name: tuple(param.shape) for name, param in ViT(config).named_parameters()}
+    return {name: tuple(param.shape) for name, param in empty_model(config).named_parameters()}
 
 
 def their_shapes(dialect: Dialect, config: ModelConfig) -> dict[str, tuple[int, ...]]:

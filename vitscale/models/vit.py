@@ -41,6 +41,10 @@ VARIANTS = {
     "G": Variant(1664, 48, 8192, 16),
 }
 
+# Above any real model. Files name models too, and a hostile one must not be able to ask for a
+# table of any size; with these, the number of bytes of every tensor fits in 64 bits.
+MAX_SIZE, MAX_IMAGE_SIZE, MAX_PATCHES = 1 << 24, 1 << 16, 1 << 20
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig:
@@ -82,13 +86,18 @@ class ViTConfig:
         self._check_variant()
         sizes = ("width", "depth", "num_heads", "mlp_dim", "patch_size", "num_classes", "representation_size")
         for name in sizes:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name} {getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) <= MAX_SIZE:
+                raise ConfigError(f"model.{name} {getattr(self, name)} must lie in [0, {MAX_SIZE:,}]")
         patch = self.resolved_patch_size
         if self.image_size < 1 or self.image_size % patch:
             near = max(1, round(self.image_size / patch)) * patch
             raise ConfigError(
                 f"model.image_size {self.image_size} is not a multiple of the patch size {patch}; use {near}"
+            )
+        if self.image_size > MAX_IMAGE_SIZE or math.prod(self.grid) > MAX_PATCHES:
+            raise ConfigError(
+                f"model.image_size {self.image_size} must be at most {MAX_IMAGE_SIZE:,}, and make at most "
+                f"{MAX_PATCHES:,} patches, not {math.prod(self.grid):,}"
             )
         width, heads = self.resolved_width, self.resolved_num_heads
         if width % heads:
@@ -161,10 +170,7 @@ class ViT(Model):
         if config.posemb == "learned":
             self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, width))
         else:
-            table = sincos2d(config.grid, width)  # [1, n, D]
-            # The class token, where there is one, gets no position.
-            prefix = table.new_zeros(1, config.num_tokens - table.shape[1], width)
-            self.register_buffer("pos_embed", torch.cat([prefix, table], dim=1), persistent=False)
+            self.register_buffer("pos_embed", torch.empty(1, config.num_tokens, width), persistent=False)
         self.drop = nn.Dropout(config.dropout)
         depth = config.resolved_depth
         self.blocks = nn.ModuleList(
@@ -214,6 +220,7 @@ class ViT(Model):
             class token           0
             head                  kernel 0, bias config.head_bias
         """
+        self.init_buffers()
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -239,6 +246,14 @@ class ViT(Model):
         if self.head is not None:
             nn.init.zeros_(self.head.weight)
             nn.init.constant_(self.head.bias, self.config.head_bias)
+
+    @torch.no_grad()
+    def init_buffers(self) -> None:
+        if self.config.posemb == "sincos2d":
+            table = sincos2d(self.config.grid, self.config.resolved_width)  # [1, n, D]
+            # The class token, where there is one, gets no position.
+            prefix = table.new_zeros(1, self.config.num_tokens - table.shape[1], table.shape[2])
+            self.pos_embed.copy_(torch.cat([prefix, table], dim=1))
 
     def _pool(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
         if self.attn_pool is not None:

@@ -19,7 +19,7 @@ from vitscale.report.contents import Contents, chunks
 from vitscale.report.text import shape_text, table
 
 INCIDENTAL_CONFIG = ("run_dir", "engine", "log", "checkpoint", "evals")
-INCIDENTAL_FACTS = ("world_size", "zero_stage", "created", "versions")
+INCIDENTAL_FACTS = ("world_size", "zero_stage", "created", "versions", "version")
 _MAX_WIDTH = 40  # characters of a value in a table
 
 

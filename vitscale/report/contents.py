@@ -26,8 +26,9 @@ class Contents:
 
     facts: of the manifest, or of the export's metadata. config: the sections as nested plain
     values; an export has [model] alone, another library's file nothing. untrained: the names of
-    frozen parameters and buffers. slots: "fp32" is the weights. tensor: one whole tensor by
-    name and slot, in the dtype that it is stored in.
+    frozen parameters and buffers. slots: "fp32" is the weights. passed_over: the run's newer
+    steps, which do not verify. tensor: one whole tensor by name and slot, in the dtype that it
+    is stored in.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Contents:
     slots: tuple[str, ...]
     num_bytes: int
     num_files: int
+    passed_over: tuple[int, ...]
     tensor: Callable[[str, str], Tensor]
 
 
@@ -52,7 +54,8 @@ def open_contents(path: str) -> Contents:
     export = find_export(path)
     if export:
         return _open_export(export)
-    folder, manifest = open_directory(path)
+    checkpoint = open_directory(path)
+    folder, manifest = checkpoint.folder, checkpoint.manifest
     return Contents(
         path=folder,
         is_export=False,
@@ -63,6 +66,7 @@ def open_contents(path: str) -> Contents:
         slots=manifest.slots,
         num_bytes=manifest.num_bytes,
         num_files=len(manifest.files),
+        passed_over=tuple(step for step in checkpoint.passed_over if step > manifest.step),
         tensor=FragmentReader(folder, manifest).whole,
     )
 
@@ -127,6 +131,7 @@ def _open_export(path: str) -> Contents:
         slots=("fp32",),
         num_bytes=sum(size or 0 for size in storage.sizes(files)),
         num_files=len(files),
+        passed_over=(),
         tensor=tensor,
     )
 

@@ -14,7 +14,7 @@ from vitscale.checkpoint.verify import check_all, committed, places_of
 from vitscale.errors import CheckpointError
 from vitscale.metrics import FILE_NAME, read_metrics
 from vitscale.report.contents import facts_of
-from vitscale.report.text import size_text, table, when
+from vitscale.report.text import damaged_newest, size_text, table, when
 
 WIDTH = 120
 
@@ -84,6 +84,14 @@ def list_run(run: str, *, checksums: bool = True) -> RunListing:
         checkpoints.append(row)
     notes = [*_misnamed(latest, steps), *_unfinished(places)]
     return RunListing(places=tuple(places), checkpoints=tuple(checkpoints), notes=tuple(notes))
+
+
+def check_newest(listing: RunListing) -> None:
+    """Raise CheckpointError if the newest checkpoint is damaged, in every place that has it."""
+    newest = [row for row in listing.checkpoints if row.step == listing.checkpoints[-1].step]
+    if all(row.problem for row in newest):
+        good = [row.step for row in listing.checkpoints if not row.problem]
+        raise CheckpointError(damaged_newest(newest[-1].step, good[-1] if good else None))
 
 
 def metrics_at(rows: Sequence[Mapping[str, Any]], step: int) -> tuple[dict[str, float], int]:

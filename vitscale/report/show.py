@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vitscale import config as configs
 from vitscale.errors import CheckpointError
 from vitscale.report.contents import Contents, chunks
-from vitscale.report.text import counted, json_values, shape_text, size_text, table, when
+from vitscale.report.text import counted, damaged_newest, json_values, shape_text, size_text, table, when
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,12 @@ def render_verified(contents: Contents) -> str:
     for name in contents.shapes:
         contents.tensor(name, "fp32")
     return f"{contents.path}: {contained}, readable; an export carries no checksums"
+
+
+def check_newest(contents: Contents) -> None:
+    """Raise CheckpointError if the run has a newer checkpoint, which does not verify."""
+    if contents.passed_over:
+        raise CheckpointError(damaged_newest(contents.passed_over[0], contents.facts["step"]))
 
 
 def num_parameters(tensors: Sequence[TensorStats]) -> int:

@@ -50,6 +50,18 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def damaged_newest(step: int, good: int | None) -> str:
+    """What `list` and `verify` say in the end of a run whose newest checkpoint is damaged.
+
+    good: the newest step that verifies, if there is one.
+    """
+    rest = "no other verifies" if good is None else f"training would resume from step {good:,}"
+    return (
+        f"the newest checkpoint, step {step:,}, is damaged, and {rest}; restore its files from a copy, "
+        "or delete its folder"
+    )
+
+
 def when(created: str, now: datetime.datetime) -> tuple[str, str]:
     """A manifest's time as local time, and its age; what is not a time stays as it is."""
     try:

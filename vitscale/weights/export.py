@@ -1,5 +1,6 @@
 """Exports: a model as a file of weights that carries its own configuration."""
 
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from vitscale.models import ModelConfig
 from vitscale.weights.files import Dtype, NamedTensors, Shapes, write_file, write_folder
 from vitscale.weights.publish import publishing
 from vitscale.weights.saved import SavedModel, Slot
+
+_OTHER_FILES = (".npz", ".npy", ".pth", ".pt", ".bin", ".ckpt", ".pkl")
 
 
 def export_safetensors(
@@ -31,6 +34,7 @@ def export_metadata(config: ModelConfig, step: int, dtype: Dtype) -> dict[str, s
         "format": "pt",
         "vitscale.model": json.dumps(configs.to_dict(config)),
         "vitscale.step": str(step),
+        "vitscale.version": importlib.metadata.version("vitscale"),
         "vitscale.dtype": dtype,
     }
 
@@ -47,8 +51,14 @@ def write_export(
 
     out: a file name ending in .safetensors, or a folder for model.safetensors or its shards.
     tensors: in the order of `shapes`. shard_bytes: as in write_folder; 0 for a file. Raises
-    CheckpointError if `out` exists and is not an export.
+    ConfigError for the name of another kind of file, and CheckpointError if `out` exists and is
+    not an export.
     """
+    if out.suffix in _OTHER_FILES:
+        raise ConfigError(
+            f"{out} has the name of a {out.suffix} file, and this is safetensors; end it in .safetensors, or "
+            "name a folder"
+        )
     if out.suffix != ".safetensors":
         with publishing(out) as temporary:
             temporary.mkdir()

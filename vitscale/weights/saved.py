@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from vitscale import config as configs
 from vitscale.checkpoint.load import FragmentReader
-from vitscale.checkpoint.manifest import Manifest
+from vitscale.checkpoint.manifest import Manifest, saved_config
 from vitscale.checkpoint.verify import open_directory
 from vitscale.errors import CheckpointError
-from vitscale.models import Model, ModelConfig, build_model
+from vitscale.models import Model, ModelConfig, empty_model
 from vitscale.weights.files import TensorSource, Weights, find_export
 
 Slot = Literal["fp32", "ema"]
@@ -34,12 +34,13 @@ class SavedModel:
             self.path = export
             self._source = weights = Weights(export)
             self.step, model = _read_metadata(weights)
-            slots = ("fp32",)
+            slots, writer = ("fp32",), weights.metadata.get("vitscale.version", "another version")
         else:
-            self.path, manifest = open_directory(str(path))
+            checkpoint = open_directory(str(path))
+            self.path, manifest = checkpoint.folder, checkpoint.manifest
             self._source = _CheckpointWeights(self.path, manifest, slot)
             self.step, model = manifest.step, manifest.train.config.get("model")
-            slots = manifest.slots
+            slots, writer = manifest.slots, manifest.train.versions["vitscale"]
         self.shapes = dict(self._source.shapes)
         if slot == "ema" and slot not in slots:
             raise CheckpointError(
@@ -48,7 +49,24 @@ class SavedModel:
             )
         if not isinstance(model, dict):
             raise CheckpointError(f"{self.path} names no model configuration: vitscale did not write it")
-        self.config = configs.from_dict(ModelConfig, model, "model")
+        self.config = saved_config(ModelConfig, model, "model", self.path, writer)
+
+    def empty_model(self) -> Model:
+        """The model of the configuration, without values.
+
+        Raises CheckpointError unless the tensors here are those of the model.
+        """
+        problem = f"{self.path} does not hold the model that it names"
+        depth = self.config.resolved_depth
+        if depth > len(self.shapes):  # counted first: even empty, a hostile number of blocks never ends
+            raise CheckpointError(f"{problem}: {depth:,} blocks in {len(self.shapes):,} tensors")
+        model = empty_model(self.config)
+        expected = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        if self.shapes != expected:
+            names = {*expected, *self.shapes}
+            misfit = min(name for name in names if expected.get(name) != self.shapes.get(name))
+            raise CheckpointError(f"{problem}: {misfit} does not fit")
+        return model
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, as fp32."""
@@ -65,20 +83,17 @@ class SavedModel:
         return dict(self.tensors())
 
 
-def load_model(path: str | Path, *, slot: Slot = "fp32") -> Model:
-    """The model of a checkpoint or export: a plain nn.Module in eval mode, fp32, on the CPU.
+def load_model(path: str | Path, *, slot: Slot = "fp32", device: torch.device | str = "cpu") -> Model:
+    """The model of a checkpoint or export: a plain nn.Module in eval mode, fp32, on `device`.
 
-    path, slot: as in SavedModel. DeepSpeed is not needed. Raises CheckpointError for what is no
-    checkpoint or export, and for damage.
+    path, slot: as in SavedModel. One tensor at a time is read, and DeepSpeed is not needed.
+    Raises CheckpointError for what is no checkpoint or export, and for damage.
     """
     saved = SavedModel(path, slot=slot)
-    model = build_model(saved.config, seed=0)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if saved.shapes != expected:
-        names = {*expected, *saved.shapes}
-        misfit = min(name for name in names if expected.get(name) != saved.shapes.get(name))
-        raise CheckpointError(f"{saved.path} does not hold the model that it names: {misfit} does not fit")
-    model.load_state_dict(saved.state_dict(), strict=True)
+    model = saved.empty_model().allocate(device)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(saved.tensor(name))
     return model.eval()
 
 

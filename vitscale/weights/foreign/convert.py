@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vitscale import atomic
+from vitscale.checkpoint.manifest import saved_config
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import ModelConfig
 from vitscale.models.names import our_shapes, rules, their_shapes, to_ours, to_theirs
@@ -44,7 +45,7 @@ def export_model(
     path: str | Path,
     out: str | Path,
     *,
-    format: Format,
+    format: Format | None = None,
     dialect: FlaxDialect = "original",
     dtype: Dtype = "fp32",
     shard_mb: int = 0,
@@ -53,15 +54,17 @@ def export_model(
     """Write a checkpoint's weights in a library's format; returns the folder's or file's path.
 
     path, slot: as in SavedModel. out: a folder; for npz a file name ending in .npz, and for
-    safetensors a folder or a file name. dialect: the names in an .npz file. Before anything is
-    written, raises ConfigError for options that contradict each other, and CheckpointError for
-    what the format cannot hold.
+    safetensors a folder or a file name. format: None = npz for such a name, else safetensors.
+    dialect: the names in an .npz file. Before anything is written, raises ConfigError for
+    options that contradict each other, and CheckpointError for what the format cannot hold.
     """
     if shard_mb < 0:
         raise ConfigError(f"--shard-mb {shard_mb} must not be negative")
+    format = format or ("npz" if Path(out).suffix == ".npz" else "safetensors")
     if format == "safetensors":
         return export_safetensors(path, out, dtype=dtype, shard_bytes=shard_mb * 10**6, slot=slot)
     saved = SavedModel(path, slot=slot)
+    saved.empty_model()  # refuses tensors that are not those of the model
     if format == "npz":
         return _export_npz(saved, Path(out), dialect, dtype, shard_mb)
     return _export_folder(saved, Path(out), format, dtype, shard_mb * 10**6)
@@ -107,7 +110,10 @@ def _config_of(source: ForeignWeights, overrides: Sequence[str]) -> ModelConfig:
     """The model with exactly the tensors of the source; a file that vitscale wrote names it."""
     named_model = source.metadata.get("vitscale.model")
     if named_model:
-        config = deduce.build_config(_parse_model(named_model), overrides)
+        values = _parse_model(named_model)
+        writer = source.metadata.get("vitscale.version", "another version")
+        saved_config(ModelConfig, values, "model", "its metadata", writer)
+        config = deduce.build_config(values, overrides)
     else:
         config = deduce.deduce_config(source.dialect, source.shapes, source.config_json, overrides)
     deduce.check_tensors(source.dialect, config, source.shapes)

@@ -54,6 +54,8 @@ _OTHER_ARCHITECTURES = {
     r"mask_token|decoder": "belongs to masked image modelling",
     r"patch_embed\.backbone|(^|/)(conv_root|gn_root|resnet|block\d+/unit)": "belongs to a ResNet",
     r"head_drop|head\.mlp|head\.last_layer": "belongs to a projection head; leave it out of the file",
+    r"(^|\.)vision_model\.": "is of SigLIP or CLIP in transformers; timm has SigLIP in another form",
+    r"^(data2vec_vision|beit)\.": "is BEiT's, which has relative positions and a layer scale",
 }
 
 
@@ -71,8 +73,10 @@ def deduce_config(
     except (IndexError, ZeroDivisionError):
         raise CheckpointError("the shapes of its tensors are not those of a ViT") from None
     values |= _EXTRAS[dialect](config_json, values) if dialect in _EXTRAS else GOOGLE_DEFAULTS
+    if "gelu" not in values:
+        _ask("gelu", '"tanh" or "exact": such models of timm have either', overrides)
     if "num_heads" not in values:
-        values["num_heads"] = _guess_heads(values, overrides)
+        values["num_heads"] = _num_heads(values, config_json, overrides)
     return build_config(_with_variant(values), overrides)
 
 
@@ -84,6 +88,10 @@ def build_config(values: Mapping[str, object], overrides: Sequence[str]) -> Mode
 
 def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None:
     """Raise CheckpointError unless these are exactly the tensors of the model."""
+    if config.resolved_depth > len(shapes):  # counted first: the table of a hostile depth never ends
+        raise CheckpointError(
+            f"model.depth is {config.resolved_depth:,}, but there are {len(shapes)} tensors"
+        )
     expected, ours = their_shapes(dialect, config), our_shapes(config)
     if any(name not in ours for rule in rules(dialect, config) for name in rule.ours):
         raise ConfigError(
@@ -131,12 +139,14 @@ def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
 
     has_probe, has_token = (names.get(ours) in shapes for ours in ("attn_pool.probe", "cls_token"))
     pool = "map" if has_probe else "token" if has_token else "mean"
-    width = shape("patch_embed.proj.bias")[0]
+    kernel, width = shape("patch_embed.proj.weight"), shape("patch_embed.proj.bias")[0]
+    if len(kernel) == 4:
+        _check_channels(names["patch_embed.proj.weight"], kernel[2 if dialect in FLAX_DIALECTS else 1])
     values: Values = {
         "width": width,
         "mlp_dim": shape("blocks.0.mlp.fc1.bias")[0],
         "depth": _count_blocks(names["blocks.0.mlp.fc1.bias"], shapes),
-        "patch_size": math.isqrt(math.prod(shape("patch_embed.proj.weight")) // (3 * width)),
+        "patch_size": math.isqrt(math.prod(kernel) // (3 * width)),
         "num_classes": length("head.bias"),
         "representation_size": length("pre_logits.bias"),
         "pool": pool,
@@ -149,6 +159,15 @@ def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
     num_tokens = shape("pos_embed")[1]
     num_patches = num_tokens - 1 if pool == "token" and dialect != "big_vision" else num_tokens
     return values | {"image_size": values["patch_size"] * _side(num_patches, names["pos_embed"])}
+
+
+def _check_channels(name: str, channels: int) -> None:
+    if channels != 3:
+        way_out = "; repeat it for the three, divided by 3" if channels == 1 else ""
+        raise CheckpointError(
+            f"{name} is for images of {channels} channel{'s' * (channels > 1)}, but vitscale's models take "
+            f"red, green and blue{way_out}"
+        )
 
 
 def _count_blocks(first: str, shapes: Shapes) -> int:
@@ -185,7 +204,15 @@ def _timm_extras(config_json: Mapping[str, Any], values: Values) -> Values:
         raise CheckpointError(
             f"config.json has global_pool {pool!r}, but the tensors are those of {expected!r}"
         )
-    extras = {"gelu": _gelu("act_layer", arguments.get("act_layer") or "gelu"), "norm_eps": 1e-6}
+    size, input_size = arguments.get("img_size"), (config_json.get("pretrained_cfg") or {}).get("input_size")
+    if size is not None:
+        _check_image_size("img_size", size, values)
+    elif isinstance(input_size, list) and len(set(input_size[1:])) > 1:
+        _check_image_size("input_size", input_size[1:], values)
+    extras: Values = {"norm_eps": 1e-6}
+    act = arguments.get("act_layer") or ("gelu" if config_json.get("architecture") else None)
+    if act or values["pool"] == "token":  # of timm's ViTs without a class token, some have the other GELU
+        extras["gelu"] = _gelu("act_layer", act or "gelu")
     return extras | ({"num_heads": arguments["num_heads"]} if "num_heads" in arguments else {})
 
 
@@ -193,10 +220,6 @@ def _transformers_extras(config_json: Mapping[str, Any], values: Values) -> Valu
     """The same from transformers' config.json, with the defaults of its ViTConfig."""
     if not config_json:
         raise CheckpointError("config.json is missing beside the weights; only it says the number of heads")
-    if config_json.get("model_type") != "vit":
-        raise CheckpointError(
-            f'config.json has model_type {config_json.get("model_type")!r}; only "vit" can be imported'
-        )
     if values["representation_size"] and values["num_classes"]:
         raise CheckpointError(
             "the file has both vit.pooler.dense and a classifier, and transformers never uses both; leave "
@@ -206,6 +229,7 @@ def _transformers_extras(config_json: Mapping[str, Any], values: Values) -> Valu
         raise CheckpointError(
             f"config.json has pooler_act {config_json['pooler_act']!r}; vitscale's models have tanh"
         )
+    _check_image_size("image_size", config_json.get("image_size", 224), values)
     return {
         "num_heads": config_json.get("num_attention_heads", 12),
         "gelu": _gelu("hidden_act", config_json.get("hidden_act", "gelu")),
@@ -225,14 +249,30 @@ def _gelu(key: str, value: str) -> str:
     return _GELUS[value]
 
 
-def _guess_heads(values: Values, overrides: Sequence[str]) -> int:
-    """The number of heads of the variant with these sizes; without one, heads of width 64."""
+def _check_image_size(key: str, size: Any, values: Values) -> None:
+    """Raise CheckpointError unless images are the squares that the position embeddings make."""
+    sides = size if isinstance(size, list) else [size, size]
+    if sides != [values["image_size"]] * 2:
+        raise CheckpointError(
+            f"config.json has {key} {size!r}, but vitscale takes square images, and the position embeddings "
+            f"would be those of {values['image_size']} x {values['image_size']}"
+        )
+
+
+def _num_heads(values: Values, config_json: Mapping[str, Any], overrides: Sequence[str]) -> int:
+    """The number of heads, if an override gives it, or a file names an architecture."""
     sizes = (values["width"], values["depth"], values["mlp_dim"])
     known = [v.num_heads for v in VARIANTS.values() if (v.width, v.depth, v.mlp_dim) == sizes]
-    heads = known[0] if known else max(1, int(values["width"]) // 64)
-    if not any(override.startswith("model.num_heads=") for override in overrides):
-        logger.warning("the file does not say how many heads there are: assuming %d (model.num_heads)", heads)
-    return heads
+    usual = known[0] if known else max(1, int(values["width"]) // 64)
+    if not (known and config_json.get("architecture")):
+        _ask("num_heads", f"the number of heads, often {usual} for a width of {values['width']}", overrides)
+    return usual
+
+
+def _ask(key: str, meaning: str, overrides: Sequence[str]) -> None:
+    """Raise CheckpointError unless an override gives a key that no file says."""
+    if not any(override.startswith(f"model.{key}=") for override in overrides):
+        raise CheckpointError(f"no file beside the weights says model.{key}; add model.{key}=... ({meaning})")
 
 
 def _with_variant(values: Values) -> Values:

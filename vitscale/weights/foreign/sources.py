@@ -37,6 +37,13 @@ _PREFIXES = {
     "transformers": ("vit.", ""),  # ViTForImageClassification's, and ViTModel's own
     "npz": ("opt/target/img/", "params/img/", "img/", "opt/target/", "params/", ""),
 }
+# Why, or how else, by transformers' model_type.
+_SIGLIP = " (timm's vit_*_siglip_* and Google's .npz are SigLIP in a form that can be)"
+_OTHER_TYPES = {
+    "beit": " (BEiT has relative positions and a layer scale)",
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+}
 _TABLES = ("model_args", "pretrained_cfg")  # of timm's config.json
 _STACKED = "Transformer/encoderblock/"  # big_vision with scan: all blocks in one array
 
@@ -64,13 +71,14 @@ def open_safetensors(path: str, format: Literal["safetensors", "timm", "transfor
     """
     place = _find_safetensors(path)
     weights = Weights(place)
+    config_json = _read_json(storage.join(place, "config.json"))
+    _check_model_type(path, config_json)
     prefix = _find_prefix(path, format, weights.shapes)
     stored_names = {_dialect_name(name, format, prefix): name for name in weights.shapes}
     if len(stored_names) < len(weights.shapes):
         raise CheckpointError(
             f"{path}: some tensors are there with and without {prefix!r}; write one model to a file"
         )
-    config_json = _read_json(storage.join(place, "config.json"))
     return ForeignWeights(
         dialect="vitscale" if format == "safetensors" else format,
         shapes={name: weights.shapes[stored] for name, stored in stored_names.items()},
@@ -153,6 +161,16 @@ def _refuse_pickle(path: str) -> None:
             f"{path} is a pickle, whose loading can run any code, so vitscale never loads one; if you trust "
             "it, run safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors') "
             "and import that"
+        )
+
+
+def _check_model_type(path: str, config_json: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for another model of transformers than its ViT."""
+    model_type = config_json.get("model_type", "vit")  # timm's config.json has none
+    if model_type != "vit":
+        hint = _OTHER_TYPES.get(str(model_type), "")
+        raise CheckpointError(
+            f"{path}: config.json has model_type {model_type!r}; only 'vit' can be imported{hint}"
         )
 
 
