@@ -27,7 +27,14 @@ from vitscale.data.loader import Stream, batches, pad_labels, reuse_memory
 from vitscale.data.reader import read_chunk
 from vitscale.data.samples import RawSample
 from vitscale.data.sources import DataConfig, Source, make_mixture
-from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box, finish_view, resize
+from vitscale.data.transforms import (
+    AugmentConfig,
+    ViewKey,
+    choose_box,
+    finish_views,
+    resize,
+    resize_to_square,
+)
 from vitscale.errors import ConfigError
 
 AUGMENT = AugmentConfig()
@@ -146,7 +153,9 @@ def _webdataset(urls: Sequence[str], size: int, decoder: Decoder, epoch: int) ->
         key = ViewKey(0, epoch, hash(sample["__key__"]) & 0xFFFFFFFF)
         image = next(value for name, value in sample.items() if name in ("jpg", "jpeg", "png", "webp"))
         box = functools.partial(choose_box, AUGMENT, key)
-        return finish_view(decode(image, box, decoder), AUGMENT, size, key), int(sample["cls"])
+        return finish_views([resize_to_square(decode(image, box, decoder), size)], AUGMENT, [key])[0], int(
+            sample["cls"]
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
