@@ -46,6 +46,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     data.add_argument("--shards", required=True, help="glob or brace pattern, quoted, or an index.json")
     data.add_argument("--image-size", type=int, default=224, help="of the views, in pixels")
+    data.add_argument(
+        "--crop", choices=["inception", "pad", "resize"], default="inception", help="as in augment.crop"
+    )
     data.add_argument("--rounds", type=int, default=5, help="each figure is a median over them")
 
     order = commands.add_parser(
@@ -81,7 +84,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def bench_data(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.data import DataBench, run
 
-    config = DataBench(shards=arguments.shards, image_size=arguments.image_size, rounds=arguments.rounds)
+    config = DataBench(
+        shards=arguments.shards, image_size=arguments.image_size, crop=arguments.crop, rounds=arguments.rounds
+    )
     return run(config, show_progress)
 
 

@@ -17,7 +17,8 @@ EXAMPLE = """examples:
   python tools/data.py index "s3://bucket/in21k/train-{000000..001419}.tar" --out data/in21k.json
   python tools/data.py verify data/in21k/index.json
   python tools/data.py stats data/in21k/index.json --png stats.png
-  python tools/data.py dedup data/in21k/index.json --against "data/cifar10/test-*.tar" --out copies.json"""
+  python tools/data.py dedup data/in21k/index.json --against "data/cifar10/test-*.tar" --out copies.json
+  python tools/data.py warm mine.toml"""
 FORMATS = ("imagefolder", "imagenet21k", "imagenet1k", "cifar10", "cifar100", "csv", "jsonl", "shards")
 
 
@@ -76,6 +77,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     stats.add_argument("index", metavar="INDEX")
     stats.add_argument("--png", type=_local_path, metavar="OUT", help="also draw the histograms")
     _add_dedup(add, cores)
+
+    warm = add(
+        "warm",
+        help="fill this node's engine.cache_dir before a run; after a kill, the same command continues",
+        epilog=_example("warm mine.toml"),
+    )
+    warm.add_argument(
+        "configs", nargs="+", metavar="CONFIG.toml", help="of the run; section.key=value wins over all"
+    )
     return parser.parse_args(argv)
 
 
@@ -288,6 +298,34 @@ def dedup(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def warm(arguments: argparse.Namespace) -> int:
+    from vitscale import config as configs
+    from vitscale.curate.warm import warm_cache
+    from vitscale.data.sources import open_sources
+    from vitscale.errors import ConfigError
+    from vitscale.train_config import TrainConfig
+
+    overrides = [text for text in arguments.configs if "=" in text]
+    config = configs.load(TrainConfig, [text for text in arguments.configs if "=" not in text], overrides)
+    engine = config.engine
+    if not engine.cache_dir:
+        raise ConfigError('engine.cache_dir is "", so the run has no cache; set it to a folder on this node')
+    with Bar("shard") as bar:
+        warmed = warm_cache(
+            open_sources(config.data), engine.cache_dir, int(engine.cache_gb * 1e9), bar.update
+        )
+    share = warmed.num_bytes / warmed.total_bytes
+    print(
+        f"{engine.cache_dir}: {share:.1%} of the run's remote shards, {warmed.num_bytes:,} of "
+        f"{warmed.total_bytes:,} bytes"
+    )
+    if share < 1:
+        print(f"engine.cache_gb = {engine.cache_gb:g} holds no more", file=sys.stderr)
+    if warmed.num_bad:
+        print(f"{warmed.num_bad:,} samples cannot be used; training replaces them", file=sys.stderr)
+    return 0
+
+
 def report_damage(sentences: Sequence[str], total: int) -> None:
     """Print the first damaged samples. They stay in the index; training replaces them."""
     for sentence in sentences:
@@ -349,6 +387,7 @@ COMMANDS = {
     "verify": verify,
     "stats": stats,
     "dedup": dedup,
+    "warm": warm,
 }
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Only SCHEMES are opened: a shard is data, never code, so `pipe:` and the like are refused before
 any library sees them. Transient errors are retried with exponential backoff and jitter, here
 and only here: the clients' own retries, which would multiply with ours, are switched off. What
-keeps failing is a StoreError, and is never taken for missing data.
+keeps failing is a StoreError, and is never taken for missing data. Where the caller knows what
+the bytes must be, wrong ones are a transient error too.
 """
 
 import errno
@@ -48,6 +49,10 @@ _NO_CREDENTIALS = {  # exceptions of botocore and google.auth
     "ProfileNotFound",
     "DefaultCredentialsError",
 }
+
+
+def _any(_: object) -> bool:
+    return True
 
 
 def expand(pattern: str) -> list[str]:
@@ -118,15 +123,18 @@ def read_bytes(url: str) -> bytes:
     return _retry(lambda: fs.cat_file(path), url, "reading")
 
 
-def read_range(url: str, start: int, end: int) -> bytes:
+def read_range(url: str, start: int, end: int, is_right: Callable[[bytes], bool] = _any) -> bytes:
     """Bytes [start, end) of the object, fewer if it ends before.
 
-    Raises FileNotFoundError if there is none.
+    is_right: bytes for which it is False are read again as after an error. Those that are still
+    wrong after the last attempt are returned. Raises FileNotFoundError if there is no object.
     """
     if is_local(url):
-        return _retry(lambda: _pread(local_path(url), start, end), url, "reading")
+        return _retry(lambda: _pread(local_path(url), start, end), url, "reading", is_right=is_right)
     fs, path = _filesystem(url)
-    data = _retry(lambda: fs.cat_file(path, start=start, end=end), url, "reading", beyond_end=b"")
+    data = _retry(
+        lambda: fs.cat_file(path, start=start, end=end), url, "reading", is_right=is_right, beyond_end=b""
+    )
     if len(data) > end - start:
         raise StoreError(
             f"{url}: the server ignores range requests (asked for {end - start:,} bytes, it sent "
@@ -276,15 +284,26 @@ def _client_options(name: str) -> dict[str, Any]:
     return {}
 
 
-def _retry(call: Callable[[], T], url: str, doing: str, *, beyond_end: T | None = None) -> T:
+def _retry(
+    call: Callable[[], T],
+    url: str,
+    doing: str,
+    *,
+    is_right: Callable[[T], bool] = _any,
+    beyond_end: T | None = None,
+) -> T:
     """Call, and call again after transient errors; raise at once what waiting cannot fix.
 
-    doing: for messages, like "reading". beyond_end: what to return if the store says that the
-    range is behind the object's end.
+    doing: for messages, like "reading". is_right: a result for which it is False is an error of
+    the store, but is returned if it is the last attempt's. beyond_end: what to return if the
+    store says that the range is behind the object's end.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return call()
+            result = call()
+            if is_right(result) or attempt == ATTEMPTS:
+                return result
+            problem = "it delivered wrong bytes"
         except Exception as error:
             if _is_beyond_end(error) and beyond_end is not None:
                 return beyond_end
@@ -294,11 +313,15 @@ def _retry(call: Callable[[], T], url: str, doing: str, *, beyond_end: T | None 
                     f"{doing} {url} failed {ATTEMPTS} times, the last time with: {_text(error)}; "
                     "run the same command again when the store answers"
                 ) from None
-            delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (attempt - 1))
-            delay *= 0.5 + random.random()
-            log = logger.warning if attempt > 2 else logger.info
-            log("%s %s failed (%s); attempt %d in %.1f s", doing, url, _text(error), attempt + 1, delay)
-            time.sleep(delay)
+            problem = _text(error)
+        else:
+            if is_local(url):  # a disk has no bad moments: it is right at once or never
+                continue
+        delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (attempt - 1))
+        delay *= 0.5 + random.random()
+        log = logger.warning if attempt > 2 else logger.info
+        log("%s %s failed (%s); attempt %d in %.1f s", doing, url, problem, attempt + 1, delay)
+        time.sleep(delay)
     raise AssertionError("unreachable")
 
 

@@ -349,7 +349,7 @@ def test_a_lane_reads_no_chunk_twice_in_an_epoch(module_index: Index) -> None:
 
     with ThreadPoolExecutor(1) as threads:
         lane = Lane(0, 0, mixture, sources, view_config, (read,), threads)
-        views = [view for _ in range(mixture.steps_per_epoch - 1) for view in lane.take_step()]
-    drawn = module_index.layout.chunk_of(np.array([view.sample for view in views]))
+        squares = [square for _ in range(mixture.steps_per_epoch - 1) for square in lane.take_step()]
+    drawn = module_index.layout.chunk_of(np.array([square.key.sample for square in squares]))
     assert len(set(drawn.tolist())) > 20
     assert len(set(chunks)) == len(chunks)

@@ -118,6 +118,23 @@ def test_a_store_that_spoils_a_fifth_of_the_requests_delivers_the_same(
         assert_same_epoch(epoch(index), epoch(local))
 
 
+def test_wrong_bytes_are_read_again_as_often_as_after_errors(server: int, local: Index, monkeypatch) -> None:
+    index = remote_index(local, "s3://vit")
+    with faulty_proxy(server, "four", 0) as port:  # three reads would not do
+        use_s3(monkeypatch, port)
+        assert_same_epoch(epoch(index), epoch(local))
+
+
+def test_bytes_that_stay_wrong_are_damage(server: int, local: Index, monkeypatch, caplog) -> None:
+    caplog.set_level(logging.INFO, storage.logger.name)
+    with faulty_proxy(server, "wrong", 1) as port:
+        use_s3(monkeypatch, port)
+        samples = read_chunk(remote_index(local, "s3://vit"), 0)
+    assert all(isinstance(s, BadSample) and "not those that were indexed" in s.reason for s in samples)
+    attempts = [record for record in caplog.records if "it delivered wrong bytes" in record.getMessage()]
+    assert len(attempts) == storage.ATTEMPTS - 1
+
+
 class Restart(logging.Handler):
     """Starts a server when storage has logged that the second attempt to read `url` failed."""
 

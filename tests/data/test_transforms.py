@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from make import jpeg
 from PIL import Image
 
@@ -16,6 +17,7 @@ from vitscale.data.transforms import (
     ViewKey,
     augment,
     evaluation_view,
+    finish_views,
     inception_crop,
     normalize,
     resize,
@@ -110,6 +112,43 @@ def test_half_of_the_views_are_flipped_and_padding_shifts_by_up_to_its_size() ->
     config = AugmentConfig(crop="pad", pad=2, flip=False)
     padded = {augment(pixels, config, 8, ViewKey(0, 0, n)).numpy().tobytes() for n in range(400)}
     assert len(padded) == 25
+
+
+@pytest.mark.parametrize("pad", [0, 1, 3, 8, 20])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("fill", ["black", "grey"])
+def test_many_views_at_once_are_those_of_each_sample_alone(pad: int, flip: bool, fill: str) -> None:
+    """Each is the padded square, cut at its own draws and flipped by its own draw."""
+    squares = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    config = AugmentConfig(crop="pad", pad=pad, flip=flip, pad_fill=fill)
+    keys = [ViewKey(2**63 + 5, epoch=n % 3, sample=2**40 + n, view=n % 2) for n in range(40)]
+    views = finish_views(list(squares), config, keys)
+    assert views.is_contiguous()
+    for view, square, key in zip(views, squares, keys, strict=True):
+        padded = F.pad(
+            torch.from_numpy(square).permute(2, 0, 1), [pad] * 4, value={"black": 0, "grey": 128}[fill]
+        )
+        top, left = (int(draw * (2 * pad + 1)) for draw in key.uniform(2, "crop"))
+        expected = padded[:, top : top + 8, left : left + 8]
+        if flip and key.uniform(1, "flip")[0] < 0.5:
+            expected = expected.flip(-1)
+        assert torch.equal(view, expected)
+        assert torch.equal(view, finish_views([square], config, [key])[0])
+
+
+def test_a_config_that_does_not_say_pads_black() -> None:
+    pixels = np.full((8, 8, 3), 255, dtype=np.uint8)
+    corners = {}
+    for name, config in {
+        "absent": AugmentConfig(crop="pad"),
+        "black": AugmentConfig(crop="pad", pad_fill="black"),
+        "grey": AugmentConfig(crop="pad", pad_fill="grey"),
+    }.items():
+        views = torch.stack([augment(pixels, config, 8, ViewKey(0, 0, n)) for n in range(20)])
+        corners[name] = set(views.unique().tolist()) - {255}
+    assert corners == {"absent": {0}, "black": {0}, "grey": {128}}
+    grey = torch.full((1, 3, 1, 1), 128, dtype=torch.uint8)
+    assert normalize(grey, torch.float32).abs().max() < 0.004
 
 
 def test_evaluation_views_and_normalisation() -> None:

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,11 +27,17 @@ from vitscale.data.loader import Stream, batches, pad_labels, reuse_memory
 from vitscale.data.reader import read_chunk
 from vitscale.data.samples import RawSample
 from vitscale.data.sources import DataConfig, Source, make_mixture
-from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box, finish_view, resize
+from vitscale.data.transforms import (
+    AugmentConfig,
+    ViewKey,
+    choose_box,
+    finish_views,
+    resize,
+    resize_to_square,
+)
 from vitscale.errors import ConfigError
 
-AUGMENT = AugmentConfig()
-BATCH, LANES = 16, 4
+BATCH, LANES = 64, 16
 READ_PASSES = 5  # one pass of reading takes a tenth of a second, too short to be timed
 MIN_SAMPLES = 960  # smaller sets are repeated, so that their lanes are longer than a few chunks
 Measure = Callable[[int], int]
@@ -43,11 +49,13 @@ class DataBench:
 
     shards: a glob or brace pattern, or an index.json.
     image_size: of the views, in pixels.
+    crop: how they are cut out, as in augment.crop; all of them are also flipped.
     rounds: each figure is a median over them.
     """
 
     shards: str
     image_size: int = 224
+    crop: Literal["inception", "pad", "resize"] = "inception"
     rounds: int = 5
 
     def __post_init__(self) -> None:
@@ -63,14 +71,15 @@ def run(config: DataBench, progress: Callable[[str], None]) -> dict[str, Any]:
     samples = [sample for chunk in range(len(index.chunks)) for sample in read_chunk(index, chunk)]
     images = [sample for sample in samples if isinstance(sample, RawSample)]
     size, decoder = config.image_size, resolve_decoder("auto")
+    augment = AugmentConfig(crop=config.crop)
     urls = [storage.local_path(shard.url) for shard in index.shards]
     ways: dict[str, Measure] = {
-        "loader": functools.partial(_loader, index, size, decoder),
-        "loader, simplejpeg": functools.partial(_loader, index, size, "simplejpeg"),
-        "webdataset, same decode and crop": functools.partial(_webdataset, urls, size, decoder),
-        "Pillow decode + crop + resize": functools.partial(_pillow, images, size),
+        "loader": functools.partial(_loader, index, augment, size, decoder),
+        "loader, simplejpeg": functools.partial(_loader, index, augment, size, "simplejpeg"),
+        "webdataset, same decode and crop": functools.partial(_webdataset, urls, augment, size, decoder),
+        "Pillow decode + crop + resize": functools.partial(_pillow, images, augment, size),
         "decoder alone, whole image": functools.partial(_decode_whole, images, decoder),
-        "decoder alone, crop": functools.partial(_decode_crops, images, decoder),
+        "decoder alone, crop": functools.partial(_decode_crops, images, augment, decoder),
         "tar reading, vitscale": functools.partial(_read, index),
         "tar reading, webdataset": functools.partial(_read_webdataset, urls),
     }
@@ -89,17 +98,19 @@ def run(config: DataBench, progress: Callable[[str], None]) -> dict[str, Any]:
         "decoder": decoder,
         "images_per_core_second": medians,
         "ratios": _ratios(medians),
-        **fidelity(images, size, decoder),
-        "share_of_the_loader": _shares(index, images, size, decoder, medians["loader"]),
+        **fidelity(images, augment, size, decoder),
+        "share_of_the_loader": _shares(index, images, augment, size, decoder, medians["loader"]),
     }
 
 
-def fidelity(images: Sequence[RawSample], size: int, decoder: Decoder) -> dict[str, float]:
+def fidelity(
+    images: Sequence[RawSample], augment: AugmentConfig, size: int, decoder: Decoder
+) -> dict[str, float]:
     """PSNR in dB of our views against Pillow's antialiased bilinear ones of the same crops."""
     values = []
     for sample_id, sample in enumerate(images):
         key = ViewKey(0, 0, sample_id)
-        box = functools.partial(choose_box, AUGMENT, key)
+        box = functools.partial(choose_box, augment, key)
         ours = resize(decode(sample.image, box, decoder), size, size).permute(1, 2, 0).numpy()
         error = np.square(ours.astype(np.float64) - _pillow_view(sample, box, size)).mean()
         values.append(10 * np.log10(255**2 / error) if error else 99.0)
@@ -124,14 +135,14 @@ def _ratios(speeds: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _loader(index: Index, size: int, decoder: Decoder, epoch: int) -> int:
+def _loader(index: Index, augment: AugmentConfig, size: int, decoder: Decoder, epoch: int) -> int:
     """One epoch of the real loader, in this process."""
     sources = (Source(name="0", index=index, label_map={}, excluded=np.empty(0, dtype=np.int64)),)
     mixture = make_mixture(sources, DataConfig(index="-", lanes=LANES), seed=0, global_batch=BATCH)
     stream = Stream(
         sources=sources,
         mixture=mixture,
-        view_config=ViewConfig(AUGMENT, decoder, size, index.max_label + 1),
+        view_config=ViewConfig(augment, decoder, size, index.max_label + 1),
         lanes=mixture.rank_lanes(0, 1),
         first_step=epoch * mixture.steps_per_epoch,
         last_step=(epoch + 1) * mixture.steps_per_epoch,
@@ -139,14 +150,16 @@ def _loader(index: Index, size: int, decoder: Decoder, epoch: int) -> int:
     return sum(len(batch.images) for batch in batches(stream, 0))
 
 
-def _webdataset(urls: Sequence[str], size: int, decoder: Decoder, epoch: int) -> int:
+def _webdataset(urls: Sequence[str], augment: AugmentConfig, size: int, decoder: Decoder, epoch: int) -> int:
     """webdataset's pipeline: its reading and grouping, our decode and crop, its batching."""
 
     def view(sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
         key = ViewKey(0, epoch, hash(sample["__key__"]) & 0xFFFFFFFF)
         image = next(value for name, value in sample.items() if name in ("jpg", "jpeg", "png", "webp"))
-        box = functools.partial(choose_box, AUGMENT, key)
-        return finish_view(decode(image, box, decoder), AUGMENT, size, key), int(sample["cls"])
+        box = functools.partial(choose_box, augment, key)
+        return finish_views([resize_to_square(decode(image, box, decoder), size)], augment, [key])[0], int(
+            sample["cls"]
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -167,9 +180,9 @@ def _read(index: Index, _: int) -> int:
     return sum(len(read_chunk(index, chunk)) for _ in range(READ_PASSES) for chunk in chunks)
 
 
-def _pillow(images: Sequence[RawSample], size: int, epoch: int) -> int:
+def _pillow(images: Sequence[RawSample], augment: AugmentConfig, size: int, epoch: int) -> int:
     for sample_id, sample in enumerate(images):
-        _pillow_view(sample, functools.partial(choose_box, AUGMENT, ViewKey(0, epoch, sample_id)), size)
+        _pillow_view(sample, functools.partial(choose_box, augment, ViewKey(0, epoch, sample_id)), size)
     return len(images)
 
 
@@ -187,31 +200,40 @@ def _decode_whole(images: Sequence[RawSample], decoder: Decoder, _: int) -> int:
     return len(images)
 
 
-def _decode_crops(images: Sequence[RawSample], decoder: Decoder, epoch: int) -> int:
+def _decode_crops(images: Sequence[RawSample], augment: AugmentConfig, decoder: Decoder, epoch: int) -> int:
     for sample_id, sample in enumerate(images):
-        decode(sample.image, functools.partial(choose_box, AUGMENT, ViewKey(0, epoch, sample_id)), decoder)
+        decode(sample.image, functools.partial(choose_box, augment, ViewKey(0, epoch, sample_id)), decoder)
     return len(images)
 
 
 def _shares(
-    index: Index, images: Sequence[RawSample], size: int, decoder: Decoder, speed: float
+    index: Index,
+    images: Sequence[RawSample],
+    augment: AugmentConfig,
+    size: int,
+    decoder: Decoder,
+    speed: float,
 ) -> dict[str, float]:
     """Where the loader's time goes: each part alone, as a share of its time per image."""
     keys = [ViewKey(0, 1, sample_id) for sample_id in range(len(images))]
     crops = [
-        decode(sample.image, functools.partial(choose_box, AUGMENT, key), decoder)
+        decode(sample.image, functools.partial(choose_box, augment, key), decoder)
         for sample, key in zip(images, keys, strict=True)
     ]
-    views = [resize(crop, size, size) for crop in crops]
+    squares = [resize_to_square(crop, size) for crop in crops]
     parts: dict[str, Callable[[], Any]] = {
-        "reading and checking the tar": lambda: _read(index, 0),
-        "choosing the crop": lambda: [choose_box(AUGMENT, key, 375, 500) for key in keys],
-        "decoding the crop": lambda: _decode_crops(images, decoder, 1),
-        "resize": lambda: [resize(crop, size, size) for crop in crops],
-        "flip and copy": lambda: [view.flip(-1).contiguous() for view in views],
-        "batching": lambda: [
-            (torch.stack(views[at : at + BATCH]), pad_labels([(0,)] * BATCH, 1))
-            for at in range(0, len(views), BATCH)
+        "reading and checking the tar": lambda: [
+            read_chunk(index, chunk) for chunk in range(len(index.chunks))
+        ],
+        "choosing the crop": lambda: [choose_box(augment, key, 375, 500) for key in keys],
+        "decoding the crop": lambda: _decode_crops(images, augment, decoder, 1),
+        "resize": lambda: [resize_to_square(crop, size) for crop in crops],
+        "flip and batching": lambda: [
+            (
+                finish_views(squares[at : at + BATCH], augment, keys[at : at + BATCH]),
+                pad_labels([(0,)] * BATCH, 1),
+            )
+            for at in range(0, len(squares), BATCH)
         ],
     }
     shares = {}

@@ -46,11 +46,6 @@ class NodeCache:
             temporary.write_bytes(data)
             os.replace(temporary, path)
 
-    def drop(self, key: str) -> None:
-        """Remove an entry whose content turned out to be wrong."""
-        with contextlib.suppress(OSError):
-            self._path(key).unlink()
-
     def _path(self, key: str) -> Path:
         name = xxhash.xxh3_128_hexdigest(key.encode())
         return self._root / f"{int(name[:8], 16) % self._num_folders:04d}" / name

@@ -62,7 +62,8 @@ def decode(
             raise DamagedImage(str(error)) from None
         if pixels is not None:
             return pixels
-    return _cut(_decode_pillow(data), choose)
+    pixels = _decode_pillow(data)
+    return cut(pixels, choose(*pixels.shape[:2]))
 
 
 def _decode_jpeg(data: Bytes, choose: Choose, decoder: Decoder) -> UInt8[np.ndarray, "h w 3"] | None:
@@ -75,7 +76,7 @@ def _decode_jpeg(data: Bytes, choose: Choose, decoder: Decoder) -> UInt8[np.ndar
     _check_size(int(width), int(height))
     if colorspace not in ("YCbCr", "RGB", "Gray"):
         return None
-    return _cut(simplejpeg.decode_jpeg(data, colorspace="RGB"), choose)
+    return cut(simplejpeg.decode_jpeg(data, colorspace="RGB"), choose(int(height), int(width)))
 
 
 def _decode_pillow(data: Bytes) -> UInt8[np.ndarray, "h w 3"]:
@@ -103,8 +104,9 @@ def _decode_pillow(data: Bytes) -> UInt8[np.ndarray, "h w 3"]:
         raise DamagedImage(str(error).split("<")[0].strip() or type(error).__name__) from None
 
 
-def _cut(pixels: UInt8[np.ndarray, "H W 3"], choose: Choose) -> UInt8[np.ndarray, "h w 3"]:
-    top, left, height, width = choose(*pixels.shape[:2])
+def cut(pixels: UInt8[np.ndarray, "H W 3"], box: Box) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of a box, as a view of the image's."""
+    top, left, height, width = box
     return pixels[top : top + height, left : left + width]
 
 

@@ -1,5 +1,5 @@
-"""One lane's training samples, in order: read ahead by threads, decoded and augmented; damaged
-ones are replaced.
+"""One lane's training samples, in order: read ahead by threads, decoded, cropped and resized;
+damaged ones are replaced.
 """
 
 import functools
@@ -9,16 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from torch import Tensor
 
 from vitscale import rng
-from vitscale.data.decode import DamagedImage, Decoder, decode
+from vitscale.data.decode import DamagedImage, Decoder, cut, decode
 from vitscale.data.mixture import Mixture
 from vitscale.data.order import Order, Window
 from vitscale.data.reader import Chunk, describe
 from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import Source
-from vitscale.data.transforms import AugmentConfig, ViewKey, augment, choose_box, finish_view
+from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box, resize_to_square
 from vitscale.errors import DataError
 
 MAX_REPLACEMENTS = 100
@@ -36,11 +35,14 @@ class ViewConfig(NamedTuple):
     num_classes: int
 
 
-class View(NamedTuple):
-    """A training view of a sample. sample: its id, numbered through all sources."""
+class Square(NamedTuple):
+    """The box of a decoded sample that a training view shows, resized: for finish_views.
 
-    sample: int
-    image: UInt8[Tensor, "3 S S"]
+    key: of the view; its sample is numbered through all sources.
+    """
+
+    key: ViewKey
+    pixels: UInt8[np.ndarray, "S S 3"]
     labels: tuple[int, ...]
 
 
@@ -61,6 +63,7 @@ class Lane:
         threads: ThreadPoolExecutor,
     ) -> None:
         self._number, self._mixture, self._draw = number, mixture, first_step * mixture.draws_per_step
+        self._draws_per_step, self._bad = mixture.draws_per_step, list[str]()
         drawn_before = mixture.counts(number, self._draw)  # from each source
         self._readers = [
             _WindowReader(order, source, number, first_draw, read, threads)
@@ -69,24 +72,23 @@ class Lane:
             )
         ]
         self._augmenters = [
-            Augmenter(source, first_id, read, view_config, mixture.seed)
+            Augmenter(source, first_id, read, view_config, mixture.seed, self._bad)
             for source, first_id, read in zip(sources, mixture.first_ids, readers, strict=True)
         ]
 
-    def take_step(self) -> list[View]:
-        """The views of a step, in batch order: each draw's first view, then the second ones."""
-        views_by_draw = []
-        for _ in range(self._mixture.draws_per_step):
+    def take_step(self) -> list[Square]:
+        """The squares of a step, in batch order: those of each draw's first view come first."""
+        by_draw = []
+        for _ in range(self._draws_per_step):
             source, _ = self._mixture.source_of(self._number, self._draw)
             self._draw += 1
-            views_by_draw.append(self._augmenters[source].make(*self._readers[source].take()))
-        return [views[number] for number in range(self._mixture.repeats) for views in views_by_draw]
+            by_draw.append(self._augmenters[source].make(*self._readers[source].take()))
+        return [squares[number] for number in range(self._mixture.repeats) for squares in by_draw]
 
     def take_bad(self) -> list[str]:
         """One sentence for each sample that was replaced since the last call."""
-        bad = [sentence for augmenter in self._augmenters for sentence in augmenter.bad]
-        for augmenter in self._augmenters:
-            augmenter.bad.clear()
+        bad = self._bad.copy()
+        self._bad.clear()
         return bad
 
 
@@ -184,14 +186,19 @@ class Augmenter:
     """
 
     def __init__(
-        self, source: Source, first_id: int, read: ReadChunk, view_config: ViewConfig, seed: int
+        self,
+        source: Source,
+        first_id: int,
+        read: ReadChunk,
+        view_config: ViewConfig,
+        seed: int,
+        bad: list[str],
     ) -> None:
         self._source, self._first_id, self._read = source, first_id, read
-        self._config, self._seed = view_config, seed
-        self.bad: list[str] = []
+        self._config, self._seed, self._bad = view_config, seed, bad
 
-    def make(self, epoch: int, sample_id: int, sample: RawSample | BadSample) -> list[View]:
-        """The `repeats` views of a sample in an epoch, or of its replacement.
+    def make(self, epoch: int, sample_id: int, sample: RawSample | BadSample) -> list[Square]:
+        """What the `repeats` views of a sample, or of its replacement, in an epoch are made of.
 
         Raises DataError if 100 samples in a row cannot be used.
         """
@@ -201,10 +208,10 @@ class Augmenter:
                 reason = self._unusable(sample)
                 if isinstance(sample, RawSample) and not reason:
                     try:
-                        return self._views(sample, epoch, sample_id)
+                        return self._squares(sample, epoch, sample_id)
                     except DamagedImage as error:
                         reason = str(error)
-                self.bad.append(f"{describe(self._source.index, sample_id)}: sample {sample.key}: {reason}")
+                self._bad.append(f"{describe(self._source.index, sample_id)}: sample {sample.key}: {reason}")
             draw = rng.uniform(1, self._seed, "replace", self._first_id + drawn, attempt)[0]
             sample_id = int(draw * self._source.index.num_samples)
             sample = self._sample(sample_id)
@@ -213,19 +220,22 @@ class Augmenter:
             "see what is left with: python tools/data.py verify INDEX"
         )
 
-    def _views(self, sample: RawSample, epoch: int, sample_id: int) -> list[View]:
+    def _squares(self, sample: RawSample, epoch: int, sample_id: int) -> list[Square]:
         config, decoder, size, _ = self._config
         run_id = self._first_id + sample_id  # through all sources
-        keys = [ViewKey(self._seed, epoch, run_id, view) for view in range(config.repeats)]
-        if len(keys) == 1:
-            box = functools.partial(choose_box, config, keys[0])
-            images = [finish_view(decode(sample.image, box, decoder), config, size, keys[0])]
-        else:  # most of the work is to decode the JPEG: once for all views
-            pixels = decode(sample.image, decoder=decoder)
-            images = [augment(pixels, config, size, key) for key in keys]
         mapping = self._source.label_map
         labels = tuple(mapping[label] for label in sample.labels) if mapping else sample.labels
-        return [View(run_id, image, labels) for image in images]
+        if config.repeats == 1:
+            key = ViewKey(self._seed, epoch, run_id)
+            box = decode(sample.image, functools.partial(choose_box, config, key), decoder)
+            return [Square(key, resize_to_square(box, size), labels)]
+        # Most of the work is to decode the JPEG: once for all views.
+        pixels = decode(sample.image, decoder=decoder)
+        keys = [ViewKey(self._seed, epoch, run_id, view) for view in range(config.repeats)]
+        boxes = [cut(pixels, choose_box(config, key, *pixels.shape[:2])) for key in keys]
+        return [
+            Square(key, resize_to_square(box, size), labels) for key, box in zip(keys, boxes, strict=True)
+        ]
 
     def _unusable(self, sample: RawSample | BadSample) -> str:
         """Why a sample cannot be used, "" if it can."""
@@ -243,6 +253,8 @@ class Augmenter:
 
     def _is_excluded(self, sample_id: int) -> bool:
         excluded = self._source.excluded
+        if not len(excluded):
+            return False
         place = int(np.searchsorted(excluded, sample_id))
         return place < len(excluded) and int(excluded[place]) == sample_id
 

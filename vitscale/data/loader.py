@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vitscale import processes, storage
 from vitscale.data.cache import NodeCache
-from vitscale.data.lane import Lane, View, ViewConfig
+from vitscale.data.lane import Lane, ViewConfig
 from vitscale.data.mixture import Mixture
 from vitscale.data.reader import read_chunk
 from vitscale.data.sources import Source
+from vitscale.data.transforms import finish_views
 from vitscale.errors import UserError
 
 PREFETCHED_STEPS = 2  # per worker
@@ -177,18 +178,15 @@ class _WorkerStream(IterableDataset[dict[str, Any]]):
             for n in lane_numbers
         ]
         for _ in range(stream.first_step, stream.last_step):
-            views = [view for lane in lanes for view in lane.take_step()]
-            bad = [sentence for lane in lanes for sentence in lane.take_bad()]
-            yield _collate(views, bad, stream.max_labels)
-
-
-def _collate(views: list[View], bad: list[str], max_labels: int) -> dict[str, Any]:
-    return {
-        "images": torch.stack([view.image for view in views]),
-        "labels": pad_labels([view.labels for view in views], max_labels),
-        "ids": torch.tensor([view.sample for view in views]),
-        "bad": bad,
-    }
+            keys, squares, labels = zip(
+                *(square for lane in lanes for square in lane.take_step()), strict=True
+            )
+            yield {
+                "images": finish_views(squares, stream.view_config.augment, keys),
+                "labels": pad_labels(labels, stream.max_labels),
+                "ids": torch.tensor([key.sample for key in keys]),
+                "bad": [sentence for lane in lanes for sentence in lane.take_bad()],
+            }
 
 
 def pad_labels(labels: Sequence[tuple[int, ...]], max_labels: int) -> Int64[Tensor, "n M"]:

@@ -2,6 +2,7 @@
 walker takes it apart.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -14,33 +15,31 @@ from vitscale.errors import DataError
 
 Chunk = list[RawSample | BadSample]
 
-READS = 3  # a store, a network or a cache may deliver wrong bytes once
-
 
 def read_chunk(index: Index, chunk: int, cache: NodeCache | None = None) -> Chunk:
     """All samples of a chunk, as many as the index says; BadSamples where damage hides them.
 
-    Bytes that differ from those that were indexed are read again. If they still differ, no
-    sample of the chunk can be trusted, and all are BadSamples. cache: for chunks of remote
-    shards, asked first and given what was read.
+    Bytes that differ from those that were indexed are read again, from a store with the pauses
+    and as often as after errors. If they still differ, no sample of the chunk can be trusted,
+    and all are BadSamples. cache: for chunks of remote shards, asked first and given what was
+    read.
     """
     shard, start, end = index.chunk_range(chunk)
     count = len(index.layout.chunk_ids(chunk))
     cache = None if storage.is_local(shard.url) else cache
     key = f"{shard.checksum} {start} {end}"
-    data = b""
-    for _ in range(READS):
-        cached = cache.get(key) if cache else None
-        try:
-            data = storage.read_range(shard.url, start, end) if cached is None else cached
-        except FileNotFoundError:
-            return [BadSample("?", "the shard is missing")] * count
-        if index.is_intact(chunk, data):
-            if cache and cached is None:
-                cache.put(key, data)
-            return parse_samples(data, start, count)
+    is_right = functools.partial(index.is_intact, chunk)
+    cached = cache.get(key) if cache else None
+    if cached is not None and is_right(cached):
+        return parse_samples(cached, start, count)
+    try:
+        data = storage.read_range(shard.url, start, end, is_right)
+    except FileNotFoundError:
+        return [BadSample("?", "the shard is missing")] * count
+    if is_right(data):
         if cache:
-            cache.drop(key)
+            cache.put(key, data)
+        return parse_samples(data, start, count)
     where = f"bytes {start:,} to {end:,} are not those that were indexed"
     return [_distrusted(sample, where) for sample in parse_samples(data, start, count)]
 

@@ -6,7 +6,8 @@ cross to the device as uint8, a quarter of the bytes of float32.
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from vitscale import rng
 from vitscale.config import positive
+from vitscale.data.decode import cut
 from vitscale.data.distortions import (
     COLOR_JITTER_DRAWS,
     RAND_AUGMENT_DRAWS_PER_OP,
@@ -29,6 +31,7 @@ from vitscale.data.turbojpeg import Box
 from vitscale.errors import ConfigError
 
 CROP_ATTEMPTS = 10
+PAD_FILLS = {"black": 0, "grey": 128}  # normalize() makes it -1 and 0.004
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,8 @@ class AugmentConfig:
                      crops at random (the CIFAR recipe); "resize" takes the whole image.
     crop_area:       of an inception crop, as a share of the image: lowest, highest.
     crop_aspect:     of an inception crop, width / height: lowest, highest.
-    pad:             black pixels on each side, for "pad".
+    pad:             pixels added on each side, for "pad".
+    pad_fill:        their colour: "black", or "grey" (128), which the model sees as 0.
     flip:            mirror half of the images.
     randaugment:     "augreg" as in "How to train your ViT", or "deit" as in DeiT, where the
                      magnitude varies (distortions.py); "none" = off.
@@ -56,6 +60,7 @@ class AugmentConfig:
     crop_area: tuple[float, float] = (0.05, 1.0)
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
     pad: int = 4
+    pad_fill: Literal["black", "grey"] = "black"
     flip: bool = True
     randaugment: Literal["none", "augreg", "deit"] = "none"
     randaugment_ops: int = 2
@@ -94,8 +99,7 @@ class AugmentConfig:
                 raise ConfigError(f"augment.{name} {getattr(self, name)} must lie in [0, 1]")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ViewKey:
+class ViewKey(NamedTuple):
     """Whose random draws they are: a sample's in an epoch, for one of its `repeats` views.
 
     sample: numbered through all sources. epoch: of its source.
@@ -114,8 +118,8 @@ def augment(
     pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, size: int, key: ViewKey
 ) -> UInt8[Tensor, "3 size size"]:
     """A training view of a decoded image."""
-    top, left, height, width = choose_box(config, key, *pixels.shape[:2])
-    return finish_view(pixels[top : top + height, left : left + width], config, size, key)
+    square = resize_to_square(cut(pixels, choose_box(config, key, *pixels.shape[:2])), size)
+    return finish_views([square], config, [key])[0]
 
 
 def choose_box(config: AugmentConfig, key: ViewKey, height: int, width: int) -> Box:
@@ -125,18 +129,46 @@ def choose_box(config: AugmentConfig, key: ViewKey, height: int, width: int) -> 
     return inception_crop(height, width, config, key.uniform(4 * CROP_ATTEMPTS, "crop"))
 
 
-def finish_view(
-    pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, size: int, key: ViewKey
-) -> UInt8[Tensor, "3 size size"]:
-    """A training view of the box that choose_box took: resized, padded, flipped, distorted."""
-    view = resize(pixels, size, size)
-    if config.crop == "pad" and config.pad:
-        top, left = (int(draw * (2 * config.pad + 1)) for draw in key.uniform(2, "crop"))
-        view = F.pad(view, [config.pad] * 4)[:, top : top + size, left : left + size]
-    if config.flip and key.uniform(1, "flip")[0] < 0.5:
-        view = view.flip(-1)
+def finish_views(
+    squares: Sequence[UInt8[np.ndarray, "S S 3"]], config: AugmentConfig, keys: Sequence[ViewKey]
+) -> UInt8[Tensor, "n 3 S S"]:
+    """Training views of the n boxes that choose_box took, resized: shifted, flipped, distorted.
+
+    A view is the same whatever others are made with it; many at once take less time. A shift by
+    (1, -1) and a flip, for S = 4, where . is config.pad_fill:
+
+        a b c d      . e f g      g f e .
+        e f g h      . i j k      k j i .
+        i j k l      . m n o      o n m .
+        m n o p      . . . .      . . . .
+    """
+    size, pad = len(squares[0]), config.pad if config.crop == "pad" else 0
+    ids = np.array([(key.epoch, key.sample, key.view) for key in keys])  # [n, 3]
+    shift_draws, flip_draws = rng.uniform_rows(2, keys[0].seed, ("crop", "flip"), ids)  # [n, 2] each
+    shifts = ((2 * pad + 1) * shift_draws).astype(np.int64) - pad if pad else np.zeros_like(ids[:, :2])
+    flips = (flip_draws[:, 0] < 0.5) & config.flip  # [n]
+    # Of the part of a square that its shifted window sees, in the window: [n, 2] for y and x.
+    starts = np.maximum(0, -shifts)
+    stops = np.maximum(starts, np.minimum(size, size - shifts))
+    edges = np.concatenate([starts, stops, starts + shifts, stops + shifts], axis=1)
+    views = np.full((len(squares), 3, size, size), PAD_FILLS[config.pad_fill], dtype=np.uint8)
+    for view, square, flip, edge in zip(views, squares, flips.tolist(), edges.tolist(), strict=True):
+        top, left, bottom, right, source_top, source_left, source_bottom, source_right = edge
+        part = square[source_top:source_bottom, source_left:source_right]
+        if flip:
+            part, left, right = part[:, ::-1], size - right, size - left
+        view[:, top:bottom, left:right] = part.transpose(2, 0, 1)
+    finished = torch.from_numpy(views)
+    if config.randaugment != "none" or config.color_jitter or config.random_erasing:
+        for number, key in enumerate(keys):
+            finished[number] = _distort(finished[number], config, key)
+    return finished
+
+
+def _distort(view: UInt8[Tensor, "3 S S"], config: AugmentConfig, key: ViewKey) -> UInt8[Tensor, "3 S S"]:
     if config.randaugment != "none" or config.color_jitter:
-        view = _distort(view, config, key)
+        image = Image.fromarray(view.permute(1, 2, 0).numpy())  # [S, S, 3]
+        view = torch.from_numpy(np.array(_distort_image(image, config, key))).permute(2, 0, 1)
     if config.random_erasing:
         view = random_erasing(
             view,
@@ -144,11 +176,10 @@ def finish_view(
             key.uniform(RANDOM_ERASING_DRAWS, "erase"),
             rng.derive_seed(key.seed, "erase", key.epoch, key.sample, key.view),
         )
-    return view.contiguous()
+    return view
 
 
-def _distort(view: UInt8[Tensor, "3 S S"], config: AugmentConfig, key: ViewKey) -> UInt8[Tensor, "3 S S"]:
-    image = Image.fromarray(view.permute(1, 2, 0).numpy())  # [S, S, 3]
+def _distort_image(image: Image.Image, config: AugmentConfig, key: ViewKey) -> Image.Image:
     if config.color_jitter:
         image = color_jitter(image, config.color_jitter, key.uniform(COLOR_JITTER_DRAWS, "jitter"))
     if config.randaugment != "none":
@@ -161,7 +192,7 @@ def _distort(view: UInt8[Tensor, "3 S S"], config: AugmentConfig, key: ViewKey) 
             config.randaugment_magnitude_std,
             key.uniform(num_draws, "randaugment"),
         )
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return image
 
 
 def inception_crop(height: int, width: int, config: AugmentConfig, draws: np.ndarray) -> Box:
@@ -207,6 +238,13 @@ def resize(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8
     if image.shape[2:] != (height, width):
         image = F.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)
     return image[0]
+
+
+def resize_to_square(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """`resize` as an array with channels last; pixels of that size are not copied."""
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    return resize(pixels, size, size).permute(1, 2, 0).numpy()
 
 
 def normalize(images: UInt8[Tensor, "B 3 H W"], dtype: torch.dtype) -> Float[Tensor, "B 3 H W"]:

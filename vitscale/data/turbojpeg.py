@@ -43,16 +43,18 @@ class TurboJpeg:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
-        library.tj3Init.restype = pointer
-        library.tj3GetErrorStr.restype = ctypes.c_char_p
-        library.tj3GetErrorStr.argtypes = [pointer]
-        library.tj3Destroy.argtypes = [pointer]
-        library.tj3Set.argtypes = [pointer, integer, integer]
-        library.tj3Get.argtypes = [pointer, integer]
-        library.tj3DecompressHeader.argtypes = [pointer, pointer, size]
-        library.tj3SetCroppingRegion.argtypes = [pointer, _Region]
+        # What takes no time keeps the interpreter's lock: to give it away costs more.
+        quick = ctypes.PyDLL(library._name)
+        quick.tj3Init.restype = pointer
+        quick.tj3GetErrorStr.restype = ctypes.c_char_p
+        quick.tj3GetErrorStr.argtypes = [pointer]
+        quick.tj3Destroy.argtypes = [pointer]
+        quick.tj3Set.argtypes = [pointer, integer, integer]
+        quick.tj3Get.argtypes = [pointer, integer]
+        quick.tj3DecompressHeader.argtypes = [pointer, pointer, size]
+        quick.tj3SetCroppingRegion.argtypes = [pointer, _Region]
         library.tj3Decompress8.argtypes = [pointer, pointer, size, pointer, integer, integer]
-        self._library = library
+        self._library, self._quick = library, quick
 
     def decode(
         self, data: Bytes, choose: Callable[[int, int], Box], check: Callable[[int, int], None]
@@ -63,51 +65,52 @@ class TurboJpeg:
         height before anything is decoded. Raises ValueError at damage. Damage behind the crop
         is not looked at if the JPEG has its end mark: it does not touch the pixels.
         """
-        handle = self._library.tj3Init(_DECOMPRESS)
-        self._library.tj3Set(handle, _STOP_ON_WARNING, 1)
+        data = bytes(data)  # which ctypes passes as its address
+        handle = self._quick.tj3Init(_DECOMPRESS)
+        self._quick.tj3Set(handle, _STOP_ON_WARNING, 1)
         try:
             return self._decode(handle, data, choose, check)
         finally:
-            self._library.tj3Destroy(handle)
+            self._quick.tj3Destroy(handle)
 
     def _decode(
-        self, handle: int, data: Bytes, choose: Callable[[int, int], Box], check: Callable[[int, int], None]
+        self, handle: int, data: bytes, choose: Callable[[int, int], Box], check: Callable[[int, int], None]
     ) -> UInt8[np.ndarray, "h w 3"] | None:
-        library = self._library
-        start = np.frombuffer(data, dtype=np.uint8).ctypes.data
-        self._check(library.tj3DecompressHeader(handle, start, len(data)), handle)
-        width, height, subsampling, precision, colourspace = (
-            library.tj3Get(handle, name) for name in (_WIDTH, _HEIGHT, _SUBSAMPLING, _PRECISION, _COLOURSPACE)
-        )
+        get = self._quick.tj3Get
+        self._check(self._quick.tj3DecompressHeader(handle, data, len(data)), handle)
+        width, height, subsampling = get(handle, _WIDTH), get(handle, _HEIGHT), get(handle, _SUBSAMPLING)
+        precision, colourspace = get(handle, _PRECISION), get(handle, _COLOURSPACE)
         check(width, height)
         if colourspace not in _TO_RGB or precision != 8:
             return None
         top, left, box_height, box_width = choose(height, width)
-        if bytes(data[-2:]) != _END:  # it may be cut, which only a decoder of the whole notices
-            whole = self._decode_region(handle, data, 0, 0, width, height)
+        if (top, left, box_height, box_width) == (0, 0, height, width):
+            return self._decompress(handle, data, height, width)
+        if data[-2:] != _END:  # it may be cut, which only a decoder of the whole notices
+            whole = self._decompress(handle, data, height, width)
             return whole[top : top + box_height, left : left + box_width]
         # A region must begin at a multiple of the MCU's width; it may begin in any row.
         mcu = _MCU_WIDTHS[subsampling] if 0 <= subsampling < len(_MCU_WIDTHS) else width
         x, y = max(0, left - MARGIN) // mcu * mcu, max(0, top - MARGIN)
         right, bottom = min(width, left + box_width + MARGIN), min(height, top + box_height + MARGIN)
-        pixels = self._decode_region(handle, data, x, y, right, bottom)
+        region = _Region(x, y, right - x, bottom - y)
+        self._check(self._quick.tj3SetCroppingRegion(handle, region), handle)
+        pixels = self._decompress(handle, data, bottom - y, right - x)
         return pixels[top - y : top - y + box_height, left - x : left - x + box_width]
 
-    def _decode_region(
-        self, handle: int, data: Bytes, x: int, y: int, right: int, bottom: int
-    ) -> UInt8[np.ndarray, "h w 3"]:
-        library = self._library
-        self._check(library.tj3SetCroppingRegion(handle, _Region(x, y, right - x, bottom - y)), handle)
-        pixels = np.empty((bottom - y, right - x, 3), dtype=np.uint8)
-        start = np.frombuffer(data, dtype=np.uint8).ctypes.data
-        status = library.tj3Decompress8(handle, start, len(data), pixels.ctypes.data, 0, _RGB)
-        self._check(status, handle)
+    def _decompress(
+        self, handle: int, data: bytes, height: int, width: int
+    ) -> UInt8[np.ndarray, "height width 3"]:
+        """The pixels of the handle's cropping region, or of the whole image."""
+        pixels = np.empty((height, width, 3), dtype=np.uint8)
+        start, _ = pixels.__array_interface__["data"]
+        self._check(self._library.tj3Decompress8(handle, data, len(data), start, 0, _RGB), handle)
         return pixels
 
     def _check(self, status: int, handle: int) -> None:
         """Raise ValueError with the library's message if a call failed."""
         if status:
-            raise ValueError(self._library.tj3GetErrorStr(handle).decode("utf-8", "replace"))
+            raise ValueError(self._quick.tj3GetErrorStr(handle).decode("utf-8", "replace"))
 
 
 @functools.cache

@@ -1,0 +1,67 @@
+"""Fills a node's cache with the chunks of a run's remote shards, before the run starts."""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from vitscale import storage
+from vitscale.data.cache import NodeCache
+from vitscale.data.index import Index
+from vitscale.data.reader import read_chunk
+from vitscale.data.samples import BadSample
+from vitscale.data.sources import Source
+from vitscale.errors import ConfigError
+from vitscale.processes import ProgressCallback, no_progress
+
+THREADS = 16  # they wait for the store, not for a core
+
+
+class Warmed(NamedTuple):
+    """What the cache holds: num_bytes of total_bytes. num_bad: samples that cannot be used."""
+
+    num_bytes: int
+    total_bytes: int
+    num_bad: int
+
+
+def warm_cache(
+    sources: tuple[Source, ...], folder: str, max_bytes: int, progress: ProgressCallback = no_progress
+) -> Warmed:
+    """Read chunks of remote shards into the cache, in the shards' order, until it is full.
+
+    What the cache holds already is not read from the store again. progress: called with numbers
+    of shards. Raises ConfigError if no shard is remote, and StoreError if a store fails.
+    """
+    cache = NodeCache(folder, max_bytes)
+    shards = [
+        (source.index, number)
+        for source in sources
+        for number, shard in enumerate(source.index.shards)
+        if not storage.is_local(shard.url)
+    ]
+    if not shards:
+        raise ConfigError("all shards are on local disks, which need no cache; name shards in a store")
+    kept: list[tuple[Index, int]] = []
+    num_bytes = 0
+    for index, number in shards:
+        if num_bytes + index.shards[number].data_bytes > max_bytes:
+            break
+        kept.append((index, number))
+        num_bytes += index.shards[number].data_bytes
+    for url in {storage.scheme(i.shards[n].url): i.shards[n].url for i, n in kept}.values():
+        storage.connect(url)
+    progress(0, len(kept))
+    num_bad = 0
+    with ThreadPoolExecutor(THREADS) as threads:
+        warmed = threads.map(functools.partial(_warm_shard, cache), *zip(*kept, strict=True)) if kept else ()
+        for num_done, bad in enumerate(warmed, 1):
+            num_bad += bad
+            progress(num_done, len(kept))
+    return Warmed(num_bytes, sum(index.shards[number].data_bytes for index, number in shards), num_bad)
+
+
+def _warm_shard(cache: NodeCache, index: Index, shard: int) -> int:
+    """Read a shard's chunks through the cache; the number of samples that cannot be used."""
+    first, end = index.layout.first_chunks[shard : shard + 2].tolist()
+    chunks = (read_chunk(index, chunk, cache) for chunk in range(first, end))
+    return sum(isinstance(sample, BadSample) for chunk in chunks for sample in chunk)
