@@ -49,7 +49,7 @@ def test_a_period_of_one_step_is_every_step() -> None:
 def test_a_step_consumes_one_batch() -> None:
     progress = Progress(step=3, data_step=5, bad_samples=2)
     progress.advance()
-    assert dataclasses.astuple(progress) == (4, 6, 2)
+    assert dataclasses.astuple(progress) == (4, 6, 2, True)
 
 
 class Recorder:

@@ -2,8 +2,8 @@
 
 torchrun keeps one store for all attempts (torch 2.13: always with the static backend; with c10d
 unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE is set, as it must be where machines join). gloo then
-finds the addresses of the ranks of the attempt before, which are dead, and waits. Here rank 0 of
-each attempt starts a store of its own, and the agents' store only tells the others where it is:
+finds the addresses of the ranks of the attempt before, which are dead, and waits. Here rank 0
+of each attempt starts a store of its own, and the agents' store only tells where it is:
 
     agents' store    "vitscale/store" = "10.0.0.7 40123 8d1f03ac"     (address, port, token)
     rank 0's store   "token" = "8d1f03ac"
