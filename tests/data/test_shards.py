@@ -11,7 +11,15 @@ from make import jpeg, write_shards, write_tar
 from vitscale.curate.verify import verify_index
 from vitscale.data.index import Index, build_index, check_shards
 from vitscale.data.reader import read_chunk, read_samples
-from vitscale.data.samples import BadSample, RawSample, parse_labels, split_name
+from vitscale.data.samples import (
+    DEFAULT_KEYS,
+    BadSample,
+    Choice,
+    LabelError,
+    RawSample,
+    read_labels,
+    split_name,
+)
 from vitscale.data.tar import Member, TarDamage, walk
 from vitscale.errors import ConfigError, DataError
 
@@ -235,12 +243,13 @@ def test_samples_that_cannot_be_used_are_indexed_counted_and_named(tmp_path: Pat
         [("text.jpg", b"not an image"), ("text.cls", b"1")],
         [("nolabel.jpg", jpeg(1))],
         [("word.jpg", jpeg(1)), ("word.cls", b"cat")],
-        [("evil.jpg", jpeg(1)), ("evil.cls", b"1"), ("evil.pkl", b"x")],
+        [("fraction.jpg", jpeg(1)), ("fraction.json", b'{"label": 1.5}')],
     ]
     path = write_tar(tmp_path / "x.tar", [*good, *(member for sample in bad for member in sample)])
     index = build_index([str(path)])
     assert index.num_samples == 5 and index.num_damaged == 4
-    for sentence, part in zip(index.damage, ("not a JPEG", "0 label files", "labels", r".pkl"), strict=True):
+    parts = ("not a JPEG", "no label", "its .cls is not a whole number", "its .json is not a whole number")
+    for sentence, part in zip(index.damage, parts, strict=True):
         assert part in sentence
     assert [sample.key for sample in read_samples(index, [0])] == ["a"]
     with pytest.raises(DataError, match="sample text"):
@@ -337,7 +346,7 @@ def test_pipe_urls_are_refused() -> None:
     ],
 )
 def test_labels_are_read_from_cls_and_json(extension: str, content: bytes, labels: tuple[int, ...]) -> None:
-    assert parse_labels(extension, content) == labels
+    assert read_labels(Choice("jpg", extension), content, DEFAULT_KEYS) == labels
 
 
 @pytest.mark.parametrize(
@@ -349,8 +358,8 @@ def test_labels_are_read_from_cls_and_json(extension: str, content: bytes, label
     ids=range(14),
 )
 def test_labels_that_are_not_whole_numbers_from_0_are_refused(extension: str, content: bytes) -> None:
-    with pytest.raises(ValueError):
-        parse_labels(extension, content)
+    with pytest.raises(LabelError):
+        read_labels(Choice("jpg", extension), content, DEFAULT_KEYS)
 
 
 def test_keys_end_at_the_first_dot_of_the_file_name() -> None:

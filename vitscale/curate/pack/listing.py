@@ -19,7 +19,6 @@ from vitscale import storage
 from vitscale.curate.pack.config import Omission, Omissions, UnreadableFile
 from vitscale.data.tar import MAX_MEMBER_BYTES
 
-MAX_LABEL = 2**31 - 1
 WHOLE = -1  # as a size: whatever the file has when it is read
 
 
