@@ -201,6 +201,8 @@ def pack(arguments: argparse.Namespace) -> int:
     )
     with Bar("image") as bar:
         report = run.pack(arguments.source, arguments.out, config, bar.update)
+    if report.edition:
+        print(report.edition)
     for split, shards in report.shards.items():
         out = arguments.out / ("index.json" if split == "train" else f"{split}.index.json")
         with Bar("shard") as bar:

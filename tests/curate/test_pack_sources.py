@@ -12,9 +12,10 @@ from make import jpeg, write_tar
 from pack_files import read_all, write_photos
 from PIL import Image
 
+from tools.data import main
 from vitscale.curate.pack import run
 from vitscale.curate.pack.config import FORMAT_NAMES, Omission, PackConfig, PackReport
-from vitscale.curate.pack.imagenet import list_imagenet21k
+from vitscale.curate.pack.imagenet import describe_edition, list_imagenet21k
 from vitscale.curate.pack.listing import FileReferences
 from vitscale.curate.pack.run import pack
 from vitscale.curate.pack.tar_members import TarPlace, list_members
@@ -105,6 +106,34 @@ def test_imagenet21k_is_a_folder_of_synset_tars_at_any_depth(tmp_path: Path, wor
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == SYNSETS
     assert json.loads((tmp_path / "out" / "synsets.json").read_text())["n01440764"] == 2
     assert report.num_omissions == 1 and "words.txt" in report.omissions[0]
+
+
+@pytest.mark.parametrize(
+    ("num_synsets", "words"),
+    [
+        (21_841, "21,841 synsets: fall11; label i is the i-th WordNet id in rising order"),
+        (19_167, "19,167 synsets: winter21; label i"),
+        (21_843, "21,843 synsets: those of the released ViT heads"),
+        (3, "3 synsets: no known edition (fall11 has 21,841, winter21 has 19,167"),
+    ],
+)
+def test_the_edition_of_imagenet21k_is_named_by_its_classes(num_synsets: int, words: str) -> None:
+    sentence = describe_edition([f"n{number:08d}" for number in range(num_synsets)])
+    assert sentence.startswith(words)
+    assert ("heads have 21,843 classes in that order" in sentence) == (num_synsets != 21_843)
+    assert ("n03931044 and n09859684" in sentence) == (num_synsets == 21_841)
+
+
+def test_a_packing_says_its_edition_and_keeps_its_class_names(tmp_path: Path, capsys) -> None:
+    write_synsets(tmp_path / "in")
+    command = ["pack", str(tmp_path / "in"), str(tmp_path / "out"), "--format", "imagenet21k"]
+    assert main([*command, "--workers", "0"]) == 0
+    assert "3 synsets: no known edition" in capsys.readouterr().out
+    assert "edition" in json.loads((tmp_path / "out" / "pack-report.json").read_text())
+    pattern = str(tmp_path / "out" / "*.tar")
+    assert main(["pack", pattern, str(tmp_path / "again"), "--format", "shards", "--workers", "0"]) == 0
+    for name in ("classes.json", "synsets.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_a_tar_of_tars_is_packed_in_place(tmp_path: Path) -> None:

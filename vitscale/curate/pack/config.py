@@ -94,6 +94,7 @@ class PackReport:
     shards: their paths.
     num_kept_shards: how many an earlier, interrupted run had finished.
     num_omissions: how many sources were left out; `omissions` describes the first NUM_LISTED.
+    edition: which edition of the data set this is, in words; "" if it has none.
     """
 
     shards: dict[str, list[str]]
@@ -101,6 +102,7 @@ class PackReport:
     num_kept_shards: int
     num_omissions: int
     omissions: tuple[str, ...]
+    edition: str = ""
 
 
 class Omission(ValueError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vitscale import processes, storage
 from vitscale.curate.pack.config import SPLITS, Omissions, PackConfig
+from vitscale.curate.pack.imagenet import SYNSET
 from vitscale.curate.pack.listing import FileReferences, Listing
 from vitscale.curate.pack.tar_members import TarPlace, list_members
 from vitscale.data.classes import names_by_label
@@ -72,7 +73,8 @@ def list_shards(source: str, config: PackConfig) -> Listing:
             "--image-key EXTENSION --label-key EXTENSION_OR_JSON_FIELD, and --classes FILE for class names"
         )
     classes = names_by_label(keys.classes) or _class_names(Path(paths[0]))
-    return Listing(splits=dict(ordered), classes=classes, omissions=omissions)
+    synsets = bool(classes) and all(SYNSET.fullmatch(name) for name in classes)
+    return Listing(splits=dict(ordered), classes=classes, omissions=omissions, synsets=synsets)
 
 
 def list_shard(path: str, keys: SampleKeys) -> ShardSamples:
