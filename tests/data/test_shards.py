@@ -80,9 +80,9 @@ def test_shards_without_a_usable_sample_say_the_commonest_reasons(tmp_path: Path
     with pytest.raises(DataError) as refused:
         build_index([str(path)])
     assert str(refused.value) == (
-        f"no usable sample in 1 shards: no label (.cls .json) (5 times, like {path}: sample u0, which has .jpg); "
-        f"its .cls is not a whole number from 0 to 2,147,483,647 (3 times, like {path}: sample n0, which has "
-        f"'cat'); no image (.jpg .jpeg .png .webp) (1 times, like {path}: sample z, which has .cls). Say what "
+        f"no usable sample in 1 shards: no label (.cls .json) (5 times, like {path}: sample u0, which has .jpg)"
+        f"; its .cls is not a whole number from 0 to 2,147,483,647 (3 times, like {path}: sample n0, which "
+        f"has 'cat'); no image (.jpg .jpeg .png .webp) (1 times, like {path}: sample z, which has .cls). Say what "
         "holds images and labels: python tools/data.py index SHARDS --image-key EXTENSION --label-key "
         "EXTENSION_OR_FIELD, and --classes FILE for labels that are names"
     )
@@ -104,7 +104,7 @@ def test_a_sample_with_two_defects_is_counted_once(tmp_path: Path) -> None:
 
 def test_a_broken_shard_is_a_reason_and_no_sample(tmp_path: Path) -> None:
     path = Path(write_shards(tmp_path, [8])[0])
-    path.write_bytes(path.read_bytes()[:-3000])
+    path.write_bytes(path.read_bytes()[:5000])
     index = build_index([str(path)], allow_damaged=True)
     assert index.num_damaged == 0 and index.damage == (index.reasons["a broken archive"][1],)
 
