@@ -58,6 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     index.add_argument(
         "--allow-damaged", action="store_true", help="index what precedes the damage in a broken shard"
     )
+    _add_keys(index)
     _add_workers(index, cores)
 
     verify = add(
@@ -122,6 +123,7 @@ def _add_pack(add: Any, cores: int) -> None:
         default="",
         help="ImageNet-1k: a text file with one synset per line, in the order of the file names",
     )
+    _add_keys(pack)
     _add_workers(pack, cores)
     pack.add_argument("--overwrite", action="store_true", help="start over and replace the shards in OUT")
 
@@ -162,6 +164,25 @@ def _add_dedup(add: Any, cores: int) -> None:
     )
 
 
+def _add_keys(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--image-key",
+        default="jpg;jpeg;png;webp",
+        help="extensions of the image in existing shards, the first that is there; default: %(default)s",
+    )
+    command.add_argument(
+        "--label-key",
+        default="cls;json",
+        help="extensions of the label, or a field of KEY.json like class_id; default: %(default)s",
+    )
+    command.add_argument(
+        "--classes",
+        default="",
+        metavar="FILE",
+        help='for labels that are class names: {"cat": 0, ...} or a list as JSON, or one name per line',
+    )
+
+
 def _add_workers(command: argparse.ArgumentParser, cores: int) -> None:
     command.add_argument(
         "--workers",
@@ -190,6 +211,8 @@ def pack(arguments: argparse.Namespace) -> int:
     )
     with Bar("image") as bar:
         report = run.pack(arguments.source, arguments.out, config, bar.update)
+    if report.edition:
+        print(report.edition)
     for split, shards in report.shards.items():
         out = arguments.out / ("index.json" if split == "train" else f"{split}.index.json")
         with Bar("shard") as bar:
@@ -198,7 +221,7 @@ def pack(arguments: argparse.Namespace) -> int:
             )
         index.save(out)
         print(f"{out}: {index.num_samples:,} samples in {len(shards)} shards")
-        report_damage(index.damage, index.num_damaged)
+        report_index(index)
     for sentence in report.omissions:
         print(f"left out: {sentence}", file=sys.stderr)
     if report.num_omissions:
@@ -208,9 +231,16 @@ def pack(arguments: argparse.Namespace) -> int:
 
 def index_shards(arguments: argparse.Namespace) -> int:
     from vitscale import storage
+    from vitscale.data.classes import read_classes
     from vitscale.data.index import build_index
+    from vitscale.data.samples import SampleKeys
     from vitscale.errors import ConfigError
 
+    keys = SampleKeys(
+        image_key=arguments.image_key,
+        label_key=arguments.label_key,
+        classes=read_classes(arguments.classes) if arguments.classes else {},
+    )
     shards = storage.expand(arguments.shards)
     if not arguments.out and not storage.is_local(shards[0]):
         raise ConfigError(
@@ -224,6 +254,7 @@ def index_shards(arguments: argparse.Namespace) -> int:
             shards,
             chunk_samples=arguments.chunk_samples,
             allow_damaged=arguments.allow_damaged,
+            keys=keys,
             workers=arguments.workers,
             journal=out.with_suffix(".partial"),
             progress=bar.update,
@@ -231,7 +262,7 @@ def index_shards(arguments: argparse.Namespace) -> int:
     index.save(out)
     print(out)
     print(f"{index.num_samples:,} samples in {len(shards)} shards, {index.num_damaged:,} of them damaged")
-    report_damage(index.damage, index.num_damaged)
+    report_index(index)
     return 0
 
 
@@ -324,6 +355,17 @@ def warm(arguments: argparse.Namespace) -> int:
     if warmed.num_bad:
         print(f"{warmed.num_bad:,} samples cannot be used; training replaces them", file=sys.stderr)
     return 0
+
+
+def report_index(index: Any) -> None:
+    """Print what is noteworthy in a new index. Training replaces the damaged samples."""
+    from vitscale.data.index import commonest
+
+    for sentence in commonest(index.reasons, len(index.reasons)):
+        print(f"damaged: {sentence}", file=sys.stderr)
+    if index.passed_over:
+        counts = [f"{count:,} {extension}" for extension, count in sorted(index.passed_over.items())]
+        print(f"passed over, neither images nor labels: {', '.join(counts)}", file=sys.stderr)
 
 
 def report_damage(sentences: Sequence[str], total: int) -> None:

@@ -11,7 +11,15 @@ from make import jpeg, write_shards, write_tar
 from vitscale.curate.verify import verify_index
 from vitscale.data.index import Index, build_index, check_shards
 from vitscale.data.reader import read_chunk, read_samples
-from vitscale.data.samples import BadSample, RawSample, parse_labels, split_name
+from vitscale.data.samples import (
+    DEFAULT_KEYS,
+    BadSample,
+    Choice,
+    LabelError,
+    RawSample,
+    read_labels,
+    split_name,
+)
 from vitscale.data.tar import Member, TarDamage, walk
 from vitscale.errors import ConfigError, DataError
 
@@ -63,6 +71,50 @@ def test_all_damage_is_counted_and_the_first_twenty_places_are_named(tmp_path: P
     index = build_index([str(path)])
     assert index.num_damaged == 25 and len(index.damage) == 20
     assert index.damage[-1] == f"{path}: sample s19: the content of .jpg is not a JPEG, PNG or WebP image"
+
+
+def test_shards_without_a_usable_sample_say_the_commonest_reasons(tmp_path: Path) -> None:
+    unlabelled = [(f"u{n}.jpg", jpeg(0)) for n in range(5)]
+    named = [(f"n{n}.{kind}", data) for n in range(3) for kind, data in (("jpg", jpeg(0)), ("cls", b"cat"))]
+    path = write_tar(tmp_path / "x.tar", [*named, *unlabelled, ("z.cls", b"1")])
+    with pytest.raises(DataError) as refused:
+        build_index([str(path)])
+    assert str(refused.value) == (
+        f"no usable sample in 1 shards: no label (.cls .json) (5 times, like {path}: sample u0, which has .jpg)"
+        f"; its .cls is not a whole number from 0 to 2,147,483,647 (3 times, like {path}: sample n0, which "
+        f"has 'cat'); no image (.jpg .jpeg .png .webp) (1 times, like {path}: sample z, which has .cls). Say what "
+        "holds images and labels: python tools/data.py index SHARDS --image-key EXTENSION --label-key "
+        "EXTENSION_OR_FIELD, and --classes FILE for labels that are names"
+    )
+
+
+def test_a_sample_with_two_defects_is_counted_once(tmp_path: Path) -> None:
+    """Here images and labels take turns: keys occur twice, and no file has its other half."""
+    members = [
+        (f"{key}.{kind}", jpeg(0)) for n in range(4) for kind in ("jpg", "cls") for key in (f"a{n}", f"b{n}")
+    ]
+    path = write_tar(tmp_path / "x.tar", [("good.jpg", jpeg(0)), ("good.cls", b"0"), *members])
+    index = build_index([str(path)])
+    assert (index.num_samples, index.num_damaged) == (17, 16)
+    assert {reason: count for reason, (count, _) in index.reasons.items()} == {
+        "no label (.cls .json)": 8,
+        "no image (.jpg .jpeg .png .webp)": 8,
+    }
+
+
+def test_a_broken_shard_is_a_reason_and_no_sample(tmp_path: Path) -> None:
+    path = Path(write_shards(tmp_path, [8])[0])
+    path.write_bytes(path.read_bytes()[:5000])
+    index = build_index([str(path)], allow_damaged=True)
+    assert index.num_damaged == 0 and index.damage == (index.reasons["a broken archive"][1],)
+
+
+def test_kinds_of_damage_without_end_are_counted_together(tmp_path: Path) -> None:
+    members = [(f"{n}.{kind}", data) for n in range(300) for kind, data in (("jpg", b"x"), (f"x{n}", b"x"))]
+    path = write_tar(tmp_path / "x.tar", [("good.jpg", jpeg(0)), ("good.cls", b"0"), *members])
+    index = build_index([str(path)])
+    assert len(index.passed_over) == 101 and index.passed_over["others"] == 201
+    assert sum(index.passed_over.values()) == 600
 
 
 def write_archive(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], tar_format: int) -> Path:
@@ -235,12 +287,13 @@ def test_samples_that_cannot_be_used_are_indexed_counted_and_named(tmp_path: Pat
         [("text.jpg", b"not an image"), ("text.cls", b"1")],
         [("nolabel.jpg", jpeg(1))],
         [("word.jpg", jpeg(1)), ("word.cls", b"cat")],
-        [("evil.jpg", jpeg(1)), ("evil.cls", b"1"), ("evil.pkl", b"x")],
+        [("fraction.jpg", jpeg(1)), ("fraction.json", b'{"label": 1.5}')],
     ]
     path = write_tar(tmp_path / "x.tar", [*good, *(member for sample in bad for member in sample)])
     index = build_index([str(path)])
     assert index.num_samples == 5 and index.num_damaged == 4
-    for sentence, part in zip(index.damage, ("not a JPEG", "0 label files", "labels", r".pkl"), strict=True):
+    parts = ("not a JPEG", "no label", "its .cls is not a whole number", "its .json is not a whole number")
+    for sentence, part in zip(index.damage, parts, strict=True):
         assert part in sentence
     assert [sample.key for sample in read_samples(index, [0])] == ["a"]
     with pytest.raises(DataError, match="sample text"):
@@ -337,7 +390,7 @@ def test_pipe_urls_are_refused() -> None:
     ],
 )
 def test_labels_are_read_from_cls_and_json(extension: str, content: bytes, labels: tuple[int, ...]) -> None:
-    assert parse_labels(extension, content) == labels
+    assert read_labels(Choice("jpg", extension), content, DEFAULT_KEYS) == labels
 
 
 @pytest.mark.parametrize(
@@ -349,8 +402,8 @@ def test_labels_are_read_from_cls_and_json(extension: str, content: bytes, label
     ids=range(14),
 )
 def test_labels_that_are_not_whole_numbers_from_0_are_refused(extension: str, content: bytes) -> None:
-    with pytest.raises(ValueError):
-        parse_labels(extension, content)
+    with pytest.raises(LabelError):
+        read_labels(Choice("jpg", extension), content, DEFAULT_KEYS)
 
 
 def test_keys_end_at_the_first_dot_of_the_file_name() -> None:

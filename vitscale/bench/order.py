@@ -28,6 +28,7 @@ from vitscale.data.index import Index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Stream, batches
 from vitscale.data.mixture import Mixture
+from vitscale.data.samples import DEFAULT_KEYS
 from vitscale.data.scan import chunk_checksum, scan_shard
 from vitscale.data.sources import Source
 from vitscale.data.tar import BLOCK, walk
@@ -91,7 +92,7 @@ def write_index(config: OrderBench) -> Path:
     if marker.exists() and marker.read_text() == wanted:
         return path
     counts = _shard_sizes(config)
-    scan = scan_shard(_write_shard(config, int(counts.max())), CHUNK, allow_damaged=False)
+    scan = scan_shard(_write_shard(config, int(counts.max())), CHUNK, allow_damaged=False, keys=DEFAULT_KEYS)
     ends = np.cumsum([blocks for blocks, _ in scan.chunks]) * BLOCK
     partial = functools.cache(lambda full, rest: _partial_chunk(scan.shard.url, int(ends[full - 1]), rest))
     chunks = []

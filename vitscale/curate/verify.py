@@ -33,7 +33,13 @@ def verify_index(
 def _verify_shard(shard_number: int, index: Index, decode_images: bool) -> list[str]:
     shard = index.shards[shard_number]
     try:
-        scan = scan_shard(shard.url, index.chunk_samples, allow_damaged=True, listed=shard.num_samples + 1)
+        scan = scan_shard(
+            shard.url,
+            index.chunk_samples,
+            allow_damaged=True,
+            keys=index.keys,
+            listed=shard.num_samples + 1,
+        )
         damage = [*scan.damage, *(_damaged_images(index, shard_number) if decode_images else ())]
     except UserError as error:
         return [str(error)]

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ import xxhash
 
 from vitscale import atomic, processes, storage
 from vitscale.data.order import ShardLayout
-from vitscale.data.scan import LISTED, Scan, Shard, chunk_checksum, scan_shard
+from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
+from vitscale.data.scan import LISTED, Scan, Shard, add_counts, add_reason, chunk_checksum, scan_shard
 from vitscale.data.tar import BLOCK
 from vitscale.errors import ConfigError, DataError, StoreError, UserError
 
-FORMAT, VERSION = "vitscale-index", 2
+FORMAT, VERSION = "vitscale-index", 3
+READABLE = (2, 3)  # version 2 means its samples strictly (SampleKeys.strict)
 MAX_CHUNK_SAMPLES = 65_535  # ShardLayout.shortfalls counts in 16 bits
 
 
@@ -33,8 +35,10 @@ class Index:
     """Shards in order, with what is known of their chunks; sample ids count through them.
 
     chunks: an array of records (blocks: the chunk's length in blocks of 512 bytes; checksum).
-    label_counts: samples by label. num_damaged: samples that cannot be used; `damage` names the
-    first of them, one sentence each.
+    keys: which files are the samples' images and labels. label_counts: samples by label.
+    num_damaged: samples that cannot be used; `damage` names the first of them, one sentence
+    each, and `reasons` counts them by reason and says where the first is. passed_over: files by
+    extension that are neither images nor labels.
     """
 
     shards: tuple[Shard, ...]
@@ -44,6 +48,9 @@ class Index:
     max_labels: int
     num_damaged: int = 0
     damage: tuple[str, ...] = ()
+    reasons: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    keys: SampleKeys = DEFAULT_KEYS
 
     @functools.cached_property
     def layout(self) -> ShardLayout:
@@ -63,10 +70,17 @@ class Index:
         return max(self.label_counts)
 
     def fingerprint(self) -> str:
-        """Names the content: equal for equal shards in the same order, wherever they are."""
+        """Names the content: equal for equal shards in the same order, wherever they are.
+
+        It depends on the keys only where they matter: version 2 and the default keys have equal
+        samples if there are no files to be passed over but KEY.txt.
+        """
         digest = xxhash.xxh3_128(f"{self.chunk_samples}\n".encode())
         for shard in self.shards:
             digest.update(f"{shard.num_bytes} {shard.num_samples} {shard.checksum}\n".encode())
+        is_as_ever = self.keys.strict or (self.keys == DEFAULT_KEYS and self.passed_over.keys() <= {".txt"})
+        if not is_as_ever:
+            digest.update(json.dumps(dataclasses.asdict(self.keys), sort_keys=True).encode())
         return digest.hexdigest()
 
     def chunk_range(self, chunk: int) -> tuple[Shard, int, int]:
@@ -108,6 +122,9 @@ class Index:
             "max_labels": self.max_labels,
             "num_damaged": self.num_damaged,
             "damage": list(self.damage),
+            "reasons": self.reasons,
+            "passed_over": self.passed_over,
+            "keys": dataclasses.asdict(self.keys),
             "label_counts": {str(label): count for label, count in sorted(self.label_counts.items())},
             "chunks": {"file": path.with_suffix(".chunks.npy").name, "checksum": _checksum(array)},
         }
@@ -138,7 +155,7 @@ class Index:
     @classmethod
     def _read(cls, path: str, remake: str) -> "Index":
         values = json.loads(storage.read_bytes(path))
-        if (values["format"], values["version"]) != (FORMAT, VERSION):
+        if values["format"] != FORMAT or values["version"] not in READABLE:
             raise DataError(f"{path} is a {values['format']} of version {values['version']}; {remake}")
         entry = values["chunks"]
         array = _open_array(storage.join(path, entry["file"]))
@@ -153,6 +170,7 @@ class Index:
             max_labels=values["max_labels"],
             num_damaged=values["num_damaged"],
             damage=tuple(values["damage"]),
+            **_read_newer(values),
         )
         if not index._is_consistent():
             raise DataError(f"the shards in {path} are not those of {entry['file']}; {remake}")
@@ -164,6 +182,7 @@ def build_index(
     *,
     chunk_samples: int = 32,
     allow_damaged: bool = False,
+    keys: SampleKeys = DEFAULT_KEYS,
     workers: int = 0,
     journal: Path | None = None,
     progress: processes.ProgressCallback = processes.no_progress,
@@ -177,9 +196,9 @@ def build_index(
     """
     if not 1 <= chunk_samples <= MAX_CHUNK_SAMPLES:
         raise ConfigError(f"--chunk-samples {chunk_samples} must be from 1 to {MAX_CHUNK_SAMPLES:,}")
-    finished = _Journal(journal, f"{chunk_samples} {allow_damaged}")
+    finished = _Journal(journal, f"{chunk_samples} {allow_damaged} {json.dumps(dataclasses.asdict(keys))}")
     known = {url for url in shards if finished.holds(url)}
-    scan = functools.partial(scan_shard, chunk_samples=chunk_samples, allow_damaged=allow_damaged)
+    scan = functools.partial(scan_shard, chunk_samples=chunk_samples, allow_damaged=allow_damaged, keys=keys)
     scans = processes.map_in_order(scan, [url for url in shards if url not in known], workers)
     builder = _IndexBuilder()
     try:
@@ -190,7 +209,7 @@ def build_index(
     finally:
         scans.close()  # type: ignore[attr-defined]
         finished.close()
-    index = builder.index(chunk_samples)
+    index = builder.index(chunk_samples, keys)
     finished.remove()
     return index
 
@@ -280,6 +299,8 @@ class _IndexBuilder:
         self.chunks: list[np.ndarray] = []
         self.labels: collections.Counter[int] = collections.Counter()
         self.damage: list[str] = []
+        self.reasons: dict[str, tuple[int, str]] = {}
+        self.passed_over: dict[str, int] = {}
         self.num_damaged = self.max_labels = 0
 
     def add(self, scan: Scan) -> None:
@@ -289,11 +310,18 @@ class _IndexBuilder:
         self.max_labels = max(self.max_labels, scan.max_labels)
         self.num_damaged += scan.num_damaged
         self.damage += scan.damage[: LISTED - len(self.damage)]
+        for reason, (count, example) in scan.reasons.items():
+            add_reason(self.reasons, reason, count, example)
+        add_counts(self.passed_over, scan.passed_over)
 
-    def index(self, chunk_samples: int) -> Index:
+    def index(self, chunk_samples: int, keys: SampleKeys) -> Index:
         if not self.labels:
-            first = self.shards[0].url if self.shards else "-"
-            raise DataError(f"no usable sample in {len(self.shards)} shards, the first of them {first}")
+            why = "; ".join(commonest(self.reasons))
+            raise DataError(
+                f"no usable sample in {len(self.shards):,} shards: {why}. Say what holds images and labels: "
+                "python tools/data.py index SHARDS --image-key EXTENSION --label-key EXTENSION_OR_FIELD, "
+                "and --classes FILE for labels that are names"
+            )
         pairs = np.concatenate(self.chunks)
         # 2 bytes suffice for chunks of up to 33 MB: 32 samples of a megabyte each.
         wide = int(pairs[:, 0].max()) > np.iinfo(np.uint16).max
@@ -307,7 +335,24 @@ class _IndexBuilder:
             max_labels=self.max_labels,
             num_damaged=self.num_damaged,
             damage=tuple(self.damage),
+            reasons=self.reasons,
+            passed_over=self.passed_over,
+            keys=keys,
         )
+
+
+def commonest(reasons: Mapping[str, tuple[int, str]], number: int = 3) -> list[str]:
+    """The commonest reasons for damage, each with its number and an example."""
+    by_count = sorted(reasons.items(), key=lambda item: -item[1][0])[:number]
+    return [f"{reason} ({count:,} times, like {example})" for reason, (count, example) in by_count]
+
+
+def _read_newer(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields that version 2 does not have, or what their absence means."""
+    if values["version"] == 2:
+        return {"keys": SampleKeys(strict=True)}
+    reasons = {reason: (count, example) for reason, (count, example) in values["reasons"].items()}
+    return {"reasons": reasons, "passed_over": values["passed_over"], "keys": SampleKeys(**values["keys"])}
 
 
 def _relative(shard: Shard, path: Path) -> dict[str, Any]:

@@ -240,7 +240,7 @@ class Augmenter:
     def _unusable(self, sample: RawSample | BadSample) -> str:
         """Why a sample cannot be used, "" if it can."""
         if isinstance(sample, BadSample):
-            return sample.reason
+            return sample.why()
         mapping, index = self._source.label_map, self._source.index
         for label in sample.labels:
             if mapping and label not in mapping:

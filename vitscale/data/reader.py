@@ -31,7 +31,7 @@ def read_chunk(index: Index, chunk: int, cache: NodeCache | None = None) -> Chun
     is_right = functools.partial(index.is_intact, chunk)
     cached = cache.get(key) if cache else None
     if cached is not None and is_right(cached):
-        return parse_samples(cached, start, count)
+        return parse_samples(cached, start, count, index.keys)
     try:
         data = storage.read_range(shard.url, start, end, is_right)
     except FileNotFoundError:
@@ -39,9 +39,9 @@ def read_chunk(index: Index, chunk: int, cache: NodeCache | None = None) -> Chun
     if is_right(data):
         if cache:
             cache.put(key, data)
-        return parse_samples(data, start, count)
+        return parse_samples(data, start, count, index.keys)
     where = f"bytes {start:,} to {end:,} are not those that were indexed"
-    return [_distrusted(sample, where) for sample in parse_samples(data, start, count)]
+    return [_distrusted(sample, where) for sample in parse_samples(data, start, count, index.keys)]
 
 
 def read_samples(index: Index, ids: Iterable[int]) -> Iterator[RawSample]:
@@ -56,7 +56,7 @@ def read_samples(index: Index, ids: Iterable[int]) -> Iterator[RawSample]:
             read, samples = chunk, read_chunk(index, chunk)
         sample = samples[sample_id - index.layout.chunk_ids(chunk).start]
         if isinstance(sample, BadSample):
-            raise DataError(f"{describe(index, sample_id)}: sample {sample.key}: {sample.reason}")
+            raise DataError(f"{describe(index, sample_id)}: {sample.describe()}")
         yield sample
 
 
@@ -68,5 +68,5 @@ def describe(index: Index, sample_id: int) -> str:
 
 def _distrusted(sample: RawSample | BadSample, where: str) -> BadSample:
     """A sample of a chunk that is not as it was indexed, as a bad one."""
-    reason = f": {sample.reason}" if isinstance(sample, BadSample) else ""
-    return BadSample(sample.key, where + reason)
+    found = sample.reason if isinstance(sample, BadSample) else ""
+    return BadSample(sample.key, where, found)

@@ -1,19 +1,69 @@
 """What a sample in a shard is: consecutive files with one key, an image and its labels.
 
-A shard is data, never code.
+SampleKeys say which files these are; all others are passed over, unopened. A shard is data,
+never code.
 """
 
+import collections
+import dataclasses
+import functools
 import json
 import re
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from vitscale.data.tar import Bytes, Member, Slices, TarDamage, walk
+from vitscale.errors import ConfigError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSIONS = ("cls", "json")
-IGNORED_EXTENSIONS = ("txt",)
+MAX_LABEL = 2**31 - 1
+WITHOUT_KEY = "without a key"  # how files are counted that belong to no sample
+_METADATA = re.compile(r"__[^/]*__(/|$)")
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
+
+
+def _names(key: str) -> tuple[str, ...]:
+    return tuple(name.strip().removeprefix(".") for name in key.split(";"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleKeys:
+    """Which files of a sample are its image and its labels, as webdataset users name them.
+
+    image_key:  extensions, separated by `;`. The first that a sample has is its image.
+    label_key:  extensions, the same way. A name that no file of the sample has is a field of
+                KEY.json; a/b is the field b of the object a. "json" itself stands for the whole
+                content, or its field labels, label or cls.
+    classes:    labels by class name, for labels that are written as names.
+    strict:     the meaning of indexes of version 2: a sample has exactly one image, one label
+                file, and no other file but KEY.txt, or it cannot be used.
+
+    Raises ConfigError for keys that name nothing.
+    """
+
+    image_key: str = ";".join(IMAGE_EXTENSIONS)
+    label_key: str = ";".join(LABEL_EXTENSIONS)
+    classes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for option, example in (("image_key", "jpg;png"), ("label_key", "cls;json")):
+            if not all(_names(getattr(self, option))):
+                raise ConfigError(
+                    f"{option} {getattr(self, option)!r} has an empty name; write one like {example!r}"
+                )
+
+    @functools.cached_property
+    def images(self) -> tuple[str, ...]:
+        return tuple(name.lower() for name in _names(self.image_key))
+
+    @functools.cached_property
+    def labels(self) -> tuple[str, ...]:
+        return _names(self.label_key)
+
+
+DEFAULT_KEYS = SampleKeys()
 
 
 class RawSample(NamedTuple):
@@ -29,13 +79,27 @@ class RawSample(NamedTuple):
 
 
 class BadSample(NamedTuple):
-    """A sample that cannot be used, and why."""
+    """A sample that cannot be used, and why.
+
+    reason: the same words for the same defect. found: what this sample has instead; may be "".
+    """
 
     key: str
     reason: str
+    found: str = ""
+
+    def why(self) -> str:
+        return f"{self.reason}: {self.found}" if self.found else self.reason
+
+    def place(self, shard: str) -> str:
+        """The sample as an example of its reason."""
+        return f"{shard}: sample {self.key}" + (f", which has {self.found}" if self.found else "")
+
+    def describe(self) -> str:
+        return f"sample {self.key}: {self.why()}"
 
 
-def parse_samples(data: bytes, offset: int, count: int) -> list[RawSample | BadSample]:
+def parse_samples(data: bytes, offset: int, count: int, keys: SampleKeys) -> list[RawSample | BadSample]:
     """The `count` samples in a range of a shard, which begins at byte `offset` of the shard.
 
     Samples that damage hides are BadSamples.
@@ -43,7 +107,7 @@ def parse_samples(data: bytes, offset: int, count: int) -> list[RawSample | BadS
     samples: list[RawSample | BadSample] = []
     reason = "the range holds fewer samples than the index says"
     try:
-        samples.extend(sample for sample, _ in group(walk(Slices(data), offset, whole=False)))
+        samples.extend(sample for sample, _ in group(walk(Slices(data), offset, whole=False), keys))
     except TarDamage as damage:
         reason = str(damage)
     if len(samples) > count:
@@ -51,31 +115,41 @@ def parse_samples(data: bytes, offset: int, count: int) -> list[RawSample | BadS
     return samples + [BadSample("?", reason)] * (count - len(samples))
 
 
-def group(members: Iterable[Member]) -> Iterator[tuple[RawSample | BadSample, int]]:
+def group(
+    members: Iterable[Member], keys: SampleKeys, passed_over: collections.Counter[str] | None = None
+) -> Iterator[tuple[RawSample | BadSample, int]]:
     """Join consecutive members with one key to samples, each with its first header's offset.
+
+    passed_over: counts the files, by extension, that are neither an image nor labels.
 
     Where the members end in TarDamage, the current sample is yielded only if both its image and
     its labels are whole. The damage is then raised.
     """
+    passed_over = collections.Counter() if passed_over is None else passed_over
     key, offset, files = "", 0, list[tuple[str, Bytes]]()
     try:
         for member in members:
+            if not keys.strict and belongs_to_no_sample(member.name):
+                passed_over[WITHOUT_KEY] += 1
+                continue
             member_key, extension = split_name(member.name)
             if files and member_key != key:
-                yield _assemble(key, files), offset
+                yield _assemble(key, files, keys, passed_over), offset
                 files = []
             if not files:
                 key, offset = member_key, member.offset
             files.append((extension, member.data))
     except TarDamage as damage:
-        sample = _assemble(key, files)
-        if isinstance(sample, RawSample):
+        sample = _assemble(key, files, keys, passed_over)
+        # Unless it has the first choice of labels, the damage may hide a better one.
+        is_whole = keys.strict or keys.labels[0] in dict(files)
+        if isinstance(sample, RawSample) and is_whole:
             yield sample, offset
         elif files:
             damage.whole_until = offset
         raise
     if files:
-        yield _assemble(key, files), offset
+        yield _assemble(key, files, keys, passed_over), offset
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -85,32 +159,135 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def parse_labels(extension: str, data: Bytes) -> tuple[int, ...]:
-    """Class indices from the content of a label file.
+def belongs_to_no_sample(name: str) -> bool:
+    """Whether webdataset passes a file over: hidden, without an extension, or __metadata__."""
+    stem, _, extension = name.rpartition("/")[2].partition(".")
+    return not stem or not extension or _METADATA.match(name) is not None
+
+
+class Choice(NamedTuple):
+    """Which files of a sample are used, by extension.
+
+    fields: where in a JSON label file the labels are, the first that is there; () = as usual.
+    """
+
+    image: str
+    label: str
+    fields: tuple[str, ...] = ()
+
+
+def choose(extensions: Sequence[str], keys: SampleKeys) -> Choice | str:
+    """The image and the label file of a sample that has these files, or why there are none."""
+    if keys.strict:
+        return _choose_strictly(extensions)
+    repeated = [extension for extension in extensions if extensions.count(extension) > 1]
+    image = next((name for name in keys.images if name in extensions), "")
+    label = _choose_label(extensions, keys.labels)
+    if not image:
+        return f"no image ({_list(keys.images)})"
+    if not label:
+        return f"no label ({_list(keys.labels)})"
+    if image in repeated or label[0] in repeated:
+        return f"more than one .{image if image in repeated else label[0]} under one key"
+    return Choice(image, *label)
+
+
+def _choose_label(extensions: Sequence[str], names: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
+    """The label file, and the fields to look for in it."""
+    for position, name in enumerate(names):
+        if name.lower() in extensions:
+            return name.lower(), ()
+        if name not in LABEL_EXTENSIONS and "json" in extensions:
+            return "json", names[position:]
+    return None
+
+
+def _choose_strictly(extensions: Sequence[str]) -> Choice | str:
+    images = [extension for extension in extensions if extension in IMAGE_EXTENSIONS]
+    labels = [extension for extension in extensions if extension in LABEL_EXTENSIONS]
+    for extension in extensions:
+        if extension not in (*IMAGE_EXTENSIONS, *LABEL_EXTENSIONS, "txt"):
+            return f"a file with the extension .{extension}, which is not read"
+    if len(images) != 1 or len(labels) != 1:
+        return f"{len(images)} images and {len(labels)} label files instead of one of each"
+    return Choice(images[0], labels[0])
+
+
+class LabelError(ValueError):
+    """A label file that holds no labels. found: what is there instead; may be ""."""
+
+    def __init__(self, reason: str, found: str = "") -> None:
+        super().__init__(reason)
+        self.found = found
+
+
+def read_labels(choice: Choice, data: Bytes, keys: SampleKeys) -> tuple[int, ...]:
+    """The class indices in the content of a sample's label file.
 
         KEY.cls     3  or  3 17  or  3,17
         KEY.json    3  or  [3, 17]  or  {"labels": [3, 17]} ("label" and "cls" will do, too)
 
-    Raises ValueError if there are none, or if they are not whole numbers from 0.
+    Raises LabelError if there are none, or if one is neither a whole number from 0 to MAX_LABEL
+    nor the name of a class.
     """
-    if extension == "cls":
-        text = bytes(data).decode("ascii").strip()
-        if text.isdigit():  # the usual case
-            return (int(text),)
-        words = re.split(r"[\s,]+", text)
-        labels = [int(word) if word.isdigit() else -1 for word in words]  # int() would take "1_0"
+    if choice.label.endswith("json"):
+        labels = _json_labels(data, choice)
     else:
         try:
-            value = json.loads(bytes(data))
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-        if isinstance(value, dict):
-            value = value.get("labels", value.get("label", value.get("cls")))
-        labels = value if isinstance(value, list) else [value]
-    parsed = tuple(label for label in labels if type(label) is int and label >= 0)
-    if not parsed or len(parsed) < len(labels):
-        raise ValueError("labels must be whole numbers from 0")
-    return parsed
+            text = bytes(data).decode().strip()
+        except UnicodeDecodeError:
+            raise LabelError(f"its .{choice.label} is not text") from None
+        if text.isascii() and text.isdigit() and len(text) < 10:  # the usual case
+            return (keys.classes.get(text, int(text)),)
+        labels = [text] if text in keys.classes else re.split(r"[\s,]+", text)
+    where = f".{choice.label}" + (f", field {choice.fields[0]}," if choice.fields else "")
+    return tuple(_label(label, where, keys) for label in labels)
+
+
+def _json_labels(data: Bytes, choice: Choice) -> list[Any]:
+    """The values that stand where labels are expected, at least one."""
+    try:
+        content = json.loads(bytes(data))
+    except (ValueError, RecursionError):  # the latter where it is nested too deeply
+        raise LabelError(f"its .{choice.label} is not JSON") from None
+    fields = choice.fields or ("json",)
+    value = next((value for field in fields for value in _values(content, field)), None)
+    values = value if isinstance(value, list) else [value]
+    if value is None or not values:
+        wanted = choice.fields or ("labels", "label", "cls")
+        has = f"the fields {' '.join(content)}" if isinstance(content, dict) else _brief(content)
+        raise LabelError(f"its .{choice.label} has no field {' or '.join(wanted)}", has[:200])
+    return values
+
+
+def _values(content: Any, field: str) -> list[Any]:
+    """[the value of a field], or [] if there is none."""
+    if field == "json":
+        if not isinstance(content, dict):
+            return [content]
+        return [content[name] for name in ("labels", "label", "cls") if name in content][:1]
+    if isinstance(content, dict) and field in content:
+        return [content[field]]
+    first, slash, rest = field.partition("/")
+    return _values(content[first], rest) if slash and isinstance(content, dict) and first in content else []
+
+
+def _label(label: object, where: str, keys: SampleKeys) -> int:
+    if isinstance(label, str):
+        if label in keys.classes:
+            return keys.classes[label]
+        is_number = label.isascii() and label.isdigit() and not (keys.strict and where == ".json")
+        label = int(label) if is_number and len(label) < 20 else label
+    if type(label) is int and 0 <= label <= MAX_LABEL:
+        return label
+    if keys.classes and isinstance(label, str):
+        raise LabelError(f"its {where} is not the name of a class", _brief(label))
+    raise LabelError(f"its {where} is not a whole number from 0 to {MAX_LABEL:,}", _brief(label))
+
+
+def _brief(value: object) -> str:
+    """A JSON value for messages; of what may be nested deeply, its kind alone."""
+    return repr(value)[:50] if isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
 def image_kind(data: Bytes) -> str:
@@ -119,21 +296,25 @@ def image_kind(data: Bytes) -> str:
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
 
 
-def _assemble(key: str, files: list[tuple[str, Bytes]]) -> RawSample | BadSample:
-    images, labels = [], []
-    for extension, data in files:
-        if extension in IMAGE_EXTENSIONS:
-            images.append((extension, data))
-        elif extension in LABEL_EXTENSIONS:
-            labels.append((extension, data))
-        elif extension not in IGNORED_EXTENSIONS:
-            return BadSample(key, f"a file with the extension .{extension}, which is not read")
-    if len(images) != 1 or len(labels) != 1:
-        return BadSample(key, f"{len(images)} images and {len(labels)} label files instead of one of each")
-    if not image_kind(images[0][1]):
-        return BadSample(key, f"the content of .{images[0][0]} is not a JPEG, PNG or WebP image")
+def _assemble(
+    key: str, files: list[tuple[str, Bytes]], keys: SampleKeys, passed_over: collections.Counter[str]
+) -> RawSample | BadSample:
+    extensions = [extension for extension, _ in files]
+    choice = choose(extensions, keys)
+    used = () if isinstance(choice, str) else choice
+    passed_over.update(f".{extension}" for extension in extensions if extension not in used)
+    if isinstance(choice, str):
+        return BadSample(key, choice, _list(extensions))
+    content = dict(files)
+    image = content[choice.image]
+    if not image_kind(image):
+        return BadSample(key, f"the content of .{choice.image} is not a JPEG, PNG or WebP image")
     try:
-        parsed = parse_labels(*labels[0])
-    except ValueError as error:
-        return BadSample(key, f"its .{labels[0][0]} cannot be read as labels ({error})")
-    return RawSample(key, images[0][1], images[0][0], parsed)
+        labels = read_labels(choice, content[choice.label], keys)
+    except LabelError as error:
+        return BadSample(key, str(error), error.found)
+    return RawSample(key, image, choice.image, labels)
+
+
+def _list(extensions: Collection[str]) -> str:
+    return " ".join(f".{extension}" for extension in extensions)[:100]

@@ -2,15 +2,18 @@
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 
 import xxhash
 
 from vitscale import storage
-from vitscale.data.samples import BadSample, RawSample, group
-from vitscale.data.tar import BLOCK, Bytes, Readable, TarDamage, walk
+from vitscale.data.samples import BadSample, RawSample, SampleKeys, group
+from vitscale.data.tar import BLOCK, Bytes, Readable, TarDamage, compression, decompress_hint, walk
 from vitscale.errors import DataError, StoreError
 
 LISTED = 20  # damaged samples that are named one by one; all are counted
+_MAX_KINDS = 100  # of reasons and of extensions that are counted apart
+_OTHERS = "others"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +32,9 @@ class Scan:
     """What a pass over a shard found.
 
     chunks: (blocks of 512 bytes, checksum) of each. damage: a sentence for each of the first
-    damaged places, of num_damaged in all. tar_damage: whether the archive itself is broken.
+    damaged places: num_damaged samples, and the archive itself. reasons: by reason, how many
+    places, and where the first is. passed_over: by extension, how many
+    files are neither image nor labels. tar_damage: whether the archive itself is broken.
     """
 
     shard: Shard
@@ -38,6 +43,8 @@ class Scan:
     max_labels: int
     damage: list[str]
     num_damaged: int
+    reasons: dict[str, tuple[int, str]]
+    passed_over: dict[str, int]
     tar_damage: bool
 
 
@@ -46,13 +53,30 @@ def chunk_checksum(data: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data) & 0xFFFF
 
 
-def scan_shard(url: str, chunk_samples: int, *, allow_damaged: bool, listed: int = LISTED) -> Scan:
+def add_reason(reasons: dict[str, tuple[int, str]], reason: str, count: int, example: str) -> None:
+    """Count `count` more samples with the reason; the first example of each reason stays."""
+    reason = reason if reason in reasons or len(reasons) < _MAX_KINDS else _OTHERS
+    so_far, first = reasons.get(reason, (0, example))
+    reasons[reason] = (so_far + count, first)
+
+
+def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    """Add up counts by extension, of which a damaged shard may have as many as files."""
+    for name, count in more.items():
+        name = name if name in counts or len(counts) < _MAX_KINDS else _OTHERS
+        counts[name] = counts.get(name, 0) + count
+
+
+def scan_shard(
+    url: str, chunk_samples: int, *, allow_damaged: bool, keys: SampleKeys, listed: int = LISTED
+) -> Scan:
     """Read a shard from beginning to end.
 
     allow_damaged: keep the whole samples before the damage of a cut or broken shard. Samples
     that cannot be used (no label, not an image) are always kept, and count as damage. listed:
-    how many damaged places get a sentence. Raises DataError for a shard that is missing or
-    empty and, without `allow_damaged`, cut or broken; StoreError for one that cannot be read.
+    how many damaged places get a sentence. Raises DataError for a shard that is missing, empty
+    or compressed and, without `allow_damaged`, cut or broken; StoreError for one that cannot be
+    read.
     """
     builder = _ScanBuilder(url, listed)
     chunks = _ChunkCutter()
@@ -60,7 +84,7 @@ def scan_shard(url: str, chunk_samples: int, *, allow_damaged: bool, listed: int
         with storage.open_stream(url) as raw:
             stream = _RecordingStream(raw, chunks)
             try:
-                for sample, start in group(walk(stream, whole=True)):
+                for sample, start in group(walk(stream, whole=True), keys, builder.passed_over):
                     if builder.num_samples % chunk_samples == 0 and builder.num_samples:
                         chunks.cut(start)
                     builder.add(sample)
@@ -69,6 +93,8 @@ def scan_shard(url: str, chunk_samples: int, *, allow_damaged: bool, listed: int
                     if any(rest):
                         raise TarDamage(data_bytes, "an empty block, and data after it")
             except TarDamage as error:
+                if program := "" if builder.num_samples else compression(bytes(chunks.pending[:8])):
+                    raise DataError(f"shard {url} {decompress_hint(url, program)}") from None
                 data_bytes = error.whole_until
                 builder.tar_damage = f"{url}: {error}; {builder.num_samples:,} whole samples before it"
             if builder.num_samples:
@@ -98,20 +124,22 @@ class _ScanBuilder:
         self.url, self.listed = url, listed
         self.num_samples = self.max_labels = self.num_damaged = 0
         self.labels: collections.Counter[int] = collections.Counter()
+        self.passed_over: collections.Counter[str] = collections.Counter()
+        self.reasons: dict[str, tuple[int, str]] = {}
         self.damage: list[str] = []
         self.tar_damage = ""
         self._keys: set[str] = set()
 
     def add(self, sample: RawSample | BadSample) -> None:
         self.num_samples += 1
-        if sample.key in self._keys:
-            self._report(f"{self.url}: sample {sample.key}: its key occurs twice in this shard")
-        self._keys.add(sample.key)
         if isinstance(sample, BadSample):
-            self._report(f"{self.url}: sample {sample.key}: {sample.reason}")
+            self._add_bad(sample)
         else:
+            if sample.key in self._keys:
+                self._add_bad(BadSample(sample.key, "its key occurs twice in this shard"))
             self.labels.update(sample.labels)
             self.max_labels = max(self.max_labels, len(sample.labels))
+        self._keys.add(sample.key)
 
     def refuse(self, allow_damaged: bool) -> None:
         """Raise DataError for a shard that is empty or, unless it is allowed, damaged."""
@@ -122,9 +150,12 @@ class _ScanBuilder:
         if not self.num_samples and not self.tar_damage:
             raise DataError(f"shard {self.url} is empty: it holds no sample; leave it out")
         if self.tar_damage:
-            self._report(self.tar_damage)
+            self.damage.append(self.tar_damage)
+            add_reason(self.reasons, "a broken archive", 1, self.tar_damage)
 
     def scan(self, shard: Shard, chunks: list[tuple[int, int]]) -> Scan:
+        passed_over: dict[str, int] = {}
+        add_counts(passed_over, self.passed_over)
         return Scan(
             shard=shard,
             chunks=chunks,
@@ -132,13 +163,16 @@ class _ScanBuilder:
             max_labels=self.max_labels,
             damage=self.damage,
             num_damaged=self.num_damaged,
+            reasons=self.reasons,
+            passed_over=passed_over,
             tar_damage=bool(self.tar_damage),
         )
 
-    def _report(self, sentence: str) -> None:
+    def _add_bad(self, sample: BadSample) -> None:
         self.num_damaged += 1
+        add_reason(self.reasons, sample.reason, 1, sample.place(self.url))
         if len(self.damage) < self.listed:
-            self.damage.append(sentence)
+            self.damage.append(f"{self.url}: {sample.describe()}")
 
 
 class _ChunkCutter:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from typing import Literal
 
@@ -24,6 +25,8 @@ class SourceConfig:
     weight:     its share of the samples, relative to the other weights.
     label_map:  a JSON file from its labels to the run's, {"0": 17, ...} or a list; "" = as is.
     exclude:    a list of samples to leave out, from `tools/data.py dedup`; "" = none.
+    image_key:  what its samples' images are; must be what the index was made with. "" = that.
+    label_key:  as image_key, of their labels.
     name:       for metrics and messages; "" = its position.
     """
 
@@ -31,6 +34,8 @@ class SourceConfig:
     weight: float = 1.0
     label_map: str = ""
     exclude: str = ""
+    image_key: str = ""
+    label_key: str = ""
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -40,6 +45,9 @@ class SourceConfig:
             )
 
 
+SINGLE_SOURCE_KEYS = ("index", "label_map", "exclude", "image_key", "label_key")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The training data ([data]).
@@ -47,7 +55,9 @@ class DataConfig:
     index:             the index.json of a single source.
     label_map:         of a single source, as in SourceConfig.
     exclude:           of a single source, as in SourceConfig.
-    sources:           several sources, to be mixed, instead of the three keys above.
+    image_key:         of a single source, as in SourceConfig.
+    label_key:         of a single source, as in SourceConfig.
+    sources:           several sources, to be mixed, instead of the keys above.
     labels:            "single" if each sample has one label, "multi" if it may have several.
     lanes:             streams that each global batch is put together from. The world size must
                        divide it, and the sample order depends on it. 0 = the largest divisor of
@@ -60,6 +70,8 @@ class DataConfig:
     index: str = ""
     label_map: str = ""
     exclude: str = ""
+    image_key: str = ""
+    label_key: str = ""
     sources: tuple[SourceConfig, ...] = ()
     labels: Literal["single", "multi"] = "single"
     lanes: int = 0
@@ -74,15 +86,15 @@ class DataConfig:
             raise ConfigError(f"data.window_chunks {self.window_chunks} must be 1 or more")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"data.max_bad_fraction {self.max_bad_fraction} must lie in [0, 1]")
-        if self.sources and (self.index or self.label_map or self.exclude):
+        if self.sources and any(getattr(self, key) for key in SINGLE_SOURCE_KEYS):
             raise ConfigError(
-                "data.index, data.label_map and data.exclude are for a single source; "
+                f"data.{', data.'.join(SINGLE_SOURCE_KEYS)} are for a single source; "
                 "with [[data.sources]], write them into each of the sources"
             )
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """The sources, in whichever way they were written."""
-        single = SourceConfig(index=self.index, label_map=self.label_map, exclude=self.exclude)
+        single = SourceConfig(**{key: getattr(self, key) for key in SINGLE_SOURCE_KEYS})
         return self.sources or (single,)
 
 
@@ -118,6 +130,7 @@ def open_sources(config: DataConfig) -> tuple[Source, ...]:
     sources = []
     for position, section in enumerate(config.all_sources()):
         index = Index.load(section.index)
+        _check_keys(index, section)
         excluded = load_exclusions(section.exclude, index) if section.exclude else np.empty(0, np.int64)
         if 2 * len(excluded) > index.num_samples:
             raise DataError(
@@ -136,6 +149,17 @@ def open_sources(config: DataConfig) -> tuple[Source, ...]:
     if len(set(names)) < len(names):
         raise ConfigError(f"data.sources have the names {', '.join(names)}; give each a different name")
     return tuple(sources)
+
+
+def _check_keys(index: Index, section: SourceConfig) -> None:
+    """Labels are counted when indexing: a config cannot choose others."""
+    for key, option in (("image_key", "--image-key"), ("label_key", "--label-key")):
+        wanted, made_with = getattr(section, key), getattr(index.keys, key)
+        if wanted and wanted != made_with:
+            raise ConfigError(
+                f"data.{key} {wanted!r} is not what {section.index} was made with, {made_with!r}; "
+                f"index again: python tools/data.py index SHARDS {option} {shlex.quote(wanted)}"
+            )
 
 
 def make_mixture(

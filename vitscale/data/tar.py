@@ -5,6 +5,8 @@ header's checksum is verified, every member must be whole, and an archive must e
 mark (a range of one, after its last byte).
 """
 
+import re
+import shlex
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -13,6 +15,8 @@ BLOCK = 512
 MAX_MEMBER_BYTES = 256 << 20  # images are far smaller; a corrupt size must not fill the memory
 Bytes = bytes | memoryview
 _ZERO = bytes(BLOCK)
+# The first bytes of compressed files, and the program that undoes each.
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _REGULAR, _SKIPPED = (b"0", b"\0"), (b"5", b"g")
 
 
@@ -51,6 +55,21 @@ class Member(NamedTuple):
     name: str
     offset: int
     data: Bytes
+
+
+def compression(head: bytes) -> str:
+    """The program that compressed a file with these first bytes; "" if none did."""
+    return next((program for magic, program in _COMPRESSED.items() if head.startswith(magic)), "")
+
+
+def decompress_hint(path: str, program: str) -> str:
+    """Why a compressed shard is refused, and the command that fixes it."""
+    plain = re.sub(r"\.tgz$|\.tar\.\w+$|\.tar$", "", path)
+    plain = f"{plain}.plain.tar" if path.endswith(".tar") else f"{plain}.tar"
+    return (
+        f"is compressed with {program}, so that no part of it can be read alone; "
+        f"decompress it: {program} -dc {shlex.quote(path)} > {shlex.quote(plain)}"
+    )
 
 
 def walk(stream: Readable, offset: int = 0, *, whole: bool) -> Iterator[Member]:

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal, get_args
 
+from vitscale.data.classes import read_classes
+from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
 from vitscale.errors import ConfigError
 
 Format = Literal["imagefolder", "imagenet21k", "imagenet1k", "cifar10", "cifar100", "csv", "jsonl", "shards"]
@@ -21,6 +23,8 @@ class PackConfig:
     labels          which of CIFAR-100's two labels to take
     val_images      ImageNet-1k's validation images: their tar, or the folder of the JPEGs
     val_labels      their synsets: a text file with one per line, in the order of the file names
+    image_key, label_key, classes
+                    of the format "shards": see SampleKeys; classes is a file (read_classes)
     workers         number of processes; 0 works in this one
     overwrite       replace the shards that are in OUT
 
@@ -36,6 +40,9 @@ class PackConfig:
     labels: Literal["fine", "coarse"] = "fine"
     val_images: str = ""
     val_labels: str = ""
+    image_key: str = DEFAULT_KEYS.image_key
+    label_key: str = DEFAULT_KEYS.label_key
+    classes: str = ""
     workers: int = 0
     overwrite: bool = False
 
@@ -53,14 +60,25 @@ class PackConfig:
                 "--val-images and --val-labels belong together: the tar or folder of the validation JPEGs, "
                 "and the text file of their synset names"
             )
+        defaults = (DEFAULT_KEYS.image_key, DEFAULT_KEYS.label_key, "")
+        if (self.image_key, self.label_key, self.classes) != defaults and self.format != "shards":
+            raise ConfigError(
+                f"--image-key, --label-key and --classes belong to --format shards, not {self.format}"
+            )
         if self.val_images and self.format != "imagenet1k":
             raise ConfigError(f"--val-images belongs to --format imagenet1k, not {self.format}")
+
+    def sample_keys(self) -> SampleKeys:
+        """What holds the images and labels of existing shards."""
+        classes = read_classes(self.classes) if self.classes else {}
+        return SampleKeys(image_key=self.image_key, label_key=self.label_key, classes=classes)
 
     def content(self) -> dict[str, object]:
         """What decides the bytes of the shards; a run that continues must have the same."""
         values = dataclasses.asdict(self)
-        # The validation images may move: the digest of the listing identifies them.
-        for key in ("workers", "overwrite", "val_images", "val_labels"):
+        # What decides the listing need not be here: the digest of the listing identifies it.
+        by_listing = ("val_images", "val_labels", "image_key", "label_key", "classes")
+        for key in ("workers", "overwrite", *by_listing):
             del values[key]
         if not self.shuffle:
             del values["seed"]
@@ -76,6 +94,7 @@ class PackReport:
     shards: their paths.
     num_kept_shards: how many an earlier, interrupted run had finished.
     num_omissions: how many sources were left out; `omissions` describes the first NUM_LISTED.
+    edition: which edition of the data set this is, in words; "" if it has none.
     """
 
     shards: dict[str, list[str]]
@@ -83,6 +102,7 @@ class PackReport:
     num_kept_shards: int
     num_omissions: int
     omissions: tuple[str, ...]
+    edition: str = ""
 
 
 class Omission(ValueError):
@@ -100,7 +120,8 @@ class Omissions:
     count: int = 0
     first: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, sentence: str) -> None:
-        self.count += 1
+    def add(self, sentence: str, count: int = 1) -> None:
+        """Add a sentence about `count` sources."""
+        self.count += count
         if len(self.first) < NUM_LISTED:
             self.first.append(sentence)

@@ -18,6 +18,10 @@ from vitscale.errors import DataError
 
 SYNSET = re.compile(r"n\d{8}")
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
+# ImageNet-21k by its number of synsets. The released heads have two more than fall11, which has
+# no images of them. In all of them, label i is the i-th WordNet id in rising order.
+EDITIONS = {21_841: "fall11", 19_167: "winter21", 21_843: "the released ViT heads"}
+HEAD_CLASSES, HEAD_ONLY = 21_843, ("n03931044", "n09859684")
 
 
 def list_imagenet21k(source: str, config: PackConfig) -> Listing:
@@ -29,7 +33,27 @@ def list_imagenet21k(source: str, config: PackConfig) -> Listing:
     places = _synset_tars(source, omissions)
     train = _list_synsets(source, places, config.workers, omissions)
     classes = tuple(place.name for place in places)
-    return Listing(splits={"train": train}, classes=classes, omissions=omissions, synsets=True)
+    return Listing(
+        splits={"train": train},
+        classes=classes,
+        omissions=omissions,
+        synsets=True,
+        edition=describe_edition(classes),
+    )
+
+
+def describe_edition(synsets: Sequence[str]) -> str:
+    """Which edition of ImageNet-21k it is, and how its labels fit the released heads."""
+    known = ", ".join(f"{name} has {count:,}" for count, name in EDITIONS.items())
+    edition = EDITIONS.get(len(synsets), f"no known edition ({known})")
+    order = "label i is the i-th WordNet id in rising order, as in classes.json"
+    if len(synsets) == HEAD_CLASSES:
+        return f"{len(synsets):,} synsets: those of {edition}; {order}"
+    extra = f"with {' and '.join(HEAD_ONLY)} besides, " if EDITIONS.get(len(synsets)) == "fall11" else ""
+    return (
+        f"{len(synsets):,} synsets: {edition}; {order}. The released ViT heads have {HEAD_CLASSES:,} "
+        f"classes in that order, {extra}so their labels are others: map them with data.label_map"
+    )
 
 
 def list_imagenet1k(source: str, config: PackConfig) -> Listing:

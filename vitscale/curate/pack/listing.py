@@ -19,7 +19,6 @@ from vitscale import storage
 from vitscale.curate.pack.config import Omission, Omissions, UnreadableFile
 from vitscale.data.tar import MAX_MEMBER_BYTES
 
-MAX_LABEL = 2**31 - 1
 WHOLE = -1  # as a size: whatever the file has when it is read
 
 
@@ -61,12 +60,14 @@ class Listing:
     """The splits of a source, its class names by index (() if unknown), and its omissions.
 
     synsets: whether the class names are WordNet ids, which also get a file of their own.
+    edition: which edition of the data set this is, in words; "" if it has none.
     """
 
     splits: dict[str, References]
     classes: tuple[str, ...]
     omissions: Omissions
     synsets: bool = False
+    edition: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

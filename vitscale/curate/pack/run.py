@@ -187,8 +187,10 @@ def _report(out: Path, plan: PackPlan, listing: Listing, num_kept: int) -> PackR
         num_kept_shards=num_kept,
         num_omissions=omissions.count,
         omissions=tuple(omissions.first[:NUM_LISTED]),
+        edition=listing.edition,
     )
     values = {
+        **({"edition": report.edition} if report.edition else {}),
         "num_samples": num_samples,
         "num_left_out": report.num_omissions,
         "left_out": report.omissions,

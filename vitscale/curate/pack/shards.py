@@ -1,34 +1,42 @@
 """Lists existing WebDataset shards, to shuffle, cut or encode their samples again."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from vitscale import processes, storage
 from vitscale.curate.pack.config import SPLITS, Omissions, PackConfig
-from vitscale.curate.pack.listing import MAX_LABEL, FileReferences, Listing
+from vitscale.curate.pack.imagenet import SYNSET
+from vitscale.curate.pack.listing import FileReferences, Listing
 from vitscale.curate.pack.tar_members import TarPlace, list_members
+from vitscale.data.classes import names_by_label
 from vitscale.data.samples import (
-    IGNORED_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    LABEL_EXTENSIONS,
-    parse_labels,
+    BadSample,
+    LabelError,
+    SampleKeys,
+    belongs_to_no_sample,
+    choose,
+    read_labels,
     split_name,
 )
+from vitscale.data.scan import add_reason
+from vitscale.data.tar import compression, decompress_hint
 from vitscale.errors import ConfigError, DataError
-
-File = tuple[str, int, int]  # extension, offset, bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShardSamples:
-    """The samples of a shard: (key, offset and bytes of the image, labels); its omissions."""
+    """The samples of a shard: (key, offset and bytes of the image, labels); those left out.
+
+    damage: what is wrong with the archive; "" if nothing is.
+    """
 
     samples: list[tuple[str, int, int, tuple[int, ...]]]
-    omissions: list[str]
+    bad: list[BadSample]
+    damage: str
 
 
 def list_shards(source: str, config: PackConfig) -> Listing:
@@ -40,59 +48,67 @@ def list_shards(source: str, config: PackConfig) -> Listing:
     paths = [storage.local_path(url) for url in storage.expand(source) if storage.is_local(url)]
     if not paths:
         raise ConfigError(f"{source} is not on a local disk; copy the shards, or mount their store")
-    omissions = Omissions()
+    keys = config.sample_keys()
+    omissions, reasons = Omissions(), dict[str, tuple[int, str]]()
     splits: dict[str, FileReferences] = {}
-    for path, shard in zip(paths, processes.map_in_order(list_shard, paths, config.workers), strict=True):
+    shards = processes.map_in_order(functools.partial(list_shard, keys=keys), paths, config.workers)
+    for path, shard in zip(paths, shards, strict=True):
         prefix = os.path.basename(path).partition("-")[0]
         split = prefix if prefix in SPLITS else SPLITS[0]
         references = splits.setdefault(split, FileReferences(""))
         archive = references.add_archive(path)
-        for sentence in shard.omissions:
-            omissions.add(f"{path}: {sentence}")
+        if shard.damage:
+            omissions.add(f"{path}: {shard.damage}")
+        for sample in shard.bad:
+            add_reason(reasons, sample.reason, 1, sample.place(path))
         for key, offset, size, labels in shard.samples:
             references.add(key, labels, size, archive, offset)
+    for reason, (count, example) in reasons.items():
+        omissions.add(f"{reason} ({count:,} times, like {example})", count)
     ordered = {split: splits[split] for split in SPLITS if split in splits and len(splits[split])}
     if not ordered:
-        first = omissions.first[0] if omissions.first else "all shards are empty"
-        raise DataError(f"{source} holds no usable sample ({first}); name other shards")
-    return Listing(splits=dict(ordered), classes=_class_names(Path(paths[0])), omissions=omissions)
+        why = "; ".join(omissions.first[:3]) or "all shards are empty"
+        raise DataError(
+            f"{source} holds no usable sample: {why}. Name other shards, or what holds images and labels: "
+            "--image-key EXTENSION --label-key EXTENSION_OR_JSON_FIELD, and --classes FILE for class names"
+        )
+    classes = names_by_label(keys.classes) or _class_names(Path(paths[0]))
+    synsets = bool(classes) and all(SYNSET.fullmatch(name) for name in classes)
+    return Listing(splits=dict(ordered), classes=classes, omissions=omissions, synsets=synsets)
 
 
-def list_shard(path: str) -> ShardSamples:
-    """List one shard by its headers and label files; the images are not read."""
+def list_shard(path: str, keys: SampleKeys) -> ShardSamples:
+    """List one shard by its headers and label files; the images are not read.
+
+    Raises DataError for a shard that is compressed.
+    """
     members = list_members(TarPlace(path, 0, path))
-    shard = ShardSamples([], [members.damage] if members.damage else [])
-    named = [(*split_name(name), offset, size) for name, offset, size in members.files]
+    if members.damage and not members.files and (program := compression(storage.read_range(path, 0, 8))):
+        raise DataError(f"shard {path} {decompress_hint(path, program)}")
+    shard = ShardSamples([], [], members.damage)
+    named = [
+        (*split_name(name), offset, size)
+        for name, offset, size in members.files
+        if not belongs_to_no_sample(name)
+    ]
     for key, group in itertools.groupby(named, key=lambda file: file[0]):
         files = [file[1:] for file in group]
-        images = [file for file in files if file[0] in IMAGE_EXTENSIONS]
-        labels = [file for file in files if file[0] in LABEL_EXTENSIONS]
-        shard.omissions.extend(_unknown_files(key, files))
-        if len(images) != 1 or len(labels) != 1:
-            shard.omissions.append(f"sample {key} has {len(images)} images and {len(labels)} label files")
+        choice = choose([extension for extension, _, _ in files], keys)
+        if isinstance(choice, str):
+            shard.bad.append(BadSample(key, choice, " ".join(f".{extension}" for extension, _, _ in files)))
             continue
+        places = {extension: (offset, size) for extension, offset, size in files}
+        offset, size = places[choice.label]
         try:
-            parsed = _read_labels(path, labels[0])
-        except (OSError, ValueError) as error:
-            shard.omissions.append(f"sample {key}: its .{labels[0][0]} cannot be read as labels ({error})")
+            labels = read_labels(choice, storage.read_range(path, offset, offset + size), keys)
+        except LabelError as error:
+            shard.bad.append(BadSample(key, str(error), error.found))
             continue
-        shard.samples.append((key, *images[0][1:], parsed))
+        except OSError as error:
+            shard.bad.append(BadSample(key, f"its .{choice.label} cannot be read", str(error)))
+            continue
+        shard.samples.append((key, *places[choice.image], labels))
     return shard
-
-
-def _unknown_files(key: str, files: list[File]) -> Iterator[str]:
-    known = (*IMAGE_EXTENSIONS, *LABEL_EXTENSIONS, *IGNORED_EXTENSIONS)
-    for extension, _, _ in files:
-        if extension not in known:
-            yield f"{key}.{extension} is neither an image nor a label"
-
-
-def _read_labels(path: str, file: File) -> tuple[int, ...]:
-    extension, offset, size = file
-    labels = parse_labels(extension, storage.read_range(path, offset, offset + size))
-    if max(labels) > MAX_LABEL:
-        raise ValueError(f"a label above {MAX_LABEL:,}")
-    return labels
 
 
 def _class_names(shard: Path) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vitscale.curate.pack.config import SPLITS, Omissions, PackConfig
-from vitscale.curate.pack.listing import MAX_LABEL, WHOLE, FileReferences, Listing
+from vitscale.curate.pack.listing import WHOLE, FileReferences, Listing
+from vitscale.data.samples import MAX_LABEL
 from vitscale.errors import DataError
 
 HEADER = "path,label or path,labels"
