@@ -29,7 +29,8 @@ class Scan:
     """What a pass over a shard found.
 
     chunks: (blocks of 512 bytes, checksum) of each. damage: a sentence for each of the first
-    damaged places, of num_damaged in all. tar_damage: whether the archive itself is broken.
+    damaged places, of num_damaged in all. damaged_chunks: those that hold damaged samples, by
+    number in the shard. tar_damage: whether the archive itself is broken.
     """
 
     shard: Shard
@@ -39,6 +40,7 @@ class Scan:
     damage: list[str]
     num_damaged: int
     tar_damage: bool
+    damaged_chunks: list[int] = dataclasses.field(default_factory=list)
 
 
 def chunk_checksum(data: bytes | memoryview) -> int:
@@ -63,7 +65,7 @@ def scan_shard(url: str, chunk_samples: int, *, allow_damaged: bool, listed: int
                 for sample, start in group(walk(stream, whole=True)):
                     if builder.num_samples % chunk_samples == 0 and builder.num_samples:
                         chunks.cut(start)
-                    builder.add(sample)
+                    builder.add(sample, len(chunks.finished))
                 data_bytes = stream.count - BLOCK
                 while rest := stream.read(1 << 20):
                     if any(rest):
@@ -99,10 +101,12 @@ class _ScanBuilder:
         self.num_samples = self.max_labels = self.num_damaged = 0
         self.labels: collections.Counter[int] = collections.Counter()
         self.damage: list[str] = []
+        self.damaged_chunks: dict[int, None] = {}  # in the order of the shard, each once
         self.tar_damage = ""
         self._keys: set[str] = set()
 
-    def add(self, sample: RawSample | BadSample) -> None:
+    def add(self, sample: RawSample | BadSample, chunk: int) -> None:
+        damaged_before = self.num_damaged
         self.num_samples += 1
         if sample.key in self._keys:
             self._report(f"{self.url}: sample {sample.key}: its key occurs twice in this shard")
@@ -112,6 +116,8 @@ class _ScanBuilder:
         else:
             self.labels.update(sample.labels)
             self.max_labels = max(self.max_labels, len(sample.labels))
+        if self.num_damaged > damaged_before:
+            self.damaged_chunks[chunk] = None
 
     def refuse(self, allow_damaged: bool) -> None:
         """Raise DataError for a shard that is empty or, unless it is allowed, damaged."""
@@ -133,6 +139,7 @@ class _ScanBuilder:
             damage=self.damage,
             num_damaged=self.num_damaged,
             tar_damage=bool(self.tar_damage),
+            damaged_chunks=list(self.damaged_chunks),
         )
 
     def _report(self, sentence: str) -> None:
