@@ -38,6 +38,7 @@ CHANGEABLE = (
     "total_samples",
     "data.decoder",
     "data.max_bad_fraction",
+    "data.num_samples",
 )
 # What a run that continues the full state of another must have in common with it.
 SAME_STATE = ("model", "optim.name", "optim.freeze")
@@ -122,15 +123,7 @@ def claimed(job: Job) -> Iterator[None]:
         with _writing(job):
             folder.mkdir(parents=True, exist_ok=True)
             lock = RunLock(folder)
-        if (folder / CONFIG_NAME).exists():
-            old = configs.load(TrainConfig, [folder / CONFIG_NAME])
-            # Where there is a checkpoint, its fingerprint shows whether the data are others.
-            beside = ("data",) if store.Home.of(str(folder), old.checkpoint).committed() else ()
-            source = old.checkpoint.store or str(folder)
-            problem = _difference(f"run_dir {folder}", source, old, job, beside)
-            problem = problem or _left_behind(old, job)
-            if problem:
-                raise ConfigError(problem)
+        check_run_dir(job)
 
     try:
         distributed.on_main(claim)
@@ -140,6 +133,23 @@ def claimed(job: Job) -> Iterator[None]:
     finally:
         if lock:
             lock.release()
+
+
+def check_run_dir(job: Job) -> None:
+    """Raise ConfigError if the run directory's config is another experiment's.
+
+    And if its checkpoints are where the job's config does not look.
+    """
+    folder = Path(job.config.run_dir)
+    if not (folder / CONFIG_NAME).exists():
+        return
+    old = configs.load(TrainConfig, [folder / CONFIG_NAME])
+    # Where there is a checkpoint, its fingerprint shows whether the data are others.
+    beside = ("data",) if store.Home.of(str(folder), old.checkpoint).committed() else ()
+    source = old.checkpoint.store or str(folder)
+    problem = _difference(f"run_dir {folder}", source, old, job, beside) or _left_behind(old, job)
+    if problem:
+        raise ConfigError(problem)
 
 
 def write_config(job: Job) -> None:

@@ -26,6 +26,7 @@ from vitscale.data.tar import BLOCK
 from vitscale.errors import ConfigError, DataError, StoreError, UserError
 
 FORMAT, VERSION = "vitscale-index", 2
+CHUNK_SAMPLES = 32  # unless --chunk-samples says otherwise
 MAX_CHUNK_SAMPLES = 65_535  # ShardLayout.shortfalls counts in 16 bits
 
 
@@ -164,7 +165,7 @@ class Index:
 def build_index(
     shards: Sequence[str],
     *,
-    chunk_samples: int = 32,
+    chunk_samples: int = CHUNK_SAMPLES,
     allow_damaged: bool = False,
     workers: int = 0,
     journal: Path | None = None,
@@ -195,6 +196,14 @@ def build_index(
     index = builder.index(chunk_samples)
     finished.remove()
     return index
+
+
+def planned_index(num_samples: int) -> Index:
+    """What is known of an index before it is made: its number of samples. It cannot be read."""
+    shard = Shard(url="", num_bytes=0, data_bytes=0, num_samples=num_samples, checksum="")
+    return Index(
+        shards=(shard,), chunk_samples=CHUNK_SAMPLES, chunks=np.empty(0), label_counts={}, max_labels=1
+    )
 
 
 def damaged_chunks(chunks: np.ndarray) -> Bool[np.ndarray, " num_chunks"]:
