@@ -82,9 +82,9 @@ def test_shards_without_a_usable_sample_say_the_commonest_reasons(tmp_path: Path
     assert str(refused.value) == (
         f"no usable sample in 1 shards: no label (.cls .json) (5 times, like {path}: sample u0, which has "
         f".jpg); its .cls is not a whole number from 0 to 2,147,483,647 (3 times, like {path}: sample n0, "
-        f"which has 'cat'); no image (.jpg .jpeg .png .webp) (1 times, like {path}: sample z, which has .cls). Say "
-        "what holds images and labels: python tools/data.py index SHARDS --image-key EXTENSION --label-key "
-        "EXTENSION_OR_FIELD, and --classes FILE for labels that are names"
+        f"which has 'cat'); no image (.jpg .jpeg .png .webp) (1 times, like {path}: sample z, which has "
+        ".cls). Say what holds images and labels: python tools/data.py index SHARDS --image-key EXTENSION "
+        "--label-key EXTENSION_OR_FIELD, and --classes FILE for labels that are names"
     )
 
 
