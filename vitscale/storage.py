@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import fsspec
 from braceexpand import braceexpand
+from tqdm import tqdm
 
 from vitscale.errors import ConfigError, StoreError
 
@@ -203,6 +204,11 @@ def sizes(urls: Sequence[str]) -> list[int | None]:
         connect(url)
     with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
         return list(pool.map(_size, urls))
+
+
+def size_text(num_bytes: int) -> str:
+    """For example "1.04GB" or "512kB", in powers of 1,000."""
+    return f"{tqdm.format_sizeof(num_bytes)}B"
 
 
 class _RangeFile(io.RawIOBase):

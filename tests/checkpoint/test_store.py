@@ -203,7 +203,7 @@ def test_of_a_linked_step_retention_deletes_the_link_alone(tmp_path: Path, direc
     link.rename(tmp_path / "elsewhere")
     link.symlink_to(tmp_path / "elsewhere")
     assert verified(link).step == 3
-    store.apply_retention(store.Home(directory), CheckpointConfig(keep_last=1))
+    store.apply_retention(store.Home(directory), CheckpointConfig(keep_last=1), (), lambda step: True)
     assert store.steps_on_disk(directory) == [4] and verified(tmp_path / "elsewhere").step == 3
     assert not list(directory.glob(".tmp-*"))
 

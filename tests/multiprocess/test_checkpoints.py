@@ -70,9 +70,13 @@ def test_a_full_and_a_read_only_disk_leave_the_last_checkpoint_in_charge(
     job.run_dir.mkdir()
     mount(job.run_dir, "size=700k")
     try:
-        options = ("checkpoint.every_steps=1", "checkpoint.keep_last=50")
-        assert zygote.train(job, 2, *options) == [2, 2], job.output()
-        assert "failed: No space left on device (0.00 of 0.00 GB free there)" in job.output()
+        often = "checkpoint.every_steps=1"
+        assert zygote.train(job, 2, often, "checkpoint.keep_last=50") == [2, 2], job.output()
+        assert "kB free; 51 more checkpoints of" in job.output() and not job.checkpoints()
+        assert "in all); free some, lower checkpoint.keep_last" in job.output()
+        steps_kept_for_ever = ("checkpoint.keep_last=1", "checkpoint.keep_every_steps=1")
+        assert zygote.train(job, 2, often, *steps_kept_for_ever) == [2, 2], job.output()
+        assert "failed: No space left on device (" in job.output() and "kB free there)" in job.output()
         assert len(job.checkpoints()) >= 2 and not job.temporary_saves()
         mount(job.run_dir, "remount,ro")
         assert zygote.train(job, 2) == [2, 2]

@@ -53,11 +53,11 @@ def _look(home: Home, config: CheckpointConfig, save_bytes: int, token: str) -> 
         )
     else:
         saves, node_bytes = config.keep_last + 1 - min(config.keep_last, len(home.committed())), save_bytes
-    free = shutil.disk_usage(home.directory).free
-    if free < saves * node_bytes:
+    free, needed = shutil.disk_usage(home.directory).free, saves * node_bytes
+    if free < needed:
+        one, some, several = map(storage.size_text, (node_bytes, free, needed))
         raise ConfigError(
-            f"{home.directory} has {free / 1e9:.1f} GB free; {saves} more checkpoints of "
-            f"{node_bytes / 1e9:.1f} GB need {saves * node_bytes / 1e9:.1f} GB "
+            f"{home.directory} has {some} free; {saves} more checkpoints of {one} need {several} "
             "(checkpoint.keep_last + 1 in all); free some, lower checkpoint.keep_last, or choose another "
             "run_dir"
         )

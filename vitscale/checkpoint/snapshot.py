@@ -188,7 +188,7 @@ def _sentence(error: OSError, path: Path) -> str:
     free = ""
     if error.errno in _NO_SPACE:
         usage = shutil.disk_usage(next(folder for folder in path.parents if folder.exists()))
-        free = f" ({usage.free / 1e9:,.2f} of {usage.total / 1e9:,.2f} GB free there)"
+        free = f" ({storage.size_text(usage.free)} of {storage.size_text(usage.total)} free there)"
     return (
         f"saving {path} failed: {error.strerror or error}{free}; the last checkpoint is intact: free space "
         "(or lower checkpoint.keep_last) or fix the path, and start again"

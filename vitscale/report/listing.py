@@ -14,7 +14,8 @@ from vitscale.checkpoint.verify import check_all, committed, places_of
 from vitscale.errors import CheckpointError
 from vitscale.metrics import FILE_NAME, read_metrics
 from vitscale.report.contents import facts_of
-from vitscale.report.text import damaged_newest, size_text, table, when
+from vitscale.report.text import damaged_newest, table, when
+from vitscale.storage import size_text
 
 WIDTH = 120
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from vitscale import config as configs
 from vitscale.errors import CheckpointError
 from vitscale.report.contents import Contents, chunks
-from vitscale.report.text import counted, damaged_newest, json_values, shape_text, size_text, table, when
+from vitscale.report.text import counted, damaged_newest, json_values, shape_text, table, when
+from vitscale.storage import size_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 # Fields whose JSON key is another word, which scripts may rely on.
 _JSON_KEYS = {"slot": "state", "slots": "states", "untrained": "fixed", "status": "state"}
 
@@ -39,10 +37,6 @@ def to_json(values: Any) -> str:
 
 def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def size_text(num_bytes: int) -> str:
-    return f"{tqdm.format_sizeof(num_bytes)}B"
 
 
 def counted(count: int, noun: str) -> str:
