@@ -5,10 +5,12 @@ import collections
 import contextlib
 import contextvars
 import ctypes
-import multiprocessing
+import multiprocessing.process
+import multiprocessing.util
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -90,21 +92,23 @@ def survive_signals() -> None:
 
 @contextlib.contextmanager
 def kill_at_exit() -> Iterator[None]:
-    """Within the block, an exit of the interpreter kills the child processes that were started.
+    """The child processes that start within the block are killed when the interpreter exits.
 
     multiprocessing's own hook sends SIGTERM, and then waits for ever if a child ignores that.
     """
     others = set(multiprocessing.active_children())
+    yield
+    _killed_at_exit.update(set(multiprocessing.active_children()) - others)
 
-    def kill() -> None:
-        for child in set(multiprocessing.active_children()) - others:
-            child.kill()
 
-    atexit.register(kill)
-    try:
-        yield
-    finally:
-        atexit.unregister(kill)
+_killed_at_exit: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_killed_at_exit.clear)  # they are the parent's
+
+
+@atexit.register  # after multiprocessing.util's hook, and so called before it
+def _kill() -> None:
+    for child in list(_killed_at_exit):
+        child.kill()
 
 
 def _start_worker(function: Callable[[Any], Any], parent: int) -> None:

@@ -87,8 +87,11 @@ def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
     # With an iterable dataset, the loader asks the workers in turn: item i is worker i % n's.
     with processes.kill_at_exit():
         parts = iter(loader)
+    try:
         for _ in range(stream.first_step, stream.last_step):
             yield _join([next(parts) for _ in range(max(1, workers))])
+    finally:
+        del parts  # the workers end with it; a traceback that holds this frame would keep them
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
