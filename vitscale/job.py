@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from vitscale import distributed
@@ -32,9 +33,14 @@ class Job:
     total_steps: int
     deepspeed_config: dict[str, Any]
 
-    def data_fingerprint(self) -> str:
-        """A digest of what every step reads: the samples, their order and their labels."""
-        return self.mixture.fingerprint([source.fingerprint() for source in self.sources])
+    def data_fingerprint(self, index_fingerprints: Sequence[str] = ()) -> str:
+        """A digest of what every step reads: the samples, their order and their labels.
+
+        index_fingerprints: of other indexes of the sources, in place of the job's own.
+        """
+        indexes = index_fingerprints or [""] * len(self.sources)
+        pairs = zip(self.sources, indexes, strict=True)
+        return self.mixture.fingerprint([source.fingerprint(index) for source, index in pairs])
 
 
 def prepare(config: TrainConfig, world_size: int) -> Job:

@@ -18,13 +18,17 @@ from vitscale import config as configs
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.checkpoint.verify import Checkpoint
+from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
+from vitscale.data.record import DataRecord
 from vitscale.errors import BusyError, ConfigError, StoreError
 from vitscale.job import Job
+from vitscale.metrics import read_metrics
 from vitscale.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 CONFIG_NAME, LOCK_NAME = "config.toml", ".lock"
-# What may change at a resume: place, speed, logging, saving, evaluation, and a longer total.
+# What may change at a resume: place, speed, logging, saving, evaluation, checks, and a longer
+# total. check_continuation compares the JPEG decoder that is in use.
 CHANGEABLE = (
     "run_dir",
     "engine",
@@ -34,9 +38,12 @@ CHANGEABLE = (
     "total_steps",
     "total_epochs",
     "total_samples",
+    "data.decoder",
+    "data.max_bad_fraction",
 )
-# Sections that name places: the fingerprint shows if data differ; [init] is not read again.
-PLACES = ("data", "init")
+# What a run that continues the full state of another must have in common with it.
+SAME_STATE = ("model", "optim.name", "optim.freeze")
+STATELESS = ("model.dropout",)
 _HELD = (errno.EACCES, errno.EAGAIN)
 
 
@@ -119,7 +126,11 @@ def claimed(job: Job) -> Iterator[None]:
             lock = RunLock(folder)
         if (folder / CONFIG_NAME).exists():
             old = _saved_config(folder / CONFIG_NAME)
-            problem = _difference(f"run_dir {folder}", old, job) or _left_behind(old, job)
+            # Where there is a checkpoint, its fingerprint shows whether the data are others.
+            beside = ("data",) if store.Home.of(str(folder), old.checkpoint).committed() else ()
+            source = old.checkpoint.store or str(folder)
+            problem = _difference(f"run_dir {folder}", source, old, job, beside)
+            problem = problem or _left_behind(old, job)
             if problem:
                 raise ConfigError(problem)
 
@@ -148,14 +159,17 @@ def note_refusal(run_dir: str, reason: str) -> None:
 
 
 def write_config(job: Job) -> None:
-    """Write the resolved config into the run directory; every rank calls it.
+    """Write the resolved config and the record of the data into the run directory.
 
-    A job calls it once it has started: a mistake at the first start then binds nobody.
+    Every rank calls it. A job calls it once it has started: a mistake at the first start then
+    binds nobody.
     """
 
     def write() -> None:
+        folder = Path(job.config.run_dir)
         with _writing(job):
-            atomic.write(Path(job.config.run_dir) / CONFIG_NAME, configs.to_toml(job.config).encode())
+            _write_record(job, folder)
+            atomic.write(folder / CONFIG_NAME, configs.to_toml(job.config).encode())
 
     distributed.on_main(write)
 
@@ -164,28 +178,70 @@ def check_continuation(job: Job, checkpoint: Checkpoint) -> None:
     """Raise ConfigError unless the job may continue the checkpoint.
 
     It must be of this experiment (run directories with the same store share its checkpoints),
-    and have been trained on the data that the config names now.
+    and have been trained on the data that the config names now, or on shards in which nothing
+    but damage was fixed since. Every rank calls it.
     """
     folder, train = checkpoint.folder, checkpoint.manifest.train
+    old = saved_config(TrainConfig, train.config, "", folder, train.versions.get("vitscale", "another version"))
+    # [init] is not read again, and the fingerprint shows if the data differ.
+    problem = _difference(folder, folder, old, job, ("data", "init"))
+    if problem:
+        raise ConfigError(problem)
     if train.data_fingerprint != job.data_fingerprint():
-        raise ConfigError(
-            f"{folder} was trained on other data than the config names now (shards, their order or "
-            "chunking, label maps or exclusions changed), so it cannot continue where it stopped; restore "
-            "the shards and index, or start a new run_dir with [init] checkpoint"
-        )
+        change = distributed.on_main(lambda: _data_change(job, old, train.data_fingerprint))
+        if change:
+            raise ConfigError(
+                f"{folder} was trained on other data than the config names now ({change}), so it cannot "
+                "continue where it stopped; restore the shards and index, or choose "
+                f"{_another_run(folder, ['data'], job.config)}"
+            )
     if train.decoder != job.decoder:
         raise ConfigError(
             f"{folder} was trained with the JPEG decoder {train.decoder}, here it is {job.decoder}; set "
             f'data.decoder = "{train.decoder}" (turbojpeg needs: pip install turbojpeg)'
         )
-    old = saved_config(TrainConfig, train.config, "", folder, train.versions["vitscale"])
-    problem = _difference(folder, old, job, PLACES)
-    if problem:
-        raise ConfigError(problem)
     if train.step > job.total_steps:
         raise ConfigError(
             f"{folder} is beyond the run's {job.total_steps:,} steps; raise the total or use another run_dir"
         )
+
+
+def _data_change(job: Job, old: TrainConfig, fingerprint: str) -> str:
+    """What the job's data change beside damaged samples, as a clause; "" if nothing.
+
+    old, fingerprint: the config and the data before. Only the run directory's record can show
+    that nothing else has changed.
+    """
+    record = _record(job)
+    if not record or fingerprint not in map(job.data_fingerprint, record.fingerprints):
+        keys = [key for key in _differing(old, job.config) if _is_among(key, ("data",))]
+        keys = [key for key in keys if not _is_among(key, CHANGEABLE)]
+        return _changes(keys, old, job.config) or (
+            "shards, their order or chunking, label maps or exclusions changed"
+        )
+    return record.change([source.index for source in job.sources], _replaced(Path(job.config.run_dir)))
+
+
+def _record(job: Job) -> DataRecord | None:
+    """The run directory's record of its data, unless that is of another number of sources."""
+    record = DataRecord.load(job.config.run_dir)
+    return record if record and len(record.sources) == len(job.sources) else None
+
+
+def _write_record(job: Job, folder: Path) -> None:
+    """Keep what the job reads and, if only damage was fixed, which indexes it read before."""
+    indexes = [source.index for source in job.sources]
+    old, new = _record(job), DataRecord.of(indexes)
+    if old and not old.change(indexes, _replaced(folder)):
+        new = old.followed_by(indexes)
+    if new is not old:
+        new.save(folder)
+
+
+def _replaced(folder: Path) -> list[str]:
+    """The sentences about all samples that the run could not use."""
+    path = folder / QUARANTINE_NAME
+    return [str(row.get("sample")) for row in read_metrics(path)] if path.exists() else []
 
 
 def check_new_length(job: Job, checkpoint: Checkpoint) -> None:
@@ -233,25 +289,51 @@ def _left_behind(old: TrainConfig, job: Job) -> str:
     )
 
 
-def _difference(place: str, old: TrainConfig, job: Job, beside: Sequence[str] = ()) -> str:
+def _difference(place: str, source: str, old: TrainConfig, job: Job, beside: Sequence[str] = ()) -> str:
     """Why this job may not continue what is at `place`; "" if it may.
 
-    old: the config of what is there. beside: more sections that may differ.
+    source: what [init] checkpoint would name to start from it. old: its config. beside: more
+    keys or sections that may differ.
     """
     new = job.config
-    changeable = (*CHANGEABLE, *beside)
-    pinned = [{k: v for k, v in configs.to_dict(c).items() if k not in changeable} for c in (old, new)]
-    for values in pinned:
-        values.get("data", {}).pop("decoder", None)  # check_continuation compares the one in use
-    keys = list(configs.differing_keys(pinned[0], pinned[1]))
+    keys = [key for key in _differing(old, new) if not _is_among(key, (*CHANGEABLE, *beside))]
     if keys:
-        changes = ", ".join(f"{key} was {_value(old, key)!r}, now {_value(new, key)!r}" for key in keys)
-        another = "another run_dir and checkpoint.store" if new.checkpoint.store else "another run_dir"
-        return f"{place} holds another experiment: {changes}; set them back to resume it, or choose {another}"
+        return (
+            f"{place} holds another experiment: {_changes(keys, old, new)}; set them back to resume it, or "
+            f"choose {_another_run(source, keys, new)}"
+        )
     before, now = old.num_steps(job.mixture.steps_per_epoch), job.total_steps
     if before > now:
-        return f"{place} was started for {before:,} steps and cannot be shortened to {now:,}"
+        return (
+            f"{place} was started for {before:,} steps and cannot be shortened to {now:,}; set the total "
+            f"back, or choose {_another_run(source, ['total_steps'], new)}"
+        )
     return ""
+
+
+def _another_run(source: str, keys: Sequence[str], new: TrainConfig) -> str:
+    """Where a change of these keys is possible, with the lines that continue `source` there."""
+    another = "another run_dir and checkpoint.store" if new.checkpoint.store else "another run_dir"
+    changed = [key for key in keys if not _is_among(key, ("init",))]
+    if not changed:
+        return another
+    if any(_is_among(key, SAME_STATE) and not _is_among(key, STATELESS) for key in changed):
+        return f'{another}, which [init] checkpoint = "{source}" starts from its weights'
+    lines = f'[init] checkpoint = "{source}", full_state = true'
+    return f"{another} with {lines}, which continues it with the change"
+
+
+def _differing(old: TrainConfig, new: TrainConfig) -> list[str]:
+    return list(configs.differing_keys(configs.to_dict(old), configs.to_dict(new)))
+
+
+def _changes(keys: Sequence[str], old: TrainConfig, new: TrainConfig) -> str:
+    return ", ".join(f"{key} was {_value(old, key)!r}, now {_value(new, key)!r}" for key in keys)
+
+
+def _is_among(key: str, names: Sequence[str]) -> bool:
+    """Whether a dotted key is one of the keys, or lies in one of the sections."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _value(config: Any, dotted: str) -> Any:

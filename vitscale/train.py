@@ -236,7 +236,12 @@ def started(job: Job, tasks: Tasks) -> Iterator[Run]:
             ),
             progress=progress,
             batches=stream,
-            quarantine=Quarantine(config.run_dir, config.data.max_bad_fraction),
+            quarantine=Quarantine(
+                config.run_dir,
+                config.data.max_bad_fraction,
+                bad_samples=progress.bad_samples,
+                samples_seen=progress.step * config.global_batch,
+            ),
             saver=saver,
             metrics=metrics,
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from jaxtyping import Bool
 
 from vitscale import atomic, processes, storage
 from vitscale.data.order import ShardLayout
@@ -34,7 +35,8 @@ MAX_CHUNK_SAMPLES = 65_535  # ShardLayout.shortfalls counts in 16 bits
 class Index:
     """Shards in order, with what is known of their chunks; sample ids count through them.
 
-    chunks: an array of records (blocks: the chunk's length in blocks of 512 bytes; checksum).
+    chunks: an array of records (blocks: the chunk's length in blocks of 512 bytes; checksum; if
+    there is any damage, damaged: whether a sample of the chunk cannot be used).
     keys: which files are the samples' images and labels. label_counts: samples by label.
     num_damaged: samples that cannot be used; `damage` names the first of them, one sentence
     each, and `reasons` counts them by reason and says where the first is. passed_over: files by
@@ -214,6 +216,12 @@ def build_index(
     return index
 
 
+def damaged_chunks(chunks: np.ndarray) -> Bool[np.ndarray, " num_chunks"]:
+    """Which chunks of an index held damage when it was made; all False if it does not say."""
+    names = chunks.dtype.names or ()
+    return chunks["damaged"] if "damaged" in names else np.zeros(len(chunks), dtype=bool)
+
+
 def open_index(pattern: str) -> Index:
     """An index.json, or plain shards by glob, brace pattern or URL, to be indexed in memory.
 
@@ -297,6 +305,7 @@ class _IndexBuilder:
     def __init__(self) -> None:
         self.shards: list[Shard] = []
         self.chunks: list[np.ndarray] = []
+        self.damaged: list[np.ndarray] = []  # by shard: whether each chunk holds damage
         self.labels: collections.Counter[int] = collections.Counter()
         self.damage: list[str] = []
         self.reasons: dict[str, tuple[int, str]] = {}
@@ -306,6 +315,7 @@ class _IndexBuilder:
     def add(self, scan: Scan) -> None:
         self.shards.append(scan.shard)
         self.chunks.append(np.array(scan.chunks, dtype=np.uint32).reshape(-1, 2))
+        self.damaged.append(np.isin(np.arange(len(scan.chunks)), scan.damaged_chunks))
         self.labels.update(scan.label_counts)
         self.max_labels = max(self.max_labels, scan.max_labels)
         self.num_damaged += scan.num_damaged
@@ -325,8 +335,12 @@ class _IndexBuilder:
         pairs = np.concatenate(self.chunks)
         # 2 bytes suffice for chunks of up to 33 MB: 32 samples of a megabyte each.
         wide = int(pairs[:, 0].max()) > np.iinfo(np.uint16).max
-        chunks = np.empty(len(pairs), dtype=[("blocks", "<u4" if wide else "<u2"), ("checksum", "<u2")])
+        damaged = np.concatenate(self.damaged)
+        fields = [("blocks", "<u4" if wide else "<u2"), ("checksum", "<u2")]
+        chunks = np.empty(len(pairs), dtype=[*fields, ("damaged", "?")] if damaged.any() else fields)
         chunks["blocks"], chunks["checksum"] = pairs.T
+        if damaged.any():
+            chunks["damaged"] = damaged
         return Index(
             shards=tuple(self.shards),
             chunk_samples=chunk_samples,

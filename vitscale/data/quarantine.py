@@ -13,11 +13,18 @@ MIN_SAMPLES = 1000  # a fraction is taken of at least as many: one bad sample ea
 
 
 class Quarantine:
-    """RUN/quarantine.jsonl: a line {"step": ..., "sample": ...} for every replaced sample."""
+    """RUN/quarantine.jsonl: a line {"step": ..., "sample": ...} for every replaced sample.
 
-    def __init__(self, run_dir: str, max_bad_fraction: float) -> None:
+    bad_samples, samples_seen: the run's counts at this start. The limit is for what comes after
+    it: damage that was fixed between two starts no longer counts.
+    """
+
+    def __init__(
+        self, run_dir: str, max_bad_fraction: float, *, bad_samples: int = 0, samples_seen: int = 0
+    ) -> None:
         self.path = Path(run_dir) / FILE_NAME
         self._max_bad_fraction = max_bad_fraction
+        self._bad_before, self._seen_before = bad_samples, samples_seen
         self._sentences: list[str] = []
 
     def add(self, sentences: Sequence[str]) -> None:
@@ -39,15 +46,17 @@ class Quarantine:
 
     def is_over(self, bad_samples: int, samples_seen: int) -> bool:
         """Whether more had to be replaced than data.max_bad_fraction allows."""
-        return bad_samples > self._max_bad_fraction * max(samples_seen, MIN_SAMPLES)
+        seen = max(samples_seen - self._seen_before, MIN_SAMPLES)
+        return bad_samples - self._bad_before > self._max_bad_fraction * seen
 
     def verdict(self, bad_samples: int, samples_seen: int, step: int) -> str:
         """The sentence that ends a run for which is_over holds."""
+        bad, seen = bad_samples - self._bad_before, samples_seen - self._seen_before
         return (
-            f"{bad_samples:,} of {samples_seen:,} samples could not be used, more than data.max_bad_fraction "
-            f"{self._max_bad_fraction} allows; {self.path} lists them. A checkpoint was saved at step "
-            f"{step}: restore the shards, or continue in a new run_dir with [init] full_state = true and a "
-            "higher fraction"
+            f"{bad:,} of the {seen:,} samples since this start could not be used, more than "
+            f"data.max_bad_fraction {self._max_bad_fraction} allows; {self.path} lists them. A checkpoint "
+            f"was saved at step {step}: fix the shards, index them again and run the same command, or raise "
+            "data.max_bad_fraction"
         )
 
     def _write(self, step: int, sentences: list[str]) -> None:

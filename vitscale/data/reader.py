@@ -3,7 +3,9 @@ walker takes it apart.
 """
 
 import functools
+import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,6 +66,20 @@ def describe(index: Index, sample_id: int) -> str:
     """Where a sample is, for messages: its shard, the bytes of its chunk, its number."""
     shard, start, end = index.chunk_range(int(index.layout.chunk_of(np.array([sample_id]))[0]))
     return f"{shard.url}, bytes {start:,} to {end:,}, sample number {sample_id:,}"
+
+
+class SamplePlace(NamedTuple):
+    """A sample's id, and the bytes [start, end) of its chunk in its shard."""
+
+    start: int
+    end: int
+    sample_id: int
+
+
+def parse_place(sentence: str) -> SamplePlace | None:
+    """The place in a sentence that begins as `describe` writes it; None if there is none."""
+    match = re.search(r", bytes ([\d,]+) to ([\d,]+), sample number ([\d,]+)", sentence)
+    return SamplePlace(*(int(number.replace(",", "")) for number in match.groups())) if match else None
 
 
 def _distrusted(sample: RawSample | BadSample, where: str) -> BadSample:

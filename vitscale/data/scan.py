@@ -32,9 +32,10 @@ class Scan:
     """What a pass over a shard found.
 
     chunks: (blocks of 512 bytes, checksum) of each. damage: a sentence for each of the first
-    damaged places: num_damaged samples, and the archive itself. reasons: by reason, how many
-    places, and where the first is. passed_over: by extension, how many
-    files are neither image nor labels. tar_damage: whether the archive itself is broken.
+    damaged places: num_damaged samples, and the archive itself. damaged_chunks: those that hold
+    damaged samples, by number in the shard. reasons: by reason, how many places, and where the
+    first is. passed_over: by extension, how many files are neither image nor label. tar_damage:
+    whether the archive itself is broken.
     """
 
     shard: Shard
@@ -46,6 +47,7 @@ class Scan:
     reasons: dict[str, tuple[int, str]]
     passed_over: dict[str, int]
     tar_damage: bool
+    damaged_chunks: list[int] = dataclasses.field(default_factory=list)
 
 
 def chunk_checksum(data: bytes | memoryview) -> int:
@@ -87,7 +89,7 @@ def scan_shard(
                 for sample, start in group(walk(stream, whole=True), keys, builder.passed_over):
                     if builder.num_samples % chunk_samples == 0 and builder.num_samples:
                         chunks.cut(start)
-                    builder.add(sample)
+                    builder.add(sample, len(chunks.finished))
                 data_bytes = stream.count - BLOCK
                 while rest := stream.read(1 << 20):
                     if any(rest):
@@ -127,16 +129,17 @@ class _ScanBuilder:
         self.passed_over: collections.Counter[str] = collections.Counter()
         self.reasons: dict[str, tuple[int, str]] = {}
         self.damage: list[str] = []
+        self.damaged_chunks: dict[int, None] = {}  # in the order of the shard, each once
         self.tar_damage = ""
         self._keys: set[str] = set()
 
-    def add(self, sample: RawSample | BadSample) -> None:
+    def add(self, sample: RawSample | BadSample, chunk: int) -> None:
         self.num_samples += 1
         if isinstance(sample, BadSample):
-            self._add_bad(sample)
+            self._add_bad(sample, chunk)
         else:
             if sample.key in self._keys:
-                self._add_bad(BadSample(sample.key, "its key occurs twice in this shard"))
+                self._add_bad(BadSample(sample.key, "its key occurs twice in this shard"), chunk)
             self.labels.update(sample.labels)
             self.max_labels = max(self.max_labels, len(sample.labels))
         self._keys.add(sample.key)
@@ -166,10 +169,12 @@ class _ScanBuilder:
             reasons=self.reasons,
             passed_over=passed_over,
             tar_damage=bool(self.tar_damage),
+            damaged_chunks=list(self.damaged_chunks),
         )
 
-    def _add_bad(self, sample: BadSample) -> None:
+    def _add_bad(self, sample: BadSample, chunk: int) -> None:
         self.num_damaged += 1
+        self.damaged_chunks[chunk] = None
         add_reason(self.reasons, sample.reason, 1, sample.place(self.url))
         if len(self.damage) < self.listed:
             self.damage.append(f"{self.url}: {sample.describe()}")

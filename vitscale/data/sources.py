@@ -112,9 +112,12 @@ class Source:
         """The highest label that training will see."""
         return max(self.label_map[label] if self.label_map else label for label in self.index.label_counts)
 
-    def fingerprint(self) -> str:
-        """Names everything that decides what a sample is: shards, label map, exclusions."""
-        parts = [self.index.fingerprint()]
+    def fingerprint(self, index_fingerprint: str = "") -> str:
+        """Names everything that decides what a sample is: shards, label map, exclusions.
+
+        index_fingerprint: of another index in place of the source's own; "" = its own.
+        """
+        parts = [index_fingerprint or self.index.fingerprint()]
         if self.label_map:
             parts.append(json.dumps(sorted(self.label_map.items())))
         if len(self.excluded):
