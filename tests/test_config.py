@@ -21,7 +21,11 @@ class Inner:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outer:
+    ALTERNATIVES = ("metres", "feet")
+
     run_dir: str
+    metres: float = 0.0
+    feet: int = 0
     warmup: int = 0
     flip: bool = True
     optim: Inner = dataclasses.field(default_factory=Inner)
@@ -71,6 +75,42 @@ def test_later_files_and_then_overrides_win(tmp_path: Path) -> None:
     assert config.run_dir == "runs/x y" and config.warmup == 10_000
     assert config.optim == Inner(name="sgd", lr=0.5, betas=(0.8, 0.9))
     assert config.evals == {"a": Inner(lr=2.0)}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "overrides", "expected"),
+    [
+        ("metres = 2", "", ["feet=7"], (0.0, 7)),
+        ("metres = 2", "feet = 7", [], (0.0, 7)),
+        ("metres = 2", "feet = 7", ["metres=3"], (3.0, 0)),
+        ("metres = 2", "", ["feet=7", "metres=3"], (3.0, 0)),
+        ("metres = 2", "feet = 0", [], (2.0, 0)),  # as a written config spells out what is not set
+        ("metres = 2\nfeet = 7", "", [], (2.0, 7)),  # both at once: the section refuses it
+    ],
+)
+def test_a_later_alternative_replaces_an_earlier_one(
+    tmp_path: Path, first: str, second: str, overrides: list[str], expected: tuple[float, int]
+) -> None:
+    files = [write(tmp_path / "1.toml", f'run_dir = "a"\n{first}\n'), write(tmp_path / "2.toml", second)]
+    config = load(Outer, files, overrides)
+    assert (config.metres, config.feet) == expected
+
+
+def test_false_leaves_out_a_named_section_that_was_set_before(tmp_path: Path) -> None:
+    one = write(tmp_path / "1.toml", 'run_dir = "a"\n[evals.x]\nlr = 1\n[evals.y]\nlr = 2\n')
+    two = write(tmp_path / "2.toml", "[evals]\nx = false\n")
+    assert load(Outer, [one], ["evals.y=false"]).evals == {"x": Inner(lr=1.0)}
+    assert load(Outer, [one, two]).evals == {"y": Inner(lr=2.0)}
+    assert load(Outer, [one, two], ["evals.x.lr=3"]).evals == {"y": Inner(lr=2.0), "x": Inner(lr=3.0)}
+    with pytest.raises(ConfigError) as error:
+        load(Outer, [one, two], ["evals.x=false"])
+    assert str(error.value) == (
+        "evals.x = false leaves out a section that was set before, and there is none of that name; "
+        "there are: y"
+    )
+    for override in ("optim=false", "evals=false"):
+        with pytest.raises(ConfigError, match="must be a table, not False"):
+            load(Outer, [one], [override])
 
 
 def test_the_resolved_config_loads_as_it_is(tmp_path: Path) -> None:

@@ -50,18 +50,24 @@ class Upgraded(Protocol):
         ...
 
 
+@runtime_checkable
+class HasAlternatives(Protocol):
+    """A section class with keys of which one is given: a later one replaces an earlier one."""
+
+    ALTERNATIVES: tuple[str, ...]
+
+
 def load(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
     """Fill the dataclass `schema` from TOML files and `section.key=value` overrides.
 
-    A later file wins over an earlier one, and an override over all files. Raises ConfigError
-    for a missing or unreadable file, an unknown key, a wrong type, or a value that a section
-    refuses.
+    A later file wins over an earlier one, and an override over all files. `false` in place of a
+    named section leaves out the one that was given before. Raises ConfigError for a missing or
+    unreadable file, an unknown key, a wrong type, or a value that a section refuses.
     """
     merged: dict[str, Any] = {}
-    for path in paths:
-        merged = _merge(merged, _read_toml(Path(path)))
-    for override in overrides:
-        merged = _merge(merged, _parse_override(override))
+    for part in (*map(_read_toml, map(Path, paths)), *map(_parse_override, overrides)):
+        merged, part = _leave_out(schema, _drop_alternatives(schema, merged, part), part)
+        merged = _merge(merged, part)
     return from_dict(schema, merged)
 
 
@@ -142,6 +148,41 @@ def _parse_override(text: str) -> dict[str, Any]:
     return nested
 
 
+def _drop_alternatives(schema: Any, merged: dict[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """What was merged before, without the alternatives to a key that `part` sets."""
+    names = schema.ALTERNATIVES if isinstance(schema, HasAlternatives) else ()
+    given = any(part.get(name) for name in names)
+    return {key: value for key, value in merged.items() if not given or key not in names}
+
+
+def _leave_out(
+    schema: Any, merged: dict[str, Any], part: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both without the named sections that `part` leaves out, like evals.test = false."""
+    for key, hint in get_type_hints(schema).items():
+        sections = part.get(key)
+        holds_sections = get_origin(hint) is dict and _are_sections(get_args(hint)[1])
+        before = merged.get(key, {})
+        if not holds_sections or not isinstance(sections, dict) or not isinstance(before, dict):
+            continue  # _convert refuses what is no table
+        left_out = [name for name, value in sections.items() if value is False]
+        for name in left_out:
+            if name not in before:
+                raise ConfigError(
+                    f"{dotted(key, name)} = false leaves out a section that was set before, and there is "
+                    f"none of that name; there are: {', '.join(before) or 'none'}"
+                )
+        merged = {**merged, key: {name: value for name, value in before.items() if name not in left_out}}
+        part = {**part, key: {name: value for name, value in sections.items() if name not in left_out}}
+    return merged, part
+
+
+def _are_sections(hint: Any) -> bool:
+    """Whether a type is a dataclass, or a union of dataclasses."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    return all(map(dataclasses.is_dataclass, members))
+
+
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
@@ -179,10 +220,9 @@ def _upgrade(schema: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
-    is_union = origin in (Union, types.UnionType)
-    if all(map(dataclasses.is_dataclass, args if is_union else [hint])):
+    if _are_sections(hint):
         return from_dict(hint, _expect(value, Mapping, where, "a table"), where)
-    if is_union:
+    if origin in (Union, types.UnionType):
         raise TypeError(f"{where}: a config field has one type, or is a union of dataclasses")
     if hint is Any:
         return value

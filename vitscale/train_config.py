@@ -69,6 +69,8 @@ class TrainConfig:
     evals:          any number of evaluations, each by a name ([evals.NAME])
     """
 
+    ALTERNATIVES = ("total_steps", "total_epochs", "total_samples")
+
     run_dir: str
     seed: int = 0
     global_batch: int = 1024
@@ -93,7 +95,7 @@ class TrainConfig:
         configs.positive("", global_batch=self.global_batch)
         if self.seed < 0:
             raise ConfigError(f"seed {self.seed} must not be negative")
-        totals = {name: getattr(self, name) for name in ("total_steps", "total_epochs", "total_samples")}
+        totals = {name: getattr(self, name) for name in self.ALTERNATIVES}
         given = [f"{name} = {value}" for name, value in totals.items() if value]
         if len(given) != 1 or min(totals.values()) < 0:
             raise ConfigError(

@@ -130,7 +130,7 @@ def test_too_many_bad_samples_end_the_run_with_a_count_and_a_checkpoint(
         ),
         ("model.num_classes=4", "holds label 4, out of range for model.num_classes 4"),
         ("data.index=nowhere/index.json", "index nowhere/index.json is missing"),
-        ("total_epochs=3", "set exactly one of total_steps, total_epochs, total_samples"),
+        ("total_steps=0", "set exactly one of total_steps, total_epochs, total_samples"),
         ("schedule.warmup_steps=20", "schedule.warmup_steps 20 must be below the run's 20 steps"),
         ("init.checkpoint=nowhere", "nowhere is not a checkpoint"),
     ],

@@ -1,0 +1,108 @@
+"""What may change in a run: the place of its data, its total; the rest changes in a new run."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from multiprocess.job import Job
+from multiprocess.zygote import Zygote
+
+
+@pytest.fixture
+def finished(tmp_path: Path, uninterrupted: Job, index: Path) -> Job:
+    """A copy of the reference run, whose config names the original's run directory and data."""
+    job = Job(tmp_path / "copy", index)
+    shutil.copytree(uninterrupted.run_dir, job.run_dir)
+    return job
+
+
+def refusal(job: Job) -> str:
+    """The mistake that the last start printed."""
+    assert "Traceback" not in job.output(), job.output()
+    return [line for line in job.output().splitlines() if line.startswith("error: ")][-1]
+
+
+def lines_of(sentence: str) -> list[str]:
+    """The overrides that a refusal says to write under [init]."""
+    match = re.search(r'\[init\] checkpoint = "([^"]+)", full_state = true', sentence)
+    assert match, sentence
+    return [f"init.checkpoint={match.group(1)}", "init.full_state=true"]
+
+
+def test_the_same_data_at_another_place_resume(
+    tmp_path: Path, finished: Job, index: Path, zygote: Zygote
+) -> None:
+    moved = shutil.copytree(index.parent, tmp_path / "elsewhere")
+    assert zygote.train(finished, 1, f"data.index={moved}/index.json", "total_steps=22") == [0]
+    sources = f"data.sources=[{{index='{moved}/index.json', name='moved'}}]"
+    assert zygote.train(finished, 1, "data.index=", sources, "total_steps=24") == [0], finished.output()
+    assert finished.column("step") == list(range(1, 25))
+
+
+def test_before_the_first_checkpoint_the_data_of_the_config_stay(
+    tmp_path: Path, finished: Job, index: Path, zygote: Zygote
+) -> None:
+    shutil.rmtree(finished.run_dir / "checkpoints")
+    moved = shutil.copytree(index.parent, tmp_path / "elsewhere") / "index.json"
+    assert zygote.train(finished, 1, f"data.index={moved}") == [2]
+    assert f"data.index was '{index}', now '{moved}'" in refusal(finished)
+
+
+def test_another_order_of_the_data_is_refused_by_its_key(finished: Job, zygote: Zygote) -> None:
+    assert zygote.train(finished, 1, "data.lanes=2", "total_steps=22") == [2]
+    assert "other data than the config names now (data.lanes was 4, now 2)" in refusal(finished)
+    lines_of(refusal(finished))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [["optim.lr=1e-4"], ["optim.clip_norm=0.1"], ["precision=bf16"], ["schedule.decay=linear"]],
+    ids=lambda changes: changes[0],
+)
+def test_a_refused_change_is_made_by_the_lines_that_the_refusal_names(
+    tmp_path: Path, finished: Job, zygote: Zygote, changes: list[str]
+) -> None:
+    assert zygote.train(finished, 1, *changes, "total_steps=22") == [2]
+    sentence = refusal(finished)
+    assert f"{changes[0].partition('=')[0]} was" in sentence and "choose another run_dir with" in sentence
+    another = [f"run_dir={tmp_path}/another", "total_steps=22", *changes, *lines_of(sentence)]
+    assert zygote.train(finished, 1, *another) == [0], finished.output()
+    assert f"resumed from {finished.run_dir}/checkpoints/step-000000020" in finished.output()
+
+
+@pytest.mark.parametrize("change", ["model.width=8", "optim.name=sgd", "optim.freeze=['pos_embed']"])
+def test_the_full_state_is_not_named_where_it_would_not_fit(
+    finished: Job, zygote: Zygote, change: str
+) -> None:
+    assert zygote.train(finished, 1, change, "optim.weight_decay=0") == [2]
+    assert f'which [init] checkpoint = "{finished.run_dir}" starts from its weights' in refusal(finished)
+    assert "full_state = true" not in refusal(finished)
+
+
+def test_a_run_goes_back_to_an_older_step_in_a_new_run_directory(
+    tmp_path: Path, finished: Job, uninterrupted: Job, zygote: Zygote
+) -> None:
+    older = finished.checkpoints()[18]
+    back = Job(tmp_path / "back", Path(uninterrupted.config.read_text().split('index = "')[1].split('"')[0]))
+    assert zygote.train(back, 2, f"init.checkpoint={older}", "init.full_state=true") == [0, 0], back.output()
+    assert back.column("step") == [19, 20]
+    assert back.column("train/loss") == uninterrupted.column("train/loss")[18:]
+    assert zygote.train(back, 2, f"init.checkpoint={older}", "init.full_state=true") == [0, 0], back.output()
+
+
+def test_a_total_of_another_kind_continues_the_run(finished: Job, zygote: Zygote) -> None:
+    assert zygote.train(finished, 1, "total_epochs=2.2") == [0], finished.output()
+    assert finished.column("step")[-1] == 22
+    assert zygote.train(finished, 1, "total_samples=100") == [2]
+    assert "was started for 22 steps and cannot be shortened to 12" in refusal(finished)
+
+
+def test_an_evaluation_is_left_out(finished: Job, index: Path, zygote: Zygote) -> None:
+    finished.config.write_text(
+        finished.config.read_text() + f'\n[evals.test]\ntest = "{index.parent}/train-*.tar"\n'
+    )
+    assert zygote.train(finished, 1, "total_steps=22", "evals.test=false") == [0], finished.output()
+    assert "eval/test" not in finished.output()
+    assert zygote.train(finished, 1, "total_steps=24", "evals.tset=false") == [2]
+    assert "evals.tset = false leaves out a section that was set before" in refusal(finished)
