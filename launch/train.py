@@ -13,7 +13,7 @@ EXAMPLE = """examples:
   python launch/train.py configs/demo/shapes.toml                                     one process
   torchrun --nproc_per_node 2 launch/train.py configs/demo/shapes.toml optim.lr=5e-4  two, GPUs or not
   deepspeed --num_gpus 8 launch/train.py configs/pretrain/vit_b16_in21k.toml          eight GPUs
-  python launch/train.py configs/demo/shapes.toml --dry-run                           show what would run
+  python launch/train.py configs/demo/shapes.toml --dry-run --world-size 64           show what would run
 
 exit status: 0 done; 1 a rank was lost, or a bug; 2 something that you can fix, which one line names; 75
 stopped by SIGTERM, SIGUSR1 or Ctrl-C after a clean save: start it again. Launchers return others; whatever
@@ -31,8 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="TOML files, later ones win; section.key=value wins over all",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="with --dry-run: for so many processes, not those here"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.world_size is not None and (not arguments.dry_run or arguments.world_size < 1):
+        parser.error("--world-size is a number from 1, for --dry-run only: to train, a launcher sets it")
     # Torch is imported after the arguments have been checked, so that --help is instant.
     from vitscale import command
 
@@ -52,7 +57,8 @@ def start(arguments: argparse.Namespace) -> int:
         distributed.initialize()
         return train(distributed.together(lambda: config.load(TrainConfig, paths, overrides)))
     if distributed.launched_rank() == 0:
-        print(describe(config.load(TrainConfig, paths, overrides), distributed.launched_world_size()))
+        world_size = arguments.world_size or distributed.launched_world_size()
+        print(describe(config.load(TrainConfig, paths, overrides), world_size))
     return 0
 
 

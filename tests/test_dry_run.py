@@ -56,8 +56,114 @@ def test_a_config_can_be_written_and_read_back(tmp_path: Path) -> None:
 
 
 def test_a_missing_index_is_named_with_the_command_that_makes_it() -> None:
-    config = configs.load(TrainConfig, [ROOT / "configs/pretrain/vit_b16_in21k.toml"])
+    path = ROOT / "configs/pretrain/vit_b16_in21k.toml"
+    config = configs.load(TrainConfig, [path], ["data.num_samples=0"])
     with pytest.raises(
         ValueError, match=r"index data/in21k/index.json is missing .*tools/data.py index SHARDS"
     ):
         describe(config, 8)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_is_planned_without_its_data(path: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)  # where none of the data are
+    assert main([str(path), "--dry-run", "--world-size", "4"]) == 0
+    shown = capsys.readouterr().out
+    config = configs.load(TrainConfig, [path])
+    missing = f"{config.data.index} is missing; planned for {config.data.num_samples:,} samples"
+    assert shown.count(missing) == 1
+    noted = shown.split("# not there yet")[1].split("# data")[0]
+    assert config.init.checkpoint in noted
+    assert not config.evals or next(iter(config.evals.values())).test in noted
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_stated_number_of_samples_gives_the_plan_of_the_index(
+    run: list[str], tmp_path: Path, capsys
+) -> None:
+    assert main([*run, "data.num_samples=97", "--dry-run"]) == 0
+    with_index = capsys.readouterr().out
+    assert "not there yet" not in with_index
+    (tmp_path / "shards" / "index.json").unlink()
+    assert main([*run, "data.num_samples=97", "--dry-run"]) == 0
+    without = capsys.readouterr().out
+    for line in ("steps per epoch", "total steps", "lanes", "global batch"):
+        lines = [
+            [row for row in shown.splitlines() if row.startswith(line)] for shown in (with_index, without)
+        ]
+        assert lines[0] == lines[1] != [], line
+
+
+def test_another_number_of_samples_than_the_index_has_is_refused(run: list[str], capsys) -> None:
+    assert main([*run, "data.num_samples=96", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert "has 97 samples, data.num_samples says 96; index all of the shards, or set it to 97" in error
+
+
+def test_a_world_size_is_planned_that_is_not_here(run: list[str], capsys) -> None:
+    assert main([*run, "--dry-run", "--world-size", "8"]) == 0
+    assert '"train_micro_batch_size_per_gpu": 1,' in capsys.readouterr().out
+    assert main([*run, "--dry-run", "--world-size", "3"]) == 2
+    assert "3 processes cannot share 8 lanes evenly; start one of 1, 2, 4, 8" in capsys.readouterr().err
+    for wrong in (["--world-size", "2"], ["--dry-run", "--world-size", "0"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*run, *wrong])
+        assert ended.value.code == 2
+        assert "--world-size is a number from 1, for --dry-run only" in capsys.readouterr().err
+
+
+@pytest.fixture
+def run(tmp_path: Path, index) -> list[str]:
+    """The arguments of a small run that could start."""
+    path = tmp_path / "c.toml"
+    path.write_text(f'''
+run_dir = "{tmp_path}/run"
+global_batch = 8
+total_steps = 4
+[model]
+variant = "Ti/4"
+width = 16
+depth = 1
+num_heads = 2
+mlp_dim = 16
+image_size = 8
+num_classes = 5
+[data]
+index = "{tmp_path}/shards/index.json"
+[engine]
+num_workers = 0
+[checkpoint]
+every_steps = 2
+[log]
+tensorboard = false
+''')
+    return [str(path)]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evals.x.test=nowhere/*.tar", "no file matches 'nowhere/*.tar'"),
+        ("evals.x.test=nowhere/index.json", "index nowhere/index.json is missing"),
+        ("optim.freeze=['no_such.*']", "optim.freeze 'no_such.*' matches no parameter"),
+        ("init.checkpoint=nowhere", "nowhere is not a checkpoint"),
+        ("init={checkpoint='nowhere', full_state=true}", "nowhere holds no checkpoint with training state"),
+        (
+            "engine.deepspeed_extra.zero_optimization.foo=1",
+            "engine.deepspeed_extra holds what DeepSpeed refuses",
+        ),
+        ("engine.deepspeed_extra.communication_data_type=fp17", "Invalid communication_data_type"),
+    ],
+)
+def test_what_training_refuses_a_dry_run_refuses(
+    run: list[str], tmp_path: Path, override: str, message: str, capsys
+) -> None:
+    assert main([*run, "--dry-run"]) == 0
+    capsys.readouterr()
+    sentences = []
+    for dry in (["--dry-run"], []):
+        assert main([*run, override, *dry]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
+        sentences += [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 2 and len(set(sentences)) == 1, sentences

@@ -17,8 +17,8 @@ LAYERS = [
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],
     ["job", "evaluate", "report"],
-    ["run_dir", "meter", "dry_run"],
-    ["train"],
+    ["run_dir", "meter"],
+    ["train", "dry_run"],
     ["bench"],
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

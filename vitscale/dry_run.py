@@ -2,25 +2,49 @@
 
 import json
 import os
+from collections.abc import Callable, Sequence
 
 from vitscale import config as configs
 from vitscale import memory
-from vitscale.job import Job, expected_first_loss, prepare
-from vitscale.models import empty_model
+from vitscale.checkpoint import load, room
+from vitscale.checkpoint.store import Home
+from vitscale.checkpoint.verify import Checkpoint
+from vitscale.data.sources import SourceConfig, check_sources, missing_sources, open_sources
+from vitscale.engine import zero
+from vitscale.errors import UserError
+from vitscale.evals import open_task
+from vitscale.job import Job, derive, expected_first_loss
+from vitscale.models import Model, empty_model
 from vitscale.models.flops import train_flops
+from vitscale.models.transfer import transfer_state
+from vitscale.optim import freeze
+from vitscale.run_dir import check_continuation, check_new_length, check_run_dir
 from vitscale.train_config import TrainConfig
+from vitscale.weights.saved import SavedModel
 
 
 def describe(config: TrainConfig, world_size: int) -> str:
     """Config, data, batch plan, model, memory estimate and DeepSpeed JSON, as text.
 
-    Raises what train() would raise for a config or a data set that cannot be used.
+    Raises what train() would raise before its first step. Only an index may be missing, if the
+    config states data.num_samples. What else is missing then is listed, too.
     """
-    job = prepare(config, world_size)
-    num_params = sum(param.numel() for param in empty_model(config.model).parameters())
+    missing = missing_sources(config.data)
+    job = derive(config, world_size, open_sources(config.data, missing))
+    model = empty_model(config.model)
+    num_params = sum(param.numel() for param in model.parameters())
+    freeze(model, config.optim.freeze)
+    if missing:
+        notes = _missing_lines(job, model, missing)
+    else:
+        check_sources(job.sources)
+        _check_evaluations(config)
+        _check_start(job, model)
+        notes = []
     return "\n\n".join(
         (
             f"# resolved config\n{configs.to_toml(config).strip()}",
+            *([_section("not there yet", notes)] if notes else []),
             _section("data", _data_lines(job)),
             _section("batch plan", _batch_lines(job)),
             _section("model and optimizer", _model_lines(config, num_params)),
@@ -28,6 +52,65 @@ def describe(config: TrainConfig, world_size: int) -> str:
             f"# DeepSpeed JSON\n{json.dumps(job.deepspeed_config, indent=2)}",
         )
     )
+
+
+def _check_evaluations(config: TrainConfig) -> None:
+    for name, section in config.evals.items():
+        open_task(name, section, config.model.image_size)
+
+
+def _check_start(job: Job, model: Model) -> None:
+    """Check what train() would start from: the run's own checkpoint, or that of [init]."""
+    config = job.config
+    home = Home.of(config.run_dir, config.checkpoint)
+    check_run_dir(job)
+    if not home.store:
+        room.check_space(home, config.checkpoint, memory.checkpoint_bytes(config.model, config.optim))
+    checkpoint = load.find(home)
+    if checkpoint:
+        check_continuation(job, checkpoint)
+        _check_state(checkpoint, config, model)
+    else:
+        _check_init(job, model)
+
+
+def _check_init(job: Job, model: Model) -> None:
+    config = job.config
+    if config.init.full_state:
+        checkpoint = load.find_other(config.init.checkpoint)
+        check_new_length(job, checkpoint)
+        _check_state(checkpoint, config, model)
+    elif config.init.checkpoint:
+        saved = SavedModel(config.init.checkpoint, slot="ema" if config.init.ema else "fp32")
+        transfer_state({}, saved.config, config.model)  # no weights: whether the backbones are the same
+
+
+def _check_state(checkpoint: Checkpoint, config: TrainConfig, model: Model) -> None:
+    shapes = zero.shapes(model)
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    load.check_fits(checkpoint, shapes, shapes.keys() - trained, config.optim.name)
+
+
+def _missing_lines(job: Job, model: Model, missing: Sequence[SourceConfig]) -> list[tuple[str, str]]:
+    """What a plan without its data could not check, with the reason."""
+    config = job.config
+    lines = [
+        (
+            "index",
+            f"{source.index} is missing; planned for {source.num_samples:,} samples, as the config says",
+        )
+        for source in missing
+    ]
+    checks: list[tuple[str, Callable[[], object]]] = [
+        ("evaluations", lambda: _check_evaluations(config)),
+        ("init", lambda: _check_init(job, model)),
+    ]
+    for name, check in checks:
+        try:
+            check()
+        except UserError as error:
+            lines.append((name, str(error)))
+    return lines
 
 
 def _section(title: str, lines: list[tuple[str, str]]) -> str:
@@ -41,7 +124,9 @@ def _data_lines(job: Job) -> list[tuple[str, str]]:
     parts = zip(job.sources, mixture.orders, mixture.weights, mixture.epochs(job.total_steps), strict=True)
     for source, order, weight, epochs in parts:
         index = source.index
-        size = f"{len(index.shards):,} shards; {index.num_bytes:,} bytes"
+        size = (
+            f"{len(index.shards):,} shards; {index.num_bytes:,} bytes" if index.num_bytes else "no index yet"
+        )
         lines += [
             ("source", f"{source.name}: {float(weight):.2%} of every batch, {epochs:,.2f} epochs"),
             ("  samples", f"{index.num_samples:,} in {size}"),

@@ -16,7 +16,7 @@ from vitscale.data.sources import (
     open_sources,
 )
 from vitscale.engine.batches import BatchPlan, plan_batches
-from vitscale.engine.ds_config import make_ds_config
+from vitscale.engine.ds_config import check_ds_config, make_ds_config
 from vitscale.errors import ConfigError
 from vitscale.train_config import TrainConfig
 
@@ -49,14 +49,13 @@ def prepare(config: TrainConfig, world_size: int) -> Job:
     Every rank calls it. Rank 0 alone looks for the shards: thousands of ranks would ask a
     shared store millions of times. Raises ConfigError, DataError or StoreError on every rank.
     """
-    job = distributed.together(lambda: derive(config, world_size))
+    job = distributed.together(lambda: derive(config, world_size, open_sources(config.data)))
     distributed.on_main(lambda: check_sources(job.sources))
     return job
 
 
-def derive(config: TrainConfig, world_size: int) -> Job:
-    """The job of a config and of the indexes that it names. Raises ConfigError or DataError."""
-    sources = open_sources(config.data)
+def derive(config: TrainConfig, world_size: int, sources: tuple[Source, ...]) -> Job:
+    """The job of a config and of its opened sources. Raises ConfigError."""
     check_labels(sources, config.data, config.model.num_classes)
     mixture = make_mixture(
         sources,
@@ -68,6 +67,9 @@ def derive(config: TrainConfig, world_size: int) -> Job:
     mixture.rank_lanes(0, world_size)
     plan = plan_batches(config.global_batch, config.engine.micro_batch, world_size)
     _check_pairs(config, plan, mixture)
+    deepspeed_config = make_ds_config(config.engine, plan, config.precision, config.optim.clip_norm)
+    if config.engine.deepspeed_extra:
+        check_ds_config(deepspeed_config)
     return Job(
         config=config,
         sources=sources,
@@ -75,7 +77,7 @@ def derive(config: TrainConfig, world_size: int) -> Job:
         decoder=resolve_decoder(config.data.decoder),
         plan=plan,
         total_steps=config.num_steps(mixture.steps_per_epoch),
-        deepspeed_config=make_ds_config(config.engine, plan, config.precision, config.optim.clip_norm),
+        deepspeed_config=deepspeed_config,
     )
 
 

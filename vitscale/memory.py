@@ -1,9 +1,7 @@
 """What a run needs of a device's memory, by arithmetic, before anything is built."""
 
-import torch
-
 from vitscale.engine.zero import OPTIMIZER_SLOTS
-from vitscale.models import MODELS, ModelConfig
+from vitscale.models import ModelConfig, empty_model
 from vitscale.models.vit import ViTConfig
 from vitscale.optim import OptimConfig, freeze
 
@@ -46,8 +44,7 @@ def activation_bytes(config: ViTConfig, micro_batch: int, precision: str, checkp
 
 def checkpoint_bytes(config: ModelConfig, optim: OptimConfig) -> int:
     """Bytes of a checkpoint: fp32 weights and, of what is trained, the other slots."""
-    with torch.device("meta"):
-        model = MODELS[config.kind](config)
+    model = empty_model(config)
     freeze(model, optim.freeze)
     slots = 1 + len(OPTIMIZER_SLOTS[optim.name]) + (optim.ema_decay > 0)
     return sum(4 * param.numel() * (slots if param.requires_grad else 1) for param in model.parameters())

@@ -40,6 +40,7 @@ CHANGEABLE = (
     "total_samples",
     "data.decoder",
     "data.max_bad_fraction",
+    "data.num_samples",
 )
 # What a run that continues the full state of another must have in common with it.
 SAME_STATE = ("model", "optim.name", "optim.freeze")
@@ -124,15 +125,7 @@ def claimed(job: Job) -> Iterator[None]:
         with _writing(job):
             folder.mkdir(parents=True, exist_ok=True)
             lock = RunLock(folder)
-        if (folder / CONFIG_NAME).exists():
-            old = _saved_config(folder / CONFIG_NAME)
-            # Where there is a checkpoint, its fingerprint shows whether the data are others.
-            beside = ("data",) if store.Home.of(str(folder), old.checkpoint).committed() else ()
-            source = old.checkpoint.store or str(folder)
-            problem = _difference(f"run_dir {folder}", source, old, job, beside)
-            problem = problem or _left_behind(old, job)
-            if problem:
-                raise ConfigError(problem)
+        check_run_dir(job)
 
     try:
         distributed.on_main(claim)
@@ -156,6 +149,23 @@ def note_refusal(run_dir: str, reason: str) -> None:
         lock = RunLock(run_dir)
         ending.write(Path(run_dir), "failed", status["step"], status["total_steps"], reason)
         lock.release()
+
+
+def check_run_dir(job: Job) -> None:
+    """Raise ConfigError if the run directory's config is another experiment's.
+
+    And if its checkpoints are where the job's config does not look.
+    """
+    folder = Path(job.config.run_dir)
+    if not (folder / CONFIG_NAME).exists():
+        return
+    old = _saved_config(folder / CONFIG_NAME)
+    # Where there is a checkpoint, its fingerprint shows whether the data are others.
+    beside = ("data",) if store.Home.of(str(folder), old.checkpoint).committed() else ()
+    source = old.checkpoint.store or str(folder)
+    problem = _difference(f"run_dir {folder}", source, old, job, beside) or _left_behind(old, job)
+    if problem:
+        raise ConfigError(problem)
 
 
 def write_config(job: Job) -> None:
@@ -182,7 +192,7 @@ def check_continuation(job: Job, checkpoint: Checkpoint) -> None:
     but damage was fixed since. Every rank calls it.
     """
     folder, train = checkpoint.folder, checkpoint.manifest.train
-    old = saved_config(TrainConfig, train.config, "", folder, train.versions.get("vitscale", "another version"))
+    old = saved_config(TrainConfig, train.config, "", folder, train.writer)
     # [init] is not read again, and the fingerprint shows if the data differ.
     problem = _difference(folder, folder, old, job, ("data", "init"))
     if problem:

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from vitscale import config as configs
 from vitscale import distributed, memory
-from vitscale.checkpoint import load
+from vitscale.checkpoint import load, room
 from vitscale.checkpoint.manifest import TrainState
-from vitscale.checkpoint.room import check_room
 from vitscale.checkpoint.save import Saver
 from vitscale.checkpoint.store import Home
 from vitscale.data.cache import NodeCache
@@ -216,7 +215,7 @@ def started(job: Job, tasks: Tasks) -> Iterator[Run]:
     home = Home.of(config.run_dir, config.checkpoint)
     with distributed.alike():
         save_bytes = memory.checkpoint_bytes(config.model, config.optim)
-    check_room(home, config.checkpoint, save_bytes)
+    room.check(home, config.checkpoint, save_bytes)
     engine, progress, passed_over = start(job, home)
     with (
         contextlib.closing(engine),

@@ -106,3 +106,49 @@ def test_an_evaluation_is_left_out(finished: Job, index: Path, zygote: Zygote) -
     assert "eval/test" not in finished.output()
     assert zygote.train(finished, 1, "total_steps=24", "evals.tset=false") == [2]
     assert "evals.tset = false leaves out a section that was set before" in refusal(finished)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lr=1e-4"], "optim.lr was 0.005, now 0.0001"),
+        (["data.window_chunks=1"], "data.window_chunks was 2, now 1"),
+        (["total_steps=10"], "was started for 20 steps and cannot be shortened to 10"),
+        (["{another}", "{init}", "init.full_state=true"], "has done all of the run's 20 steps"),
+        (
+            ["{another}", "{init}", "init.full_state=true", "total_steps=22", "model.width=8"],
+            "is of another model",
+        ),
+        (
+            ["{another}", "{init}", "model.width=8"],
+            "model.width is 8, but the [init] checkpoint has 16",
+        ),
+    ],
+    ids=["rate", "order", "total", "length", "state", "backbone"],
+)
+def test_a_dry_run_refuses_by_the_sentence_of_training_what_cannot_continue(
+    tmp_path: Path, finished: Job, zygote: Zygote, overrides: list[str], message: str
+) -> None:
+    places = {"another": f"run_dir={tmp_path}/another", "init": f"init.checkpoint={finished.run_dir}"}
+    overrides = [text.format(**places) for text in overrides]
+    assert zygote.train(finished, 1, *overrides) == [2]
+    sentence = refusal(finished)
+    assert message in sentence
+    finished.log.unlink()
+    assert zygote.train(finished, 1, *overrides, "--dry-run") == [2]
+    assert refusal(finished) == sentence
+
+
+def test_a_dry_run_of_what_can_continue_changes_nothing(
+    tmp_path: Path, finished: Job, zygote: Zygote
+) -> None:
+    own = (finished.log, finished.log.parent)
+
+    def state() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path not in own}
+
+    init = [f"run_dir={tmp_path}/another", f"init.checkpoint={finished.run_dir}"]
+    before = state()
+    for overrides in (["total_steps=22"], [*init, "total_steps=22", "init.full_state=true"], init):
+        assert zygote.train(finished, 1, *overrides, "--dry-run") == [0], finished.output()
+    assert state() == before

@@ -1,5 +1,6 @@
 """Reading a checkpoint at any world size and ZeRO stage: each rank reads what it owns now."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -105,36 +106,39 @@ def resume(engine: Engine, checkpoint: Checkpoint) -> None:
     """
     manifest = checkpoint.manifest
     with distributed.alike():
-        check_fits(engine, checkpoint)
+        untrained = {tensor.name for tensor in engine.untrained()}
+        check_fits(checkpoint, engine.shapes(), untrained, engine.optimizer_name)
     reader = FragmentReader(checkpoint.folder, manifest)
     engine.restore(reader, manifest.slots, manifest.counters, manifest.loss_scaler)
 
 
-def check_fits(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless the checkpoint has the engine's tensors and optimizer.
+def check_fits(
+    checkpoint: Checkpoint, ours: Mapping[str, tuple[int, ...]], untrained: Collection[str], optimizer: str
+) -> None:
+    """Raise CheckpointError unless the checkpoint has a run's tensors and optimizer.
 
-    The same parameters must be frozen in both.
+    ours: the whole shapes of the run's parameters and persistent buffers, of which `untrained`
+    are the buffers and the frozen parameters. The same must be frozen in both.
     """
     folder, manifest = checkpoint.folder, checkpoint.manifest
-    saved, ours = {name: info.shape for name, info in manifest.tensors.items()}, engine.shapes()
+    saved = {name: info.shape for name, info in manifest.tensors.items()}
     if saved != ours:
         name = min(name for name in {*saved, *ours} if saved.get(name) != ours.get(name))
         raise CheckpointError(
             f"{folder} is of another model: {name} is {saved.get(name)} in it "
             f"and {ours.get(name)} in this run"
         )
-    frozen = {tensor.name for tensor in engine.untrained()}
     for name, info in manifest.tensors.items():
-        if info.untrained != (name in frozen):  # the moments would be missing, or have no place
+        if info.untrained != (name in untrained):  # the moments would be missing, or have no place
             before, now = ("frozen", "trained") if info.untrained else ("trained", "frozen")
             raise CheckpointError(
                 f"{folder} does not fit optim.freeze: {name} was {before} in that run and is {now} in this "
                 "one; set optim.freeze to what that run had, or start from its weights alone: "
                 "[init] checkpoint without full_state"
             )
-    if manifest.optimizer != engine.optimizer_name:
+    if manifest.optimizer != optimizer:
         raise CheckpointError(
             f'{folder} holds the state of optim.name = "{manifest.optimizer}", not of '
-            f'"{engine.optimizer_name}"; set it to that, or start from its weights alone: '
+            f'"{optimizer}"; set it to that, or start from its weights alone: '
             "[init] checkpoint without full_state"
         )

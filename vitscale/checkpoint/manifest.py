@@ -79,6 +79,11 @@ class TrainState:
     def step_in_epoch(self) -> int:
         return self.data_step - self.epoch * self.steps_per_epoch
 
+    @property
+    def writer(self) -> str:
+        """The version of vitscale that saved it, for messages."""
+        return self.versions.get("vitscale", "another version")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:

@@ -2,6 +2,7 @@
 
 import secrets
 import shutil
+from pathlib import Path
 
 from vitscale import distributed, storage
 from vitscale.checkpoint.store import CheckpointConfig, Home
@@ -10,7 +11,7 @@ from vitscale.errors import ConfigError, StoreError
 PROBE = ".probe-"
 
 
-def check_room(home: Home, config: CheckpointConfig, save_bytes: int) -> None:
+def check(home: Home, config: CheckpointConfig, save_bytes: int) -> None:
     """Write and read a probe, and compare the free space with what the run will keep.
 
     Every rank calls it. save_bytes: of one checkpoint. Raises StoreError or ConfigError on all
@@ -40,24 +41,33 @@ def _write_probe(home: Home) -> str:
     return token
 
 
+def check_space(home: Home, config: CheckpointConfig, save_bytes: int) -> None:
+    """Raise ConfigError unless the shared folder has space for keep_last saves and one more."""
+    saves = config.keep_last + 1 - min(config.keep_last, len(home.committed()))
+    _compare(home.directory, saves * save_bytes, f"checkpoint.keep_last = {config.keep_last}, and one more,")
+
+
 def _look(home: Home, config: CheckpointConfig, save_bytes: int, token: str) -> None:
     if distributed.local_rank() != 0:
         return
     if home.store:  # the folder is this node's own, and holds its files until they are uploaded
         home.directory.mkdir(parents=True, exist_ok=True)
-        saves, node_bytes = 1, save_bytes * distributed.local_world_size() // distributed.world_size()
+        share = save_bytes * distributed.local_world_size() // distributed.world_size()
+        _compare(home.directory, share, "this node's part of one checkpoint")
     elif not (home.directory / token).exists():
         raise ConfigError(
             f"{home.directory} on this node is not the folder that rank 0 sees: run_dir must be on a file "
             'system that all nodes share, or set checkpoint.store = "s3://..."'
         )
     else:
-        saves, node_bytes = config.keep_last + 1 - min(config.keep_last, len(home.committed())), save_bytes
-    free, needed = shutil.disk_usage(home.directory).free, saves * node_bytes
+        check_space(home, config, save_bytes)
+
+
+def _compare(folder: Path, needed: int, what: str) -> None:
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
-        one, some, several = map(storage.size_text, (node_bytes, free, needed))
         raise ConfigError(
-            f"{home.directory} has {some} free; {saves} more checkpoints of {one} need {several} "
-            "(checkpoint.keep_last + 1 in all); free some, lower checkpoint.keep_last, or choose another "
-            "run_dir"
+            f"{folder} has {storage.size_text(free)} free, and {what} needs {storage.size_text(needed)}; "
+            "free some, lower checkpoint.keep_last, or choose another run_dir"
         )

@@ -28,6 +28,7 @@ from vitscale.errors import ConfigError, DataError, StoreError, UserError
 
 FORMAT, VERSION = "vitscale-index", 3
 READABLE = (2, 3)  # version 2 means its samples strictly (SampleKeys.strict)
+CHUNK_SAMPLES = 32  # unless --chunk-samples says otherwise
 MAX_CHUNK_SAMPLES = 65_535  # ShardLayout.shortfalls counts in 16 bits
 
 
@@ -182,7 +183,7 @@ class Index:
 def build_index(
     shards: Sequence[str],
     *,
-    chunk_samples: int = 32,
+    chunk_samples: int = CHUNK_SAMPLES,
     allow_damaged: bool = False,
     keys: SampleKeys = DEFAULT_KEYS,
     workers: int = 0,
@@ -214,6 +215,14 @@ def build_index(
     index = builder.index(chunk_samples, keys)
     finished.remove()
     return index
+
+
+def planned_index(num_samples: int) -> Index:
+    """What is known of an index before it is made: its number of samples. It cannot be read."""
+    shard = Shard(url="", num_bytes=0, data_bytes=0, num_samples=num_samples, checksum="")
+    return Index(
+        shards=(shard,), chunk_samples=CHUNK_SAMPLES, chunks=np.empty(0), label_counts={}, max_labels=1
+    )
 
 
 def damaged_chunks(chunks: np.ndarray) -> Bool[np.ndarray, " num_chunks"]:

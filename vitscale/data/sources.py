@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from jaxtyping import Int64
 
 from vitscale import storage
 from vitscale.data.exclusions import load_exclusions
-from vitscale.data.index import Index, check_shards
+from vitscale.data.index import Index, check_shards, planned_index
 from vitscale.data.mixture import Mixture
 from vitscale.errors import ConfigError, DataError, StoreError
 
@@ -28,6 +28,8 @@ class SourceConfig:
     image_key:  what its samples' images are; must be what the index was made with. "" = that.
     label_key:  as image_key, of their labels.
     name:       for metrics and messages; "" = its position.
+    num_samples:
+                how many samples the index must have, so that --dry-run needs none; 0 = any.
     """
 
     index: str
@@ -37,6 +39,7 @@ class SourceConfig:
     image_key: str = ""
     label_key: str = ""
     name: str = ""
+    num_samples: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -45,7 +48,7 @@ class SourceConfig:
             )
 
 
-SINGLE_SOURCE_KEYS = ("index", "label_map", "exclude", "image_key", "label_key")
+SINGLE_SOURCE_KEYS = ("index", "label_map", "exclude", "image_key", "label_key", "num_samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class DataConfig:
     exclude:           of a single source, as in SourceConfig.
     image_key:         of a single source, as in SourceConfig.
     label_key:         of a single source, as in SourceConfig.
+    num_samples:       of a single source, as in SourceConfig.
     sources:           several sources, to be mixed, instead of the keys above.
     labels:            "single" if each sample has one label, "multi" if it may have several.
     lanes:             streams that each global batch is put together from. The world size must
@@ -72,6 +76,7 @@ class DataConfig:
     exclude: str = ""
     image_key: str = ""
     label_key: str = ""
+    num_samples: int = 0
     sources: tuple[SourceConfig, ...] = ()
     labels: Literal["single", "multi"] = "single"
     lanes: int = 0
@@ -91,6 +96,8 @@ class DataConfig:
                 f"data.{', data.'.join(SINGLE_SOURCE_KEYS)} are for a single source; "
                 "with [[data.sources]], write them into each of the sources"
             )
+        if min(source.num_samples for source in self.all_sources()) < 0:
+            raise ConfigError("data.num_samples must not be negative; 0 = as many as the index has")
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """The sources, in whichever way they were written."""
@@ -125,15 +132,33 @@ class Source:
         return " ".join(parts)
 
 
-def open_sources(config: DataConfig) -> tuple[Source, ...]:
+def missing_sources(config: DataConfig) -> list[SourceConfig]:
+    """The sources whose index is not there, if all of them state num_samples; else []."""
+    sources = config.all_sources()
+    sizes = storage.sizes([source.index for source in sources])
+    missing = [source for source, size in zip(sources, sizes, strict=True) if size is None]
+    return missing if all(source.num_samples for source in missing) else []
+
+
+def open_sources(config: DataConfig, missing: Sequence[SourceConfig] = ()) -> tuple[Source, ...]:
     """Load the indexes, label maps and exclusions.
 
+    missing: sources for a plan, which cannot be read: they have the stated number of samples.
     Raises DataError or ConfigError for what does not fit, StoreError for what cannot be read.
     """
     sources = []
     for position, section in enumerate(config.all_sources()):
+        if section in missing:
+            name, index = section.name or str(position), planned_index(section.num_samples)
+            sources.append(Source(name=name, index=index, label_map={}, excluded=np.empty(0, np.int64)))
+            continue
         index = Index.load(section.index)
         _check_keys(index, section)
+        if section.num_samples not in (0, index.num_samples):
+            raise ConfigError(
+                f"{section.index} has {index.num_samples:,} samples, data.num_samples says "
+                f"{section.num_samples:,}; index all of the shards, or set it to {index.num_samples}"
+            )
         excluded = load_exclusions(section.exclude, index) if section.exclude else np.empty(0, np.int64)
         if 2 * len(excluded) > index.num_samples:
             raise DataError(
@@ -189,6 +214,8 @@ def check_sources(sources: tuple[Source, ...]) -> None:
 def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: int) -> None:
     """Raise ConfigError for labels that the model or the config has no place for."""
     for source, section in zip(sources, config.all_sources(), strict=True):
+        if not source.index.label_counts:
+            continue  # it is planned
         if source.max_label >= num_classes:
             raise ConfigError(
                 f"{section.index} holds label {source.max_label}, out of range for model.num_classes "

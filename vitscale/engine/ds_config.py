@@ -1,4 +1,4 @@
-"""The [engine] section, and the DeepSpeed JSON that follows from it: pure."""
+"""The [engine] section, and the DeepSpeed JSON that follows from it."""
 
 import dataclasses
 from typing import Any, Literal
@@ -85,6 +85,29 @@ def make_ds_config(
     if precision == "fp16":
         derived |= {"fp16": {"enabled": True, "initial_scale_power": 16}}
     return _with_extra(derived, config.deepspeed_extra, "engine.deepspeed_extra")
+
+
+def check_ds_config(values: dict[str, Any]) -> None:
+    """Raise ConfigError if DeepSpeed refuses its JSON, for which deepspeed_extra is the reason.
+
+    DeepSpeed itself checks it, in some seconds for its import.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    try:
+        # Without train_batch_size, which it would compare with the processes that run here.
+        DeepSpeedConfig({key: value for key, value in values.items() if key != "train_batch_size"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, reason = ".".join(map(str, first["loc"])), f"{first['msg']} ({error.title})"
+    except (ValueError, TypeError, AssertionError) as error:
+        key, reason = "", str(error).partition("\n")[0]
+    else:
+        return
+    raise ConfigError(
+        f"engine.deepspeed_extra holds what DeepSpeed refuses{key and f', {key}'}: {reason}; fix or remove it"
+    ) from None
 
 
 def _with_extra(derived: dict[str, Any], extra: dict[str, Any], where: str) -> dict[str, Any]:

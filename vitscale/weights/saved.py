@@ -40,7 +40,7 @@ class SavedModel:
             self.path, manifest = checkpoint.folder, checkpoint.manifest
             self._source = _CheckpointWeights(self.path, manifest, slot)
             self.step, model = manifest.step, manifest.train.config.get("model")
-            slots, writer = manifest.slots, manifest.train.versions.get("vitscale", "another version")
+            slots, writer = manifest.slots, manifest.train.writer
         self.shapes = dict(self._source.shapes)
         if slot == "ema" and slot not in slots:
             raise CheckpointError(
