@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Units of one layer do not import one another; a unit is a file or folder of vitscale/ itself.
 LAYERS = [
+    ["redaction"],
     ["errors", "progress", "slurm", "rendezvous"],
     ["config", "distributed", "rng", "atomic"],
     ["storage", "processes", "command", "ending", "watch"],

@@ -261,6 +261,12 @@ def index_shards(arguments: argparse.Namespace) -> int:
         )
     index.save(out)
     print(out)
+    if any(url != storage.without_query(url) for url in shards):
+        print(
+            "the index holds the URLs without their queries, which may be secrets; to read the shards, "
+            f"name a file of the full URLs, one per line, with {storage.URLS_VARIABLE}",
+            file=sys.stderr,
+        )
     print(f"{index.num_samples:,} samples in {len(shards)} shards, {index.num_damaged:,} of them damaged")
     report_index(index)
     return 0

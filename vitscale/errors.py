@@ -4,18 +4,21 @@ Every message is one sentence that says what is wrong, where, which rule it brea
 write instead. command.py prints it. Only our own bugs end with a traceback.
 """
 
+from vitscale.redaction import redact
+
 
 class UserError(ValueError):
     """The base of all kinds: a program prints the message and exits with status 2.
 
     shared: every rank raises it with the same message, so that rank 0 alone prints it.
     status: the exit status of a program that it ends.
+    The secrets in URLs are taken out of the message.
     """
 
     status = 2
 
     def __init__(self, message: str, *, shared: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(redact(message))
         self.shared = shared
 
 

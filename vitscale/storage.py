@@ -5,8 +5,12 @@ any library sees them. Transient errors are retried with exponential backoff and
 and only here: the clients' own retries, which would multiply with ours, are switched off. What
 keeps failing is a StoreError, and is never taken for missing data. Where the caller knows what
 the bytes must be, wrong ones are a transient error too.
+
+The query of an HTTP URL may be a secret (a signature). It is never written or printed: what
+reads such a URL later finds it in the file that URLS_VARIABLE names.
 """
 
+import collections
 import errno
 import functools
 import glob
@@ -20,12 +24,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from braceexpand import braceexpand
 from tqdm import tqdm
 
 from vitscale.errors import ConfigError, StoreError
+from vitscale.redaction import redact
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,11 +44,14 @@ CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS = 10, 30
 LOOKUP_THREADS = 32
 STREAM_STEP_BYTES = 8 << 20
 
+URLS_VARIABLE = "VITSCALE_URLS"
+
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), "
     "and AWS_ENDPOINT_URL for a store that is not Amazon's, on every node",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run: gcloud auth application-default login, on every node",
-    "http": "the server must let this machine read it",
+    "http": "the server must let this machine read it; for URLs with a signature, name a file of "
+    f"fresh ones, one per line, with {URLS_VARIABLE}",
 }
 _NO_CREDENTIALS = {  # exceptions of botocore and google.auth
     "NoCredentialsError",
@@ -72,7 +81,7 @@ def expand(pattern: str) -> list[str]:
     for url in expanded:
         if any(c in url for c in "*?[") and is_local(url):
             urls.update(glob.glob(local_path(url), recursive=True))
-        elif any(c in url for c in "*["):
+        elif any(c in without_query(url) for c in "*["):
             fs, path = _filesystem(url)
             paths = _retry(functools.partial(fs.glob, path), url, "listing")
             urls.update(map(fs.unstrip_protocol, paths))
@@ -96,6 +105,14 @@ def scheme(url: str) -> str:
     return name
 
 
+def without_query(url: str) -> str:
+    """The URL as it may be written down: over HTTP, without user, query and fragment."""
+    if scheme(url) not in ("http", "https"):
+        return url
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
 def is_local(url: str) -> bool:
     return scheme(url) == "file"
 
@@ -108,7 +125,8 @@ def join(base: str, name: str) -> str:
     """`name` relative to the folder of `base`; an absolute path or a URL is left as it is."""
     if os.path.isabs(name) or re.match(r"^[A-Za-z][A-Za-z0-9+.-]*:", name):
         return name
-    return f"{base.rpartition('/')[0]}/{name}" if "/" in base else name
+    folder, slash, _ = without_query(base).rpartition("/")
+    return f"{folder}/{name}" if slash else name
 
 
 def child(folder: str | Path, name: str) -> str:
@@ -200,7 +218,7 @@ def sizes(urls: Sequence[str]) -> list[int | None]:
     """The size of each object in bytes, None where there is none; remote ones in parallel."""
     if all(map(is_local, urls)):
         return [_size(url) for url in urls]
-    for url in {scheme(url): url for url in urls}.values():
+    for url in {scheme(_full_url(url)): url for url in urls}.values():
         connect(url)
     with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
         return list(pool.map(_size, urls))
@@ -217,7 +235,7 @@ class _RangeFile(io.RawIOBase):
     def __init__(self, url: str) -> None:
         size = _size(url)
         if size is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), redact(url))
         self._url, self._size, self._at = url, size, 0
 
     def readable(self) -> bool:
@@ -248,9 +266,10 @@ def _size(url: str) -> int | None:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it."""
+    url = _full_url(url)
     name = scheme(url)
     try:
-        fs = client(name, os.getpid())
+        fs = client(name, os.getpid(), "?" in url)
     except ImportError as error:
         raise ConfigError(f"{url}: {error}; run: pip install 'vitscale[{EXTRAS[name]}]'") from None
     except ValueError as error:
@@ -258,20 +277,55 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return fs, fs._strip_protocol(url)
 
 
+def _full_url(url: str) -> str:
+    """The URL that the file named by URLS_VARIABLE has for a remote one, if it has one.
+
+    It is the line with the same host and path, else with the same path, else with bucket and
+    path as its path.
+    """
+    path = os.environ.get(URLS_VARIABLE)
+    if not path or is_local(url):
+        return url
+    try:
+        by_place = _read_urls(path, os.stat(path).st_mtime_ns)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{URLS_VARIABLE} names {path}, which cannot be read ({error}); write one URL per line"
+        ) from None
+    place = urlsplit(url)
+    candidates = (without_query(url), place.path, f"/{place.netloc}{place.path}")
+    return next((by_place[candidate] for candidate in candidates if candidate in by_place), url)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_urls(path: str, changed: int) -> dict[str, str]:
+    """The URLs of a file by their places: host with path, and path alone where it is unique.
+
+    Of several lines with the same host and path, the last counts.
+    """
+    urls = map(str.strip, Path(path).read_text().splitlines())
+    by_place = {without_query(url): url for url in urls if url}
+    num_hosts = collections.Counter(urlsplit(place).path for place in by_place)
+    by_path = {path: url for place, url in by_place.items() if num_hosts[path := urlsplit(place).path] == 1}
+    return by_path | by_place
+
+
 @functools.cache
-def client(name: str, process: int) -> Any:
+def client(name: str, process: int, is_signed: bool = False) -> Any:
     """The fsspec file system of a scheme in one process.
+
+    is_signed: send HTTP URLs as they are, without another percent-encoding of the query.
 
     A client does not survive a fork, so every process makes its own. A worker keeps its
     parent's as well, unused: finalising it would take the parent's open connections out of the
     epoll set that the two share, and the parent would wait for answers until its timeout.
     """
-    fs = fsspec.filesystem(name, skip_instance_cache=True, **_client_options(name))
+    fs = fsspec.filesystem(name, skip_instance_cache=True, **_client_options(name, is_signed))
     fs.retries = 1
     return fs
 
 
-def _client_options(name: str) -> dict[str, Any]:
+def _client_options(name: str, is_signed: bool) -> dict[str, Any]:
     if name == "s3":
         timeouts = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "read_timeout": READ_TIMEOUT_SECONDS}
         # What we write has our own checksums. The client's are wrong for ranges at some.
@@ -286,7 +340,7 @@ def _client_options(name: str) -> dict[str, Any]:
         timeout = ClientTimeout(
             total=None, sock_connect=CONNECT_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS
         )
-        return {"client_kwargs": {"timeout": timeout}}
+        return {"client_kwargs": {"timeout": timeout}, "encoded": is_signed}
     return {}
 
 
@@ -304,6 +358,7 @@ def _retry(
     the store, but is returned if it is the last attempt's. beyond_end: what to return if the
     store says that the range is behind the object's end.
     """
+    url = redact(url)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             result = call()
@@ -365,4 +420,4 @@ def _is_beyond_end(error: Exception) -> bool:
 def _text(error: BaseException) -> str:
     """An error's kind and first line, for messages."""
     cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    return f"{type(cause).__name__}: {cause}".splitlines()[0].rstrip(": ")
+    return redact(f"{type(cause).__name__}: {cause}").splitlines()[0].rstrip(": ")

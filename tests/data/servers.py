@@ -16,6 +16,7 @@ import pytest
 from vitscale import storage
 
 KEY, SECRET = "vitaccess", "vitsecret123"
+QUERY = "X-Amz-Credential=vit%2F20261124%2Feu&X-Amz-Signature=vitsecret123"  # of URLs below /signed/
 
 NGINX = """
 daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log warn; {user}
@@ -27,6 +28,11 @@ http {{
   split_clients "$request_id" $fate {{ 20% bad; * ok; }}
   server {{ listen 127.0.0.1:{port}; root {root};
     location /secret/ {{ return 403; }}
+    location /signed/ {{
+      if ($args != "{query}") {{ return 403; }}
+      if ($request_method = HEAD) {{ return 403; }}
+      alias {root}/;
+    }}
     location /norange/ {{ alias {root}/; max_ranges 0; }}
     location /flaky503/ {{ if ($fate = bad) {{ return 503; }} alias {root}/; }}
     location /flaky444/ {{ if ($fate = bad) {{ return 444; }} alias {root}/; }}
@@ -85,14 +91,18 @@ def s3_server(folder: Path, port: int = 0, *, written: bool = False) -> Iterator
 
 @contextlib.contextmanager
 def http_server(root: Path, folder: Path) -> Iterator[str]:
-    """nginx over `root`, where a fifth of requests fail below /flaky*/. Yields its URL."""
+    """nginx over `root`. Yields its URL.
+
+    A fifth of the requests fail below /flaky*/. Below /signed/ fail those without QUERY, and
+    HEAD, as for URLs that a store has signed for GET.
+    """
     nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if not nginx:
         pytest.skip("nginx is not installed: apt-get install nginx-light")
     folder.mkdir(parents=True, exist_ok=True)
     port, user = free_port(), "user root;" if os.geteuid() == 0 else ""
     config = folder / "nginx.conf"
-    config.write_text(NGINX.format(folder=folder, root=root, port=port, user=user))
+    config.write_text(NGINX.format(folder=folder, root=root, port=port, user=user, query=QUERY))
     with running([nginx, "-c", str(config)], port):
         yield f"http://127.0.0.1:{port}"
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.servers import SECRET, faulty_proxy, http_server, s3_server, use_s3
+from data.servers import QUERY, SECRET, faulty_proxy, http_server, s3_server, use_s3
 from make import write_index
 
+from tools.data import main
 from vitscale import storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.exclusions import load_exclusions
@@ -21,11 +22,12 @@ from vitscale.data.index import Index, build_index, check_shards
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches
 from vitscale.data.order import digest
-from vitscale.data.reader import read_chunk
+from vitscale.data.reader import describe, read_chunk
 from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import DataConfig, Source, make_mixture, open_sources
 from vitscale.data.transforms import AugmentConfig
-from vitscale.errors import ConfigError, DataError, StoreError
+from vitscale.errors import ConfigError, DataError, StoreError, UserError
+from vitscale.redaction import redact
 
 CONFIG = DataConfig(index="index.json", lanes=4, window_chunks=2)
 
@@ -211,6 +213,100 @@ def test_what_a_server_forbids_is_one_sentence(web: str) -> None:
         storage.read_range(f"{web}/secret/x.tar", 0, 10)
     with pytest.raises(StoreError, match="access is denied"):
         storage.sizes([f"{web}/secret/x.tar"])
+
+
+@pytest.fixture
+def signed(web: str, folder: Path, tmp_path: Path, monkeypatch) -> list[str]:
+    """The URLs of the shards with their signatures, which VITSCALE_URLS names, too."""
+    names = sorted(path.name for path in (folder / "vit").glob("*.tar"))
+    urls = [f"{web}/signed/{name}?{QUERY}" for name in names]
+    (tmp_path / "urls.txt").write_text("\n".join(urls) + "\n")
+    monkeypatch.setenv("VITSCALE_URLS", str(tmp_path / "urls.txt"))
+    return urls
+
+
+def test_an_index_of_signed_urls_holds_no_signature_and_is_read_with_them(
+    signed: list[str], local: Index, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.delenv("VITSCALE_URLS")
+    pattern = signed[0].replace("000000", "{000000..000002}")
+    out = tmp_path / "index.json"
+    assert main(["index", pattern, "--out", str(out), "--chunk-samples", "4", "--workers", "2"]) == 0
+    assert "without their queries" in capsys.readouterr().err
+    assert SECRET not in out.read_text()
+    index = Index.load(str(out))
+    assert [shard.url for shard in index.shards] == [url.partition("?")[0] for url in signed]
+    assert index.fingerprint() == local.fingerprint()
+    with pytest.raises(StoreError, match=r"access is denied .* VITSCALE_URLS"):
+        check_shards(index)
+    monkeypatch.setenv("VITSCALE_URLS", str(tmp_path / "urls.txt"))
+    check_shards(index)
+    assert_same_epoch(epoch(index, 2), epoch(local))
+    assert main(["verify", str(out), "--workers", "0"]) == 0
+
+
+def test_urls_are_found_by_their_path_on_any_host_and_renewed_in_a_run(
+    signed: list[str], local: Index, tmp_path: Path
+) -> None:
+    index = remote_index(local, "s3://signed")  # a bucket of that name
+    check_shards(index)
+    index = remote_index(local, "https://elsewhere.example/signed")
+    check_shards(index)
+    (tmp_path / "urls.txt").write_text("\n".join(url.replace(SECRET, "expired") for url in signed))
+    with pytest.raises(StoreError, match="access is denied"):
+        check_shards(index)
+    (tmp_path / "urls.txt").write_text("\n".join(signed) + "\n\n")
+    check_shards(index)
+
+
+def test_a_file_of_urls_that_is_missing_is_one_sentence(signed: list[str], monkeypatch) -> None:
+    monkeypatch.setenv("VITSCALE_URLS", "nothing.txt")
+    with pytest.raises(ConfigError, match=r"VITSCALE_URLS names nothing\.txt, which cannot be read"):
+        storage.read_bytes(signed[0].partition("?")[0])
+
+
+@pytest.mark.parametrize("place", ["secret", "nothing", "norange", "flaky503", "closed"])
+def test_no_message_holds_a_secret(web: str, place: str, caplog, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(storage, "ATTEMPTS", 4)
+    caplog.set_level(logging.INFO)
+    host = "127.0.0.1:9" if place == "closed" else web.removeprefix("http://")
+    url = f"http://me:{SECRET}@{host}/{place}/index.json?{QUERY}"
+    messages = []
+    for _ in range(8 if place == "flaky503" else 1):
+        for read in (
+            lambda: storage.read_range(url, 0, 10),
+            lambda: Index.load(url),
+            lambda: build_index([url]),
+        ):
+            try:
+                read()
+            except (UserError, FileNotFoundError) as error:
+                messages.append(str(error))
+    main(["stats", url])
+    messages += [capsys.readouterr().err, *(record.getMessage() for record in caplog.records)]
+    assert place in "".join(messages)
+    assert not any(SECRET in message for message in messages), messages
+
+
+def test_a_quarantined_sample_of_an_old_index_with_queries_holds_none(web: str, local: Index) -> None:
+    index = remote_index(local, f"{web}/secret")
+    shards = tuple(dataclasses.replace(shard, url=f"{shard.url}?{QUERY}") for shard in index.shards)
+    assert describe(dataclasses.replace(index, shards=shards), 3).startswith(
+        f"{web}/secret/train-000000.tar?***, "
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("reading https://h/a.tar?sig=x: failed", "reading https://h/a.tar?***: failed"),
+        ("403, url='https://h/a?b=c,d'", "403, url='https://h/a?***'"),
+        ("(https://u:p@w@h/a?b), HTTPS://u@h/?c.", "(https://h/a?***), HTTPS://h/?***"),
+        ("why? data/a?b.tar s3://b/what?.tar", "why? data/a?b.tar s3://b/what?.tar"),
+    ],
+)
+def test_urls_are_printed_without_users_and_queries(text: str, printed: str) -> None:
+    assert redact(text).rstrip(".") == printed.rstrip(".")
 
 
 def test_a_server_without_ranges_is_one_sentence(web: str) -> None:

@@ -15,6 +15,7 @@ from vitscale.data.decode import decode
 from vitscale.data.exclusions import FORMAT, VERSION
 from vitscale.data.index import Index
 from vitscale.data.reader import read_samples
+from vitscale.redaction import redact
 
 NUM_LISTED_PAIRS = 1000
 NUM_SHEET_PAIRS = 24
@@ -165,4 +166,4 @@ def _pair_to_json(index: Index, pair: Pair) -> dict[str, Any]:
 def shard_of(index: Index, sample_id: int) -> str:
     """The URL of the shard that holds a sample."""
     ends = list(itertools.accumulate(shard.num_samples for shard in index.shards))
-    return index.shards[bisect.bisect_right(ends, sample_id)].url
+    return redact(index.shards[bisect.bisect_right(ends, sample_id)].url)

@@ -1,5 +1,6 @@
 """Reads a whole data set again and names everything that is damaged."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -45,11 +46,12 @@ def _verify_shard(shard_number: int, index: Index, decode_images: bool) -> list[
         return [str(error)]
     if scan.tar_damage:
         return damage
-    if scan.shard == shard:
+    name = scan.shard.url  # without the query that an index of version 2 may hold
+    if scan.shard == dataclasses.replace(shard, url=name):
         first, end = index.layout.first_chunks[shard_number : shard_number + 2].tolist()
         same = index.chunks[first:end].tolist() == scan.chunks
-        return damage if same else [*damage, f"{shard.url}: the index cuts it into other chunks"]
-    return [*damage, f"{shard.url}: is not the shard that was indexed: {_difference(shard, scan.shard)}"]
+        return damage if same else [*damage, f"{name}: the index cuts it into other chunks"]
+    return [*damage, f"{name}: is not the shard that was indexed: {_difference(shard, scan.shard)}"]
 
 
 def _damaged_images(index: Index, shard_number: int) -> Iterator[str]:

@@ -282,11 +282,12 @@ class _Journal:
 
     def holds(self, url: str) -> bool:
         """Whether the shard is finished, and has the size that it had then."""
-        return url in self._lines and storage.sizes([url]) == [self._lines[url][1]]
+        name = storage.without_query(url)
+        return name in self._lines and storage.sizes([url]) == [self._lines[name][1]]
 
     def read(self, url: str) -> Scan:
         assert self._file
-        self._file.seek(self._lines[url][0])
+        self._file.seek(self._lines[storage.without_query(url)][0])
         values = json.loads(self._file.readline())
         labels = {int(label): count for label, count in values["label_counts"].items()}
         chunks = [(blocks, checksum) for blocks, checksum in values["chunks"]]

@@ -14,6 +14,7 @@ from vitscale.data.cache import NodeCache
 from vitscale.data.index import Index
 from vitscale.data.samples import BadSample, RawSample, parse_samples
 from vitscale.errors import DataError
+from vitscale.redaction import redact
 
 Chunk = list[RawSample | BadSample]
 
@@ -65,7 +66,7 @@ def read_samples(index: Index, ids: Iterable[int]) -> Iterator[RawSample]:
 def describe(index: Index, sample_id: int) -> str:
     """Where a sample is, for messages: its shard, the bytes of its chunk, its number."""
     shard, start, end = index.chunk_range(int(index.layout.chunk_of(np.array([sample_id]))[0]))
-    return f"{shard.url}, bytes {start:,} to {end:,}, sample number {sample_id:,}"
+    return f"{redact(shard.url)}, bytes {start:,} to {end:,}, sample number {sample_id:,}"
 
 
 class SamplePlace(NamedTuple):

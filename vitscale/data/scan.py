@@ -18,7 +18,10 @@ _OTHERS = "others"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One tar file. data_bytes: where its last sample ends. checksum: its xxh3-128, in hex."""
+    """One tar file. data_bytes: where its last sample ends. checksum: its xxh3-128, in hex.
+
+    url: without a query, which may be a secret; indexes of version 2 may hold one.
+    """
 
     url: str
     num_bytes: int
@@ -80,7 +83,8 @@ def scan_shard(
     or compressed and, without `allow_damaged`, cut or broken; StoreError for one that cannot be
     read.
     """
-    builder = _ScanBuilder(url, listed)
+    name = storage.without_query(url)
+    builder = _ScanBuilder(name, listed)
     chunks = _ChunkCutter()
     try:
         with storage.open_stream(url) as raw:
@@ -96,21 +100,21 @@ def scan_shard(
                         raise TarDamage(data_bytes, "an empty block, and data after it")
             except TarDamage as error:
                 if program := "" if builder.num_samples else compression(bytes(chunks.pending[:8])):
-                    raise DataError(f"shard {url} {decompress_hint(url, program)}") from None
+                    raise DataError(f"shard {name} {decompress_hint(name, program)}") from None
                 data_bytes = error.whole_until
-                builder.tar_damage = f"{url}: {error}; {builder.num_samples:,} whole samples before it"
+                builder.tar_damage = f"{name}: {error}; {builder.num_samples:,} whole samples before it"
             if builder.num_samples:
                 chunks.cut(data_bytes)
             stream.recording = False
             while stream.read(1 << 20):  # to the end, for the shard's checksum
                 pass
     except FileNotFoundError:
-        raise DataError(f"shard {url} does not exist") from None
+        raise DataError(f"shard {name} does not exist") from None
     except OSError as error:
-        raise StoreError(f"shard {url} cannot be read: {error.strerror or error}") from None
+        raise StoreError(f"shard {name} cannot be read: {error.strerror or error}") from None
     builder.refuse(allow_damaged)
     shard = Shard(
-        url=url,
+        url=name,
         num_bytes=stream.count,
         data_bytes=data_bytes if builder.num_samples else 0,
         num_samples=builder.num_samples,
