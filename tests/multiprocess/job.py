@@ -106,7 +106,7 @@ class Job:
                 "MASTER_PORT": self.port,
             }
             processes = [
-                self._popen(command, {**common, "RANK": rank, "LOCAL_RANK": rank})
+                self.popen(command, {**common, "RANK": rank, "LOCAL_RANK": rank})
                 for rank in range(world_size)
             ]
             try:
@@ -121,14 +121,14 @@ class Job:
         program = Path(sys.executable).with_name(launcher)
         with reserved_port() as self.port:
             ports = ["--master_port", self.port]
-            process = self._popen([program, *arguments, *ports, PROGRAM, self.config], {"OMP_NUM_THREADS": 1})
+            process = self.popen([program, *arguments, *ports, PROGRAM, self.config], {"OMP_NUM_THREADS": 1})
             try:
                 return process.wait(TIMEOUT_SECONDS)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # the ranks, where it did not end in time
 
-    def _popen(self, command: list[object], environment: Mapping[str, object]) -> subprocess.Popen[bytes]:
+    def popen(self, command: list[object], environment: Mapping[str, object]) -> subprocess.Popen[bytes]:
         env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
         with open(self.log, "ab") as log:
             return subprocess.Popen(

@@ -56,6 +56,16 @@ def test_a_run_is_killed_and_resumed_from_the_store(
     load_model("s3://runs/a")
 
 
+def test_a_store_that_cannot_be_written_is_refused_before_the_first_step(
+    tmp_path: Path, index: Path, zygote: Zygote, bucket
+) -> None:
+    job, environment = Job(tmp_path / "one", index), s3_environment(bucket[1])
+    statuses = zygote.train(job, 2, "checkpoint.store=s3://no-such-bucket/a", environment=environment)
+    assert statuses == [2, 2], job.output()
+    assert "error: checkpoint.store s3://no-such-bucket/a/checkpoints cannot be written: " in job.output()
+    assert job.output().count("error: ") == 1 and not job.rows(), job.output()
+
+
 def test_a_damaged_checkpoint_in_the_store_is_passed_over(
     tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job, bucket
 ) -> None:

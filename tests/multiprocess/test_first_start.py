@@ -1,0 +1,57 @@
+"""What is found before the first step, when it costs nothing yet."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from make import jpeg, write_tar
+from multiprocess.job import PROGRAM, TIMEOUT_SECONDS, Job, reserved_port
+from multiprocess.zygote import Zygote
+
+
+def test_a_mistake_that_an_evaluation_finds_before_the_first_step_binds_nobody(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    broken = write_tar(tmp_path / "test.tar", [("a.jpg", jpeg(1)[:100]), ("a.cls", b"0")])
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 2, f"evals.test.test={broken}", "evals.test.every_steps=5").count(2) >= 1
+    assert "test.tar" in job.output() and job.output().count("error: ") == 1, job.output()
+    assert not (job.run_dir / "config.toml").exists() and not job.rows()
+    assert zygote.train(job, 1, "optim.lr=1e-4", "total_steps=6") == [0], job.output()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system can be mounted by root only")
+def test_a_node_that_does_not_share_the_run_directory_is_refused(tmp_path: Path, index: Path) -> None:
+    """The second node is a mount namespace with another file system at run_dir."""
+    job = Job(tmp_path, index)
+    job.run_dir.mkdir()
+    command = [sys.executable, PROGRAM, job.config]
+    elsewhere = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', job.run_dir]
+    with reserved_port() as port:
+        common = {"WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "OMP_NUM_THREADS": 1}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = [
+            job.popen(command, common | {"RANK": 0}),
+            job.popen([*elsewhere, *command], common | {"RANK": 1}),
+        ]
+        try:
+            assert [rank.wait(TIMEOUT_SECONDS) for rank in ranks] == [2, 2], job.output()
+        finally:
+            for rank in ranks:
+                rank.kill()
+    assert f"{job.run_dir}/checkpoints on this node is not the folder that rank 0 sees" in job.output()
+    assert job.output().count("error: ") == 1 and not job.rows(), job.output()
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path, index: Path) -> None:
+    job = Job(tmp_path, index)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        environment |= {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        rank = job.popen([sys.executable, PROGRAM, job.config], environment)
+        assert rank.wait(TIMEOUT_SECONDS) == 2, job.output()
+    assert f"error: port {port} of " in job.output() and "is taken by another program" in job.output()
+    assert "Traceback" not in job.output()
