@@ -283,6 +283,8 @@ def verify(arguments: argparse.Namespace) -> int:
         ):
             num_damaged += 1
             print(sentence)
+    for sentence in index.describe_lone():
+        print(f"check: {sentence}", file=sys.stderr)
     if num_damaged:
         print(f"error: {num_damaged:,} damaged places in {len(index.shards)} shards", file=sys.stderr)
         return 2
@@ -369,6 +371,8 @@ def report_index(index: Any) -> None:
 
     for sentence in commonest(index.reasons, len(index.reasons)):
         print(f"damaged: {sentence}", file=sys.stderr)
+    for sentence in index.describe_lone():
+        print(f"check: {sentence}", file=sys.stderr)
     if index.passed_over:
         counts = [f"{count:,} {extension}" for extension, count in sorted(index.passed_over.items())]
         print(f"passed over, neither images nor labels: {', '.join(counts)}", file=sys.stderr)

@@ -12,6 +12,7 @@ from make import jpeg, write_index, write_shards, write_tar
 from PIL import Image
 
 from tools.data import main
+from vitscale import storage
 from vitscale.data.index import Index, build_index
 from vitscale.errors import DataError
 from vitscale.processes import ProgressCallback
@@ -172,6 +173,43 @@ def test_options_at_their_bounds_are_accepted(tmp_path: Path, options: list[str]
     out = tmp_path / "other.json"
     assert main(["index", shard, "--out", str(out), *options]) == 0
     assert Index.load(str(out)).num_samples == 3
+
+
+def write_labels(folder: Path, labels: list[str]) -> str:
+    """Two shards with these labels in turn; their pattern."""
+    for shard in range(2):
+        members = [
+            (f"s{n}.{kind}", data)
+            for n in range(shard, len(labels), 2)
+            for kind, data in (("jpg", jpeg(n)), ("cls", labels[n].encode()))
+        ]
+        write_tar(folder / f"train-{shard}.tar", members)
+    return str(folder / "train-*.tar")
+
+
+def test_labels_that_stand_alone_are_named_with_their_samples(tmp_path: Path, capsys) -> None:
+    labels = [str(n % 4) for n in range(16)] + ["999", "11", "11", "999", "12", "12", "12", "10"]
+    assert main(["index", write_labels(tmp_path, labels), "--workers", "2"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("check: ")]
+    assert lines == [
+        f"check: label 999 stands alone among 8 labels: "
+        f"{tmp_path}/train-0.tar: sample s16, {tmp_path}/train-1.tar: sample s19"
+    ]  # 10 and 11 are not above twice the number of labels, and 12 has three samples
+    assert main(["verify", str(tmp_path / "index.json"), "--workers", "0"]) == 0
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_label_beyond_all_numbers_is_damage_and_named(tmp_path: Path, capsys) -> None:
+    pattern = write_labels(tmp_path, ["0", "1", "0", "9" * 20])
+    assert main(["index", pattern, "--workers", "0"]) == 0
+    assert f"train-1.tar: sample s3, which has '{'9' * 20}')" in capsys.readouterr().err
+    index = Index.load(str(tmp_path / "index.json"))
+    assert index.label_counts == {0: 2, 1: 1} and index.num_damaged == 1
+
+
+def test_where_all_labels_are_rare_none_stands_alone(tmp_path: Path) -> None:
+    index = build_index(storage.expand(write_labels(tmp_path, ["7", "9"])))
+    assert index.lone_labels == () and index.max_label == 9
 
 
 def test_a_bomb_does_not_end_the_statistics(tmp_path: Path, capsys, monkeypatch) -> None:

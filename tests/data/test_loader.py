@@ -143,6 +143,33 @@ def test_labels_that_the_model_has_no_place_for_are_refused(module_index: Index)
         check_labels(sources, CONFIG, 4)
 
 
+@pytest.mark.parametrize("label", [b"5000", b"9" * 20])
+def test_a_label_that_stands_alone_does_not_block_a_run(tmp_path: Path, caplog, label: bytes) -> None:
+    index = damaged_index(tmp_path, {3: (jpeg(3), label)})
+    sources = make_stream(index, 0, 1).sources
+    assert sources[0].max_label == 4
+    check_labels(sources, CONFIG, 5)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == (label == b"5000") and all("label 5000 is out of range" in line for line in warned)
+    with pytest.raises(ConfigError, match=r"label 4, out of range .* set model.num_classes = 5"):
+        check_labels(sources, CONFIG, 4)
+    seen = list(batches(make_stream(index, 0, 8), 0))
+    bad = {sentence for batch in seen for sentence in batch.bad}
+    assert len(bad) == 1 and "sample s00003" in bad.pop()
+    assert not any(3 in batch.ids for batch in seen)
+
+
+def test_a_label_map_may_leave_out_a_label_that_stands_alone(tmp_path: Path) -> None:
+    damaged_index(tmp_path, {3: (jpeg(3), b"5000")}).save(tmp_path / "index.json")
+    (tmp_path / "map.json").write_text("[1, 2, 3, 4, 5]")
+    config = DataConfig(index=str(tmp_path / "index.json"), label_map=str(tmp_path / "map.json"))
+    sources = open_sources(config)
+    check_labels(sources, config, 6)
+    stream = make_stream(sources[0].index, 0, 8, label_map=dict(sources[0].label_map))
+    bad = {sentence for batch in batches(stream, 0) for sentence in batch.bad}
+    assert len(bad) == 1 and bad.pop().endswith("sample s00003: label 5000 is not in the label map")
+
+
 def test_several_labels_need_a_multi_label_config(tmp_path: Path) -> None:
     index = damaged_index(tmp_path, {0: (jpeg(0), b"1 3")})
     sources = make_stream(index, 0, 1).sources

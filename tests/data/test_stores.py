@@ -259,6 +259,12 @@ def test_urls_are_found_by_their_path_on_any_host_and_renewed_in_a_run(
     check_shards(index)
 
 
+def test_shards_that_only_their_queries_tell_apart_are_refused() -> None:
+    urls = [f"http://127.0.0.1:1/get?file={number}" for number in range(2)]
+    with pytest.raises(ConfigError, match="some shards differ only in the queries of their URLs"):
+        build_index(urls)
+
+
 def test_a_file_of_urls_that_is_missing_is_one_sentence(signed: list[str], monkeypatch) -> None:
     monkeypatch.setenv("VITSCALE_URLS", "nothing.txt")
     with pytest.raises(ConfigError, match=r"VITSCALE_URLS names nothing\.txt, which cannot be read"):

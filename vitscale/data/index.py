@@ -22,7 +22,17 @@ from jaxtyping import Bool
 from vitscale import atomic, processes, storage
 from vitscale.data.order import ShardLayout
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
-from vitscale.data.scan import LISTED, Scan, Shard, add_counts, add_reason, chunk_checksum, scan_shard
+from vitscale.data.scan import (
+    LISTED,
+    LONE_SAMPLES,
+    Scan,
+    Shard,
+    add_counts,
+    add_reason,
+    chunk_checksum,
+    is_lone,
+    scan_shard,
+)
 from vitscale.data.tar import BLOCK
 from vitscale.errors import ConfigError, DataError, StoreError, UserError
 
@@ -41,7 +51,8 @@ class Index:
     keys: which files are the samples' images and labels. label_counts: samples by label.
     num_damaged: samples that cannot be used; `damage` names the first of them, one sentence
     each, and `reasons` counts them by reason and says where the first is. passed_over: files by
-    extension that are neither images nor labels.
+    extension that are neither images nor labels. lone_samples: where the lone_labels are;
+    empty in indexes of earlier commits.
     """
 
     shards: tuple[Shard, ...]
@@ -54,6 +65,7 @@ class Index:
     reasons: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
     keys: SampleKeys = DEFAULT_KEYS
+    lone_samples: Mapping[int, list[str]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def layout(self) -> ShardLayout:
@@ -71,6 +83,21 @@ class Index:
     @property
     def max_label(self) -> int:
         return max(self.label_counts)
+
+    @functools.cached_property
+    def lone_labels(self) -> tuple[int, ...]:
+        """Labels that are probably mistakes: of very few samples, and far above the others."""
+        num_labels = len(self.label_counts)
+        lone = [label for label, count in self.label_counts.items() if is_lone(label, count, num_labels)]
+        return tuple(sorted(lone)) if len(lone) < num_labels else ()
+
+    def describe_lone(self) -> list[str]:
+        """A sentence for each lone label, with its samples."""
+        return [
+            f"label {label} stands alone among {len(self.label_counts):,} labels: "
+            + (", ".join(self.lone_samples.get(label, ())) or f"{self.label_counts[label]} samples")
+            for label in self.lone_labels
+        ]
 
     def fingerprint(self) -> str:
         """Names the content: equal for equal shards in the same order, wherever they are.
@@ -128,6 +155,7 @@ class Index:
             "reasons": self.reasons,
             "passed_over": self.passed_over,
             "keys": dataclasses.asdict(self.keys),
+            "lone_samples": {str(label): samples for label, samples in self.lone_samples.items()},
             "label_counts": {str(label): count for label, count in sorted(self.label_counts.items())},
             "chunks": {"file": path.with_suffix(".chunks.npy").name, "checksum": _checksum(array)},
         }
@@ -199,6 +227,11 @@ def build_index(
     """
     if not 1 <= chunk_samples <= MAX_CHUNK_SAMPLES:
         raise ConfigError(f"--chunk-samples {chunk_samples} must be from 1 to {MAX_CHUNK_SAMPLES:,}")
+    if len(set(map(storage.without_query, shards))) < len(set(shards)):
+        raise ConfigError(
+            "some shards differ only in the queries of their URLs, which an index does not keep: give each "
+            "shard a path of its own"
+        )
     finished = _Journal(journal, f"{chunk_samples} {allow_damaged} {json.dumps(dataclasses.asdict(keys))}")
     known = {url for url in shards if finished.holds(url)}
     scan = functools.partial(scan_shard, chunk_samples=chunk_samples, allow_damaged=allow_damaged, keys=keys)
@@ -267,7 +300,8 @@ class _Journal:
         self._lines: dict[str, tuple[int, int]] = {}  # by shard: its line's offset, the shard's bytes
         if not path:
             return
-        header = f"{FORMAT} {VERSION} {options}\n".encode()
+        fields = " ".join(field.name for field in dataclasses.fields(Scan))
+        header = f"{FORMAT} {VERSION} {fields} {options}\n".encode()
         self._file = open(path, "a+b")  # noqa: SIM115 (closed by close())
         self._file.seek(0)
         end = len(header) if self._file.readline() == header else 0
@@ -320,6 +354,7 @@ class _IndexBuilder:
         self.damage: list[str] = []
         self.reasons: dict[str, tuple[int, str]] = {}
         self.passed_over: dict[str, int] = {}
+        self.rare: dict[int, list[str]] = {}
         self.num_damaged = self.max_labels = 0
 
     def add(self, scan: Scan) -> None:
@@ -333,6 +368,11 @@ class _IndexBuilder:
         for reason, (count, example) in scan.reasons.items():
             add_reason(self.reasons, reason, count, example)
         add_counts(self.passed_over, scan.passed_over)
+        for label, samples in scan.rare.items():
+            if self.labels[int(label)] < LONE_SAMPLES:
+                self.rare.setdefault(int(label), []).extend(samples)
+            else:
+                self.rare.pop(int(label), None)
 
     def index(self, chunk_samples: int, keys: SampleKeys) -> Index:
         if not self.labels:
@@ -351,7 +391,7 @@ class _IndexBuilder:
         chunks["blocks"], chunks["checksum"] = pairs.T
         if damaged.any():
             chunks["damaged"] = damaged
-        return Index(
+        index = Index(
             shards=tuple(self.shards),
             chunk_samples=chunk_samples,
             chunks=chunks,
@@ -363,6 +403,8 @@ class _IndexBuilder:
             passed_over=self.passed_over,
             keys=keys,
         )
+        lone_samples = {label: self.rare[label] for label in index.lone_labels}
+        return dataclasses.replace(index, lone_samples=lone_samples)
 
 
 def commonest(reasons: Mapping[str, tuple[int, str]], number: int = 3) -> list[str]:
@@ -376,7 +418,12 @@ def _read_newer(values: dict[str, Any]) -> dict[str, Any]:
     if values["version"] == 2:
         return {"keys": SampleKeys(strict=True)}
     reasons = {reason: (count, example) for reason, (count, example) in values["reasons"].items()}
-    return {"reasons": reasons, "passed_over": values["passed_over"], "keys": SampleKeys(**values["keys"])}
+    return {
+        "reasons": reasons,
+        "passed_over": values["passed_over"],
+        "keys": SampleKeys(**values["keys"]),
+        "lone_samples": {int(label): samples for label, samples in values.get("lone_samples", {}).items()},
+    }
 
 
 def _relative(shard: Shard, path: Path) -> dict[str, Any]:

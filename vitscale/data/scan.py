@@ -12,6 +12,7 @@ from vitscale.data.tar import BLOCK, Bytes, Readable, TarDamage, compression, de
 from vitscale.errors import DataError, StoreError
 
 LISTED = 20  # damaged samples that are named one by one; all are counted
+LONE_SAMPLES = 3  # a label stands alone with fewer, and above twice the number of labels
 _MAX_KINDS = 100  # of reasons and of extensions that are counted apart
 _OTHERS = "others"
 
@@ -38,7 +39,8 @@ class Scan:
     damaged places: num_damaged samples, and the archive itself. damaged_chunks: those that hold
     damaged samples, by number in the shard. reasons: by reason, how many places, and where the
     first is. passed_over: by extension, how many files are neither image nor label. tar_damage:
-    whether the archive itself is broken.
+    whether the archive itself is broken. rare: by label, the samples of labels that may stand
+    alone in the whole set (is_lone).
     """
 
     shard: Shard
@@ -50,7 +52,13 @@ class Scan:
     reasons: dict[str, tuple[int, str]]
     passed_over: dict[str, int]
     tar_damage: bool
-    damaged_chunks: list[int] = dataclasses.field(default_factory=list)
+    damaged_chunks: list[int]
+    rare: dict[int, list[str]]
+
+
+def is_lone(label: int, count: int, num_labels: int) -> bool:
+    """Whether a label of `count` samples, among `num_labels` labels, is probably a mistake."""
+    return count < LONE_SAMPLES and label > 2 * num_labels
 
 
 def chunk_checksum(data: bytes | memoryview) -> int:
@@ -132,6 +140,7 @@ class _ScanBuilder:
         self.labels: collections.Counter[int] = collections.Counter()
         self.passed_over: collections.Counter[str] = collections.Counter()
         self.reasons: dict[str, tuple[int, str]] = {}
+        self.samples_by_label: dict[int, list[str]] = {}  # the first of each label
         self.damage: list[str] = []
         self.damaged_chunks: dict[int, None] = {}  # in the order of the shard, each once
         self.tar_damage = ""
@@ -145,6 +154,10 @@ class _ScanBuilder:
             if sample.key in self._keys:
                 self._add_bad(BadSample(sample.key, "its key occurs twice in this shard"), chunk)
             self.labels.update(sample.labels)
+            for label in sample.labels:
+                if self.labels[label] < LONE_SAMPLES:
+                    place = f"{self.url}: sample {sample.key}"
+                    self.samples_by_label.setdefault(label, []).append(place)
             self.max_labels = max(self.max_labels, len(sample.labels))
         self._keys.add(sample.key)
 
@@ -174,6 +187,11 @@ class _ScanBuilder:
             passed_over=passed_over,
             tar_damage=bool(self.tar_damage),
             damaged_chunks=list(self.damaged_chunks),
+            rare={
+                label: samples
+                for label, samples in self.samples_by_label.items()
+                if is_lone(label, self.labels[label], len(self.labels))
+            },
         )
 
     def _add_bad(self, sample: BadSample, chunk: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from vitscale.data.exclusions import load_exclusions
 from vitscale.data.index import Index, check_shards, planned_index
 from vitscale.data.mixture import Mixture
 from vitscale.errors import ConfigError, DataError, StoreError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,8 +119,9 @@ class Source:
 
     @property
     def max_label(self) -> int:
-        """The highest label that training will see."""
-        return max(self.label_map[label] if self.label_map else label for label in self.index.label_counts)
+        """The highest label of the run, but for those that stand alone (Index.lone_labels)."""
+        labels = self.index.label_counts.keys() - set(self.index.lone_labels)
+        return max(self.label_map[label] if self.label_map else label for label in labels)
 
     def fingerprint(self, index_fingerprint: str = "") -> str:
         """Names everything that decides what a sample is: shards, label map, exclusions.
@@ -212,7 +216,10 @@ def check_sources(sources: tuple[Source, ...]) -> None:
 
 
 def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: int) -> None:
-    """Raise ConfigError for labels that the model or the config has no place for."""
+    """Raise ConfigError for labels that the model or the config has no place for.
+
+    Labels that stand alone do not count: their samples are replaced when they are drawn.
+    """
     for source, section in zip(sources, config.all_sources(), strict=True):
         if not source.index.label_counts:
             continue  # it is planned
@@ -222,6 +229,13 @@ def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: i
                 f"{num_classes} (labels run from 0 to {num_classes - 1}); set model.num_classes = "
                 f"{source.max_label + 1} or fix the labels"
             )
+        for label in source.index.lone_labels:
+            if not source.label_map and label >= num_classes:
+                logger.warning(
+                    "%s: label %d is out of range for model.num_classes %d and stands alone: its %d samples "
+                    "will be replaced and counted; to see them: python tools/data.py verify %s",
+                    section.index, label, num_classes, source.index.label_counts[label], section.index,
+                )  # fmt: skip
         if config.labels == "single" and source.index.max_labels > 1:
             raise ConfigError(
                 f"{section.index} has samples with {source.index.max_labels} labels; "
@@ -248,7 +262,7 @@ def _read_label_map(path: str, index: Index) -> dict[int, int]:
     wrong = [label for label in mapping.values() if type(label) is not int or label < 0]
     if wrong:
         raise DataError(f"label map {path} maps to {wrong[0]!r}; labels are whole numbers from 0")
-    missing = sorted(set(index.label_counts) - set(mapping))
+    missing = sorted(set(index.label_counts) - set(mapping) - set(index.lone_labels))
     if missing:
         raise DataError(f"label map {path} has no entry for label {missing[0]}, which the shards hold")
     return mapping
