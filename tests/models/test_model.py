@@ -1,5 +1,6 @@
 """What every kind of model promises, and the table of kinds."""
 
+import dataclasses
 from typing import get_args
 
 import pytest
@@ -33,6 +34,62 @@ def test_compiling_the_blocks_keeps_every_name() -> None:
     model.compile_blocks()
     assert all(block._compiled_call_impl is not None for block in model.blocks)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("pool", ["token", "mean", "map"])
+def test_features_are_given_by_patch_and_by_block(pool: str) -> None:
+    model = build_model(dataclasses.replace(TINY, pool=pool, depth=3), 0).eval()
+    images = torch.rand(2, 3, 8, 8)
+    tokens, layers = model.features(images, tokens=True, layers=[2, 0])
+    assert tokens.shape == (2, 4, 32) and torch.equal(tokens, model.features(images, tokens=True))
+    assert torch.equal(layers[0], tokens), "the last block is followed by nothing but the final norm"
+    outputs = []
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    features, (first,) = model.features(images, layers=[0])
+    assert torch.equal(first, model.norm(outputs[0])[:, int(pool == "token") :])
+    assert torch.equal(first, layers[1]) and torch.equal(features, model.features(images))
+    if pool == "mean":
+        assert torch.allclose(tokens.mean(1), features, atol=1e-6)
+
+
+def test_patch_tokens_come_row_by_row() -> None:
+    """Without attention and positions, a token depends on its own patch alone."""
+    model = build_model(dataclasses.replace(TINY, pool="mean"), 0).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj.weight.zero_()
+    images = torch.zeros(2, 3, 8, 8)
+    images[1, :, :4, 4:] = 1.0  # the patch at the right of the first row
+    black, spotted = model.features(images, tokens=True)
+    assert [torch.equal(black[i], spotted[i]) for i in range(4)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+            r"uint8; .* \[-1, 1\]: \(images.float\(\) - 127.5\) / 127.5",
+        ),
+        (
+            torch.zeros(3, 8, 8),
+            r"images are \[3, 8, 8\]; .* takes \[B, 3, 8, 8\]: images\[None\] makes a batch",
+        ),
+        (torch.zeros(2, 8, 8, 3), r"images are \[2, 8, 8, 3\]; this model takes \[B, 3, 8, 8\]$"),
+        (torch.zeros(2, 3, 12, 8), "images of 12 x 8 pixels; this model takes 8 x 8"),
+    ],
+)
+def test_images_of_other_kinds_are_refused_in_a_sentence(images: Tensor, message: str) -> None:
+    model = build_model(TINY, 0)
+    for call in (model, model.features):
+        with pytest.raises(ValueError, match=message):
+            call(images)
+
+
+@pytest.mark.parametrize("layers", [[2], [-1], [0, 7]])
+def test_blocks_that_a_model_does_not_have_are_refused(layers: list[int]) -> None:
+    with pytest.raises(ValueError, match="this model has blocks 0 to 0"):
+        build_model(TINY, 0).features(torch.zeros(1, 3, 8, 8), layers=layers)
 
 
 def test_features_go_through_the_hooks_of_the_module() -> None:

@@ -1,10 +1,10 @@
 """What training, checkpoints and evaluations ask of a model of any kind."""
 
 import abc
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Literal, Protocol, overload, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -29,15 +29,39 @@ class Model(nn.Module, abc.ABC):
         self.config = config
 
     @abc.abstractmethod
-    def forward(self, images: Float[Tensor, "B 3 H W"], features_only: bool = False) -> Float[Tensor, "B C"]:
+    def forward(
+        self,
+        images: Tensor,
+        features_only: bool = False,
+        tokens: bool = False,
+        layers: Sequence[int] | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Logits [B, num_classes], or with `features_only` (or without a head) features [B, D].
 
-        images: pixels in [-1, 1].
+        images: float pixels in [-1, 1], [B, 3, H, W]; ValueError says what else came.
+        tokens, layers: as in features.
         """
 
-    def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """The representation before the head."""
-        return self(images, features_only=True)  # not self.forward: ZeRO 3 gathers parameters in hooks
+    @overload
+    def features(self, images: Tensor, *, tokens: bool = False) -> Tensor: ...
+    @overload
+    def features(
+        self, images: Tensor, *, tokens: bool = False, layers: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]: ...
+    def features(
+        self, images: Tensor, *, tokens: bool = False, layers: Sequence[int] | None = None
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """The representation before the head, [B, D], of float pixels in [-1, 1], [B, 3, H, W].
+
+        tokens: instead, what detection and segmentation build on: the patch tokens after the
+            final norm, [B, N, D], row by row of the grid, without the class token.
+        layers: also return a list of such tokens after these blocks, which count from 0; each
+            went through the final norm.
+
+        Raises ValueError for other images, and for blocks that the model does not have.
+        """
+        # Not self.forward: ZeRO 3 gathers parameters in hooks.
+        return self(images, features_only=True, tokens=tokens, layers=layers)
 
     @abc.abstractmethod
     def init_weights(self, seed: int) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -183,23 +184,28 @@ class ViT(Model):
         self.head = nn.Linear(size or width, config.num_classes) if config.num_classes else None
         self._checkpointing = False
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], features_only: bool = False) -> Float[Tensor, "B C"]:
-        size = self.config.image_size
-        if images.shape[2:] != (size, size):
-            raise ValueError(
-                f"images of {images.shape[2]} x {images.shape[3]} pixels; this model takes {size} x {size}"
-            )
+    def forward(
+        self,
+        images: Tensor,
+        features_only: bool = False,
+        tokens: bool = False,
+        layers: Sequence[int] | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        wanted = layers or ()
+        self._check_arguments(images, wanted)
         x = self.patch_embed(images)  # [B, n, D]
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
         x = self.drop(x + self.pos_embed)
-        for block in self.blocks:
+        kept: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks):
             checkpointed = self._checkpointing and self.training
             x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
-        x = self._pool(self.norm(x))  # [B, D]
-        if self.pre_logits is not None:
-            x = torch.tanh(self.pre_logits(x))
-        return x if features_only or self.head is None else self.head(x)
+            if index in wanted:
+                kept[index] = self._patch_tokens(self.norm(x))
+        x = self.norm(x)  # [B, N, D]
+        out = self._patch_tokens(x) if tokens else self._represent(x, features_only)
+        return out if layers is None else (out, [kept[index] for index in wanted])
 
     def set_activation_checkpointing(self, mode: Literal["none", "full"]) -> None:
         self._checkpointing = mode == "full"
@@ -254,6 +260,32 @@ class ViT(Model):
             # The class token, where there is one, gets no position.
             prefix = table.new_zeros(1, self.config.num_tokens - table.shape[1], table.shape[2])
             self.pos_embed.copy_(torch.cat([prefix, table], dim=1))
+
+    def _check_arguments(self, images: Tensor, layers: Sequence[int]) -> None:
+        """Raise ValueError for what people give: bytes, one image, another size or block."""
+        size, shape = self.config.image_size, list(images.shape)
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images are {str(images.dtype).removeprefix('torch.')}; this model takes floats in [-1, 1]: "
+                "(images.float() - 127.5) / 127.5"
+            )
+        if len(shape) != 4 or shape[1] != 3:
+            one = ": images[None] makes a batch of one image" if shape == [3, size, size] else ""
+            raise ValueError(f"images are {shape}; this model takes [B, 3, {size}, {size}]{one}")
+        if shape[2:] != [size, size]:
+            raise ValueError(f"images of {shape[2]} x {shape[3]} pixels; this model takes {size} x {size}")
+        if not all(0 <= index < len(self.blocks) for index in layers):
+            raise ValueError(f"layers are {list(layers)}; this model has blocks 0 to {len(self.blocks) - 1}")
+
+    def _represent(self, x: Float[Tensor, "B N D"], features_only: bool) -> Float[Tensor, "B X"]:
+        """Features [B, D] or logits [B, C] of the tokens after the final norm."""
+        x = self._pool(x)  # [B, D]
+        if self.pre_logits is not None:
+            x = torch.tanh(self.pre_logits(x))
+        return x if features_only or self.head is None else self.head(x)
+
+    def _patch_tokens(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B n D"]:
+        return x[:, 1:] if self.cls_token is not None else x
 
     def _pool(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
         if self.attn_pool is not None:
