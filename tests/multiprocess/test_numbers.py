@@ -67,6 +67,14 @@ def test_zero_2_and_3_equal_zero_1(
     assert job.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=1e-6)
 
 
+def test_what_a_run_prints_is_its_own(tmp_path: Path, index: Path) -> None:
+    """In bf16 at stage 1, DeepSpeed prints its memory, and torch warns of its functions."""
+    job = Job(tmp_path, index)
+    assert job.start(2, "precision=bf16", "total_steps=6") == [0, 0], job.output()
+    lines = job.output().splitlines()
+    assert lines and all(line.startswith("INFO ") for line in lines), job.output()
+
+
 def device_has_fp16() -> bool:
     from deepspeed.accelerator import get_accelerator
 

@@ -5,7 +5,9 @@ stay the same up to rounding.
 """
 
 import contextlib
+import io
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -22,6 +24,7 @@ from vitscale.errors import ConfigError
 from vitscale.models import Model
 from vitscale.optim import OptimConfig, build_optimizer
 
+logger = logging.getLogger(__name__)
 NO_STEPS = Counters()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,6 +53,8 @@ class Engine:
         from deepspeed.accelerator import get_accelerator
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
+        # DeepSpeed 0.19 calls what torch 2.13 renames.
+        warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning, "torch.distributed")
         if distributed.device().type == "cpu":
             # DeepSpeed's shared-memory kernel is for inference, yet it is compiled at start,
             # which takes 30 s and a compiler, and leaves 66 MB per rank in /dev/shm. Training
@@ -67,11 +72,12 @@ class Engine:
         self.zero_stage = config.zero_stage
         self._dtype = DTYPES[precision]
         self._ds: zero.DeepSpeed
-        self._ds, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=build_optimizer(optim, module),
-            config=make_ds_config(config, plan, precision, optim.clip_norm),
-        )
+        with _debug_prints():
+            self._ds, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=build_optimizer(optim, module),
+                config=make_ds_config(config, plan, precision, optim.clip_norm),
+            )
         assert self._ds.gradient_accumulation_steps() == plan.grad_accum_steps
         self._ema = Ema(self._ds, optim.ema_decay) if optim.ema_decay else None
 
@@ -179,3 +185,15 @@ class Engine:
     def close(self) -> None:
         """Free what DeepSpeed holds, so that another engine can follow in this process."""
         self._ds.destroy()
+
+
+@contextlib.contextmanager
+def _debug_prints() -> Iterator[None]:
+    """Log what the block prints, for debugging: in bf16, DeepSpeed prints its memory."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            logger.debug("DeepSpeed: %s", line)
