@@ -33,9 +33,10 @@ def test_ranks_that_died_are_started_again_and_resume(tmp_path: Path, index: Pat
 def test_machines_come_and_go(tmp_path: Path, index: Path, zygote: Zygote) -> None:
     """Two agents are two machines: one begins, another joins, and then dies with its rank."""
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "elastic", index)
+    length = "total_steps=150"
+    assert zygote.train(whole, 1, length) == [0], whole.output()
     # slow enough for a machine to join in mid-run
-    steps = ("total_steps=200", "checkpoint.every_steps=10", "model.depth=12", "engine.micro_batch=1")
-    assert zygote.train(whole, 1, *steps) == [0], whole.output()
+    steps = (length, "checkpoint.every_steps=10", "model.depth=12", "engine.micro_batch=1")
     endpoint = f"127.0.0.1:{free_port()}"
     first = start_agent(job, endpoint, *steps)
     second = None
@@ -48,7 +49,7 @@ def test_machines_come_and_go(tmp_path: Path, index: Path, zygote: Zygote) -> No
         machine = [psutil.Process(second.pid), *psutil.Process(second.pid).children(recursive=True)]
         for process in machine:
             process.kill()
-        assert first.wait(90) == 0, job.output()
+        assert first.wait(180) == 0, job.output()
     finally:
         for agent in (first, second):
             if agent:
