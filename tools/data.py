@@ -20,6 +20,7 @@ EXAMPLE = """examples:
   python tools/data.py dedup data/in21k/index.json --against "data/cifar10/test-*.tar" --out copies.json
   python tools/data.py warm mine.toml"""
 FORMATS = ("imagefolder", "imagenet21k", "imagenet1k", "cifar10", "cifar100", "csv", "jsonl", "shards")
+SUSPICIOUS_SHARE = 0.03  # of the training images that dedup finds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -324,11 +325,19 @@ def dedup(arguments: argparse.Namespace) -> int:
             progress=bar.update,
         )
     duplicates.save(arguments.out)
-    num_exact = sum(pair.exact for pair in duplicates.pairs)
+    num_found, num_exact = len(duplicates.pairs), sum(pair.exact for pair in duplicates.pairs)
+    share = num_found / index.num_samples
     print(
-        f"{arguments.out}: {len(duplicates.pairs):,} of {index.num_samples:,} training images "
+        f"{arguments.out}: up to {num_found:,} of {index.num_samples:,} training images ({share:.1%}) "
         f"are copies of test images, {num_exact:,} of them exact"
     )
+    if share > SUSPICIOUS_SHARE:
+        print(
+            f"warning: {share:.1%} is more than copies usually are: where all images are of one kind, like "
+            "digits or clothes, different ones look alike to the hash; look at the pairs with --sheet, and "
+            "choose a lower --threshold",
+            file=sys.stderr,
+        )
     print(f'use it with: data.exclude = "{arguments.out}"')
     if arguments.sheet:
         contact_sheet(duplicates).save(arguments.sheet)

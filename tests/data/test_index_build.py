@@ -226,11 +226,16 @@ def test_dedup_writes_a_list_that_training_leaves_out(tmp_path: Path, capsys) ->
     sheet = tmp_path / "sheet.png"
     command = ["dedup", str(train), "--against", test[0], "--out", str(out), "--sheet", str(sheet)]
     assert main([*command, "--workers", "2"]) == 0
-    assert "12 of 77 training images are copies of test images, 12 of them exact" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    said = "up to 12 of 77 training images (15.6%) are copies of test images, 12 of them exact"
+    assert said in shown.out and "warning: 15.6% is more than copies usually are" in shown.err
     assert json.loads(out.read_text())["ids"] == list(range(12))
     assert Image.open(sheet).size[0] > 500
     assert main([*command[:-3], str(tmp_path), "--workers", "0"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+    one = write_shards(tmp_path / "one", [1])
+    assert main(["dedup", str(train), "--against", one[0], "--out", str(out), "--workers", "0"]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_verify_decodes_every_image_when_asked(tmp_path: Path, capsys) -> None:
