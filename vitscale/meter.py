@@ -38,6 +38,7 @@ class Meter:
         self._peak = peak_flops()
         self._digest = 0
         self._restart()
+        self._forget_losses()
 
     def started(self, phase: str) -> None:
         """Phases are counted when they end."""
@@ -48,15 +49,18 @@ class Meter:
         if phase in ("evaluate", "save"):
             self._restart()
 
-    def add(self, batch: Batch) -> None:
-        """Count a step, and compute this rank's share of its digest."""
+    def add(self, batch: Batch, loss: Tensor) -> None:
+        """Count a step and its loss, and compute this rank's share of its digest."""
         self._steps += 1
+        self._losses += loss  # on the device: nothing waits for it
+        self._num_losses += 1
         self._digest = digest(batch.ids, distributed.rank() * self._job.plan.per_rank)
 
     def read(self, engine: Engine, loss: Tensor, lr: float, progress: Progress) -> dict[str, float]:
         """The numbers of this step; every rank calls it at the same steps."""
         config, world = self._job.config, distributed.world_size()
-        loss_sum, waited = distributed.all_reduce_sum([float(loss), self._waited])
+        mean = float(self._losses) / self._num_losses
+        loss_sum, mean_sum, waited = distributed.all_reduce_sum([float(loss), mean, self._waited])
         elapsed = time.perf_counter() - self._began
         (total_digest,) = distributed.all_reduce_sum_int([self._digest])
         speed = self._steps * config.global_batch / elapsed
@@ -64,6 +68,7 @@ class Meter:
             "samples_seen": progress.step * config.global_batch,
             **self._epochs(progress.data_step),
             "train/loss": float(np.float32(loss_sum / world)),
+            "train/loss_mean": mean_sum / world,
             "train/lr": lr,
             "train/grad_norm": float(engine.grad_norm()),
             "train/skipped_steps": engine.counters.skipped_steps,
@@ -76,10 +81,15 @@ class Meter:
             numbers["perf/mfu"] = speed / world * self._flops / self._peak
             numbers["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._restart()
+        self._forget_losses()
         return numbers
 
     def _restart(self) -> None:
         self._steps, self._waited, self._began = 0, 0.0, time.perf_counter()
+
+    def _forget_losses(self) -> None:
+        self._losses = torch.zeros((), dtype=torch.float64, device=distributed.device())
+        self._num_losses = 0
 
     def _epochs(self, data_step: int) -> dict[str, float]:
         """How many times the data were passed through; in a mixture, each source."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from jaxtyping import UInt8
 from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 NON_FINITE = ("nan", "inf", "-inf")
+HASHES = ("data/digest",)  # in metrics.jsonl only: a curve of them means nothing
 # The numbers that the console shows, if a step has them: name, label, format.
 CONSOLE = (
     ("epoch", "epoch", "{:.2f}"),
@@ -62,6 +64,7 @@ class MetricsWriter:
         self._bar = _open_bar(resume_step, total_steps) if sys.stderr.isatty() else None
         self._resume_step, self._total_steps = resume_step, total_steps
         self._start_seconds = time.monotonic()
+        self._evaluations: dict[str, None] = {}  # the names of their numbers, in order
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Write the numbers of a step to all three."""
@@ -70,8 +73,10 @@ class MetricsWriter:
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+                if name not in HASHES:
+                    self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
+        self._evaluations |= dict.fromkeys(name for name in numbers if name.startswith("eval/"))
         self._show(step, numbers)
 
     def write_images(self, tag: str, images: UInt8[Tensor, "B 3 H W"], step: int = 0) -> None:
@@ -80,10 +85,25 @@ class MetricsWriter:
             self._tensorboard.add_images(tag, images, step)
             self._tensorboard.flush()
 
-    def write_hparams(self, values: Mapping[str, Any]) -> None:
-        """Show a resolved config in TensorBoard, with dotted names for nested tables."""
+    def write_texts(self, texts: Mapping[str, str]) -> None:
+        """Show texts in TensorBoard, as they are, at the step where this start begins."""
         if self._tensorboard is not None:
-            self._tensorboard.add_hparams(_flatten(values), {}, run_name=".")
+            for tag, text in texts.items():
+                self._tensorboard.add_text(tag, f"```\n{text}\n```", self._resume_step)
+            self._tensorboard.flush()
+
+    def write_hparams(self, values: Mapping[str, Any]) -> None:
+        """Show a resolved config in TensorBoard, with dotted names for nested tables.
+
+        Its table also has the training loss and the evaluations that were written so far.
+        TensorBoard takes them from the curves, so they are always those of the last step.
+        """
+        if self._tensorboard is not None:
+            names = ("train/loss_mean", *self._evaluations)
+            experiment, session, _ = hparams(_flatten(values), dict.fromkeys(names, 0.0))
+            for summary in (experiment, session):
+                self._tensorboard._get_file_writer().add_summary(summary)
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Close the files and the bar."""
@@ -119,6 +139,9 @@ class SilentWriter:
         pass
 
     def write_images(self, tag: str, images: UInt8[Tensor, "B 3 H W"], step: int = 0) -> None:
+        pass
+
+    def write_texts(self, texts: Mapping[str, str]) -> None:
         pass
 
     def write_hparams(self, values: Mapping[str, Any]) -> None:

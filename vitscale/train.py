@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import logging
+import shlex
+import sys
 from collections.abc import Generator, Iterator, Mapping
 
 import torch
@@ -91,10 +93,17 @@ def loop(run: "Run", watch: Watch) -> None:
     job, engine, at, metrics, saver = run.job, run.engine, run.progress, run.metrics, run.saver
     meter, health = Meter(job), Health(engine)
     phases = Phases(meter)
+    metrics.write_texts(
+        {
+            "config": configs.to_toml(job.config),
+            "command": shlex.join(sys.argv),
+            "versions": "\n".join(f"{name} {version}" for name, version in versions().items()),
+        }
+    )
     if at.step == 0:
-        metrics.write_hparams(configs.to_dict(job.config))
         with phases("evaluate"):  # what an untrained model gives: the line to beat
             evaluate(run, due_after(0, job).evaluate)
+        metrics.write_hparams(configs.to_dict(job.config))
     write_config(job)  # not before: a mistake that shows in the evaluation binds nobody
 
     while at.step < job.total_steps:
@@ -105,7 +114,7 @@ def loop(run: "Run", watch: Watch) -> None:
             engine.set_learning_rate(lr)
             loss = train_step(run, batch, at.step + 1)
         at.advance()
-        meter.add(batch)
+        meter.add(batch, loss)
         health.add(loss)
         run.quarantine.add(batch.bad)
         if health.diverged:
@@ -354,11 +363,14 @@ def train_state(job: Job, progress: Progress) -> TrainState:
         decoder=job.decoder,
         precision=config.precision,
         config=configs.to_dict(config),
-        versions={
-            name: importlib.metadata.version(name) for name in ("vitscale", "torch", "deepspeed", "numpy")
-        },
+        versions=versions(),
         healthy=progress.healthy,
     )
+
+
+def versions() -> dict[str, str]:
+    """The packages whose versions may change results."""
+    return {name: importlib.metadata.version(name) for name in ("vitscale", "torch", "deepspeed", "numpy")}
 
 
 def evaluate(run: Run, names: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from multiprocess.job import Job
@@ -65,6 +66,18 @@ def test_zero_2_and_3_equal_zero_1(
     options = (f"engine.zero_stage={stage}", "engine.activation_checkpointing=full")
     assert zygote.train(job, 2, *options) == [0, 0], job.output()
     assert job.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=1e-6)
+
+
+def test_a_row_has_the_mean_loss_since_the_row_before(
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job
+) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 2, "log.every_steps=4") == [0, 0], job.output()
+    losses = uninterrupted.column("train/loss")
+    ends = [row["step"] for row in job.rows()]
+    assert ends == [1, 4, 8, 12, 16, 20]
+    means = [np.mean(losses[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    assert job.column("train/loss_mean") == pytest.approx(means, abs=1e-6)
 
 
 def test_what_a_run_prints_is_its_own(tmp_path: Path, index: Path) -> None:
