@@ -69,7 +69,7 @@ if __name__ == "__main__":
         status = main()
     except SystemExit as end:  # of argparse
         status = end.code if isinstance(end.code, int) else 1
-    except BaseException:
+    except BaseException:  # os._exit() prints nothing: a bug of ours would end without a word
         traceback.print_exc()
     finally:
         logging.shutdown()

@@ -68,7 +68,6 @@ list(map_in_order(wait, [0, 1], 2))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
 def test_workers_die_with_a_killed_parent() -> None:
     parent = subprocess.Popen([sys.executable, "-c", WAITING_WORKERS], stdout=subprocess.PIPE)
     assert parent.stdout
@@ -109,7 +108,6 @@ if sys.argv[2] == "wait":
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
 @pytest.mark.parametrize("end", ["exit", "finished", "wait"])
 def test_data_workers_end_with_their_parent_however_it_ends(tmp_path: Path, end: str) -> None:
     """At its exit with an open loader, and by a SIGKILL; not by anybody else's SIGTERM."""

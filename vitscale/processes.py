@@ -97,8 +97,10 @@ def kill_at_exit() -> Iterator[None]:
     multiprocessing's own hook sends SIGTERM, and then waits for ever if a child ignores that.
     """
     others = set(multiprocessing.active_children())
-    yield
-    _killed_at_exit.update(set(multiprocessing.active_children()) - others)
+    try:
+        yield
+    finally:
+        _killed_at_exit.update(set(multiprocessing.active_children()) - others)
 
 
 _killed_at_exit: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()

@@ -128,7 +128,7 @@ def test_a_python_archive_is_refused_and_nothing_in_it_is_run(
     with pytest.raises(DataError, match=r"download cifar-10-binary.tar.gz from https://www.cs.toronto"):
         pack(source, tmp_path / "out", CONFIG)
     assert not (tmp_path / "attacked").exists()
-    pickle.loads(pickle.dumps(Attack()))  # the attack works where a pickle is loaded
+    pickle.loads(pickle.dumps(Attack()))  # ours: it proves that the attack would have worked
     assert (tmp_path / "attacked").exists()
 
 

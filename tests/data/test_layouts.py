@@ -339,7 +339,8 @@ def test_a_compressed_shard_is_named_with_the_command_that_fixes_it(
     assert main({"index": ["index", str(shard), "--allow-damaged"], "pack": pack}[command]) == 2
     sentence = capsys.readouterr().err.strip()
     assert f"{name} is compressed with gzip" in sentence
-    subprocess.run(sentence.partition("decompress it: ")[2], shell=True, check=True)
+    command_line = sentence.partition("decompress it: ")[2]
+    subprocess.run(command_line, shell=True, check=True)  # as a user pastes it, with its redirection
     assert (tmp_path / fixed).read_bytes() == plain.read_bytes()
 
 

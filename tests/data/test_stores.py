@@ -16,6 +16,7 @@ from make import write_index
 
 from tools.data import main
 from vitscale import storage
+from vitscale.curate.dedup import find_duplicates
 from vitscale.data.cache import NodeCache
 from vitscale.data.exclusions import load_exclusions
 from vitscale.data.index import Index, build_index, check_shards
@@ -243,6 +244,12 @@ def test_an_index_of_signed_urls_holds_no_signature_and_is_read_with_them(
     check_shards(index)
     assert_same_epoch(epoch(index, 2), epoch(local))
     assert main(["verify", str(out), "--workers", "0"]) == 0
+
+
+def test_a_list_of_copies_holds_no_signature(signed: list[str], local: Index, tmp_path: Path) -> None:
+    find_duplicates(local, signed).save(tmp_path / "copies.json")
+    text = (tmp_path / "copies.json").read_text()
+    assert "/signed/" in text and SECRET not in text and QUERY not in text
 
 
 def test_urls_are_found_by_their_path_on_any_host_and_renewed_in_a_run(

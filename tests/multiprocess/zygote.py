@@ -78,7 +78,7 @@ class Zygote:
         request = (world_size, function, arguments, log, timeout_seconds, environment or {})
         pickle.dump(request, self._process.stdin)
         self._process.stdin.flush()
-        return pickle.load(self._process.stdout)
+        return pickle.load(self._process.stdout)  # from the process that we started
 
     def close(self) -> None:
         self._process.kill()
@@ -93,7 +93,7 @@ def main() -> None:
     torch.set_num_threads(1)
     gc.freeze()  # DeepSpeed collects garbage six times per engine; nothing imported is garbage
     while True:
-        pickle.dump(_job(*pickle.load(sys.stdin.buffer)), replies)
+        pickle.dump(_job(*pickle.load(sys.stdin.buffer)), replies)  # functions, from our own parent
         replies.flush()
 
 

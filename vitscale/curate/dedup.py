@@ -31,6 +31,7 @@ from vitscale.data.reader import read_samples
 from vitscale.data.samples import RawSample
 from vitscale.errors import ConfigError, DataError
 from vitscale.processes import ProgressCallback, map_in_order, no_progress
+from vitscale.redaction import redact
 
 THRESHOLD = 24
 NUM_LISTED_DAMAGE = 20
@@ -78,7 +79,7 @@ def find_duplicates(
     test_images = _TestImages(_ImageHashes.join(hashes_by_set), threshold)
     training = map_ranges(functools.partial(_match_range, test_images), index)
     test_sets = tuple(
-        ComparedSet(name=name, index=images, unreadable=len(hashes.damage), flat=hashes.num_flat)
+        ComparedSet(name=redact(name), index=images, unreadable=len(hashes.damage), flat=hashes.num_flat)
         for name, images, hashes in zip(against, test_indexes, hashes_by_set, strict=True)
     )
     damage = (sentence for part in training for sentence in part.damage)
