@@ -35,3 +35,36 @@ def test_a_read_that_the_system_cuts_short_is_continued(
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:7]], offset))
     reader.read_into(destination, "a", 20)
     assert torch.equal(destination, values[20:70])
+
+
+def test_neighbours_in_a_file_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a tensor, of two neighbours, and of others behind them, in any order."""
+    tensors = {
+        "a": torch.randn(10),
+        "b": torch.randn(6, dtype=torch.float64),
+        "mask": torch.tensor([True, False, True]),
+        "c": torch.randn(5).to(torch.bfloat16),
+        "d": torch.randn(9),
+        "hole": torch.randn(4098),
+        "e": torch.randn(2),
+    }
+    write_safetensors(tmp_path / "x.safetensors", tensors, {})
+    reader, preadv, sizes_read = SafetensorsReader(tmp_path / "x.safetensors"), os.preadv, []
+
+    def counted(fd: int, views: list[memoryview], offset: int) -> int:
+        sizes_read.append(len(views[0]))
+        return preadv(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    wanted = [("d", 0, 9), ("b", 1, 5), ("a", 6, 4), ("b", 0, 1), ("a", 0, 2), ("mask", 0, 3), ("c", 0, 5)]
+    wanted += [("hole", 0, 1), ("e", 0, 2)]
+    destinations = [torch.empty(count, dtype=tensors[name].dtype) for name, _, count in wanted]
+    destinations[0] = torch.empty(9, dtype=torch.float64)  # cast
+    reader.read([(to, name, start) for to, (name, start, _) in zip(destinations, wanted, strict=True)])
+    for destination, (name, start, count) in zip(destinations, wanted, strict=True):
+        assert torch.equal(destination, tensors[name][start : start + count].to(destination.dtype))
+    # a, b and mask, with a gap of 16 bytes
+    # c, which is not aligned behind them
+    # d, which is not aligned behind c, and a value of the hole
+    # e, 16,388 bytes after that
+    assert sizes_read == [40 + 48 + 3, 10, 36 + 4, 8]

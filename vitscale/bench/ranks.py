@@ -15,13 +15,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import xxhash
-from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from vitscale import atomic, distributed
@@ -33,7 +32,7 @@ from vitscale.checkpoint.store import CheckpointConfig, Home, directory_of
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.engine import Engine
-from vitscale.engine.zero import FP32, OPTIMIZER_SLOTS, Counters
+from vitscale.engine.zero import FP32, OPTIMIZER_SLOTS, Counters, Wanted
 from vitscale.errors import CheckpointError
 from vitscale.models import ModelConfig, build_model
 from vitscale.optim import OptimConfig
@@ -67,8 +66,9 @@ class Sharding:
 class RandomState:
     """A FragmentSource of random values, which stand for the state of a trained model."""
 
-    def read_into(self, destination: Tensor, slot: str, name: str, start: int) -> None:
-        destination.normal_()
+    def read(self, wanted: Iterable[Wanted]) -> None:
+        for each in wanted:
+            each.destination.normal_()
 
 
 def start(world_size: int, function: Callable[..., Any], *arguments: Any, fresh: bool = False) -> Any:
@@ -140,6 +140,18 @@ def measure_saves(model: ModelConfig, stage: int, folder: Path, rounds: int) -> 
             for name, seconds in way(round_index).items():
                 figures.setdefault(name, []).append(seconds)
     return figures
+
+
+def measure_gather(num_rows: int, num_files: int) -> dict[str, float]:
+    """What rank 0 gets from all for a manifest, if each rank has so many pieces and files."""
+    rows = torch.zeros(num_rows, 3, dtype=torch.int64)
+    file = ["rank-00000.safetensors", {"num_bytes": 1 << 20, "checksum": "0" * 32}]
+
+    def gather() -> None:
+        distributed.gather_rows_to_main(rows)
+        distributed.gather_json_to_main([file] * num_files)
+
+    return {"seconds": min(timed(gather)[1] for _ in range(3))}
 
 
 def write_checkpoint(model: ModelConfig, stage: int, run_dir: Path) -> None:
@@ -275,7 +287,7 @@ def _save(saver: Saver, engine: Engine, model: ModelConfig, step: int) -> dict[s
     """Seconds of one save until its commit: in all, blocking training, and writing alone."""
 
     def save() -> None:
-        saver.save(engine, _train_state(model, step))
+        saver.save(engine, train_state(model, step))
         saver.wait()
 
     _, whole = timed(save)
@@ -295,7 +307,7 @@ def _settle(folder: Path) -> None:
     distributed.barrier()
 
 
-def _train_state(model: ModelConfig, step: int) -> TrainState:
+def train_state(model: ModelConfig, step: int) -> TrainState:
     """The trainer's part of a manifest, as far as a measurement needs it."""
     return TrainState(
         step=step,

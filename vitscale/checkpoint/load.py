@@ -1,6 +1,6 @@
 """Reading a checkpoint at any world size and ZeRO stage: each rank reads what it owns now."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, good, newest_good, together
 from vitscale.engine.engine import Engine
-from vitscale.engine.zero import UNTRAINED
+from vitscale.engine.zero import UNTRAINED, Wanted
 from vitscale.errors import CheckpointError
 
 
@@ -22,10 +22,24 @@ class FragmentReader:
 
     def __init__(self, folder: str | Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
-        self._files: dict[str, SafetensorsReader] = {}
+        self._files: dict[str, SafetensorsReader] = {}  # of read_into
+
+    def read(self, wanted: Iterable[Wanted]) -> None:
+        """Read everything, one file after another, each opened once."""
+        ranges: dict[str, list[tuple[Tensor, str, int]]] = {}
+        for each in wanted:
+            for file, part, key, first in self.ranges(each):
+                ranges.setdefault(file, []).append((part, key, first))
+        for file in sorted(ranges):
+            SafetensorsReader(storage.child(self._folder, file)).read(ranges[file])
 
     def read_into(self, destination: Tensor, slot: str, name: str, start: int) -> None:
-        """destination[:] = the `slot` of tensor `name`, flattened, from `start` on.
+        """As read, for one; the files stay open for the next one."""
+        for file, part, key, first in self.ranges(Wanted(destination, slot, name, start)):
+            self._open(file).read_into(part, key, first)
+
+    def ranges(self, wanted: Wanted) -> list[tuple[str, Tensor, str, int]]:
+        """The (file, destination, tensor of the file, start in it) that make up what is wanted.
 
         Only the parts of fragments that overlap are read. For example, of a tensor of 10 values
         in fragments (0, 4), (4, 4) and (8, 2), a rank now owns 5 values from start = 3:
@@ -34,19 +48,21 @@ class FragmentReader:
             second fragment    values 4-7     to destination[1:5]
             third fragment     is not read
 
-        An untrained tensor has one slot, which is read whatever `slot` says.
+        An untrained tensor has one slot, which is read whatever the wanted slot is.
         """
-        tensor = self._manifest.tensors[name]
-        key = f"{UNTRAINED if tensor.untrained else slot}/{name}"
-        end, num_read = start + len(destination), 0
+        destination, slot, name, start = wanted
+        key = f"{UNTRAINED if self._manifest.tensors[name].untrained else slot}/{name}"
+        end, num_values, ranges = start + len(destination), 0, []
         for file, first, count in self._manifest.overlapping(name, start, end):
             low, high = max(first, start), min(first + count, end)
-            self._open(file).read_into(destination[low - start : high - start], key, low - first)
-            num_read += high - low
-        if num_read != len(destination):
+            ranges.append((file, destination[low - start : high - start], key, low - first))
+            num_values += high - low
+        if num_values != len(destination):
             raise CheckpointError(
-                f"{self._folder}: {slot} of {name} is incomplete: {num_read:,} of {len(destination):,} values"
+                f"{self._folder}: {slot} of {name} is incomplete: {num_values:,} of {len(destination):,} "
+                "values"
             )
+        return ranges
 
     def whole(self, name: str, slot: str = "fp32") -> Tensor:
         """One whole tensor in fp32; a buffer of integers or booleans keeps its dtype."""

@@ -12,9 +12,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ from vitscale.errors import CheckpointError
 
 _BLOCK = 2 << 20  # small enough to stay in the processor's cache between the read and the hash
 
-_RANGE_BYTES = 64 << 20  # the most that one read asks of a store
+RANGE_BYTES = 64 << 20  # the most that one read asks for
+
+_GAP_BYTES = 4 << 10  # what is read for nothing rather than with another request
 
 _MOST = 2**62  # values of a tensor, or bytes of a file: keeps arithmetic on them within 64 bits
 
@@ -141,23 +143,50 @@ class SafetensorsReader:
 
         Raises CheckpointError if the file does not hold the range.
         """
+        self.read([(destination, name, start)])
+
+    def read(self, wanted: Iterable[tuple[Tensor, str, int]]) -> None:
+        """As read_into, for each (destination, name, start).
+
+        Neighbours in the file come in one read, of at most 64 MB: a fragment may be of a few
+        bytes, and thousands of requests to a store take minutes.
+        """
+        for parts in together([self._place(*each) for each in wanted]):
+            if len(parts) == 1:
+                self._read_part(parts[0])
+                continue
+            start = parts[0].position
+            values = torch.empty(parts[-1].end - start, dtype=torch.uint8)
+            self._fill(_bytes_of(values), start, parts[0].name)
+            for part in parts:
+                part.destination.copy_(values[part.position - start : part.end - start].view(part.dtype))
+
+    def _place(self, destination: Tensor, name: str, start: int) -> "Part":
         entry = self.header.get(name)
         if entry is None or start + len(destination) > math.prod(entry["shape"]):
             raise CheckpointError(f"{self._path} does not hold {len(destination):,} values of {name}")
         dtype = _DTYPES[entry["dtype"]]
-        staged = (
-            destination.device.type != "cpu" or dtype != destination.dtype or not destination.is_contiguous()
-        )
-        host = torch.empty(len(destination), dtype=dtype) if staged else destination
-        view = _bytes_of(host)
         position = self._base + entry["data_offsets"][0] + start * dtype.itemsize
+        return Part(position, position + len(destination) * dtype.itemsize, name, dtype, destination)
+
+    def _read_part(self, part: "Part") -> None:
+        destination = part.destination
+        staged = (
+            destination.device.type != "cpu"
+            or part.dtype != destination.dtype
+            or not destination.is_contiguous()
+        )
+        host = torch.empty(len(destination), dtype=part.dtype) if staged else destination
+        self._fill(_bytes_of(host), part.position, part.name)
+        if staged:
+            destination.copy_(host)
+
+    def _fill(self, view: memoryview, position: int, name: str) -> None:
         while len(view):
             count = self._read(view, position)
             if count == 0:
                 raise CheckpointError(f"{self._path} ends inside {name}")
             view, position = view[count:], position + count
-        if staged:
-            destination.copy_(host)
 
     def dtype(self, name: str) -> torch.dtype:
         kind = self.header.get(name, {}).get("dtype")
@@ -169,12 +198,42 @@ class SafetensorsReader:
         if storage.is_local(self._path):  # not kept open: a checkpoint can have thousands of files
             with open(storage.local_path(self._path), "rb", buffering=0) as file:
                 return os.preadv(file.fileno(), [view], position)
-        data = self._read_bytes(position, position + min(len(view), _RANGE_BYTES))
+        data = self._read_bytes(position, position + min(len(view), RANGE_BYTES))
         view[: len(data)] = data
         return len(data)
 
     def _read_bytes(self, start: int, end: int) -> bytes:
         return storage.read_range(self._path, start, end)
+
+
+class Part(NamedTuple):
+    """Bytes [position, end) of a file, which are values of a dtype, and where they belong."""
+
+    position: int
+    end: int
+    name: str
+    dtype: torch.dtype
+    destination: Tensor
+
+
+def together(parts: Sequence[Part]) -> list[list[Part]]:
+    """The parts in the order of the file, in groups that are read at once.
+
+    Gaps in a group are small, it has at most RANGE_BYTES, and its parts are aligned in it.
+    """
+    groups: list[list[Part]] = []
+    for part in sorted(parts, key=lambda part: part.position):
+        first = groups[-1][0].position if groups else 0
+        if (
+            groups
+            and 0 <= part.position - groups[-1][-1].end <= _GAP_BYTES
+            and part.end - first <= RANGE_BYTES
+            and (part.position - first) % part.dtype.itemsize == 0
+        ):
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return groups
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

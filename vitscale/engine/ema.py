@@ -34,17 +34,18 @@ class Ema:
         """This rank's part of the average of every parameter, as views."""
         return {fragment.name: fragment.of(self._flats[fragment.group]) for fragment in zero.fragments(ds)}
 
-    def restart(self, ds: zero.DeepSpeed) -> None:
-        """Start again at the present weights."""
-        for average, master in zip(self._flats, zero.flats(ds), strict=True):
-            average.copy_(master.detach())
-        self._updates = zero.counters(ds).updates
+    def wanted(self, ds: zero.DeepSpeed) -> list[zero.Wanted]:
+        """What a restore has to read; start comes after it."""
+        return [
+            zero.Wanted(fragment.of(self._flats[fragment.group]), zero.EMA, fragment.name, fragment.start)
+            for fragment in zero.fragments(ds)
+        ]
 
-    def restore(self, ds: zero.DeepSpeed, source: zero.FragmentSource) -> None:
-        """Fill the average from its slot of `source`, without communication."""
-        for fragment in zero.fragments(ds):
-            held = fragment.of(self._flats[fragment.group])
-            source.read_into(held, zero.EMA, fragment.name, fragment.start)
+    def start(self, ds: zero.DeepSpeed, *, at_weights: bool) -> None:
+        """Average from the present update on, starting at the weights or at what was read."""
+        if at_weights:
+            for average, master in zip(self._flats, zero.flats(ds), strict=True):
+                average.copy_(master.detach())
         self._updates = zero.counters(ds).updates
 
     @contextlib.contextmanager

@@ -163,7 +163,7 @@ class Engine:
         zero.refresh_live(self._ds)
         zero.check_mapping(self._ds)
         if self._ema:
-            self._ema.restart(self._ds)
+            self._ema.start(self._ds, at_weights=True)
 
     def restore(
         self,
@@ -180,13 +180,11 @@ class Engine:
         Parameter groups are not restored: learning rate and weight decay come from the config.
         """
         optimizer = [slot for slot in slots if slot not in (FP32, EMA)]
-        zero.restore(self._ds, source, optimizer, counters.updates)
+        average = self._ema.wanted(self._ds) if self._ema and EMA in slots else None
+        zero.restore(self._ds, source, optimizer, counters.updates, average or ())
         zero.restore_counters(self._ds, counters, loss_scaler or {})
         if self._ema:  # after the counters: it notes how many updates were made
-            if EMA in slots:
-                self._ema.restore(self._ds, source)
-            else:
-                self._ema.restart(self._ds)
+            self._ema.start(self._ds, at_weights=average is None)
 
     def close(self) -> None:
         """Free what DeepSpeed holds, so that another engine can follow in this process."""

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +40,20 @@ class Counters:
         return self.global_steps - self.skipped_steps
 
 
+class Wanted(NamedTuple):
+    """destination[:] = the `slot` of parameter `name`, flattened, from `start` on."""
+
+    destination: Tensor
+    slot: str
+    name: str
+    start: int
+
+
 @runtime_checkable
 class FragmentSource(Protocol):
     """Where a restore gets its values."""
 
-    def read_into(self, destination: Tensor, slot: str, name: str, start: int) -> None:
-        """destination[:] = the `slot` of parameter `name`, flattened, from `start` on."""
-        ...
+    def read(self, wanted: Iterable[Wanted]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,22 +246,26 @@ def fill(ds: DeepSpeed, values: Iterable[tuple[str, Tensor]]) -> None:
 
 
 @torch.no_grad()
-def restore(ds: DeepSpeed, source: FragmentSource, slots: Sequence[str], updates: int) -> None:
+def restore(
+    ds: DeepSpeed, source: FragmentSource, slots: Sequence[str], updates: int, others: Sequence[Wanted] = ()
+) -> None:
     """Fill masters, optimizer slots and untrained tensors from `source`; every rank calls it.
 
     The live weights follow from the masters. slots: the optimizer's. updates: how many it has
-    made; with 0 it starts fresh.
+    made; with 0 it starts fresh. others: what else to read on the way.
     """
+    wanted = list(others)
     if updates > 0:
         _create_optimizer_state(ds, slots, updates)
     for fragment in fragments(ds):
-        source.read_into(fragment.of(fragment.flat), FP32, fragment.name, fragment.start)
+        wanted.append(Wanted(fragment.of(fragment.flat), FP32, fragment.name, fragment.start))
         for slot in slots if updates > 0 else ():
             held = ds.basic_optimizer.state[fragment.flat][slot]
-            source.read_into(fragment.of(held), slot, fragment.name, fragment.start)
+            wanted.append(Wanted(fragment.of(held), slot, fragment.name, fragment.start))
     for tensor in untrained(ds):
         if len(tensor.held):
-            source.read_into(tensor.held, UNTRAINED, tensor.name, tensor.held_start)
+            wanted.append(Wanted(tensor.held, UNTRAINED, tensor.name, tensor.held_start))
+    source.read(wanted)
     refresh_live(ds)
     check_mapping(ds)
 
