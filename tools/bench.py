@@ -11,7 +11,8 @@ from typing import Any
 EXAMPLE = """examples:
   python tools/bench.py data --shards "data/imagenet/train-*.tar"
   python tools/bench.py order --samples 303000000 --shards 30000 --world 1024 --json order.json
-  python tools/bench.py checkpoint --variant B/16 --ranks 2 --json checkpoint.json"""
+  python tools/bench.py checkpoint --variant B/16 --ranks 2 --json checkpoint.json
+  python tools/bench.py scale --ranks 1024,4096 --variant H/14 --zero 1,3"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +77,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     checkpoint.add_argument(
         "--no-deepspeed", dest="deepspeed", action="store_false", help="do not measure DeepSpeed's own"
     )
-    for command in (data, order, checkpoint):
+
+    scale = commands.add_parser(
+        "scale",
+        help="what checkpoints cost on thousands of ranks: manifest, reads, sockets; none is started",
+        epilog="example: python tools/bench.py scale --ranks 1024,4096 --variant H/14 --zero 1,3",
+    )
+    scale.add_argument("--ranks", type=_integers, default=(1024, 4096), help="one or more numbers of ranks")
+    scale.add_argument("--zero", type=_integers, default=(1, 3), help="one or more ZeRO stages")
+    scale.add_argument("--variant", default="H/14", help="of the model, NAME/PATCH")
+    for command in (data, order, checkpoint, scale):
         command.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file")
     return parser.parse_args(argv)
 
@@ -104,6 +114,20 @@ def bench_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
     return run(CheckpointBench(**{name: getattr(arguments, name) for name in names}), show_progress)
 
 
+def bench_scale(arguments: argparse.Namespace) -> dict[str, Any]:
+    from vitscale.bench.scale import ScaleBench, run
+
+    config = ScaleBench(ranks=arguments.ranks, zero=arguments.zero, variant=arguments.variant)
+    return run(config, show_progress)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, like 1,3") from None
+
+
 def show_progress(stage: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{stage} ...", end="", file=sys.stderr, flush=True)
@@ -126,7 +150,7 @@ def _shown(value: float | str) -> str:
     return f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
 
 
-COMMANDS = {"data": bench_data, "order": bench_order, "checkpoint": bench_checkpoint}
+COMMANDS = {"data": bench_data, "order": bench_order, "checkpoint": bench_checkpoint, "scale": bench_scale}
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

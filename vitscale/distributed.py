@@ -71,12 +71,20 @@ def _launched() -> Mapping[str, str]:
     return os.environ
 
 
-def open_files(world_size: int) -> int:
-    """How many files a process may have open in a job of so many ranks, sockets counted.
+def sockets(world_size: int, rank: int) -> int:
+    """How many sockets a rank has, without a GPU.
 
     gloo connects every rank with every other, in each of three groups: torch's, DeepSpeed's
     copy of it, and the checkpoint writer's. Rank 0 also serves the store in which ranks meet.
-    The rest are shards, pipes and logs, and NCCL's connections, which are to neighbours only.
+    """
+    return 3 * world_size + 2 + (0 if rank else world_size + 1)
+
+
+def open_files(world_size: int) -> int:
+    """How many files a process must be allowed to open in a job of so many ranks.
+
+    Beside the sockets of rank 0 there are shards, pipes, logs, and on a GPU its devices and
+    NCCL's connections, which are to neighbours only.
     """
     return 4 * world_size + 512
 

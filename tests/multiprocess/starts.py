@@ -4,18 +4,23 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vitscale import config as configs
 from vitscale import distributed
 from vitscale import train as training
+from vitscale.bench import ranks
 from vitscale.checkpoint.store import Home
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
 from vitscale.job import prepare
-from vitscale.models import build_model, empty_model
+from vitscale.models import ModelConfig, build_model, empty_model
 from vitscale.optim import freeze
 from vitscale.train_config import TrainConfig
 
@@ -23,29 +28,40 @@ from vitscale.train_config import TrainConfig
 def measure(config: Path, overrides: Sequence[str], out: Path) -> None:
     """Start a run, without a step of it.
 
-    OUT-RANK.json gets the bytes of the model in fp32, and the most that torch held at a time
-    beyond what it held before.
+    OUT-RANK.json gets the bytes of the model in fp32, and the most that it held at a time.
     """
     distributed.initialize()
     loaded = configs.load(TrainConfig, [config], overrides)
     job = prepare(loaded, distributed.world_size())
     home = Home.of(loaded.run_dir, loaded.checkpoint)
-    engines: list[Engine] = []
-    peak = peak_bytes(lambda: engines.append(training.start(job, home)[0]))
-    model_bytes = 4 * sum(map(math.prod, engines[0].shapes().values()))
-    Path(f"{out}-{distributed.rank()}.json").write_text(json.dumps([model_bytes, peak]))
+    with Held() as held:
+        engine, *_ = training.start(job, home)
+    model_bytes = 4 * sum(map(math.prod, engine.shapes().values()))
+    Path(f"{out}-{distributed.rank()}.json").write_text(json.dumps([model_bytes, held.peak]))
 
 
-def peak_bytes(action: Callable[[], object]) -> int:
-    """The most bytes of CPU memory that torch allocated at a time during an action."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that this thread makes and somebody still holds.
+
+    peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                self._sizes[StorageWeakRef(storage)] = storage.nbytes()
+        self._sizes = {storage: size for storage, size in self._sizes.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self._sizes.values()))
+        return made
 
 
 def check_values(config: Path, overrides: Sequence[str]) -> None:
@@ -80,3 +96,13 @@ def check_values(config: Path, overrides: Sequence[str]) -> None:
     images = torch.randn(2, 3, loaded.model.image_size, loaded.model.image_size)
     with torch.no_grad(), engine.evaluating(), other.evaluating():
         assert torch.equal(engine.forward(images), other.forward(images))
+
+
+def note_pieces(variant: str, out: Path) -> None:
+    """OUT-STAGE-RANK.json gets the (name, start, count) of what a rank owns at each stage."""
+    distributed.initialize()
+    for stage in (1, 2, 3):
+        engine = ranks.make_engine(ModelConfig(variant=variant), stage)
+        pieces = [(fragment.name, fragment.start, fragment.count) for fragment in engine.fragments()]
+        Path(f"{out}-{stage}-{distributed.rank()}.json").write_text(json.dumps(pieces))
+        engine.close()

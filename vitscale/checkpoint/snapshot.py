@@ -123,11 +123,11 @@ def write(snapshot: Snapshot, home: Home, channel: ProcessGroup | None = None) -
     try:
         info = distributed.together(lambda: _saving(path, lambda: _write_file(snapshot, path, home)), channel)
         files = distributed.gather_json_to_main([file, dataclasses.asdict(info)], channel)
-        pieces = distributed.gather_rows_to_main(_rows(snapshot), channel)
+        pieces = distributed.gather_rows_to_main(_pieces(snapshot), channel)
 
         def commit() -> None:
             if distributed.is_main():
-                _commit(_manifest(snapshot, files, pieces), temporary, home)
+                _commit(assemble(snapshot, files, pieces), temporary, home)
 
         distributed.together(lambda: _saving(temporary, commit), channel)
     except UserError:  # raised on all ranks; after any other error, one may still be writing there
@@ -155,15 +155,19 @@ def _commit(manifest: Manifest, temporary: Path, home: Home) -> None:
         store.commit(manifest, temporary, store.step_directory(home.directory, manifest.step))
 
 
-def _rows(snapshot: Snapshot) -> Int64[Tensor, "n 3"]:
-    """The pieces of this rank as rows of (number of the tensor, start, count)."""
+def _pieces(snapshot: Snapshot) -> Int64[Tensor, "n 3"]:
+    """The pieces of this rank, as in assemble."""
     numbers = {name: number for number, name in enumerate(snapshot.shapes)}
     rows = [(numbers[name], start, count) for name, start, count in snapshot.pieces]
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
 
 
-def _manifest(snapshot: Snapshot, files: list[Any], pieces: list[Tensor]) -> Manifest:
-    """files: the name and FileInfo of each rank's file. pieces: each rank's rows."""
+def assemble(snapshot: Snapshot, files: list[Any], pieces: list[Tensor]) -> Manifest:
+    """The manifest of what all ranks wrote.
+
+    files: for each rank, the name of its file and the values of its FileInfo.
+    pieces: for each rank, rows of (number of the tensor in snapshot.shapes, start, count).
+    """
     infos = {name: FileInfo(**info) for name, info in files}
     numbers = numbered(infos)
     return Manifest(
