@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     step.add_argument("config", nargs="*", metavar="CONFIG.toml", help="measure its model and precision")
     step.add_argument("--variant", default="B/16", help="without a config: the model, NAME/PATCH")
     step.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: the config's, or bf16")
-    step.add_argument("--batch", type=int, default=64, help="images of a step, on the one device")
+    step.add_argument("--batch", type=int, help="images of a step; default: 64, and in the suite more")
     for name, choices in STEP_CASES.items():
         step.add_argument(
             f"--{name}", nargs="+", choices=choices, default=choices, help="the rows to measure"
@@ -141,7 +141,6 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale import config as configs
     from vitscale.bench import suite
     from vitscale.bench.step import Case, StepBench, every_case, run
-    from vitscale.errors import ConfigError
     from vitscale.models import ModelConfig
     from vitscale.train_config import TrainConfig
 
@@ -154,10 +153,14 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
         )
 
     if arguments.suite:
-        unknown = sorted(set(arguments.variants) - set(suite.BATCHES))
-        if unknown:
-            raise ConfigError(f"--variants {' '.join(unknown)}: the suite has {' '.join(suite.BATCHES)}")
-        return suite.run(arguments.suite, arguments.index, arguments.variants, wanted, show_progress)
+        return suite.run(
+            arguments.suite,
+            arguments.index,
+            arguments.variants,
+            arguments.batch or 0,
+            wanted,
+            show_progress,
+        )
     if arguments.config:
         paths = [text for text in arguments.config if "=" not in text]
         loaded = configs.load(TrainConfig, paths, [text for text in arguments.config if "=" in text])
@@ -166,7 +169,7 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
         model, precision = ModelConfig(variant=arguments.variant), "bf16"
     bench = StepBench(
         model=model,
-        batch=arguments.batch,
+        batch=suite.DEFAULT_BATCH if arguments.batch is None else arguments.batch,
         precision=arguments.precision or precision,
         cases=tuple(filter(wanted, every_case(model))),
         rounds=arguments.rounds,

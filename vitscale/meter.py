@@ -125,7 +125,10 @@ class Meter:
 
 def peak_flops() -> float:
     """The bf16 peak of this device in FLOP/s, or 0 if it is not known (as for any CPU)."""
-    if not torch.cuda.is_available():
-        return 0.0
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), 0.0)
+    return peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else 0.0
+
+
+def peak_flops_of(device: str) -> float:
+    """The bf16 peak in FLOP/s of a GPU by its name, or 0 if it is not known."""
+    peaks = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device))
+    return next(peaks, 0.0)

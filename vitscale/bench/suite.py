@@ -25,6 +25,7 @@ from vitscale.models import ModelConfig
 
 # Images of a step, which fit into 80 GB without recomputation.
 BATCHES = {"S/16": 1024, "B/16": 512, "L/16": 256, "H/14": 128}
+DEFAULT_BATCH = 64
 PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 END_TO_END_STEPS = 120
 
@@ -58,8 +59,8 @@ tensorboard = false
 """
 
 
-def pieces(variants: Sequence[str], wanted: Callable[[Case], bool]) -> dict[str, StepBench]:
-    """What is measured for each variant: the cases that are wanted."""
+def pieces(variants: Sequence[str], batch: int, wanted: Callable[[Case], bool]) -> dict[str, StepBench]:
+    """What is measured for each variant: the cases that are wanted. batch: 0 = BATCHES."""
     measured = {}
     for variant in variants:
         model = ModelConfig(variant=variant)
@@ -74,7 +75,8 @@ def pieces(variants: Sequence[str], wanted: Callable[[Case], bool]) -> dict[str,
         if timm_has(model):
             cases.append(Case(loop="timm", compile=True))
         cases = [case for case in cases if wanted(case)]
-        measured[variant] = StepBench(model=model, batch=BATCHES[variant], cases=tuple(cases))
+        images = batch or BATCHES.get(variant, DEFAULT_BATCH)
+        measured[variant] = StepBench(model=model, batch=images, cases=tuple(cases))
     return measured
 
 
@@ -82,6 +84,7 @@ def run(
     path: Path,
     index: str,
     variants: Sequence[str],
+    batch: int,
     wanted: Callable[[Case], bool],
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def run(
         **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
     }
     done = {**here, **done}
-    for name, bench in pieces(variants, wanted).items():
+    for name, bench in pieces(variants, batch, wanted).items():
         if name not in done:
             done[name] = step.run(bench, progress)
             _write(path, done)

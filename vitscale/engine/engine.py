@@ -64,8 +64,6 @@ class Engine:
         deepspeed.init_distributed(verbose=False)
         module.set_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
-            # It warns of in-place operations, which no block has.
-            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
             module.compile_blocks()
         torch.backends.cuda.matmul.allow_tf32 = config.tf32
         accelerator = get_accelerator()

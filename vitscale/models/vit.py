@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -209,6 +210,8 @@ class ViT(Model):
             block.checkpointing = mode
 
     def compile_blocks(self) -> None:
+        # With recomputation, torch warns of in-place operations, which no block has.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         # Static shapes: all blocks share one graph, made for the micro batch of training.
         for block in self._blocks():
             block.compile(dynamic=False)
