@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitscale.checkpoint import store
-from vitscale.checkpoint.manifest import Manifest, TensorInfo, TrainState
+from vitscale.checkpoint.manifest import Manifest, TensorInfo, TrainState, joined
 from vitscale.checkpoint.safetensors import write_safetensors
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, alone, good, newest_good
@@ -110,7 +110,7 @@ def write_step(
     shapes = {name: tuple(tensor.shape) for (_, name), tensor in tensors.items()}
     untrained = {name for state, name in tensors if state == "fixed"}
     cuts = {name: _cuts(tensor.numel(), world_size, step) for (_, name), tensor in tensors.items()}
-    files, fragments = {}, {name: [] for name in shapes}
+    files, written = {}, {name: [] for name in shapes}
     for rank in range(world_size):
         file = f"rank-{rank:05d}.safetensors"
         owned = {name: cuts[name][rank] for name in shapes if cuts[name][rank][1]}
@@ -121,9 +121,13 @@ def write_step(
         }
         files[file] = write_safetensors(folder / file, pieces, {"format": "pt"})
         for name, (start, count) in owned.items():
-            fragments[name].append((file, start, count))
+            written[name].append((rank, start, count))
     infos = {
-        name: TensorInfo(shape=shape, fragments=tuple(fragments[name]), untrained=name in untrained)
+        name: TensorInfo(
+            shape=shape,
+            fragments=joined(np.array(written[name]).reshape(-1, 3)),
+            untrained=name in untrained,
+        )
         for name, shape in shapes.items()
     }
     header = {"world_size": world_size, "files": files, "tensors": infos, **header}

@@ -7,7 +7,7 @@ from torch import nn
 from vitscale.errors import ConfigError
 from vitscale.models import build_model
 from vitscale.models.vit import ViTConfig
-from vitscale.optim import OptimConfig, build_optimizer, freeze, is_kernel, parameter_groups
+from vitscale.optim import OptimConfig, build_optimizer, freeze, kernels, parameter_groups
 
 CONFIG = ViTConfig(
     variant="Ti/4",
@@ -24,8 +24,7 @@ CONFIG = ViTConfig(
 
 def test_decay_is_for_kernels_only() -> None:
     model = build_model(CONFIG, 0)
-    decayed = {name for name, param in model.named_parameters() if is_kernel(name, param)}
-    assert decayed == {
+    assert kernels(model) == {
         *(f"blocks.0.{n}.weight" for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
         *(f"attn_pool.{n}.weight" for n in ("q", "kv", "proj", "mlp.fc1", "mlp.fc2")),
         "patch_embed.proj.weight",
@@ -45,7 +44,7 @@ def test_decay_is_decoupled_and_multiplied_by_the_rate() -> None:
         param.grad = torch.zeros_like(param)
     optimizer.step()
     for name, param in model.named_parameters():
-        factor = 1 - 0.01 * 0.3 if is_kernel(name, param) else 1.0
+        factor = 1 - 0.01 * 0.3 if name in kernels(model) else 1.0
         assert torch.allclose(param, before[name] * factor, rtol=1e-6)
 
 

@@ -172,9 +172,9 @@ def all_reduce_max(values: list[float]) -> list[float]:
     return _reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX)
 
 
-def _reduce(tensor: Tensor, op: Any) -> list[Any]:
+def _reduce(tensor: Tensor, op: Any, channel: dist.ProcessGroup | None = None) -> list[Any]:
     if world_size() > 1:
-        dist.all_reduce(tensor, op)
+        dist.all_reduce(tensor, op, group=channel)
     return tensor.tolist()
 
 
@@ -220,23 +220,74 @@ def all_gather_rows(rows: Tensor, channel: dist.ProcessGroup | None = None) -> T
 
 
 def gather_json(value: Any, channel: dist.ProcessGroup | None = None) -> list[Any]:
-    """The `value` of every rank, in rank order, on every rank; it travels as JSON."""
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    """The `value` of every rank, in rank order, on every rank; it travels as JSON.
+
+    For small values: at thousands of ranks, what every rank gets from every rank is much.
+    """
+    data = _encoded(value)
     sizes = all_gather_rows(torch.tensor([len(data)]), channel).tolist()
     parts = torch.split(all_gather_rows(data, channel), sizes)
-    return [json.loads(bytes(part.numpy())) for part in parts]
+    return [_decoded(part) for part in parts]
 
 
-def broadcast_json(value: Any, channel: dist.ProcessGroup | None = None) -> Any:
-    """Rank 0's `value` on every rank; it travels as JSON."""
-    return gather_json(value if is_main() else None, channel)[0]
+def gather_rows_to_main(rows: Tensor, channel: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The rows [n_r, ...] of each rank r, in rank order, on rank 0; an empty list elsewhere.
+
+    Ranks may give different numbers of rows. channel: from new_channel; None = the trainer's.
+    """
+    rows = rows.detach().cpu().contiguous()
+    if world_size() == 1:
+        return [rows]
+    (most,) = _reduce(torch.tensor([len(rows)]), dist.ReduceOp.MAX, channel)
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    counts = _gather_to_main(torch.tensor([len(rows)]), channel)
+    gathered = _gather_to_main(padded, channel)
+    return [part[: int(count)] for part, count in zip(gathered, counts, strict=True)]
+
+
+def _gather_to_main(tensor: Tensor, channel: dist.ProcessGroup | None) -> list[Tensor]:
+    gathered = [torch.empty_like(tensor) for _ in range(world_size())] if is_main() else []
+    dist.gather(tensor, gathered or None, dst=0, group=channel)
+    return gathered
+
+
+def gather_json_to_main(value: Any, channel: dist.ProcessGroup | None = None) -> list[Any]:
+    """The `value` of every rank, in rank order, on rank 0; an empty list elsewhere."""
+    return [_decoded(part) for part in gather_rows_to_main(_encoded(value), channel)]
+
+
+def broadcast_json(value: Any, channel: dist.ProcessGroup | None = None, source: int = 0) -> Any:
+    """The `value` of the rank `source` on every rank; it travels as JSON."""
+    data = _encoded(value) if rank() == source else torch.empty(0, dtype=torch.uint8)
+    if world_size() > 1:
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, source, group=channel)
+        data = data if rank() == source else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, source, group=channel)
+    return _decoded(data)
+
+
+def first_of(value: T | None, channel: dist.ProcessGroup | None = None) -> T | None:
+    """The `value` of the lowest rank that has one, on every rank; None if none has."""
+    mine = world_size() if value is None else rank()
+    (source,) = _reduce(torch.tensor([mine]), dist.ReduceOp.MIN, channel)
+    return broadcast_json(value, channel, source) if source < world_size() else None
+
+
+def _encoded(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decoded(data: Tensor) -> Any:
+    return json.loads(bytes(data.numpy()))
 
 
 def on_main(action: Callable[[], T]) -> T:
     """Run an action on rank 0, and return its result on every rank; every rank calls it.
 
-    The result travels as JSON. A UserError of rank 0 is raised on every rank, with its class
-    and message; an OSError becomes a StoreError.
+    Rank 0 does not wait for the others. The result travels as JSON. A UserError of rank 0 is
+    raised on every rank, with its class and message; an OSError becomes a StoreError.
     """
     result, failure = _attempt(action) if is_main() else (None, None)
     result, failure = broadcast_json([result, failure])
@@ -250,9 +301,8 @@ def together(action: Callable[[], T], channel: dist.ProcessGroup | None = None) 
     The action must not communicate. The failure of the lowest rank is raised on all of them, as
     on_main does. channel: from new_channel; None = the trainer's.
     """
-    result, my_failure = _attempt(action)
-    for failure in gather_json(my_failure, channel):
-        _raise_shared(failure)
+    result, failure = _attempt(action)
+    _raise_shared(first_of(failure, channel))
     return result
 
 

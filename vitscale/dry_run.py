@@ -16,7 +16,7 @@ from vitscale.evals import open_task
 from vitscale.job import Job, derive, expected_first_loss
 from vitscale.models import Model, empty_model
 from vitscale.models.flops import train_flops
-from vitscale.models.transfer import transfer_state
+from vitscale.models.transfer import check_backbone
 from vitscale.optim import freeze
 from vitscale.run_dir import check_continuation, check_new_length, check_run_dir
 from vitscale.train_config import TrainConfig
@@ -82,7 +82,7 @@ def _check_init(job: Job, model: Model) -> None:
         _check_state(checkpoint, config, model)
     elif config.init.checkpoint:
         saved = SavedModel(config.init.checkpoint, slot="ema" if config.init.ema else "fp32")
-        transfer_state({}, saved.config, config.model)  # no weights: whether the backbones are the same
+        check_backbone(saved.config, config.model)
 
 
 def _check_state(checkpoint: Checkpoint, config: TrainConfig, model: Model) -> None:

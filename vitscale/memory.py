@@ -17,7 +17,7 @@ def state_bytes(num_params: int, zero_stage: int, world_size: int, precision: st
         gradients                 4         2    2    (and 4 in bf16 at stage 1, never cut)
         optimizer                12        12    1    (fp32 master, two moments)
 
-    In bf16 at stage 1 DeepSpeed accumulates gradients in a buffer in fp32, whole on each device.
+    In bf16 at stage 1 DeepSpeed adds gradients up in a buffer in fp32, whole on each device.
     """
     param, grad = (4, 4) if precision == "fp32" else (2, 2)
     if precision == "bf16" and zero_stage == 1:
@@ -36,7 +36,7 @@ def activation_bytes(
     Per token of a block of width D and MLP width M, in 16 bit; fp32 takes twice as much:
 
         "none"         two norms, qkv, attention output: 16 D; both activations of the MLP: 4 M
-        "selective"    input, qkv, attention output, both projections: 12 D; first MLP layer: 2 M
+        "selective"    input, qkv, attention output, projections: 12 D; first MLP layer: 2 M
         "full"         input: 2 D
 
     Attention matrices are never stored. What is recomputed needs the memory of "none" for one

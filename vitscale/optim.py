@@ -58,13 +58,13 @@ class OptimConfig:
             )
 
 
-def is_kernel(name: str, param: nn.Parameter) -> bool:
-    """Whether weight decay applies: to weights of linear layers, big_vision's */kernel.
+def kernels(model: nn.Module) -> set[str]:
+    """What weight decay applies to: the weights of linear layers, big_vision's */kernel.
 
-    Biases, norms, tokens and position embeddings are left out. Under ZeRO 3 a parameter's own
-    shape is empty, and ds_shape is that of the whole.
+    Biases, norms, tokens and position embeddings are left out. The kind of layer says it, not
+    the shape: under ZeRO 3 a parameter's own shape is empty.
     """
-    return name.endswith(".weight") and param.ndim >= 2
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -89,9 +89,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trained parameters in groups "decay" and "no_decay"; an empty group is left out."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    decayed = kernels(model)
     groups = [
-        {"name": "decay", "params": [p for n, p in named if is_kernel(n, p)], "weight_decay": weight_decay},
-        {"name": "no_decay", "params": [p for n, p in named if not is_kernel(n, p)], "weight_decay": 0.0},
+        {"name": "decay", "params": [p for n, p in named if n in decayed], "weight_decay": weight_decay},
+        {"name": "no_decay", "params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.metadata
+import itertools
 import logging
 import shlex
 import sys
@@ -31,8 +32,8 @@ from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches, on_device
 from vitscale.data.quarantine import Quarantine
 from vitscale.ending import Ending
-from vitscale.engine.engine import Engine
-from vitscale.engine.zero import WholeTensors
+from vitscale.engine import zero
+from vitscale.engine.engine import DTYPES, Engine
 from vitscale.errors import DataError, Diverged, UserError
 from vitscale.evals import open_task
 from vitscale.evals.adapters import LiveModel
@@ -41,8 +42,8 @@ from vitscale.health import SKIPPED_IN_A_ROW, Health
 from vitscale.job import Job, prepare
 from vitscale.meter import Meter
 from vitscale.metrics import MetricsWriter, SilentWriter, trim_metrics
-from vitscale.models import Model, build_model
-from vitscale.models.transfer import transfer_state
+from vitscale.models import empty_model
+from vitscale.models.transfer import check_backbone, is_backbone, transferred
 from vitscale.objectives import BatchKey, Objective, build_objective
 from vitscale.optim import freeze
 from vitscale.progress import Due, Phases, Progress
@@ -273,13 +274,14 @@ def start(job: Job, home: Home) -> tuple[Engine, Progress, tuple[int, ...]]:
         checkpoint = load.find_other(config.init.checkpoint)
         with distributed.alike():
             check_new_length(job, checkpoint)
-    model = initial_model(config, resumed=checkpoint is not None)
-    initial = {} if checkpoint else {name: value.clone() for name, value in model.state_dict().items()}
+    initial = () if checkpoint else initial_values(config)
+    model = empty_model(config.model)
+    with distributed.alike():
+        freeze(model, config.optim.freeze)
+    zero.allocate(model, job.deepspeed_config, DTYPES[config.precision])
     engine = Engine(model, config.optim, config.engine, job.plan, config.precision)
     if not checkpoint:
-        if config.precision != "fp32":
-            # DeepSpeed made the fp32 masters from 16-bit weights: restore what rounding took.
-            engine.restore(WholeTensors(initial))
+        engine.fill(initial)
         return engine, Progress(), passed_over
     load.resume(engine, checkpoint)
     manifest = checkpoint.manifest
@@ -295,29 +297,30 @@ def start(job: Job, home: Home) -> tuple[Engine, Progress, tuple[int, ...]]:
     return engine, progress, passed_over
 
 
-def initial_model(config: TrainConfig, *, resumed: bool) -> Model:
-    """The model on the CPU, initialised from the seed, with what optim.freeze names frozen.
+def initial_values(config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a new run, one whole tensor at a time; every rank calls it.
 
-    Unless the run is resumed, its backbone is that of [init] if there is one.
+    They follow from the seed. If there is an [init], its backbone follows, and replaces them.
     """
-    model = build_model(config.model, seed=derive_seed(config.seed, "init"))
-    with distributed.alike():
-        freeze(model, config.optim.freeze)
-    if config.init.checkpoint and not resumed:
-        slot: Slot = "ema" if config.init.ema else "fp32"
-        # The newest checkpoint of a live run may change: rank 0 decides once which one to take.
-        path, _ = distributed.on_main(lambda: locate(config.init.checkpoint, slot))
-        saved, backbone = distributed.together(lambda: _backbone(path, slot, config))
-        unexpected = model.load_state_dict(backbone, strict=False).unexpected_keys
-        assert not unexpected, unexpected
-        if distributed.is_main():
-            logger.info("initialised %d tensors from %s (step %d)", len(backbone), saved.path, saved.step)
-    return model
+    from_seed = empty_model(config.model).initial_values(derive_seed(config.seed, "init"))
+    if not config.init.checkpoint:
+        return from_seed
+    slot: Slot = "ema" if config.init.ema else "fp32"
+    # The newest checkpoint of a live run may change: rank 0 decides once which one to take.
+    path, _ = distributed.on_main(lambda: locate(config.init.checkpoint, slot))
+    saved, names = distributed.together(lambda: _open_backbone(path, slot, config))
+    if distributed.is_main():
+        logger.info("initialising %d tensors from %s (step %d)", len(names), saved.path, saved.step)
+    backbone = ((name, transferred(name, saved.tensor(name), saved.config, config.model)) for name in names)
+    return itertools.chain(from_seed, backbone)
 
 
-def _backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedModel, dict[str, Tensor]]:
+def _open_backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedModel, list[str]]:
+    """The model of [init], and the names of the tensors that are taken over from it."""
     saved = SavedModel(path, slot=slot)
-    return saved, transfer_state(saved.state_dict(), saved.config, config.model)
+    saved.empty_model()  # refuses tensors that are not those of the model
+    check_backbone(saved.config, config.model)
+    return saved, [name for name in saved.shapes if is_backbone(name)]
 
 
 def open_tasks(config: TrainConfig) -> Tasks:

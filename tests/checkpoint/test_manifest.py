@@ -5,10 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from make import edit_manifest, state_of, write_step
 
-from vitscale.checkpoint.manifest import MANIFEST, Manifest, TrainState
+from vitscale.checkpoint.manifest import MANIFEST, Fragments, Manifest, TensorInfo, TrainState, joined
+from vitscale.checkpoint.reshard import piece
+from vitscale.checkpoint.verify import check_manifest
 from vitscale.errors import CheckpointError
 
 
@@ -18,10 +21,10 @@ from vitscale.errors import CheckpointError
         lambda v: v["files"].update({"../x": v["files"]["rank-00000.safetensors"]}),
         lambda v: v["files"].update({"x": {"num_bytes": 5, "checksum": 5}}),
         lambda v: v["files"].update({"x": {"num_bytes": -5, "checksum": ""}}),
-        lambda v: v["tensors"]["norm.bias"].update(fragments=[["rank-00000.safetensors", -1, 4]]),
-        lambda v: v["tensors"]["norm.bias"].update(fragments=[["rank-00000.safetensors", 0, -4]]),
-        lambda v: v["tensors"]["norm.bias"].update(fragments=[["rank-00000.safetensors", 0, 10**9]]),
-        lambda v: v["tensors"]["norm.bias"].update(fragments=[["rank-00000.safetensors", 0.0, 16]]),
+        lambda v: v["tensors"]["norm.bias"].update(fragments=[[0, 1, -1, 4]]),
+        lambda v: v["tensors"]["norm.bias"].update(fragments=[[0, 1, 0, -4]]),
+        lambda v: v["tensors"]["norm.bias"].update(fragments=[[0, 1, 0, 10**9]]),
+        lambda v: v["tensors"]["norm.bias"].update(fragments=[[0, 1, 0.0, 3]]),
         lambda v: v["tensors"]["norm.bias"].update(untrained=0),
         lambda v: v.update(slots=[5]),
         lambda v: v["train"]["versions"].update(vitscale=1),
@@ -46,6 +49,7 @@ def test_a_manifest_of_an_earlier_version_says_the_same(
     def downgrade(values: dict[str, Any]) -> None:
         train = values.pop("train")
         bad_samples = {} if version == 1 else {"bad_samples": 4}
+        separate_fragments(values)
         tensors = {
             name: {k: info[k] for k in ("shape", "fragments")} for name, info in values["tensors"].items()
         }
@@ -77,6 +81,96 @@ def test_a_manifest_of_an_earlier_version_says_the_same(
         expected.counters,
         expected.files,
     )
+
+
+def separate_fragments(values: dict[str, Any]) -> None:
+    """The edit that makes a manifest of version 3: each fragment by itself, in any order."""
+    files = sorted(values["files"])
+    for info in values["tensors"].values():
+        info["fragments"] = [
+            [files[file + index], start + index * count, count]
+            for file, num_files, start, count in reversed(info["fragments"])
+            for index in range(num_files)
+        ]
+    values["version"] = 3
+
+
+def test_a_manifest_of_version_3_says_the_same(tmp_path: Path) -> None:
+    folder = write_step(tmp_path, 3, state_of(3), world_size=7)
+    expected = Manifest.load(folder)
+    edit_manifest(folder / MANIFEST, separate_fragments)
+    assert Manifest.load(folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("fragment", "accepted"),
+    [
+        (["rank-00000.safetensors", 0, 3], True),
+        (["rank-00000.safetensors", 0, 0], True),
+        (["elsewhere", 0, 3], False),
+        (["rank-00000.safetensors", -1, 3], False),
+        (["rank-00000.safetensors", 0, -3], False),
+        (["rank-00000.safetensors", 0, 10**9], False),
+        (["rank-00000.safetensors", 0, 10**30], False),
+        (["rank-00000.safetensors", 0.0, 3], False),
+        (["rank-00000.safetensors", 0], False),
+    ],
+)
+def test_a_hostile_manifest_of_version_3_is_refused_too(
+    tmp_path: Path, fragment: list[Any], accepted: bool
+) -> None:
+    folder = write_step(tmp_path, 3, state_of(3))
+
+    def edit(values: dict[str, Any]) -> None:
+        separate_fragments(values)
+        values["tensors"]["norm.bias"]["fragments"] = [fragment]
+
+    edit_manifest(folder / MANIFEST, edit)
+    if accepted:
+        Manifest.load(folder)
+    else:
+        with pytest.raises(CheckpointError, match="was not written by vitscale"):
+            Manifest.load(folder)
+
+
+def pieces_of(manifest: Manifest, name: str) -> list[tuple[str, int, int]]:
+    return list(manifest.overlapping(name, 0, 10**9))
+
+
+def test_equal_fragments_in_consecutive_files_are_one_entry(tmp_path: Path) -> None:
+    """77 values on 4 ranks are 3 x 20 and 17; 15 that are cut unevenly stay as they are."""
+    pieces = np.array([[3, 60, 17], [0, 0, 20], [2, 40, 20], [1, 20, 20]])
+    assert joined(pieces) == (Fragments(0, 3, 0, 20), Fragments(3, 1, 60, 17))
+    uneven = np.array([[0, 0, 5], [2, 5, 5], [3, 10, 4], [4, 14, 1]])
+    assert joined(uneven) == tuple(Fragments(file, 1, start, count) for file, start, count in uneven.tolist())
+    manifest = Manifest.load(write_step(tmp_path, 3, state_of(3), world_size=4))
+    info = TensorInfo(shape=(77,), fragments=joined(pieces))
+    manifest = dataclasses.replace(manifest, tensors={"a": info})
+    files = [f"rank-0000{rank}.safetensors" for rank in range(4)]
+    assert pieces_of(manifest, "a") == [*zip(files, (0, 20, 40, 60), (20, 20, 20, 17), strict=True)]
+    for start in range(77):
+        for end in range(start + 1, 78):
+            expected = [
+                piece for piece in pieces_of(manifest, "a") if piece[1] < end and sum(piece[1:]) > start
+            ]
+            assert list(manifest.overlapping("a", start, end)) == expected
+
+
+def test_a_manifest_does_not_grow_with_the_product_of_tensors_and_ranks(tmp_path: Path) -> None:
+    """1,000 tensors on 1,000 ranks at ZeRO 3, each in its own number of fragments."""
+    manifest = Manifest.load(write_step(tmp_path, 3, state_of(3)))
+    files = {f"rank-{rank:05d}.safetensors": manifest.files["rank-00000.safetensors"] for rank in range(1000)}
+    cut = [[piece(size, rank, 1000) for rank in range(1000)] for size in range(1, 1001)]
+    tensors = {
+        f"blocks.{size}": TensorInfo(
+            shape=(size,),
+            fragments=joined(np.array([[rank, *each] for rank, each in enumerate(pieces) if each[1]])),
+        )
+        for size, pieces in enumerate(cut, start=1)
+    }
+    large = dataclasses.replace(manifest, files=files, tensors=tensors)
+    assert len(large.to_bytes()) < 250_000
+    assert check_manifest(tmp_path, large) == ""
 
 
 def test_the_epoch_follows_from_the_batches_consumed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from scipy.ndimage import zoom
 from vitscale.errors import ConfigError
 from vitscale.models import build_model
 from vitscale.models.posemb import resize_posemb, sincos2d
-from vitscale.models.transfer import transfer_state
+from vitscale.models.transfer import check_backbone, is_backbone, transferred
 from vitscale.models.vit import ViTConfig
 
 TINY = ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=16, num_classes=5)
@@ -50,7 +50,11 @@ def test_the_backbone_moves_to_another_resolution_and_the_head_does_not() -> Non
     source = build_model(ViTConfig(**{**vars(TINY), "representation_size": 8}), 1)
     torch.nn.init.ones_(source.head.weight)
     target = build_model(ViTConfig(**{**vars(TINY), "image_size": 24, "num_classes": 3}), 2)
-    state = transfer_state(source.state_dict(), source.config, target.config)
+    state = {
+        name: transferred(name, tensor, source.config, target.config)
+        for name, tensor in source.state_dict().items()
+        if is_backbone(name)
+    }
     missing, unexpected = target.load_state_dict(state, strict=False)
     assert missing == ["head.weight", "head.bias"] and unexpected == []
     assert torch.equal(target.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
@@ -61,6 +65,6 @@ def test_the_backbone_moves_to_another_resolution_and_the_head_does_not() -> Non
     ("change", "key"), [({"depth": 3}, "depth"), ({"pool": "mean"}, "pool"), ({"gelu": "exact"}, "gelu")]
 )
 def test_another_backbone_is_refused_by_its_key(change: dict, key: str) -> None:
-    source = build_model(TINY, 0)
+    check_backbone(TINY, TINY)
     with pytest.raises(ConfigError, match=rf"model.{key} is .* set model.{key} ="):
-        transfer_state(source.state_dict(), TINY, ViTConfig(**{**vars(TINY), **change}))
+        check_backbone(TINY, ViTConfig(**{**vars(TINY), **change}))

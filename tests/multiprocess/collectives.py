@@ -1,9 +1,16 @@
 """What the ranks of test_collectives.py do."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
+import torch
+
 from vitscale import distributed, errors
+from vitscale.checkpoint import load
+from vitscale.checkpoint.manifest import MANIFEST
+from vitscale.checkpoint.store import Home
 from vitscale.errors import UserError
 
 
@@ -31,3 +38,40 @@ def agree(folder: Path) -> None:
     agreed = distributed.Agreement(2)
     answers = [agreed(call == 2 and distributed.rank() == 1, False) for call in range(5)]
     (folder / f"{distributed.rank()}.json").write_text(json.dumps(answers))
+
+
+def gather(folder: Path, with_value: int) -> None:
+    """Each rank gives `rank` rows and a text; RANK.json gets what it got from the others.
+
+    with_value: this rank has a value for first_of, and so have all after it.
+    """
+    distributed.initialize()
+    rank = distributed.rank()
+    for channel in (None, distributed.new_channel()):
+        rows = distributed.gather_rows_to_main(torch.full((rank, 2), rank), channel)
+        texts = distributed.gather_json_to_main({"rank": "é" * rank}, channel)
+        sent = distributed.broadcast_json([rank, "x" * 1000], channel, source=distributed.world_size() - 1)
+        first = distributed.first_of(f"rank {rank}" if rank >= with_value else None, channel)
+        results = {"rows": [part.tolist() for part in rows], "texts": texts, "sent": sent, "first": first}
+        (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+def find(runs: Path, nodes: list[int], result: Path) -> None:
+    """Each rank finds the checkpoint of the run RUNS-NODE, under the same relative path.
+
+    nodes: for each rank, on which node it is. RESULT-RANK gets what was found, or the error,
+    and how often the rank opened a manifest.
+    """
+    distributed.initialize()
+    node = nodes[distributed.rank()]
+    os.environ["LOCAL_RANK"] = str(nodes[: distributed.rank()].count(node))
+    os.chdir(f"{runs}-{node}")
+    opened: list[str] = []
+    sys.addaudithook(lambda event, values: opened.append(str(values[0])) if event == "open" else None)
+    try:
+        checkpoint = load.find(Home(Path("checkpoints")))
+        said = checkpoint.folder if checkpoint else ""
+    except UserError as error:
+        said = str(error)
+    reads = sum(path.endswith(MANIFEST) for path in opened)
+    Path(f"{result}-{distributed.rank()}").write_text(json.dumps([said, reads]))

@@ -28,7 +28,8 @@ from vitscale.train_config import TrainConfig
 
 # Calls into C by which a save changes files or folders, or waits for another rank.
 EFFECTS = {
-    "open", "write", "flush", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir", "allgather",
+    "open", "write", "flush", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir", "allreduce",
+    "broadcast", "gather",
 }  # fmt: skip
 
 

@@ -1,10 +1,11 @@
-"""What one rank raises or asks for reaches every rank."""
+"""What ranks tell one another: errors, flags and manifests to all, rows and texts to rank 0."""
 
 import json
 from pathlib import Path
 
 import pytest
-from multiprocess.collectives import agree, fail
+from make import edit_manifest, state_of, write_step
+from multiprocess.collectives import agree, fail, find, gather
 from multiprocess.zygote import Zygote
 
 
@@ -46,3 +47,46 @@ def test_a_flag_of_one_rank_is_known_to_all_after_the_next_call(
     for rank in range(world_size):
         answers = json.loads((tmp_path / f"{rank}.json").read_text())
         assert answers == [[False, False]] * 3 + [[True, False]] + [[False, False]]
+
+
+@pytest.mark.parametrize(("with_value", "first"), [(0, "rank 0"), (2, "rank 2"), (3, None)])
+def test_rank_0_alone_gets_the_rows_and_texts_of_all(
+    tmp_path: Path, zygote: Zygote, with_value: int, first: str | None
+) -> None:
+    log = tmp_path / "log"
+    assert zygote.run(3, gather, tmp_path, with_value, log=log) == [0, 0, 0], log.read_text()
+    sent = [2, "x" * 1000]
+    rows, texts = [[], [[1, 1]], [[2, 2], [2, 2]]], [{"rank": ""}, {"rank": "é"}, {"rank": "éé"}]
+    everything = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert everything == [
+        {"rows": rows, "texts": texts, "sent": sent, "first": first},
+        {"rows": [], "texts": [], "sent": sent, "first": first},
+        {"rows": [], "texts": [], "sent": sent, "first": first},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said", "reads"),
+    [
+        ([0, 0, 0], "checkpoints/step-000000003", [1, 0, 0]),
+        ([0, 0, 1, 1], "checkpoints/step-000000003", [1, 0, 1, 0]),
+        ([0, 0, 2, 2], "differs between ranks 0 and 2: run_dir must be shared by all nodes", [1, 0, 1, 0]),
+        ([0, 3, 3], "differs between ranks 0 and 1: run_dir must be shared by all nodes", [1, 1, 0]),
+    ],
+)
+def test_a_manifest_is_read_by_rank_0_and_compared_once_per_node(
+    tmp_path: Path, zygote: Zygote, nodes: list[int], said: str, reads: list[int]
+) -> None:
+    """Nodes 0 and 1 see the same files; node 2 has another manifest, and node 3 has none."""
+    for node in range(3):
+        write_step(tmp_path / f"run-{node}", 3, state_of(3))
+    (tmp_path / "run-3").mkdir()
+    other = tmp_path / "run-2" / "checkpoints" / "step-000000003" / "manifest.json"
+    edit_manifest(other, lambda values: values["train"].update(samples_seen=1))
+    log = tmp_path / "log"
+    world = len(nodes)
+    statuses = zygote.run(world, find, tmp_path / "run", nodes, tmp_path / "result", log=log)
+    assert statuses == [0] * world, log.read_text()
+    results = [json.loads((tmp_path / f"result-{rank}").read_text()) for rank in range(world)]
+    assert all(said in sentence for sentence, _ in results), results
+    assert [count for _, count in results] == reads

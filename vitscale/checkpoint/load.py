@@ -39,11 +39,10 @@ class FragmentReader:
         tensor = self._manifest.tensors[name]
         key = f"{UNTRAINED if tensor.untrained else slot}/{name}"
         end, num_read = start + len(destination), 0
-        for file, first, count in tensor.fragments:
+        for file, first, count in self._manifest.overlapping(name, start, end):
             low, high = max(first, start), min(first + count, end)
-            if low < high:
-                self._open(file).read_into(destination[low - start : high - start], key, low - first)
-                num_read += high - low
+            self._open(file).read_into(destination[low - start : high - start], key, low - first)
+            num_read += high - low
         if num_read != len(destination):
             raise CheckpointError(
                 f"{self._folder}: {slot} of {name} is incomplete: {num_read:,} of {len(destination):,} values"
@@ -54,7 +53,8 @@ class FragmentReader:
         tensor = self._manifest.tensors[name]
         dtype = torch.float32
         if tensor.untrained and tensor.fragments:
-            saved = self._open(tensor.fragments[0][0]).dtype(f"{UNTRAINED}/{name}")
+            file = self._manifest.file_names[tensor.fragments[0].file]
+            saved = self._open(file).dtype(f"{UNTRAINED}/{name}")
             dtype = dtype if saved.is_floating_point else saved
         whole = torch.empty(tensor.shape, dtype=dtype)
         self.read_into(whole.view(-1), slot, name, 0)

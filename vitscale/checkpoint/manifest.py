@@ -2,29 +2,33 @@
 
 It is written last: a folder without one is not a checkpoint. Fragments are 1-D pieces of
 flattened tensors, named SLOT/PARAMETER, in plain safetensors files beside it. A bias of 16
-values, saved by two ranks, looks like this:
+values, saved by three ranks, looks like this:
 
-    {"format": "vitscale-checkpoint", "version": 3,
+    {"format": "vitscale-checkpoint", "version": 4,
      "train": {"step": 12000, "data_step": 12000, ...}, "optimizer": "adamw",
      "slots": ["fp32", "exp_avg", "exp_avg_sq"],
-     "world_size": 2, "zero_stage": 1, ...
+     "world_size": 3, "zero_stage": 3, ...
      "tensors": {"norm.bias": {"shape": [16], "untrained": false,
-                               "fragments": [["rank-00000.safetensors", 0, 10],
-                                             ["rank-00001.safetensors", 10, 6]]}, ...},
+                               "fragments": [[0, 2, 0, 6], [2, 1, 12, 4]]}, ...},
      "files": {"rank-00000.safetensors": {"num_bytes": 9216, "checksum": "5f0c..."}, ...},
      "checksum": "a41b..."}
 
-rank-00001.safetensors then holds "fp32/norm.bias", "exp_avg/norm.bias" and
-"exp_avg_sq/norm.bias", each of 6 values.
+Fragments of one size are one entry, [first file, number of files, start, count]. Files have
+numbers in the order of their names: here files 0 and 1 have 6 values each, from 0 on, and file
+2 has 4, from 12 on. So a manifest grows with the tensors and with the ranks, not with their
+product. rank-00002.safetensors holds "fp32/norm.bias", "exp_avg/norm.bias" and
+"exp_avg_sq/norm.bias", each of 4 values.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_origin, get_type_hints
 
+import numpy as np
 import xxhash
 
 from vitscale import atomic, storage
@@ -34,9 +38,10 @@ from vitscale.engine.zero import UNTRAINED, Counters
 from vitscale.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
-FORMAT, VERSION = "vitscale-checkpoint", 3
-READABLE = (1, 2, 3)
+FORMAT, VERSION = "vitscale-checkpoint", 4
+READABLE = (1, 2, 3, 4)
 MANIFEST = "manifest.json"
+_NO_MANIFEST = "{} is damaged: it is not a manifest"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,16 +90,50 @@ class TrainState:
         return self.versions.get("vitscale", "another version")
 
 
+class Fragments(NamedTuple):
+    """Consecutive pieces of a flattened tensor, of `count` values each, in consecutive files.
+
+    File file + i, for i below num_files, has the values from start + i * count on.
+    """
+
+    file: int
+    num_files: int
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_files * self.count
+
+
+def numbered(files: Iterable[str]) -> dict[str, int]:
+    """The number of each file: its place in the order of their names."""
+    return {file: number for number, file in enumerate(sorted(files))}
+
+
+def joined(pieces: np.ndarray) -> tuple[Fragments, ...]:
+    """The pieces of one tensor, sorted by start and joined.
+
+    pieces: rows of (file, start, count), [n, 3]. Those of one size that follow one another, in
+        files that follow one another, become one entry.
+    """
+    file, start, count = pieces[np.argsort(pieces[:, 1], kind="stable")].T
+    follows = (np.diff(file) == 1) & (np.diff(start) == count[:-1]) & (np.diff(count) == 0)
+    firsts = np.flatnonzero(np.append(True, ~follows)[: len(pieces)])
+    lengths = np.diff(np.append(firsts, len(pieces)))
+    columns = (file[firsts], lengths, start[firsts], count[firsts])
+    return tuple(Fragments(*row) for row in np.stack(columns, axis=1).tolist())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
     """A parameter or buffer: its shape, and the fragments of its flattened values.
 
-    fragments: (file, start, count) of each.
     untrained: a frozen parameter or a buffer, whose only slot is "fixed".
     """
 
     shape: tuple[int, ...]
-    fragments: tuple[tuple[str, int, int], ...]
+    fragments: tuple[Fragments, ...]
     untrained: bool = False
 
 
@@ -129,14 +168,24 @@ class Manifest:
     def num_bytes(self) -> int:
         return sum(info.num_bytes for info in self.files.values())
 
+    @functools.cached_property
+    def file_names(self) -> list[str]:
+        """The files by number."""
+        return list(numbered(self.files))
+
+    def overlapping(self, name: str, start: int, end: int) -> Iterator[tuple[str, int, int]]:
+        """(file, start, count) of each fragment of a tensor that has values of [start, end)."""
+        for fragments in self.tensors[name].fragments:
+            first = max(0, (start - fragments.start) // fragments.count)
+            last = min(fragments.num_files, -((fragments.start - end) // fragments.count))
+            for index in range(first, last):
+                file = self.file_names[fragments.file + index]
+                yield file, fragments.start + index * fragments.count, fragments.count
+
     def to_bytes(self) -> bytes:
         """The manifest as it is written, with a checksum of itself."""
         values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        return json.dumps({**values, "checksum": _digest(values)}, indent=1).encode()
-
-    def digest(self) -> str:
-        """A checksum of all its values."""
-        return _digest(dataclasses.asdict(self))
+        return json.dumps({**values, "checksum": _digest(values)}).encode()
 
     def save(self, path: Path) -> None:
         """Write the manifest durably to a local file."""
@@ -148,17 +197,17 @@ class Manifest:
 
         Raises CheckpointError naming what is wrong, or StoreError if the store does not answer.
         """
+        return cls.parse(read_text(directory), directory)
+
+    @classmethod
+    def parse(cls, text: str, directory: str | Path) -> "Manifest":
+        """As load, from the text of the file, which is named in errors."""
         path = storage.child(directory, MANIFEST)
-        check_regular(path)
         try:
-            data = storage.read_bytes(path)
-        except FileNotFoundError:
-            raise CheckpointError(_absence(str(directory))) from None
-        try:
-            values = json.loads(data)
+            values = json.loads(text)
             checksum = values.pop("checksum")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise CheckpointError(f"{path} is damaged: it is not a manifest") from None
+            raise CheckpointError(_NO_MANIFEST.format(path)) from None
         if checksum != _digest(values):
             raise CheckpointError(f"{path} is damaged: its checksum does not match")
         name, version = values.pop("format", None), values.pop("version", None)
@@ -168,14 +217,31 @@ class Manifest:
             )
         try:
             values = _upgraded(values) if version < 3 else values
+            values = _with_joined_fragments(values) if version < 4 else values
             _check_keys(path, values)
             return _parse(values)
         except CheckpointError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise CheckpointError(
                 f"{path} was not written by vitscale: a key, a type, a size or a file name in it is wrong"
             ) from None
+
+
+def read_text(directory: str | Path) -> str:
+    """The text of the manifest of a step directory.
+
+    Raises CheckpointError if there is none, or no text, and StoreError if the store does not
+    answer.
+    """
+    path = storage.child(directory, MANIFEST)
+    check_regular(path)
+    try:
+        return storage.read_bytes(path).decode()
+    except FileNotFoundError:
+        raise CheckpointError(_absence(str(directory))) from None
+    except UnicodeDecodeError:
+        raise CheckpointError(_NO_MANIFEST.format(path)) from None
 
 
 def saved_config(schema: type[T], values: Mapping[str, Any], where: str, place: str, writer: str) -> T:
@@ -252,6 +318,21 @@ def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "train": train, "slots": slots, "counters": counters, "tensors": tensors}
 
 
+def _with_joined_fragments(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of version 3 in the form of version 4.
+
+    In version 3 each fragment was an entry of its own: [name of its file, start, count].
+    """
+    numbers, tensors = numbered(values["files"]), {}
+    for name, info in values["tensors"].items():
+        pieces = [[numbers[file], start, count] for file, start, count in info["fragments"]]
+        if not all(type(size) is int for piece in pieces for size in piece):
+            raise ValueError
+        rows = np.array(pieces, dtype=np.int64).reshape(-1, 3)
+        tensors[name] = {**info, "fragments": [list(entry) for entry in joined(rows[rows[:, 2] != 0])]}
+    return {**values, "tensors": tensors}
+
+
 def _parse(values: dict[str, Any]) -> Manifest:
     """The manifest of plain JSON values, not trusted: anybody can write a correct checksum.
 
@@ -267,7 +348,7 @@ def _parse(values: dict[str, Any]) -> Manifest:
         "tensors": {
             name: TensorInfo(
                 shape=sizes(info["shape"]),
-                fragments=tuple((file, start, count) for file, start, count in info["fragments"]),
+                fragments=tuple(Fragments(*fragments) for fragments in info["fragments"]),
                 untrained=info["untrained"],
             )
             for name, info in values["tensors"].items()
@@ -282,10 +363,13 @@ def _parse(values: dict[str, Any]) -> Manifest:
         sizes([info.num_bytes])
         if Path(name).name != name or not isinstance(info.checksum, str):
             raise ValueError
+    num_bytes = np.array([manifest.files[file].num_bytes for file in manifest.file_names], dtype=np.int64)
     for info in manifest.tensors.values():
-        for file, start, count in info.fragments:
-            whole = type(start) is int and type(count) is int
-            if not whole or start < 0 or not 0 <= count <= manifest.files[file].num_bytes:
+        for fragments in info.fragments:
+            file, num_files, start, count = fragments
+            if not all(type(size) is int for size in fragments) or min(file, start) < 0 or count < 1:
+                raise ValueError
+            if not 0 < num_files <= len(num_bytes) - file or count > num_bytes[file : file + num_files].min():
                 raise ValueError
         if type(info.untrained) is not bool:
             raise ValueError

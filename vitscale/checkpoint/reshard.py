@@ -8,13 +8,14 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from vitscale import atomic, storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.load import FragmentReader
-from vitscale.checkpoint.manifest import MANIFEST, Manifest
+from vitscale.checkpoint.manifest import MANIFEST, Manifest, joined, numbered
 from vitscale.checkpoint.safetensors import FileInfo, SafetensorsReader, SafetensorsWriter
 from vitscale.checkpoint.verify import open_directory
 from vitscale.engine.zero import UNTRAINED
@@ -68,10 +69,11 @@ def piece(num_values: int, rank: int, world_size: int) -> tuple[int, int]:
 
 def _write(source: str, manifest: Manifest, folder: Path, world_size: int) -> None:
     reader, dtypes = FragmentReader(source, manifest), _dtypes(source, manifest)
-    fragments: dict[str, list[tuple[str, int, int]]] = {name: [] for name in manifest.tensors}
+    names = [f"rank-{rank:05d}.safetensors" for rank in range(world_size)]
+    numbers = numbered(names)
+    written: dict[str, list[tuple[int, int, int]]] = {name: [] for name in manifest.tensors}
     files: dict[str, FileInfo] = {}
-    for rank in tqdm(range(world_size), unit="file", desc="writing", leave=False, disable=None):
-        file = f"rank-{rank:05d}.safetensors"
+    for rank, file in enumerate(tqdm(names, unit="file", desc="writing", leave=False, disable=None)):
         pieces = {
             name: piece(math.prod(info.shape), rank, world_size) for name, info in manifest.tensors.items()
         }
@@ -85,9 +87,9 @@ def _write(source: str, manifest: Manifest, folder: Path, world_size: int) -> No
                 writer.write(f"{slot}/{name}", values)
         files[file] = writer.info
         for name in {name: None for _, name in mine}:
-            fragments[name].append((file, *pieces[name]))
+            written[name].append((numbers[file], *pieces[name]))
     tensors = {
-        name: dataclasses.replace(info, fragments=tuple(fragments[name]))
+        name: dataclasses.replace(info, fragments=joined(np.array(written[name]).reshape(-1, 3)))
         for name, info in manifest.tensors.items()
     }
     dataclasses.replace(manifest, world_size=world_size, zero_stage=3, tensors=tensors, files=files).save(
@@ -102,7 +104,7 @@ def _dtypes(source: str, manifest: Manifest) -> dict[tuple[str, str], torch.dtyp
     for slot in (*manifest.slots, UNTRAINED):
         for name, info in manifest.tensors.items():
             if info.fragments and info.untrained == (slot == UNTRAINED):
-                file = info.fragments[0][0]
+                file = manifest.file_names[info.fragments[0].file]
                 if file not in readers:
                     readers[file] = SafetensorsReader(storage.child(source, file))
                 dtypes[slot, name] = readers[file].dtype(f"{slot}/{name}")

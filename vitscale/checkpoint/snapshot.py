@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vitscale import atomic, distributed, storage
 from vitscale.checkpoint import store
-from vitscale.checkpoint.manifest import Manifest, TensorInfo, TrainState
+from vitscale.checkpoint.manifest import Fragments, Manifest, TensorInfo, TrainState, joined, numbered
 from vitscale.checkpoint.safetensors import FileInfo, write_safetensors
 from vitscale.checkpoint.store import TEMPORARY, Home
 from vitscale.engine.engine import Engine
@@ -120,9 +122,14 @@ def write(snapshot: Snapshot, home: Home, channel: ProcessGroup | None = None) -
     path = temporary / file
     try:
         info = distributed.together(lambda: _saving(path, lambda: _write_file(snapshot, path, home)), channel)
-        everyone = distributed.gather_json([file, dataclasses.asdict(info), snapshot.pieces], channel)
-        manifest = _manifest(snapshot, everyone)
-        distributed.together(lambda: _saving(temporary, lambda: _commit(manifest, temporary, home)), channel)
+        files = distributed.gather_json_to_main([file, dataclasses.asdict(info)], channel)
+        pieces = distributed.gather_rows_to_main(_rows(snapshot), channel)
+
+        def commit() -> None:
+            if distributed.is_main():
+                _commit(_manifest(snapshot, files, pieces), temporary, home)
+
+        distributed.together(lambda: _saving(temporary, commit), channel)
     except UserError:  # raised on all ranks; after any other error, one may still be writing there
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -142,36 +149,51 @@ def _write_file(snapshot: Snapshot, path: Path, home: Home) -> FileInfo:
 
 
 def _commit(manifest: Manifest, temporary: Path, home: Home) -> None:
-    if distributed.is_main():
-        if home.store:
-            store.publish(manifest, home.store)
-        else:
-            store.commit(manifest, temporary, store.step_directory(home.directory, manifest.step))
+    if home.store:
+        store.publish(manifest, home.store)
+    else:
+        store.commit(manifest, temporary, store.step_directory(home.directory, manifest.step))
 
 
-def _manifest(snapshot: Snapshot, everyone: list[Any]) -> Manifest:
-    """everyone: for each rank, the name and FileInfo of its file, and its pieces."""
-    fragments: dict[str, list[tuple[str, int, int]]] = {name: [] for name in snapshot.shapes}
-    for file, _, pieces in everyone:
-        for name, start, count in pieces:
-            fragments[name].append((file, start, count))
+def _rows(snapshot: Snapshot) -> Int64[Tensor, "n 3"]:
+    """The pieces of this rank as rows of (number of the tensor, start, count)."""
+    numbers = {name: number for number, name in enumerate(snapshot.shapes)}
+    rows = [(numbers[name], start, count) for name, start, count in snapshot.pieces]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+
+
+def _manifest(snapshot: Snapshot, files: list[Any], pieces: list[Tensor]) -> Manifest:
+    """files: the name and FileInfo of each rank's file. pieces: each rank's rows."""
+    infos = {name: FileInfo(**info) for name, info in files}
+    numbers = numbered(infos)
     return Manifest(
         train=snapshot.train,
         optimizer=snapshot.optimizer,
         slots=snapshot.slots,
         counters=snapshot.counters,
         loss_scaler=snapshot.loss_scaler,
-        world_size=distributed.world_size(),
+        world_size=len(files),
         zero_stage=snapshot.zero_stage,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         tensors={
-            name: TensorInfo(
-                shape=shape, fragments=tuple(fragments[name]), untrained=name in snapshot.untrained
+            name: TensorInfo(shape=shape, fragments=fragments, untrained=name in snapshot.untrained)
+            for (name, shape), fragments in zip(
+                snapshot.shapes.items(),
+                _by_tensor([numbers[name] for name, _ in files], pieces, len(snapshot.shapes)),
+                strict=True,
             )
-            for name, shape in snapshot.shapes.items()
         },
-        files={file: FileInfo(**info) for file, info, _ in everyone},
+        files=infos,
     )
+
+
+def _by_tensor(files: list[int], pieces: list[Tensor], num_tensors: int) -> list[tuple[Fragments, ...]]:
+    """The fragments of each tensor. files: the number of each rank's file; pieces: its rows."""
+    rows = np.concatenate([part.numpy() for part in pieces])  # [n, 3]
+    rows = np.column_stack([np.repeat(files, [len(part) for part in pieces]), rows])  # [n, 4]
+    rows = rows[np.argsort(rows[:, 1], kind="stable")]
+    ends = np.searchsorted(rows[:, 1], np.arange(num_tensors), side="right")
+    return [joined(part[:, [0, 2, 3]]) for part in np.split(rows, ends)[:num_tensors]]
 
 
 def _saving(path: Path, action: Callable[[], T]) -> T:

@@ -5,7 +5,6 @@ alone, with a few threads, or on all ranks together, each hashing its share of t
 """
 
 import dataclasses
-import itertools
 import logging
 import math
 import tomllib
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from vitscale import distributed, storage
 from vitscale.checkpoint import store
-from vitscale.checkpoint.manifest import MANIFEST, Manifest
+from vitscale.checkpoint.manifest import MANIFEST, Manifest, read_text
 from vitscale.checkpoint.safetensors import FileInfo, hash_file
 from vitscale.errors import CheckpointError, StoreError
 
@@ -88,27 +87,43 @@ def alone(folder: str) -> Verdict:
 def together(folder: str) -> Verdict:
     """Check a step directory on all ranks, each hashing its share of the files.
 
+    Rank 0 reads the manifest for all of them.
     Every rank gets the same verdict. Raises StoreError on every rank if one of them gets a
     refusal or no answer, which says nothing about the checkpoint.
     """
-    manifest, my_digest, my_problem = distributed.together(lambda: _check_share(folder))
-    everyone = distributed.gather_json([my_problem, my_digest])
-    for rank, (problem, digest) in enumerate(everyone):
-        if not problem and digest != everyone[0][1]:
-            differs = f"{folder} differs between ranks 0 and {rank}: run_dir must be shared by all nodes"
-            return Verdict(folder=folder, manifest=manifest, problem=differs)
-    first = next((problem for problem, _ in everyone if problem), "")
-    return Verdict(folder=folder, manifest=manifest, problem=first)
+    text, problem = distributed.on_main(lambda: _read(folder))
+    if problem:
+        return Verdict(folder=folder, manifest=None, problem=problem)
+    manifest, problem = distributed.together(lambda: _check_share(folder, text))
+    return Verdict(folder=folder, manifest=manifest, problem=distributed.first_of(problem or None) or "")
 
 
-def _check_share(folder: str) -> tuple[Manifest | None, str, str]:
-    """The manifest, its digest, and what is wrong with it or with this rank's files."""
-    manifest, digest = None, ""
+def _read(folder: str) -> tuple[str, str]:
+    """The text of a manifest, and why it cannot be read."""
     try:
-        manifest = Manifest.load(folder)
-        digest = manifest.digest()
+        return read_text(folder), ""
+    except CheckpointError as error:
+        return "", str(error)
+    except PermissionError as error:
+        raise StoreError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        return "", f"{error.filename or folder} cannot be read: {error.strerror}"
+
+
+def _check_share(folder: str, text: str) -> tuple[Manifest | None, str]:
+    """The manifest, and what is wrong with it or with this rank's files.
+
+    text: of the manifest, as rank 0 read it; one rank of each node compares it with its own.
+    """
+    manifest = None
+    try:
+        first_of_node = distributed.local_rank() == 0 and not distributed.is_main()
+        if first_of_node and storage.is_local(folder) and _read(folder)[0] != text:
+            differs = f"{folder} differs between ranks 0 and {distributed.rank()}"
+            return None, f"{differs}: run_dir must be shared by all nodes"
+        manifest = Manifest.parse(text, folder)
         problem = check_manifest(folder, manifest)
-        for name in sorted(manifest.files)[distributed.rank() :: distributed.world_size()]:
+        for name in manifest.file_names[distributed.rank() :: distributed.world_size()]:
             problem = problem or check_file(folder, name, manifest.files[name])
     except CheckpointError as error:
         problem = str(error)
@@ -116,7 +131,7 @@ def _check_share(folder: str) -> tuple[Manifest | None, str, str]:
         raise StoreError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
     except OSError as error:
         problem = f"{error.filename or folder} cannot be read: {error.strerror}"
-    return manifest, digest, problem
+    return manifest, problem
 
 
 def places_of(run: str) -> list[str]:
@@ -209,7 +224,7 @@ def check_manifest(folder: str | Path, manifest: Manifest) -> str:
 def _check_coverage(folder: str | Path, manifest: Manifest) -> str:
     """Which tensor the fragments do not cover exactly once, as a sentence; "" if none.
 
-    Sorted by start, each (start, count) must begin where the last one ended:
+    Sorted by start, each must begin where the last one ended; by (start, count):
 
         (0, 4), (4, 6)    cover 10 values
         (0, 4), (5, 5)    leave a gap
@@ -217,9 +232,9 @@ def _check_coverage(folder: str | Path, manifest: Manifest) -> str:
     """
     for name, tensor in manifest.tensors.items():
         num_values = math.prod(tensor.shape)
-        pieces = sorted((start, count) for _, start, count in tensor.fragments)
-        ends = list(itertools.accumulate((count for _, count in pieces), initial=0))
-        if ends[-1] != num_values or any(start != end for (start, _), end in zip(pieces, ends, strict=False)):
+        ordered = sorted(tensor.fragments, key=lambda fragments: fragments.start)
+        starts = [*(fragments.start for fragments in ordered), num_values]
+        if starts != [0, *(fragments.end for fragments in ordered)]:
             return f"{folder}: its fragments do not hold the {num_values:,} values of {name} once each"
     return ""
 

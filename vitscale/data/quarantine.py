@@ -38,7 +38,7 @@ class Quarantine:
         """
         (count,) = distributed.all_reduce_sum_int([len(self._sentences)])
         if count:
-            everyone = distributed.gather_json(self._sentences)
+            everyone = distributed.gather_json_to_main(self._sentences)
             self._sentences = []
             if distributed.is_main():
                 self._write(step, [sentence for sentences in everyone for sentence in sentences])

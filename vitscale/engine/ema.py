@@ -34,11 +34,17 @@ class Ema:
         """This rank's part of the average of every parameter, as views."""
         return {fragment.name: fragment.of(self._flats[fragment.group]) for fragment in zero.fragments(ds)}
 
-    def restore(self, ds: zero.DeepSpeed, source: zero.FragmentSource, slot: str) -> None:
-        """Fill the average from a slot of `source`, without communication."""
+    def restart(self, ds: zero.DeepSpeed) -> None:
+        """Start again at the present weights."""
+        for average, master in zip(self._flats, zero.flats(ds), strict=True):
+            average.copy_(master.detach())
+        self._updates = zero.counters(ds).updates
+
+    def restore(self, ds: zero.DeepSpeed, source: zero.FragmentSource) -> None:
+        """Fill the average from its slot of `source`, without communication."""
         for fragment in zero.fragments(ds):
             held = fragment.of(self._flats[fragment.group])
-            source.read_into(held, slot, fragment.name, fragment.start)
+            source.read_into(held, zero.EMA, fragment.name, fragment.start)
         self._updates = zero.counters(ds).updates
 
     @contextlib.contextmanager

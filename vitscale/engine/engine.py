@@ -7,8 +7,7 @@ stay the same up to rounding.
 import contextlib
 import io
 import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -46,22 +45,14 @@ class Engine:
     ) -> None:
         """Hand the module to DeepSpeed, which moves it to this rank's device.
 
+        module: a whole model, or one from zero.allocate, whose values fill or restore sets.
         Raises ConfigError for a precision that the device does not have.
         """
         import deepspeed
-        import deepspeed.ops
         from deepspeed.accelerator import get_accelerator
 
-        deepspeed.utils.logger.setLevel(logging.WARNING)
-        # DeepSpeed 0.19 calls what torch 2.13 renames.
-        warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning, "torch.distributed")
+        zero.set_up()
         on_gpu = distributed.device().type == "cuda"
-        if not on_gpu:
-            # DeepSpeed's shared-memory kernel is for inference, yet it is compiled at start,
-            # which takes 30 s and a compiler, and leaves 66 MB per rank in /dev/shm. Training
-            # on CPU communicates through gloo.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(verbose=False)
         module.set_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
             module.compile_blocks()
@@ -168,6 +159,18 @@ class Engine:
             owned[EMA] = self._ema.owned(self._ds)
         return owned
 
+    def fill(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Set every weight from whole tensors by name; the average starts there, too.
+
+        Only one of them needs to be in memory at a time. Of a name that comes twice, the last
+        value counts. A UserError that `values` raises on one rank is raised on all.
+        """
+        distributed.together(lambda: zero.fill(self._ds, values))
+        zero.refresh_live(self._ds)
+        zero.check_mapping(self._ds)
+        if self._ema:
+            self._ema.restart(self._ds)
+
     def restore(
         self,
         source: FragmentSource,
@@ -186,7 +189,10 @@ class Engine:
         zero.restore(self._ds, source, optimizer, counters.updates)
         zero.restore_counters(self._ds, counters, loss_scaler or {})
         if self._ema:  # after the counters: it notes how many updates were made
-            self._ema.restore(self._ds, source, EMA if EMA in slots else FP32)
+            if EMA in slots:
+                self._ema.restore(self._ds, source)
+            else:
+                self._ema.restart(self._ds)
 
     def close(self) -> None:
         """Free what DeepSpeed holds, so that another engine can follow in this process."""

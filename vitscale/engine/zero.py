@@ -5,13 +5,16 @@ changed layout would not, so check_mapping compares the map with the live weight
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from vitscale import distributed
+from vitscale.models import Model
 
 # deepspeed.DeepSpeedEngine, whose annotations lack most of the names that are read here.
 DeepSpeed = Any
@@ -44,16 +47,6 @@ class FragmentSource(Protocol):
     def read_into(self, destination: Tensor, slot: str, name: str, start: int) -> None:
         """destination[:] = the `slot` of parameter `name`, flattened, from `start` on."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class WholeTensors:
-    """A source of whole tensors by name: an initialisation, or the weights of another model."""
-
-    tensors: Mapping[str, Tensor]
-
-    def read_into(self, destination: Tensor, slot: str, name: str, start: int) -> None:
-        destination.copy_(self.tensors[name].reshape(-1)[start : start + len(destination)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +91,47 @@ class Untrained:
     start: int
     held: Tensor
     held_start: int
+
+
+def set_up() -> None:
+    """Prepare DeepSpeed in this process, quietly; every rank calls it, any number of times."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls what torch 2.13 renames.
+    warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning, "torch.distributed")
+    if distributed.device().type == "cpu":
+        # DeepSpeed's shared-memory kernel is for inference, yet it is compiled at start,
+        # which takes 30 s and a compiler, and leaves 66 MB per rank in /dev/shm. Training
+        # on CPU communicates through gloo.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+@torch.no_grad()
+def allocate(model: Model, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Give a model without values (empty_model) memory on this rank's device.
+
+    Its parameters have whatever was in the memory, for fill or restore to set. Under ZeRO 3 a
+    rank gets its part of each, and never has more than one layer whole. Every rank calls it.
+
+    config: DeepSpeed's JSON.
+    dtype: of the parameters; buffers stay as they are, as they do if DeepSpeed casts a model.
+    """
+    import deepspeed
+
+    set_up()
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
+    if config["zero_optimization"]["stage"] < 3:
+        model.allocate(distributed.device())
+        return
+    init = deepspeed.zero.Init(config_dict_or_path=config)
+    for module in model.modules():
+        module.to_empty(device=distributed.device(), recurse=False)
+        init._convert_to_zero_parameters(module.parameters(recurse=False))
+    model.init_buffers()
 
 
 def fragments(ds: DeepSpeed) -> Iterator[Fragment]:
@@ -183,6 +217,25 @@ def check_mapping(ds: DeepSpeed) -> None:
             f"the map of ZeRO fragments is wrong{f' for {wrong}' if wrong else ' on another rank'}: nothing "
             "was saved; this DeepSpeed does not lay its state out as 0.19.8 does"
         )
+
+
+@torch.no_grad()
+def fill(ds: DeepSpeed, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Set the masters and untrained tensors of this rank from whole tensors, by name.
+
+    Of a name that comes twice, the last value counts. Nothing is communicated, so the live
+    weights do not follow before refresh_live.
+    """
+    expected = shapes(ds.module)
+    owned = {fragment.name: fragment for fragment in fragments(ds)}
+    held = {tensor.name: tensor for tensor in untrained(ds)}
+    for name, whole in values:
+        assert expected[name] == tuple(whole.shape), name
+        flat = whole.reshape(-1)
+        if fragment := owned.get(name):
+            fragment.of(fragment.flat).copy_(flat[fragment.start : fragment.start + fragment.count])
+        elif tensor := held.get(name):
+            tensor.held.copy_(flat[tensor.held_start : tensor.held_start + len(tensor.held)])
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What training, checkpoints and evaluations ask of a model of any kind."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, overload, runtime_checkable
 
 import torch
@@ -66,8 +66,20 @@ class Model(nn.Module, abc.ABC):
         return self(images, features_only=True, tokens=tokens, layers=layers)
 
     @abc.abstractmethod
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """The initial value of every parameter, by name, from `seed` alone, fp32 on the CPU.
+
+        One tensor is in memory at a time, and the model itself may have no values. A name may
+        come twice: its last value counts.
+        """
+
+    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter from `seed` alone, and the buffers."""
+        """Fill every parameter with its initial value, and the buffers."""
+        self.init_buffers()
+        params = dict(self.named_parameters())
+        for name, value in self.initial_values(seed):
+            params[name].copy_(value)
 
     @abc.abstractmethod
     def init_buffers(self) -> None:

@@ -19,13 +19,8 @@ _SAME = (
 )
 
 
-def transfer_state(state: dict[str, Tensor], source: ViTConfig, target: ViTConfig) -> dict[str, Tensor]:
-    """The backbone of `state`, with position embeddings resized to the grid of `target`.
-
-    The head, both tanh layer and classifier, is left out: the target keeps its own
-    zero-initialised one (paper, section 3.2). Raises ConfigError, naming the key, where the
-    two are not the same backbone.
-    """
+def check_backbone(source: ViTConfig, target: ViTConfig) -> None:
+    """Raise ConfigError, naming the key, unless the two models have the same backbone."""
     for name in _SAME:
         wanted, saved = getattr(target, name), getattr(source, name)
         if wanted != saved:
@@ -34,9 +29,17 @@ def transfer_state(state: dict[str, Tensor], source: ViTConfig, target: ViTConfi
                 f"model.{key} is {wanted!r}, but the [init] checkpoint has {saved!r}; "
                 f"set model.{key} = {saved!r}"
             )
-    backbone = {
-        name: tensor for name, tensor in state.items() if not name.startswith(("pre_logits.", "head."))
-    }
-    if "pos_embed" in backbone:
-        backbone["pos_embed"] = resize_posemb(backbone["pos_embed"], source.grid, target.grid)
-    return backbone
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a model takes this tensor over.
+
+    The head, both tanh layer and classifier, is left out: the target keeps its own
+    zero-initialised one (paper, section 3.2).
+    """
+    return not name.startswith(("pre_logits.", "head."))
+
+
+def transferred(name: str, tensor: Tensor, source: ViTConfig, target: ViTConfig) -> Tensor:
+    """A tensor of the backbone as the target has it: position embeddings fit its grid."""
+    return resize_posemb(tensor, source.grid, target.grid) if name == "pos_embed" else tensor

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -195,7 +195,8 @@ class ViT(Model):
         x = self.patch_embed(images)  # [B, n, D]
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
-        x = self.drop(x + self.pos_embed)
+        # A fixed table is a buffer, which DeepSpeed leaves in fp32.
+        x = self.drop(x + self.pos_embed.to(x.dtype))
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             x = block(x)
@@ -219,9 +220,8 @@ class ViT(Model):
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Initialise as Google's code does (vision_transformer models_vit.py).
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """As Google's code initialises (vision_transformer models_vit.py).
 
         Kernels are Xavier uniform and biases 0, except for:
 
@@ -231,32 +231,33 @@ class ViT(Model):
             class token           0
             head                  kernel 0, bias config.head_bias
         """
-        self.init_buffers()
         generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                _xavier_uniform(module.weight, module.weight.shape[0], generator)
-                nn.init.zeros_(module.bias)
+                yield f"{name}.weight", _xavier_uniform(module.weight, module.weight.shape[0], generator)
+                yield f"{name}.bias", torch.zeros(module.bias.shape)
             elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+                yield f"{name}.weight", torch.ones(module.weight.shape)
+                yield f"{name}.bias", torch.zeros(module.bias.shape)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and name.endswith(("attn.qkv", "attn_pool.kv")):
                 # In Flax q, k and v are layers of fan-out D each. As one matrix of fan-out 3 D
                 # their limit would be too small.
-                _xavier_uniform(module.weight, self.config.resolved_width, generator)
+                width = self.config.resolved_width
+                yield f"{name}.weight", _xavier_uniform(module.weight, width, generator)
             if isinstance(module, nn.Linear) and name.endswith((".fc1", ".fc2")):
-                module.bias.normal_(0.0, 1e-6, generator=generator)
-        _lecun_normal(self.patch_embed.proj.weight, generator)
+                yield f"{name}.bias", _normal(module.bias, 1e-6, generator)
+        yield "patch_embed.proj.weight", _lecun_normal(self.patch_embed.proj.weight, generator)
         if self.config.posemb == "learned":
-            self.pos_embed.normal_(0.0, 0.02, generator=generator)
+            yield "pos_embed", _normal(self.pos_embed, 0.02, generator)
         if self.cls_token is not None:
-            nn.init.zeros_(self.cls_token)
+            yield "cls_token", torch.zeros(self.cls_token.shape)
         if self.attn_pool is not None:
-            _xavier_uniform(self.attn_pool.probe, self.attn_pool.probe.shape[1], generator)
+            probe = self.attn_pool.probe
+            yield "attn_pool.probe", _xavier_uniform(probe, probe.shape[1], generator)
         if self.head is not None:
-            nn.init.zeros_(self.head.weight)
-            nn.init.constant_(self.head.bias, self.config.head_bias)
+            yield "head.weight", torch.zeros(self.head.weight.shape)
+            yield "head.bias", torch.full(self.head.bias.shape, self.config.head_bias)
 
     @torch.no_grad()
     def init_buffers(self) -> None:
@@ -298,15 +299,20 @@ class ViT(Model):
         return x[:, 0] if self.cls_token is not None else x.mean(dim=1)
 
 
-def _xavier_uniform(weight: Tensor, fan_out: int, generator: torch.Generator) -> None:
+def _xavier_uniform(weight: Tensor, fan_out: int, generator: torch.Generator) -> Tensor:
+    """Values for a weight, of which only the shape is used, as in the functions below."""
     limit = math.sqrt(6 / (weight.shape[-1] + fan_out))
-    weight.uniform_(-limit, limit, generator=generator)
+    return torch.empty(weight.shape).uniform_(-limit, limit, generator=generator)
 
 
-def _lecun_normal(weight: Tensor, generator: torch.Generator) -> None:
+def _normal(weight: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    return torch.empty(weight.shape).normal_(0.0, std, generator=generator)
+
+
+def _lecun_normal(weight: Tensor, generator: torch.Generator) -> Tensor:
     """Flax's default: a normal of variance 1 / fan_in, cut at two standard deviations.
 
     A unit normal cut there has a deviation of 0.8796, for which the division makes up.
     """
     std = math.sqrt(1 / weight.shape[1]) / 0.87962566103423978
-    nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)
+    return nn.init.trunc_normal_(torch.empty(weight.shape), 0.0, std, -2 * std, 2 * std, generator=generator)
