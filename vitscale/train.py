@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> int:
     distributed.initialize()
     try:
         job = prepare(config, distributed.world_size())
-        tasks = distributed.together(lambda: open_tasks(config))
+        tasks = distributed.together(lambda: open_tasks(job))
     except UserError as error:
         message = str(error)
         distributed.on_main(lambda: note_refusal(config.run_dir, message))
@@ -317,8 +317,12 @@ def _backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedModel, d
     return saved, transfer_state(saved.state_dict(), saved.config, config.model)
 
 
-def open_tasks(config: TrainConfig) -> Tasks:
-    return {name: open_task(name, section, config.model.image_size) for name, section in config.evals.items()}
+def open_tasks(job: Job) -> Tasks:
+    config = job.config
+    return {
+        name: open_task(name, section, config.model.image_size, job.sources[0])
+        for name, section in config.evals.items()
+    }
 
 
 def open_metrics(job: Job, step: int) -> MetricsWriter | SilentWriter:
