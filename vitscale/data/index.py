@@ -96,6 +96,11 @@ class Index:
         lone = [label for label, count in self.label_counts.items() if is_lone(label, count, num_labels)]
         return tuple(sorted(lone)) if len(lone) < num_labels else ()
 
+    @property
+    def usual_labels(self) -> set[int]:
+        """All labels but the lone ones."""
+        return self.label_counts.keys() - set(self.lone_labels)
+
     def describe_lone(self) -> list[str]:
         """A sentence for each lone label, with its samples."""
         return [

@@ -155,8 +155,7 @@ class Source:
     @property
     def max_label(self) -> int:
         """The highest label of the run, but for those that stand alone (Index.lone_labels)."""
-        labels = self.index.label_counts.keys() - set(self.index.lone_labels)
-        return max(self.label_map[label] if self.label_map else label for label in labels)
+        return max(self.label_map[label] if self.label_map else label for label in self.index.usual_labels)
 
     def fingerprint(self, index_fingerprint: str = "") -> str:
         """Names everything that decides what a sample is: shards, label map, exclusions, split.
