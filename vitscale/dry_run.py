@@ -148,7 +148,7 @@ def _class_lines(source: Source, config: TrainConfig) -> list[tuple[str, str]]:
     index, fraction = source.index, config.data.validation_fraction
     num_classes, num_held_out = len(index.label_counts), len(source.held_out)
     if not num_classes:
-        return []
+        return [("  validate", f"about {num_held_out:,} samples")] if fraction else []
     lines = [("  classes", f"{num_classes:,}; model.num_classes is {config.model.num_classes:,}")]
     if fraction:
         lacking = split_classes(index, fraction)
