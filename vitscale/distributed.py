@@ -42,8 +42,8 @@ def initialize() -> None:
     else:
         # Without it, DeepSpeed warns in every process that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # The ranks of a machine share its cores; by default each would start a thread per core, and
-        # torchrun sets OMP_NUM_THREADS to 1. Without a launcher, it is what the user wants.
+        # The ranks of a machine share its cores; by default each would start a thread per core,
+        # and torchrun sets OMP_NUM_THREADS to 1. Without a launcher, a user has set it.
         if not (is_alone and os.environ.get("OMP_NUM_THREADS")):
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     try:

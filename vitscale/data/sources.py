@@ -277,7 +277,6 @@ def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: i
     for source, section in zip(sources, config.all_sources(), strict=True):
         if not source.index.label_counts:
             continue  # it is planned
-        _warn_of_split(source, config)
         if source.max_label >= num_classes:
             raise ConfigError(
                 f"{section.index} holds label {source.max_label}, out of range for model.num_classes "
@@ -296,6 +295,7 @@ def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: i
                 f"{section.index} has samples with {source.index.max_labels} labels; "
                 'set data.labels = "multi" and loss.name = "sigmoid"'
             )
+        _warn_of_split(source, config)
 
 
 def _warn_of_split(source: Source, config: DataConfig) -> None:
