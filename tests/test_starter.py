@@ -105,3 +105,14 @@ def test_the_small_model_of_the_page_would_train(
     assert train([*small[2:], "--dry-run"]) == 0
     planned = capsys.readouterr().out
     assert 'variant = "Ti/16"' in planned and "total steps             10" in planned
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one core has one thread in any case")
+def test_the_threads_that_a_user_asks_for_are_used() -> None:
+    """Where others use the cores too, threads spend their time waiting for one another."""
+    code = (
+        "import torch; from vitscale import distributed as d; d.initialize(); print(torch.get_num_threads())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ended.stdout.split() == ["1"], ended.stderr

@@ -14,7 +14,7 @@ class ScheduleConfig:
     decay:            "linear", "cosine", "rsqrt" or "constant"
     warmup_steps, warmup_fraction:
                       steps over which the factor of the warmup rises from 0 to 1, or what share
-                      of the run's steps these are, in [0, 1)
+                      of the run's steps these are, in [0, 1), so that a longer total has more
     end_lr:           where "linear" ends
     timescale_steps:  steps after which "rsqrt" has fallen to 1 / sqrt(2)
     """
