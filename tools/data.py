@@ -221,7 +221,10 @@ def pack(arguments: argparse.Namespace) -> int:
                 shards, workers=config.workers, journal=out.with_suffix(".partial"), progress=bar.update
             )
         index.save(out)
-        print(f"{out}: {index.num_samples:,} samples in {len(shards)} shards")
+        num_classes = len(index.label_counts)
+        print(f"{out}: {index.num_samples:,} samples in {len(shards)} shards, {num_classes:,} classes")
+        if split == "train":
+            print(f"to train on them: model.num_classes = {max(index.usual_labels) + 1}")
         report_index(index)
     for sentence in report.omissions:
         print(f"left out: {sentence}", file=sys.stderr)

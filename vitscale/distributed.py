@@ -34,15 +34,18 @@ def initialize() -> None:
     """
     if dist.is_initialized():
         return
-    if "WORLD_SIZE" not in _launched():
+    is_alone = "WORLD_SIZE" not in _launched()
+    if is_alone:
         os.environ.update(_STANDALONE, MASTER_PORT=str(free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     else:
         # Without it, DeepSpeed warns in every process that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # The ranks of a machine share its cores; by default each would start a thread per core.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+    # The ranks of a machine share its cores; by default each would start a thread per core,
+    # and torchrun sets OMP_NUM_THREADS to 1. Without a launcher, a user has set it.
+    if not (is_alone and os.environ.get("OMP_NUM_THREADS")):
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     try:
         store = rendezvous.own_store(TIMEOUT)
         where = (

@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> int:
     distributed.initialize()
     try:
         job = prepare(config, distributed.world_size())
-        tasks = distributed.together(lambda: open_tasks(config))
+        tasks = distributed.together(lambda: open_tasks(job))
     except UserError as error:
         message = str(error)
         distributed.on_main(lambda: note_refusal(config.run_dir, message))
@@ -323,8 +323,12 @@ def _open_backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedMod
     return saved, [name for name in saved.shapes if is_backbone(name)]
 
 
-def open_tasks(config: TrainConfig) -> Tasks:
-    return {name: open_task(name, section, config.model.image_size) for name, section in config.evals.items()}
+def open_tasks(job: Job) -> Tasks:
+    config = job.config
+    return {
+        name: open_task(name, section, config.model.image_size, job.sources[0])
+        for name, section in config.evals.items()
+    }
 
 
 def open_metrics(job: Job, step: int) -> MetricsWriter | SilentWriter:

@@ -178,7 +178,7 @@ def test_lanes_that_do_not_divide_the_batch_are_refused() -> None:
 
 def test_a_source_smaller_than_a_batch_is_refused() -> None:
     assert make_mixture(3, global_batch=77, lanes=7).orders[2].lane_length == 11
-    with pytest.raises(ConfigError, match="77 samples, fewer than one global_batch of 78"):
+    with pytest.raises(ConfigError, match="77 samples to train on, fewer than one global_batch of 78"):
         make_mixture(3, global_batch=78, lanes=6)
 
 

@@ -12,10 +12,15 @@ SHARDS = np.array([100, 37, 0, 260, 1, 599])
 
 
 def make_order(
-    lanes: int = 12, length: int | None = None, seed: int = 3, source: int = 0, window: int = 16
+    lanes: int = 12,
+    length: int | None = None,
+    seed: int = 3,
+    source: int = 0,
+    window: int = 16,
+    held_out: np.ndarray = np.empty(0, dtype=np.int64),  # noqa: B008
 ) -> Order:
-    layout = ShardLayout(SHARDS, 8)
-    length = layout.num_samples // lanes if length is None else length
+    layout = ShardLayout(SHARDS, 8, held_out)
+    length = layout.num_drawn // lanes if length is None else length
     return Order(
         layout=layout, seed=seed, source=source, lanes=lanes, lane_length=length, window_samples=window
     )
@@ -48,6 +53,10 @@ def test_the_worked_examples_of_the_docstrings_hold() -> None:
     permuted = EpochOrder(layout, np.array([3, 0, 4, 2, 1], dtype=np.uint32), np.array([8]))
     assert permuted.sample_ids(range(8)).tolist() == [5, 6, 0, 1, 7, 4, 2, 3]
     assert permuted.sample_ids(range(3, 6)).tolist() == [1, 7, 4]
+    some = ShardLayout(np.array([5, 3]), 2, held_out=np.array([2, 5]))
+    assert some.drawn_ids(np.arange(some.num_drawn)).tolist() == [0, 1, 3, 4, 6, 7]
+    permuted = EpochOrder(some, np.array([3, 0, 4, 2, 1], dtype=np.uint32), np.array([6]))
+    assert permuted.sample_ids(range(6)).tolist() == [6, 0, 1, 7, 4, 3]
     order = Order(
         layout=ShardLayout(np.array([20]), 4), seed=0, source=0, lanes=2, lane_length=10, window_samples=4
     )
@@ -65,6 +74,25 @@ def test_an_epoch_loses_only_the_tail_and_repeats_nothing(lanes: int, window: in
         ids = epoch_ids(order, epoch).reshape(-1)
         assert len(np.unique(ids)) == len(ids) == 997 - order.tail
         assert ids.min() >= 0 and ids.max() < 997 and order.tail < lanes
+
+
+@pytest.mark.parametrize("lanes", [1, 12, 64])
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.95])
+def test_an_epoch_draws_each_sample_once_but_those_that_are_held_out(lanes: int, share: float) -> None:
+    chosen = np.random.default_rng(0).random(997) < share
+    chosen[96:137] = True  # whole chunks, and a whole shard
+    held_out = np.flatnonzero(chosen)
+    order = make_order(min(lanes, 997 - len(held_out)), window=5, held_out=held_out)
+    for epoch in range(2):
+        ids = epoch_ids(order, epoch).reshape(-1).tolist()
+        assert len(set(ids)) == len(ids) == 997 - len(held_out) - order.tail
+        assert not set(ids) & set(held_out.tolist()) and order.tail < order.lanes
+    whole = order.lane_ids(0, 0, 3 * order.lane_length)
+    for first in (1, order.lane_length - 1, order.lane_length + 1):
+        assert (
+            order.lane_ids(0, first, order.lane_length).tolist()
+            == whole[first:][: order.lane_length].tolist()
+        )
 
 
 def test_the_tail_is_another_subset_in_another_epoch() -> None:

@@ -170,6 +170,20 @@ def test_a_wrong_section_is_refused_by_its_own_name(values: dict[str, object], m
         from_dict(EvalConfig, good | values, "evals.digits")
 
 
+def test_a_section_reads_test_shards_or_a_split():
+    assert from_dict(EvalConfig, {"split": "validation"}, "evals.val") == ClassifyConfig(split="validation")
+    for values, message in (
+        (
+            {"split": "validation", "test": "a.tar"},
+            'evals.val.test and evals.val.split are both set, .* = ""',
+        ),
+        ({"split": "train"}, "evals.val.split 'train' is not one of '', 'validation'"),
+        ({"kind": "fewshot", "split": "validation"}, 'evals.val.split: only kind = "classify" reads it'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            from_dict(EvalConfig, values, "evals.val")
+
+
 def test_a_section_without_a_kind_classifies():
     assert from_dict(EvalConfig, {"test": "a.tar"}, "evals.digits") == ClassifyConfig(test="a.tar")
 

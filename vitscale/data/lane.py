@@ -182,7 +182,7 @@ class Augmenter:
     """Makes the views of one source's samples.
 
     A sample that cannot be used is replaced by another one of its source, chosen by the seed
-    and the sample alone. `bad` gets a sentence for each, except for those that were excluded.
+    and the sample alone. `bad` gets a sentence for each, except for those that are excluded.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Augmenter:
         """
         drawn, reason = sample_id, ""
         for attempt in range(MAX_REPLACEMENTS):
-            if not self._is_excluded(sample_id):
+            if self._source.is_trained_on(sample_id):
                 reason = self._unusable(sample)
                 if isinstance(sample, RawSample) and not reason:
                     try:
@@ -250,13 +250,6 @@ class Augmenter:
         if len(sample.labels) > index.max_labels:
             return f"{len(sample.labels)} labels, the index says at most {index.max_labels}"
         return ""
-
-    def _is_excluded(self, sample_id: int) -> bool:
-        excluded = self._source.excluded
-        if not len(excluded):
-            return False
-        place = int(np.searchsorted(excluded, sample_id))
-        return place < len(excluded) and int(excluded[place]) == sample_id
 
     def _sample(self, sample_id: int) -> RawSample | BadSample:
         layout = self._source.index.layout

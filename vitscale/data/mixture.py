@@ -76,16 +76,17 @@ class Mixture:
                 f"global_batch {global_batch} is not a multiple of data.lanes {lanes} x augment.repeats "
                 f"{repeats}; use lanes = {derived} (or 0 to derive it), and a multiple of the repeats"
             )
-        smallest = min(layout.num_samples for layout in layouts)
+        smallest = min(layout.num_drawn for layout in layouts)
         if smallest < distinct:
+            fitting = 2 ** (smallest.bit_length() - 1) * repeats
             raise ConfigError(
-                f"the data set has {smallest:,} samples, fewer than one global_batch of {distinct:,}; "
-                "lower global_batch"
+                f"the data set has {smallest:,} samples to train on, fewer than one global_batch of "
+                f"{distinct:,}; lower global_batch, to {fitting:,} for example"
             )
         # A single source ends its epochs with a whole batch: steps_per_epoch is a whole number.
         single = len(layouts) == 1
         lengths = [
-            layout.num_samples // distinct * (distinct // lanes) if single else layout.num_samples // lanes
+            layout.num_drawn // distinct * (distinct // lanes) if single else layout.num_drawn // lanes
             for layout in layouts
         ]
         orders = tuple(
