@@ -80,8 +80,9 @@ class ClassifyTask:
 
     def _targets(self, labels: Int64[Tensor, "B M"], num_classes: int) -> Float[Tensor, "B C"]:
         if labels.numel() and labels.max() >= num_classes:
+            label = self.test.index.named(int(labels.max()))
             raise DataError(
-                f"{self.name}: {self.config.test}: class {int(labels.max())} does not exist in a model of "
+                f"{self.name}: {self.config.test}: class {label} does not exist in a model of "
                 f"{num_classes} classes; give the test set that the head was trained for"
             )
         return to_targets(labels, num_classes)
