@@ -11,7 +11,16 @@ from typing import Any
 EXAMPLE = """examples:
   python tools/bench.py data --shards "data/imagenet/train-*.tar"
   python tools/bench.py order --samples 303000000 --shards 30000 --world 1024 --json order.json
-  python tools/bench.py checkpoint --variant B/16 --ranks 2 --json checkpoint.json"""
+  python tools/bench.py checkpoint --variant B/16 --ranks 2 --json checkpoint.json
+  python tools/bench.py step configs/pretrain/vit_b16_in21k.toml --batch 256
+  python tools/bench.py step --suite tools/results/gpu.json --index data/imagenet/index.json"""
+
+# What `step` compares: who trains, how, and what is recomputed in the backward pass.
+STEP_CASES = {
+    "loops": ["vitscale", "plain", "timm"],
+    "modes": ["eager", "compiled"],
+    "policies": ["none", "selective", "full"],
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +85,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     checkpoint.add_argument(
         "--no-deepspeed", dest="deepspeed", action="store_false", help="do not measure DeepSpeed's own"
     )
-    for command in (data, order, checkpoint):
+
+    step = commands.add_parser(
+        "step",
+        help="images per second, MFU and memory of a training step, beside plain PyTorch and timm",
+        epilog="example: python tools/bench.py step --variant H/14 --batch 128",
+    )
+    step.add_argument("config", nargs="*", metavar="CONFIG.toml", help="measure its model and precision")
+    step.add_argument("--variant", default="B/16", help="without a config: the model, NAME/PATCH")
+    step.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: the config's, or bf16")
+    step.add_argument("--batch", type=int, help="images of a step; default: 64, and in the suite more")
+    for name, choices in STEP_CASES.items():
+        step.add_argument(
+            f"--{name}", nargs="+", choices=choices, default=choices, help="the rows to measure"
+        )
+    step.add_argument("--rounds", type=int, default=5, help="each figure is a median over them")
+    step.add_argument("--steps", type=int, default=5, help="of a round")
+    step.add_argument(
+        "--suite",
+        type=Path,
+        metavar="RESULTS.json",
+        help="instead: the paper's models and an end-to-end run, into this file; continues where it stopped",
+    )
+    step.add_argument("--index", default="", help="of photographs, for the end-to-end run of the suite")
+    step.add_argument("--variants", nargs="*", default=["S/16", "B/16", "L/16", "H/14"], help="of the suite")
+    for command in (data, order, checkpoint, step):
         command.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file")
     return parser.parse_args(argv)
 
@@ -104,6 +137,47 @@ def bench_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
     return run(CheckpointBench(**{name: getattr(arguments, name) for name in names}), show_progress)
 
 
+def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
+    from vitscale import config as configs
+    from vitscale.bench import suite
+    from vitscale.bench.step import Case, StepBench, every_case, run
+    from vitscale.models import ModelConfig
+    from vitscale.train_config import TrainConfig
+
+    def wanted(case: Case) -> bool:
+        mode = "compiled" if case.compile else "eager"
+        return (
+            case.loop in arguments.loops
+            and mode in arguments.modes
+            and case.checkpointing in arguments.policies
+        )
+
+    if arguments.suite:
+        return suite.run(
+            arguments.suite,
+            arguments.index,
+            arguments.variants,
+            arguments.batch or 0,
+            wanted,
+            show_progress,
+        )
+    if arguments.config:
+        paths = [text for text in arguments.config if "=" not in text]
+        loaded = configs.load(TrainConfig, paths, [text for text in arguments.config if "=" in text])
+        model, precision = loaded.model, loaded.precision
+    else:
+        model, precision = ModelConfig(variant=arguments.variant), "bf16"
+    bench = StepBench(
+        model=model,
+        batch=suite.DEFAULT_BATCH if arguments.batch is None else arguments.batch,
+        precision=arguments.precision or precision,
+        cases=tuple(filter(wanted, every_case(model))),
+        rounds=arguments.rounds,
+        steps=arguments.steps,
+    )
+    return run(bench, show_progress)
+
+
 def show_progress(stage: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{stage} ...", end="", file=sys.stderr, flush=True)
@@ -126,7 +200,7 @@ def _shown(value: float | str) -> str:
     return f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
 
 
-COMMANDS = {"data": bench_data, "order": bench_order, "checkpoint": bench_checkpoint}
+COMMANDS = {"data": bench_data, "order": bench_order, "checkpoint": bench_checkpoint, "step": bench_step}
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -41,8 +41,8 @@ def initialize() -> None:
     else:
         # Without it, DeepSpeed warns in every process that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # The ranks of a machine share its cores; by default each would start a thread per core.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+    # The ranks of a machine share its cores; by default each would start a thread per core.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     try:
         store = rendezvous.own_store(TIMEOUT)
         where = (
@@ -176,6 +176,28 @@ def _reduce(tensor: Tensor, op: Any) -> list[Any]:
     if world_size() > 1:
         dist.all_reduce(tensor, op)
     return tensor.tolist()
+
+
+class Agreement:
+    """Whether any rank has raised a flag, so that all act on it after the same step.
+
+    The answer comes one call later: nobody waits in the call for a rank that is behind. Every
+    rank calls it equally often.
+    """
+
+    def __init__(self, num_flags: int) -> None:
+        self._flags = torch.zeros(num_flags, dtype=torch.int64)
+        self._asked: dist.Work | None = None
+
+    def __call__(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any rank raised it in the call before; at first, false."""
+        if self._asked:
+            self._asked.wait()
+        answer = self._flags.bool().tolist()
+        self._flags = torch.tensor(flags, dtype=torch.int64)
+        if world_size() > 1:
+            self._asked = dist.all_reduce(self._flags, dist.ReduceOp.MAX, async_op=True)
+        return answer
 
 
 def all_gather_rows(rows: Tensor, channel: dist.ProcessGroup | None = None) -> Tensor:

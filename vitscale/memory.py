@@ -2,6 +2,7 @@
 
 from vitscale.engine.zero import OPTIMIZER_SLOTS
 from vitscale.models import ModelConfig, empty_model
+from vitscale.models.layers import Checkpointing
 from vitscale.models.vit import ViTConfig
 from vitscale.optim import OptimConfig, freeze
 
@@ -13,32 +14,39 @@ def state_bytes(num_params: int, zero_stage: int, world_size: int, precision: st
 
         bytes per parameter    fp32    16 bit    cut from stage
         parameters                4         2    3
-        gradients                 4         2    2
+        gradients                 4         2    2    (and 4 in bf16 at stage 1, never cut)
         optimizer                12        12    1    (fp32 master, two moments)
+
+    In bf16 at stage 1 DeepSpeed accumulates gradients in a buffer in fp32, whole on each device.
     """
     param, grad = (4, 4) if precision == "fp32" else (2, 2)
+    if precision == "bf16" and zero_stage == 1:
+        grad += 4
     optimizer = 12
     shared = {1: (param + grad, optimizer), 2: (param, grad + optimizer), 3: (0, param + grad + optimizer)}
     whole, sharded = shared[zero_stage]
     return num_params * whole + num_params * sharded // world_size
 
 
-def activation_bytes(config: ViTConfig, micro_batch: int, precision: str, checkpointing: str) -> int:
+def activation_bytes(
+    config: ViTConfig, micro_batch: int, precision: str, checkpointing: Checkpointing
+) -> int:
     """Bytes of activations that the backward pass of one micro batch needs.
 
     Per token of a block of width D and MLP width M, in 16 bit; fp32 takes twice as much:
 
-        two norms, qkv, attention output     16 D
-        both activations of the MLP           4 M
+        "none"         two norms, qkv, attention output: 16 D; both activations of the MLP: 4 M
+        "selective"    input, qkv, attention output, both projections: 12 D; first MLP layer: 2 M
+        "full"         input: 2 D
 
-    Attention matrices are never stored. With full checkpointing only each block's input is
-    kept, 2 D, and one block at a time in full.
+    Attention matrices are never stored. What is recomputed needs the memory of "none" for one
+    block at a time.
     """
-    tokens = config.num_tokens
-    full = tokens * (16 * config.resolved_width + 4 * config.resolved_mlp_dim)
-    kept = tokens * 2 * config.resolved_width
-    layers = config.resolved_depth
-    per_image = layers * kept + full if checkpointing == "full" else layers * full
+    tokens, width, mlp = config.num_tokens, config.resolved_width, config.resolved_mlp_dim
+    whole = tokens * (16 * width + 4 * mlp)
+    kept = {"none": whole, "selective": tokens * (12 * width + 2 * mlp), "full": tokens * 2 * width}
+    at_once = 0 if checkpointing == "none" else whole
+    per_image = config.resolved_depth * kept[checkpointing] + at_once
     return micro_batch * per_image * (2 if precision == "fp32" else 1)
 
 

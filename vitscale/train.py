@@ -10,6 +10,7 @@ A run starts from the first of these that it has:
 
 import contextlib
 import dataclasses
+import gc
 import importlib.metadata
 import logging
 import shlex
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vitscale import config as configs
-from vitscale import distributed, memory
+from vitscale import distributed, memory, processes
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.save import Saver
@@ -77,7 +78,8 @@ def train(config: TrainConfig) -> int:
         ending.lost = watch.lost
         with started(job, tasks) as run:
             ending.progress = run.progress
-            loop(run, watch)
+            with processes.no_garbage_collection():
+                loop(run, watch)
         # A launcher may kill all ranks when the first ends with status 75.
         reasons = [reason for reason in distributed.gather_json(watch.reason) if reason]
         done = run.progress.step == job.total_steps
@@ -92,7 +94,7 @@ def loop(run: "Run", watch: Watch) -> None:
     """
     job, engine, at, metrics, saver = run.job, run.engine, run.progress, run.metrics, run.saver
     meter, health = Meter(job), Health(engine)
-    phases = Phases(meter)
+    phases, agreed = Phases(meter), distributed.Agreement(2)
     metrics.write_texts(
         {
             "config": configs.to_toml(job.config),
@@ -119,7 +121,7 @@ def loop(run: "Run", watch: Watch) -> None:
         run.quarantine.add(batch.bad)
         if health.diverged:
             raise diverged(run, f"the gradients of {SKIPPED_IN_A_ROW} steps in a row were not finite")
-        stopping, save_failed = agreed(watch.asked, saver.failed)
+        stopping, save_failed = agreed(watch.asked, saver.failed)  # of the step before
         if save_failed:
             saver.wait()  # raises
 
@@ -128,6 +130,7 @@ def loop(run: "Run", watch: Watch) -> None:
             with phases("log"):
                 at.bad_samples += run.quarantine.flush(at.step)
                 metrics.write(at.step, meter.read(engine, loss, lr, at))
+                gc.collect()
         if at.step == 1:
             metrics.write_images("inputs", batch.images[:SHOWN_IMAGES], at.step)
         for cost in saver.finished():
@@ -384,11 +387,3 @@ def evaluate(run: Run, names: tuple[str, ...]) -> None:
             results = run.tasks[name].run(model)
             numbers = {f"eval/{name}/{key}": value for key, value in results.items()}
             run.metrics.write(run.progress.step, numbers)
-
-
-def agreed(*flags: bool) -> list[bool]:
-    """For each flag, whether any rank has set it, so that all act on it at the same step.
-
-    Every rank calls it.
-    """
-    return [bool(flag) for flag in distributed.all_reduce_max([float(flag) for flag in flags])]

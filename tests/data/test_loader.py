@@ -5,7 +5,8 @@ damaged samples are replaced and counted.
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from make import jpeg, write_index, write_tar
 
 from vitscale.data.index import Index, build_index
 from vitscale.data.lane import Lane, ViewConfig
-from vitscale.data.loader import Stream, batches
+from vitscale.data.loader import Stream, batches, in_thread
 from vitscale.data.reader import Chunk, read_chunk
 from vitscale.data.sources import (
     DataConfig,
@@ -398,3 +399,45 @@ def test_a_lane_reads_no_chunk_twice_in_an_epoch(module_index: Index) -> None:
     drawn = module_index.layout.chunk_of(np.array([square.key.sample for square in squares]))
     assert len(set(drawn.tolist())) > 20
     assert len(set(chunks)) == len(chunks)
+
+
+def test_a_thread_prepares_the_next_item_while_one_is_in_use() -> None:
+    prepared = threading.Semaphore(0)
+
+    def prepare(item: int) -> int:
+        prepared.release()
+        return 10 * item
+
+    items = in_thread(iter(range(5)), prepare)
+    assert next(items) == 0
+    for _ in range(2):  # item 0, and item 1, which nobody asked for yet
+        assert prepared.acquire(timeout=30)
+    assert list(items) == [10, 20, 30, 40]
+    assert list(in_thread(iter([]), prepare)) == []
+
+
+@pytest.mark.parametrize("failing", ["items", "prepare"])
+def test_what_the_thread_raises_comes_after_the_items_before_it(failing: str) -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise DataError("the data end here")
+
+    def prepare(item: int) -> int:
+        if item == 3:
+            raise DataError("the data end here")
+        return item
+
+    source = items() if failing == "items" else iter(range(5))
+    seen = []
+    with pytest.raises(DataError, match="the data end here"):
+        for item in in_thread(source, prepare):
+            seen.append(item)
+    assert seen == [0, 1, 2]
+
+
+def test_a_thread_ends_with_the_caller_that_stops_early() -> None:
+    items = in_thread(iter(range(100)), lambda item: item)
+    assert next(items) == 0
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "batches"]
+    items.close()
+    assert not thread.is_alive()

@@ -23,3 +23,11 @@ def fail(folder: Path, way: str, kind: str, failing: int) -> None:
     except UserError as error:
         result = {"kind": type(error).__name__, "message": str(error), "shared": error.shared}
     (folder / f"{distributed.rank()}.json").write_text(json.dumps(result))
+
+
+def agree(folder: Path) -> None:
+    """Rank 1 raises the first flag in its third call; RANK.json gets every answer."""
+    distributed.initialize()
+    agreed = distributed.Agreement(2)
+    answers = [agreed(call == 2 and distributed.rank() == 1, False) for call in range(5)]
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(answers))
