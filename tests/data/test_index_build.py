@@ -14,6 +14,7 @@ from PIL import Image
 from tools.data import main
 from vitscale import storage
 from vitscale.data.index import Index, build_index
+from vitscale.data.samples import SampleKeys
 from vitscale.errors import DataError
 from vitscale.processes import ProgressCallback
 
@@ -197,6 +198,13 @@ def test_labels_that_stand_alone_are_named_with_their_samples(tmp_path: Path, ca
     ]  # 10 and 11 are not above twice the number of labels, and 12 has three samples
     assert main(["verify", str(tmp_path / "index.json"), "--workers", "0"]) == 0
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_labels_that_were_written_as_names_are_shown_with_them(tmp_path: Path) -> None:
+    pattern = write_labels(tmp_path, ["cat", "dog", "puppy", "cat", "dog"])
+    classes = {"cat": 0, "dog": 3, "puppy": 3}
+    index = build_index(storage.expand(pattern), keys=SampleKeys(classes=classes))
+    assert [index.named(label) for label in (0, 3, 4)] == ["0 (cat)", "3 (dog)", "4"]
 
 
 def test_a_label_beyond_all_numbers_is_damage_and_named(tmp_path: Path, capsys) -> None:

@@ -144,6 +144,23 @@ def test_labels_that_the_model_has_no_place_for_are_refused(module_index: Index)
         check_labels(sources, CONFIG, 4)
 
 
+def test_labels_that_have_no_place_are_named_by_their_class(tmp_path: Path, caplog) -> None:
+    index = damaged_index(tmp_path, {3: (jpeg(3), b"17")})
+    names = [f"animal {label}" for label in range(18)]
+    Path(index.shards[0].url).with_name("classes.json").write_text(json.dumps(names))
+    assert index.describe_lone()[0].startswith("label 17 (animal 17) stands alone among 6 labels: ")
+    (source,) = make_stream(index, 0, 1).sources
+    check_labels((source,), CONFIG, 5)
+    assert "label 17 (animal 17) is out of range for model.num_classes 5" in caplog.text
+    with pytest.raises(ConfigError, match=r"holds label 4 \(animal 4\), out of range"):
+        check_labels((source,), CONFIG, 4)
+    mapped = dataclasses.replace(source, label_map={label: label + 7 for label in range(5)})
+    with pytest.raises(ConfigError, match=r"holds label 11 \(from 4 \(animal 4\)\), out of range"):
+        check_labels((mapped,), CONFIG, 5)
+    replaced = [sentence for batch in batches(make_stream(index, 0, 8), 0) for sentence in batch.bad]
+    assert replaced and all("label 17 (animal 17) is out of range" in sentence for sentence in replaced)
+
+
 @pytest.mark.parametrize("label", [b"5000", b"9" * 20])
 def test_a_label_that_stands_alone_does_not_block_a_run(tmp_path: Path, caplog, label: bytes) -> None:
     index = damaged_index(tmp_path, {3: (jpeg(3), label)})
@@ -264,7 +281,8 @@ def test_sources_are_opened_with_their_label_maps(index_path: str, tmp_path: Pat
     sources = open_sources(config)
     assert [source.max_label for source in sources] == [4, 11, 5]
     check_labels(sources, config, 12)
-    with pytest.raises(ConfigError, match=r"holds label 11, out of range for model.num_classes 11"):
+    sentence = r"holds label 11 \(from 4\), out of range for model.num_classes 11"
+    with pytest.raises(ConfigError, match=sentence):
         check_labels(sources, config, 11)
 
 

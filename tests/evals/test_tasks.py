@@ -137,6 +137,22 @@ def test_fewshot_refuses_several_labels_and_unknown_test_classes(tmp_path: Path)
         one_shot(single, other)
 
 
+def test_classes_that_do_not_fit_are_named(tmp_path: Path):
+    (tmp_path / "classes.json").write_text('["red", "green", "blue"]')
+    single = write_shard(tmp_path / "single.tar", ["0", "1"] * 4)
+    other = write_shard(tmp_path / "other.tar", ["0", "2"])
+
+    class Two(ColourModel):
+        num_classes = 2
+
+    with pytest.raises(DataError, match=r"class 2 \(blue\) does not exist in a model of 2 classes"):
+        run(ClassifyConfig(test=other), Two())
+    with pytest.raises(DataError, match=r"class 2 \(blue\) does not occur in the training shards"):
+        run(FewShotConfig(train=single, test=other, shots=(1,)), ColourModel())
+    with pytest.raises(DataError, match=r"but class 0 \(red\) has 1; lower shots"):
+        run(FewShotConfig(train=other, test=other, shots=(2,)), ColourModel())
+
+
 def test_missing_shards_show_when_the_task_is_opened(tmp_path: Path):
     config = ClassifyConfig(test=f"{tmp_path}/none-*.tar")
     with pytest.raises(UserError, match="no file matches"):

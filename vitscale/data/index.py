@@ -20,6 +20,7 @@ import xxhash
 from jaxtyping import Bool
 
 from vitscale import atomic, processes, storage
+from vitscale.data.classes import names_beside
 from vitscale.data.order import ShardLayout
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
 from vitscale.data.scan import (
@@ -101,10 +102,19 @@ class Index:
         """All labels but the lone ones."""
         return self.label_counts.keys() - set(self.lone_labels)
 
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        classes = self.keys.classes or names_beside(self.shards[0].url)
+        return {label: name for name, label in reversed(list(classes.items()))}  # the first name counts
+
+    def named(self, label: int) -> str:
+        """A label for messages, like "17 (dog)"; "17" where its class has no known name."""
+        return f"{label} ({self._names[label]})" if label in self._names else str(label)
+
     def describe_lone(self) -> list[str]:
         """A sentence for each lone label, with its samples."""
         return [
-            f"label {label} stands alone among {len(self.label_counts):,} labels: "
+            f"label {self.named(label)} stands alone among {len(self.label_counts):,} labels: "
             + (", ".join(self.lone_samples.get(label, ())) or f"{self.label_counts[label]} samples")
             for label in self.lone_labels
         ]

@@ -244,9 +244,10 @@ class Augmenter:
         mapping, index = self._source.label_map, self._source.index
         for label in sample.labels:
             if mapping and label not in mapping:
-                return f"label {label} is not in the label map"
+                return f"label {index.named(label)} is not in the label map"
             if not mapping and label >= self._config.num_classes:
-                return f"label {label} is out of range for model.num_classes {self._config.num_classes}"
+                classes = self._config.num_classes
+                return f"label {index.named(label)} is out of range for model.num_classes {classes}"
         if len(sample.labels) > index.max_labels:
             return f"{len(sample.labels)} labels, the index says at most {index.max_labels}"
         return ""

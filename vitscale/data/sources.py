@@ -157,6 +157,13 @@ class Source:
         """The highest label of the run, but for those that stand alone (Index.lone_labels)."""
         return max(self.label_map[label] if self.label_map else label for label in self.index.usual_labels)
 
+    def named(self, label: int) -> str:
+        """A label of the run for messages, with the name of its class (Index.named)."""
+        if not self.label_map:
+            return self.index.named(label)
+        own = min(own for own, label_of_run in self.label_map.items() if label_of_run == label)
+        return f"{label} (from {self.index.named(own)})"
+
     def fingerprint(self, index_fingerprint: str = "") -> str:
         """Names everything that decides what a sample is: shards, label map, exclusions, split.
 
@@ -279,16 +286,17 @@ def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: i
             continue  # it is planned
         if source.max_label >= num_classes:
             raise ConfigError(
-                f"{section.index} holds label {source.max_label}, out of range for model.num_classes "
-                f"{num_classes} (labels run from 0 to {num_classes - 1}); set model.num_classes = "
-                f"{source.max_label + 1} or fix the labels"
+                f"{section.index} holds label {source.named(source.max_label)}, out of range for "
+                f"model.num_classes {num_classes} (labels run from 0 to {num_classes - 1}); set "
+                f"model.num_classes = {source.max_label + 1} or fix the labels"
             )
         for label in source.index.lone_labels:
             if not source.label_map and label >= num_classes:
                 logger.warning(
-                    "%s: label %d is out of range for model.num_classes %d and stands alone: its %d samples "
+                    "%s: label %s is out of range for model.num_classes %d and stands alone: its %d samples "
                     "will be replaced and counted; to see them: python tools/data.py verify %s",
-                    section.index, label, num_classes, source.index.label_counts[label], section.index,
+                    section.index, source.named(label), num_classes, source.index.label_counts[label],
+                    section.index,
                 )  # fmt: skip
         if config.labels == "single" and source.index.max_labels > 1:
             raise ConfigError(
@@ -332,7 +340,8 @@ def _read_label_map(path: str, index: Index) -> dict[int, int]:
         raise DataError(f"label map {path} maps to {wrong[0]!r}; labels are whole numbers from 0")
     missing = sorted(set(index.label_counts) - set(mapping) - set(index.lone_labels))
     if missing:
-        raise DataError(f"label map {path} has no entry for label {missing[0]}, which the shards hold")
+        label = index.named(missing[0])
+        raise DataError(f"label map {path} has no entry for label {label}, which the shards hold")
     return mapping
 
 

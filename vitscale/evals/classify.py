@@ -111,8 +111,9 @@ class ClassifyTask:
         if self.config.split:
             return labels.where(labels < num_classes, -1)
         if labels.numel() and labels.max() >= num_classes:
+            label = self.test.index.named(int(labels.max()))
             raise DataError(
-                f"{self.name}: {self.config.test}: class {int(labels.max())} does not exist in a model of "
+                f"{self.name}: {self.config.test}: class {label} does not exist in a model of "
                 f"{num_classes} classes; give the test set that the head was trained for"
             )
         return labels
