@@ -20,6 +20,7 @@ import xxhash
 from jaxtyping import Bool
 
 from vitscale import atomic, processes, storage
+from vitscale.data.neighbours import Neighbours, compare
 from vitscale.data.order import ShardLayout
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
 from vitscale.data.scan import (
@@ -52,7 +53,9 @@ class Index:
     num_damaged: samples that cannot be used; `damage` names the first of them, one sentence
     each, and `reasons` counts them by reason and says where the first is. passed_over: files by
     extension that are neither images nor labels. lone_samples: where the lone_labels are;
-    empty in indexes of earlier commits.
+    empty in indexes of earlier commits. num_neighbours: pairs of consecutive samples of a shard
+    that can be used, and shared_labels: how many labels they have in common, added up; 0 in
+    indexes of earlier commits.
     """
 
     shards: tuple[Shard, ...]
@@ -66,6 +69,8 @@ class Index:
     passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
     keys: SampleKeys = DEFAULT_KEYS
     lone_samples: Mapping[int, list[str]] = dataclasses.field(default_factory=dict)
+    num_neighbours: int = 0
+    shared_labels: int = 0
 
     @functools.cached_property
     def layout(self) -> ShardLayout:
@@ -90,6 +95,14 @@ class Index:
         num_labels = len(self.label_counts)
         lone = [label for label, count in self.label_counts.items() if is_lone(label, count, num_labels)]
         return tuple(sorted(lone)) if len(lone) < num_labels else ()
+
+    @functools.cached_property
+    def neighbours(self) -> Neighbours:
+        """Whether the shards are sorted by class."""
+        num_usable = self.num_samples - self.num_damaged
+        return compare(
+            self.num_neighbours, self.shared_labels, self.label_counts, num_usable, self.max_labels
+        )
 
     def describe_lone(self) -> list[str]:
         """A sentence for each lone label, with its samples."""
@@ -156,6 +169,8 @@ class Index:
             "passed_over": self.passed_over,
             "keys": dataclasses.asdict(self.keys),
             "lone_samples": {str(label): samples for label, samples in self.lone_samples.items()},
+            "num_neighbours": self.num_neighbours,
+            "shared_labels": self.shared_labels,
             "label_counts": {str(label): count for label, count in sorted(self.label_counts.items())},
             "chunks": {"file": path.with_suffix(".chunks.npy").name, "checksum": _checksum(array)},
         }
@@ -355,7 +370,7 @@ class _IndexBuilder:
         self.reasons: dict[str, tuple[int, str]] = {}
         self.passed_over: dict[str, int] = {}
         self.rare: dict[int, list[str]] = {}
-        self.num_damaged = self.max_labels = 0
+        self.num_damaged = self.max_labels = self.num_neighbours = self.shared_labels = 0
 
     def add(self, scan: Scan) -> None:
         self.shards.append(scan.shard)
@@ -363,6 +378,8 @@ class _IndexBuilder:
         self.damaged.append(np.isin(np.arange(len(scan.chunks)), scan.damaged_chunks))
         self.labels.update(scan.label_counts)
         self.max_labels = max(self.max_labels, scan.max_labels)
+        self.num_neighbours += scan.num_neighbours
+        self.shared_labels += scan.shared_labels
         self.num_damaged += scan.num_damaged
         self.damage += scan.damage[: LISTED - len(self.damage)]
         for reason, (count, example) in scan.reasons.items():
@@ -402,6 +419,8 @@ class _IndexBuilder:
             reasons=self.reasons,
             passed_over=self.passed_over,
             keys=keys,
+            num_neighbours=self.num_neighbours,
+            shared_labels=self.shared_labels,
         )
         lone_samples = {label: self.rare[label] for label in index.lone_labels}
         return dataclasses.replace(index, lone_samples=lone_samples)
@@ -423,6 +442,8 @@ def _read_newer(values: dict[str, Any]) -> dict[str, Any]:
         "passed_over": values["passed_over"],
         "keys": SampleKeys(**values["keys"]),
         "lone_samples": {int(label): samples for label, samples in values.get("lone_samples", {}).items()},
+        "num_neighbours": values.get("num_neighbours", 0),
+        "shared_labels": values.get("shared_labels", 0),
     }
 
 

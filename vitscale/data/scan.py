@@ -40,7 +40,8 @@ class Scan:
     damaged samples, by number in the shard. reasons: by reason, how many places, and where the
     first is. passed_over: by extension, how many files are neither image nor label. tar_damage:
     whether the archive itself is broken. rare: by label, the samples of labels that may stand
-    alone in the whole set (is_lone).
+    alone in the whole set (is_lone). num_neighbours: pairs of consecutive samples that can be
+    used. shared_labels: how many labels they have in common, added up.
     """
 
     shard: Shard
@@ -54,6 +55,8 @@ class Scan:
     tar_damage: bool
     damaged_chunks: list[int]
     rare: dict[int, list[str]]
+    num_neighbours: int
+    shared_labels: int
 
 
 def is_lone(label: int, count: int, num_labels: int) -> bool:
@@ -137,6 +140,7 @@ class _ScanBuilder:
     def __init__(self, url: str, listed: int) -> None:
         self.url, self.listed = url, listed
         self.num_samples = self.max_labels = self.num_damaged = 0
+        self.num_neighbours = self.shared_labels = 0
         self.labels: collections.Counter[int] = collections.Counter()
         self.passed_over: collections.Counter[str] = collections.Counter()
         self.reasons: dict[str, tuple[int, str]] = {}
@@ -145,6 +149,7 @@ class _ScanBuilder:
         self.damaged_chunks: dict[int, None] = {}  # in the order of the shard, each once
         self.tar_damage = ""
         self._keys: set[str] = set()
+        self._last_labels: frozenset[int] | None = None
 
     def add(self, sample: RawSample | BadSample, chunk: int) -> None:
         self.num_samples += 1
@@ -159,6 +164,11 @@ class _ScanBuilder:
                     place = f"{self.url}: sample {sample.key}"
                     self.samples_by_label.setdefault(label, []).append(place)
             self.max_labels = max(self.max_labels, len(sample.labels))
+            labels = frozenset(sample.labels)
+            if self._last_labels is not None:
+                self.num_neighbours += 1
+                self.shared_labels += len(labels & self._last_labels)
+            self._last_labels = labels
         self._keys.add(sample.key)
 
     def refuse(self, allow_damaged: bool) -> None:
@@ -192,6 +202,8 @@ class _ScanBuilder:
                 for label, samples in self.samples_by_label.items()
                 if is_lone(label, self.labels[label], len(self.labels))
             },
+            num_neighbours=self.num_neighbours,
+            shared_labels=self.shared_labels,
         )
 
     def _add_bad(self, sample: BadSample, chunk: int) -> None:
