@@ -11,6 +11,7 @@ from typing import Any
 EXAMPLE = """examples:
   python tools/bench.py data --shards "data/imagenet/train-*.tar"
   python tools/bench.py order --samples 303000000 --shards 30000 --world 1024 --json order.json
+  python tools/bench.py sorted --samples 50000 --classes 10 --global-batch 128
   python tools/bench.py checkpoint --variant B/16 --ranks 2 --json checkpoint.json"""
 
 
@@ -64,6 +65,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     order.add_argument("--workers", type=int, default=8, help="data workers of a rank")
     order.add_argument("--folder", type=Path, default=Path("data/bench-order"), help="for the data set")
 
+    in_order = commands.add_parser(
+        "sorted",
+        help="simulate what shards that are sorted by class do to batches, in several orders",
+        epilog="example: python tools/bench.py sorted --samples 50000 --classes 10 --global-batch 128",
+    )
+    in_order.add_argument("--samples", type=int, default=1_281_167, help="of the synthetic data set")
+    in_order.add_argument(
+        "--classes", type=int, default=1000, help="of the synthetic data set, equally large"
+    )
+    in_order.add_argument("--global-batch", type=int, default=1024, help="images per step of all ranks")
+
     checkpoint = commands.add_parser(
         "checkpoint",
         help="save, load and export, beside raw writes and DeepSpeed's own checkpoints",
@@ -76,7 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     checkpoint.add_argument(
         "--no-deepspeed", dest="deepspeed", action="store_false", help="do not measure DeepSpeed's own"
     )
-    for command in (data, order, checkpoint):
+    for command in (data, order, in_order, checkpoint):
         command.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file")
     return parser.parse_args(argv)
 
@@ -95,6 +107,13 @@ def bench_order(arguments: argparse.Namespace) -> dict[str, Any]:
 
     names = ("samples", "shards", "world", "global_batch", "sample_bytes", "workers", "folder")
     return run(OrderBench(**{name: getattr(arguments, name) for name in names}), show_progress)
+
+
+def bench_sorted(arguments: argparse.Namespace) -> dict[str, Any]:
+    from vitscale.bench.sorted import SortedBench, run
+
+    names = ("samples", "classes", "global_batch")
+    return run(SortedBench(**{name: getattr(arguments, name) for name in names}), show_progress)
 
 
 def bench_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +145,12 @@ def _shown(value: float | str) -> str:
     return f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
 
 
-COMMANDS = {"data": bench_data, "order": bench_order, "checkpoint": bench_checkpoint}
+COMMANDS = {
+    "data": bench_data,
+    "order": bench_order,
+    "sorted": bench_sorted,
+    "checkpoint": bench_checkpoint,
+}
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, UInt, UInt16, UInt32
+from jaxtyping import Int64, UInt16, UInt32
 
 from vitscale import rng
 
@@ -109,8 +109,8 @@ class Order:
     source: its number in a mixture, so that sources under one seed have different orders.
     lane_length: draws of a lane in an epoch. An epoch uses lanes x lane_length of the samples,
     each epoch another subset.
-    stratified: whether a lane's chunks of an epoch are neighbours in the data set, in random
-    order, or come from anywhere in it.
+    stratified: whether a lane's chunks of an epoch come from a few parts of the data set, or
+    from anywhere in it.
     """
 
     layout: ShardLayout
@@ -195,7 +195,7 @@ class EpochOrder:
         layout = order.layout
         chunks = rng.permutation(layout.num_chunks, order.seed, "chunks", order._key(epoch))
         if order.stratified:
-            chunks = chunks[np.argsort(_strata(order, epoch)[chunks], kind="stable")]
+            chunks = _stratified(order, epoch, chunks)
         chunks = chunks.astype(np.uint32)
         starts = np.arange(0, len(chunks), _BLOCK)  # [num_blocks]
         missing = np.add.reduceat(layout.shortfalls[chunks], starts, dtype=np.int64)
@@ -220,23 +220,32 @@ class EpochOrder:
         return first_ids[places] + wanted - (ends[places] - counts[places])
 
 
-def _strata(order: Order, epoch: int) -> UInt[np.ndarray, " num_chunks"]:
-    """Which lane of a stratified order takes each chunk in an epoch.
+def _stratified(
+    order: Order, epoch: int, chunks: Int64[np.ndarray, " num_chunks"]
+) -> Int64[np.ndarray, " num_chunks"]:
+    """Permuted chunks, so ordered that each lane has its own parts of the data set in an epoch.
 
-    The data set is cut into as many strata of consecutive chunks as there are lanes, and they
-    are permuted. So every global batch takes as much from each part of the data set as from any
-    other, however the samples are sorted. For 3 lanes, 12 draws each of 40 samples in chunks of
-    4: lane 2 also has the chunk of the tail. If the strata are permuted to 1 2 0:
+    The data set is cut into strata of consecutive chunks, as many for each lane as there are
+    chunks in its window. Which ones a lane has is random, and it takes a chunk from each of
+    them in turn. So every global batch takes as much from each part of the data set as from any
+    other, however the samples are sorted. For 2 lanes and windows of 2 chunks, if the strata
+    are permuted to 2 0 3 1:
 
-        chunk  0 1 2 | 3 4 5 6 | 7 8 9
-        lane   1 1 1 | 2 2 2 2 | 0 0 0
+        chunk    0 1 2 | 3 4 5 | 6 7 8 | 9 10 11        lane 0    4 2 | 5 0 | 3 1
+        stratum    2   |   0   |   3   |    1           lane 1    11 7 | 10 6 | 9 8
     """
-    num_chunks, num_samples = order.layout.num_chunks, order.layout.num_samples
-    ends = np.arange(order.lanes + 1) * order.lane_length * num_chunks // num_samples  # [V + 1]
-    ends[-1] = num_chunks  # the last lane is followed by the tail
-    lanes = rng.permutation(order.lanes, order.seed, "strata", order._key(epoch))  # [V]
+    layout, per_lane = order.layout, max(1, order.window_samples // order.layout.chunk_samples)
+    num_strata = order.lanes * per_lane
+    ends = np.arange(num_strata + 1) * order.lane_length // per_lane * len(chunks) // layout.num_samples
+    ends[-1] = len(chunks)  # the last one has the tail
+    sizes = np.diff(ends)  # [num_strata]
+    strata = rng.permutation(num_strata, order.seed, "strata", order._key(epoch))
     # Small numbers are sorted by radix, in linear time.
-    return np.repeat(lanes.astype(np.min_scalar_type(order.lanes)), np.diff(ends)[lanes])
+    stratum = np.repeat(strata.astype(np.min_scalar_type(num_strata)), sizes[strata])  # [num_chunks]
+    by_stratum = chunks[np.argsort(stratum[chunks], kind="stable")]
+    turns = np.arange(len(chunks)) - np.repeat(ends[:-1], sizes)
+    lanes = np.repeat(np.arange(num_strata) // per_lane, sizes)
+    return by_stratum[np.lexsort((turns, lanes))]
 
 
 def digest(ids: Int64[np.ndarray, " n"], first_position: int) -> int:
