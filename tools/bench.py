@@ -3,7 +3,9 @@
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ EXAMPLE = """examples:
   python tools/bench.py order --samples 303000000 --shards 30000 --world 1024 --json order.json
   python tools/bench.py sorted --samples 50000 --classes 10 --global-batch 128
   python tools/bench.py checkpoint --variant B/16 --ranks 2 --json checkpoint.json"""
+SECONDS_BETWEEN_LINES = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,33 +102,42 @@ def bench_data(arguments: argparse.Namespace) -> dict[str, Any]:
     config = DataBench(
         shards=arguments.shards, image_size=arguments.image_size, crop=arguments.crop, rounds=arguments.rounds
     )
-    return run(config, show_progress)
+    return run(config, Progress())
 
 
 def bench_order(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.order import OrderBench, run
 
     names = ("samples", "shards", "world", "global_batch", "sample_bytes", "workers", "folder")
-    return run(OrderBench(**{name: getattr(arguments, name) for name in names}), show_progress)
+    return run(OrderBench(**{name: getattr(arguments, name) for name in names}), Progress())
 
 
 def bench_sorted(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.sorted import SortedBench, run
 
     names = ("samples", "classes", "global_batch")
-    return run(SortedBench(**{name: getattr(arguments, name) for name in names}), show_progress)
+    return run(SortedBench(**{name: getattr(arguments, name) for name in names}), Progress())
 
 
 def bench_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.checkpoint import CheckpointBench, run
 
     names = ("variant", "ranks", "rounds", "folder", "deepspeed")
-    return run(CheckpointBench(**{name: getattr(arguments, name) for name in names}), show_progress)
+    return run(CheckpointBench(**{name: getattr(arguments, name) for name in names}), Progress())
 
 
-def show_progress(stage: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{stage} ...", end="", file=sys.stderr, flush=True)
+class Progress:
+    """Shows the stage of a measurement on stderr: on one line of a terminal, else at times."""
+
+    def __init__(self) -> None:
+        self.shown_at = -math.inf
+
+    def __call__(self, stage: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{stage} ...", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() >= self.shown_at + SECONDS_BETWEEN_LINES:
+            self.shown_at = time.monotonic()
+            print(f"{stage} ...", file=sys.stderr, flush=True)
 
 
 def print_table(results: dict[str, Any], indent: str = "") -> None:

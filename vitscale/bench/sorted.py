@@ -6,7 +6,9 @@ A simulation with the real order, of classes of equal size, without images. It n
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from vitscale.data.sources import DataConfig
 from vitscale.errors import ConfigError
 
 SHARD_SAMPLES = 1000
-STEPS, BLOCKS = 64, 24  # figures are means over blocks of consecutive steps
+STEPS, BLOCKS = 64, 16  # figures are means over blocks of consecutive steps
 Label = Callable[[Int64[np.ndarray, "..."]], Int64[np.ndarray, "..."]]
 
 
@@ -63,10 +65,11 @@ def run(config: SortedBench, progress: Callable[[str], None]) -> dict[str, Any]:
             "pairs_of_one_class": 1 / classes,
         }
     }
-    progress("shuffled")
-    results["shuffled shards"] = measure(config, Setting(), shuffled)
+    for name, setting in {"defaults": Setting(), "stratified": Setting(stratified=True)}.items():
+        progress(f"shuffled shards, {name}")
+        results[f"shuffled shards, {name}"] = measure(config, setting, shuffled)
     for name, setting in settings(size).items():
-        progress(name)
+        progress(f"sorted shards, {name}")
         results[f"sorted shards, {name}"] = measure(config, setting, in_order)
     return results
 
@@ -111,12 +114,12 @@ def measure(config: SortedBench, setting: Setting, label: Label) -> dict[str, fl
     uniform = size * share * (1 - share)  # the variance, but for the samples that are taken
     left = [(config.samples - taken) / (config.samples - 1) for taken in (size, steps * size)]
     return {
-        "samples_in_memory": mixture.lanes * mixture.orders[0].window_samples,
-        "classes_in_a_batch": float(np.mean(distinct)),
-        "correlation_with_the_next_batch": float(np.mean(lagged) / np.mean(batch)),
-        "spread_of_a_batch": float(np.sqrt(np.mean(batch) / (uniform * left[0]))),
-        f"spread_of_{steps}_steps": float(np.sqrt(np.mean(block) / (steps * uniform * left[1]))),
-        "pairs_of_one_class": float(np.mean(pairs)),
+        "samples_in_memory": float(mixture.lanes * mixture.orders[0].window_samples),
+        "classes_in_a_batch": fmean(distinct),
+        "correlation_with_the_next_batch": fmean(lagged) / fmean(batch),
+        "spread_of_a_batch": math.sqrt(fmean(batch) / (uniform * left[0])),
+        f"spread_of_{steps}_steps": math.sqrt(fmean(block) / (steps * uniform * left[1])),
+        "pairs_of_one_class": fmean(pairs),
     }
 
 
