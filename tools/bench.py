@@ -3,7 +3,9 @@
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ from typing import Any
 EXAMPLE = """examples:
   python tools/bench.py data --shards "data/imagenet/train-*.tar"
   python tools/bench.py order --samples 303000000 --shards 30000 --world 1024 --json order.json
+  python tools/bench.py sorted --samples 50000 --classes 10 --global-batch 128
   python tools/bench.py checkpoint --variant B/16 --ranks 2 --json checkpoint.json
   python tools/bench.py step configs/pretrain/vit_b16_in21k.toml --batch 256
   python tools/bench.py step --suite tools/results/gpu.json --index data/imagenet/index.json"""
-
+SECONDS_BETWEEN_LINES = 5
 # What `step` compares: who trains, how, and what is recomputed in the backward pass.
 STEP_CASES = {
     "loops": ["vitscale", "plain", "timm"],
@@ -73,6 +76,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     order.add_argument("--workers", type=int, default=8, help="data workers of a rank")
     order.add_argument("--folder", type=Path, default=Path("data/bench-order"), help="for the data set")
 
+    in_order = commands.add_parser(
+        "sorted",
+        help="simulate what shards that are sorted by class do to batches, in several orders",
+        epilog="example: python tools/bench.py sorted --samples 50000 --classes 10 --global-batch 128",
+    )
+    in_order.add_argument("--samples", type=int, default=1_281_167, help="of the synthetic data set")
+    in_order.add_argument(
+        "--classes", type=int, default=1000, help="of the synthetic data set, equally large"
+    )
+    in_order.add_argument("--global-batch", type=int, default=1024, help="images per step of all ranks")
+
     checkpoint = commands.add_parser(
         "checkpoint",
         help="save, load and export, beside raw writes and DeepSpeed's own checkpoints",
@@ -109,7 +123,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     step.add_argument("--index", default="", help="of photographs, for the end-to-end run of the suite")
     step.add_argument("--variants", nargs="*", default=["S/16", "B/16", "L/16", "H/14"], help="of the suite")
-    for command in (data, order, checkpoint, step):
+    for command in (data, order, in_order, checkpoint, step):
         command.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file")
     return parser.parse_args(argv)
 
@@ -120,21 +134,28 @@ def bench_data(arguments: argparse.Namespace) -> dict[str, Any]:
     config = DataBench(
         shards=arguments.shards, image_size=arguments.image_size, crop=arguments.crop, rounds=arguments.rounds
     )
-    return run(config, show_progress)
+    return run(config, Progress())
 
 
 def bench_order(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.order import OrderBench, run
 
     names = ("samples", "shards", "world", "global_batch", "sample_bytes", "workers", "folder")
-    return run(OrderBench(**{name: getattr(arguments, name) for name in names}), show_progress)
+    return run(OrderBench(**{name: getattr(arguments, name) for name in names}), Progress())
+
+
+def bench_sorted(arguments: argparse.Namespace) -> dict[str, Any]:
+    from vitscale.bench.sorted import SortedBench, run
+
+    names = ("samples", "classes", "global_batch")
+    return run(SortedBench(**{name: getattr(arguments, name) for name in names}), Progress())
 
 
 def bench_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.checkpoint import CheckpointBench, run
 
     names = ("variant", "ranks", "rounds", "folder", "deepspeed")
-    return run(CheckpointBench(**{name: getattr(arguments, name) for name in names}), show_progress)
+    return run(CheckpointBench(**{name: getattr(arguments, name) for name in names}), Progress())
 
 
 def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -159,7 +180,7 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.variants,
             arguments.batch or 0,
             wanted,
-            show_progress,
+            Progress(),
         )
     if arguments.config:
         paths = [text for text in arguments.config if "=" not in text]
@@ -175,12 +196,21 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
         rounds=arguments.rounds,
         steps=arguments.steps,
     )
-    return run(bench, show_progress)
+    return run(bench, Progress())
 
 
-def show_progress(stage: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{stage} ...", end="", file=sys.stderr, flush=True)
+class Progress:
+    """Shows the stage of a measurement on stderr: on one line of a terminal, else at times."""
+
+    def __init__(self) -> None:
+        self.shown_at = -math.inf
+
+    def __call__(self, stage: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{stage} ...", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() >= self.shown_at + SECONDS_BETWEEN_LINES:
+            self.shown_at = time.monotonic()
+            print(f"{stage} ...", file=sys.stderr, flush=True)
 
 
 def print_table(results: dict[str, Any], indent: str = "") -> None:
@@ -200,7 +230,13 @@ def _shown(value: float | str) -> str:
     return f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
 
 
-COMMANDS = {"data": bench_data, "order": bench_order, "checkpoint": bench_checkpoint, "step": bench_step}
+COMMANDS = {
+    "data": bench_data,
+    "order": bench_order,
+    "sorted": bench_sorted,
+    "checkpoint": bench_checkpoint,
+    "step": bench_step,
+}
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -21,6 +21,7 @@ from jaxtyping import Bool
 
 from vitscale import atomic, processes, storage
 from vitscale.data.classes import names_beside
+from vitscale.data.neighbours import Neighbours, compare
 from vitscale.data.order import ShardLayout
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
 from vitscale.data.scan import (
@@ -56,7 +57,9 @@ class Index:
     each, and `reasons` counts them by reason and says where the first is. passed_over: files by
     extension that are neither images nor labels. lone_samples: where the lone_labels are;
     empty in indexes of earlier commits. key_hashes: of all samples; None in indexes of earlier
-    commits. hash_ranges: by label, the lowest and the highest of them.
+    commits. hash_ranges: by label, the lowest and the highest of them. num_neighbours: pairs of
+    consecutive samples of a shard that can be used, and shared_labels: how many labels they
+    have in common, added up; 0 in indexes of earlier commits.
     """
 
     shards: tuple[Shard, ...]
@@ -72,6 +75,8 @@ class Index:
     lone_samples: Mapping[int, list[str]] = dataclasses.field(default_factory=dict)
     key_hashes: StoredArray | None = None
     hash_ranges: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    num_neighbours: int = 0
+    shared_labels: int = 0
 
     @functools.cached_property
     def layout(self) -> ShardLayout:
@@ -110,6 +115,14 @@ class Index:
     def named(self, label: int) -> str:
         """A label for messages, like "17 (dog)"; "17" where its class has no known name."""
         return f"{label} ({self._names[label]})" if label in self._names else str(label)
+
+    @functools.cached_property
+    def neighbours(self) -> Neighbours:
+        """Whether the shards are sorted by class."""
+        num_usable = self.num_samples - self.num_damaged
+        return compare(
+            self.num_neighbours, self.shared_labels, self.label_counts, num_usable, self.max_labels
+        )
 
     def describe_lone(self) -> list[str]:
         """A sentence for each lone label, with its samples."""
@@ -174,6 +187,8 @@ class Index:
             "passed_over": self.passed_over,
             "keys": dataclasses.asdict(self.keys),
             "lone_samples": {str(label): samples for label, samples in self.lone_samples.items()},
+            "num_neighbours": self.num_neighbours,
+            "shared_labels": self.shared_labels,
             "label_counts": {str(label): count for label, count in sorted(self.label_counts.items())},
             "hash_ranges": {str(label): ends for label, ends in sorted(self.hash_ranges.items())},
             "chunks": chunks,
@@ -377,7 +392,7 @@ class _IndexBuilder:
         self.rare: dict[int, list[str]] = {}
         self.key_hashes: list[np.ndarray] = []
         self.hash_ranges: dict[int, tuple[int, int]] = {}
-        self.num_damaged = self.max_labels = 0
+        self.num_damaged = self.max_labels = self.num_neighbours = self.shared_labels = 0
 
     def add(self, scan: Scan) -> None:
         self.shards.append(scan.shard)
@@ -385,6 +400,8 @@ class _IndexBuilder:
         self.damaged.append(np.isin(np.arange(len(scan.chunks)), scan.damaged_chunks))
         self.labels.update(scan.label_counts)
         self.max_labels = max(self.max_labels, scan.max_labels)
+        self.num_neighbours += scan.num_neighbours
+        self.shared_labels += scan.shared_labels
         self.num_damaged += scan.num_damaged
         self.damage += scan.damage[: LISTED - len(self.damage)]
         for reason, (count, example) in scan.reasons.items():
@@ -429,6 +446,8 @@ class _IndexBuilder:
             keys=keys,
             key_hashes=StoredArray(np.concatenate(self.key_hashes)),
             hash_ranges=self.hash_ranges,
+            num_neighbours=self.num_neighbours,
+            shared_labels=self.shared_labels,
         )
         lone_samples = {label: self.rare[label] for label in index.lone_labels}
         return dataclasses.replace(index, lone_samples=lone_samples)
@@ -453,6 +472,8 @@ def _read_newer(path: str, values: dict[str, Any], remake: str) -> dict[str, Any
         "lone_samples": {int(label): samples for label, samples in values.get("lone_samples", {}).items()},
         "key_hashes": _stored(path, values["key_hashes"], remake) if values.get("key_hashes") else None,
         "hash_ranges": {int(label): (lowest, highest) for label, (lowest, highest) in ranges},
+        "num_neighbours": values.get("num_neighbours", 0),
+        "shared_labels": values.get("shared_labels", 0),
     }
 
 

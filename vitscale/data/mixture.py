@@ -61,6 +61,7 @@ class Mixture:
         lanes: int = 0,
         window_samples: Sequence[int],
         repeats: int = 1,
+        stratified: bool = False,
     ) -> "Mixture":
         """Cut the sources into lanes (0 = default_lanes).
 
@@ -90,7 +91,15 @@ class Mixture:
             for layout in layouts
         ]
         orders = tuple(
-            Order(layout=layout, seed=seed, source=n, lanes=lanes, lane_length=length, window_samples=window)
+            Order(
+                layout=layout,
+                seed=seed,
+                source=n,
+                lanes=lanes,
+                lane_length=length,
+                window_samples=window,
+                stratified=stratified,
+            )
             for n, (layout, length, window) in enumerate(zip(layouts, lengths, window_samples, strict=True))
         )
         shares = [Fraction(weight).limit_denominator(10**9) for weight in weights]
@@ -138,6 +147,8 @@ class Mixture:
         """Names this order: runs with equal fingerprints read equal samples at equal steps."""
         shape = (self.seed, self.global_batch, self.lanes, self.repeats, *map(str, self.weights))
         parts = (*index_fingerprints, *shape, *(order.window_samples for order in self.orders))
+        if self.orders[0].stratified:
+            parts += ("stratified",)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def worlds(self) -> list[int]:

@@ -3,7 +3,8 @@
 Each epoch permutes the chunks. Cumulative counts then give every sample a position, the
 positions are cut into V lanes, and windows of consecutive positions of a lane are shuffled. So
 what a lane gives at its n-th draw depends only on (layout, seed, source, V, lane_length,
-window). Finding it takes no walk over the draws before it: the state of a reader is n.
+window, stratified). Finding it takes no walk over the draws before it: the state of a reader
+is n.
 """
 
 import dataclasses
@@ -142,6 +143,8 @@ class Order:
     source: its number in a mixture, so that sources under one seed have different orders.
     lane_length: draws of a lane in an epoch. An epoch uses lanes x lane_length of the samples,
     each epoch another subset.
+    stratified: whether a lane's chunks of an epoch come from a few parts of the data set, or
+    from anywhere in it.
     """
 
     layout: ShardLayout
@@ -150,6 +153,7 @@ class Order:
     lanes: int
     lane_length: int
     window_samples: int
+    stratified: bool = False
     _epochs: dict[int, "EpochOrder"] = dataclasses.field(
         init=False, default_factory=dict, repr=False, compare=False
     )
@@ -224,6 +228,8 @@ class EpochOrder:
         """Permute the chunks of an epoch (from 0)."""
         layout = order.layout
         chunks = rng.permutation(layout.num_chunks, order.seed, "chunks", order._key(epoch))
+        if order.stratified:
+            chunks = _stratified(order, epoch, chunks)
         chunks = chunks.astype(np.uint32)
         starts = np.arange(0, len(chunks), _BLOCK)  # [num_blocks]
         missing = np.add.reduceat(layout.shortfalls[chunks], starts, dtype=np.int64)
@@ -248,6 +254,34 @@ class EpochOrder:
         wanted = np.arange(positions.start, positions.stop)  # [n]
         places = np.searchsorted(ends, wanted, side="right")  # [n], places in `chunks`
         return self.layout.drawn_ids(first_ranks[places] + wanted - (ends[places] - counts[places]))
+
+
+def _stratified(
+    order: Order, epoch: int, chunks: Int64[np.ndarray, " num_chunks"]
+) -> Int64[np.ndarray, " num_chunks"]:
+    """Permuted chunks, so ordered that each lane has its own parts of the data set in an epoch.
+
+    The data set is cut into strata of consecutive chunks, as many for each lane as there are
+    chunks in its window. Which ones a lane has is random, and it takes a chunk from each of
+    them in turn. So every global batch takes as much from each part of the data set as from any
+    other, however the samples are sorted. For 2 lanes and windows of 2 chunks, if the strata
+    are permuted to 2 0 3 1:
+
+        chunk    0 1 2 | 3 4 5 | 6 7 8 | 9 10 11        lane 0    4 2 | 5 0 | 3 1
+        stratum    2   |   0   |   3   |    1           lane 1    11 7 | 10 6 | 9 8
+    """
+    layout, per_lane = order.layout, max(1, order.window_samples // order.layout.chunk_samples)
+    num_strata = order.lanes * per_lane
+    ends = np.arange(num_strata + 1) * order.lane_length // per_lane * len(chunks) // layout.num_samples
+    ends[-1] = len(chunks)  # the last one has the tail
+    sizes = np.diff(ends)  # [num_strata]
+    strata = rng.permutation(num_strata, order.seed, "strata", order._key(epoch))
+    # Small numbers are sorted by radix, in linear time.
+    stratum = np.repeat(strata.astype(np.min_scalar_type(num_strata)), sizes[strata])  # [num_chunks]
+    by_stratum = chunks[np.argsort(stratum[chunks], kind="stable")]
+    turns = np.arange(len(chunks)) - np.repeat(ends[:-1], sizes)
+    lanes = np.repeat(np.arange(num_strata) // per_lane, sizes)
+    return by_stratum[np.lexsort((turns, lanes))]
 
 
 def digest(ids: Int64[np.ndarray, " n"], first_position: int) -> int:

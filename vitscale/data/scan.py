@@ -41,7 +41,8 @@ class Scan:
     first is. passed_over: by extension, how many files are neither image nor label. tar_damage:
     whether the archive itself is broken. rare: by label, the samples of labels that may stand
     alone in the whole set (is_lone). key_hashes: of all samples, in order. hash_ranges: by
-    label, the lowest and the highest of them.
+    label, the lowest and the highest of them. num_neighbours: pairs of consecutive samples that
+    can be used. shared_labels: how many labels they have in common, added up.
     """
 
     shard: Shard
@@ -57,6 +58,8 @@ class Scan:
     rare: dict[int, list[str]]
     key_hashes: list[int]
     hash_ranges: dict[int, tuple[int, int]]
+    num_neighbours: int
+    shared_labels: int
 
 
 def is_lone(label: int, count: int, num_labels: int) -> bool:
@@ -151,6 +154,7 @@ class _ScanBuilder:
     def __init__(self, url: str, listed: int) -> None:
         self.url, self.listed = url, listed
         self.num_samples = self.max_labels = self.num_damaged = 0
+        self.num_neighbours = self.shared_labels = 0
         self.labels: collections.Counter[int] = collections.Counter()
         self.passed_over: collections.Counter[str] = collections.Counter()
         self.reasons: dict[str, tuple[int, str]] = {}
@@ -161,6 +165,7 @@ class _ScanBuilder:
         self.hash_ranges: dict[int, tuple[int, int]] = {}
         self.tar_damage = ""
         self._keys: set[str] = set()
+        self._last_labels: frozenset[int] | None = None
 
     def add(self, sample: RawSample | BadSample, chunk: int) -> None:
         self.num_samples += 1
@@ -177,6 +182,11 @@ class _ScanBuilder:
                     place = f"{self.url}: sample {sample.key}"
                     self.samples_by_label.setdefault(label, []).append(place)
             self.max_labels = max(self.max_labels, len(sample.labels))
+            labels = frozenset(sample.labels)
+            if self._last_labels is not None:
+                self.num_neighbours += 1
+                self.shared_labels += len(labels & self._last_labels)
+            self._last_labels = labels
         self._keys.add(sample.key)
 
     def refuse(self, allow_damaged: bool) -> None:
@@ -212,6 +222,8 @@ class _ScanBuilder:
             },
             key_hashes=self.key_hashes,
             hash_ranges=self.hash_ranges,
+            num_neighbours=self.num_neighbours,
+            shared_labels=self.shared_labels,
         )
 
     def _add_bad(self, sample: BadSample, chunk: int) -> None:

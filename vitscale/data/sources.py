@@ -78,6 +78,9 @@ class DataConfig:
                        divide it, and the sample order depends on it. 0 = the largest divisor of
                        global_batch up to 1,024.
     window_chunks:     chunks of a lane that are shuffled together, and held in memory.
+    chunk_order:       "shuffled": a lane's chunks come from anywhere in the data set.
+                       "stratified": from one part of it in each epoch, so that batches have all
+                       classes where the shards are sorted by class.
     decoder:           of JPEGs; "auto" is libjpeg-turbo 3 if it is installed, else simplejpeg.
     max_bad_fraction:  the share of replaced samples, in [0, 1], above which the run ends.
     """
@@ -93,6 +96,7 @@ class DataConfig:
     labels: Literal["single", "multi"] = "single"
     lanes: int = 0
     window_chunks: int = 2
+    chunk_order: Literal["shuffled", "stratified"] = "shuffled"
     decoder: Literal["auto", "turbojpeg", "simplejpeg"] = "auto"
     max_bad_fraction: float = 0.01
 
@@ -262,6 +266,7 @@ def make_mixture(
         lanes=config.lanes,
         window_samples=[config.window_chunks * source.index.chunk_samples for source in sources],
         repeats=repeats,
+        stratified=config.chunk_order == "stratified",
     )
 
 
