@@ -3,7 +3,6 @@
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -203,7 +202,7 @@ class Progress:
     """Shows the stage of a measurement on stderr: on one line of a terminal, else at times."""
 
     def __init__(self) -> None:
-        self.shown_at = -math.inf
+        self.shown_at = time.monotonic()  # what ends at once shows nothing
 
     def __call__(self, stage: str) -> None:
         if sys.stderr.isatty():
