@@ -220,6 +220,16 @@ def test_where_all_labels_are_rare_none_stands_alone(tmp_path: Path) -> None:
     assert index.lone_labels == () and index.max_label == 9
 
 
+@pytest.mark.parametrize(("num_high", "alone"), [(3, [1000, 1001, 1002]), (4, [])])
+def test_many_high_labels_are_part_of_a_set_of_many_classes(
+    tmp_path: Path, num_high: int, alone: list[int]
+) -> None:
+    """Of 10 labels, 3 may stand alone; of 1,000 labels, 50."""
+    labels = [str(n % 10) for n in range(40)] + [str(1000 + n) for n in range(num_high)]
+    index = build_index(storage.expand(write_labels(tmp_path, labels)))
+    assert list(index.lone_labels) == alone
+
+
 def test_a_bomb_does_not_end_the_statistics(tmp_path: Path, capsys, monkeypatch) -> None:
     index = write_index(tmp_path, [3], size=16)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

@@ -43,6 +43,7 @@ from vitscale.errors import ConfigError, DataError, StoreError, UserError
 FORMAT, VERSION = "vitscale-index", 3
 READABLE = (2, 3)  # version 2 means its samples strictly (SampleKeys.strict)
 CHUNK_SAMPLES = 32  # unless --chunk-samples says otherwise
+MAX_LONE = 3  # of a small set; of a large one 5% of its labels
 MAX_CHUNK_SAMPLES = 65_535  # ShardLayout.shortfalls counts in 16 bits
 
 
@@ -97,10 +98,14 @@ class Index:
 
     @functools.cached_property
     def lone_labels(self) -> tuple[int, ...]:
-        """Labels that are probably mistakes: of very few samples, and far above the others."""
+        """Labels that are probably mistakes: of very few samples, and far above the others.
+
+        Many such labels are no mistakes, but a small part of a set of many classes.
+        """
         num_labels = len(self.label_counts)
         lone = [label for label, count in self.label_counts.items() if is_lone(label, count, num_labels)]
-        return tuple(sorted(lone)) if len(lone) < num_labels else ()
+        most = min(num_labels - 1, max(MAX_LONE, num_labels // 20))
+        return tuple(sorted(lone)) if len(lone) <= most else ()
 
     @property
     def usual_labels(self) -> set[int]:
