@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import json
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -46,6 +47,7 @@ def initialize() -> None:
     # and torchrun sets OMP_NUM_THREADS to 1. Without a launcher, a user has set it.
     if not (is_alone and os.environ.get("OMP_NUM_THREADS")):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+    allow_open_files(launched_world_size())
     try:
         store = rendezvous.own_store(TIMEOUT)
         where = (
@@ -70,6 +72,34 @@ def _launched() -> Mapping[str, str]:
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(slurm.variables(os.environ))
     return os.environ
+
+
+def open_files(world_size: int) -> int:
+    """How many files a process may have open in a job of so many ranks, sockets counted.
+
+    gloo connects every rank with every other, in each of three groups: torch's, DeepSpeed's
+    copy of it, and the checkpoint writer's. Rank 0 also serves the store in which ranks meet.
+    The rest are shards, pipes and logs, and NCCL's connections, which are to neighbours only.
+    """
+    return 4 * world_size + 512
+
+
+def allow_open_files(world_size: int) -> None:
+    """Raise the soft limit of open files, often 1,024, to the hard one.
+
+    Raises ConfigError if that is too low for the world: gloo would fail without a word of it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = open_files(world_size)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"each of {world_size:,} ranks needs {needed:,} open files, and {socket.gethostname()} allows "
+            f"{hard:,}: raise the hard limit to {needed} (nofile in /etc/security/limits.conf, LimitNOFILE "
+            "in the unit of the daemon that starts jobs, --ulimit nofile for docker)",
+            shared=local_rank() != 0,  # one line per node
+        )
 
 
 def shutdown() -> None:

@@ -100,8 +100,10 @@ class Watch:
 
     def _run(self) -> None:
         dead_since = None
+        poll = select.poll()  # select.select refuses descriptors above 1,023, which large jobs have
+        poll.register(self._reader, select.POLLIN)
         while not self._closing.is_set():
-            if select.select([self._reader], [], [], LOOK_SECONDS)[0]:
+            if poll.poll(LOOK_SECONDS * 1000):
                 for number in os.read(self._reader, 4096):
                     self._take(number)
             if not self.asked and not intact(self._ancestry):
