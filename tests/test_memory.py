@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from vitscale.memory import activation_bytes, state_bytes
+from vitscale.engine.batches import BatchPlan, plan_batches
+from vitscale.engine.ds_config import EngineConfig
+from vitscale.memory import activation_bytes, explain_too_small, state_bytes
 from vitscale.models.layers import Checkpointing
 from vitscale.models.vit import ViTConfig
 
@@ -99,3 +101,45 @@ def test_the_sum_is_within_6_percent_of_what_a_gpu_measured(
     parameters = 86_567_656
     total = state_bytes(parameters, 1, 1, "bf16") + activation_bytes(B16, 256, "bf16", checkpointing)
     assert total / 2**30 == pytest.approx(measured, rel=0.06)
+
+
+def explain(plan: BatchPlan, gib: float, *, pairs: bool = False, **engine: object) -> str:
+    config = EngineConfig(micro_batch=plan.micro_batch, **engine)  # type: ignore[arg-type]
+    return explain_too_small(B16, config, plan, "bf16", int(gib * 2**30), pairs)
+
+
+def test_where_memory_runs_out_the_largest_micro_batch_that_fits_is_named() -> None:
+    """B/16 in bf16 on one device: 1.61 GiB of state and 0.0541 GiB an image."""
+    plan = plan_batches(1536, 1536, 1)
+    assert explain(plan, 80) == (
+        "CUDA is out of memory with engine.micro_batch 1536: by plan it needs activations 83.11 GiB (the "
+        "largest part) and parameters and state 1.61 GiB of 80.00 GiB; set engine.micro_batch = 768, the "
+        "largest below it that fits by plan"
+    )
+    # 512 images take 27.7 GiB, 384 take 20.8: each divides the 1,536 of the rank.
+    for gib, micro_batch in ((30, 512), (29, 384), (1.8, 3)):
+        assert f"set engine.micro_batch = {micro_batch}, " in explain(plan, gib)
+    assert "set engine.micro_batch = 2, " in explain(plan, 1.8, pairs=True)
+
+
+def test_a_micro_batch_that_ran_out_is_not_advised_though_it_fits_by_plan() -> None:
+    assert "set engine.micro_batch = 32, " in explain(plan_batches(64, 64, 1), 80)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "gib", "engine", "advice"),
+    [
+        (1, 1.5, {}, 'engine.activation_checkpointing = "full" or engine.offload_optimizer = true or '),
+        (2, 1.1, {"activation_checkpointing": "full"}, "engine.zero_stage = 3 or engine.offload_optimizer "),
+        (2, 0.5, {"zero_stage": 3, "activation_checkpointing": "full", "offload_optimizer": True}, ""),
+    ],
+)
+def test_where_no_micro_batch_fits_something_else_is_advised(
+    world_size: int, gib: float, engine: dict, advice: str
+) -> None:
+    sentence = explain(plan_batches(64, 0, world_size), gib, **engine)
+    assert f"; no smaller one fits by plan: use {advice}" in sentence and sentence.endswith("more devices")
+
+
+def test_micro_batch_one_has_none_below_it() -> None:
+    assert "no smaller one fits by plan" in explain(plan_batches(64, 1, 1), 80)

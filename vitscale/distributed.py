@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -176,6 +177,14 @@ def device_number(local_rank: int, num_devices: int, *, chosen: bool) -> int:
             "start one process per GPU"
         )
     return local_rank
+
+
+def device_bytes() -> int:
+    """The memory that this process has of its device and can still have."""
+    if not torch.cuda.is_available():
+        return psutil.Process().memory_info().rss + psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved()
 
 
 def lost_connection(error: BaseException) -> bool:

@@ -1,5 +1,7 @@
 """What a run needs of a device's memory, by arithmetic, before anything is built."""
 
+from vitscale.engine.batches import BatchPlan
+from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.zero import OPTIMIZER_SLOTS
 from vitscale.models import ModelConfig, empty_model
 from vitscale.models.layers import Checkpointing
@@ -17,7 +19,7 @@ def state_bytes(num_params: int, zero_stage: int, world_size: int, precision: st
         gradients                 4         2    2    (and 4 in bf16 at stage 1, never cut)
         optimizer                12        12    1    (fp32 master, two moments)
 
-    In bf16 at stage 1 DeepSpeed adds gradients up in a buffer in fp32, whole on each device.
+    In bf16 at stage 1 DeepSpeed accumulates gradients in fp32, in a buffer that is never cut.
     """
     param, grad = (4, 4) if precision == "fp32" else (2, 2)
     if precision == "bf16" and zero_stage == 1:
@@ -48,6 +50,46 @@ def activation_bytes(
     at_once = 0 if checkpointing == "none" else whole
     per_image = config.resolved_depth * kept[checkpointing] + at_once
     return micro_batch * per_image * (2 if precision == "fp32" else 1)
+
+
+def explain_too_small(
+    model: ModelConfig, engine: EngineConfig, plan: BatchPlan, precision: str, device_bytes: int, pairs: bool
+) -> str:
+    """What to say where a device runs out of memory: what needs it, and what fits by plan.
+
+    device_bytes: what this process can have of the device. pairs: micro batches must be even.
+
+    Fragmentation and kernels take more than is planned, so a micro batch that ran out is never
+    advised, even if it fits by plan.
+    """
+    num_params = sum(param.numel() for param in empty_model(model).parameters())
+    states = state_bytes(num_params, engine.zero_stage, plan.world_size, precision)
+
+    def activations(micro_batch: int) -> int:
+        return activation_bytes(model, micro_batch, precision, engine.activation_checkpointing)
+
+    parts = {"parameters and state": states, "activations": activations(plan.micro_batch)}
+    texts = [f"{name} {size / 2**30:,.2f} GiB" for name, size in sorted(parts.items(), key=lambda p: -p[1])]
+    fitting = [
+        micro_batch
+        for micro_batch in range(2 if pairs else 1, plan.micro_batch, 2 if pairs else 1)
+        if plan.per_rank % micro_batch == 0 and states + activations(micro_batch) <= device_bytes
+    ]
+    others = {
+        "engine.zero_stage = 3": engine.zero_stage < 3 and plan.world_size > 1,
+        'engine.activation_checkpointing = "full"': engine.activation_checkpointing != "full",
+        "engine.offload_optimizer = true": not engine.offload_optimizer,
+        "more devices": True,
+    }
+    way_out = (
+        f"set engine.micro_batch = {fitting[-1]}, the largest below it that fits by plan"
+        if fitting
+        else f"no smaller one fits by plan: use {' or '.join(name for name in others if others[name])}"
+    )
+    return (
+        f"CUDA is out of memory with engine.micro_batch {plan.micro_batch}: by plan it needs {texts[0]} (the "
+        f"largest part) and {texts[1]} of {device_bytes / 2**30:,.2f} GiB; {way_out}"
+    )
 
 
 def checkpoint_bytes(config: ModelConfig, optim: OptimConfig) -> int:

@@ -34,7 +34,7 @@ from vitscale.data.quarantine import Quarantine
 from vitscale.ending import Ending
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
-from vitscale.errors import DataError, Diverged, UserError
+from vitscale.errors import ConfigError, DataError, Diverged, UserError
 from vitscale.evals import open_task
 from vitscale.evals.adapters import LiveModel
 from vitscale.evals.task import Task
@@ -115,7 +115,8 @@ def loop(run: "Run", watch: Watch) -> None:
         with phases("step"):
             lr = learning_rate(at.step + 1, job.total_steps, job.config.optim.lr, job.config.schedule)
             engine.set_learning_rate(lr)
-            loss = train_step(run, batch, at.step + 1)
+            with enough_memory(job):
+                loss = train_step(run, batch, at.step + 1)
         at.advance()
         meter.add(batch, loss)
         health.add(loss)
@@ -194,6 +195,20 @@ def train_step(run: "Run", batch: Batch, step: int) -> Tensor:
     return total
 
 
+@contextlib.contextmanager
+def enough_memory(job: Job) -> Iterator[None]:
+    """Raises ConfigError where this rank's GPU is too small for the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        own = distributed.device_bytes()
+        config, pairs = job.config, bool(job.config.augment.mixup or job.config.augment.cutmix)
+        message = memory.explain_too_small(
+            config.model, config.engine, job.plan, config.precision, own, pairs
+        )
+        raise ConfigError(message) from None
+
+
 def due_after(step: int, job: Job, *, stopping: bool = False) -> Due:
     config = job.config
     return Due.after(
@@ -229,7 +244,8 @@ def started(job: Job, tasks: Tasks) -> Iterator[Run]:
     with distributed.alike():
         save_bytes = memory.checkpoint_bytes(config.model, config.optim)
     room.check(home, config.checkpoint, save_bytes)
-    engine, progress, passed_over = start(job, home)
+    with enough_memory(job):
+        engine, progress, passed_over = start(job, home)
     with (
         contextlib.closing(engine),
         open_metrics(job, progress.step) as metrics,

@@ -93,6 +93,17 @@ class Fail:
 
 
 @dataclasses.dataclass(frozen=True)
+class OutOfMemory:
+    """What torch raises on every rank whose GPU is full, in the first step."""
+
+    def arm(self) -> None:
+        at_batch(1, self._fail)
+
+    def _fail(self) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+@dataclasses.dataclass(frozen=True)
 class FileLimit:
     """One rank can write no file that is longer than `num_bytes`, as under a quota."""
 
