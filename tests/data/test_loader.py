@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -381,9 +382,12 @@ def test_the_read_ahead_of_a_lane_is_bounded(module_index: Index) -> None:
     assert max(num_held) <= 8 + 4 and min(num_held) < 8
 
 
-def test_a_lane_reads_no_chunk_twice_in_an_epoch(module_index: Index) -> None:
+@pytest.mark.parametrize("chunk_order", ["shuffled", "stratified"])
+def test_a_lane_reads_no_chunk_twice_in_an_epoch(
+    module_index: Index, chunk_order: Literal["shuffled", "stratified"]
+) -> None:
     """Windows end inside chunks: what the next one needs of such a chunk is carried over."""
-    config = dataclasses.replace(CONFIG, lanes=1)
+    config = dataclasses.replace(CONFIG, lanes=1, chunk_order=chunk_order)
     sources = make_stream(module_index, 0, 1).sources
     mixture = make_mixture(sources, config, seed=1, global_batch=8)
     view_config = ViewConfig(AugmentConfig(), "simplejpeg", 8, 5)

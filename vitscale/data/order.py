@@ -262,17 +262,17 @@ def _stratified(
     """Permuted chunks, so ordered that each lane has its own parts of the data set in an epoch.
 
     The data set is cut into strata of consecutive chunks, as many for each lane as there are
-    chunks in its window. Which ones a lane has is random, and it takes a chunk from each of
+    chunks in its window. Which strata a lane has is drawn, and it takes a chunk from each of
     them in turn. So every global batch takes as much from each part of the data set as from any
     other, however the samples are sorted. For 2 lanes and windows of 2 chunks, if the strata
     are permuted to 2 0 3 1:
 
-        chunk    0 1 2 | 3 4 5 | 6 7 8 | 9 10 11        lane 0    4 2 | 5 0 | 3 1
-        stratum    2   |   0   |   3   |    1           lane 1    11 7 | 10 6 | 9 8
+        chunk      0 1 2 | 3 4 5 | 6 7 8 | 9 10 11        lane 0    5 9 | 3 10 | 4 11
+        stratum      2   |   0   |   3   |    1           lane 1    2 8 | 0  6 | 1  7
     """
     layout, per_lane = order.layout, max(1, order.window_samples // order.layout.chunk_samples)
     num_strata = order.lanes * per_lane
-    ends = np.arange(num_strata + 1) * order.lane_length // per_lane * len(chunks) // layout.num_samples
+    ends = np.arange(num_strata + 1) * order.lane_length // per_lane * len(chunks) // layout.num_drawn
     ends[-1] = len(chunks)  # the last one has the tail
     sizes = np.diff(ends)  # [num_strata]
     strata = rng.permutation(num_strata, order.seed, "strata", order._key(epoch))
