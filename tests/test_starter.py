@@ -13,7 +13,9 @@ from make import jpeg
 
 from launch.train import main as train
 from tools.data import main as pack
+from vitscale import config as configs
 from vitscale.metrics import read_metrics
+from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("cat", "dog", "owl")
@@ -84,6 +86,8 @@ def test_the_page_is_followed_from_a_folder_of_photographs_to_an_export(clone: P
     scores = [row["eval/validation/top1"] for row in rows if "eval/validation/top1" in row]
     assert len(scores) == 2 and json.loads((clone / "runs/photos/status.json").read_text())["state"] == "done"
 
+    config = configs.load(TrainConfig, [clone / "configs" / "starter.toml"])
+    assert evaluation[-2:] == ["--crop", config.evals["validation"].crop]  # else it is another number
     evaluated = run(clone, evaluation)
     assert re.search(rf"^  top1 +{scores[-1]:.4f}$", evaluated, re.M), evaluated
     assert re.search(rf"^  num_samples +{validation_samples}$", evaluated, re.M), evaluated

@@ -11,7 +11,7 @@ from typing import Any
 EXAMPLES = """examples:
   python tools/evaluate.py fewshot runs/demo --data data/cifar10 --shots 1,5,10
   python tools/evaluate.py classify runs/demo --data 'data/cifar10/test-*.tar' --json result.json
-  python tools/evaluate.py classify runs/photos --split validation
+  python tools/evaluate.py classify runs/photos --split validation --crop center
   deepspeed tools/evaluate.py classify runs/vit_b16 --data 's3://bucket/val-{000..063}.tar' --crop center
 
 CKPT is a run directory (its newest good checkpoint), a step directory, or an export."""
