@@ -2,6 +2,7 @@
 """Measure vitscale beside its baselines in one run: prints a table, writes JSON if asked."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -73,6 +74,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     order.add_argument("--global-batch", type=int, default=4096, help="images per step of all ranks")
     order.add_argument("--sample-bytes", type=int, default=110_000, help="size of a stored JPEG")
     order.add_argument("--workers", type=int, default=8, help="data workers of a rank")
+    order.add_argument(
+        "--chunk-order", choices=["shuffled", "stratified"], default="shuffled", help="as data.chunk_order"
+    )
     order.add_argument("--folder", type=Path, default=Path("data/bench-order"), help="for the data set")
 
     in_order = commands.add_parser(
@@ -139,7 +143,7 @@ def bench_data(arguments: argparse.Namespace) -> dict[str, Any]:
 def bench_order(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.order import OrderBench, run
 
-    names = ("samples", "shards", "world", "global_batch", "sample_bytes", "workers", "folder")
+    names = [field.name for field in dataclasses.fields(OrderBench)]
     return run(OrderBench(**{name: getattr(arguments, name) for name in names}), Progress())
 
 

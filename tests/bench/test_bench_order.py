@@ -26,6 +26,7 @@ def test_a_small_set_is_measured(tmp_path: Path) -> None:
     """Shards of one chunk, and a number of lanes that 8 ranks cannot share."""
     options = ["--samples", "640", "--shards", "20", "--world", "5", "--global-batch", "100"]
     options += ["--workers", "0", "--sample-bytes", "3000", "--folder", str(tmp_path / "set")]
+    options += ["--chunk-order", "stratified"]
     assert main(["order", *options, "--json", str(tmp_path / "out.json")]) == 0
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results["data_side_megabytes_at_world_5"] > 0 and results["data_side_megabytes_at_world_4"] > 0

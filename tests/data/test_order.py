@@ -27,7 +27,7 @@ def make_order(
         seed=seed,
         source=source,
         lanes=lanes,
-        lane_length=layout.num_samples // lanes,
+        lane_length=length,
         window_samples=window,
         stratified=stratified,
     )

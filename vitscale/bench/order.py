@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -51,6 +51,7 @@ class OrderBench:
     world: how many ranks share it; global_batch: their images per step.
     sample_bytes: of a stored JPEG; 110,000 is the average of ImageNet's originals.
     workers: data workers of a rank.
+    chunk_order: as data.chunk_order.
     folder: for the synthetic data set.
     """
 
@@ -60,6 +61,7 @@ class OrderBench:
     global_batch: int = 4096
     sample_bytes: int = 110_000
     workers: int = 8
+    chunk_order: Literal["shuffled", "stratified"] = "shuffled"
     folder: Path = Path("data/bench-order")
 
     def __post_init__(self) -> None:
@@ -289,6 +291,7 @@ def order_of(index: Index, config: OrderBench) -> Mixture:
         seed=0,
         global_batch=config.global_batch,
         window_samples=[WINDOW_CHUNKS * index.chunk_samples],
+        stratified=config.chunk_order == "stratified",
     )
 
 

@@ -228,9 +228,9 @@ class EpochOrder:
         """Permute the chunks of an epoch (from 0)."""
         layout = order.layout
         chunks = rng.permutation(layout.num_chunks, order.seed, "chunks", order._key(epoch))
+        chunks = chunks.astype(np.uint32)
         if order.stratified:
             chunks = _stratified(order, epoch, chunks)
-        chunks = chunks.astype(np.uint32)
         starts = np.arange(0, len(chunks), _BLOCK)  # [num_blocks]
         missing = np.add.reduceat(layout.shortfalls[chunks], starts, dtype=np.int64)
         full = np.diff(np.append(starts, len(chunks))) * layout.chunk_samples
@@ -257,8 +257,8 @@ class EpochOrder:
 
 
 def _stratified(
-    order: Order, epoch: int, chunks: Int64[np.ndarray, " num_chunks"]
-) -> Int64[np.ndarray, " num_chunks"]:
+    order: Order, epoch: int, chunks: UInt32[np.ndarray, " num_chunks"]
+) -> UInt32[np.ndarray, " num_chunks"]:
     """Permuted chunks, so ordered that each lane has its own parts of the data set in an epoch.
 
     The data set is cut into strata of consecutive chunks, as many for each lane as there are
@@ -279,8 +279,8 @@ def _stratified(
     # Small numbers are sorted by radix, in linear time.
     stratum = np.repeat(strata.astype(np.min_scalar_type(num_strata)), sizes[strata])  # [num_chunks]
     by_stratum = chunks[np.argsort(stratum[chunks], kind="stable")]
-    turns = np.arange(len(chunks)) - np.repeat(ends[:-1], sizes)
-    lanes = np.repeat(np.arange(num_strata) // per_lane, sizes)
+    turns = np.arange(len(chunks), dtype=np.uint32) - np.repeat(ends[:-1].astype(np.uint32), sizes)
+    lanes = np.repeat((np.arange(num_strata) // per_lane).astype(np.uint32), sizes)
     return by_stratum[np.lexsort((turns, lanes))]
 
 

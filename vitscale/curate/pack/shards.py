@@ -57,7 +57,7 @@ def list_shards(source: str, config: PackConfig) -> Listing:
     """
     paths = [storage.local_path(url) for url in shard_urls(source) if storage.is_local(url)]
     if not paths:
-        raise ConfigError(f"{source} is not on a local disk; copy the shards, or mount their store")
+        raise ConfigError(f"the shards of {source} are not on a local disk; copy them, or mount their store")
     keys = config.sample_keys()
     if source.endswith(".json") and keys == DEFAULT_KEYS:
         keys = dataclasses.replace(Index.load(source).keys, strict=False)
