@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -206,7 +207,7 @@ class Progress:
     """Shows the stage of a measurement on stderr: on one line of a terminal, else at times."""
 
     def __init__(self) -> None:
-        self.shown_at = time.monotonic()  # what ends at once shows nothing
+        self.shown_at = -math.inf
 
     def __call__(self, stage: str) -> None:
         if sys.stderr.isatty():
