@@ -165,12 +165,12 @@ def test_a_missing_or_damaged_file_of_hashes_is_named(index: Index, tmp_path: Pa
 
 def test_an_index_without_hashes_is_refused_with_the_command(index: Index) -> None:
     old = dataclasses.replace(index, key_hashes=None)
-    with pytest.raises(DataError, match=r"holds no hashes .* index again, .* --out old/index.json"):
+    with pytest.raises(DataError, match=r"holds no hashes .* index again: .* --out old/index.json"):
         validation_ids(old, 0.1, "old/index.json")
 
 
 def test_a_fraction_that_leaves_nothing_is_refused(index: Index) -> None:
-    for fraction in (1e-6, 0.9999):
+    for fraction in (1e-6, 0.9999, 0.999999):
         with pytest.raises(ConfigError, match=f"validation_fraction {fraction} leaves (0|97) of 97 samples"):
             validation_ids(index, fraction, "")
     with pytest.raises(ConfigError, match=r"data.validation_fraction 1.0 must lie in \[0, 1\)"):

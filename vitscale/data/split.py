@@ -33,8 +33,7 @@ def validation_ids(index: Index, fraction: float, path: str) -> Int64[np.ndarray
     if index.key_hashes is None:
         raise DataError(
             f"{path} holds no hashes of the samples' keys, which data.validation_fraction needs: an earlier "
-            f"vitscale made it; index again, the data stay the same: python tools/data.py index SHARDS "
-            f"--out {path}"
+            f"vitscale made it; index again: python tools/data.py index SHARDS --out {path}"
         )
     ids = np.flatnonzero(index.key_hashes.read() < _threshold(fraction)).astype(np.int64)
     if not 0 < len(ids) < index.num_samples:

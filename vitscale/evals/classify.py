@@ -105,8 +105,9 @@ class ClassifyTask:
         return {**results, "num_samples": int(num_samples)}
 
     def _known(self, labels: Int64[Tensor, "B M"], num_classes: int) -> Int64[Tensor, "B M"]:
-        """The labels, which the head must have. Training replaces samples with others: so does
-        their validation split count them nowhere.
+        """The labels, where the head has all of them.
+
+        A sample of a validation split with another label counts nowhere: training replaces it.
         """
         if self.config.split:
             return labels.where(labels < num_classes, -1)
