@@ -24,6 +24,6 @@ def evaluate(
     """
     # The newest checkpoint of a live run may change meanwhile, so rank 0 decides which it is.
     path, step = distributed.on_main(lambda: locate(checkpoint, slot))
-    model = FrozenModel(load_model(path, slot=slot, device=device), device)
-    results = open_task(name, config, model.image_size).run(model)
-    return {"checkpoint": checkpoint, "step": step, "results": results}
+    model = FrozenModel(distributed.together(lambda: load_model(path, slot=slot, device=device)), device)
+    task = distributed.together(lambda: open_task(name, config, model.image_size))
+    return {"checkpoint": checkpoint, "step": step, "results": task.run(model)}
