@@ -33,11 +33,11 @@ def evaluate(
     """
     # The newest checkpoint of a live run may change meanwhile, so rank 0 decides which it is.
     path, step = distributed.on_main(lambda: locate(checkpoint, slot))
-    model = FrozenModel(load_model(path, slot=slot, device=device), device)
+    model = FrozenModel(distributed.together(lambda: load_model(path, slot=slot, device=device)), device)
     splits = isinstance(config, ClassifyConfig) and config.split
     source = distributed.together(lambda: training_source(path)) if splits else None
-    results = open_task(name, config, model.image_size, source).run(model)
-    return {"checkpoint": checkpoint, "step": step, "results": results}
+    task = distributed.together(lambda: open_task(name, config, model.image_size, source))
+    return {"checkpoint": checkpoint, "step": step, "results": task.run(model)}
 
 
 def training_source(path: str) -> Source:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from launch.train import main
+from tools.evaluate import main as evaluate_main
 from vitscale import config as configs
 from vitscale import distributed
 from vitscale.checkpoint.save import THREAD_NAME
@@ -140,6 +141,11 @@ def train(config: Path, overrides: Sequence[str] = (), event: Event | None = Non
     if event:
         event.arm()
     return main([str(config), *overrides])
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """An evaluation, as tools/evaluate.py makes it."""
+    return evaluate_main(arguments)
 
 
 def train_apart(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from vitscale import distributed
@@ -85,39 +85,36 @@ class ClassifyTask:
 
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"top1": 0.6, "top5": 0.9, "num_samples": 10000}; top5 with more than 5 classes."""
+        self._check_labels(model.num_classes)
         indices, remaining = own_indices(np.arange(self.test.num_samples))
         counts = Counts(0, 0, 0)
         for images, labels in self.test.batches(indices, self.config.batch_size):
             own = max(0, min(len(images), remaining))  # the rest only fills up this rank's share
             logits = model.logits(images).float().cpu()[:own]
-            targets = to_targets(self._known(labels[:own], model.num_classes), model.num_classes)
-            counts = counts.plus(topk_correct(logits, targets))
+            # A validation split may have labels that the head lacks: training replaces such samples.
+            known = labels[:own].where(labels[:own] < model.num_classes, -1)
+            counts = counts.plus(topk_correct(logits, to_targets(known, model.num_classes)))
             remaining -= own
         num_samples, top1, top5 = distributed.all_reduce_sum([float(count) for count in counts])
         if num_samples == 0:
             raise DataError(
                 f"{self.name}: {self.config.test or self.config.split}: no sample has a label, so there is "
-                "nothing to score; give labelled shards"
+                "nothing to score; give labelled shards",
+                shared=True,
             )
         results = {"top1": top1 / num_samples}
         if model.num_classes > 5:
             results["top5"] = top5 / num_samples
         return {**results, "num_samples": int(num_samples)}
 
-    def _known(self, labels: Int64[Tensor, "B M"], num_classes: int) -> Int64[Tensor, "B M"]:
-        """The labels, where the head has all of them.
-
-        A sample of a validation split with another label counts nowhere: training replaces it.
-        """
-        if self.config.split:
-            return labels.where(labels < num_classes, -1)
-        if labels.numel() and labels.max() >= num_classes:
-            label = self.test.index.named(int(labels.max()))
+    def _check_labels(self, num_classes: int) -> None:
+        label = self.test.index.max_label
+        if label >= num_classes and not self.config.split:
             raise DataError(
-                f"{self.name}: {self.config.test}: class {label} does not exist in a model of "
-                f"{num_classes} classes; give the test set that the head was trained for"
+                f"{self.name}: {self.config.test}: class {self.test.index.named(label)} does not exist in a "
+                f"model of {num_classes} classes; give the test set that the head was trained for",
+                shared=True,
             )
-        return labels
 
 
 def topk_correct(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Counts:
