@@ -91,7 +91,7 @@ class ClassifyTask:
         for images, labels in self.test.batches(indices, self.config.batch_size):
             own = max(0, min(len(images), remaining))  # the rest only fills up this rank's share
             logits = model.logits(images).float().cpu()[:own]
-            # A validation split may have labels that the head lacks: training replaces such samples.
+            # A validation split may have labels that the head lacks: training replaces those.
             known = labels[:own].where(labels[:own] < model.num_classes, -1)
             counts = counts.plus(topk_correct(logits, to_targets(known, model.num_classes)))
             remaining -= own
