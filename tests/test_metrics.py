@@ -129,9 +129,13 @@ def test_images_and_hyperparameters_reach_tensorboard(tmp_path: Path):
     writer = MetricsWriter(tmp_path, resume_step=0, total_steps=1)
     writer.write_images("inputs", torch.full((4, 3, 6, 6), 200, dtype=torch.uint8))
     writer.write(0, {"eval/test/top1": 0.5, "data/digest": 2**63})
-    writer.write_texts({"config": "seed = 0\n[model]"})
+    writer.write_texts({"config": 'seed = 0\n[model]\nindex = "https://h/index.json?sig=1"'})
     writer.write_hparams(
-        {"seed": 0, "model": {"variant": "B/16"}, "optim": {"betas": [0.9, 0.999], "lr": 1e-3}}
+        {
+            "index": "https://h/index.json?sig=1",
+            "model": {"variant": "B/16"},
+            "optim": {"betas": [0.9, 0.999], "lr": 1e-3},
+        }
     )
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -139,10 +143,13 @@ def test_images_and_hyperparameters_reach_tensorboard(tmp_path: Path):
     assert [event.step for event in events.Images("3_data/inputs")] == [0]
     assert events.Tags()["scalars"] == ["2_eval/test/top1"], "a hash is no curve"
     (text,) = events.Tensors("config/text_summary")
-    assert text.tensor_proto.string_val == [b"```\nseed = 0\n[model]\n```"]
+    assert text.tensor_proto.string_val == [
+        b'```\nseed = 0\n[model]\nindex = "https://h/index.json?***"\n```'
+    ]
     columns = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
     assert b"1_train/loss_mean" in columns and b"2_eval/test/top1" in columns
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"https://h/index.json?***" in content and b"sig" not in content
     assert b"model.variant" in content and b"B/16" in content and b"[0.9, 0.999]" in content
 
 

@@ -18,6 +18,7 @@ from vitscale.models import Model, empty_model
 from vitscale.models.flops import train_flops
 from vitscale.models.transfer import transfer_state
 from vitscale.optim import freeze
+from vitscale.redaction import redact
 from vitscale.run_dir import check_continuation, check_new_length, check_run_dir
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel
@@ -41,7 +42,7 @@ def describe(config: TrainConfig, world_size: int) -> str:
         _check_evaluations(config)
         _check_start(job, model)
         notes = []
-    return "\n\n".join(
+    text = "\n\n".join(
         (
             f"# resolved config\n{configs.to_toml(config).strip()}",
             *([_section("not there yet", notes)] if notes else []),
@@ -52,6 +53,7 @@ def describe(config: TrainConfig, world_size: int) -> str:
             f"# DeepSpeed JSON\n{json.dumps(job.deepspeed_config, indent=2)}",
         )
     )
+    return redact(text)
 
 
 def _check_evaluations(config: TrainConfig) -> None:

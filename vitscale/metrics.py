@@ -26,6 +26,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from vitscale import atomic
+from vitscale.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class MetricsWriter:
         """Show texts in TensorBoard, as they are, at the step where this start begins."""
         if self._tensorboard is not None:
             for tag, text in texts.items():
-                self._tensorboard.add_text(tag, f"```\n{text}\n```", self._resume_step)
+                self._tensorboard.add_text(tag, f"```\n{redact(text)}\n```", self._resume_step)
             self._tensorboard.flush()
 
     def write_hparams(self, values: Mapping[str, Any]) -> None:
@@ -233,6 +234,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | in
         if isinstance(value, Mapping):
             flat.update(_flatten(value, f"{prefix}{key}."))
         else:
-            is_plain = isinstance(value, bool | int | float | str)
-            flat[f"{prefix}{key}"] = value if is_plain else json.dumps(value)
+            is_number = isinstance(value, bool | int | float)
+            text = value if isinstance(value, str) else json.dumps(value)
+            flat[f"{prefix}{key}"] = value if is_number else redact(text)
     return flat

@@ -277,10 +277,16 @@ def damaged_chunks(chunks: np.ndarray) -> Bool[np.ndarray, " num_chunks"]:
 def open_index(pattern: str) -> Index:
     """An index.json, or plain shards by glob, brace pattern or URL, to be indexed in memory.
 
+    Such an index keeps the queries of URLs, which may be signatures: it is not for saving.
     Raises DataError or ConfigError for what is missing or damaged, StoreError for what cannot
     be read.
     """
-    return Index.load(pattern) if pattern.endswith(".json") else build_index(storage.expand(pattern))
+    if storage.without_query(pattern).endswith(".json"):
+        return Index.load(pattern)
+    urls = storage.expand(pattern)
+    index = build_index(urls)
+    shards = (dataclasses.replace(shard, url=url) for shard, url in zip(index.shards, urls, strict=True))
+    return dataclasses.replace(index, shards=tuple(shards))
 
 
 def check_shards(index: Index) -> None:
