@@ -13,10 +13,14 @@ from vitscale.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inner:
+    ALTERNATIVES = ("seconds", "minutes")
+
     name: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     steps: tuple[int, ...] = (1, 5)
+    seconds: int = 0
+    minutes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,14 @@ def test_a_later_alternative_replaces_an_earlier_one(
     files = [write(tmp_path / "1.toml", f'run_dir = "a"\n{first}\n'), write(tmp_path / "2.toml", second)]
     config = load(Outer, files, overrides)
     assert (config.metres, config.feet) == expected
+
+
+def test_a_later_alternative_replaces_an_earlier_one_in_a_section(tmp_path: Path) -> None:
+    one = write(tmp_path / "1.toml", 'run_dir = "a"\n[optim]\nseconds = 5\nlr = 2.0\n')
+    two = write(tmp_path / "2.toml", "[optim]\nminutes = 0.5\n")
+    assert load(Outer, [one, two]).optim == Inner(lr=2.0, minutes=0.5)
+    assert load(Outer, [one, two], ["optim.seconds=7"]).optim == Inner(lr=2.0, seconds=7)
+    assert load(Outer, [two, one], ["optim.minutes=0"]).optim == Inner(lr=2.0, seconds=5)
 
 
 def test_false_leaves_out_a_named_section_that_was_set_before(tmp_path: Path) -> None:

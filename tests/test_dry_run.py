@@ -67,15 +67,44 @@ def test_a_missing_index_is_named_with_the_command_that_makes_it() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_is_planned_without_its_data(path: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)  # where none of the data are
-    assert main([str(path), "--dry-run", "--world-size", "4"]) == 0
+    # What starter.toml leaves to the user.
+    overrides = ["data.num_samples=1000", "model.num_classes=3"] if path.stem == "starter" else []
+    assert main([str(path), *overrides, "--dry-run", "--world-size", "4"]) == 0
     shown = capsys.readouterr().out
-    config = configs.load(TrainConfig, [path])
+    config = configs.load(TrainConfig, [path], overrides)
     missing = f"{config.data.index} is missing; planned for {config.data.num_samples:,} samples"
     assert shown.count(missing) == 1
     noted = shown.split("# not there yet")[1].split("# data")[0]
     assert config.init.checkpoint in noted
     assert not config.evals or next(iter(config.evals.values())).test in noted
+    assert ("about 10" in shown) == bool(config.data.validation_fraction)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_validation_split_is_counted_and_what_it_leaves_out_is_said(run: list[str], capsys, caplog) -> None:
+    assert main([*run, "--dry-run", "data.validation_fraction=0.02", "evals.val.split=validation"]) == 0
+    shown = capsys.readouterr().out
+    assert "classes               5; model.num_classes is 5" in shown
+    assert "train                 94 samples of 5 classes" in shown
+    assert "validate              3 samples of 3 classes" in shown
+    assert "steps per epoch         11" in shown
+    assert "leaves 2 of 5 classes without validation samples: label 0, 3" in caplog.text
+
+
+def test_a_number_of_classes_that_is_missing_is_named(run: list[str], capsys) -> None:
+    assert main([*run, "--dry-run", "model.num_classes=0"]) == 2
+    assert "model.num_classes is 0, which builds a model without a head; set it to 5" in (
+        capsys.readouterr().err
+    )
+    assert main([*run, "--dry-run", "model.num_classes=0", "data.index=none", "data.num_samples=9"]) == 2
+    assert "set it to the number of classes" in capsys.readouterr().err
+
+
+def test_a_validation_split_that_is_not_cut_is_refused(run: list[str], capsys) -> None:
+    assert main([*run, "--dry-run", "evals.val.split=validation"]) == 2
+    assert 'evals.val.split = "validation" needs samples that are not trained on; set' in (
+        capsys.readouterr().err
+    )
 
 
 def test_the_stated_number_of_samples_gives_the_plan_of_the_index(

@@ -17,8 +17,8 @@ LAYERS = [
     ["metrics", "engine", "evals", "objectives", "curate"],
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],
-    ["job", "evaluate", "report"],
-    ["run_dir", "meter"],
+    ["job", "report"],
+    ["run_dir", "meter", "evaluate"],
     ["train", "dry_run"],
     ["bench"],
 ]

@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vitscale import metrics
+from vitscale.meter import peak_flops_of
 from vitscale.metrics import MetricsWriter, read_metrics, remaining_time
 
 
@@ -119,30 +120,51 @@ def test_tensorboard_holds_the_same_numbers_after_a_resume(tmp_path: Path):
         writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    scalars = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    scalars = [(event.step, event.value) for event in events.Scalars("1_train/loss")]
     assert scalars == [(row["step"], float(np.float32(row["train/loss"]))) for row in rows]
     assert [step for step, _ in scalars] == list(range(1, 11))
 
 
 def test_images_and_hyperparameters_reach_tensorboard(tmp_path: Path):
     writer = MetricsWriter(tmp_path, resume_step=0, total_steps=1)
-    writer.write_images("data/inputs", torch.full((4, 3, 6, 6), 200, dtype=torch.uint8))
+    writer.write_images("inputs", torch.full((4, 3, 6, 6), 200, dtype=torch.uint8))
     writer.write(0, {"eval/test/top1": 0.5, "data/digest": 2**63})
-    writer.write_texts({"config": "seed = 0\n[model]"})
+    writer.write_texts({"config": 'seed = 0\n[model]\nindex = "https://h/index.json?sig=1"'})
     writer.write_hparams(
-        {"seed": 0, "model": {"variant": "B/16"}, "optim": {"betas": [0.9, 0.999], "lr": 1e-3}}
+        {
+            "index": "https://h/index.json?sig=1",
+            "model": {"variant": "B/16"},
+            "optim": {"betas": [0.9, 0.999], "lr": 1e-3},
+        }
     )
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Tags()["images"] == ["data/inputs"]
-    assert [event.step for event in events.Images("data/inputs")] == [0]
-    assert events.Tags()["scalars"] == ["eval/test/top1"], "a hash is no curve"
+    assert events.Tags()["images"] == ["3_data/inputs"]
+    assert [event.step for event in events.Images("3_data/inputs")] == [0]
+    assert events.Tags()["scalars"] == ["2_eval/test/top1"], "a hash is no curve"
     (text,) = events.Tensors("config/text_summary")
-    assert text.tensor_proto.string_val == [b"```\nseed = 0\n[model]\n```"]
+    assert text.tensor_proto.string_val == [
+        b'```\nseed = 0\n[model]\nindex = "https://h/index.json?***"\n```'
+    ]
     columns = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
-    assert b"train/loss_mean" in columns and b"eval/test/top1" in columns
+    assert b"1_train/loss_mean" in columns and b"2_eval/test/top1" in columns
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"https://h/index.json?***" in content and b"sig" not in content
     assert b"model.variant" in content and b"B/16" in content and b"[0.9, 0.999]" in content
+
+
+def test_tensorboard_begins_with_training_then_evaluations_then_costs(tmp_path: Path):
+    """Its groups are what precedes the first slash, sorted by name."""
+    names = ("checkpoint/seconds", "data/bad_samples", "epoch", "eval/val/top1", "perf/mfu", "samples_seen")
+    writer = MetricsWriter(tmp_path, resume_step=0, total_steps=1)
+    writer.write(1, dict.fromkeys((*names, "time/data_wait_fraction", "train/lr", "train/loss"), 1.0))
+    writer.close()
+    tags = sorted(EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"])
+    groups = dict.fromkeys(tag.split("/")[0] for tag in tags)
+    assert list(groups) == ["1_train", "2_eval", "3_data", "4_perf", "5_time", "6_checkpoint"]
+    assert [tag for tag in tags if tag.startswith("3_data/")] == [
+        "3_data/bad_samples", "3_data/epoch", "3_data/samples_seen",
+    ]  # fmt: skip
 
 
 def test_without_a_terminal_each_row_is_one_plain_log_line(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -210,3 +232,23 @@ def test_a_resumed_run_takes_its_pace_from_its_own_steps(
     writer.close()
     # 4 steps in 10 s, and 16 are left
     assert [record.getMessage().rpartition("  ")[2] for record in caplog.records] == ["eta ?", "eta 00:40"]
+
+
+@pytest.mark.parametrize(
+    ("device", "tera"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA RTX A4000", 0),  # no A40
+        ("NVIDIA T1000", 0),
+    ],
+)
+def test_the_peak_of_a_gpu_goes_by_its_whole_name(device: str, tera: float) -> None:
+    assert peak_flops_of(device) == tera * 1e12

@@ -40,12 +40,25 @@ def test_without_a_warmup_the_first_step_has_almost_the_peak_rate(decay: str) ->
     assert learning_rate(1, 1000, 0.5, config) <= 0.5
 
 
+@pytest.mark.parametrize(("total_steps", "warmup_steps"), [(1, 0), (9, 0), (10, 1), (57, 5), (1000, 100)])
+def test_a_warmup_as_a_fraction_is_that_of_as_many_steps_and_fits_into_any_run(
+    total_steps: int, warmup_steps: int
+) -> None:
+    fraction, steps = ScheduleConfig(warmup_fraction=0.1), ScheduleConfig(warmup_steps=warmup_steps)
+    for step in (1, warmup_steps, total_steps):
+        rates = [learning_rate(step, total_steps, 0.5, config) for config in (fraction, steps)]
+        assert rates[0] == rates[1]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"warmup_steps": -1}, "schedule.warmup_steps -1 and schedule.end_lr 0.0 must not be negative"),
         ({"end_lr": -1e-5}, "schedule.warmup_steps 0 and schedule.end_lr -1e-05 must not be negative"),
         ({"timescale_steps": 0}, "schedule.timescale_steps 0 must be above 0"),
+        ({"warmup_fraction": 1.0}, r"schedule.warmup_fraction 1.0 must lie in \[0, 1\), like 0.1"),
+        ({"warmup_fraction": -0.1}, r"schedule.warmup_fraction -0.1 must lie in \[0, 1\)"),
+        ({"warmup_fraction": 0.1, "warmup_steps": 5}, "be 0 where schedule.warmup_steps is set"),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict, message: str) -> None:

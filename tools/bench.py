@@ -2,8 +2,11 @@
 """Measure vitscale beside its baselines in one run: prints a table, writes JSON if asked."""
 
 import argparse
+import dataclasses
 import json
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,18 @@ from typing import Any
 EXAMPLE = """examples:
   python tools/bench.py data --shards "data/imagenet/train-*.tar"
   python tools/bench.py order --samples 303000000 --shards 30000 --world 1024 --json order.json
+  python tools/bench.py sorted --samples 50000 --classes 10 --global-batch 128
   python tools/bench.py checkpoint --variant B/16 --ranks 2 --json checkpoint.json
+  python tools/bench.py step configs/pretrain/vit_b16_in21k.toml --batch 256
+  python tools/bench.py step --suite tools/results/gpu.json --index data/imagenet/index.json
   python tools/bench.py scale --ranks 1024,4096 --variant H/14 --zero 1,3"""
+SECONDS_BETWEEN_LINES = 5
+# What `step` compares: who trains, how, and what is recomputed in the backward pass.
+STEP_CASES = {
+    "loops": ["vitscale", "plain", "timm"],
+    "modes": ["eager", "compiled"],
+    "policies": ["none", "selective", "full"],
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +76,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     order.add_argument("--global-batch", type=int, default=4096, help="images per step of all ranks")
     order.add_argument("--sample-bytes", type=int, default=110_000, help="size of a stored JPEG")
     order.add_argument("--workers", type=int, default=8, help="data workers of a rank")
+    order.add_argument(
+        "--chunk-order", choices=["shuffled", "stratified"], default="shuffled", help="as data.chunk_order"
+    )
     order.add_argument("--folder", type=Path, default=Path("data/bench-order"), help="for the data set")
+
+    in_order = commands.add_parser(
+        "sorted",
+        help="simulate what shards that are sorted by class do to batches, in several orders",
+        epilog="example: python tools/bench.py sorted --samples 50000 --classes 10 --global-batch 128",
+    )
+    in_order.add_argument("--samples", type=int, default=1_281_167, help="of the synthetic data set")
+    in_order.add_argument(
+        "--classes", type=int, default=1000, help="of the synthetic data set, equally large"
+    )
+    in_order.add_argument("--global-batch", type=int, default=1024, help="images per step of all ranks")
 
     checkpoint = commands.add_parser(
         "checkpoint",
@@ -78,6 +105,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--no-deepspeed", dest="deepspeed", action="store_false", help="do not measure DeepSpeed's own"
     )
 
+    step = commands.add_parser(
+        "step",
+        help="images per second, MFU and memory of a training step, beside plain PyTorch and timm",
+        epilog="example: python tools/bench.py step --variant H/14 --batch 128",
+    )
+    step.add_argument("config", nargs="*", metavar="CONFIG.toml", help="measure its model and precision")
+    step.add_argument("--variant", default="B/16", help="without a config: the model, NAME/PATCH")
+    step.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: the config's, or bf16")
+    step.add_argument("--batch", type=int, help="images of a step; default: 64, and in the suite more")
+    for name, choices in STEP_CASES.items():
+        step.add_argument(
+            f"--{name}", nargs="+", choices=choices, default=choices, help="the rows to measure"
+        )
+    step.add_argument("--rounds", type=int, default=5, help="each figure is a median over them")
+    step.add_argument("--steps", type=int, default=5, help="of a round")
+    step.add_argument(
+        "--suite",
+        type=Path,
+        metavar="RESULTS.json",
+        help="instead: the paper's models and an end-to-end run, into this file; continues where it stopped",
+    )
+    step.add_argument("--index", default="", help="of photographs, for the end-to-end run of the suite")
+    step.add_argument("--variants", nargs="*", default=["S/16", "B/16", "L/16", "H/14"], help="of the suite")
+
     scale = commands.add_parser(
         "scale",
         help="what checkpoints cost on thousands of ranks: manifest, reads, sockets; none is started",
@@ -86,7 +137,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     scale.add_argument("--ranks", type=_integers, default=(1024, 4096), help="one or more numbers of ranks")
     scale.add_argument("--zero", type=_integers, default=(1, 3), help="one or more ZeRO stages")
     scale.add_argument("--variant", default="H/14", help="of the model, NAME/PATCH")
-    for command in (data, order, checkpoint, scale):
+    for command in (data, order, in_order, checkpoint, step, scale):
         command.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file")
     return parser.parse_args(argv)
 
@@ -97,28 +148,35 @@ def bench_data(arguments: argparse.Namespace) -> dict[str, Any]:
     config = DataBench(
         shards=arguments.shards, image_size=arguments.image_size, crop=arguments.crop, rounds=arguments.rounds
     )
-    return run(config, show_progress)
+    return run(config, Progress())
 
 
 def bench_order(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.order import OrderBench, run
 
-    names = ("samples", "shards", "world", "global_batch", "sample_bytes", "workers", "folder")
-    return run(OrderBench(**{name: getattr(arguments, name) for name in names}), show_progress)
+    names = [field.name for field in dataclasses.fields(OrderBench)]
+    return run(OrderBench(**{name: getattr(arguments, name) for name in names}), Progress())
+
+
+def bench_sorted(arguments: argparse.Namespace) -> dict[str, Any]:
+    from vitscale.bench.sorted import SortedBench, run
+
+    names = ("samples", "classes", "global_batch")
+    return run(SortedBench(**{name: getattr(arguments, name) for name in names}), Progress())
 
 
 def bench_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.checkpoint import CheckpointBench, run
 
     names = ("variant", "ranks", "rounds", "folder", "deepspeed")
-    return run(CheckpointBench(**{name: getattr(arguments, name) for name in names}), show_progress)
+    return run(CheckpointBench(**{name: getattr(arguments, name) for name in names}), Progress())
 
 
 def bench_scale(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.scale import ScaleBench, run
 
     config = ScaleBench(ranks=arguments.ranks, zero=arguments.zero, variant=arguments.variant)
-    return run(config, show_progress)
+    return run(config, Progress())
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -128,9 +186,59 @@ def _integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, like 1,3") from None
 
 
-def show_progress(stage: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{stage} ...", end="", file=sys.stderr, flush=True)
+def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
+    from vitscale import config as configs
+    from vitscale.bench import suite
+    from vitscale.bench.step import Case, StepBench, every_case, run
+    from vitscale.models import ModelConfig
+    from vitscale.train_config import TrainConfig
+
+    def wanted(case: Case) -> bool:
+        mode = "compiled" if case.compile else "eager"
+        return (
+            case.loop in arguments.loops
+            and mode in arguments.modes
+            and case.checkpointing in arguments.policies
+        )
+
+    if arguments.suite:
+        return suite.run(
+            arguments.suite,
+            arguments.index,
+            arguments.variants,
+            arguments.batch or 0,
+            wanted,
+            Progress(),
+        )
+    if arguments.config:
+        paths = [text for text in arguments.config if "=" not in text]
+        loaded = configs.load(TrainConfig, paths, [text for text in arguments.config if "=" in text])
+        model, precision = loaded.model, loaded.precision
+    else:
+        model, precision = ModelConfig(variant=arguments.variant), "bf16"
+    bench = StepBench(
+        model=model,
+        batch=suite.DEFAULT_BATCH if arguments.batch is None else arguments.batch,
+        precision=arguments.precision or precision,
+        cases=tuple(filter(wanted, every_case(model))),
+        rounds=arguments.rounds,
+        steps=arguments.steps,
+    )
+    return run(bench, Progress())
+
+
+class Progress:
+    """Shows the stage of a measurement on stderr: on one line of a terminal, else at times."""
+
+    def __init__(self) -> None:
+        self.shown_at = -math.inf
+
+    def __call__(self, stage: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{stage} ...", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() >= self.shown_at + SECONDS_BETWEEN_LINES:
+            self.shown_at = time.monotonic()
+            print(f"{stage} ...", file=sys.stderr, flush=True)
 
 
 def print_table(results: dict[str, Any], indent: str = "") -> None:
@@ -150,7 +258,14 @@ def _shown(value: float | str) -> str:
     return f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
 
 
-COMMANDS = {"data": bench_data, "order": bench_order, "checkpoint": bench_checkpoint, "scale": bench_scale}
+COMMANDS = {
+    "data": bench_data,
+    "order": bench_order,
+    "sorted": bench_sorted,
+    "checkpoint": bench_checkpoint,
+    "step": bench_step,
+    "scale": bench_scale,
+}
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

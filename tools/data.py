@@ -97,7 +97,9 @@ def _add_pack(add: Any, cores: int) -> None:
         help="write images to shards; after a kill, the same command continues",
         epilog=_example("pack photos/ data/photos --short-side 256"),
     )
-    pack.add_argument("source", metavar="SOURCE", help="folder, archive, table, or quoted pattern of shards")
+    pack.add_argument(
+        "source", metavar="SOURCE", help="folder, archive, table, index, or quoted pattern of shards"
+    )
     pack.add_argument("out", type=_local_path, metavar="OUT")
     pack.add_argument("--format", choices=FORMATS, default="imagefolder", help="default: imagefolder")
     pack.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
@@ -221,8 +223,11 @@ def pack(arguments: argparse.Namespace) -> int:
                 shards, workers=config.workers, journal=out.with_suffix(".partial"), progress=bar.update
             )
         index.save(out)
-        print(f"{out}: {index.num_samples:,} samples in {len(shards)} shards")
-        report_index(index)
+        num_classes = len(index.label_counts)
+        print(f"{out}: {index.num_samples:,} samples in {len(shards)} shards, {num_classes:,} classes")
+        if split == "train":
+            print(f"to train on them: model.num_classes = {max(index.usual_labels) + 1}")
+        report_index(index, out)
     for sentence in report.omissions:
         print(f"left out: {sentence}", file=sys.stderr)
     if report.num_omissions:
@@ -269,7 +274,7 @@ def index_shards(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     print(f"{index.num_samples:,} samples in {len(shards)} shards, {index.num_damaged:,} of them damaged")
-    report_index(index)
+    report_index(index, out)
     return 0
 
 
@@ -284,8 +289,7 @@ def verify(arguments: argparse.Namespace) -> int:
         ):
             num_damaged += 1
             print(sentence)
-    for sentence in index.describe_lone():
-        print(f"check: {sentence}", file=sys.stderr)
+    report_doubts(index, arguments.index)
     if num_damaged:
         print(f"error: {num_damaged:,} damaged places in {len(index.shards)} shards", file=sys.stderr)
         return 2
@@ -301,6 +305,7 @@ def stats(arguments: argparse.Namespace) -> int:
         check_writable(arguments.png, ".png")
     measured = measure(Index.load(arguments.index))
     print(describe(measured))
+    report_doubts(measured.index, arguments.index)
     if arguments.png:
         draw(measured).save(arguments.png)
         print(f"\nhistograms: {arguments.png}")
@@ -374,17 +379,24 @@ def warm(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def report_index(index: Any) -> None:
+def report_index(index: Any, path: Path) -> None:
     """Print what is noteworthy in a new index. Training replaces the damaged samples."""
     from vitscale.data.index import commonest
 
     for sentence in commonest(index.reasons, len(index.reasons)):
         print(f"damaged: {sentence}", file=sys.stderr)
-    for sentence in index.describe_lone():
-        print(f"check: {sentence}", file=sys.stderr)
+    report_doubts(index, path)
     if index.passed_over:
         counts = [f"{count:,} {extension}" for extension, count in sorted(index.passed_over.items())]
         print(f"passed over, neither images nor labels: {', '.join(counts)}", file=sys.stderr)
+
+
+def report_doubts(index: Any, path: str | Path) -> None:
+    """Print what looks wrong in an index."""
+    from vitscale.curate.stats import doubts
+
+    for sentence in doubts(index, path):
+        print(f"check: {sentence}", file=sys.stderr)
 
 
 def report_damage(sentences: Sequence[str], total: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 EXAMPLES = """examples:
   python tools/evaluate.py fewshot runs/demo --data data/cifar10 --shots 1,5,10
   python tools/evaluate.py classify runs/demo --data 'data/cifar10/test-*.tar' --json result.json
+  python tools/evaluate.py classify runs/photos --split validation --crop center
   deepspeed tools/evaluate.py classify runs/vit_b16 --data 's3://bucket/val-{000..063}.tar' --crop center
 
 CKPT is a run directory (its newest good checkpoint), a step directory, or an export."""
@@ -21,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.kind == "fewshot" and not (args.data or (args.train and args.test)):
         parser.error("fewshot needs --data FOLDER (with train-*.tar and test-*.tar), or --train and --test")
+    if args.kind == "classify" and bool(args.data) == bool(args.split):
+        parser.error("classify needs --data SHARDS, or --split validation for the run's own; not both")
     # Torch is imported after the arguments are known to be right, so that --help is instant.
     from vitscale import command
 
@@ -76,8 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument(
         "--data",
         metavar="SHARDS",
-        required=True,
         help="test shards, an index.json, or a folder with test-*.tar",
+    )
+    classify.add_argument(
+        "--split",
+        choices=("validation",),
+        help="what data.validation_fraction kept from the training of the run",
     )
     return parser
 
@@ -113,7 +120,7 @@ def _config_values(args: argparse.Namespace) -> dict[str, Any]:
     values = {key: value for key, value in vars(args).items() if value is not None}
     for key in ("checkpoint", "json", "local_rank", "data", "ema"):
         values.pop(key, None)
-    if args.data is None:
+    if not args.data:
         return values
     if args.kind == "fewshot":
         folder = args.data.rstrip("/")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from vitscale import distributed
 from vitscale.errors import Told, UserError
+from vitscale.redaction import redact
 
 FAILED, MISTAKE, INTERRUPTED, NO_READER = 1, 2, 130, 1
 # What a disk, a path or a limit refuses: the user fixes it outside of the program.
@@ -29,11 +30,9 @@ def run(program: Callable[[], int]) -> int:
     (UserError.shared); an error of a single rank is printed by that rank.
     """
     rank = distributed.launched_rank()
-    logging.basicConfig(
-        level=logging.ERROR if rank else logging.INFO,
-        format="%(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Redacting("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.ERROR if rank else logging.INFO, handlers=[handler])
     try:
         return program()
     except UserError as error:
@@ -51,7 +50,7 @@ def run(program: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in _USERS_ERRNOS:
             raise
-        where = error.filename or "writing"
+        where = redact(str(error.filename or "writing"))
         print(
             f"error: {where}: {error.strerror}; "
             "fix the path, its permissions or the disk, and run the same command again",
@@ -60,3 +59,10 @@ def run(program: Callable[[], int]) -> int:
         return MISTAKE
     finally:
         distributed.shutdown()
+
+
+class _Redacting(logging.Formatter):
+    """Formats log lines without the secrets of URLs, whoever logs them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))

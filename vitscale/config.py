@@ -52,7 +52,10 @@ class Upgraded(Protocol):
 
 @runtime_checkable
 class HasAlternatives(Protocol):
-    """A section class with keys of which one is given: a later one replaces an earlier one."""
+    """A section class with keys of which one is given: a later one replaces an earlier one.
+
+    The section stands at the top level or at a fixed place below it, not among named ones.
+    """
 
     ALTERNATIVES: tuple[str, ...]
 
@@ -152,7 +155,12 @@ def _drop_alternatives(schema: Any, merged: dict[str, Any], part: Mapping[str, A
     """What was merged before, without the alternatives to a key that `part` sets."""
     names = schema.ALTERNATIVES if isinstance(schema, HasAlternatives) else ()
     given = any(part.get(name) for name in names)
-    return {key: value for key, value in merged.items() if not given or key not in names}
+    left = {key: value for key, value in merged.items() if not given or key not in names}
+    for key, hint in get_type_hints(schema).items():
+        before, now = left.get(key), part.get(key)
+        if dataclasses.is_dataclass(hint) and isinstance(before, Mapping) and isinstance(now, Mapping):
+            left[key] = _drop_alternatives(hint, dict(before), now)
+    return left
 
 
 def _leave_out(

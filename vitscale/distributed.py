@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,14 +36,17 @@ def initialize() -> None:
     """
     if dist.is_initialized():
         return
-    if "WORLD_SIZE" not in _launched():
+    is_alone = "WORLD_SIZE" not in _launched()
+    if is_alone:
         os.environ.update(_STANDALONE, MASTER_PORT=str(free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     else:
         # Without it, DeepSpeed warns in every process that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # The ranks of a machine share its cores; by default each would start a thread per core.
+    # The ranks of a machine share its cores; by default each would start a thread per core,
+    # and torchrun sets OMP_NUM_THREADS to 1. Without a launcher, a user has set it.
+    if not (is_alone and os.environ.get("OMP_NUM_THREADS")):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     allow_open_files(launched_world_size())
     try:
@@ -183,6 +187,14 @@ def device_number(local_rank: int, num_devices: int, *, chosen: bool) -> int:
     return local_rank
 
 
+def device_bytes() -> int:
+    """The memory that this process has of its device and can still have."""
+    if not torch.cuda.is_available():
+        return psutil.Process().memory_info().rss + psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved()
+
+
 def lost_connection(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone, or does not answer."""
     if isinstance(error, dist.DistError):
@@ -214,6 +226,28 @@ def _reduce(tensor: Tensor, op: Any, channel: dist.ProcessGroup | None = None) -
     if world_size() > 1:
         dist.all_reduce(tensor, op, group=channel)
     return tensor.tolist()
+
+
+class Agreement:
+    """Whether any rank has raised a flag, so that all act on it after the same step.
+
+    The answer comes one call later: nobody waits in the call for a rank that is behind. Every
+    rank calls it equally often.
+    """
+
+    def __init__(self, num_flags: int) -> None:
+        self._flags = torch.zeros(num_flags, dtype=torch.int64)
+        self._asked: dist.Work | None = None
+
+    def __call__(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any rank raised it in the call before; at first, false."""
+        if self._asked:
+            self._asked.wait()
+        answer = self._flags.bool().tolist()
+        self._flags = torch.tensor(flags, dtype=torch.int64)
+        if world_size() > 1:
+            self._asked = dist.all_reduce(self._flags, dist.ReduceOp.MAX, async_op=True)
+        return answer
 
 
 def all_gather_rows(rows: Tensor, channel: dist.ProcessGroup | None = None) -> Tensor:

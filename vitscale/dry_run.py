@@ -9,7 +9,8 @@ from vitscale import memory
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint
-from vitscale.data.sources import SourceConfig, check_sources, missing_sources, open_sources
+from vitscale.data.sources import Source, SourceConfig, check_sources, missing_sources, open_sources
+from vitscale.data.split import split_classes
 from vitscale.engine import zero
 from vitscale.errors import UserError
 from vitscale.evals import open_task
@@ -18,6 +19,7 @@ from vitscale.models import Model, empty_model
 from vitscale.models.flops import train_flops
 from vitscale.models.transfer import check_backbone
 from vitscale.optim import freeze
+from vitscale.redaction import redact
 from vitscale.run_dir import check_continuation, check_new_length, check_run_dir
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel
@@ -38,10 +40,10 @@ def describe(config: TrainConfig, world_size: int) -> str:
         notes = _missing_lines(job, model, missing)
     else:
         check_sources(job.sources)
-        _check_evaluations(config)
+        _check_evaluations(job)
         _check_start(job, model)
         notes = []
-    return "\n\n".join(
+    text = "\n\n".join(
         (
             f"# resolved config\n{configs.to_toml(config).strip()}",
             *([_section("not there yet", notes)] if notes else []),
@@ -52,11 +54,12 @@ def describe(config: TrainConfig, world_size: int) -> str:
             f"# DeepSpeed JSON\n{json.dumps(job.deepspeed_config, indent=2)}",
         )
     )
+    return redact(text)
 
 
-def _check_evaluations(config: TrainConfig) -> None:
-    for name, section in config.evals.items():
-        open_task(name, section, config.model.image_size)
+def _check_evaluations(job: Job) -> None:
+    for name, section in job.config.evals.items():
+        open_task(name, section, job.config.model.image_size, job.sources[0])
 
 
 def _check_start(job: Job, model: Model) -> None:
@@ -93,7 +96,6 @@ def _check_state(checkpoint: Checkpoint, config: TrainConfig, model: Model) -> N
 
 def _missing_lines(job: Job, model: Model, missing: Sequence[SourceConfig]) -> list[tuple[str, str]]:
     """What a plan without its data could not check, with the reason."""
-    config = job.config
     lines = [
         (
             "index",
@@ -102,7 +104,7 @@ def _missing_lines(job: Job, model: Model, missing: Sequence[SourceConfig]) -> l
         for source in missing
     ]
     checks: list[tuple[str, Callable[[], object]]] = [
-        ("evaluations", lambda: _check_evaluations(config)),
+        ("evaluations", lambda: _check_evaluations(job)),
         ("init", lambda: _check_init(job, model)),
     ]
     for name, check in checks:
@@ -130,6 +132,7 @@ def _data_lines(job: Job) -> list[tuple[str, str]]:
         lines += [
             ("source", f"{source.name}: {float(weight):.2%} of every batch, {epochs:,.2f} epochs"),
             ("  samples", f"{index.num_samples:,} in {size}"),
+            *_class_lines(source, job.config),
             ("  left out", f"{order.tail:,} each epoch (different ones); {len(source.excluded):,} excluded"),
             ("  damaged", f"{index.num_damaged:,} known to the index"),
         ]
@@ -140,6 +143,23 @@ def _data_lines(job: Job) -> list[tuple[str, str]]:
         ("lanes", f"{mixture.lanes:,}; it runs on {', '.join(map(str, world_sizes))} devices"),
         ("JPEG decoder", job.decoder),
     ]
+
+
+def _class_lines(source: Source, config: TrainConfig) -> list[tuple[str, str]]:
+    """How many classes a source has, and what a validation split makes of them."""
+    index, fraction = source.index, config.data.validation_fraction
+    num_classes, num_held_out = len(index.label_counts), len(source.held_out)
+    if not num_classes:
+        return [("  validate", f"about {num_held_out:,} samples")] if fraction else []
+    lines = [("  classes", f"{num_classes:,}; model.num_classes is {config.model.num_classes:,}")]
+    if fraction:
+        lacking = split_classes(index, fraction)
+        validating, training = (num_classes - len(labels) for labels in lacking)
+        lines += [
+            ("  train", f"{index.num_samples - num_held_out:,} samples of {training:,} classes"),
+            ("  validate", f"{num_held_out:,} samples of {validating:,} classes"),
+        ]
+    return lines
 
 
 def _batch_lines(job: Job) -> list[tuple[str, str]]:

@@ -5,8 +5,15 @@ from typing import Any
 import torch
 
 from vitscale import distributed
-from vitscale.evals import EvalConfig, open_task
+from vitscale.checkpoint.manifest import saved_config
+from vitscale.checkpoint.verify import open_directory
+from vitscale.data.sources import Source, open_sources
+from vitscale.errors import ConfigError
+from vitscale.evals import ClassifyConfig, EvalConfig, open_task
 from vitscale.evals.adapters import FrozenModel
+from vitscale.job import derive
+from vitscale.train_config import TrainConfig
+from vitscale.weights.files import find_export
 from vitscale.weights.saved import Slot, load_model, locate
 
 
@@ -20,10 +27,42 @@ def evaluate(
         {"checkpoint": ..., "step": 5000, "results": {"top1": 0.52, ...}}
 
     slot: "ema" takes the average of the weights, as evaluations in training do where there
-    is one. Raises CheckpointError or DataError for what cannot be read as it is.
+    is one. A validation split is that of the data that the run was trained on. Raises
+    CheckpointError or DataError for what cannot be read as it is, and ConfigError where there
+    is no such split.
     """
     # The newest checkpoint of a live run may change meanwhile, so rank 0 decides which it is.
     path, step = distributed.on_main(lambda: locate(checkpoint, slot))
-    model = FrozenModel(load_model(path, slot=slot, device=device), device)
-    results = open_task(name, config, model.image_size).run(model)
-    return {"checkpoint": checkpoint, "step": step, "results": results}
+    model = FrozenModel(distributed.together(lambda: load_model(path, slot=slot, device=device)), device)
+    splits = isinstance(config, ClassifyConfig) and config.split
+    source = distributed.together(lambda: training_source(path)) if splits else None
+    task = distributed.together(lambda: open_task(name, config, model.image_size, source))
+    return {"checkpoint": checkpoint, "step": step, "results": task.run(model)}
+
+
+def training_source(path: str) -> Source:
+    """The data that the run of a step directory was trained on.
+
+    Raises ConfigError if they are several sources or have no validation split, and if they are
+    others now: samples of the split might then have been trained on.
+    """
+    if find_export(path):
+        raise ConfigError(
+            f"{path} is an export, which does not name the data that it was trained on; evaluate the run "
+            "itself, or name test shards with --data"
+        )
+    checkpoint = open_directory(path)
+    train = checkpoint.manifest.train
+    config = saved_config(TrainConfig, train.config, "", checkpoint.folder, train.writer)
+    if not config.data.validation_fraction:
+        raise ConfigError(
+            f"{path} was trained with data.validation_fraction = 0, on all of its data; name test shards "
+            "with --data"
+        )
+    job = derive(config, checkpoint.manifest.world_size, open_sources(config.data))
+    if job.data_fingerprint() != train.data_fingerprint:
+        raise ConfigError(
+            f"{path} was trained on other data than its config names now, so it may have been trained on "
+            f"samples of their validation split; restore {config.data.index}, or name test shards with --data"
+        )
+    return job.sources[0]

@@ -1,7 +1,10 @@
 """What a run needs of a device's memory, by arithmetic, before anything is built."""
 
+from vitscale.engine.batches import BatchPlan
+from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.zero import OPTIMIZER_SLOTS
 from vitscale.models import ModelConfig, empty_model
+from vitscale.models.layers import Checkpointing
 from vitscale.models.vit import ViTConfig
 from vitscale.optim import OptimConfig, freeze
 
@@ -13,33 +16,80 @@ def state_bytes(num_params: int, zero_stage: int, world_size: int, precision: st
 
         bytes per parameter    fp32    16 bit    cut from stage
         parameters                4         2    3
-        gradients                 4         2    2
+        gradients                 4         2    2    (and 4 in bf16 at stage 1, never cut)
         optimizer                12        12    1    (fp32 master, two moments)
+
+    In bf16 at stage 1 DeepSpeed accumulates gradients in fp32, in a buffer that is never cut.
     """
     param, grad = (4, 4) if precision == "fp32" else (2, 2)
+    if precision == "bf16" and zero_stage == 1:
+        grad += 4
     optimizer = 12
     shared = {1: (param + grad, optimizer), 2: (param, grad + optimizer), 3: (0, param + grad + optimizer)}
     whole, sharded = shared[zero_stage]
     return num_params * whole + num_params * sharded // world_size
 
 
-def activation_bytes(config: ViTConfig, micro_batch: int, precision: str, checkpointing: str) -> int:
+def activation_bytes(
+    config: ViTConfig, micro_batch: int, precision: str, checkpointing: Checkpointing
+) -> int:
     """Bytes of activations that the backward pass of one micro batch needs.
 
     Per token of a block of width D and MLP width M, in 16 bit; fp32 takes twice as much:
 
-        two norms, qkv, attention output     16 D
-        both activations of the MLP           4 M
+        "none"         two norms, qkv, attention output: 16 D; both activations of the MLP: 4 M
+        "selective"    input, qkv, attention output, projections: 12 D; first MLP layer: 2 M
+        "full"         input: 2 D
 
-    Attention matrices are never stored. With full checkpointing only each block's input is
-    kept, 2 D, and one block at a time in full.
+    Attention matrices are never stored. What is recomputed needs the memory of "none" for one
+    block at a time.
     """
-    tokens = config.num_tokens
-    full = tokens * (16 * config.resolved_width + 4 * config.resolved_mlp_dim)
-    kept = tokens * 2 * config.resolved_width
-    layers = config.resolved_depth
-    per_image = layers * kept + full if checkpointing == "full" else layers * full
+    tokens, width, mlp = config.num_tokens, config.resolved_width, config.resolved_mlp_dim
+    whole = tokens * (16 * width + 4 * mlp)
+    kept = {"none": whole, "selective": tokens * (12 * width + 2 * mlp), "full": tokens * 2 * width}
+    at_once = 0 if checkpointing == "none" else whole
+    per_image = config.resolved_depth * kept[checkpointing] + at_once
     return micro_batch * per_image * (2 if precision == "fp32" else 1)
+
+
+def explain_too_small(
+    model: ModelConfig, engine: EngineConfig, plan: BatchPlan, precision: str, device_bytes: int, pairs: bool
+) -> str:
+    """What to say where a device runs out of memory: what needs it, and what fits by plan.
+
+    device_bytes: what this process can have of the device. pairs: micro batches must be even.
+
+    Fragmentation and kernels take more than is planned, so a micro batch that ran out is never
+    advised, even if it fits by plan.
+    """
+    num_params = sum(param.numel() for param in empty_model(model).parameters())
+    states = state_bytes(num_params, engine.zero_stage, plan.world_size, precision)
+
+    def activations(micro_batch: int) -> int:
+        return activation_bytes(model, micro_batch, precision, engine.activation_checkpointing)
+
+    parts = {"parameters and state": states, "activations": activations(plan.micro_batch)}
+    texts = [f"{name} {size / 2**30:,.2f} GiB" for name, size in sorted(parts.items(), key=lambda p: -p[1])]
+    fitting = [
+        micro_batch
+        for micro_batch in range(2 if pairs else 1, plan.micro_batch, 2 if pairs else 1)
+        if plan.per_rank % micro_batch == 0 and states + activations(micro_batch) <= device_bytes
+    ]
+    others = {
+        "engine.zero_stage = 3": engine.zero_stage < 3 and plan.world_size > 1,
+        'engine.activation_checkpointing = "full"': engine.activation_checkpointing != "full",
+        "engine.offload_optimizer = true": not engine.offload_optimizer,
+        "more devices": True,
+    }
+    way_out = (
+        f"set engine.micro_batch = {fitting[-1]}, the largest below it that fits by plan"
+        if fitting
+        else f"no smaller one fits by plan: use {' or '.join(name for name in others if others[name])}"
+    )
+    return (
+        f"CUDA is out of memory with engine.micro_batch {plan.micro_batch}: by plan it needs {texts[0]} (the "
+        f"largest part) and {texts[1]} of {device_bytes / 2**30:,.2f} GiB; {way_out}"
+    )
 
 
 def checkpoint_bytes(config: ModelConfig, optim: OptimConfig) -> int:

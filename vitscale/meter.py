@@ -1,5 +1,6 @@
 """The numbers of a logged row: what all ranks did since the last one."""
 
+import re
 import time
 
 import numpy as np
@@ -14,14 +15,36 @@ from vitscale.job import Job
 from vitscale.models.flops import train_flops
 from vitscale.progress import Progress
 
-# Dense bf16 FLOP/s, without sparsity, from the vendors' data sheets. Others get no perf/mfu.
+# Dense bf16 FLOP/s (V100: fp16), without sparsity, from the vendors' data sheets, of the first
+# name that is part of a device's. Others get no perf/mfu.
 PEAK_FLOPS = {
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A10G": 70e12,
+    "A10": 125e12,
     "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
     "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
     "V100": 125e12,
+    "MI355X": 2500e12,
+    "MI325X": 1307e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
 }
 
 
@@ -102,7 +125,10 @@ class Meter:
 
 def peak_flops() -> float:
     """The bf16 peak of this device in FLOP/s, or 0 if it is not known (as for any CPU)."""
-    if not torch.cuda.is_available():
-        return 0.0
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), 0.0)
+    return peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else 0.0
+
+
+def peak_flops_of(device: str) -> float:
+    """The bf16 peak in FLOP/s of a GPU by its name, or 0 if it is not known."""
+    peaks = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device))
+    return next(peaks, 0.0)

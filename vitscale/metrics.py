@@ -26,12 +26,15 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from vitscale import atomic
+from vitscale.redaction import redact
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 NON_FINITE = ("nan", "inf", "-inf")
 HASHES = ("data/digest",)  # in metrics.jsonl only: a curve of them means nothing
+# TensorBoard sorts groups by name and opens the first two. There, their names are numbered.
+GROUPS = ("train", "eval", "data", "perf", "time", "checkpoint")
 # The numbers that the console shows, if a step has them: name, label, format.
 CONSOLE = (
     ("epoch", "epoch", "{:.2f}"),
@@ -74,7 +77,7 @@ class MetricsWriter:
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 if name not in HASHES:
-                    self._tensorboard.add_scalar(name, value, step)
+                    self._tensorboard.add_scalar(tensorboard_tag(name), value, step)
             self._tensorboard.flush()
         self._evaluations |= dict.fromkeys(name for name in numbers if name.startswith("eval/"))
         self._show(step, numbers)
@@ -82,14 +85,14 @@ class MetricsWriter:
     def write_images(self, tag: str, images: UInt8[Tensor, "B 3 H W"], step: int = 0) -> None:
         """Show images in TensorBoard."""
         if self._tensorboard is not None:
-            self._tensorboard.add_images(tag, images, step)
+            self._tensorboard.add_images(tensorboard_tag(tag), images, step)
             self._tensorboard.flush()
 
     def write_texts(self, texts: Mapping[str, str]) -> None:
         """Show texts in TensorBoard, as they are, at the step where this start begins."""
         if self._tensorboard is not None:
             for tag, text in texts.items():
-                self._tensorboard.add_text(tag, f"```\n{text}\n```", self._resume_step)
+                self._tensorboard.add_text(tag, f"```\n{redact(text)}\n```", self._resume_step)
             self._tensorboard.flush()
 
     def write_hparams(self, values: Mapping[str, Any]) -> None:
@@ -99,8 +102,8 @@ class MetricsWriter:
         TensorBoard takes them from the curves, so they are always those of the last step.
         """
         if self._tensorboard is not None:
-            names = ("train/loss_mean", *self._evaluations)
-            experiment, session, _ = hparams(_flatten(values), dict.fromkeys(names, 0.0))
+            tags = map(tensorboard_tag, ("train/loss_mean", *self._evaluations))
+            experiment, session, _ = hparams(_flatten(values), dict.fromkeys(tags, 0.0))
             for summary in (experiment, session):
                 self._tensorboard._get_file_writer().add_summary(summary)
             self._tensorboard.flush()
@@ -152,6 +155,17 @@ class SilentWriter:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def tensorboard_tag(name: str) -> str:
+    """The name of a number or image in TensorBoard, where its group has a place in the order.
+
+    Examples: "train/loss" is "1_train/loss". Names without a group are of the data:
+    "epoch" is "3_data/epoch".
+    """
+    group = name.split("/")[0] if "/" in name else "data"
+    place = f"{GROUPS.index(group) + 1}_" if group in GROUPS else ""
+    return f"{place}{group}/{name.removeprefix(f'{group}/')}"
 
 
 def remaining_time(elapsed_seconds: float, num_done: int, num_left: int) -> str:
@@ -220,6 +234,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | in
         if isinstance(value, Mapping):
             flat.update(_flatten(value, f"{prefix}{key}."))
         else:
-            is_plain = isinstance(value, bool | int | float | str)
-            flat[f"{prefix}{key}"] = value if is_plain else json.dumps(value)
+            is_number = isinstance(value, bool | int | float)
+            text = value if isinstance(value, str) else json.dumps(value)
+            flat[f"{prefix}{key}"] = value if is_number else redact(text)
     return flat

@@ -97,9 +97,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The torch optimizer over the parameter groups; the rate is set before every step."""
+def build_optimizer(config: OptimConfig, model: nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
+    """The torch optimizer over the parameter groups; the rate is set before every step.
+
+    fused: update in one pass over memory instead of about ten; for GPUs.
+    """
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

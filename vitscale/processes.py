@@ -5,6 +5,7 @@ import collections
 import contextlib
 import contextvars
 import ctypes
+import gc
 import multiprocessing.process
 import multiprocessing.util
 import os
@@ -88,6 +89,22 @@ def survive_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     die_with(os.getppid())
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Within the block, garbage is collected only when the caller calls gc.collect().
+
+    Otherwise each rank would stop for it at a step of its own, and all others wait.
+    """
+    gc.collect()
+    gc.freeze()  # what start-up made stays, and need not be searched
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ DOMAINS = {
     "jitter": 14,
     "erase": 15,
     "cutmix": 16,
+    "strata": 17,
 }
 
 

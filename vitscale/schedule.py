@@ -12,13 +12,18 @@ class ScheduleConfig:
     """The learning rate over time ([schedule]): a decay curve, times a linear warmup.
 
     decay:            "linear", "cosine", "rsqrt" or "constant"
-    warmup_steps:     steps over which the factor of the warmup rises from 0 to 1
+    warmup_steps, warmup_fraction:
+                      steps over which the factor of the warmup rises from 0 to 1, or what share
+                      of the run's steps these are, in [0, 1), so that a longer total has more
     end_lr:           where "linear" ends
     timescale_steps:  steps after which "rsqrt" has fallen to 1 / sqrt(2)
     """
 
+    ALTERNATIVES = ("warmup_steps", "warmup_fraction")
+
     decay: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
     warmup_steps: int = 0
+    warmup_fraction: float = 0.0
     end_lr: float = 0.0
     timescale_steps: int = 10_000
 
@@ -28,6 +33,11 @@ class ScheduleConfig:
                 f"schedule.warmup_steps {self.warmup_steps} and schedule.end_lr {self.end_lr} "
                 "must not be negative"
             )
+        if not 0 <= self.warmup_fraction < 1 or (self.warmup_fraction and self.warmup_steps):
+            raise ConfigError(
+                f"schedule.warmup_fraction {self.warmup_fraction} must lie in [0, 1), like 0.1, and be 0 "
+                "where schedule.warmup_steps is set"
+            )
         if self.timescale_steps < 1:
             raise ConfigError(f"schedule.timescale_steps {self.timescale_steps} must be above 0")
         if self.end_lr and self.decay != "linear":
@@ -35,20 +45,24 @@ class ScheduleConfig:
                 f'schedule.end_lr is read by decay = "linear" only, not by "{self.decay}"; remove it'
             )
 
+    def warmup(self, total_steps: int) -> int:
+        """The steps of the warmup in a run of so many: fewer than it has."""
+        return self.warmup_steps or int(self.warmup_fraction * total_steps)
+
 
 def learning_rate(step: int, total_steps: int, peak_lr: float, config: ScheduleConfig) -> float:
     """The rate of update `step`, from 1 to total_steps (paper, Table 3; big_vision utils.py).
 
-    w = warmup_steps, t = timescale_steps, p = (step - w) / (total_steps - w) within [0, 1]:
+    w = warmup(total_steps), t = timescale_steps, p = (step - w) / (total_steps - w), in [0, 1]:
 
         linear      min(1, step / w) * (end_lr + (peak_lr - end_lr) * (1 - p))
         cosine      min(1, step / w) * peak_lr * (1 + cos(pi * p)) / 2
         rsqrt       min(1, step / w) * peak_lr * sqrt(t / (t + max(0, step - w)))
         constant    min(1, step / w) * peak_lr
 
-    The warmup must be shorter than the run (TrainConfig.num_steps).
+    A warmup of warmup_steps must be shorter than the run (TrainConfig.num_steps).
     """
-    warmup = config.warmup_steps
+    warmup = config.warmup(total_steps)
     factor = min(1.0, step / warmup) if warmup else 1.0
     progress = min(max((step - warmup) / (total_steps - warmup), 0.0), 1.0)
     if config.decay == "linear":

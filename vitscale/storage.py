@@ -390,7 +390,7 @@ def _raise_if_final(error: Exception, url: str, doing: str) -> None:
     """Raise what a user must fix and what is no store's error; return if it may pass."""
     status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
     kinds = {type(error).__name__, type(error.__cause__).__name__}
-    way_out = CREDENTIALS.get({"gcs": "gs", "https": "http"}.get(scheme(url), scheme(url)), "")
+    way_out = _way_to_access(url)
     if status == 404 or (isinstance(error, FileNotFoundError) and not _hides_another(error)):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
     if kinds & _NO_CREDENTIALS:
@@ -404,6 +404,14 @@ def _raise_if_final(error: Exception, url: str, doing: str) -> None:
         raise error
     if isinstance(error, IsADirectoryError | NotADirectoryError):
         raise StoreError(f"{doing} {url}: {_text(error)}; name a file") from None
+
+
+def _way_to_access(url: str) -> str:
+    """What gives this process access to a URL that it was denied."""
+    if _full_url(url) != url:
+        return f"refresh the URLs in {os.environ[URLS_VARIABLE]}, which {URLS_VARIABLE} names"
+    name = scheme(url)
+    return CREDENTIALS.get({"gcs": "gs", "https": "http"}.get(name, name), "")
 
 
 def _hides_another(error: FileNotFoundError) -> bool:

@@ -10,6 +10,7 @@ A run starts from the first of these that it has:
 
 import contextlib
 import dataclasses
+import gc
 import importlib.metadata
 import itertools
 import logging
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vitscale import config as configs
-from vitscale import distributed, memory
+from vitscale import distributed, memory, processes
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.save import Saver
@@ -33,7 +34,7 @@ from vitscale.data.quarantine import Quarantine
 from vitscale.ending import Ending
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
-from vitscale.errors import DataError, Diverged, UserError
+from vitscale.errors import ConfigError, DataError, Diverged, UserError
 from vitscale.evals import open_task
 from vitscale.evals.adapters import LiveModel
 from vitscale.evals.task import Task
@@ -69,7 +70,7 @@ def train(config: TrainConfig) -> int:
     distributed.initialize()
     try:
         job = prepare(config, distributed.world_size())
-        tasks = distributed.together(lambda: open_tasks(config))
+        tasks = distributed.together(lambda: open_tasks(job))
     except UserError as error:
         message = str(error)
         distributed.on_main(lambda: note_refusal(config.run_dir, message))
@@ -78,7 +79,8 @@ def train(config: TrainConfig) -> int:
         ending.lost = watch.lost
         with started(job, tasks) as run:
             ending.progress = run.progress
-            loop(run, watch)
+            with processes.no_garbage_collection():
+                loop(run, watch)
         # A launcher may kill all ranks when the first ends with status 75.
         reasons = [reason for reason in distributed.gather_json(watch.reason) if reason]
         done = run.progress.step == job.total_steps
@@ -93,7 +95,7 @@ def loop(run: "Run", watch: Watch) -> None:
     """
     job, engine, at, metrics, saver = run.job, run.engine, run.progress, run.metrics, run.saver
     meter, health = Meter(job), Health(engine)
-    phases = Phases(meter)
+    phases, agreed = Phases(meter), distributed.Agreement(2)
     metrics.write_texts(
         {
             "config": configs.to_toml(job.config),
@@ -113,14 +115,15 @@ def loop(run: "Run", watch: Watch) -> None:
         with phases("step"):
             lr = learning_rate(at.step + 1, job.total_steps, job.config.optim.lr, job.config.schedule)
             engine.set_learning_rate(lr)
-            loss = train_step(run, batch, at.step + 1)
+            with enough_memory(job):
+                loss = train_step(run, batch, at.step + 1)
         at.advance()
         meter.add(batch, loss)
         health.add(loss)
         run.quarantine.add(batch.bad)
         if health.diverged:
             raise diverged(run, f"the gradients of {SKIPPED_IN_A_ROW} steps in a row were not finite")
-        stopping, save_failed = agreed(watch.asked, saver.failed)
+        stopping, save_failed = agreed(watch.asked, saver.failed)  # of the step before
         if save_failed:
             saver.wait()  # raises
 
@@ -129,6 +132,7 @@ def loop(run: "Run", watch: Watch) -> None:
             with phases("log"):
                 at.bad_samples += run.quarantine.flush(at.step)
                 metrics.write(at.step, meter.read(engine, loss, lr, at))
+                gc.collect()
         if at.step == 1:
             metrics.write_images("inputs", batch.images[:SHOWN_IMAGES], at.step)
         for cost in saver.finished():
@@ -191,6 +195,20 @@ def train_step(run: "Run", batch: Batch, step: int) -> Tensor:
     return total
 
 
+@contextlib.contextmanager
+def enough_memory(job: Job) -> Iterator[None]:
+    """Raises ConfigError where this rank's GPU is too small for the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        own = distributed.device_bytes()
+        config, pairs = job.config, bool(job.config.augment.mixup or job.config.augment.cutmix)
+        message = memory.explain_too_small(
+            config.model, config.engine, job.plan, config.precision, own, pairs
+        )
+        raise ConfigError(message) from None
+
+
 def due_after(step: int, job: Job, *, stopping: bool = False) -> Due:
     config = job.config
     return Due.after(
@@ -226,7 +244,8 @@ def started(job: Job, tasks: Tasks) -> Iterator[Run]:
     with distributed.alike():
         save_bytes = memory.checkpoint_bytes(config.model, config.optim)
     room.check(home, config.checkpoint, save_bytes)
-    engine, progress, passed_over = start(job, home)
+    with enough_memory(job):
+        engine, progress, passed_over = start(job, home)
     with (
         contextlib.closing(engine),
         open_metrics(job, progress.step) as metrics,
@@ -320,8 +339,12 @@ def _open_backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedMod
     return saved, [name for name in saved.shapes if is_backbone(name)]
 
 
-def open_tasks(config: TrainConfig) -> Tasks:
-    return {name: open_task(name, section, config.model.image_size) for name, section in config.evals.items()}
+def open_tasks(job: Job) -> Tasks:
+    config = job.config
+    return {
+        name: open_task(name, section, config.model.image_size, job.sources[0])
+        for name, section in config.evals.items()
+    }
 
 
 def open_metrics(job: Job, step: int) -> MetricsWriter | SilentWriter:
@@ -387,11 +410,3 @@ def evaluate(run: Run, names: tuple[str, ...]) -> None:
             results = run.tasks[name].run(model)
             numbers = {f"eval/{name}/{key}": value for key, value in results.items()}
             run.metrics.write(run.progress.step, numbers)
-
-
-def agreed(*flags: bool) -> list[bool]:
-    """For each flag, whether any rank has set it, so that all act on it at the same step.
-
-    Every rank calls it.
-    """
-    return [bool(flag) for flag in distributed.all_reduce_max([float(flag) for flag in flags])]

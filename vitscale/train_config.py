@@ -11,7 +11,7 @@ from vitscale.data.sources import DataConfig
 from vitscale.data.transforms import AugmentConfig
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.errors import ConfigError
-from vitscale.evals import EvalConfig
+from vitscale.evals import ClassifyConfig, EvalConfig
 from vitscale.losses import LossConfig
 from vitscale.models import ModelConfig
 from vitscale.objectives import ClassificationConfig, ObjectiveConfig
@@ -122,8 +122,16 @@ class TrainConfig:
             raise ConfigError(
                 'data.labels = "multi" needs loss.name = "sigmoid": softmax takes one class per image'
             )
-        if self.model.num_classes < 1:
-            raise ConfigError("model.num_classes must be 1 or more to train: 0 builds a model without a head")
+        self._check_validation()
+
+    def _check_validation(self) -> None:
+        for name, section in self.evals.items():
+            if isinstance(section, ClassifyConfig) and section.split and not self.data.validation_fraction:
+                raise ConfigError(
+                    f'evals.{name}.split = "{section.split}" needs samples that are not trained on; set '
+                    "data.validation_fraction, to 0.1 for example, or name test shards: "
+                    f"evals.{name} = {{test = SHARDS}}"
+                )
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run. Raises ConfigError if its warmup does not fit in."""
@@ -140,6 +148,6 @@ class TrainConfig:
         if self.schedule.warmup_steps >= steps:
             raise ConfigError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps:,} must be below "
-                f"the run's {steps:,} steps; lower it"
+                f"the run's {steps:,} steps; lower it, or set schedule.warmup_fraction, to 0.1 for example"
             )
         return steps

@@ -120,7 +120,11 @@ def test_a_replaced_sample_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
         ({"world_size": 4}, {"world_size": 3}, "3 processes cannot share 8 lanes"),
         ({"first_step": 5}, {"first_step": -1}, "first_step -1 .* must not be negative"),
         ({"augment": AugmentConfig(repeats=2)}, {"augment": AugmentConfig(mixup=0.2)}, "set them to 0"),
-        ({"global_batch": 96}, {"global_batch": 98}, "has 97 samples, fewer than one global_batch"),
+        (
+            {"global_batch": 96},
+            {"global_batch": 98},
+            "97 samples to train on, fewer than one",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(
@@ -140,7 +144,8 @@ def test_a_missing_shard_is_found_at_the_start(tmp_path: Path) -> None:
 
 
 def test_the_loop_of_the_documentation_trains(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    section = (ROOT / "docs" / "data.md").read_text().partition("## In your own training loop")[2]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     write_index(tmp_path / "data" / "photos", [140], num_classes=36)
     (tmp_path / "loop.py").write_text(code)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

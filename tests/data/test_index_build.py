@@ -14,6 +14,7 @@ from PIL import Image
 from tools.data import main
 from vitscale import storage
 from vitscale.data.index import Index, build_index
+from vitscale.data.samples import SampleKeys
 from vitscale.errors import DataError
 from vitscale.processes import ProgressCallback
 
@@ -199,6 +200,13 @@ def test_labels_that_stand_alone_are_named_with_their_samples(tmp_path: Path, ca
     assert capsys.readouterr().err.splitlines() == lines
 
 
+def test_labels_that_were_written_as_names_are_shown_with_them(tmp_path: Path) -> None:
+    pattern = write_labels(tmp_path, ["cat", "dog", "puppy", "cat", "dog"])
+    classes = {"cat": 0, "dog": 3, "puppy": 3}
+    index = build_index(storage.expand(pattern), keys=SampleKeys(classes=classes))
+    assert [index.named(label) for label in (0, 3, 4)] == ["0 (cat)", "3 (dog)", "4"]
+
+
 def test_a_label_beyond_all_numbers_is_damage_and_named(tmp_path: Path, capsys) -> None:
     pattern = write_labels(tmp_path, ["0", "1", "0", "9" * 20])
     assert main(["index", pattern, "--workers", "0"]) == 0
@@ -210,6 +218,16 @@ def test_a_label_beyond_all_numbers_is_damage_and_named(tmp_path: Path, capsys) 
 def test_where_all_labels_are_rare_none_stands_alone(tmp_path: Path) -> None:
     index = build_index(storage.expand(write_labels(tmp_path, ["7", "9"])))
     assert index.lone_labels == () and index.max_label == 9
+
+
+@pytest.mark.parametrize(("num_high", "alone"), [(3, [1000, 1001, 1002]), (4, [])])
+def test_many_high_labels_are_part_of_a_set_of_many_classes(
+    tmp_path: Path, num_high: int, alone: list[int]
+) -> None:
+    """Of 10 labels, 3 may stand alone; of 1,000 labels, 50."""
+    labels = [str(n % 10) for n in range(40)] + [str(1000 + n) for n in range(num_high)]
+    index = build_index(storage.expand(write_labels(tmp_path, labels)))
+    assert list(index.lone_labels) == alone
 
 
 def test_a_bomb_does_not_end_the_statistics(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -5,9 +5,11 @@ damaged samples are replaced and counted.
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from make import jpeg, write_index, write_tar
 
 from vitscale.data.index import Index, build_index
 from vitscale.data.lane import Lane, ViewConfig
-from vitscale.data.loader import Stream, batches
+from vitscale.data.loader import Stream, batches, in_thread
 from vitscale.data.reader import Chunk, read_chunk
 from vitscale.data.sources import (
     DataConfig,
@@ -143,6 +145,23 @@ def test_labels_that_the_model_has_no_place_for_are_refused(module_index: Index)
         check_labels(sources, CONFIG, 4)
 
 
+def test_labels_that_have_no_place_are_named_by_their_class(tmp_path: Path, caplog) -> None:
+    index = damaged_index(tmp_path, {3: (jpeg(3), b"17")})
+    names = [f"animal {label}" for label in range(18)]
+    Path(index.shards[0].url).with_name("classes.json").write_text(json.dumps(names))
+    assert index.describe_lone()[0].startswith("label 17 (animal 17) stands alone among 6 labels: ")
+    (source,) = make_stream(index, 0, 1).sources
+    check_labels((source,), CONFIG, 5)
+    assert "label 17 (animal 17) is out of range for model.num_classes 5" in caplog.text
+    with pytest.raises(ConfigError, match=r"holds label 4 \(animal 4\), out of range"):
+        check_labels((source,), CONFIG, 4)
+    mapped = dataclasses.replace(source, label_map={label: label + 7 for label in range(5)})
+    with pytest.raises(ConfigError, match=r"holds label 11 \(from 4 \(animal 4\)\), out of range"):
+        check_labels((mapped,), CONFIG, 5)
+    replaced = [sentence for batch in batches(make_stream(index, 0, 8), 0) for sentence in batch.bad]
+    assert replaced and all("label 17 (animal 17) is out of range" in sentence for sentence in replaced)
+
+
 @pytest.mark.parametrize("label", [b"5000", b"9" * 20])
 def test_a_label_that_stands_alone_does_not_block_a_run(tmp_path: Path, caplog, label: bytes) -> None:
     index = damaged_index(tmp_path, {3: (jpeg(3), label)})
@@ -263,7 +282,8 @@ def test_sources_are_opened_with_their_label_maps(index_path: str, tmp_path: Pat
     sources = open_sources(config)
     assert [source.max_label for source in sources] == [4, 11, 5]
     check_labels(sources, config, 12)
-    with pytest.raises(ConfigError, match=r"holds label 11, out of range for model.num_classes 11"):
+    sentence = r"holds label 11 \(from 4\), out of range for model.num_classes 11"
+    with pytest.raises(ConfigError, match=sentence):
         check_labels(sources, config, 11)
 
 
@@ -362,9 +382,12 @@ def test_the_read_ahead_of_a_lane_is_bounded(module_index: Index) -> None:
     assert max(num_held) <= 8 + 4 and min(num_held) < 8
 
 
-def test_a_lane_reads_no_chunk_twice_in_an_epoch(module_index: Index) -> None:
+@pytest.mark.parametrize("chunk_order", ["shuffled", "stratified"])
+def test_a_lane_reads_no_chunk_twice_in_an_epoch(
+    module_index: Index, chunk_order: Literal["shuffled", "stratified"]
+) -> None:
     """Windows end inside chunks: what the next one needs of such a chunk is carried over."""
-    config = dataclasses.replace(CONFIG, lanes=1)
+    config = dataclasses.replace(CONFIG, lanes=1, chunk_order=chunk_order)
     sources = make_stream(module_index, 0, 1).sources
     mixture = make_mixture(sources, config, seed=1, global_batch=8)
     view_config = ViewConfig(AugmentConfig(), "simplejpeg", 8, 5)
@@ -380,3 +403,45 @@ def test_a_lane_reads_no_chunk_twice_in_an_epoch(module_index: Index) -> None:
     drawn = module_index.layout.chunk_of(np.array([square.key.sample for square in squares]))
     assert len(set(drawn.tolist())) > 20
     assert len(set(chunks)) == len(chunks)
+
+
+def test_a_thread_prepares_the_next_item_while_one_is_in_use() -> None:
+    prepared = threading.Semaphore(0)
+
+    def prepare(item: int) -> int:
+        prepared.release()
+        return 10 * item
+
+    items = in_thread(iter(range(5)), prepare)
+    assert next(items) == 0
+    for _ in range(2):  # item 0, and item 1, which nobody asked for yet
+        assert prepared.acquire(timeout=30)
+    assert list(items) == [10, 20, 30, 40]
+    assert list(in_thread(iter([]), prepare)) == []
+
+
+@pytest.mark.parametrize("failing", ["items", "prepare"])
+def test_what_the_thread_raises_comes_after_the_items_before_it(failing: str) -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise DataError("the data end here")
+
+    def prepare(item: int) -> int:
+        if item == 3:
+            raise DataError("the data end here")
+        return item
+
+    source = items() if failing == "items" else iter(range(5))
+    seen = []
+    with pytest.raises(DataError, match="the data end here"):
+        for item in in_thread(source, prepare):
+            seen.append(item)
+    assert seen == [0, 1, 2]
+
+
+def test_a_thread_ends_with_the_caller_that_stops_early() -> None:
+    items = in_thread(iter(range(100)), lambda item: item)
+    assert next(items) == 0
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "batches"]
+    items.close()
+    assert not thread.is_alive()

@@ -23,7 +23,12 @@ LAYOUTS = [
 
 
 def make_mixture(
-    num_sources: int = 1, global_batch: int = 24, lanes: int = 12, repeats: int = 1, weights=(0.7, 0.2, 0.1)
+    num_sources: int = 1,
+    global_batch: int = 24,
+    lanes: int = 12,
+    repeats: int = 1,
+    weights=(0.7, 0.2, 0.1),
+    stratified: bool = False,
 ) -> Mixture:
     return Mixture.make(
         LAYOUTS[:num_sources],
@@ -33,6 +38,7 @@ def make_mixture(
         lanes=lanes,
         window_samples=[16, 8, 32][:num_sources],
         repeats=repeats,
+        stratified=stratified,
     )
 
 
@@ -54,8 +60,9 @@ def test_ranks_and_workers_join_to_the_same_global_batch(
 
 
 @pytest.mark.parametrize(("global_batch", "lanes"), [(24, 24), (24, 12), (24, 3), (24, 1), (5, 5), (64, 16)])
-def test_one_source_passes_through_whole_epochs(global_batch: int, lanes: int) -> None:
-    mixture = make_mixture(1, global_batch, lanes)
+@pytest.mark.parametrize("stratified", [False, True])
+def test_one_source_passes_through_whole_epochs(global_batch: int, lanes: int, stratified: bool) -> None:
+    mixture = make_mixture(1, global_batch, lanes, stratified=stratified)
     steps = mixture.steps_per_epoch
     assert steps == 608 // global_batch and mixture.orders[0].tail == 608 % global_batch
     for epoch in range(2):
@@ -157,10 +164,16 @@ def test_fingerprints_tell_orders_apart() -> None:
         make_mixture(2, lanes=6),
         make_mixture(2, weights=(0.6, 0.4)),
         make_mixture(2, repeats=2),
+        make_mixture(2, stratified=True),
     ]
     names = [mixture.fingerprint(["a", "b"]) for mixture in mixtures]
     names.append(make_mixture(2).fingerprint(["b", "a"]))
-    assert len(set(names)) == 5 and make_mixture(2).fingerprint(["a", "b"]) == names[0]
+    assert len(set(names)) == 6 and make_mixture(2).fingerprint(["a", "b"]) == names[0]
+
+
+def test_the_fingerprint_of_an_order_never_changes() -> None:
+    """Golden value: with another one, no earlier run could continue."""
+    assert make_mixture(2).fingerprint(["a", "b"]) == "676ca6a87b24f553a3acff0fa3a470b3"
 
 
 def test_a_world_that_does_not_divide_is_refused_with_those_that_do() -> None:
@@ -178,7 +191,7 @@ def test_lanes_that_do_not_divide_the_batch_are_refused() -> None:
 
 def test_a_source_smaller_than_a_batch_is_refused() -> None:
     assert make_mixture(3, global_batch=77, lanes=7).orders[2].lane_length == 11
-    with pytest.raises(ConfigError, match="77 samples, fewer than one global_batch of 78"):
+    with pytest.raises(ConfigError, match="77 samples to train on, fewer than one global_batch of 78"):
         make_mixture(3, global_batch=78, lanes=6)
 
 

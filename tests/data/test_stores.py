@@ -16,10 +16,9 @@ from make import write_index
 
 from tools.data import main
 from vitscale import storage
-from vitscale.curate.dedup import find_duplicates
 from vitscale.data.cache import NodeCache
 from vitscale.data.exclusions import load_exclusions
-from vitscale.data.index import Index, build_index, check_shards
+from vitscale.data.index import Index, build_index, check_shards, open_index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches
 from vitscale.data.order import digest
@@ -246,10 +245,25 @@ def test_an_index_of_signed_urls_holds_no_signature_and_is_read_with_them(
     assert main(["verify", str(out), "--workers", "0"]) == 0
 
 
-def test_a_list_of_copies_holds_no_signature(signed: list[str], local: Index, tmp_path: Path) -> None:
-    find_duplicates(local, signed).save(tmp_path / "copies.json")
-    text = (tmp_path / "copies.json").read_text()
+def test_a_list_of_copies_holds_no_signature_nor_does_what_is_said_about_it(
+    signed: list[str], folder: Path, tmp_path: Path, capsys, caplog, monkeypatch
+) -> None:
+    out, sheet = tmp_path / "copies.json", tmp_path / "copies.png"
+    monkeypatch.delenv("VITSCALE_URLS")
+    command = ["dedup", f"{folder}/vit/index.json", "--out", str(out), "--sheet", str(sheet)]
+    command += ["--workers", "0"]
+    assert main([*command, "--against", *signed]) == 0
+    text = out.read_text()
     assert "/signed/" in text and SECRET not in text and QUERY not in text
+    wrong = [url.replace("train-", "nothing-") for url in signed]
+    for against in (wrong, [url.replace(SECRET, f"{SECRET}-old") for url in signed]):
+        assert main([*command, "--against", *against]) == 2
+    said = capsys.readouterr()
+    for text in (said.out, said.err, caplog.text):
+        assert SECRET not in text, text
+    assert "access is denied" in said.err and "nothing-" in said.err
+    with pytest.raises(UserError, match=r"index\.json\?\*\*\* is"):
+        open_index(f"{wrong[0].partition('/signed/')[0]}/nothing/index.json?{QUERY}")
 
 
 def test_urls_are_found_by_their_path_on_any_host_and_renewed_in_a_run(
@@ -260,8 +274,12 @@ def test_urls_are_found_by_their_path_on_any_host_and_renewed_in_a_run(
     index = remote_index(local, "https://elsewhere.example/signed")
     check_shards(index)
     (tmp_path / "urls.txt").write_text("\n".join(url.replace(SECRET, "expired") for url in signed))
-    with pytest.raises(StoreError, match="access is denied"):
-        check_shards(index)
+    for scheme in ("s3://signed", "https://elsewhere.example/signed"):
+        with pytest.raises(
+            StoreError, match=r"access is denied .* refresh the URLs in .*urls\.txt"
+        ) as denied:
+            check_shards(remote_index(local, scheme))
+        assert "AWS" not in str(denied.value) and "VITSCALE_URLS" in str(denied.value)
     (tmp_path / "urls.txt").write_text("\n".join(signed) + "\n\n")
     check_shards(index)
 

@@ -121,3 +121,9 @@ def test_counts_may_be_zero_and_not_negative(key: str) -> None:
     assert getattr(EngineConfig(**{key: 0}), key) == 0
     with pytest.raises(ConfigError, match="must not be negative"):
         EngineConfig(**{key: -1})
+
+
+def test_compiled_blocks_are_refused_where_zero_3_would_undo_them_in_silence() -> None:
+    EngineConfig(compile=True, zero_stage=2)
+    with pytest.raises(ConfigError, match=r"engine.compile = true is refused with engine.zero_stage = 3"):
+        EngineConfig(compile=True, zero_stage=3)

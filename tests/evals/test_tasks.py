@@ -137,6 +137,22 @@ def test_fewshot_refuses_several_labels_and_unknown_test_classes(tmp_path: Path)
         one_shot(single, other)
 
 
+def test_classes_that_do_not_fit_are_named(tmp_path: Path):
+    (tmp_path / "classes.json").write_text('["red", "green", "blue"]')
+    single = write_shard(tmp_path / "single.tar", ["0", "1"] * 4)
+    other = write_shard(tmp_path / "other.tar", ["0", "2"])
+
+    class Two(ColourModel):
+        num_classes = 2
+
+    with pytest.raises(DataError, match=r"class 2 \(blue\) does not exist in a model of 2 classes"):
+        run(ClassifyConfig(test=other), Two())
+    with pytest.raises(DataError, match=r"class 2 \(blue\) does not occur in the training shards"):
+        run(FewShotConfig(train=single, test=other, shots=(1,)), ColourModel())
+    with pytest.raises(DataError, match=r"but class 0 \(red\) has 1; lower shots"):
+        run(FewShotConfig(train=other, test=other, shots=(2,)), ColourModel())
+
+
 def test_missing_shards_show_when_the_task_is_opened(tmp_path: Path):
     config = ClassifyConfig(test=f"{tmp_path}/none-*.tar")
     with pytest.raises(UserError, match="no file matches"):
@@ -168,6 +184,20 @@ def test_a_wrong_section_is_refused_by_its_own_name(values: dict[str, object], m
     assert from_dict(EvalConfig, good, "evals.digits").shots == (1,)
     with pytest.raises(ConfigError, match=message):
         from_dict(EvalConfig, good | values, "evals.digits")
+
+
+def test_a_section_reads_test_shards_or_a_split():
+    assert from_dict(EvalConfig, {"split": "validation"}, "evals.val") == ClassifyConfig(split="validation")
+    for values, message in (
+        (
+            {"split": "validation", "test": "a.tar"},
+            'evals.val.test and evals.val.split are both set, .* = ""',
+        ),
+        ({"split": "train"}, "evals.val.split 'train' is not one of '', 'validation'"),
+        ({"kind": "fewshot", "split": "validation"}, 'evals.val.split: only kind = "classify" reads it'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            from_dict(EvalConfig, values, "evals.val")
 
 
 def test_a_section_without_a_kind_classifies():

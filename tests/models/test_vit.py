@@ -1,11 +1,14 @@
 """The model is the paper's, to the parameter, the epsilon and the initialisation."""
 
+import collections
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitscale.errors import ConfigError
 from vitscale.models import build_model
@@ -178,17 +181,56 @@ def test_every_pooling_and_position_embedding_trains_all_parameters(pool: str, p
     assert not torch.allclose(model.features(images), model.features(images.roll(4, -1)), atol=1e-4)
 
 
+def test_checkpointing_recomputes_all_of_a_block_or_what_is_cheap() -> None:
+    """A block's last linear layer is not needed again: no gradient depends on its output."""
+    model = build_model(TINY, 0)
+    images, depth = torch.randn(2, 3, 8, 8), TINY.depth
+    counts = {}
+    for mode in ("none", "selective", "full"):
+        model.set_activation_checkpointing(mode)
+        with CountOps() as ops:
+            model(images).sum().backward()
+        counts[mode] = (ops.num["addmm"], ops.num["gelu"])
+    (matmuls, gelus) = counts["none"]
+    assert counts["selective"] == (matmuls, gelus + depth)
+    assert counts["full"] == (matmuls + 3 * depth, gelus + depth)
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the operations that are carried out, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_logits_of_a_16_bit_model_are_not_rounded_to_16_bits() -> None:
+    """Rounded to bf16, logits near -10 would be multiples of 1/16."""
+    model = build_model(ViTConfig(**{**vars(TINY), "head_bias": -10.0}), 0).bfloat16()
+    nn.init.normal_(model.head.weight, std=0.1)
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
+    features, logits = model.features(images), model(images)
+    assert features.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    exact = features.double() @ model.head.weight.double().T + model.head.bias.double()
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-5)
+    assert (logits * 16).frac().abs().max() > 0.1
+
+
 def test_activation_checkpointing_changes_nothing() -> None:
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     grads = []
-    for mode in ("none", "full"):
+    for mode in ("none", "selective", "full"):
         model = build_model(ViTConfig(**{**vars(TINY), "dropout": 0.2}), 0)
         nn.init.ones_(model.head.weight)
         model.set_activation_checkpointing(mode)
         torch.manual_seed(0)
         model(images).square().sum().backward()
         grads.append([param.grad for param in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize(

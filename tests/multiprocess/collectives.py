@@ -32,6 +32,14 @@ def fail(folder: Path, way: str, kind: str, failing: int) -> None:
     (folder / f"{distributed.rank()}.json").write_text(json.dumps(result))
 
 
+def agree(folder: Path) -> None:
+    """Rank 1 raises the first flag in its third call; RANK.json gets every answer."""
+    distributed.initialize()
+    agreed = distributed.Agreement(2)
+    answers = [agreed(call == 2 and distributed.rank() == 1, False) for call in range(5)]
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(answers))
+
+
 def gather(folder: Path, with_value: int) -> None:
     """Each rank gives `rank` rows and a text; RANK.json gets what it got from the others.
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from launch.train import main
+from tools.evaluate import main as evaluate_main
 from vitscale import config as configs
 from vitscale import distributed
 from vitscale.checkpoint.save import THREAD_NAME
@@ -93,6 +94,17 @@ class Fail:
 
 
 @dataclasses.dataclass(frozen=True)
+class OutOfMemory:
+    """What torch raises on every rank whose GPU is full, in the first step."""
+
+    def arm(self) -> None:
+        at_batch(1, self._fail)
+
+    def _fail(self) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+@dataclasses.dataclass(frozen=True)
 class FileLimit:
     """One rank can write no file that is longer than `num_bytes`, as under a quota."""
 
@@ -129,6 +141,11 @@ def train(config: Path, overrides: Sequence[str] = (), event: Event | None = Non
     if event:
         event.arm()
     return main([str(config), *overrides])
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """An evaluation, as tools/evaluate.py makes it."""
+    return evaluate_main(arguments)
 
 
 def train_apart(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -> int:

@@ -113,6 +113,7 @@ def test_an_evaluation_is_left_out(finished: Job, index: Path, zygote: Zygote) -
     [
         (["optim.lr=1e-4"], "optim.lr was 0.005, now 0.0001"),
         (["data.window_chunks=1"], "data.window_chunks was 2, now 1"),
+        (["data.chunk_order=stratified"], "data.chunk_order was 'shuffled', now 'stratified'"),
         (["total_steps=10"], "was started for 20 steps and cannot be shortened to 10"),
         (["{another}", "{init}", "init.full_state=true"], "has done all of the run's 20 steps"),
         (
@@ -124,7 +125,7 @@ def test_an_evaluation_is_left_out(finished: Job, index: Path, zygote: Zygote) -
             "model.width is 8, but the [init] checkpoint has 16",
         ),
     ],
-    ids=["rate", "order", "total", "length", "state", "backbone"],
+    ids=["rate", "window", "order", "total", "length", "state", "backbone"],
 )
 def test_a_dry_run_refuses_by_the_sentence_of_training_what_cannot_continue(
     tmp_path: Path, finished: Job, zygote: Zygote, overrides: list[str], message: str

@@ -19,7 +19,8 @@ from vitscale import config as configs
 from vitscale.checkpoint import store
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import Manifest
-from vitscale.train import initial_model
+from vitscale.models import build_model
+from vitscale.rng import derive_seed
 from vitscale.train_config import TrainConfig
 
 
@@ -123,7 +124,7 @@ def test_the_average_of_the_weights_is_what_one_process_would_compute(
     assert zygote.train(job, 2, *options, event=kill)[0] == -9, job.output()
     assert zygote.train(job, 1, *options, "engine.zero_stage=3") == [0], job.output()
     config = configs.load(TrainConfig, [job.config], options)
-    model = initial_model(config, resumed=False)
+    model = build_model(config.model, derive_seed(config.seed, "init"))
     average = {name: param.detach().clone() for name, param in model.named_parameters()}
     assert len(job.checkpoints()) == 20
     for folder in job.checkpoints().values():
@@ -146,7 +147,8 @@ def test_frozen_parameters_stay_and_are_kept(tmp_path: Path, index: Path, zygote
     untrained = {name for name, tensor in manifest.tensors.items() if tensor.untrained}
     assert untrained == {name for name in weights if name.startswith(("patch_embed.", "blocks.0."))}
     config = configs.load(TrainConfig, [killed.config], options)
-    for name, param in initial_model(config, resumed=False).named_parameters():
+    model = build_model(config.model, derive_seed(config.seed, "init"))
+    for name, param in model.named_parameters():
         assert torch.equal(weights[name], param.detach().bfloat16().float()) == (name in untrained), name
 
 

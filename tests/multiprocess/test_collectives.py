@@ -1,11 +1,11 @@
-"""What ranks tell one another: errors to all, rows and texts to rank 0, manifests from it."""
+"""What ranks tell one another: errors, flags and manifests to all, rows and texts to rank 0."""
 
 import json
 from pathlib import Path
 
 import pytest
 from make import edit_manifest, state_of, write_step
-from multiprocess.collectives import fail, find, gather
+from multiprocess.collectives import agree, fail, find, gather
 from multiprocess.zygote import Zygote
 
 
@@ -36,6 +36,17 @@ def test_without_a_mistake_each_rank_gets_its_result_or_that_of_rank_0(
 ) -> None:
     assert results(zygote, tmp_path, "on_main", "ConfigError", 5) == [[0, 7], [0, 7]]
     assert results(zygote, tmp_path, "together", "ConfigError", 5) == [[0, 7], [1, 7]]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_flag_of_one_rank_is_known_to_all_after_the_next_call(
+    tmp_path: Path, zygote: Zygote, world_size: int
+) -> None:
+    log = tmp_path / "log"
+    assert zygote.run(world_size, agree, tmp_path, log=log) == [0] * world_size, log.read_text()
+    for rank in range(world_size):
+        answers = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert answers == [[False, False]] * 3 + [[True, False]] + [[False, False]]
 
 
 @pytest.mark.parametrize(("with_value", "first"), [(0, "rank 0"), (2, "rank 2"), (3, None)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from multiprocess.ends import Case, End, end_of, read_status
 from multiprocess.job import Job
-from multiprocess.ranks import Fail, Stop
+from multiprocess.ranks import Fail, OutOfMemory, Stop
 from multiprocess.zygote import Zygote
 
 TERM, INT, USR1, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL
@@ -110,6 +110,15 @@ def test_the_first_cause_is_told_once_by_the_rank_that_had_it(
     assert status["reason"] == "ZeroDivisionError: a bug"
     assert zygote.train(job, 2) == [0, 0], job.output()
     assert (read_status(job)["state"], read_status(job)["step"]) == ("done", 20)
+
+
+def test_a_full_gpu_is_told_once_with_what_fits(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path, index)
+    assert 2 in zygote.train(job, 2, event=OutOfMemory())
+    assert job.output().count("error: ") == 1 and "Traceback" not in job.output(), job.output()
+    sentence = "CUDA is out of memory with engine.micro_batch 2: by plan it needs "
+    assert read_status(job)["reason"].startswith(sentence)
+    assert "set engine.micro_batch = 1, the largest below it that fits by plan" in job.output()
 
 
 def test_a_start_that_is_refused_is_noted_in_a_run_that_is_not_done(

@@ -67,6 +67,7 @@ def run(config: DataBench, progress: Callable[[str], None]) -> dict[str, Any]:
     """Images per CPU second, the ratios that matter, fidelity to Pillow, where time goes."""
     torch.set_num_threads(1)
     reuse_memory()  # as the loader's workers do; all that is measured profits from it
+    progress(f"reading {config.shards}")
     index = _open(config.shards)
     samples = [sample for chunk in range(len(index.chunks)) for sample in read_chunk(index, chunk)]
     images = [sample for sample in samples if isinstance(sample, RawSample)]
@@ -92,6 +93,7 @@ def run(config: DataBench, progress: Callable[[str], None]) -> dict[str, Any]:
             if round_index:
                 speeds[name].append(count / (time.process_time() - began))
     medians = {name: median(values) for name, values in speeds.items()}
+    progress("the pixels beside Pillow's, and where the time goes")
     return {
         "images": len(images),
         "kilobytes_per_image": index.num_bytes / 1e3 / max(1, len(images)),

@@ -9,6 +9,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -27,17 +28,19 @@ from vitscale import rng, storage
 from vitscale.data.index import Index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Stream, batches
-from vitscale.data.mixture import Mixture
+from vitscale.data.mixture import Mixture, default_lanes
 from vitscale.data.samples import DEFAULT_KEYS
 from vitscale.data.scan import chunk_checksum, scan_shard
 from vitscale.data.sources import Source
 from vitscale.data.tar import BLOCK, walk
 from vitscale.data.transforms import AugmentConfig
+from vitscale.errors import ConfigError
 
 CHUNK, WINDOW_CHUNKS = 32, 2
 SEEKS = 50
 BLOCK_POSITIONS = 1 << 20
 LOADER_STEPS = 4
+MADE = 2  # how the synthetic data set is made: raised with every change of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class OrderBench:
     world: how many ranks share it; global_batch: their images per step.
     sample_bytes: of a stored JPEG; 110,000 is the average of ImageNet's originals.
     workers: data workers of a rank.
+    chunk_order: as data.chunk_order.
     folder: for the synthetic data set.
     """
 
@@ -57,7 +61,25 @@ class OrderBench:
     global_batch: int = 4096
     sample_bytes: int = 110_000
     workers: int = 8
+    chunk_order: Literal["shuffled", "stratified"] = "shuffled"
     folder: Path = Path("data/bench-order")
+
+    def __post_init__(self) -> None:
+        if min(self.shards, self.world, self.global_batch, self.sample_bytes) < 1 or self.workers < 0:
+            raise ConfigError(
+                "--shards, --world, --global-batch and --sample-bytes must be above 0, --workers not below"
+            )
+        least = max(CHUNK * self.shards, 4 * self.global_batch)
+        if self.samples < least:
+            raise ConfigError(
+                f"--samples {self.samples} must be at least {least}: {CHUNK} for each of the {self.shards} "
+                f"shards, and four times --global-batch {self.global_batch}; set it, or lower these"
+            )
+        lanes = default_lanes(self.global_batch)
+        if lanes % self.world:
+            raise ConfigError(
+                f"--world {self.world} must divide the {lanes} lanes of --global-batch {self.global_batch}"
+            )
 
 
 def run(config: OrderBench, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -70,11 +92,12 @@ def run(config: OrderBench, progress: Callable[[str], None]) -> dict[str, Any]:
     }
     progress("start-up and seek, in a fresh process")
     results |= _in_fresh_process(probe_order, config)
-    for world in (config.world, 8):
+    lanes = default_lanes(config.global_batch)
+    for world in dict.fromkeys((config.world, math.gcd(lanes, 8))):
         progress(f"the loader of one of {world} ranks, in a fresh process")
         measured = _in_fresh_process(probe_loader, dataclasses.replace(config, world=world))
         results |= {f"{name}_at_world_{world}": value for name, value in measured.items()}
-    mixture = _mixture(Index.load(str(index_file)), config)
+    mixture = order_of(Index.load(str(index_file)), config)
     progress("every position of an epoch, against a bitmap")
     results |= prove_epoch(mixture)
     progress("ranks and steps")
@@ -88,21 +111,26 @@ def write_index(config: OrderBench) -> Path:
     config.folder.mkdir(parents=True, exist_ok=True)
     path = config.folder / "index.json"
     marker = config.folder / "made.json"  # what the index in this folder was made for
-    wanted = json.dumps([config.samples, config.shards, config.sample_bytes])
+    wanted = json.dumps([MADE, config.samples, config.shards, config.sample_bytes])
     if marker.exists() and marker.read_text() == wanted:
         return path
     counts = _shard_sizes(config)
     scan = scan_shard(_write_shard(config, int(counts.max())), CHUNK, allow_damaged=False, keys=DEFAULT_KEYS)
-    ends = np.cumsum([blocks for blocks, _ in scan.chunks]) * BLOCK
-    partial = functools.cache(lambda full, rest: _partial_chunk(scan.shard.url, int(ends[full - 1]), rest))
-    chunks = []
-    for full, rest in zip((counts // CHUNK).tolist(), (counts % CHUNK).tolist(), strict=True):
-        chunks += [*scan.chunks[:full], *([partial(full, rest)] if rest else [])]
+    ends = np.cumsum([0, *(blocks for blocks, _ in scan.chunks)]) * BLOCK
+    partial = functools.cache(lambda full, rest: _partial_chunk(scan.shard.url, int(ends[full]), rest))
+    chunks, shards = [], []
+    for count in counts.tolist():
+        full, rest = divmod(count, CHUNK)
+        last = [partial(full, rest)] if rest else []
+        chunks += [*scan.chunks[:full], *last]
+        data_bytes = int(ends[full]) + sum(blocks for blocks, _ in last) * BLOCK
+        shards.append(dataclasses.replace(scan.shard, num_samples=count, data_bytes=data_bytes))
     records = np.empty(len(chunks), dtype=[("blocks", "<u2"), ("checksum", "<u2")])
     records["blocks"], records["checksum"] = np.array(chunks).T
-    shards = tuple(dataclasses.replace(scan.shard, num_samples=count) for count in counts.tolist())
-    labels = dict.fromkeys(range(1000), config.samples // 1000)
-    Index(shards=shards, chunk_samples=32, chunks=records, label_counts=labels, max_labels=1).save(path)
+    labels = {1: config.samples}  # as in the one shard
+    Index(shards=tuple(shards), chunk_samples=CHUNK, chunks=records, label_counts=labels, max_labels=1).save(
+        path
+    )
     marker.write_text(wanted)
     return path
 
@@ -134,7 +162,7 @@ def probe_order(config: OrderBench) -> dict[str, float]:
     """Start-up of one rank (from index file to the first batch's ids), seeks, and memory."""
     process = psutil.Process()
     before, began = process.memory_info().rss, time.perf_counter()
-    mixture = _mixture(Index.load(str(config.folder / "index.json")), config)
+    mixture = order_of(Index.load(str(config.folder / "index.json")), config)
     lanes = mixture.rank_lanes(config.world // 2, config.world)
     mixture.batch_ids(0, lanes)
     startup = time.perf_counter() - began
@@ -164,7 +192,7 @@ def probe_loader(config: OrderBench) -> dict[str, float]:
     torch.zeros(1)
     before = process.memory_full_info().pss
     index = Index.load(str(config.folder / "index.json"))
-    mixture = _mixture(index, config)
+    mixture = order_of(index, config)
     stream = Stream(
         sources=(Source(name="0", index=index, label_map={}, excluded=np.empty(0, dtype=np.int64)),),
         mixture=mixture,
@@ -210,6 +238,7 @@ def prove_ranks(mixture: Mixture, world: int, ranks: int = 8, steps: int = 64) -
     No two may read the same sample, and what they read must be their slices of the batches.
     """
     first = mixture.steps_per_epoch // 2
+    steps = min(steps, mixture.steps_per_epoch - first)
     chosen = sorted({0, world - 1, *(rng.permutation(world, 0, "demo", 97)[: ranks - 2].tolist())})
     parts = []
     for rank in chosen:
@@ -236,6 +265,7 @@ def prove_ranks(mixture: Mixture, world: int, ranks: int = 8, steps: int = 64) -
 def shuffle_quality(mixture: Mixture, num_batches: int = 32) -> dict[str, float]:
     """How mixed a batch is: its shards, and its samples' mean gap, beside uniform draws."""
     layout, size = mixture.orders[0].layout, mixture.global_batch
+    num_batches = min(num_batches, mixture.steps_per_epoch)
     num_shards = len(layout.shard_samples)
     shards, gaps = [], []
     for step in range(num_batches):
@@ -253,13 +283,15 @@ def shuffle_quality(mixture: Mixture, num_batches: int = 32) -> dict[str, float]
     }
 
 
-def _mixture(index: Index, config: OrderBench) -> Mixture:
+def order_of(index: Index, config: OrderBench) -> Mixture:
+    """The order in which the ranks read the set."""
     return Mixture.make(
         [index.layout],
         [1.0],
         seed=0,
         global_batch=config.global_batch,
         window_samples=[WINDOW_CHUNKS * index.chunk_samples],
+        stratified=config.chunk_order == "stratified",
     )
 
 
@@ -303,5 +335,5 @@ def _in_fresh_process(
         "print(json.dumps(getattr(order, sys.argv[1])(order.OrderBench(**v))))"
     )
     command = [sys.executable, "-c", code, probe.__name__, json.dumps(values)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])

@@ -3,11 +3,14 @@
 import collections
 import dataclasses
 import io
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vitscale import storage
 from vitscale.data.index import Index
 from vitscale.data.reader import read_samples
 from vitscale.errors import DataError
@@ -70,6 +73,7 @@ def describe(stats: Stats) -> str:
         f"classes            {len(index.label_counts):,}, the highest is {index.max_label:,}",
         f"samples per class  {min(index.label_counts.values()):,} to {max(index.label_counts.values()):,}",
         f"labels per sample  at most {index.max_labels}",
+        *_neighbours(index),
         "",
         "label          samples",
         *_bars(collections.Counter(index.label_counts)),
@@ -78,6 +82,31 @@ def describe(stats: Stats) -> str:
         *_bars(collections.Counter(stats.short_sides)),
     ]
     return "\n".join(lines)
+
+
+def doubts(index: Index, path: str | Path) -> list[str]:
+    """What looks wrong in an index, one sentence each, with the way out. path: where it is."""
+    sentences = index.describe_lone()
+    if index.neighbours.is_clustered:
+        sentences.append(f"{index.neighbours.describe()}; {_reshuffle(index, path)}")
+    return sentences
+
+
+def _reshuffle(index: Index, path: str | Path) -> str:
+    """How to write the shards again in random order."""
+    copied = all(storage.is_local(shard.url) for shard in index.shards)
+    source, out = ("INDEX", "OUT") if not copied else (str(path), str(Path(path).parent / "shuffled"))
+    command = f"python tools/data.py pack {shlex.quote(source)} {shlex.quote(out)} --format shards"
+    if copied:
+        return f"write them again in random order: {command}"
+    return f"copy them to a disk, index them there, and write them again in random order: {command}"
+
+
+def _neighbours(index: Index) -> list[str]:
+    """Not in indexes of earlier commits."""
+    alike = index.neighbours
+    line = f"in neighbours      {alike.mean:.2f} labels in common, {alike.chance:.2f} by chance"
+    return [line] if alike.pairs else []
 
 
 def draw(stats: Stats) -> Image.Image:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from vitscale import storage
 from vitscale.data.samples import MAX_LABEL
-from vitscale.errors import DataError, StoreError
+from vitscale.errors import DataError, StoreError, UserError
 
 
 def read_classes(path: str) -> dict[str, int]:
@@ -38,6 +38,14 @@ def read_classes(path: str) -> dict[str, int]:
         fault = "name a class twice" if classes else "are empty"
         raise DataError(f"the class names {path} {fault}; {how}")
     return classes
+
+
+def names_beside(shard: str) -> dict[str, int]:
+    """The classes.json that `pack` writes to the folder of a shard; {} if there is none."""
+    try:
+        return read_classes(storage.join(shard, "classes.json"))
+    except UserError:
+        return {}
 
 
 def names_by_label(classes: Mapping[str, int]) -> tuple[str, ...]:

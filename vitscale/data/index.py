@@ -3,13 +3,13 @@
 `index.json` names the shards with their bytes, samples and checksum. The array beside it holds,
 for each chunk of K consecutive samples, its length and a 16-bit checksum: 4 bytes a chunk, so
 38 MB for 303 million samples at K = 32, memory-mapped. Every read is compared with the index:
-what disagrees is damage, never the end of the data.
+what disagrees is damage, never the end of the data. A second array holds 16 bits of the hash of
+every sample's key, and is read only where a validation split is cut (split.py).
 """
 
 import collections
 import dataclasses
 import functools
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +20,8 @@ import xxhash
 from jaxtyping import Bool
 
 from vitscale import atomic, processes, storage
+from vitscale.data.classes import names_beside
+from vitscale.data.neighbours import Neighbours, compare
 from vitscale.data.order import ShardLayout
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
 from vitscale.data.scan import (
@@ -32,13 +34,16 @@ from vitscale.data.scan import (
     chunk_checksum,
     is_lone,
     scan_shard,
+    widen,
 )
+from vitscale.data.stored import StoredArray, write_array
 from vitscale.data.tar import BLOCK
 from vitscale.errors import ConfigError, DataError, StoreError, UserError
 
 FORMAT, VERSION = "vitscale-index", 3
 READABLE = (2, 3)  # version 2 means its samples strictly (SampleKeys.strict)
 CHUNK_SAMPLES = 32  # unless --chunk-samples says otherwise
+MAX_LONE = 3  # of a small set; of a large one 5% of its labels
 MAX_CHUNK_SAMPLES = 65_535  # ShardLayout.shortfalls counts in 16 bits
 
 
@@ -52,7 +57,10 @@ class Index:
     num_damaged: samples that cannot be used; `damage` names the first of them, one sentence
     each, and `reasons` counts them by reason and says where the first is. passed_over: files by
     extension that are neither images nor labels. lone_samples: where the lone_labels are;
-    empty in indexes of earlier commits.
+    empty in indexes of earlier commits. key_hashes: of all samples; None in indexes of earlier
+    commits. hash_ranges: by label, the lowest and the highest of them. num_neighbours: pairs of
+    consecutive samples of a shard that can be used, and shared_labels: how many labels they
+    have in common, added up; 0 in indexes of earlier commits.
     """
 
     shards: tuple[Shard, ...]
@@ -66,6 +74,10 @@ class Index:
     passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
     keys: SampleKeys = DEFAULT_KEYS
     lone_samples: Mapping[int, list[str]] = dataclasses.field(default_factory=dict)
+    key_hashes: StoredArray | None = None
+    hash_ranges: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    num_neighbours: int = 0
+    shared_labels: int = 0
 
     @functools.cached_property
     def layout(self) -> ShardLayout:
@@ -86,15 +98,41 @@ class Index:
 
     @functools.cached_property
     def lone_labels(self) -> tuple[int, ...]:
-        """Labels that are probably mistakes: of very few samples, and far above the others."""
+        """Labels that are probably mistakes: of very few samples, and far above the others.
+
+        Many such labels are no mistakes, but a small part of a set of many classes.
+        """
         num_labels = len(self.label_counts)
         lone = [label for label, count in self.label_counts.items() if is_lone(label, count, num_labels)]
-        return tuple(sorted(lone)) if len(lone) < num_labels else ()
+        most = min(num_labels - 1, max(MAX_LONE, num_labels // 20))
+        return tuple(sorted(lone)) if len(lone) <= most else ()
+
+    @property
+    def usual_labels(self) -> set[int]:
+        """All labels but the lone ones."""
+        return self.label_counts.keys() - set(self.lone_labels)
+
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        classes = self.keys.classes or names_beside(self.shards[0].url)
+        return {label: name for name, label in reversed(list(classes.items()))}  # the first name counts
+
+    def named(self, label: int) -> str:
+        """A label for messages, like "17 (dog)"; "17" where its class has no known name."""
+        return f"{label} ({self._names[label]})" if label in self._names else str(label)
+
+    @functools.cached_property
+    def neighbours(self) -> Neighbours:
+        """Whether the shards are sorted by class."""
+        num_usable = self.num_samples - self.num_damaged
+        return compare(
+            self.num_neighbours, self.shared_labels, self.label_counts, num_usable, self.max_labels
+        )
 
     def describe_lone(self) -> list[str]:
         """A sentence for each lone label, with its samples."""
         return [
-            f"label {label} stands alone among {len(self.label_counts):,} labels: "
+            f"label {self.named(label)} stands alone among {len(self.label_counts):,} labels: "
             + (", ".join(self.lone_samples.get(label, ())) or f"{self.label_counts[label]} samples")
             for label in self.lone_labels
         ]
@@ -140,10 +178,8 @@ class Index:
     def save(self, path: str | Path) -> None:
         """Write `path` and the array file beside it. Shards in its folder get relative URLs."""
         path = Path(path)
-        buffer = io.BytesIO()
-        np.save(buffer, self.chunks)
-        array = buffer.getvalue()
-        atomic.write(path.with_suffix(".chunks.npy"), array)
+        chunks = write_array(path.with_suffix(".chunks.npy"), self.chunks)
+        hashes = self.key_hashes and write_array(path.with_suffix(".keys.npy"), self.key_hashes.read())
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -156,8 +192,12 @@ class Index:
             "passed_over": self.passed_over,
             "keys": dataclasses.asdict(self.keys),
             "lone_samples": {str(label): samples for label, samples in self.lone_samples.items()},
+            "num_neighbours": self.num_neighbours,
+            "shared_labels": self.shared_labels,
             "label_counts": {str(label): count for label, count in sorted(self.label_counts.items())},
-            "chunks": {"file": path.with_suffix(".chunks.npy").name, "checksum": _checksum(array)},
+            "hash_ranges": {str(label): ends for label, ends in sorted(self.hash_ranges.items())},
+            "chunks": chunks,
+            "key_hashes": hashes,
         }
         lines = [json.dumps(_relative(shard, path), ensure_ascii=False) for shard in self.shards]
         shards = ",\n".join(lines)  # one a line, for people and for grep
@@ -188,23 +228,20 @@ class Index:
         values = json.loads(storage.read_bytes(path))
         if values["format"] != FORMAT or values["version"] not in READABLE:
             raise DataError(f"{path} is a {values['format']} of version {values['version']}; {remake}")
-        entry = values["chunks"]
-        array = _open_array(storage.join(path, entry["file"]))
-        if _checksum(array) != entry["checksum"]:
-            raise DataError(f"{entry['file']} beside {path} does not match its checksum; {remake}")
+        chunks = _stored(path, values["chunks"], remake)
         shards = (Shard(**shard) for shard in values["shards"])
         index = cls(
             shards=tuple(dataclasses.replace(s, url=storage.join(path, s.url)) for s in shards),
             chunk_samples=values["chunk_samples"],
-            chunks=_parse_array(array),
+            chunks=chunks.read(),
             label_counts={int(label): count for label, count in values["label_counts"].items()},
             max_labels=values["max_labels"],
             num_damaged=values["num_damaged"],
             damage=tuple(values["damage"]),
-            **_read_newer(values),
+            **_read_newer(path, values, remake),
         )
         if not index._is_consistent():
-            raise DataError(f"the shards in {path} are not those of {entry['file']}; {remake}")
+            raise DataError(f"the shards in {path} are not those of {values['chunks']['file']}; {remake}")
         return index
 
 
@@ -267,10 +304,16 @@ def damaged_chunks(chunks: np.ndarray) -> Bool[np.ndarray, " num_chunks"]:
 def open_index(pattern: str) -> Index:
     """An index.json, or plain shards by glob, brace pattern or URL, to be indexed in memory.
 
+    Such an index keeps the queries of URLs, which may be signatures: it is not for saving.
     Raises DataError or ConfigError for what is missing or damaged, StoreError for what cannot
     be read.
     """
-    return Index.load(pattern) if pattern.endswith(".json") else build_index(storage.expand(pattern))
+    if storage.without_query(pattern).endswith(".json"):
+        return Index.load(pattern)
+    urls = storage.expand(pattern)
+    index = build_index(urls)
+    shards = (dataclasses.replace(shard, url=url) for shard, url in zip(index.shards, urls, strict=True))
+    return dataclasses.replace(index, shards=tuple(shards))
 
 
 def check_shards(index: Index) -> None:
@@ -326,7 +369,10 @@ class _Journal:
         labels = {int(label): count for label, count in values["label_counts"].items()}
         chunks = [(blocks, checksum) for blocks, checksum in values["chunks"]]
         shard = Shard(**values["shard"])
-        return Scan(**{**values, "shard": shard, "chunks": chunks, "label_counts": labels})
+        ranges = {int(label): tuple(ends) for label, ends in values["hash_ranges"].items()}
+        return Scan(
+            **{**values, "shard": shard, "chunks": chunks, "label_counts": labels, "hash_ranges": ranges}
+        )
 
     def add(self, scan: Scan) -> Scan:
         if self._file:
@@ -355,7 +401,9 @@ class _IndexBuilder:
         self.reasons: dict[str, tuple[int, str]] = {}
         self.passed_over: dict[str, int] = {}
         self.rare: dict[int, list[str]] = {}
-        self.num_damaged = self.max_labels = 0
+        self.key_hashes: list[np.ndarray] = []
+        self.hash_ranges: dict[int, tuple[int, int]] = {}
+        self.num_damaged = self.max_labels = self.num_neighbours = self.shared_labels = 0
 
     def add(self, scan: Scan) -> None:
         self.shards.append(scan.shard)
@@ -363,6 +411,8 @@ class _IndexBuilder:
         self.damaged.append(np.isin(np.arange(len(scan.chunks)), scan.damaged_chunks))
         self.labels.update(scan.label_counts)
         self.max_labels = max(self.max_labels, scan.max_labels)
+        self.num_neighbours += scan.num_neighbours
+        self.shared_labels += scan.shared_labels
         self.num_damaged += scan.num_damaged
         self.damage += scan.damage[: LISTED - len(self.damage)]
         for reason, (count, example) in scan.reasons.items():
@@ -373,6 +423,9 @@ class _IndexBuilder:
                 self.rare.setdefault(int(label), []).extend(samples)
             else:
                 self.rare.pop(int(label), None)
+        self.key_hashes.append(np.array(scan.key_hashes, dtype="<u2"))
+        for label, (lowest, highest) in scan.hash_ranges.items():
+            widen(self.hash_ranges, label, lowest, highest)
 
     def index(self, chunk_samples: int, keys: SampleKeys) -> Index:
         if not self.labels:
@@ -402,6 +455,10 @@ class _IndexBuilder:
             reasons=self.reasons,
             passed_over=self.passed_over,
             keys=keys,
+            key_hashes=StoredArray(np.concatenate(self.key_hashes)),
+            hash_ranges=self.hash_ranges,
+            num_neighbours=self.num_neighbours,
+            shared_labels=self.shared_labels,
         )
         lone_samples = {label: self.rare[label] for label in index.lone_labels}
         return dataclasses.replace(index, lone_samples=lone_samples)
@@ -413,17 +470,29 @@ def commonest(reasons: Mapping[str, tuple[int, str]], number: int = 3) -> list[s
     return [f"{reason} ({count:,} times, like {example})" for reason, (count, example) in by_count]
 
 
-def _read_newer(values: dict[str, Any]) -> dict[str, Any]:
+def _read_newer(path: str, values: dict[str, Any], remake: str) -> dict[str, Any]:
     """The fields that version 2 does not have, or what their absence means."""
     if values["version"] == 2:
         return {"keys": SampleKeys(strict=True)}
     reasons = {reason: (count, example) for reason, (count, example) in values["reasons"].items()}
+    ranges = values.get("hash_ranges", {}).items()
     return {
         "reasons": reasons,
         "passed_over": values["passed_over"],
         "keys": SampleKeys(**values["keys"]),
         "lone_samples": {int(label): samples for label, samples in values.get("lone_samples", {}).items()},
+        "key_hashes": _stored(path, values["key_hashes"], remake) if values.get("key_hashes") else None,
+        "hash_ranges": {int(label): (lowest, highest) for label, (lowest, highest) in ranges},
+        "num_neighbours": values.get("num_neighbours", 0),
+        "shared_labels": values.get("shared_labels", 0),
     }
+
+
+def _stored(path: str, entry: dict[str, str], remake: str) -> StoredArray:
+    """An array that the index at `path` names, in a file beside it."""
+    return StoredArray(
+        url=storage.join(path, entry["file"]), checksum=entry["checksum"], remake=f"beside {path}; {remake}"
+    )
 
 
 def _relative(shard: Shard, path: Path) -> dict[str, Any]:
@@ -432,22 +501,3 @@ def _relative(shard: Shard, path: Path) -> dict[str, Any]:
         local = Path(storage.local_path(shard.url)).absolute()
         values["url"] = local.name if local.parent == path.absolute().parent else str(local)
     return values
-
-
-def _open_array(url: str) -> np.ndarray:
-    """The bytes of the array file, uint8 [n]; a local file is mapped, so processes share it."""
-    if storage.is_local(url):
-        return np.memmap(storage.local_path(url), dtype=np.uint8, mode="r")
-    return np.frombuffer(storage.read_bytes(url), dtype=np.uint8)
-
-
-def _parse_array(array: np.ndarray) -> np.ndarray:
-    """The records in the bytes of an .npy file, without a copy."""
-    stream = io.BytesIO(array[:4096].tobytes())
-    np.lib.format.read_magic(stream)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    return array[stream.tell() :].view(dtype).reshape(shape)
-
-
-def _checksum(data: bytes | np.ndarray) -> str:
-    return xxhash.xxh3_128(data if isinstance(data, bytes) else data.data).hexdigest()

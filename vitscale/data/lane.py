@@ -182,7 +182,7 @@ class Augmenter:
     """Makes the views of one source's samples.
 
     A sample that cannot be used is replaced by another one of its source, chosen by the seed
-    and the sample alone. `bad` gets a sentence for each, except for those that were excluded.
+    and the sample alone. `bad` gets a sentence for each, except for those that are excluded.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Augmenter:
         """
         drawn, reason = sample_id, ""
         for attempt in range(MAX_REPLACEMENTS):
-            if not self._is_excluded(sample_id):
+            if self._source.is_trained_on(sample_id):
                 reason = self._unusable(sample)
                 if isinstance(sample, RawSample) and not reason:
                     try:
@@ -244,19 +244,13 @@ class Augmenter:
         mapping, index = self._source.label_map, self._source.index
         for label in sample.labels:
             if mapping and label not in mapping:
-                return f"label {label} is not in the label map"
+                return f"label {index.named(label)} is not in the label map"
             if not mapping and label >= self._config.num_classes:
-                return f"label {label} is out of range for model.num_classes {self._config.num_classes}"
+                classes = self._config.num_classes
+                return f"label {index.named(label)} is out of range for model.num_classes {classes}"
         if len(sample.labels) > index.max_labels:
             return f"{len(sample.labels)} labels, the index says at most {index.max_labels}"
         return ""
-
-    def _is_excluded(self, sample_id: int) -> bool:
-        excluded = self._source.excluded
-        if not len(excluded):
-            return False
-        place = int(np.searchsorted(excluded, sample_id))
-        return place < len(excluded) and int(excluded[place]) == sample_id
 
     def _sample(self, sample_id: int) -> RawSample | BadSample:
         layout = self._source.index.layout

@@ -6,13 +6,18 @@ step, after a seek and the reading of at most one window per lane. A sample that
 is replaced by another one, the same whoever reads it, and reported.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
+import itertools
+import queue
 import sys
-from collections.abc import Generator, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,8 +34,10 @@ from vitscale.data.sources import Source
 from vitscale.data.transforms import finish_views
 from vitscale.errors import UserError
 
+T = TypeVar("T")
 PREFETCHED_STEPS = 2  # per worker
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # malloc.h
+CLOSING_SECONDS = 10.0  # for a batch that is under way when the run is asked to stop
 READ_THREADS = 8  # per worker: reads wait for disks and stores, not for a core
 
 
@@ -97,31 +104,72 @@ def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
 def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
     """The batches with images and labels on `device`.
 
-    A GPU gets each from pinned memory, on a side stream, while the one before it is in use.
+    For a GPU a thread joins each batch and pins its memory, and it is copied on a side stream,
+    while the ones before it are in use.
     """
     if device.type != "cuda":
         yield from batches
         return
     side = torch.cuda.Stream(device)
     ahead: Batch | None = None
-    for batch in batches:
-        with torch.cuda.stream(side):
-            copied = dataclasses.replace(
-                batch,
-                images=batch.images.pin_memory().to(device, non_blocking=True),
-                labels=batch.labels.pin_memory().to(device, non_blocking=True),
-            )
+    with contextlib.closing(in_thread(batches, _pinned)) as pinned:
+        for batch in pinned:
+            with torch.cuda.stream(side):
+                copied = dataclasses.replace(
+                    batch,
+                    images=batch.images.to(device, non_blocking=True),
+                    labels=batch.labels.to(device, non_blocking=True),
+                )
+            if ahead is not None:
+                yield ahead
+            torch.cuda.current_stream(device).wait_stream(side)
+            for tensor in (copied.images, copied.labels):
+                tensor.record_stream(torch.cuda.current_stream(device))
+            ahead = copied
         if ahead is not None:
             yield ahead
-        torch.cuda.current_stream(device).wait_stream(side)
-        for tensor in (copied.images, copied.labels):
-            tensor.record_stream(torch.cuda.current_stream(device))
-        ahead = copied
-    if ahead is not None:
-        yield ahead
+
+
+def _pinned(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
+
+
+def in_thread(items: Iterator[T], prepare: Callable[[T], T]) -> Generator[T, None, None]:
+    """prepare(item) for each item, by a thread that is one ahead. What it raises is raised."""
+    # The first is taken here: workers that it forks die with the thread that forked them.
+    first = next(items, None)
+    if first is None:
+        return
+    done: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
+    closing = threading.Event()
+
+    def work() -> None:
+        item, error = None, None
+        try:
+            for item in itertools.chain([first], items):
+                done.put((prepare(item), None))
+                if closing.is_set():
+                    return
+        except BaseException as raised:
+            error = raised
+        done.put((None, error))
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while (pair := done.get())[0] is not None:
+            yield pair[0]
+        if pair[1] is not None:
+            raise pair[1]
+    finally:
+        closing.set()
+        with contextlib.suppress(queue.Empty):
+            done.get_nowait()  # a thread that waits for room goes on, and ends
+        thread.join(CLOSING_SECONDS)
 
 
 def _prepare_worker(_: int) -> None:
+    gc.enable()  # the trainer, from which this process was forked, collects at its own times
     processes.survive_signals()
     reuse_memory()
 

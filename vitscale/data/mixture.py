@@ -61,6 +61,7 @@ class Mixture:
         lanes: int = 0,
         window_samples: Sequence[int],
         repeats: int = 1,
+        stratified: bool = False,
     ) -> "Mixture":
         """Cut the sources into lanes (0 = default_lanes).
 
@@ -76,20 +77,29 @@ class Mixture:
                 f"global_batch {global_batch} is not a multiple of data.lanes {lanes} x augment.repeats "
                 f"{repeats}; use lanes = {derived} (or 0 to derive it), and a multiple of the repeats"
             )
-        smallest = min(layout.num_samples for layout in layouts)
+        smallest = min(layout.num_drawn for layout in layouts)
         if smallest < distinct:
+            fitting = 2 ** (smallest.bit_length() - 1) * repeats
             raise ConfigError(
-                f"the data set has {smallest:,} samples, fewer than one global_batch of {distinct:,}; "
-                "lower global_batch"
+                f"the data set has {smallest:,} samples to train on, fewer than one global_batch of "
+                f"{distinct:,}; lower global_batch, to {fitting:,} for example"
             )
         # A single source ends its epochs with a whole batch: steps_per_epoch is a whole number.
         single = len(layouts) == 1
         lengths = [
-            layout.num_samples // distinct * (distinct // lanes) if single else layout.num_samples // lanes
+            layout.num_drawn // distinct * (distinct // lanes) if single else layout.num_drawn // lanes
             for layout in layouts
         ]
         orders = tuple(
-            Order(layout=layout, seed=seed, source=n, lanes=lanes, lane_length=length, window_samples=window)
+            Order(
+                layout=layout,
+                seed=seed,
+                source=n,
+                lanes=lanes,
+                lane_length=length,
+                window_samples=window,
+                stratified=stratified,
+            )
             for n, (layout, length, window) in enumerate(zip(layouts, lengths, window_samples, strict=True))
         )
         shares = [Fraction(weight).limit_denominator(10**9) for weight in weights]
@@ -137,6 +147,8 @@ class Mixture:
         """Names this order: runs with equal fingerprints read equal samples at equal steps."""
         shape = (self.seed, self.global_batch, self.lanes, self.repeats, *map(str, self.weights))
         parts = (*index_fingerprints, *shape, *(order.window_samples for order in self.orders))
+        if self.orders[0].stratified:
+            parts += ("stratified",)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def worlds(self) -> list[int]:

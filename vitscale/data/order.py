@@ -3,7 +3,8 @@
 Each epoch permutes the chunks. Cumulative counts then give every sample a position, the
 positions are cut into V lanes, and windows of consecutive positions of a lane are shuffled. So
 what a lane gives at its n-th draw depends only on (layout, seed, source, V, lane_length,
-window). Finding it takes no walk over the draws before it: the state of a reader is n.
+window, stratified). Finding it takes no walk over the draws before it: the state of a reader
+is n.
 """
 
 import dataclasses
@@ -32,10 +33,17 @@ class ShardLayout:
         ShardLayout([5, 3], chunk_samples=2)
         sample ids  0 1 | 2 3 | 4 || 5 6 | 7        first_ids     0 5 8
         chunk        0     1    2     3    4        first_chunks  0 3 5
+
+    held_out: the ids, rising, of samples that have their places in the chunks and that no epoch
+    draws. The others are numbered on, by rank. With held_out = [2, 5]:
+
+        sample ids  0 1 |   3 | 4 ||   6 | 7
+        rank        0 1     2   3      4   5        num_drawn     6
     """
 
     shard_samples: Int64[np.ndarray, " num_shards"]
     chunk_samples: int
+    held_out: Int64[np.ndarray, " n"] = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
 
     @functools.cached_property
     def first_ids(self) -> Int64[np.ndarray, " num_shards_and_end"]:
@@ -50,6 +58,11 @@ class ShardLayout:
     @property
     def num_samples(self) -> int:
         return int(self.first_ids[-1])
+
+    @property
+    def num_drawn(self) -> int:
+        """How many samples an epoch can draw."""
+        return self.num_samples - len(self.held_out)
 
     @property
     def num_chunks(self) -> int:
@@ -78,12 +91,34 @@ class ShardLayout:
         counts = np.minimum(self.chunk_samples, self.shard_samples[shards] - skipped)
         return self.first_ids[shards] + skipped, counts
 
+    def drawn_spans(
+        self, chunks: Int64[np.ndarray, " n"]
+    ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """As spans, of what epochs draw: each chunk's first rank, and how many it has."""
+        first_ids, counts = self.spans(chunks)
+        before, until = (np.searchsorted(self.held_out, ids) for ids in (first_ids, first_ids + counts))
+        return first_ids - before, counts - (until - before)
+
+    def drawn_ids(self, ranks: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """The samples of ranks: each is moved up by the number of held out ones before it."""
+        return ranks + np.searchsorted(self._ranks_at_held_out, ranks, side="right")
+
+    @functools.cached_property
+    def _ranks_at_held_out(self) -> Int64[np.ndarray, " n"]:
+        """How many drawn samples precede each one that is held out: [2, 4] in the example."""
+        return self.held_out - np.arange(len(self.held_out))
+
     @functools.cached_property
     def shortfalls(self) -> UInt16[np.ndarray, " num_chunks"]:
-        """How many samples each chunk lacks to a full one: 0 except for the last of a shard."""
+        """How many samples to draw each chunk lacks to a full one.
+
+        0 except for the last of a shard, and for chunks with samples that are held out.
+        """
         shortfalls = np.zeros(self.num_chunks, dtype=np.uint16)
         filled = self.shard_samples > 0  # [num_shards]; an empty shard has no last chunk
         shortfalls[self.first_chunks[1:][filled] - 1] = -self.shard_samples[filled] % self.chunk_samples
+        chunks, counts = np.unique(self.chunk_of(self.held_out), return_counts=True)
+        shortfalls[chunks] += counts.astype(np.uint16)
         return shortfalls
 
 
@@ -108,6 +143,8 @@ class Order:
     source: its number in a mixture, so that sources under one seed have different orders.
     lane_length: draws of a lane in an epoch. An epoch uses lanes x lane_length of the samples,
     each epoch another subset.
+    stratified: whether a lane's chunks of an epoch come from a few parts of the data set, or
+    from anywhere in it.
     """
 
     layout: ShardLayout
@@ -116,14 +153,15 @@ class Order:
     lanes: int
     lane_length: int
     window_samples: int
+    stratified: bool = False
     _epochs: dict[int, "EpochOrder"] = dataclasses.field(
         init=False, default_factory=dict, repr=False, compare=False
     )
 
     @property
     def tail(self) -> int:
-        """How many samples an epoch leaves out."""
-        return self.layout.num_samples - self.lanes * self.lane_length
+        """How many of the samples that it can draw an epoch leaves out."""
+        return self.layout.num_drawn - self.lanes * self.lane_length
 
     def epoch(self, epoch: int) -> "EpochOrder":
         """The order of one epoch (from 0); the last two are kept."""
@@ -191,6 +229,8 @@ class EpochOrder:
         layout = order.layout
         chunks = rng.permutation(layout.num_chunks, order.seed, "chunks", order._key(epoch))
         chunks = chunks.astype(np.uint32)
+        if order.stratified:
+            chunks = _stratified(order, epoch, chunks)
         starts = np.arange(0, len(chunks), _BLOCK)  # [num_blocks]
         missing = np.add.reduceat(layout.shortfalls[chunks], starts, dtype=np.int64)
         full = np.diff(np.append(starts, len(chunks))) * layout.chunk_samples
@@ -204,14 +244,44 @@ class EpochOrder:
             position   0 1 | 2 3 | 4 | 5 | 6 7
             chunk       3     0    4   2    1
             sample id  5 6 | 0 1 | 7 | 4 | 2 3        sample_ids(range(3, 6)) is 1 7 4
+
+        With held_out = [2, 5] it is 6 | 0 1 | 7 | 4 | 3, and sample_ids(range(3, 6)) is 7 4 3.
         """
         first, last = np.searchsorted(self.block_ends, [positions.start, positions.stop - 1], side="right")
         chunks = self.chunks[first * _BLOCK : (last + 1) * _BLOCK].astype(np.int64)  # [c]
-        first_ids, counts = self.layout.spans(chunks)  # [c] each
+        first_ranks, counts = self.layout.drawn_spans(chunks)  # [c] each
         ends = np.cumsum(counts) + (self.block_ends[first - 1] if first else 0)  # [c]
         wanted = np.arange(positions.start, positions.stop)  # [n]
         places = np.searchsorted(ends, wanted, side="right")  # [n], places in `chunks`
-        return first_ids[places] + wanted - (ends[places] - counts[places])
+        return self.layout.drawn_ids(first_ranks[places] + wanted - (ends[places] - counts[places]))
+
+
+def _stratified(
+    order: Order, epoch: int, chunks: UInt32[np.ndarray, " num_chunks"]
+) -> UInt32[np.ndarray, " num_chunks"]:
+    """Permuted chunks, so ordered that each lane has its own parts of the data set in an epoch.
+
+    The data set is cut into strata of consecutive chunks, as many for each lane as there are
+    chunks in its window. Which strata a lane has is drawn, and it takes a chunk from each of
+    them in turn. So every global batch takes as much from each part of the data set as from any
+    other, however the samples are sorted. For 2 lanes and windows of 2 chunks, if the strata
+    are permuted to 2 0 3 1:
+
+        chunk      0 1 2 | 3 4 5 | 6 7 8 | 9 10 11        lane 0    5 9 | 3 10 | 4 11
+        stratum      2   |   0   |   3   |    1           lane 1    2 8 | 0  6 | 1  7
+    """
+    layout, per_lane = order.layout, max(1, order.window_samples // order.layout.chunk_samples)
+    num_strata = order.lanes * per_lane
+    ends = np.arange(num_strata + 1) * order.lane_length // per_lane * len(chunks) // layout.num_drawn
+    ends[-1] = len(chunks)  # the last one has the tail
+    sizes = np.diff(ends)  # [num_strata]
+    strata = rng.permutation(num_strata, order.seed, "strata", order._key(epoch))
+    # Small numbers are sorted by radix, in linear time.
+    stratum = np.repeat(strata.astype(np.min_scalar_type(num_strata)), sizes[strata])  # [num_chunks]
+    by_stratum = chunks[np.argsort(stratum[chunks], kind="stable")]
+    turns = np.arange(len(chunks), dtype=np.uint32) - np.repeat(ends[:-1].astype(np.uint32), sizes)
+    lanes = np.repeat((np.arange(num_strata) // per_lane).astype(np.uint32), sizes)
+    return by_stratum[np.lexsort((turns, lanes))]
 
 
 def digest(ids: Int64[np.ndarray, " n"], first_position: int) -> int:

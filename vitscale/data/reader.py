@@ -4,7 +4,7 @@ walker takes it apart.
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,20 +47,22 @@ def read_chunk(index: Index, chunk: int, cache: NodeCache | None = None) -> Chun
     return [_distrusted(sample, where) for sample in parse_samples(data, start, count, index.keys)]
 
 
-def read_samples(index: Index, ids: Iterable[int]) -> Iterator[RawSample]:
-    """The samples of `ids`, in that order; for rising ids, each chunk is read once.
+def read_samples(index: Index, ids: Sequence[int]) -> Iterator[RawSample]:
+    """The samples of `ids`, as read_any; raises DataError at one that is damaged."""
+    for sample_id, sample in zip(ids, read_any(index, ids), strict=True):
+        if isinstance(sample, BadSample):
+            raise DataError(f"{describe(index, sample_id)}: {sample.describe()}")
+        yield sample
 
-    Raises DataError at a damaged sample: in evaluation and inspection, nothing may be replaced.
-    """
+
+def read_any(index: Index, ids: Sequence[int]) -> Iterator[RawSample | BadSample]:
+    """The samples of `ids`, in that order; for rising ids, each chunk is read once."""
     read, samples = -1, Chunk()  # the chunk that was read last
     for sample_id in ids:
         chunk = int(index.layout.chunk_of(np.array([sample_id]))[0])
         if chunk != read:
             read, samples = chunk, read_chunk(index, chunk)
-        sample = samples[sample_id - index.layout.chunk_ids(chunk).start]
-        if isinstance(sample, BadSample):
-            raise DataError(f"{describe(index, sample_id)}: {sample.describe()}")
-        yield sample
+        yield samples[sample_id - index.layout.chunk_ids(chunk).start]
 
 
 def describe(index: Index, sample_id: int) -> str:

@@ -40,7 +40,9 @@ class Scan:
     damaged samples, by number in the shard. reasons: by reason, how many places, and where the
     first is. passed_over: by extension, how many files are neither image nor label. tar_damage:
     whether the archive itself is broken. rare: by label, the samples of labels that may stand
-    alone in the whole set (is_lone).
+    alone in the whole set (is_lone). key_hashes: of all samples, in order. hash_ranges: by
+    label, the lowest and the highest of them. num_neighbours: pairs of consecutive samples that
+    can be used. shared_labels: how many labels they have in common, added up.
     """
 
     shard: Shard
@@ -54,6 +56,10 @@ class Scan:
     tar_damage: bool
     damaged_chunks: list[int]
     rare: dict[int, list[str]]
+    key_hashes: list[int]
+    hash_ranges: dict[int, tuple[int, int]]
+    num_neighbours: int
+    shared_labels: int
 
 
 def is_lone(label: int, count: int, num_labels: int) -> bool:
@@ -64,6 +70,17 @@ def is_lone(label: int, count: int, num_labels: int) -> bool:
 def chunk_checksum(data: bytes | memoryview) -> int:
     """A chunk's checksum in the index, compared at every read: 16 bits of its xxh3-64."""
     return xxhash.xxh3_64_intdigest(data) & 0xFFFF
+
+
+def key_hash(key: str) -> int:
+    """16 bits of the hash of a sample's key, which say whether the sample validates."""
+    return xxhash.xxh3_64_intdigest(key.encode()) & 0xFFFF
+
+
+def widen(ranges: dict[int, tuple[int, int]], label: int, lowest: int, highest: int) -> None:
+    """Let the range of a label's hashes hold two more."""
+    low, high = ranges.get(label, (lowest, highest))
+    ranges[label] = (min(low, lowest), max(high, highest))
 
 
 def add_reason(reasons: dict[str, tuple[int, str]], reason: str, count: int, example: str) -> None:
@@ -137,17 +154,22 @@ class _ScanBuilder:
     def __init__(self, url: str, listed: int) -> None:
         self.url, self.listed = url, listed
         self.num_samples = self.max_labels = self.num_damaged = 0
+        self.num_neighbours = self.shared_labels = 0
         self.labels: collections.Counter[int] = collections.Counter()
         self.passed_over: collections.Counter[str] = collections.Counter()
         self.reasons: dict[str, tuple[int, str]] = {}
         self.samples_by_label: dict[int, list[str]] = {}  # the first of each label
         self.damage: list[str] = []
         self.damaged_chunks: dict[int, None] = {}  # in the order of the shard, each once
+        self.key_hashes: list[int] = []
+        self.hash_ranges: dict[int, tuple[int, int]] = {}
         self.tar_damage = ""
         self._keys: set[str] = set()
+        self._last_labels: frozenset[int] | None = None
 
     def add(self, sample: RawSample | BadSample, chunk: int) -> None:
         self.num_samples += 1
+        self.key_hashes.append(key_hash(sample.key))
         if isinstance(sample, BadSample):
             self._add_bad(sample, chunk)
         else:
@@ -155,10 +177,16 @@ class _ScanBuilder:
                 self._add_bad(BadSample(sample.key, "its key occurs twice in this shard"), chunk)
             self.labels.update(sample.labels)
             for label in sample.labels:
+                widen(self.hash_ranges, label, self.key_hashes[-1], self.key_hashes[-1])
                 if self.labels[label] < LONE_SAMPLES:
                     place = f"{self.url}: sample {sample.key}"
                     self.samples_by_label.setdefault(label, []).append(place)
             self.max_labels = max(self.max_labels, len(sample.labels))
+            labels = frozenset(sample.labels)
+            if self._last_labels is not None:
+                self.num_neighbours += 1
+                self.shared_labels += len(labels & self._last_labels)
+            self._last_labels = labels
         self._keys.add(sample.key)
 
     def refuse(self, allow_damaged: bool) -> None:
@@ -192,6 +220,10 @@ class _ScanBuilder:
                 for label, samples in self.samples_by_label.items()
                 if is_lone(label, self.labels[label], len(self.labels))
             },
+            key_hashes=self.key_hashes,
+            hash_ranges=self.hash_ranges,
+            num_neighbours=self.num_neighbours,
+            shared_labels=self.shared_labels,
         )
 
     def _add_bad(self, sample: BadSample, chunk: int) -> None:

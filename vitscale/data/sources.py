@@ -9,15 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import xxhash
 from jaxtyping import Int64
 
 from vitscale import storage
 from vitscale.data.exclusions import load_exclusions
 from vitscale.data.index import Index, check_shards, planned_index
 from vitscale.data.mixture import Mixture
+from vitscale.data.order import ShardLayout
+from vitscale.data.split import split_classes, validation_ids
 from vitscale.errors import ConfigError, DataError, StoreError
 
 logger = logging.getLogger(__name__)
+SHOWN_LABELS = 10  # of those that a split leaves without samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,12 +68,19 @@ class DataConfig:
     image_key:         of a single source, as in SourceConfig.
     label_key:         of a single source, as in SourceConfig.
     num_samples:       of a single source, as in SourceConfig.
+    validation_fraction:
+                       the share of a single source's samples, in [0, 1), that are not trained
+                       on, but read by evaluations with split = "validation". Hashes of their
+                       keys choose them (split.py). 0 = all are trained on.
     sources:           several sources, to be mixed, instead of the keys above.
     labels:            "single" if each sample has one label, "multi" if it may have several.
     lanes:             streams that each global batch is put together from. The world size must
                        divide it, and the sample order depends on it. 0 = the largest divisor of
                        global_batch up to 1,024.
     window_chunks:     chunks of a lane that are shuffled together, and held in memory.
+    chunk_order:       "shuffled": a lane's chunks come from anywhere in the data set.
+                       "stratified": from one part of it in each epoch, so that batches have all
+                       classes where the shards are sorted by class.
     decoder:           of JPEGs; "auto" is libjpeg-turbo 3 if it is installed, else simplejpeg.
     max_bad_fraction:  the share of replaced samples, in [0, 1], above which the run ends.
     """
@@ -80,10 +91,12 @@ class DataConfig:
     image_key: str = ""
     label_key: str = ""
     num_samples: int = 0
+    validation_fraction: float = 0.0
     sources: tuple[SourceConfig, ...] = ()
     labels: Literal["single", "multi"] = "single"
     lanes: int = 0
     window_chunks: int = 2
+    chunk_order: Literal["shuffled", "stratified"] = "shuffled"
     decoder: Literal["auto", "turbojpeg", "simplejpeg"] = "auto"
     max_bad_fraction: float = 0.01
 
@@ -99,6 +112,15 @@ class DataConfig:
                 f"data.{', data.'.join(SINGLE_SOURCE_KEYS)} are for a single source; "
                 "with [[data.sources]], write them into each of the sources"
             )
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(
+                f"data.validation_fraction {self.validation_fraction} must lie in [0, 1), like 0.1"
+            )
+        if self.validation_fraction and len(self.sources) > 1:
+            raise ConfigError(
+                "data.validation_fraction is for a single source; with several data.sources, name test "
+                "shards in [evals] instead"
+            )
         if min(source.num_samples for source in self.all_sources()) < 0:
             raise ConfigError("data.num_samples must not be negative; 0 = as many as the index has")
 
@@ -108,23 +130,46 @@ class DataConfig:
         return self.sources or (single,)
 
 
+def _no_ids() -> Int64[np.ndarray, " 0"]:
+    return np.empty(0, dtype=np.int64)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """An opened source. label_map: {} = labels stay. excluded: the ids to leave out, rising."""
+    """An opened source. label_map: {} = labels stay.
+
+    excluded: the ids, rising, of samples to leave out. They keep their places in the order,
+    where others replace them. held_out: those of the validation split, which have no places.
+    """
 
     name: str
     index: Index
     label_map: Mapping[int, int]
     excluded: Int64[np.ndarray, " n"]
+    held_out: Int64[np.ndarray, " h"] = dataclasses.field(default_factory=_no_ids)
+
+    @property
+    def layout(self) -> ShardLayout:
+        """The layout of the index, with what no epoch draws."""
+        return dataclasses.replace(self.index.layout, held_out=self.held_out)
+
+    def is_trained_on(self, sample_id: int) -> bool:
+        return not _is_among(sample_id, self.excluded) and not _is_among(sample_id, self.held_out)
 
     @property
     def max_label(self) -> int:
         """The highest label of the run, but for those that stand alone (Index.lone_labels)."""
-        labels = self.index.label_counts.keys() - set(self.index.lone_labels)
-        return max(self.label_map[label] if self.label_map else label for label in labels)
+        return max(self.label_map[label] if self.label_map else label for label in self.index.usual_labels)
+
+    def named(self, label: int) -> str:
+        """A label of the run for messages, with the name of its class (Index.named)."""
+        if not self.label_map:
+            return self.index.named(label)
+        own = min(own for own, label_of_run in self.label_map.items() if label_of_run == label)
+        return f"{label} (from {self.index.named(own)})"
 
     def fingerprint(self, index_fingerprint: str = "") -> str:
-        """Names everything that decides what a sample is: shards, label map, exclusions.
+        """Names everything that decides what a sample is: shards, label map, exclusions, split.
 
         index_fingerprint: of another index in place of the source's own; "" = its own.
         """
@@ -133,6 +178,8 @@ class Source:
             parts.append(json.dumps(sorted(self.label_map.items())))
         if len(self.excluded):
             parts.append(self.excluded.tobytes().hex())
+        if len(self.held_out):
+            parts.append(f"validation {xxhash.xxh3_128(self.held_out.tobytes()).hexdigest()}")
         return " ".join(parts)
 
 
@@ -150,37 +197,50 @@ def open_sources(config: DataConfig, missing: Sequence[SourceConfig] = ()) -> tu
     missing: sources for a plan, which cannot be read: they have the stated number of samples.
     Raises DataError or ConfigError for what does not fit, StoreError for what cannot be read.
     """
-    sources = []
-    for position, section in enumerate(config.all_sources()):
-        if section in missing:
-            name, index = section.name or str(position), planned_index(section.num_samples)
-            sources.append(Source(name=name, index=index, label_map={}, excluded=np.empty(0, np.int64)))
-            continue
-        index = Index.load(section.index)
-        _check_keys(index, section)
-        if section.num_samples not in (0, index.num_samples):
-            raise ConfigError(
-                f"{section.index} has {index.num_samples:,} samples, data.num_samples says "
-                f"{section.num_samples:,}; index all of the shards, or set it to {index.num_samples}"
-            )
-        excluded = load_exclusions(section.exclude, index) if section.exclude else np.empty(0, np.int64)
-        if 2 * len(excluded) > index.num_samples:
-            raise DataError(
-                f"{section.exclude} leaves out {len(excluded):,} of {index.num_samples:,} samples, "
-                "more than half; check the threshold that it was made with"
-            )
-        sources.append(
-            Source(
-                name=section.name or str(position),
-                index=index,
-                label_map=_read_label_map(section.label_map, index) if section.label_map else {},
-                excluded=excluded,
-            )
-        )
+    sources = tuple(
+        _planned_source(section, position, config.validation_fraction)
+        if section in missing
+        else _open_source(section, position, config.validation_fraction)
+        for position, section in enumerate(config.all_sources())
+    )
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise ConfigError(f"data.sources have the names {', '.join(names)}; give each a different name")
-    return tuple(sources)
+    return sources
+
+
+def _planned_source(section: SourceConfig, position: int, validation_fraction: float) -> Source:
+    return Source(
+        name=section.name or str(position),
+        index=planned_index(section.num_samples),
+        label_map={},
+        excluded=_no_ids(),
+        held_out=np.arange(round(validation_fraction * section.num_samples)),  # about so many
+    )
+
+
+def _open_source(section: SourceConfig, position: int, validation_fraction: float) -> Source:
+    index = Index.load(section.index)
+    _check_keys(index, section)
+    if section.num_samples not in (0, index.num_samples):
+        raise ConfigError(
+            f"{section.index} has {index.num_samples:,} samples, data.num_samples says "
+            f"{section.num_samples:,}; index all of the shards, or set it to {index.num_samples}"
+        )
+    excluded = load_exclusions(section.exclude, index) if section.exclude else _no_ids()
+    if 2 * len(excluded) > index.num_samples:
+        raise DataError(
+            f"{section.exclude} leaves out {len(excluded):,} of {index.num_samples:,} samples, "
+            "more than half; check the threshold that it was made with"
+        )
+    held_out = validation_ids(index, validation_fraction, section.index) if validation_fraction else _no_ids()
+    return Source(
+        name=section.name or str(position),
+        index=index,
+        label_map=_read_label_map(section.label_map, index) if section.label_map else {},
+        excluded=excluded,
+        held_out=np.setdiff1d(held_out, excluded, assume_unique=True),  # what is excluded is in neither
+    )
 
 
 def _check_keys(index: Index, section: SourceConfig) -> None:
@@ -199,13 +259,14 @@ def make_mixture(
 ) -> Mixture:
     """The order of a run over its sources. Raises ConfigError where they do not fit."""
     return Mixture.make(
-        [source.index.layout for source in sources],
+        [source.layout for source in sources],
         [section.weight for section in config.all_sources()],
         seed=seed,
         global_batch=global_batch,
         lanes=config.lanes,
         window_samples=[config.window_chunks * source.index.chunk_samples for source in sources],
         repeats=repeats,
+        stratified=config.chunk_order == "stratified",
     )
 
 
@@ -218,29 +279,49 @@ def check_sources(sources: tuple[Source, ...]) -> None:
 def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: int) -> None:
     """Raise ConfigError for labels that the model or the config has no place for.
 
-    Labels that stand alone do not count: their samples are replaced when they are drawn.
+    Labels that stand alone do not count: their samples are replaced when they are drawn. Warns
+    of labels that the validation split leaves without samples on one side.
     """
+    if num_classes < 1:
+        labels = [source.max_label for source in sources if source.index.label_counts]
+        wanted = f"{max(labels) + 1}, as many as the data have" if labels else "the number of classes"
+        raise ConfigError(f"model.num_classes is 0, which builds a model without a head; set it to {wanted}")
     for source, section in zip(sources, config.all_sources(), strict=True):
         if not source.index.label_counts:
             continue  # it is planned
         if source.max_label >= num_classes:
             raise ConfigError(
-                f"{section.index} holds label {source.max_label}, out of range for model.num_classes "
-                f"{num_classes} (labels run from 0 to {num_classes - 1}); set model.num_classes = "
-                f"{source.max_label + 1} or fix the labels"
+                f"{section.index} holds label {source.named(source.max_label)}, out of range for "
+                f"model.num_classes {num_classes} (labels run from 0 to {num_classes - 1}); set "
+                f"model.num_classes = {source.max_label + 1} or fix the labels"
             )
         for label in source.index.lone_labels:
             if not source.label_map and label >= num_classes:
                 logger.warning(
-                    "%s: label %d is out of range for model.num_classes %d and stands alone: its %d samples "
+                    "%s: label %s is out of range for model.num_classes %d and stands alone: its %d samples "
                     "will be replaced and counted; to see them: python tools/data.py verify %s",
-                    section.index, label, num_classes, source.index.label_counts[label], section.index,
+                    section.index, source.named(label), num_classes, source.index.label_counts[label],
+                    section.index,
                 )  # fmt: skip
         if config.labels == "single" and source.index.max_labels > 1:
             raise ConfigError(
                 f"{section.index} has samples with {source.index.max_labels} labels; "
                 'set data.labels = "multi" and loss.name = "sigmoid"'
             )
+        _warn_of_split(source, config)
+
+
+def _warn_of_split(source: Source, config: DataConfig) -> None:
+    if not config.validation_fraction:
+        return
+    classes = split_classes(source.index, config.validation_fraction)
+    for lacking, labels in (("validation", classes.only_training), ("training", classes.only_validation)):
+        if labels:
+            shown = ", ".join(map(str, labels[:SHOWN_LABELS])) + (", ..." if labels[SHOWN_LABELS:] else "")
+            logger.warning(
+                "data.validation_fraction %s leaves %d of %d classes without %s samples: label %s",
+                config.validation_fraction, len(labels), len(source.index.label_counts), lacking, shown,
+            )  # fmt: skip
 
 
 def _read_label_map(path: str, index: Index) -> dict[int, int]:
@@ -264,5 +345,11 @@ def _read_label_map(path: str, index: Index) -> dict[int, int]:
         raise DataError(f"label map {path} maps to {wrong[0]!r}; labels are whole numbers from 0")
     missing = sorted(set(index.label_counts) - set(mapping) - set(index.lone_labels))
     if missing:
-        raise DataError(f"label map {path} has no entry for label {missing[0]}, which the shards hold")
+        label = index.named(missing[0])
+        raise DataError(f"label map {path} has no entry for label {label}, which the shards hold")
     return mapping
+
+
+def _is_among(sample_id: int, ids: Int64[np.ndarray, " n"]) -> bool:
+    place = int(np.searchsorted(ids, sample_id))
+    return place < len(ids) and int(ids[place]) == sample_id

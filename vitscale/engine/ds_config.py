@@ -8,6 +8,7 @@ import torch
 from vitscale.config import positive
 from vitscale.engine.batches import BatchPlan
 from vitscale.errors import ConfigError
+from vitscale.models.layers import Checkpointing
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -18,8 +19,10 @@ class EngineConfig:
 
     micro_batch: images per device and forward pass; 0 = all of a rank's share, undivided.
     zero_stage: what DeepSpeed shards: 1 optimizer state, 2 gradients too, 3 parameters too.
-    activation_checkpointing: "full" recomputes each block's activations in the backward pass.
-    compile: compile each block with torch.compile.
+    activation_checkpointing: what the backward pass recomputes of each block: "none",
+        "selective" (norms and GELU; matmuls and attention are kept) or "full".
+    compile: compile each block with torch.compile, for training; evaluations run eagerly.
+    tf32: compute fp32 matmuls on GPUs in TF32, which rounds inputs to 10 bits of mantissa.
     num_workers: data worker processes per rank; 0 = decode in the training process.
     cache_dir: a folder on the node's own disk, shared by its processes, that keeps what was
         read from remote shards; "" = none.
@@ -30,8 +33,9 @@ class EngineConfig:
 
     micro_batch: int = 0
     zero_stage: int = 1
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Checkpointing = "none"
     compile: bool = False
+    tf32: bool = False
     num_workers: int = 2
     cache_dir: str = ""
     cache_gb: float = 100.0
@@ -46,6 +50,12 @@ class EngineConfig:
             )
         if self.zero_stage not in (1, 2, 3):
             raise ConfigError(f"engine.zero_stage {self.zero_stage} is not one of 1, 2, 3")
+        if self.compile and self.zero_stage == 3:
+            raise ConfigError(
+                "engine.compile = true is refused with engine.zero_stage = 3: the hooks that gather the "
+                "parameters make torch.compile give up on each block in silence; use stage 1 or 2, or "
+                "compile = false"
+            )
         if self.micro_batch < 0 or self.num_workers < 0:
             raise ConfigError("engine.micro_batch and engine.num_workers must not be negative")
         positive("engine", cache_gb=self.cache_gb)
@@ -67,6 +77,7 @@ def make_ds_config(
         "gradient_accumulation_steps": plan.grad_accum_steps,
         "gradient_clipping": clip_norm,
         "steps_per_print": 10**9,  # never: the loop logs for itself
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice in a micro step
         "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list
         "zero_optimization": {
             "stage": config.zero_stage,

@@ -52,9 +52,11 @@ class Engine:
         from deepspeed.accelerator import get_accelerator
 
         zero.set_up()
+        on_gpu = distributed.device().type == "cuda"
         module.set_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
             module.compile_blocks()
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
         accelerator = get_accelerator()
         if precision == "fp16" and accelerator and not accelerator.is_fp16_supported():
             raise ConfigError('precision "fp16" does not run on this device; use "bf16" or "fp32"')
@@ -66,7 +68,7 @@ class Engine:
         with _debug_prints():
             self._ds, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=build_optimizer(optim, module),
+                optimizer=build_optimizer(optim, module, fused=on_gpu and not config.offload_optimizer),
                 config=make_ds_config(config, plan, precision, optim.clip_norm),
             )
         assert self._ds.gradient_accumulation_steps() == plan.grad_accum_steps
@@ -75,7 +77,7 @@ class Engine:
     def forward(
         self, images: Float[Tensor, "B 3 H W"], *, features_only: bool = False
     ) -> Float[Tensor, "B C"]:
-        """The module's output in the run's precision; images in [-1, 1], on the device."""
+        """Logits in fp32, or features in the run's precision; images in [-1, 1]."""
         # DeepSpeed's forward counts as part of a training step, so evaluation calls the module.
         network = self._ds if self._ds.training else self.module
         return network(images.to(self._dtype), features_only=features_only)
@@ -109,7 +111,11 @@ class Engine:
         """Within the block: evaluation mode, and the average, if any, as the weights."""
         self._ds.eval()
         try:
-            with self._ema.as_weights(self._ds) if self._ema else contextlib.nullcontext():
+            # Eagerly: a set's short last batch is of another shape than training's graphs.
+            with (
+                torch.compiler.set_stance("force_eager"),
+                self._ema.as_weights(self._ds) if self._ema else contextlib.nullcontext(),
+            ):
                 yield
         finally:
             self._ds.train()

@@ -4,6 +4,7 @@ To add a kind: write its config (a TaskConfig) and its task (a Task) in a file o
 then name the config in EvalConfig and open the task in open_task.
 """
 
+from vitscale.data.sources import Source
 from vitscale.evals.classify import ClassifyConfig, ClassifyTask
 from vitscale.evals.fewshot import FewShotConfig, FewShotTask
 from vitscale.evals.task import Task
@@ -11,13 +12,14 @@ from vitscale.evals.task import Task
 EvalConfig = ClassifyConfig | FewShotConfig  # [evals.NAME] without a kind is the first one
 
 
-def open_task(name: str, config: EvalConfig, image_size: int) -> Task:
+def open_task(name: str, config: EvalConfig, image_size: int, source: Source | None = None) -> Task:
     """Open the data of [evals.NAME]. The task that it returns can run often, on any model.
 
+    source: of the training data, for evaluations of their validation split.
     A shard that is missing raises DataError here, and so before training starts.
     """
     match config:
         case ClassifyConfig():
-            return ClassifyTask.open(name, config, image_size)
+            return ClassifyTask.open(name, config, image_size, source)
         case FewShotConfig():
             return FewShotTask.open(name, config, image_size)

@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from vitscale import distributed
+from vitscale.config import dotted
 from vitscale.data.evalset import EvaluationSet
-from vitscale.errors import DataError
+from vitscale.data.sources import Source
+from vitscale.errors import ConfigError, DataError
 from vitscale.evals.features import own_indices
-from vitscale.evals.task import EvalModel, TaskConfig, open_shards
+from vitscale.evals.task import EvalModel, TaskConfig, open_shards, open_split
 from vitscale.losses import to_targets
 
 _FEWSHOT_KEYS = ("train", "shots", "seeds", "l2_reg")
@@ -20,9 +22,23 @@ _FEWSHOT_KEYS = ("train", "shots", "seeds", "l2_reg")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifyConfig(TaskConfig):
-    """Accuracy of the head on a labelled test set; it has the common keys only."""
+    """Accuracy of the head on a labelled test set, besides the common keys.
+
+    split:  "validation" scores the samples that data.validation_fraction keeps from training,
+            instead of `test`
+    """
 
     kind: Literal["classify"] = "classify"
+    split: Literal["", "validation"] = ""
+
+    def check_test(self, where: str) -> None:
+        if not self.split:
+            super().check_test(where)
+        elif self.test:
+            raise ConfigError(
+                f"{dotted(where, 'test')} and {dotted(where, 'split')} are both set, and either says what to "
+                f'score; for test shards, set {dotted(where, "split")} = ""'
+            )
 
     @classmethod
     def upgrade(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -55,36 +71,50 @@ class ClassifyTask:
     test: EvaluationSet
 
     @classmethod
-    def open(cls, name: str, config: ClassifyConfig, image_size: int) -> "ClassifyTask":
-        return cls(name=name, config=config, test=open_shards(config.test, config, image_size))
+    def open(
+        cls, name: str, config: ClassifyConfig, image_size: int, source: Source | None = None
+    ) -> "ClassifyTask":
+        """source: of the training data, for their validation split."""
+        if not config.split:
+            test = open_shards(config.test, config, image_size)
+        elif source is None or not len(source.held_out):
+            raise ConfigError(f"{name}: these training data have no validation split; give test shards")
+        else:
+            test = open_split(source, config, image_size)
+        return cls(name=name, config=config, test=test)
 
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"top1": 0.6, "top5": 0.9, "num_samples": 10000}; top5 with more than 5 classes."""
+        self._check_labels(model.num_classes)
         indices, remaining = own_indices(np.arange(self.test.num_samples))
         counts = Counts(0, 0, 0)
         for images, labels in self.test.batches(indices, self.config.batch_size):
             own = max(0, min(len(images), remaining))  # the rest only fills up this rank's share
             logits = model.logits(images).float().cpu()[:own]
-            counts = counts.plus(topk_correct(logits, self._targets(labels[:own], model.num_classes)))
+            # A validation split may have labels that the head lacks: training replaces those.
+            known = labels[:own].where(labels[:own] < model.num_classes, -1)
+            counts = counts.plus(topk_correct(logits, to_targets(known, model.num_classes)))
             remaining -= own
         num_samples, top1, top5 = distributed.all_reduce_sum([float(count) for count in counts])
         if num_samples == 0:
             raise DataError(
-                f"{self.name}: {self.config.test}: no sample has a label, so there is nothing to score; "
-                "give labelled shards"
+                f"{self.name}: {self.config.test or self.config.split}: no sample has a label, so there is "
+                "nothing to score; give labelled shards",
+                shared=True,
             )
         results = {"top1": top1 / num_samples}
         if model.num_classes > 5:
             results["top5"] = top5 / num_samples
         return {**results, "num_samples": int(num_samples)}
 
-    def _targets(self, labels: Int64[Tensor, "B M"], num_classes: int) -> Float[Tensor, "B C"]:
-        if labels.numel() and labels.max() >= num_classes:
+    def _check_labels(self, num_classes: int) -> None:
+        label = self.test.index.max_label
+        if label >= num_classes and not self.config.split:
             raise DataError(
-                f"{self.name}: {self.config.test}: class {int(labels.max())} does not exist in a model of "
-                f"{num_classes} classes; give the test set that the head was trained for"
+                f"{self.name}: {self.config.test}: class {self.test.index.named(label)} does not exist in a "
+                f"model of {num_classes} classes; give the test set that the head was trained for",
+                shared=True,
             )
-        return to_targets(labels, num_classes)
 
 
 def topk_correct(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Counts:

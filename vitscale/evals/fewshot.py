@@ -8,6 +8,7 @@ Only the choice of the training images is random, and its seeds are part of the 
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -74,21 +75,18 @@ class FewShotTask:
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"1shot": 0.31, "1shot_std": 0.02, ...}, fractions of 1."""
         config = self.config
-        pool = single_labels(self.train.labels, f"{self.name}: {config.train}")
-        pairs = itertools.product(config.shots, config.seeds)
-        draws = [support_indices(pool, shots, seed) for shots, seed in pairs]
+        labels = distributed.together(lambda: self.train.labels)
+        with distributed.alike():
+            pool = single_labels(labels, f"{self.name}: {config.train}")
+            pairs = itertools.product(config.shots, config.seeds)
+            draws = [support_indices(pool, shots, seed, self.train.index.named) for shots, seed in pairs]
         # Only the images of some draw are decoded: the pool may be all of ImageNet.
         drawn = np.unique(np.concatenate(draws))
         support, _ = extract(model.features, self.train, drawn, config.batch_size)
         everything = np.arange(self.test.num_samples)
         test, padded = extract(model.features, self.test, everything, config.batch_size)
-        test_labels = single_labels(padded.numpy(), f"{self.name}: {config.test}")
-        unknown = np.setdiff1d(test_labels, pool)
-        if len(unknown):
-            raise DataError(
-                f"{self.name}: {config.test}: class {unknown[0]} does not occur in the training shards "
-                f"{config.train}; give both sets of one data set"
-            )
+        with distributed.alike():
+            test_labels = self._test_labels(padded.numpy(), pool)
 
         # Each rank fits its share of the draws; the sum then holds all, equal on all ranks.
         accuracies = [0.0] * len(draws)
@@ -104,6 +102,21 @@ class FewShotTask:
             results[f"{shots}shot_std"] = float(values.std())
         return results
 
+    def _test_labels(
+        self, labels: Int64[np.ndarray, "n M"], pool: Int64[np.ndarray, " p"]
+    ) -> Int64[np.ndarray, " n"]:
+        """The one label of each sample. Raises DataError for one that is not in the pool."""
+        config = self.config
+        singles = single_labels(labels, f"{self.name}: {config.test}")
+        unknown = np.setdiff1d(singles, pool)
+        if len(unknown):
+            label = self.test.index.named(int(unknown[0]))
+            raise DataError(
+                f"{self.name}: {config.test}: class {label} does not occur in the training shards "
+                f"{config.train}; give both sets of one data set"
+            )
+        return singles
+
 
 def single_labels(labels: Int64[np.ndarray, "n M"], source: str) -> Int64[np.ndarray, " n"]:
     """The one label of each sample. Raises DataError, naming `source`, for none or several."""
@@ -117,12 +130,14 @@ def single_labels(labels: Int64[np.ndarray, "n M"], source: str) -> Int64[np.nda
     return labels[np.arange(len(labels)), (labels >= 0).argmax(axis=1)]
 
 
-def support_indices(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int64[np.ndarray, " s"]:
+def support_indices(
+    labels: Int[np.ndarray, " n"], shots: int, seed: int, named: Callable[[int], str] = str
+) -> Int64[np.ndarray, " s"]:
     """The positions of `shots` samples of each class, class by class (fewshot_lsr, 215-222).
 
     One generator serves all classes: each class permutes its samples and keeps the first
     `shots`, so that fewer shots of a seed are a subset of more. Raises DataError if a class
-    has too few samples.
+    has too few samples. named: the class in that message (Index.named).
     """
     generator = np.random.default_rng(seed)
     classes, counts = np.unique(labels, return_counts=True)
@@ -130,7 +145,7 @@ def support_indices(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int
         k = int(np.argmax(counts < shots))
         raise DataError(
             f"{shots}-shot evaluation needs {shots} training examples of every class, but class "
-            f"{classes[k]} has {counts[k]}; lower shots or give more training shards"
+            f"{named(int(classes[k]))} has {counts[k]}; lower shots or give more training shards"
         )
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
     return np.concatenate([generator.permutation(indices)[:shots] for indices in by_class])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitscale.config import dotted, positive
 from vitscale.data.evalset import Crop, EvaluationSet
+from vitscale.data.sources import Source
 from vitscale.errors import ConfigError
 
 
@@ -37,16 +38,20 @@ class TaskConfig:
 
     def check(self, where: str) -> None:
         """Raise ConfigError for a value that does not fit. where: the section's dotted name."""
-        if not self.test:
-            raise ConfigError(
-                f"{dotted(where, 'test')} is empty: an evaluation needs test shards, "
-                "like data/cifar10/test-*.tar"
-            )
+        self.check_test(where)
         positive(where, every_steps=self.every_steps, batch_size=self.batch_size)
         if self.num_workers < 0:
             raise ConfigError(
                 f"{dotted(where, 'num_workers')} {self.num_workers} must not be negative; "
                 "0 decodes in the main process"
+            )
+
+    def check_test(self, where: str) -> None:
+        """Raise ConfigError unless the section says what to score."""
+        if not self.test:
+            raise ConfigError(
+                f"{dotted(where, 'test')} is empty: an evaluation needs test shards, "
+                "like data/cifar10/test-*.tar"
             )
 
 
@@ -84,4 +89,15 @@ def open_shards(pattern: str, config: TaskConfig, image_size: int) -> Evaluation
     """The samples of `pattern`, decoded by `config`. Raises DataError for missing shards."""
     return EvaluationSet.open(
         pattern, image_size=image_size, crop=config.crop, num_workers=config.num_workers
+    )
+
+
+def open_split(source: Source, config: TaskConfig, image_size: int) -> EvaluationSet:
+    """The validation split of the training data, decoded by `config`."""
+    return EvaluationSet(
+        source.index,
+        image_size=image_size,
+        crop=config.crop,
+        num_workers=config.num_workers,
+        source=source,
     )

@@ -1,13 +1,27 @@
 """The pieces of a Vision Transformer, named as timm names them."""
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 Gelu = Literal["tanh", "exact"]
+Checkpointing = Literal["none", "selective", "full"]
+
+# What selective checkpointing keeps: the outputs that are expensive to compute again.
+_KEPT_OPS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+_keep_matmuls = functools.partial(create_selective_checkpoint_contexts, _KEPT_OPS)
 
 
 class PatchEmbed(nn.Module):
@@ -65,8 +79,21 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
+class Fp32Linear(nn.Linear):
+    """A linear layer that computes in fp32, whatever the precision of input and weights.
+
+    In bf16 a logit near -10, where the head of a sigmoid loss starts, moves in steps of 0.06.
+    """
+
+    def forward(self, x: Float[Tensor, "*rest I"]) -> Float[Tensor, "*rest O"]:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class Block(nn.Module):
-    """Pre-norm encoder block (paper, equations 2 and 3)."""
+    """Pre-norm encoder block (paper, equations 2 and 3).
+
+    checkpointing: what the backward pass recomputes of the activations.
+    """
 
     def __init__(
         self, width: int, mlp_dim: int, num_heads: int, dropout: float, gelu: Gelu, norm_eps: float
@@ -77,8 +104,16 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, mlp_dim, dropout, gelu)
+        self.checkpointing: Checkpointing = "none"
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        # In here, not around the block, so that a compiled block holds its recomputation, too.
+        if self.checkpointing == "none" or not self.training:
+            return self._forward(x)
+        keep: dict[str, Any] = {"context_fn": _keep_matmuls} if self.checkpointing == "selective" else {}
+        return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=self.drop.p > 0, **keep)
+
+    def _forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         x = x + self.drop(self.attn(self.norm1(x)))
         return x + self.mlp(self.norm2(x))
 

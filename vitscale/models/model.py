@@ -2,10 +2,12 @@
 
 import abc
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol, overload, runtime_checkable
+from typing import Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from vitscale.models.layers import Checkpointing
 
 
 @runtime_checkable
@@ -93,8 +95,12 @@ class Model(nn.Module, abc.ABC):
         return self
 
     @abc.abstractmethod
-    def set_activation_checkpointing(self, mode: Literal["none", "full"]) -> None:
-        """Keep all activations ("none"), or recompute each block in backward ("full")."""
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """What each block keeps for the backward pass, which recomputes the rest.
+
+        "none" keeps all activations, "selective" the outputs of matmuls and attention, and
+        "full" the block's input alone.
+        """
 
     @abc.abstractmethod
     def compile_blocks(self) -> None:

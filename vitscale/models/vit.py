@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -9,10 +10,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitscale.errors import ConfigError
-from vitscale.models.layers import Block, Gelu, MapHead, PatchEmbed
+from vitscale.models.layers import Block, Checkpointing, Fp32Linear, Gelu, MapHead, PatchEmbed
 from vitscale.models.model import Model
 from vitscale.models.posemb import Grid, sincos2d
 
@@ -181,8 +181,7 @@ class ViT(Model):
         self.attn_pool = MapHead(width, mlp_dim, heads, gelu, eps) if config.pool == "map" else None
         size = config.representation_size
         self.pre_logits = nn.Linear(width, size) if size else None
-        self.head = nn.Linear(size or width, config.num_classes) if config.num_classes else None
-        self._checkpointing = False
+        self.head = Fp32Linear(size or width, config.num_classes) if config.num_classes else None
 
     def forward(
         self,
@@ -200,20 +199,26 @@ class ViT(Model):
         x = self.drop(x + self.pos_embed.to(x.dtype))
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            checkpointed = self._checkpointing and self.training
-            x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+            x = block(x)
             if index in wanted:
                 kept[index] = self._patch_tokens(self.norm(x))
         x = self.norm(x)  # [B, N, D]
         out = self._patch_tokens(x) if tokens else self._represent(x, features_only)
         return out if layers is None else (out, [kept[index] for index in wanted])
 
-    def set_activation_checkpointing(self, mode: Literal["none", "full"]) -> None:
-        self._checkpointing = mode == "full"
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        for block in self._blocks():
+            block.checkpointing = mode
 
     def compile_blocks(self) -> None:
-        for block in self.blocks:
-            block.compile()
+        # With recomputation, torch warns of in-place operations, which no block has.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+        # Static shapes: all blocks share one graph, made for the micro batch of training.
+        for block in self._blocks():
+            block.compile(dynamic=False)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """As Google's code initialises (vision_transformer models_vit.py).

@@ -71,7 +71,7 @@ class ShardTask:
 def pack(source: str, out: Path, config: PackConfig, progress: ProgressCallback = no_progress) -> PackReport:
     """Write the images of a source to shards in `out`, or those shards that are missing.
 
-    source: a path, or a pattern for the format "shards".
+    source: a path; for the format "shards", an index.json or a pattern.
     progress: called with numbers of samples; finished shards of an earlier run count as done.
 
     Raises DataError for a source that cannot be packed, ConfigError if `out` belongs to another
@@ -217,7 +217,7 @@ def _refuse_overlap(source: str, out: Path, config: PackConfig) -> None:
     """Refuse an `out` in the source: its shards would join the source, or replace it."""
     target = os.path.realpath(out)
     if config.format == "shards":
-        paths = [storage.local_path(url) for url in storage.expand(source)]
+        paths = [storage.local_path(url) for url in shards.shard_urls(source)]
         # A shard may be a link: both the folder of the link and that of its target count.
         folders = {os.path.dirname(path) or "." for path in [*paths, *map(os.path.realpath, paths)]}
         within = target in map(os.path.realpath, folders)

@@ -13,7 +13,9 @@ from vitscale.curate.pack.imagenet import SYNSET
 from vitscale.curate.pack.listing import FileReferences, Listing
 from vitscale.curate.pack.tar_members import TarPlace, list_members
 from vitscale.data.classes import names_by_label
+from vitscale.data.index import Index
 from vitscale.data.samples import (
+    DEFAULT_KEYS,
     BadSample,
     LabelError,
     SampleKeys,
@@ -39,16 +41,26 @@ class ShardSamples:
     damage: str
 
 
-def list_shards(source: str, config: PackConfig) -> Listing:
-    """The local shards that a glob or brace pattern names.
+def shard_urls(source: str) -> list[str]:
+    """The shards that an index.json, or a glob or brace pattern, names."""
+    if source.endswith(".json"):
+        return [shard.url for shard in Index.load(source).shards]
+    return storage.expand(source)
 
+
+def list_shards(source: str, config: PackConfig) -> Listing:
+    """The local shards that an index.json, or a glob or brace pattern, names.
+
+    What holds images and labels is as the index was made, unless the config says something.
     train-*.tar, val-*.tar and test-*.tar remain splits; all other names belong to "train". The
     class names come from the classes.json beside the first shard, if there is one.
     """
-    paths = [storage.local_path(url) for url in storage.expand(source) if storage.is_local(url)]
+    paths = [storage.local_path(url) for url in shard_urls(source) if storage.is_local(url)]
     if not paths:
-        raise ConfigError(f"{source} is not on a local disk; copy the shards, or mount their store")
+        raise ConfigError(f"the shards of {source} are not on a local disk; copy them, or mount their store")
     keys = config.sample_keys()
+    if source.endswith(".json") and keys == DEFAULT_KEYS:
+        keys = dataclasses.replace(Index.load(source).keys, strict=False)
     omissions, reasons = Omissions(), dict[str, tuple[int, str]]()
     splits: dict[str, FileReferences] = {}
     shards = processes.map_in_order(functools.partial(list_shard, keys=keys), paths, config.workers)

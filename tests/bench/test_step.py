@@ -1,0 +1,74 @@
+"""The step bench on the smallest model: rows, baselines, and a suite that is continued."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vitscale import distributed
+from vitscale.bench.step import Case, Ours, Plain, StepBench, every_case
+from vitscale.errors import ConfigError
+from vitscale.models import ModelConfig
+
+PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "bench.py"
+SMALL = ["--modes", "eager", "--loops", "vitscale", "plain", "--policies", "none", "--batch", "1"]
+
+
+def bench(*options: object) -> None:
+    """The command, in a process of its own: an engine needs torch's process group."""
+    command = [sys.executable, PROGRAM, "step", *SMALL, *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_config_is_measured_beside_plain_pytorch(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    bench("configs/demo/shapes.toml", "model.depth=1", "--rounds", 2, "--steps", 1, "--json", out)
+    results = json.loads(out.read_text())["results"]
+    assert (results["model"], results["precision"]) == ("Ti/8 at 32 px", "fp32")
+    ours, plain = results["vitscale"], results["plain"]
+    assert ours["images/s"] > 0 and ours["speed / plain loop"] > 0
+    assert "speed / plain loop" not in plain
+    assert "MFU, %" not in ours  # nobody knows the peak of a CPU
+
+
+def test_a_suite_measures_only_what_its_file_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "suite.json"
+    bench("--suite", path, "--variants", "mu/32")
+    first: dict[str, Any] = json.loads(path.read_text())
+    assert first["mu/32"]["vitscale"]["images/s"] > 0 and first["device"] == "CPU"
+    bench("--suite", path, "--variants", "mu/32", "mu/16")
+    both: dict[str, Any] = json.loads(path.read_text())
+    assert both["mu/32"] == first["mu/32"] and both["mu/16"]["plain"]["images/s"] > 0
+
+
+def test_the_baseline_computes_the_same_step() -> None:
+    """The weights of both after three steps."""
+    distributed.initialize()
+    model = ModelConfig(variant="mu/16", image_size=32, num_classes=10)
+    cases = Case(loop="vitscale"), Case(loop="plain")
+    config = StepBench(model=model, batch=4, precision="fp32", cases=cases)
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(10, (4, 1))
+    ours, plain = Ours(config, cases[0]), Plain(config, cases[1])
+    for _ in range(3):
+        ours.step(images, labels)
+        plain.step(images, labels)
+    weights = [list(network.parameters()) for network in (ours.engine.module, plain.network)]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
+    ours.close()
+
+
+def test_every_policy_is_a_row_with_and_without_compilation() -> None:
+    names = [str(case) for case in every_case(ModelConfig(variant="mu/16"))]
+    assert len(names) == len(set(names)) == 8
+    assert {"vitscale", "vitscale, selective recomputation, compiled", "plain, compiled"} < set(names)
+
+
+def test_a_bench_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--rounds, --steps and --batch must be above 0"):
+        StepBench(cases=(), batch=0)

@@ -1,0 +1,30 @@
+"""What a rank of test_compiled.py does: pytest's type checks would be compiled, too."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vitscale.models import build_model
+from vitscale.models.layers import Checkpointing
+from vitscale.models.vit import ViTConfig
+
+TINY = ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=8, num_classes=5)
+
+
+def compare(folder: Path, mode: Checkpointing) -> None:
+    """Train a compiled model beside an eager one; evaluate another batch after each step."""
+    eager, compiled = build_model(TINY, 0), build_model(TINY, 0)
+    compiled.set_activation_checkpointing(mode)
+    compiled.compile_blocks()
+    for batch in torch.randn(3, 4, 3, 8, 8):
+        for model in (eager, compiled):
+            nn.init.ones_(model.head.weight)
+            model(batch).square().sum().backward()
+        with torch.compiler.set_stance("force_eager"), torch.no_grad():
+            compiled.eval()(batch[:3])
+            compiled.train()
+    grads = [[param.grad for param in model.parameters()] for model in (eager, compiled)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    counts = torch._dynamo.utils.counters
+    (folder / "graphs").write_text(str(counts["stats"]["unique_graphs"]))

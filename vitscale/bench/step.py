@@ -1,0 +1,290 @@
+"""`tools/bench.py step`: images per second of a training step, beside a plain PyTorch loop.
+
+One process on one device trains on random images that are on the device already, so that the
+step alone is measured: normalisation, forward, backward, clipping and update. Every case is
+built and warmed up once; then they are measured in turns, and each figure is the median of the
+rounds. A case that runs out of memory says so, and the others go on.
+
+The baselines are the same model in a loop of plain PyTorch (autocast, fused AdamW), and timm's
+model of the same size in that loop, where timm is installed.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Mapping
+from statistics import median
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from vitscale import distributed
+from vitscale.data.transforms import AugmentConfig, normalize
+from vitscale.engine.batches import plan_batches
+from vitscale.engine.ds_config import EngineConfig, Precision
+from vitscale.engine.engine import DTYPES, Engine
+from vitscale.errors import ConfigError
+from vitscale.losses import LossConfig, compute_loss, to_targets
+from vitscale.meter import peak_flops
+from vitscale.models import ModelConfig, build_model
+from vitscale.models.flops import train_flops
+from vitscale.models.layers import Checkpointing
+from vitscale.models.vit import ViTConfig
+from vitscale.objectives import BatchKey, ClassificationConfig, build_objective
+from vitscale.optim import OptimConfig, build_optimizer
+
+CLIP_NORM = 1.0
+OPTIM = OptimConfig(weight_decay=0.1, clip_norm=CLIP_NORM)
+WARMUP_STEPS = 3
+# timm's names of the paper's models, and of the tiny ones below them.
+TIMM_NAMES = {
+    "Ti/16": "vit_tiny_patch16_224",
+    "S/16": "vit_small_patch16_224",
+    "B/16": "vit_base_patch16_224",
+    "L/16": "vit_large_patch16_224",
+    "H/14": "vit_huge_patch14_224",
+}
+Loop = Literal["vitscale", "plain", "timm"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of the table: who trains, and how."""
+
+    loop: Loop
+    compile: bool = False
+    checkpointing: Checkpointing = "none"
+    zero_stage: int = 1
+
+    def __str__(self) -> str:
+        parts = [self.loop]
+        if self.loop == "vitscale" and self.zero_stage != 1:
+            parts.append(f"ZeRO {self.zero_stage}")
+        if self.checkpointing != "none":
+            parts.append(f"{self.checkpointing} recomputation")
+        return ", ".join([*parts, *(["compiled"] if self.compile else [])])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepBench:
+    """What is measured.
+
+    model: of any kind that vitscale trains.
+    batch: images of a step, on the one device.
+    precision: of the forward and backward pass.
+    cases: the rows of the table.
+    rounds, steps: each figure is the median of the rounds, each of so many steps.
+    """
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    batch: int = 256
+    precision: Precision = "bf16"
+    cases: tuple[Case, ...]
+    rounds: int = 5
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.steps, self.batch) < 1:
+            raise ConfigError("--rounds, --steps and --batch must be above 0")
+
+
+def every_case(model: ModelConfig) -> tuple[Case, ...]:
+    """Each recomputation policy with and without compilation, and the baselines."""
+    compiled = (False, True)
+    policies: tuple[Checkpointing, ...] = ("none", "selective", "full")
+    baselines: tuple[Loop, ...] = ("plain", "timm") if timm_has(model) else ("plain",)
+    ours = [Case(loop="vitscale", compile=c, checkpointing=policy) for policy in policies for c in compiled]
+    return (*ours, *(Case(loop=loop, compile=c) for loop in baselines for c in compiled))
+
+
+@runtime_checkable
+class Trainee(Protocol):
+    """What is measured: a step on a micro batch."""
+
+    def step(self, images: Tensor, labels: Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Ours:
+    """A step of vitscale's engine and objective, as the training loop makes it."""
+
+    def __init__(self, config: StepBench, case: Case) -> None:
+        engine = EngineConfig(
+            zero_stage=case.zero_stage, activation_checkpointing=case.checkpointing, compile=case.compile
+        )
+        plan = plan_batches(config.batch, 0, 1)
+        self.engine = Engine(build_model(config.model, seed=0), OPTIM, engine, plan, config.precision)
+        self.objective = build_objective(
+            ClassificationConfig(),
+            loss=LossConfig(),
+            augment=AugmentConfig(),
+            num_classes=config.model.num_classes,
+        )
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        loss = self.objective.loss(self.engine.forward, images, labels, BatchKey(0, 1, 0))
+        self.engine.backward(loss)
+        self.engine.step()
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Plain:
+    """The same step as a dozen lines of PyTorch."""
+
+    def __init__(self, config: StepBench, case: Case) -> None:
+        self.device = distributed.device()
+        self.num_classes, self.dtype = config.model.num_classes, DTYPES[config.precision]
+        network = timm_model(config.model) if case.loop == "timm" else build_model(config.model, seed=0)
+        self.network: nn.Module = network.to(self.device)
+        fused = self.device.type == "cuda"
+        self.optimizer = build_optimizer(OPTIM, self.network, fused=fused)
+        if case.compile:  # by block, as vitscale does it
+            for block in self.network.get_submodule("blocks").children():
+                block.compile(dynamic=False)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.network(normalize(images, torch.float32))
+        compute_loss(LossConfig(), logits, to_targets(labels, self.num_classes)).backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def close(self) -> None:
+        """Nothing to free but the memory."""
+
+
+def timm_has(model: ModelConfig) -> bool:
+    """Whether timm can be imported, and has this model under a name."""
+    plain = ViTConfig(
+        variant=model.variant, image_size=model.image_size, num_classes=model.num_classes, pool=model.pool
+    )
+    installed = all(importlib.util.find_spec(name) for name in ("timm", "torchvision"))
+    return installed and model == plain and model.variant in TIMM_NAMES
+
+
+def timm_model(config: ModelConfig) -> nn.Module:
+    import timm
+
+    pool = {"token": "token", "mean": "avg", "map": "map"}[config.pool]
+    return timm.create_model(
+        TIMM_NAMES[config.variant],
+        img_size=config.image_size,
+        num_classes=config.num_classes,
+        global_pool=pool,
+        class_token=config.pool == "token",
+    )
+
+
+def run(config: StepBench, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Build and warm up every case, and measure them in turns."""
+    distributed.initialize()
+    torch._dynamo.reset()
+    device = distributed.device()
+    generator = torch.Generator().manual_seed(0)
+    side = config.model.image_size
+    images = torch.randint(256, (config.batch, 3, side, side), dtype=torch.uint8, generator=generator).to(
+        device
+    )
+    labels = torch.randint(config.model.num_classes, (config.batch, 1), generator=generator).to(device)
+    trainees: dict[Case, Trainee] = {}
+    rows: dict[Case, dict[str, Any]] = {}
+    for case in config.cases:
+        progress(f"{config.model.variant}: warming up {case}")
+        with _free_memory(trainees, rows, case), _Peak() as peak:
+            began = time.perf_counter()
+            trainees[case] = Ours(config, case) if case.loop == "vitscale" else Plain(config, case)
+            for _ in range(WARMUP_STEPS):
+                trainees[case].step(images, labels)
+            _wait()
+            rows[case] = {"start and warm-up, seconds": time.perf_counter() - began}
+        if case in trainees and peak.bytes:
+            rows[case]["peak memory, GiB"] = peak.bytes / 2**30
+    seconds: dict[Case, list[float]] = {case: [] for case in trainees}
+    for round in range(config.rounds):
+        for case in list(trainees):
+            progress(f"{config.model.variant}: round {round + 1}, {case}")
+            with _free_memory(trainees, rows, case):
+                seconds[case].append(_time(trainees[case], images, labels, config.steps))
+    for trainee in trainees.values():
+        trainee.close()
+    return _results(config, rows, {case: figures for case, figures in seconds.items() if figures})
+
+
+def _time(trainee: Trainee, images: Tensor, labels: Tensor, steps: int) -> float:
+    """Seconds of one step."""
+    _wait()
+    began = time.perf_counter()
+    for _ in range(steps):
+        trainee.step(images, labels)
+    _wait()
+    return (time.perf_counter() - began) / steps
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _free_memory(
+    trainees: dict[Case, Trainee], rows: dict[Case, dict[str, Any]], case: Case
+) -> Iterator[None]:
+    """Within the block, a case that runs out of memory is noted, and its memory freed."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        rows[case] = {"failed": "out of memory"}
+        trainees.pop(case, None)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class _Peak:
+    """The most memory that a block held at once on a GPU, beside what was held before it."""
+
+    bytes = 0
+
+    def __enter__(self) -> "_Peak":
+        if torch.cuda.is_available():
+            self._before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+
+
+def _results(
+    config: StepBench, rows: Mapping[Case, dict[str, Any]], seconds: Mapping[Case, list[float]]
+) -> dict[str, Any]:
+    """The table: each case beside the plain loop that is compiled, or not, as it is."""
+    peak = peak_flops() if config.precision != "fp32" else 0.0
+    results: dict[str, Any] = {
+        "model": f"{config.model.variant} at {config.model.image_size} px",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "precision": config.precision,
+        "images of a step": config.batch,
+    }
+    if peak:
+        results["peak of the device, TFLOP/s"] = peak / 1e12
+    for case, row in rows.items():
+        figures: dict[str, Any] = {}
+        if case in seconds:
+            figures["images/s"] = speed = config.batch / median(seconds[case])
+            figures["slowest to fastest round"] = max(seconds[case]) / min(seconds[case])
+            if peak:
+                figures["MFU, %"] = 100 * speed * train_flops(config.model) / peak
+            plain = Case(loop="plain", compile=case.compile)
+            if case != plain and plain in seconds:
+                pairs = zip(seconds[plain], seconds[case], strict=True)
+                figures["speed / plain loop"] = median(other / own for other, own in pairs)
+        results[str(case)] = figures | row
+    return results

@@ -1,0 +1,146 @@
+"""`tools/bench.py step --suite`: the paper's models on one GPU, piece by piece into one file.
+
+The file is written after each piece, and a piece that it holds is not measured again, so that
+the suite can be stopped anywhere and continued on the same machine.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitscale import atomic
+from vitscale.bench import step
+from vitscale.bench.step import Case, StepBench, timm_has
+from vitscale.errors import DataError
+from vitscale.metrics import read_metrics
+from vitscale.models import ModelConfig
+
+# Images of a step, which fit into 80 GB without recomputation.
+BATCHES = {"S/16": 1024, "B/16": 512, "L/16": 256, "H/14": 128}
+DEFAULT_BATCH = 64
+PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+END_TO_END_STEPS = 120
+
+# What is missing here are the defaults of TrainConfig.
+END_TO_END = """
+run_dir = "{folder}/run"
+global_batch = 512
+total_steps = {steps}
+precision = "bf16"
+
+[model]
+variant = "{variant}"
+
+[data]
+index = "{index}"
+lanes = {workers}
+
+[schedule]
+warmup_steps = 10
+
+[engine]
+compile = true
+num_workers = {workers}
+
+[checkpoint]
+every_steps = 0
+
+[log]
+every_steps = 20
+tensorboard = false
+"""
+
+
+def pieces(variants: Sequence[str], batch: int, wanted: Callable[[Case], bool]) -> dict[str, StepBench]:
+    """What is measured for each variant: the cases that are wanted. batch: 0 = BATCHES."""
+    measured = {}
+    for variant in variants:
+        model = ModelConfig(variant=variant)
+        cases = [
+            Case(loop="vitscale", compile=True),
+            Case(loop="vitscale"),
+            Case(loop="vitscale", compile=True, checkpointing="selective"),
+            Case(loop="vitscale", compile=True, checkpointing="full"),
+            Case(loop="plain", compile=True),
+            Case(loop="plain"),
+        ]
+        if timm_has(model):
+            cases.append(Case(loop="timm", compile=True))
+        cases = [case for case in cases if wanted(case)]
+        images = batch or BATCHES.get(variant, DEFAULT_BATCH)
+        measured[variant] = StepBench(model=model, batch=images, cases=tuple(cases))
+    return measured
+
+
+def run(
+    path: Path,
+    index: str,
+    variants: Sequence[str],
+    batch: int,
+    wanted: Callable[[Case], bool],
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure what the file at `path` lacks, and return all of it.
+
+    index: of photographs, for the end-to-end piece; "" leaves it out.
+    """
+    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    here = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "cores": os.cpu_count(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
+    }
+    done = {**here, **done}
+    for name, bench in pieces(variants, batch, wanted).items():
+        if name not in done:
+            done[name] = step.run(bench, progress)
+            _write(path, done)
+    if index and "end to end" not in done:
+        progress("end to end")
+        done["end to end"] = end_to_end(index, "S/16")
+        _write(path, done)
+    return done
+
+
+def end_to_end(index: str, variant: str) -> dict[str, Any]:
+    """Training from JPEG shards by the real program, with a data worker per core."""
+    workers = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
+        config = Path(folder) / "config.toml"
+        config.write_text(
+            END_TO_END.format(
+                folder=folder,
+                steps=END_TO_END_STEPS,
+                variant=variant,
+                index=Path(index).resolve(),
+                workers=workers,
+            )
+        )
+        done = subprocess.run(
+            [sys.executable, PROGRAM, config], capture_output=True, text=True, env=os.environ
+        )
+        if done.returncode:
+            raise DataError(f"end to end: {done.stderr.strip().splitlines()[-1]}")
+        rows = [row for row in read_metrics(Path(folder) / "run") if "perf/images_per_second" in row]
+    last = rows[-1]
+    return {
+        "model": variant,
+        "data workers": workers,
+        "images/s": last["perf/images_per_second"],
+        "images/s per core": last["perf/images_per_second"] / workers,
+        "waiting for data, share": last["time/data_wait_fraction"],
+    }
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, (json.dumps(results, indent=1) + "\n").encode())
