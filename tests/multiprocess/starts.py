@@ -2,8 +2,10 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -38,6 +40,23 @@ def measure(config: Path, overrides: Sequence[str], out: Path) -> None:
         engine, *_ = training.start(job, home)
     model_bytes = 4 * sum(map(math.prod, engine.shapes().values()))
     Path(f"{out}-{distributed.rank()}.json").write_text(json.dumps([model_bytes, held.peak]))
+
+
+def count_reads(config: Path, overrides: Sequence[str], out: Path) -> None:
+    """Start a run; OUT-RANK.json gets how often the rank read values of a checkpoint."""
+    distributed.initialize()
+    loaded = configs.load(TrainConfig, [config], overrides)
+    job = prepare(loaded, distributed.world_size())
+    reads = 0
+
+    def profile(_: FrameType, event: str, called: Any) -> None:
+        nonlocal reads
+        reads += event == "c_call" and called.__name__ == "preadv"
+
+    sys.setprofile(profile)
+    training.start(job, Home.of(loaded.run_dir, loaded.checkpoint))
+    sys.setprofile(None)
+    Path(f"{out}-{distributed.rank()}.json").write_text(json.dumps(reads))
 
 
 class Held(TorchDispatchMode):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from multiprocess.job import Job
 from multiprocess.ranks import Stop
-from multiprocess.starts import check_values, measure
+from multiprocess.starts import check_values, count_reads, measure
 from multiprocess.zygote import Zygote
 
 # 12 blocks, so that a tensor is small beside the model. DeepSpeed keeps small parameters whole,
@@ -58,6 +58,20 @@ def test_a_resumed_and_a_fine_tuned_run_never_have_the_whole_model(
     other = Job(tmp_path / "b", index)
     options = (stage, f"init.checkpoint={job.run_dir}", "model.num_classes=6")
     assert start_peak(zygote, other, 4, *options) < 1.0
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_resume_on_the_same_layout_reads_a_ranks_file_at_once(
+    tmp_path: Path, index: Path, zygote: Zygote, stage: int
+) -> None:
+    job, options = Job(tmp_path, index), (f"engine.zero_stage={stage}", "optim.ema_decay=0.9")
+    assert zygote.train(job, 2, *options, event=Stop(batch=2)) == [75, 75], job.output()
+    out = tmp_path / "reads"
+    for world_size, reads in ((2, [1, 1]), (1, [2])):  # alone, both files
+        statuses = zygote.run(world_size, count_reads, job.config, options, out, log=job.log)
+        assert statuses == [0] * world_size, job.output()
+        counted = [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(world_size)]
+        assert counted == reads
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
