@@ -111,7 +111,6 @@ def test_the_small_model_of_the_page_would_train(
     assert 'variant = "Ti/16"' in planned and "total steps             10" in planned
 
 
-@pytest.mark.skipif(os.cpu_count() == 1, reason="one core has one thread in any case")
 def test_the_threads_that_a_user_asks_for_are_used() -> None:
     """Where others use the cores too, threads spend their time waiting for one another."""
     code = (

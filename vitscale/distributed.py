@@ -26,7 +26,6 @@ T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(minutes=10)
 CHANNEL_TIMEOUT = datetime.timedelta(hours=3)  # a rank may write a large file while others wait for it
-_STANDALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
 def initialize() -> None:
@@ -38,7 +37,8 @@ def initialize() -> None:
         return
     is_alone = "WORLD_SIZE" not in _launched()
     if is_alone:
-        os.environ.update(_STANDALONE, MASTER_PORT=str(free_port()))
+        # For DeepSpeed. With more, what this process starts would take itself for a rank.
+        os.environ["LOCAL_RANK"] = "0"
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     else:
@@ -50,10 +50,11 @@ def initialize() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     allow_open_files(launched_world_size())
     try:
-        store = rendezvous.own_store(TIMEOUT)
-        where = (
-            {"store": store, "rank": launched_rank(), "world_size": launched_world_size()} if store else {}
-        )
+        where = {}
+        if is_alone:
+            where = {"store": dist.TCPStore("127.0.0.1", 0, is_master=True), "rank": 0, "world_size": 1}
+        elif store := rendezvous.own_store(TIMEOUT):
+            where = {"store": store, "rank": launched_rank(), "world_size": launched_world_size()}
         if torch.cuda.is_available():
             dist.init_process_group("cuda:nccl,cpu:gloo", timeout=TIMEOUT, device_id=device(), **where)
         else:

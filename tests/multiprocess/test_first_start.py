@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,3 +56,12 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path, index: Path) -> None:
         assert rank.wait(TIMEOUT_SECONDS) == 2, job.output()
     assert f"error: port {port} of " in job.output() and "is taken by another program" in job.output()
     assert "Traceback" not in job.output()
+
+
+def test_what_a_process_alone_starts_is_alone_too() -> None:
+    """A notebook that has trained, or a script that trains twice."""
+    joined = "import subprocess, sys; from vitscale import distributed as d; d.initialize(); "
+    child = joined + "print(d.rank(), d.world_size())"
+    parent = joined + f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    ended = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True)
+    assert ended.stdout.split() == ["0", "1"], ended.stderr

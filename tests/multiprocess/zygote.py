@@ -11,7 +11,6 @@ import contextlib
 import gc
 import importlib
 import os
-import pickle
 import select
 import signal
 import subprocess
@@ -19,6 +18,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,12 @@ class Zygote:
 
     def __init__(self) -> None:
         env = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from multiprocess.zygote import main; main()"],
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        self._jobs, theirs = Pipe()
+        with theirs:
+            code = f"from multiprocess.zygote import main; main({theirs.fileno()})"
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code], env=env, pass_fds=[theirs.fileno()]
+            )
 
     def train(
         self,
@@ -74,27 +75,23 @@ class Zygote:
         zygote's own; None unsets a variable. Returns the exit statuses in rank order; a rank
         that a signal ended has minus its number.
         """
-        assert self._process.stdin and self._process.stdout
-        request = (world_size, function, arguments, log, timeout_seconds, environment or {})
-        pickle.dump(request, self._process.stdin)
-        self._process.stdin.flush()
-        return pickle.load(self._process.stdout)  # from the process that we started
+        self._jobs.send((world_size, function, arguments, log, timeout_seconds, environment or {}))
+        return self._jobs.recv()
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
 
 
-def main() -> None:
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no reply
+def main(descriptor: int) -> None:
+    """Run the jobs that the parent sends through the pipe of that descriptor."""
+    jobs = Connection(descriptor)
     for module in IMPORTS:
         importlib.import_module(module)
     torch.set_num_threads(1)
     gc.freeze()  # DeepSpeed collects garbage six times per engine; nothing imported is garbage
     while True:
-        pickle.dump(_job(*pickle.load(sys.stdin.buffer)), replies)  # functions, from our own parent
-        replies.flush()
+        jobs.send(_job(*jobs.recv()))
 
 
 def _job(
