@@ -20,7 +20,7 @@ from vitscale.checkpoint.manifest import Manifest, TensorInfo, TrainState, joine
 from vitscale.checkpoint.safetensors import write_safetensors
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, alone, good, newest_good
-from vitscale.data.index import build_index
+from vitscale.data.indexing import build_index
 from vitscale.engine.zero import Counters
 
 # A checkpoint's tensors. Every trained one has all states; the sizes fall oddly between ranks.

@@ -206,7 +206,7 @@ def demo(arguments: argparse.Namespace) -> int:
 def pack(arguments: argparse.Namespace) -> int:
     from vitscale.curate.pack import run
     from vitscale.curate.pack.config import PackConfig
-    from vitscale.data.index import build_index
+    from vitscale.data.indexing import build_index
 
     names = [field.name for field in dataclasses.fields(PackConfig) if field.name != "shuffle"]
     config = PackConfig(
@@ -238,7 +238,7 @@ def pack(arguments: argparse.Namespace) -> int:
 def index_shards(arguments: argparse.Namespace) -> int:
     from vitscale import storage
     from vitscale.data.classes import read_classes
-    from vitscale.data.index import build_index
+    from vitscale.data.indexing import build_index
     from vitscale.data.samples import SampleKeys
     from vitscale.errors import ConfigError
 
@@ -381,7 +381,7 @@ def warm(arguments: argparse.Namespace) -> int:
 
 def report_index(index: Any, path: Path) -> None:
     """Print what is noteworthy in a new index. Training replaces the damaged samples."""
-    from vitscale.data.index import commonest
+    from vitscale.data.scan import commonest
 
     for sentence in commonest(index.reasons, len(index.reasons)):
         print(f"damaged: {sentence}", file=sys.stderr)

@@ -18,6 +18,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vitscale import errors, rendezvous, slurm
 from vitscale.errors import ConfigError, StoreError, UserError
@@ -52,7 +53,7 @@ def initialize() -> None:
     try:
         where = {}
         if is_alone:
-            where = {"store": dist.TCPStore("127.0.0.1", 0, is_master=True), "rank": 0, "world_size": 1}
+            where = {"store": TCPStore("127.0.0.1", 0, is_master=True), "rank": 0, "world_size": 1}
         elif store := rendezvous.own_store(TIMEOUT):
             where = {"store": store, "rank": launched_rank(), "world_size": launched_world_size()}
         if torch.cuda.is_available():

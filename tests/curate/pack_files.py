@@ -4,7 +4,7 @@ from pathlib import Path
 
 from make import jpeg
 
-from vitscale.data.index import build_index
+from vitscale.data.indexing import build_index
 from vitscale.data.reader import read_samples
 from vitscale.data.samples import RawSample
 

@@ -19,7 +19,8 @@ from vitscale.curate.duplicates import contact_sheet
 from vitscale.curate.phash import MIN_DETAIL, HashTable, choose_bands, hash_luminance, luminance
 from vitscale.data.decode import decode
 from vitscale.data.exclusions import load_exclusions
-from vitscale.data.index import Index, build_index
+from vitscale.data.index import Index
+from vitscale.data.indexing import build_index
 from vitscale.data.reader import read_samples
 from vitscale.errors import ConfigError, DataError
 

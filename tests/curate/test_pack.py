@@ -17,7 +17,7 @@ from tools.data import main
 from vitscale.curate.pack.config import PackConfig
 from vitscale.curate.pack.run import pack
 from vitscale.curate.pack.writer import open_shard, write_shards
-from vitscale.data.index import build_index
+from vitscale.data.indexing import build_index
 from vitscale.data.samples import RawSample
 from vitscale.errors import BusyError, ConfigError, DataError, StoreError
 

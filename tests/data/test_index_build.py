@@ -13,7 +13,8 @@ from PIL import Image
 
 from tools.data import main
 from vitscale import storage
-from vitscale.data.index import Index, build_index
+from vitscale.data.index import Index
+from vitscale.data.indexing import build_index
 from vitscale.data.samples import SampleKeys
 from vitscale.errors import DataError
 from vitscale.processes import ProgressCallback
@@ -37,7 +38,7 @@ def test_any_number_of_workers_builds_the_same_files(tmp_path: Path, shards: lis
 KILLED_BUILDER = """
 import os, signal, sys
 from pathlib import Path
-from vitscale.data.index import build_index
+from vitscale.data.indexing import build_index
 journal, last, shards = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 def progress(num_done, num_shards):
     if num_done == last:

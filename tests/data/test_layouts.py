@@ -18,7 +18,8 @@ from make import jpeg, write_tar
 from PIL import Image
 
 from tools.data import main
-from vitscale.data.index import Index, build_index
+from vitscale.data.index import Index
+from vitscale.data.indexing import build_index
 from vitscale.data.reader import read_chunk, read_samples
 from vitscale.data.samples import BadSample, SampleKeys
 from vitscale.data.sources import DataConfig, SourceConfig, open_sources

@@ -16,7 +16,8 @@ import pytest
 import torch
 from make import jpeg, write_index, write_tar
 
-from vitscale.data.index import Index, build_index
+from vitscale.data.index import Index
+from vitscale.data.indexing import build_index
 from vitscale.data.lane import Lane, ViewConfig
 from vitscale.data.loader import Stream, batches, in_thread
 from vitscale.data.reader import Chunk, read_chunk
@@ -29,7 +30,7 @@ from vitscale.data.sources import (
     open_sources,
 )
 from vitscale.data.transforms import AugmentConfig
-from vitscale.errors import ConfigError, DataError, StoreError
+from vitscale.errors import ConfigError, DataError
 
 CONFIG = DataConfig(index="index.json", lanes=4, window_chunks=2)
 
@@ -135,14 +136,6 @@ def test_half_of_the_data_is_enough(tmp_path: Path) -> None:
     index = damaged_index(tmp_path, {n: (jpeg(n)[:100], b"0") for n in range(32)})
     delivered = [batch.ids for batch in batches(make_stream(index, 0, 8), 0)]
     assert np.concatenate(delivered).min() >= 32
-
-
-def test_labels_that_the_model_has_no_place_for_are_refused(module_index: Index) -> None:
-    sources = make_stream(module_index, 0, 1).sources
-    check_labels(sources, CONFIG, 5)
-    sentence = r"label 4, out of range for model.num_classes 4 .* set model.num_classes = 5"
-    with pytest.raises(ConfigError, match=sentence):
-        check_labels(sources, CONFIG, 4)
 
 
 def test_labels_that_have_no_place_are_named_by_their_class(tmp_path: Path, caplog) -> None:
@@ -267,106 +260,6 @@ def test_excluded_samples_are_never_delivered_and_no_damage(module_index: Index)
     plain = list(batches(make_stream(module_index, 0, 24), 0))
     kept = [(after.ids == before.ids).mean() for after, before in zip(seen, plain, strict=True)]
     assert 0.6 < np.mean(kept) < 0.75  # the others stay where they were
-
-
-@pytest.fixture
-def index_path(module_index: Index) -> str:
-    return str(Path(module_index.shards[0].url).parent / "index.json")
-
-
-def test_sources_are_opened_with_their_label_maps(index_path: str, tmp_path: Path) -> None:
-    (tmp_path / "dict.json").write_text('{"0": 7, "1": 8, "2": 9, "3": 10, "4": 11}')
-    (tmp_path / "list.json").write_text("[1, 2, 3, 4, 5]")
-    maps = ("", f"{tmp_path}/dict.json", f"{tmp_path}/list.json")
-    config = DataConfig(sources=tuple(SourceConfig(index=index_path, label_map=path) for path in maps))
-    sources = open_sources(config)
-    assert [source.max_label for source in sources] == [4, 11, 5]
-    check_labels(sources, config, 12)
-    sentence = r"holds label 11 \(from 4\), out of range for model.num_classes 11"
-    with pytest.raises(ConfigError, match=sentence):
-        check_labels(sources, config, 11)
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("[0, 1, 2]", "has no entry for label 3"),
-        ("nonsense", "is not a label map; it must be JSON"),
-        ("5", "is not a label map; it must be JSON"),
-        ("[" * 100_000, "is not a label map; it must be JSON"),
-        ('{"0": "cat"}', "maps to 'cat'; labels are whole numbers from 0"),
-        ("[0, 1, 2, 3, -1]", "maps to -1; labels are whole numbers from 0"),
-        ("[0, 1, 2, 3, 1.5]", "maps to 1.5; labels are whole numbers from 0"),
-    ],
-    ids=range(7),
-)
-def test_a_label_map_that_does_not_fit_is_refused(
-    index_path: str, tmp_path: Path, content: str, sentence: str
-) -> None:
-    (tmp_path / "map.json").write_text(content)
-    config = DataConfig(index=index_path, label_map=f"{tmp_path}/map.json")
-    with pytest.raises(DataError, match=sentence):
-        open_sources(config)
-
-
-def test_a_label_map_that_is_missing_or_a_folder_is_refused(index_path: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.json does not exist"):
-        open_sources(DataConfig(index=index_path, label_map=f"{tmp_path}/none.json"))
-    with pytest.raises(StoreError, match="cannot be read: Is a directory; name a JSON file"):
-        open_sources(DataConfig(index=index_path, label_map=str(tmp_path)))
-
-
-def test_an_index_that_is_a_folder_is_refused(index_path: str) -> None:
-    with pytest.raises(StoreError, match=r"cannot be read: Is a directory; name an index\.json"):
-        open_sources(DataConfig(index=str(Path(index_path).parent)))
-
-
-def test_a_list_that_leaves_out_more_than_half_is_refused(
-    module_index: Index, index_path: str, tmp_path: Path
-) -> None:
-    exclusions = {"format": "vitscale-exclude", "version": 1, "index_fingerprint": module_index.fingerprint()}
-    for count in (48, 49):
-        (tmp_path / f"{count}.json").write_text(json.dumps({**exclusions, "ids": list(range(count))}))
-    (source,) = open_sources(DataConfig(index=index_path, exclude=f"{tmp_path}/48.json"))
-    assert source.excluded.tolist() == list(range(48))
-    with pytest.raises(DataError, match="leaves out 49 of 97 samples, more than half"):
-        open_sources(DataConfig(index=index_path, exclude=f"{tmp_path}/49.json"))
-
-
-def test_a_config_with_two_kinds_of_sources_is_refused(index_path: str) -> None:
-    with pytest.raises(ConfigError, match="write them into each of the sources"):
-        DataConfig(index=index_path, sources=(SourceConfig(index=index_path),))
-
-
-def test_sources_must_have_different_names(index_path: str) -> None:
-    first, second = SourceConfig(index=index_path, name="a"), SourceConfig(index=index_path, name="b")
-    assert [source.name for source in open_sources(DataConfig(sources=(first, second)))] == ["a", "b"]
-    with pytest.raises(ConfigError, match="sources have the names a, a; give each a different name"):
-        open_sources(DataConfig(sources=(first, first)))
-
-
-@pytest.mark.parametrize(
-    ("accepted", "refused", "sentence"),
-    [
-        ({"lanes": 0}, {"lanes": -1}, "data.lanes -1 must be 0 or more"),
-        ({"window_chunks": 1}, {"window_chunks": 0}, "data.window_chunks 0 must be 1 or more"),
-        ({"max_bad_fraction": 1.0}, {"max_bad_fraction": 1.1}, "data.max_bad_fraction 1.1 must lie in"),
-    ],
-)
-def test_a_data_config_out_of_bounds_is_refused(accepted: dict, refused: dict, sentence: str) -> None:
-    DataConfig(**accepted)
-    with pytest.raises(ConfigError, match=sentence):
-        DataConfig(**refused)
-
-
-def test_every_change_of_what_samples_are_changes_the_fingerprint(module_index: Index) -> None:
-    (source,) = make_stream(module_index, 0, 1).sources
-    sources = [
-        source,
-        dataclasses.replace(source, label_map={0: 1}),
-        dataclasses.replace(source, excluded=np.array([3])),
-    ]
-    assert len({source.fingerprint() for source in sources}) == 3
 
 
 def test_the_read_ahead_of_a_lane_is_bounded(module_index: Index) -> None:

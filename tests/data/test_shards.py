@@ -1,6 +1,5 @@
 """Shards and their index: what is read back, and that damage is never taken for their end."""
 
-import io
 import json
 import tarfile
 from pathlib import Path
@@ -9,18 +8,14 @@ import pytest
 from make import jpeg, write_shards, write_tar
 
 from vitscale.curate.verify import verify_index
-from vitscale.data.index import Index, build_index, check_shards
+from vitscale.data.index import Index, check_shards
+from vitscale.data.indexing import build_index
 from vitscale.data.reader import read_chunk, read_samples
 from vitscale.data.samples import (
-    DEFAULT_KEYS,
     BadSample,
-    Choice,
-    LabelError,
     RawSample,
-    read_labels,
-    split_name,
 )
-from vitscale.data.tar import Member, TarDamage, walk
+from vitscale.data.tar import walk
 from vitscale.errors import ConfigError, DataError
 
 
@@ -115,73 +110,6 @@ def test_kinds_of_damage_without_end_are_counted_together(tmp_path: Path) -> Non
     index = build_index([str(path)])
     assert len(index.passed_over) == 101 and index.passed_over["others"] == 201
     assert sum(index.passed_over.values()) == 600
-
-
-def write_archive(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], tar_format: int) -> Path:
-    """A tar in any format, of members of any type."""
-    with tarfile.open(path, "w", format=tar_format) as archive:
-        for info, content in members:
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-FOLDERS_OF_154 = "deep/" * 30 + "deep"  # ustar has 155 bytes for the folders, and 100 for the name
-
-
-@pytest.mark.parametrize(
-    ("tar_format", "key"),
-    [
-        (tarfile.USTAR_FORMAT, f"{FOLDERS_OF_154}/{'n' * 95}"),
-        (tarfile.USTAR_FORMAT, f"d/{'n' * 95}"),
-        (tarfile.USTAR_FORMAT, f"{'ü' * 70}/{'ü' * 40}"),  # a sum of bytes above 32,767
-        (tarfile.GNU_FORMAT, "deep/" * 60 + "ünïcode"),
-        (tarfile.PAX_FORMAT, "deep/" * 60 + "ünïcode"),
-    ],
-)
-def test_long_names_are_read(tmp_path: Path, tar_format: int, key: str) -> None:
-    members = [(tarfile.TarInfo(f"{key}.jpg"), jpeg(0)), (tarfile.TarInfo(f"{key}.cls"), b"1")]
-    index = build_index([str(write_archive(tmp_path / "x.tar", members, tar_format))])
-    assert [sample.key for sample in read_samples(index, [0])] == [key]
-
-
-def header_with(size: bytes) -> bytes:
-    """A header whose size field holds these 12 bytes, and whose checksum is right."""
-    header = bytearray(tarfile.TarInfo("x.jpg").tobuf(tarfile.USTAR_FORMAT))
-    header[124:136] = size
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
-
-
-def base_256(number: int) -> bytes:
-    return b"\x80" + number.to_bytes(11, "big")
-
-
-@pytest.mark.parametrize("size", [b"00000000017\0", b"000000000017", b"000000017 \0\0", base_256(15)])
-def test_sizes_are_read_in_every_spelling(size: bytes) -> None:
-    data = header_with(size) + b"fifteen letters" + bytes(497)
-    assert list(walk(io.BytesIO(data), whole=False)) == [Member("x.jpg", 0, b"fifteen letters")]
-
-
-@pytest.mark.parametrize(
-    ("size", "sentence"),
-    [
-        (base_256(256 << 20), "ends inside this file"),
-        (base_256((256 << 20) + 1), "a member of 268,435,457 bytes; at most 268,435,456 are allowed"),
-        (b"0000000001x\0", "a header that is not a tar header"),
-        (b"-0000000001\0", "a member of -1 bytes"),
-    ],
-)
-def test_a_size_that_cannot_be_is_damage(size: bytes, sentence: str) -> None:
-    with pytest.raises(TarDamage, match=sentence):
-        list(walk(io.BytesIO(header_with(size)), whole=False))
-
-
-def test_an_empty_file_does_not_hide_what_follows(tmp_path: Path) -> None:
-    members = [("a.txt", b""), ("a.jpg", jpeg(0)), ("a.cls", b"0"), ("b.jpg", jpeg(1)), ("b.cls", b"1")]
-    index = build_index([str(write_tar(tmp_path / "x.tar", members))])
-    assert [sample.labels for sample in read_samples(index, [0, 1])] == [(0,), (1,)]
 
 
 def cut_mid_data(data: bytes, at: int) -> bytes:
@@ -374,55 +302,3 @@ def test_an_edited_index_is_refused(tmp_path: Path, index: Index, edit) -> None:
 def test_pipe_urls_are_refused() -> None:
     with pytest.raises(ConfigError, match="pipe: is not allowed"):
         build_index(["pipe:cat /etc/passwd"])
-
-
-@pytest.mark.parametrize(
-    ("extension", "content", "labels"),
-    [
-        ("cls", b"7\n", (7,)),
-        ("cls", b"0", (0,)),
-        ("cls", b"3 17,4", (3, 17, 4)),
-        ("json", b"7", (7,)),
-        ("json", b"[2, 0]", (2, 0)),
-        ("json", b'{"labels": [2, 5]}', (2, 5)),
-        ("json", b'{"label": 2}', (2,)),
-        ("json", b'{"cls": 2}', (2,)),
-    ],
-)
-def test_labels_are_read_from_cls_and_json(extension: str, content: bytes, labels: tuple[int, ...]) -> None:
-    assert read_labels(Choice("jpg", extension), content, DEFAULT_KEYS) == labels
-
-
-@pytest.mark.parametrize(
-    ("extension", "content"),
-    [
-        *(("cls", content) for content in (b"-1", b"1.5", b"", b"a", b"1_0", b"3 -1", b"\xff")),
-        *(("json", content) for content in (b"-1", b"true", b"[]", b"[2, 1.5]", b"{}", b"x", b"[" * 100_000)),
-    ],
-    ids=range(14),
-)
-def test_labels_that_are_not_whole_numbers_from_0_are_refused(extension: str, content: bytes) -> None:
-    with pytest.raises(LabelError):
-        read_labels(Choice("jpg", extension), content, DEFAULT_KEYS)
-
-
-def test_keys_end_at_the_first_dot_of_the_file_name() -> None:
-    assert split_name("a.b/n01.x.JPG") == ("a.b/n01", "x.jpg")
-
-
-def test_folders_are_passed_over(tmp_path: Path) -> None:
-    folder = tarfile.TarInfo("deep")
-    folder.type = tarfile.DIRTYPE
-    file = tarfile.TarInfo("deep/x.jpg")
-    path = write_archive(tmp_path / "x.tar", [(folder, b""), (file, b"data")], tarfile.USTAR_FORMAT)
-    with open(path, "rb") as stream:
-        assert list(walk(stream, whole=True)) == [Member("deep/x.jpg", 512, b"data")]
-
-
-@pytest.mark.parametrize("member_type", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_a_link_or_a_device_is_damage(tmp_path: Path, member_type: bytes) -> None:
-    info = tarfile.TarInfo("x.jpg")
-    info.type, info.linkname = member_type, "/etc/passwd"
-    path = write_archive(tmp_path / "x.tar", [(info, b"")], tarfile.USTAR_FORMAT)
-    with open(path, "rb") as stream, pytest.raises(TarDamage, match="regular files only"):
-        list(walk(stream, whole=True))

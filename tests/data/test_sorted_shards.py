@@ -14,7 +14,8 @@ from tests.make import jpeg, write_tar
 from tools.data import main
 from vitscale import storage
 from vitscale.curate.stats import doubts
-from vitscale.data.index import Index, build_index
+from vitscale.data.index import Index
+from vitscale.data.indexing import build_index
 from vitscale.data.neighbours import compare
 
 RANDOM = np.random.default_rng(0)

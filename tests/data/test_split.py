@@ -11,7 +11,8 @@ import torch
 from make import jpeg, write_index, write_shards, write_tar
 
 from vitscale.data.evalset import EvaluationSet
-from vitscale.data.index import Index, build_index
+from vitscale.data.index import Index
+from vitscale.data.indexing import build_index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Stream, batches
 from vitscale.data.reader import read_samples

@@ -18,7 +18,8 @@ from tools.data import main
 from vitscale import storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.exclusions import load_exclusions
-from vitscale.data.index import Index, build_index, check_shards, open_index
+from vitscale.data.index import Index, check_shards
+from vitscale.data.indexing import build_index, open_index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches
 from vitscale.data.order import digest

@@ -12,7 +12,7 @@ from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint import store
-from vitscale.data.index import build_index
+from vitscale.data.indexing import build_index
 
 SAMPLES = 64  # in two shards, in chunks of 4: 8 steps of 8 an epoch
 BROKEN = range(0, SAMPLES, 8)  # in every second chunk

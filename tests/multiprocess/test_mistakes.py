@@ -10,7 +10,7 @@ from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint import store
-from vitscale.data.index import build_index
+from vitscale.data.indexing import build_index
 
 
 @pytest.fixture

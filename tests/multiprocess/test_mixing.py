@@ -9,7 +9,7 @@ from multiprocess.job import Job
 from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
-from vitscale.data.index import build_index
+from vitscale.data.indexing import build_index
 
 
 @pytest.fixture(scope="module")

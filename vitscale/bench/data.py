@@ -21,7 +21,8 @@ from webdataset.compat import WebDataset
 
 from vitscale import storage
 from vitscale.data.decode import Decoder, decode, resolve_decoder
-from vitscale.data.index import Index, open_index
+from vitscale.data.index import Index
+from vitscale.data.indexing import open_index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Stream, batches, pad_labels, reuse_memory
 from vitscale.data.reader import read_chunk

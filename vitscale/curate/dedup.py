@@ -26,7 +26,8 @@ from jaxtyping import Bool, UInt8, UInt64
 from vitscale.curate.duplicates import ComparedSet, Duplicates, Pair, shard_of
 from vitscale.curate.phash import BITS, MAX_THRESHOLD, MIN_DETAIL, SIDE, HashTable, hash_luminance, luminance
 from vitscale.data.decode import DamagedImage, decode
-from vitscale.data.index import Index, open_index
+from vitscale.data.index import Index
+from vitscale.data.indexing import open_index
 from vitscale.data.reader import read_samples
 from vitscale.data.samples import RawSample
 from vitscale.errors import ConfigError, DataError

@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vitscale.config import positive
 from vitscale.data.decode import resolve_decoder
-from vitscale.data.index import check_shards, open_index
+from vitscale.data.index import check_shards
+from vitscale.data.indexing import open_index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches
 from vitscale.data.sources import DataConfig, Source, make_mixture

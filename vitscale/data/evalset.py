@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitscale.data.decode import DamagedImage, decode
-from vitscale.data.index import Index, open_index
+from vitscale.data.index import Index
+from vitscale.data.indexing import open_index
 from vitscale.data.loader import pad_labels
 from vitscale.data.reader import describe, read_any, read_samples
 from vitscale.data.samples import BadSample, RawSample

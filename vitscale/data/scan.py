@@ -90,6 +90,12 @@ def add_reason(reasons: dict[str, tuple[int, str]], reason: str, count: int, exa
     reasons[reason] = (so_far + count, first)
 
 
+def commonest(reasons: Mapping[str, tuple[int, str]], number: int = 3) -> list[str]:
+    """The commonest reasons for damage, each with its number and an example."""
+    by_count = sorted(reasons.items(), key=lambda item: -item[1][0])[:number]
+    return [f"{reason} ({count:,} times, like {example})" for reason, (count, example) in by_count]
+
+
 def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
     """Add up counts by extension, of which a damaged shard may have as many as files."""
     for name, count in more.items():

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from vitscale import atomic, rng
 from vitscale.curate.pack.writer import write_shards
-from vitscale.data.index import build_index
+from vitscale.data.indexing import build_index
 from vitscale.data.samples import RawSample
 
 VERSION = 1

@@ -1,0 +1,39 @@
+"""Which file of a tar belongs to which sample, and what its labels are."""
+
+import pytest
+
+from vitscale.data.samples import DEFAULT_KEYS, Choice, LabelError, read_labels, split_name
+
+
+@pytest.mark.parametrize(
+    ("extension", "content", "labels"),
+    [
+        ("cls", b"7\n", (7,)),
+        ("cls", b"0", (0,)),
+        ("cls", b"3 17,4", (3, 17, 4)),
+        ("json", b"7", (7,)),
+        ("json", b"[2, 0]", (2, 0)),
+        ("json", b'{"labels": [2, 5]}', (2, 5)),
+        ("json", b'{"label": 2}', (2,)),
+        ("json", b'{"cls": 2}', (2,)),
+    ],
+)
+def test_labels_are_read_from_cls_and_json(extension: str, content: bytes, labels: tuple[int, ...]) -> None:
+    assert read_labels(Choice("jpg", extension), content, DEFAULT_KEYS) == labels
+
+
+@pytest.mark.parametrize(
+    ("extension", "content"),
+    [
+        *(("cls", content) for content in (b"-1", b"1.5", b"", b"a", b"1_0", b"3 -1", b"\xff")),
+        *(("json", content) for content in (b"-1", b"true", b"[]", b"[2, 1.5]", b"{}", b"x", b"[" * 100_000)),
+    ],
+    ids=range(14),
+)
+def test_labels_that_are_not_whole_numbers_from_0_are_refused(extension: str, content: bytes) -> None:
+    with pytest.raises(LabelError):
+        read_labels(Choice("jpg", extension), content, DEFAULT_KEYS)
+
+
+def test_keys_end_at_the_first_dot_of_the_file_name() -> None:
+    assert split_name("a.b/n01.x.JPG") == ("a.b/n01", "x.jpg")

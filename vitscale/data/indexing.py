@@ -1,0 +1,216 @@
+"""Makes an index, in one pass over the shards; a build that was killed goes on where it was."""
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vitscale import processes, storage
+from vitscale.data.index import CHUNK_SAMPLES, FORMAT, MAX_CHUNK_SAMPLES, VERSION, Index
+from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
+from vitscale.data.scan import (
+    LISTED,
+    LONE_SAMPLES,
+    Scan,
+    Shard,
+    add_counts,
+    add_reason,
+    commonest,
+    scan_shard,
+    widen,
+)
+from vitscale.data.stored import StoredArray
+from vitscale.errors import ConfigError, DataError
+
+
+def build_index(
+    shards: Sequence[str],
+    *,
+    chunk_samples: int = CHUNK_SAMPLES,
+    allow_damaged: bool = False,
+    keys: SampleKeys = DEFAULT_KEYS,
+    workers: int = 0,
+    journal: Path | None = None,
+    progress: processes.ProgressCallback = processes.no_progress,
+) -> Index:
+    """Index shards in one pass over them, by `workers` processes (0 = in this one).
+
+    journal: a file that records each finished shard, so that a killed build resumes; it is
+    removed at the end. progress: called with numbers of shards. A broken shard raises
+    DataError unless `allow_damaged` (see scan_shard). Samples that cannot be used are counted
+    and stay in the index; they are replaced when they are read.
+    """
+    if not 1 <= chunk_samples <= MAX_CHUNK_SAMPLES:
+        raise ConfigError(f"--chunk-samples {chunk_samples} must be from 1 to {MAX_CHUNK_SAMPLES:,}")
+    if len(set(map(storage.without_query, shards))) < len(set(shards)):
+        raise ConfigError(
+            "some shards differ only in the queries of their URLs, which an index does not keep: give each "
+            "shard a path of its own"
+        )
+    finished = _Journal(journal, f"{chunk_samples} {allow_damaged} {json.dumps(dataclasses.asdict(keys))}")
+    known = {url for url in shards if finished.holds(url)}
+    scan = functools.partial(scan_shard, chunk_samples=chunk_samples, allow_damaged=allow_damaged, keys=keys)
+    scans = processes.map_in_order(scan, [url for url in shards if url not in known], workers)
+    builder = _IndexBuilder()
+    try:
+        progress(0, len(shards))
+        for num_done, url in enumerate(shards, 1):
+            builder.add(finished.read(url) if url in known else finished.add(next(scans)))
+            progress(num_done, len(shards))
+    finally:
+        scans.close()  # type: ignore[attr-defined]
+        finished.close()
+    index = builder.index(chunk_samples, keys)
+    finished.remove()
+    return index
+
+
+def open_index(pattern: str) -> Index:
+    """An index.json, or plain shards by glob, brace pattern or URL, to be indexed in memory.
+
+    Such an index keeps the queries of URLs, which may be signatures: it is not for saving.
+    Raises DataError or ConfigError for what is missing or damaged, StoreError for what cannot
+    be read.
+    """
+    if storage.without_query(pattern).endswith(".json"):
+        return Index.load(pattern)
+    urls = storage.expand(pattern)
+    index = build_index(urls)
+    shards = (dataclasses.replace(shard, url=url) for shard, url in zip(index.shards, urls, strict=True))
+    return dataclasses.replace(index, shards=tuple(shards))
+
+
+class _Journal:
+    """The scans that a build has finished, for the next build if it is killed.
+
+    A file with one JSON line a shard, of which a kill may tear the last.
+    """
+
+    def __init__(self, path: Path | None, options: str) -> None:
+        self._path, self._file = path, None
+        self._lines: dict[str, tuple[int, int]] = {}  # by shard: its line's offset, the shard's bytes
+        if not path:
+            return
+        fields = " ".join(field.name for field in dataclasses.fields(Scan))
+        header = f"{FORMAT} {VERSION} {fields} {options}\n".encode()
+        self._file = open(path, "a+b")  # noqa: SIM115 (closed by close())
+        self._file.seek(0)
+        end = len(header) if self._file.readline() == header else 0
+        for line in self._file if end else ():
+            if line.endswith(b"\n"):
+                shard = json.loads(line)["shard"]
+                self._lines[shard["url"]] = (end, shard["num_bytes"])
+                end += len(line)
+        self._file.truncate(end)
+        if not end:
+            self._file.write(header)
+
+    def holds(self, url: str) -> bool:
+        """Whether the shard is finished, and has the size that it had then."""
+        name = storage.without_query(url)
+        return name in self._lines and storage.sizes([url]) == [self._lines[name][1]]
+
+    def read(self, url: str) -> Scan:
+        assert self._file
+        self._file.seek(self._lines[storage.without_query(url)][0])
+        values = json.loads(self._file.readline())
+        labels = {int(label): count for label, count in values["label_counts"].items()}
+        chunks = [(blocks, checksum) for blocks, checksum in values["chunks"]]
+        shard = Shard(**values["shard"])
+        ranges = {int(label): tuple(ends) for label, ends in values["hash_ranges"].items()}
+        return Scan(
+            **{**values, "shard": shard, "chunks": chunks, "label_counts": labels, "hash_ranges": ranges}
+        )
+
+    def add(self, scan: Scan) -> Scan:
+        if self._file:
+            self._file.write(json.dumps(dataclasses.asdict(scan)).encode() + b"\n")
+            self._file.flush()
+        return scan
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def remove(self) -> None:
+        if self._path:
+            self._path.unlink()
+
+
+class _IndexBuilder:
+    """Adds scans up to an index, in little memory: labels are summed, chunks packed at once."""
+
+    def __init__(self) -> None:
+        self.shards: list[Shard] = []
+        self.chunks: list[np.ndarray] = []
+        self.damaged: list[np.ndarray] = []  # by shard: whether each chunk holds damage
+        self.labels: collections.Counter[int] = collections.Counter()
+        self.damage: list[str] = []
+        self.reasons: dict[str, tuple[int, str]] = {}
+        self.passed_over: dict[str, int] = {}
+        self.rare: dict[int, list[str]] = {}
+        self.key_hashes: list[np.ndarray] = []
+        self.hash_ranges: dict[int, tuple[int, int]] = {}
+        self.num_damaged = self.max_labels = self.num_neighbours = self.shared_labels = 0
+
+    def add(self, scan: Scan) -> None:
+        self.shards.append(scan.shard)
+        self.chunks.append(np.array(scan.chunks, dtype=np.uint32).reshape(-1, 2))
+        self.damaged.append(np.isin(np.arange(len(scan.chunks)), scan.damaged_chunks))
+        self.labels.update(scan.label_counts)
+        self.max_labels = max(self.max_labels, scan.max_labels)
+        self.num_neighbours += scan.num_neighbours
+        self.shared_labels += scan.shared_labels
+        self.num_damaged += scan.num_damaged
+        self.damage += scan.damage[: LISTED - len(self.damage)]
+        for reason, (count, example) in scan.reasons.items():
+            add_reason(self.reasons, reason, count, example)
+        add_counts(self.passed_over, scan.passed_over)
+        for label, samples in scan.rare.items():
+            if self.labels[int(label)] < LONE_SAMPLES:
+                self.rare.setdefault(int(label), []).extend(samples)
+            else:
+                self.rare.pop(int(label), None)
+        self.key_hashes.append(np.array(scan.key_hashes, dtype="<u2"))
+        for label, (lowest, highest) in scan.hash_ranges.items():
+            widen(self.hash_ranges, label, lowest, highest)
+
+    def index(self, chunk_samples: int, keys: SampleKeys) -> Index:
+        if not self.labels:
+            why = "; ".join(commonest(self.reasons))
+            raise DataError(
+                f"no usable sample in {len(self.shards):,} shards: {why}. Say what holds images and labels: "
+                "python tools/data.py index SHARDS --image-key EXTENSION --label-key EXTENSION_OR_FIELD, "
+                "and --classes FILE for labels that are names"
+            )
+        pairs = np.concatenate(self.chunks)
+        # 2 bytes suffice for chunks of up to 33 MB: 32 samples of a megabyte each.
+        wide = int(pairs[:, 0].max()) > np.iinfo(np.uint16).max
+        damaged = np.concatenate(self.damaged)
+        fields = [("blocks", "<u4" if wide else "<u2"), ("checksum", "<u2")]
+        chunks = np.empty(len(pairs), dtype=[*fields, ("damaged", "?")] if damaged.any() else fields)
+        chunks["blocks"], chunks["checksum"] = pairs.T
+        if damaged.any():
+            chunks["damaged"] = damaged
+        index = Index(
+            shards=tuple(self.shards),
+            chunk_samples=chunk_samples,
+            chunks=chunks,
+            label_counts=dict(self.labels),
+            max_labels=self.max_labels,
+            num_damaged=self.num_damaged,
+            damage=tuple(self.damage),
+            reasons=self.reasons,
+            passed_over=self.passed_over,
+            keys=keys,
+            key_hashes=StoredArray(np.concatenate(self.key_hashes)),
+            hash_ranges=self.hash_ranges,
+            num_neighbours=self.num_neighbours,
+            shared_labels=self.shared_labels,
+        )
+        lone_samples = {label: self.rare[label] for label in index.lone_labels}
+        return dataclasses.replace(index, lone_samples=lone_samples)
