@@ -1,10 +1,9 @@
 """Bytes by URL: local files and fsspec's stores, through one small set of functions.
 
 Only SCHEMES are opened: a shard is data, never code, so `pipe:` and the like are refused before
-any library sees them. Transient errors are retried with exponential backoff and jitter, here
-and only here: the clients' own retries, which would multiply with ours, are switched off. What
-keeps failing is a StoreError, and is never taken for missing data. Where the caller knows what
-the bytes must be, wrong ones are a transient error too.
+any library sees them. Transient errors are retried here and only here (attempts.py): the
+clients' own retries, which would multiply with ours, are switched off. Where the caller knows
+what the bytes must be, wrong ones are a transient error too.
 
 The query of an HTTP URL may be a secret (a signature). It is never written or printed: what
 reads such a URL later finds it in the file that URLS_VARIABLE names.
@@ -15,11 +14,8 @@ import errno
 import functools
 import glob
 import io
-import logging
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,16 +26,14 @@ import fsspec
 from braceexpand import braceexpand
 from tqdm import tqdm
 
+from vitscale import attempts
 from vitscale.errors import ConfigError, StoreError
 from vitscale.redaction import redact
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "gcs")
 EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
-ATTEMPTS = 10
-FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.25, 30.0  # about a minute and a half in all
 CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS = 10, 30
 LOOKUP_THREADS = 32
 STREAM_STEP_BYTES = 8 << 20
@@ -53,16 +47,6 @@ CREDENTIALS = {
     "http": "the server must let this machine read it; for URLs with a signature, name a file of "
     f"fresh ones, one per line, with {URLS_VARIABLE}",
 }
-_NO_CREDENTIALS = {  # exceptions of botocore and google.auth
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "DefaultCredentialsError",
-}
-
-
-def _any(_: object) -> bool:
-    return True
 
 
 def expand(pattern: str) -> list[str]:
@@ -142,7 +126,7 @@ def read_bytes(url: str) -> bytes:
     return _retry(lambda: fs.cat_file(path), url, "reading")
 
 
-def read_range(url: str, start: int, end: int, is_right: Callable[[bytes], bool] = _any) -> bytes:
+def read_range(url: str, start: int, end: int, is_right: Callable[[bytes], bool] = attempts.is_any) -> bytes:
     """Bytes [start, end) of the object, fewer if it ends before.
 
     is_right: bytes for which it is False are read again as after an error. Those that are still
@@ -344,66 +328,10 @@ def _client_options(name: str, is_signed: bool) -> dict[str, Any]:
     return {}
 
 
-def _retry(
-    call: Callable[[], T],
-    url: str,
-    doing: str,
-    *,
-    is_right: Callable[[T], bool] = _any,
-    beyond_end: T | None = None,
-) -> T:
-    """Call, and call again after transient errors; raise at once what waiting cannot fix.
-
-    doing: for messages, like "reading". is_right: a result for which it is False is an error of
-    the store, but is returned if it is the last attempt's. beyond_end: what to return if the
-    store says that the range is behind the object's end.
-    """
-    url = redact(url)
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            result = call()
-            if is_right(result) or attempt == ATTEMPTS:
-                return result
-            problem = "it delivered wrong bytes"
-        except Exception as error:
-            if _is_beyond_end(error) and beyond_end is not None:
-                return beyond_end
-            _raise_if_final(error, url, doing)
-            if attempt == ATTEMPTS:
-                raise StoreError(
-                    f"{doing} {url} failed {ATTEMPTS} times, the last time with: {_text(error)}; "
-                    "run the same command again when the store answers"
-                ) from None
-            problem = _text(error)
-        else:
-            if is_local(url):  # a disk has no bad moments: it is right at once or never
-                continue
-        delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (attempt - 1))
-        delay *= 0.5 + random.random()
-        log = logger.warning if attempt > 2 else logger.info
-        log("%s %s failed (%s); attempt %d in %.1f s", doing, url, problem, attempt + 1, delay)
-        time.sleep(delay)
-    raise AssertionError("unreachable")
-
-
-def _raise_if_final(error: Exception, url: str, doing: str) -> None:
-    """Raise what a user must fix and what is no store's error; return if it may pass."""
-    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
-    kinds = {type(error).__name__, type(error.__cause__).__name__}
+def _retry(call: Callable[[], T], url: str, doing: str, **how: Any) -> T:
+    """Call as attempts.retry does. A disk has no bad moments: it is right at once or never."""
     way_out = _way_to_access(url)
-    if status == 404 or (isinstance(error, FileNotFoundError) and not _hides_another(error)):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
-    if kinds & _NO_CREDENTIALS:
-        raise StoreError(f"{doing} {url}: there are no credentials ({_text(error)}); {way_out}") from None
-    if isinstance(error, PermissionError) or status in (401, 403):
-        raise StoreError(f"{doing} {url}: access is denied ({_text(error)}); {way_out}") from None
-    if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
-        raise StoreError(f"{doing} {url}: the server answers {_text(error)}; check the URL") from None
-    library = type(error).__module__.partition(".")[0]
-    if not isinstance(error, OSError) and library not in ("aiohttp", "botocore", "gcsfs", "requests"):
-        raise error
-    if isinstance(error, IsADirectoryError | NotADirectoryError):
-        raise StoreError(f"{doing} {url}: {_text(error)}; name a file") from None
+    return attempts.retry(call, redact(url), doing, way_out=way_out, pause_if_wrong=not is_local(url), **how)
 
 
 def _way_to_access(url: str) -> str:
@@ -412,20 +340,3 @@ def _way_to_access(url: str) -> str:
         return f"refresh the URLs in {os.environ[URLS_VARIABLE]}, which {URLS_VARIABLE} names"
     name = scheme(url)
     return CREDENTIALS.get({"gcs": "gs", "https": "http"}.get(name, name), "")
-
-
-def _hides_another(error: FileNotFoundError) -> bool:
-    """fsspec's HTTP reports any failed look-up as a missing file; the cause is what it was."""
-    return type(error.__cause__).__module__.partition(".")[0] == "aiohttp"
-
-
-def _is_beyond_end(error: Exception) -> bool:
-    return getattr(error, "status", None) == 416 or (
-        isinstance(error, OSError) and error.errno == errno.EINVAL and "InvalidRange" in str(error)
-    )
-
-
-def _text(error: BaseException) -> str:
-    """An error's kind and first line, for messages."""
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    return redact(f"{type(cause).__name__}: {cause}").splitlines()[0].rstrip(": ")

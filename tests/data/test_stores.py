@@ -15,7 +15,7 @@ from data.servers import QUERY, SECRET, faulty_proxy, http_server, s3_server, us
 from make import write_index
 
 from tools.data import main
-from vitscale import storage
+from vitscale import attempts, storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.exclusions import load_exclusions
 from vitscale.data.index import Index, check_shards
@@ -67,8 +67,8 @@ def web(folder: Path, tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch) -> None:
     """Shorter waits, so that a test does not wait long for a store that never answers."""
-    monkeypatch.setattr(storage, "FIRST_DELAY_SECONDS", 0.01)
-    monkeypatch.setattr(storage, "LONGEST_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(attempts, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(attempts, "LONGEST_DELAY_SECONDS", 0.1)
 
 
 def epoch(index: Index, num_workers: int = 0, cache: NodeCache | None = None) -> list[Batch]:
@@ -129,13 +129,13 @@ def test_wrong_bytes_are_read_again_as_often_as_after_errors(server: int, local:
 
 
 def test_bytes_that_stay_wrong_are_damage(server: int, local: Index, monkeypatch, caplog) -> None:
-    caplog.set_level(logging.INFO, storage.logger.name)
+    caplog.set_level(logging.INFO, attempts.logger.name)
     with faulty_proxy(server, "wrong", 1) as port:
         use_s3(monkeypatch, port)
         samples = read_chunk(remote_index(local, "s3://vit"), 0)
     assert all(isinstance(s, BadSample) and "not those that were indexed" in s.reason for s in samples)
-    attempts = [record for record in caplog.records if "it delivered wrong bytes" in record.getMessage()]
-    assert len(attempts) == storage.ATTEMPTS - 1
+    failed = [record for record in caplog.records if "it delivered wrong bytes" in record.getMessage()]
+    assert len(failed) == attempts.ATTEMPTS - 1
 
 
 class Restart(logging.Handler):
@@ -157,11 +157,11 @@ def test_a_server_that_comes_back_is_waited_for(folder: Path, monkeypatch, caplo
     with s3_server(folder) as port:
         pass
     use_s3(monkeypatch, port)
-    caplog.set_level(logging.INFO, storage.logger.name)
+    caplog.set_level(logging.INFO, attempts.logger.name)
     with contextlib.ExitStack() as running:
         restart = Restart("s3://vit/index.json", lambda: running.enter_context(s3_server(folder, port)))
-        storage.logger.addHandler(restart)
-        running.callback(storage.logger.removeHandler, restart)
+        attempts.logger.addHandler(restart)
+        running.callback(attempts.logger.removeHandler, restart)
         assert storage.read_bytes(restart.url) == (folder / "vit" / "index.json").read_bytes()
     assert restart.attempts == [2, 3]
 
@@ -299,7 +299,7 @@ def test_a_file_of_urls_that_is_missing_is_one_sentence(signed: list[str], monke
 
 @pytest.mark.parametrize("place", ["secret", "nothing", "norange", "flaky503", "closed"])
 def test_no_message_holds_a_secret(web: str, place: str, caplog, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(storage, "ATTEMPTS", 4)
+    monkeypatch.setattr(attempts, "ATTEMPTS", 4)
     caplog.set_level(logging.INFO)
     host = "127.0.0.1:9" if place == "closed" else web.removeprefix("http://")
     url = f"http://me:{SECRET}@{host}/{place}/index.json?{QUERY}"
@@ -355,7 +355,7 @@ def test_a_scheme_that_is_not_allowed_is_refused() -> None:
 @pytest.fixture
 def silent(monkeypatch) -> str:
     """A store that does not answer."""
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    monkeypatch.setattr(attempts, "ATTEMPTS", 2)
     return "http://127.0.0.1:9"
 
 
