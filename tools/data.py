@@ -158,8 +158,8 @@ def _add_dedup(add: Any, cores: int) -> None:
     dedup.add_argument(
         "--threshold",
         type=int,
-        default=24,
-        help="in how many of 128 bits the hashes of copies may differ, 0 to 32; default: 24",
+        help="in how many of 128 bits the hashes of copies may differ, 0 to 32; default: 24, and fewer, down "
+        "to 8, for test sets whose own images look more alike than that",
     )
     _add_workers(dedup, cores)
     dedup.add_argument(
@@ -313,7 +313,7 @@ def stats(arguments: argparse.Namespace) -> int:
 
 
 def dedup(arguments: argparse.Namespace) -> int:
-    from vitscale.curate.dedup import find_duplicates
+    from vitscale.curate.dedup import THRESHOLD, find_duplicates
     from vitscale.curate.duplicates import contact_sheet
     from vitscale.data.index import Index
 
@@ -336,6 +336,13 @@ def dedup(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: up to {num_found:,} of {index.num_samples:,} training images ({share:.1%}) "
         f"are copies of test images, {num_exact:,} of them exact"
     )
+    for test_set in duplicates.test_sets:
+        if arguments.threshold is None and test_set.threshold < THRESHOLD:
+            print(
+                f"the images of {test_set.name} look alike: copies of them are searched within "
+                f"{test_set.threshold} of 128 bits, not {THRESHOLD}, which misses the more edited ones; "
+                "--threshold sets it"
+            )
     if share > SUSPICIOUS_SHARE:
         print(
             f"warning: {share:.1%} is more than copies usually are: where all images are of one kind, like "

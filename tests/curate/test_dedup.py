@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from make import write_tar
-from PIL import Image, ImageDraw, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from vitscale import storage
 from vitscale.curate import dedup
@@ -175,6 +175,31 @@ def test_a_pair_names_the_test_set_that_holds_its_image(tmp_path: Path) -> None:
     assert named == [(str(tmp_path / "b.tar"), 3, "k0003"), (str(tmp_path / "a.json"), 2, "k0002")]
 
 
+def numeral(digit: int, seed: int) -> Image.Image:
+    """A digit as a hand might write it."""
+    generator = np.random.default_rng(seed)
+    image = Image.new("L", (64, 64))
+    size, *place = generator.integers((40, 8, -2), (56, 24, 10))
+    ImageDraw.Draw(image).text(tuple(place), str(digit), fill=255, font=ImageFont.load_default(int(size)))
+    return image.rotate(float(generator.uniform(-15, 15)), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def test_where_images_look_alike_fewer_bits_may_differ(tmp_path: Path) -> None:
+    """Drawings, which do not look alike, keep the whole threshold."""
+    numerals = [numeral(n % 10, n) for n in range(500)]
+    write_set(tmp_path / "a.tar", [encode(image) for image in numerals[:400]])
+    write_set(tmp_path / "b.tar", [encode(drawing(seed)) for seed in range(40)])
+    copies = [*numerals[:20], crop(drawing(3), 0.02)]
+    train = [encode(image, quality=80) for image in [*copies, *numerals[400:]]]
+    index = write_set(tmp_path / "train.tar", train)
+    against = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+    duplicates = find_duplicates(index, against)
+    assert duplicates.test_sets[0].threshold < duplicates.test_sets[1].threshold == dedup.THRESHOLD
+    found = [pair.train_id for pair in duplicates.pairs]
+    assert found[:21] == list(range(21)) and len(found) < 31
+    assert len(find_duplicates(index, against, threshold=dedup.THRESHOLD).pairs) > 71
+
+
 def near_hashes(
     generator: np.random.Generator, hashes: np.ndarray, count: int, most_flips: int
 ) -> np.ndarray:
@@ -197,12 +222,15 @@ def test_the_banded_search_equals_brute_force(num_hashes: int, threshold: int) -
             generator.integers(0, 2**64, (20, 2), dtype=np.uint64),
         ]
     )
-    numbers, distances = HashTable(hashes, threshold).nearest(queries)
     all_distances = np.bitwise_count(queries[:, None] ^ hashes).sum(axis=2, dtype=np.int64)  # [q, n]
-    within = all_distances.min(axis=1) <= threshold
-    assert within.any() and not within.all()
-    np.testing.assert_array_equal(numbers, np.where(within, all_distances.argmin(axis=1), -1))
-    np.testing.assert_array_equal(distances, np.where(within, all_distances.min(axis=1), -1))
+    equal = np.full(num_hashes, threshold, dtype=np.uint8)
+    for thresholds in (equal, generator.integers(0, threshold + 1, num_hashes, dtype=np.uint8)):
+        numbers, distances = HashTable(hashes, thresholds).nearest(queries)
+        allowed = np.where(all_distances <= thresholds, all_distances, 999)
+        within = allowed.min(axis=1) < 999
+        assert within.any() or (thresholds is not equal and not within.all())
+        np.testing.assert_array_equal(numbers, np.where(within, allowed.argmin(axis=1), -1))
+        np.testing.assert_array_equal(distances, np.where(within, allowed.min(axis=1), -1))
 
 
 @pytest.mark.parametrize("num_hashes", [1, 10_000, 10_000_000])

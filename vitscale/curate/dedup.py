@@ -7,7 +7,9 @@ streams past them through worker processes, which return only the matches. An im
 - an exact copy if its decoded pixels are equal: the same picture in another container counts,
   and so does a file rewritten without its EXIF data;
 - a near copy if its perceptual hash is near that of the test image or of its mirror image:
-  training flips images, so a mirrored copy leaks as much.
+  training flips images, so a mirrored copy leaks as much. How near depends on the test set: its
+  own images are no copies of one another, so the distance between them shows how much different
+  images of its kind look alike.
 
 A killed run starts over. The result is the same for any number of workers.
 """
@@ -35,6 +37,8 @@ from vitscale.processes import ProgressCallback, map_in_order, no_progress
 from vitscale.redaction import redact
 
 THRESHOLD = 24
+LEAST_THRESHOLD = 8  # within it are 98% of copies re-encoded at quality 70 or halved, of any kind
+ALIKE_SHARE = 0.005  # of a test set's images: so many may be that near to another of them
 NUM_LISTED_DAMAGE = 20
 _RANGE = 512  # images of one task: half a second of work; a chunk across its end is read twice
 
@@ -45,14 +49,15 @@ def find_duplicates(
     index: Index,
     against: Sequence[str],
     *,
-    threshold: int = THRESHOLD,
+    threshold: int | None = None,
     workers: int = 0,
     progress: ProgressCallback = no_progress,
 ) -> Duplicates:
     """Compare every training image with test sets.
 
     against: index.json files, or shards by glob, brace pattern or URL.
-    threshold: in how many of 128 bits the hashes of copies may differ, 0 to 32.
+    threshold: in how many of 128 bits the hashes of copies may differ, 0 to 32. None = 24, but
+        fewer, down to 8, for a test set whose own images are nearer to one another than that.
     workers: number of processes; 0 works in this one.
     progress: called with numbers of images, including those of the test sets.
 
@@ -77,17 +82,23 @@ def find_duplicates(
         return results
 
     hashes_by_set = [_ImageHashes.join(map_ranges(_hash_range, images)) for images in test_indexes]
-    test_images = _TestImages(_ImageHashes.join(hashes_by_set), threshold)
+    thresholds = [own_threshold(hashes) if threshold is None else threshold for hashes in hashes_by_set]
+    test_images = _TestImages(hashes_by_set, thresholds)
     training = map_ranges(functools.partial(_match_range, test_images), index)
     test_sets = tuple(
-        ComparedSet(name=redact(name), index=images, unreadable=len(hashes.damage), flat=hashes.num_flat)
-        for name, images, hashes in zip(against, test_indexes, hashes_by_set, strict=True)
+        ComparedSet(
+            name=redact(name),
+            index=images,
+            threshold=own,
+            unreadable=len(hashes.damage),
+            flat=hashes.num_flat,
+        )
+        for name, images, hashes, own in zip(against, test_indexes, hashes_by_set, thresholds, strict=True)
     )
     damage = (sentence for part in training for sentence in part.damage)
     return Duplicates(
         index=index,
         test_sets=test_sets,
-        threshold=threshold,
         pairs=tuple(test_images.pair(match, test_sets) for part in training for match in part.matches),
         unreadable=sum(part.unreadable for part in training),
         flat=sum(part.flat for part in training),
@@ -95,11 +106,11 @@ def find_duplicates(
     )
 
 
-def _check_options(against: Sequence[str], threshold: int, workers: int) -> None:
-    if not 0 <= threshold <= MAX_THRESHOLD:
+def _check_options(against: Sequence[str], threshold: int | None, workers: int) -> None:
+    if threshold is not None and not 0 <= threshold <= MAX_THRESHOLD:
         raise ConfigError(
             f"--threshold {threshold} is not within 0 to {MAX_THRESHOLD}: the hashes of different images "
-            f"differ in about {BITS // 2} of {BITS} bits; use {THRESHOLD}"
+            f"differ in about {BITS // 2} of {BITS} bits; leave it out"
         )
     if workers < 0:
         raise ConfigError(f"--workers {workers} must not be negative; 0 starts no worker processes")
@@ -140,6 +151,21 @@ class _ImageHashes:
             detailed=np.concatenate([part.detailed for part in parts]),
             damage=[sentence for part in parts for sentence in part.damage],
         )
+
+
+def own_threshold(images: _ImageHashes) -> int:
+    """The largest threshold that tells the images of a test set apart, within bounds.
+
+    One half of the images, drawn at random, is compared with the other and its mirror images.
+    """
+    drawn = np.random.default_rng(0).permutation(np.flatnonzero(images.detailed))
+    stored, queried = np.array_split(drawn, 2)
+    hashes = np.concatenate([images.hashes[stored], images.mirrored[stored]])
+    table = HashTable(hashes, np.full(len(hashes), THRESHOLD, dtype=np.uint8))
+    _, distances = table.nearest(images.hashes[queried])
+    near = np.sort(distances[distances >= 0])
+    num_allowed = max(1, int(ALIKE_SHARE * len(queried)))
+    return THRESHOLD if len(near) <= num_allowed else max(LEAST_THRESHOLD, int(near[num_allowed]) - 1)
 
 
 def _hash_range(index: Index, ids: range) -> _ImageHashes:
@@ -207,7 +233,8 @@ class _RangeMatches:
 class _TestImages:
     """The images of all test sets, ready for search. A row is an image's place among all."""
 
-    def __init__(self, images: _ImageHashes, threshold: int) -> None:
+    def __init__(self, sets: Sequence[_ImageHashes], thresholds: Sequence[int]) -> None:
+        images = _ImageHashes.join(sets)
         self.keys = images.keys
         readable = np.flatnonzero(images.readable)
         self.exact_rows = readable[np.argsort(images.digests[readable], kind="stable")]
@@ -216,7 +243,8 @@ class _TestImages:
         # The table holds each detailed image twice: as it is, then as its mirror image.
         self.near_rows = np.concatenate([detailed, detailed])
         hashes = np.concatenate([images.hashes[detailed], images.mirrored[detailed]])
-        self.table = HashTable(hashes, threshold)
+        own = np.repeat(np.array(thresholds, dtype=np.uint8), [len(part.keys) for part in sets])
+        self.table = HashTable(hashes, own[self.near_rows])
 
     def match(self, images: _ImageHashes, ids: range) -> list[_Match]:
         """The nearest test image of each image that has one; the first of equally near ones."""

@@ -26,10 +26,14 @@ _CELL = (2 * _PICTURE + _GAP + _MARGIN, _PICTURE + 80)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparedSet:
-    """A test set, and how many of its images are unreadable or too flat for a hash."""
+    """A test set, and how many of its images are unreadable or too flat for a hash.
+
+    threshold: in how many of 128 bits the hash of a copy may differ from that of its image.
+    """
 
     name: str
     index: Index
+    threshold: int
     unreadable: int
     flat: int
 
@@ -62,7 +66,6 @@ class Duplicates:
 
     index: Index
     test_sets: tuple[ComparedSet, ...]
-    threshold: int
     pairs: tuple[Pair, ...]
     unreadable: int
     flat: int
@@ -75,7 +78,6 @@ class Duplicates:
             "format": FORMAT,
             "version": VERSION,
             "index_fingerprint": self.index.fingerprint(),
-            "threshold": self.threshold,
             "num_samples": self.index.num_samples,
             "against": [_set_to_json(test_set) for test_set in self.test_sets],
             "unreadable": self.unreadable,
@@ -97,8 +99,8 @@ def contact_sheet(duplicates: Duplicates, num_pairs: int = NUM_SHEET_PAIRS) -> I
     num_rows = math.ceil(len(doubtful) / _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * _CELL[0] + _MARGIN, _HEADER + num_rows * _CELL[1]), "white")
     title = (
-        f"The {len(doubtful)} most doubtful of {len(duplicates.pairs):,} copies, threshold "
-        f"{duplicates.threshold} bits: training image left, test image right"
+        f"The {len(doubtful)} most doubtful of {len(duplicates.pairs):,} candidates: training image left, test "
+        "image right"
     )
     _write(ImageDraw.Draw(sheet), (_MARGIN, 14), title, size=20, width=sheet.width - 2 * _MARGIN)
     for cell, pair in enumerate(doubtful):
@@ -144,6 +146,7 @@ def _write(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, *, siz
 def _set_to_json(test_set: ComparedSet) -> dict[str, Any]:
     return {
         "set": test_set.name,
+        "threshold": test_set.threshold,
         "index_fingerprint": test_set.index.fingerprint(),
         "num_samples": test_set.index.num_samples,
         "unreadable": test_set.unreadable,

@@ -119,22 +119,24 @@ def _query_cost(bands: tuple[Band, ...], num_hashes: int) -> float:
 
 
 class HashTable:
-    """Finds the nearest of n stored hashes within `threshold` bits.
+    """Finds the nearest of n stored hashes, of those that are within their thresholds.
 
-    It takes 16 bytes for each hash, and 4 more for each band.
+    thresholds: how many bits may differ from each hash.
+    It takes 17 bytes for each hash, and 4 more for each band.
     """
 
-    def __init__(self, hashes: UInt64[np.ndarray, "n 2"], threshold: int) -> None:
-        self.threshold = threshold
+    def __init__(self, hashes: UInt64[np.ndarray, "n 2"], thresholds: UInt8[np.ndarray, " n"]) -> None:
+        self.thresholds = thresholds
+        self.largest = int(thresholds.max(initial=0))
         self.words = np.ascontiguousarray(hashes.T)  # [2, n]
-        self.buckets = [_Buckets(hashes, band) for band in choose_bands(threshold, len(hashes))]
+        self.buckets = [_Buckets(hashes, band) for band in choose_bands(self.largest, len(hashes))]
 
     def nearest(
         self, queries: UInt64[np.ndarray, "q 2"]
     ) -> tuple[Int64[np.ndarray, " q"], Int64[np.ndarray, " q"]]:
         """The position of the nearest stored hash for each query, and its distance in bits.
 
-        Of equally near hashes the first counts. Both are -1 where none is within the threshold.
+        Of equally near hashes the first counts. Both are -1 where none is within its threshold.
         """
         none = np.iinfo(np.int64).max
         # Distance in the high 32 bits, position in the low: the least is the nearest and first.
@@ -154,12 +156,12 @@ class HashTable:
         query: Int64[np.ndarray, " c"],
         position: Int32[np.ndarray, " c"],
     ) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
-        """The candidates within the threshold, and their distances. One word rules out most."""
+        """The candidates within their thresholds, with distances. One word rules out most."""
         first_word = np.bitwise_count(queries[query, 0] ^ self.words[0, position])
-        kept = np.flatnonzero(first_word <= self.threshold)
+        kept = np.flatnonzero(first_word <= self.largest)
         query, position = query[kept], position[kept].astype(np.int64)
         distance = first_word[kept] + np.bitwise_count(queries[query, 1] ^ self.words[1, position])
-        kept = np.flatnonzero(distance <= self.threshold)
+        kept = np.flatnonzero(distance <= self.thresholds[position])
         return query[kept], position[kept], distance[kept].astype(np.int64)
 
 
