@@ -99,8 +99,8 @@ def contact_sheet(duplicates: Duplicates, num_pairs: int = NUM_SHEET_PAIRS) -> I
     num_rows = math.ceil(len(doubtful) / _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * _CELL[0] + _MARGIN, _HEADER + num_rows * _CELL[1]), "white")
     title = (
-        f"The {len(doubtful)} most doubtful of {len(duplicates.pairs):,} candidates: training image left, test "
-        "image right"
+        f"The {len(doubtful)} most doubtful of {len(duplicates.pairs):,} candidates: training image left, "
+        "test image right"
     )
     _write(ImageDraw.Draw(sheet), (_MARGIN, 14), title, size=20, width=sheet.width - 2 * _MARGIN)
     for cell, pair in enumerate(doubtful):
