@@ -18,7 +18,7 @@ LAYERS = [
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],
     ["job", "report"],
-    ["run_dir", "meter", "evaluate"],
+    ["run_dir", "meter", "evaluate", "cooldown"],
     ["train", "dry_run"],
     ["bench"],
 ]

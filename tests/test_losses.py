@@ -1,10 +1,13 @@
 """Both losses by their definitions, and the first ones that the paper's heads must give."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from vitscale.errors import ConfigError
 from vitscale.losses import LossConfig, compute_loss, to_targets
 
 
@@ -42,3 +45,22 @@ def test_16_bit_logits_are_scored_in_fp32() -> None:
         loss = compute_loss(config, logits, targets)
         assert loss.dtype == torch.float32
         assert torch.equal(loss, compute_loss(config, logits.float(), targets))
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_label_smoothing_is_that_of_pytorch_and_timm(name: Literal["softmax", "sigmoid"]) -> None:
+    logits, labels = torch.linspace(-3, 3, 20).reshape(4, 5), torch.tensor([3, 0, 4, 4])
+    loss = compute_loss(LossConfig(name=name, label_smoothing=0.2), logits, to_targets(labels[:, None], 5))
+    if name == "softmax":
+        expected = F.cross_entropy(logits, labels, label_smoothing=0.2)
+    else:
+        smooth = torch.full((4, 5), 0.2 / 5).scatter(1, labels[:, None], 0.8 + 0.2 / 5)
+        expected = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none").sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_a_smoothing_out_of_range_is_refused(value: float) -> None:
+    LossConfig(label_smoothing=0.0)
+    with pytest.raises(ConfigError, match=rf"loss.label_smoothing {value} must lie in \[0, 1\)"):
+        LossConfig(label_smoothing=value)

@@ -1,5 +1,7 @@
 """Weight decay acts on kernels only, as the paper means it; frozen parameters do not train."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -63,6 +65,8 @@ def test_decay_with_sgd_is_refused() -> None:
         ({"momentum": 1.0}, "optim.momentum 1.0 must lie"),
         ({"weight_decay": -0.1}, "optim.weight_decay -0.1 and optim.clip_norm 1.0 must not be negative"),
         ({"clip_norm": -1.0}, "optim.weight_decay 0.0 and optim.clip_norm -1.0 must not be negative"),
+        ({"layer_decay": 0.0}, r"optim.layer_decay 0.0 must lie in \(0, 1\]"),
+        ({"layer_decay": 1.1}, "optim.layer_decay 1.1 must lie"),
         ({"ema_decay": 1.0}, r"optim.ema_decay 1.0 must lie in \[0, 1\)"),
         ({"ema_decay": -0.1}, "optim.ema_decay -0.1 must lie"),
     ],
@@ -84,6 +88,20 @@ def test_the_optimizer_is_the_one_that_is_named() -> None:
     assert type(sgd) is torch.optim.SGD
     for group in sgd.param_groups:
         assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.03, 0.7, 0.0)
+
+
+def test_layer_decay_gives_each_layer_its_share_of_the_rate() -> None:
+    model = build_model(dataclasses.replace(CONFIG, depth=3), 0)
+    freeze(model, ["blocks.[02].*"])  # what is frozen still counts as a layer
+    named = {id(param): name for name, param in model.named_parameters()}
+    groups = parameter_groups(model, 0.1, layer_decay=0.5)
+    shares = {named[id(param)]: group["lr_share"] for group in groups for param in group["params"]}
+    assert shares.pop("patch_embed.proj.weight") == shares.pop("pos_embed") == 0.5**4
+    assert shares.pop("blocks.1.norm1.bias") == shares.pop("blocks.1.mlp.fc1.weight") == 0.5**2
+    assert shares.pop("norm.weight") == shares.pop("head.bias") == shares.pop("attn_pool.probe") == 1.0
+    assert {group["weight_decay"] for group in groups if group["name"] == "decay"} == {0.1}
+    assert {group["weight_decay"] for group in groups if group["name"] == "no_decay"} == {0.0}
+    assert {group["lr_share"] for group in parameter_groups(model, 0.1)} == {1.0}
 
 
 def trained(model: nn.Module) -> set[str]:

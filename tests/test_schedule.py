@@ -28,6 +28,35 @@ def test_rsqrt_falls_with_the_root_of_time_and_constant_does_not() -> None:
     assert [learning_rate(step, 100, 2.0, constant) for step in (5, 10, 100)] == [1.0, 2.0, 2.0]
 
 
+def test_wsd_is_constant_between_warmup_and_cooldown_and_ends_at_zero() -> None:
+    config = ScheduleConfig(decay="wsd", warmup_steps=10, cooldown_steps=20)
+    rates = [learning_rate(step, 100, 2.0, config) for step in (5, 10, 50, 80, 85, 90, 99, 100)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.1, 0.0])
+
+
+def test_rsqrt_may_have_a_cooldown_too() -> None:
+    plain, cooled = (
+        ScheduleConfig(decay="rsqrt", timescale_steps=50, cooldown_steps=steps) for steps in (0, 40)
+    )
+    for step, factor in ((1, 1.0), (60, 1.0), (70, 0.75), (100, 0.0)):
+        rate = learning_rate(step, 100, 2.0, plain)
+        assert learning_rate(step, 100, 2.0, cooled) == pytest.approx(factor * rate)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"decay": "wsd"}, r"schedule.cooldown_steps 0 must not be negative, and with decay = \"wsd\""),
+        ({"decay": "rsqrt", "cooldown_steps": -1}, "schedule.cooldown_steps -1 must not be negative"),
+        ({"decay": "cosine", "cooldown_steps": 5}, 'is read by decay = "wsd" and "rsqrt" only, not by "cos'),
+    ],
+)
+def test_a_cooldown_that_makes_no_sense_is_refused(values: dict, message: str) -> None:
+    ScheduleConfig(decay="wsd", cooldown_steps=1)
+    with pytest.raises(ConfigError, match=message):
+        ScheduleConfig(**values)
+
+
 def test_an_end_that_nothing_reads_is_refused() -> None:
     with pytest.raises(ConfigError, match=r'schedule.end_lr is read by decay = "linear" only'):
         ScheduleConfig(decay="cosine", end_lr=1e-5)

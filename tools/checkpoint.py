@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""List, show, verify and compare checkpoints; export, import and average their weights."""
+"""List, show, verify, compare and cool down checkpoints; export, import and average weights."""
 
 import argparse
 import datetime
@@ -13,6 +13,7 @@ EXAMPLE = """examples:
   python tools/checkpoint.py verify runs/shapes/checkpoints/step-000000400
   python tools/checkpoint.py diff runs/shapes runs/shapes/checkpoints/step-000000200
   python tools/checkpoint.py reshard runs/shapes shipped/step-000000400 --world 1
+  python tools/checkpoint.py cooldown runs/shapes runs/shapes-done --steps 100
   python tools/checkpoint.py export runs/shapes exports/shapes.safetensors --format safetensors
   python tools/checkpoint.py export runs/shapes exports/timm --format timm --dtype bf16
   python tools/checkpoint.py import ViT-B_16.npz imported/vit_b16 --format npz
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_views(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The commands list, show, verify, diff and reshard."""
+    """The commands list, show, verify, diff, reshard and cooldown."""
     add = commands.add_parser
     listing = add("list", help="the checkpoints of a run: step, metrics, size, and whether each is intact")
     listing.add_argument("run", metavar="RUN", help="a run directory, or its URL in a store")
@@ -74,6 +75,15 @@ def _add_views(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     reshard.add_argument("checkpoint", metavar="CKPT", help="a run directory, or a step directory")
     reshard.add_argument("out", metavar="OUT", help="the step directory to write")
     reshard.add_argument("--world", metavar="N", type=int, required=True, help="the number of files")
+    cooldown = add(
+        "cooldown",
+        help="write RUN/config.toml: a run that continues a checkpoint while its learning rate falls to 0",
+    )
+    cooldown.add_argument("checkpoint", metavar="CKPT", help="a run directory, or a step directory")
+    cooldown.add_argument("run", metavar="RUN", help="the run directory to write")
+    cooldown.add_argument(
+        "--steps", metavar="N", type=int, required=True, help="a tenth to a fifth of the run's is usual"
+    )
 
 
 def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -183,6 +193,14 @@ def reshard(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def cooldown(arguments: argparse.Namespace) -> int:
+    from vitscale.cooldown import write_cooldown
+
+    path = write_cooldown(arguments.checkpoint, arguments.run, arguments.steps)
+    print(f"{path}\nstart it as its trunk, with another config: python launch/train.py {path}")
+    return 0
+
+
 def export(arguments: argparse.Namespace) -> int:
     from vitscale.weights.foreign.convert import export_model
 
@@ -230,6 +248,7 @@ COMMANDS = {
     "verify": verify,
     "diff": diff,
     "reshard": reshard,
+    "cooldown": cooldown,
     "export": export,
     "import": import_weights,
     "average": average,

@@ -7,15 +7,26 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from vitscale.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The loss of the classification objective ([loss]).
 
-    name:  "softmax" for one class per image; "sigmoid" also for several (ImageNet-21k, JFT)
+    name:             "softmax" for one class per image; "sigmoid" also for several, as in
+                      ImageNet-21k and JFT
+    label_smoothing:  the share of the targets that is spread evenly over all classes, in [0, 1)
     """
 
     name: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(
+                f"loss.label_smoothing {self.label_smoothing} must lie in [0, 1); 0.1 is usual, 0 is none"
+            )
 
 
 def to_targets(labels: Int64[Tensor, "B M"], num_classes: int) -> Float[Tensor, "B C"]:
@@ -30,9 +41,13 @@ def compute_loss(
 ) -> Float[Tensor, ""]:
     """The mean over the batch of the cross-entropy, in fp32 (big_vision utils.py).
 
-    "sigmoid" sums the binary cross-entropies of an image's classes.
+    "sigmoid" sums the binary cross-entropies of an image's classes. With label_smoothing e, a
+    target t of C classes counts as (1 - e) t + e / C (timm's losses, both kinds).
     """
     logits = logits.float()
+    if config.label_smoothing:
+        share = config.label_smoothing
+        targets = targets * (1 - share) + share / targets.shape[-1]
     if config.name == "softmax":
         return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
     # Not binary_cross_entropy_with_logits, which in fp32 is 1% off at a logit of -10, where the

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ class OptimConfig:
     momentum:      of SGD
     weight_decay:  decoupled, times the learning rate, on kernels only; 0 with SGD
     clip_norm:     largest global gradient norm; 0 = no clipping
+    layer_decay:   what the learning rate of each layer is of that of the layer above it, in
+                   (0, 1]: the embeddings are the lowest layer, norm and head the highest, with
+                   the whole rate
     freeze:        names of parameters to leave untrained ("patch_embed.*", "blocks.[0-3].*")
     ema_decay:     of the exponential moving average of the weights, with which evaluations
                    then run (paper, section 4.1: 0.9999); 0 = none
@@ -34,6 +38,7 @@ class OptimConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    layer_decay: float = 1.0
     freeze: tuple[str, ...] = ()
     ema_decay: float = 0.0
 
@@ -47,6 +52,10 @@ class OptimConfig:
             raise ConfigError(
                 f"optim.weight_decay {self.weight_decay} and optim.clip_norm {self.clip_norm} "
                 "must not be negative; 0 turns each off"
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(
+                f"optim.layer_decay {self.layer_decay} must lie in (0, 1]; 0.65 to 0.8 is usual, 1 is none"
             )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(
@@ -86,15 +95,41 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         raise ConfigError(f"optim.freeze {list(patterns)} leaves nothing to train; remove a pattern")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters in groups "decay" and "no_decay"; an empty group is left out."""
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    decayed = kernels(model)
-    groups = [
-        {"name": "decay", "params": [p for n, p in named if n in decayed], "weight_decay": weight_decay},
-        {"name": "no_decay", "params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def layer_of(name: str) -> int | None:
+    """The layer of a parameter: 0 = embeddings, i + 1 = block i, None = above all blocks."""
+    if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
+        return 0
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return int(block[1]) + 1 if block else None
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """The trained parameters in groups "decay" and "no_decay", and with layer_decay by layer.
+
+    A group's lr_share is its share of the learning rate: layer_decay to the power of the number
+    of layers above it (BEiT, MAE). An empty group is left out.
+    """
+    named, decayed = dict(model.named_parameters()), kernels(model)
+    layers = {name: layer_of(name) for name in named}
+    top = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for decays in (True, False):
+        for name, param in named.items():
+            if not param.requires_grad or (name in decayed) != decays:
+                continue
+            layer = layers[name]
+            share = layer_decay ** (0 if layer is None else top - layer)
+            group = groups.setdefault(
+                (decays, share),
+                {
+                    "name": "decay" if decays else "no_decay",
+                    "params": [],
+                    "weight_decay": weight_decay if decays else 0.0,
+                    "lr_share": share,
+                },
+            )
+            group["params"].append(param)
+    return list(groups.values())
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
@@ -102,7 +137,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module, *, fused: bool = Fals
 
     fused: update in one pass over memory instead of about ten; for GPUs.
     """
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

@@ -29,6 +29,7 @@ DOMAINS = {
     "erase": 15,
     "cutmix": 16,
     "strata": 17,
+    "drop_path": 18,
 }
 
 
@@ -40,12 +41,12 @@ _KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _FEW_ROWS = 12  # up to here, one generator a row is faster than arithmetic on arrays
 
 
-def raw(n: int, seed: int, domain: str, *ids: int) -> np.ndarray:
-    """`n` uint64 words of the stream (seed, domain, ids)."""
+def raw(n: int, seed: int, domain: str, *ids: int, block: int = 0) -> np.ndarray:
+    """`n` uint64 words of the stream (seed, domain, ids), from a block of four words on."""
     if len(ids) > 3:
         raise ValueError(f"a keyed stream takes at most 3 ids, not {len(ids)}")
     # The lowest counter word numbers the blocks of a stream; the ids fill the three above it.
-    counter = np.array([0, *ids, *[0] * (3 - len(ids))], dtype=np.uint64)
+    counter = np.array([block, *ids, *[0] * (3 - len(ids))], dtype=np.uint64)
     key = np.array([seed, DOMAINS[domain]], dtype=np.uint64)
     return np.random.Philox(counter=counter, key=key).random_raw(n)
 
@@ -53,6 +54,12 @@ def raw(n: int, seed: int, domain: str, *ids: int) -> np.ndarray:
 def uniform(n: int, seed: int, domain: str, *ids: int) -> Float64[np.ndarray, " n"]:
     """`n` uniform numbers in [0, 1), of 53 bits each."""
     return (raw(n, seed, domain, *ids) >> np.uint64(11)) * 2.0**-53
+
+
+def uniform_part(start: int, n: int, seed: int, domain: str, *ids: int) -> Float64[np.ndarray, " n"]:
+    """Numbers start to start + n of `uniform`, without those before: a stream may be long."""
+    block, skipped = divmod(start, 4)  # a block has four words
+    return (raw(skipped + n, seed, domain, *ids, block=block)[skipped:] >> np.uint64(11)) * 2.0**-53
 
 
 def uniform_rows(

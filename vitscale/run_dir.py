@@ -44,7 +44,7 @@ CHANGEABLE = (
 )
 # What a run that continues the full state of another must have in common with it.
 SAME_STATE = ("model", "optim.name", "optim.freeze")
-STATELESS = ("model.dropout",)
+STATELESS = ("model.dropout", "model.drop_path")
 _HELD = (errno.EACCES, errno.EAGAIN)
 
 

@@ -11,21 +11,25 @@ from vitscale.errors import ConfigError
 class ScheduleConfig:
     """The learning rate over time ([schedule]): a decay curve, times a linear warmup.
 
-    decay:            "linear", "cosine", "rsqrt" or "constant"
+    decay:            "linear", "cosine", "rsqrt", "constant", or "wsd" (warmup, stable, decay):
+                      constant up to the cooldown
     warmup_steps, warmup_fraction:
                       steps over which the factor of the warmup rises from 0 to 1, or what share
                       of the run's steps these are, in [0, 1), so that a longer total has more
     end_lr:           where "linear" ends
     timescale_steps:  steps after which "rsqrt" has fallen to 1 / sqrt(2)
+    cooldown_steps:   of "wsd" and "rsqrt": the last steps, over which the factor of the
+                      cooldown falls from 1 to 0
     """
 
     ALTERNATIVES = ("warmup_steps", "warmup_fraction")
 
-    decay: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
+    decay: Literal["linear", "cosine", "rsqrt", "constant", "wsd"] = "cosine"
     warmup_steps: int = 0
     warmup_fraction: float = 0.0
     end_lr: float = 0.0
     timescale_steps: int = 10_000
+    cooldown_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or self.end_lr < 0:
@@ -44,6 +48,16 @@ class ScheduleConfig:
             raise ConfigError(
                 f'schedule.end_lr is read by decay = "linear" only, not by "{self.decay}"; remove it'
             )
+        if self.cooldown_steps < 0 or (self.decay == "wsd" and not self.cooldown_steps):
+            raise ConfigError(
+                f"schedule.cooldown_steps {self.cooldown_steps} must not be negative, and with decay = "
+                '"wsd" it must be above 0: a tenth to a fifth of the steps is usual'
+            )
+        if self.cooldown_steps and self.decay not in ("wsd", "rsqrt"):
+            raise ConfigError(
+                'schedule.cooldown_steps is read by decay = "wsd" and "rsqrt" only, not by '
+                f'"{self.decay}"; remove it'
+            )
 
     def warmup(self, total_steps: int) -> int:
         """The steps of the warmup in a run of so many: fewer than it has."""
@@ -53,17 +67,22 @@ class ScheduleConfig:
 def learning_rate(step: int, total_steps: int, peak_lr: float, config: ScheduleConfig) -> float:
     """The rate of update `step`, from 1 to total_steps (paper, Table 3; big_vision utils.py).
 
-    w = warmup(total_steps), t = timescale_steps, p = (step - w) / (total_steps - w), in [0, 1]:
+    w = warmup(total_steps), t = timescale_steps, p = (step - w) / (total_steps - w), in [0, 1],
+    c = cooldown_steps:
 
         linear      min(1, step / w) * (end_lr + (peak_lr - end_lr) * (1 - p))
         cosine      min(1, step / w) * peak_lr * (1 + cos(pi * p)) / 2
-        rsqrt       min(1, step / w) * peak_lr * sqrt(t / (t + max(0, step - w)))
+        rsqrt       min(1, step / w, (total_steps - step) / c) * peak_lr
+                        * sqrt(t / (t + max(0, step - w)))
         constant    min(1, step / w) * peak_lr
+        wsd         min(1, step / w, (total_steps - step) / c) * peak_lr
 
-    A warmup of warmup_steps must be shorter than the run (TrainConfig.num_steps).
+    Warmup and cooldown fit into the run (TrainConfig.num_steps).
     """
     warmup = config.warmup(total_steps)
     factor = min(1.0, step / warmup) if warmup else 1.0
+    if config.cooldown_steps:
+        factor = min(factor, (total_steps - step) / config.cooldown_steps)
     progress = min(max((step - warmup) / (total_steps - warmup), 0.0), 1.0)
     if config.decay == "linear":
         return factor * (config.end_lr + (peak_lr - config.end_lr) * (1.0 - progress))

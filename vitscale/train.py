@@ -10,6 +10,7 @@ A run starts from the first of these that it has:
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import itertools
@@ -43,6 +44,7 @@ from vitscale.job import Job, prepare
 from vitscale.meter import Meter
 from vitscale.metrics import MetricsWriter, SilentWriter, trim_metrics
 from vitscale.models import empty_model
+from vitscale.models.drop_path import draw_kept
 from vitscale.models.transfer import check_backbone, is_backbone, transferred
 from vitscale.objectives import BatchKey, Objective, build_objective
 from vitscale.optim import freeze
@@ -188,11 +190,21 @@ def train_step(run: "Run", batch: Batch, step: int) -> Tensor:
         # Row 0's place in the global batch: with 512 images a rank in micro batches of 64, the
         # second micro batch of rank 1 starts at 512 + 64.
         key = BatchKey(config.seed, step, rank * plan.per_rank + micro_step * plan.micro_batch)
-        loss = run.objective.loss(engine.forward, images, labels, key)
+        forward = functools.partial(engine.forward, kept=kept_branches(job, key, images))
+        loss = run.objective.loss(forward, images, labels, key)
         engine.backward(loss)
         engine.step()
         total += loss.detach() / plan.grad_accum_steps
     return total
+
+
+def kept_branches(job: Job, key: BatchKey, images: Tensor) -> Tensor | None:
+    """What model.drop_path leaves of the blocks' branches for a micro batch; None = all."""
+    model = job.config.model
+    if not model.drop_path:
+        return None
+    kept = draw_kept(model.drop_path, model.resolved_depth, count=len(images), **key._asdict())
+    return kept.to(images.device, non_blocking=True)
 
 
 @contextlib.contextmanager

@@ -134,7 +134,10 @@ class TrainConfig:
                 )
 
     def num_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of the run. Raises ConfigError if its warmup does not fit in."""
+        """Optimizer steps of the run.
+
+        Raises ConfigError if its warmup and cooldown do not fit in.
+        """
         steps = (
             self.total_steps
             or self.total_samples // self.global_batch
@@ -149,5 +152,10 @@ class TrainConfig:
             raise ConfigError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps:,} must be below "
                 f"the run's {steps:,} steps; lower it, or set schedule.warmup_fraction, to 0.1 for example"
+            )
+        if self.schedule.warmup(steps) + self.schedule.cooldown_steps > steps:
+            raise ConfigError(
+                f"a warmup of {self.schedule.warmup(steps):,} steps and schedule.cooldown_steps "
+                f"{self.schedule.cooldown_steps:,} do not fit into the run's {steps:,} steps; lower one"
             )
         return steps

@@ -133,6 +133,10 @@ def test_too_many_bad_samples_end_the_run_with_a_count_and_a_checkpoint(
         ("data.index=nowhere/index.json", "index nowhere/index.json is missing"),
         ("total_steps=0", "set exactly one of total_steps, total_epochs, total_samples"),
         ("schedule.warmup_steps=20", "schedule.warmup_steps 20 must be below the run's 20 steps"),
+        (
+            "schedule={decay='wsd', warmup_steps=8, cooldown_steps=13}",
+            "a warmup of 8 steps and schedule.cooldown_steps 13 do not fit into the run's 20 steps",
+        ),
         ("init.checkpoint=nowhere", "nowhere is not a checkpoint"),
     ],
 )

@@ -4,58 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from multiprocess.job import Job
+from multiprocess.plain import plain_losses
 from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
-from vitscale import config as configs
-from vitscale.data.lane import ViewConfig
-from vitscale.data.loader import Stream, batches
-from vitscale.data.transforms import normalize
-from vitscale.job import prepare
-from vitscale.losses import compute_loss, to_targets
-from vitscale.models import build_model
-from vitscale.optim import build_optimizer
-from vitscale.rng import derive_seed
-from vitscale.schedule import learning_rate
-from vitscale.train_config import TrainConfig
-
-
-def plain_pytorch_losses(path: Path) -> list[float]:
-    """The same run as a dozen lines of PyTorch: no DeepSpeed, no ranks, no accumulation."""
-    config = configs.load(TrainConfig, [path])
-    job = prepare(config, world_size=1)
-    model = build_model(config.model, derive_seed(config.seed, "init"))
-    optimizer = build_optimizer(config.optim, model)
-    stream = Stream(
-        sources=job.sources,
-        mixture=job.mixture,
-        view_config=ViewConfig(
-            config.augment, job.decoder, config.model.image_size, config.model.num_classes
-        ),
-        lanes=job.mixture.rank_lanes(0, 1),
-        first_step=0,
-        last_step=job.total_steps,
-    )
-    losses = []
-    for step, batch in enumerate(batches(stream, 0), start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, job.total_steps, config.optim.lr, config.schedule)
-        targets = to_targets(batch.labels, config.model.num_classes)
-        loss = compute_loss(config.loss, model(normalize(batch.images, torch.float32)), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
 
 def test_zero_1_equals_plain_pytorch(uninterrupted: Job) -> None:
-    assert uninterrupted.column("train/loss") == pytest.approx(
-        plain_pytorch_losses(uninterrupted.config), abs=1e-6
-    )
+    assert uninterrupted.column("train/loss") == pytest.approx(plain_losses(uninterrupted.config), abs=1e-6)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

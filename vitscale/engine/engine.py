@@ -75,12 +75,16 @@ class Engine:
         self._ema = Ema(self._ds, optim.ema_decay) if optim.ema_decay else None
 
     def forward(
-        self, images: Float[Tensor, "B 3 H W"], *, features_only: bool = False
+        self, images: Float[Tensor, "B 3 H W"], *, features_only: bool = False, kept: Tensor | None = None
     ) -> Float[Tensor, "B C"]:
-        """Logits in fp32, or features in the run's precision; images in [-1, 1]."""
+        """Logits in fp32, or features in the run's precision; images in [-1, 1].
+
+        kept: as Model.forward takes it.
+        """
         # DeepSpeed's forward counts as part of a training step, so evaluation calls the module.
         network = self._ds if self._ds.training else self.module
-        return network(images.to(self._dtype), features_only=features_only)
+        options = {} if kept is None else {"kept": kept}
+        return network(images.to(self._dtype), features_only=features_only, **options)
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Add the gradients of the mean loss of one micro batch."""
@@ -93,9 +97,9 @@ class Engine:
             self._ema.update(self._ds)
 
     def set_learning_rate(self, lr: float) -> None:
-        """Set the learning rate of every parameter group for the coming step."""
+        """Set the learning rate for the coming step; a parameter group has its share of it."""
         for group in self._ds.basic_optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_share"]
 
     def grad_norm(self) -> Float[Tensor, ""]:
         """The global gradient norm of the last step before clipping, on the device.

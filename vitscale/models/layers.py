@@ -93,6 +93,7 @@ class Block(nn.Module):
     """Pre-norm encoder block (paper, equations 2 and 3).
 
     checkpointing: what the backward pass recomputes of the activations.
+    kept: what the outputs of attention and MLP are multiplied by for each image (drop_path.py).
     """
 
     def __init__(
@@ -106,16 +107,23 @@ class Block(nn.Module):
         self.mlp = Mlp(width, mlp_dim, dropout, gelu)
         self.checkpointing: Checkpointing = "none"
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def forward(
+        self, x: Float[Tensor, "B N D"], kept: Float[Tensor, "2 B 1 1"] | None = None
+    ) -> Float[Tensor, "B N D"]:
         # In here, not around the block, so that a compiled block holds its recomputation, too.
         if self.checkpointing == "none" or not self.training:
-            return self._forward(x)
-        keep: dict[str, Any] = {"context_fn": _keep_matmuls} if self.checkpointing == "selective" else {}
-        return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=self.drop.p > 0, **keep)
+            return self._forward(x, kept)
+        options: dict[str, Any] = {"context_fn": _keep_matmuls} if self.checkpointing == "selective" else {}
+        options["preserve_rng_state"] = self.drop.p > 0
+        return checkpoint(self._forward, x, kept, use_reentrant=False, **options)
 
-    def _forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        x = x + self.drop(self.attn(self.norm1(x)))
-        return x + self.mlp(self.norm2(x))
+    def _forward(
+        self, x: Float[Tensor, "B N D"], kept: Float[Tensor, "2 B 1 1"] | None
+    ) -> Float[Tensor, "B N D"]:
+        mixed = self.drop(self.attn(self.norm1(x)))
+        x = x + (mixed if kept is None else mixed * kept[0].to(mixed.dtype))
+        mixed = self.mlp(self.norm2(x))
+        return x + (mixed if kept is None else mixed * kept[1].to(mixed.dtype))
 
 
 class MapHead(nn.Module):

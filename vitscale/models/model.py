@@ -20,6 +20,15 @@ class CommonConfig(Protocol):
     @property
     def num_classes(self) -> int: ...
 
+    @property
+    def dropout(self) -> float: ...
+
+    @property
+    def drop_path(self) -> float: ...
+
+    @property
+    def resolved_depth(self) -> int: ...
+
 
 class Model(nn.Module, abc.ABC):
     """Images to logits, and to the features before the head."""
@@ -37,11 +46,13 @@ class Model(nn.Module, abc.ABC):
         features_only: bool = False,
         tokens: bool = False,
         layers: Sequence[int] | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Logits [B, num_classes], or with `features_only` (or without a head) features [B, D].
 
         images: float pixels in [-1, 1], [B, 3, H, W]; ValueError says what else came.
-        tokens, layers: as in features.
+        tokens, layers: as in features. kept: [depth, 2, B, 1, 1], which branches of the blocks
+        count for which image, by how much (drop_path.py); None = all of them.
         """
 
     @overload

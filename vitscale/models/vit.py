@@ -61,6 +61,8 @@ class ViTConfig:
     representation_size:  width of the tanh layer before the head; 0 = none
     head_bias:            initial bias of the head; for a sigmoid loss about -ln(num_classes)
     dropout:              after the position embedding, each attention and each MLP layer
+    drop_path:            the share of images whose attention, and whose MLP, the last block
+                          leaves out in training; it rises evenly from 0 in the first block
     posemb:               "learned", or the fixed "sincos2d"
     gelu:                 "tanh", Google's approximation, or "exact"
     norm_eps:             epsilon of every LayerNorm
@@ -79,6 +81,7 @@ class ViTConfig:
     representation_size: int = 0
     head_bias: float = 0.0
     dropout: float = 0.0
+    drop_path: float = 0.0
     posemb: Literal["learned", "sincos2d"] = "learned"
     gelu: Gelu = "tanh"
     norm_eps: float = 1e-6  # Flax's default, and so Google's; torch's 1e-5 is another model
@@ -103,8 +106,9 @@ class ViTConfig:
         width, heads = self.resolved_width, self.resolved_num_heads
         if width % heads:
             raise ConfigError(f"model.width {width} is not a multiple of model.num_heads {heads}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout {self.dropout} must lie in [0, 1)")
+        for name in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} {getattr(self, name)} must lie in [0, 1)")
         if not self.norm_eps > 0:
             raise ConfigError(f"model.norm_eps {self.norm_eps} must be above 0; Google's models have 1e-6")
         if self.posemb == "sincos2d" and (width % 4 or width < 8):
@@ -189,6 +193,7 @@ class ViT(Model):
         features_only: bool = False,
         tokens: bool = False,
         layers: Sequence[int] | None = None,
+        kept: Float[Tensor, "L 2 B 1 1"] | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         wanted = layers or ()
         self._check_arguments(images, wanted)
@@ -197,14 +202,14 @@ class ViT(Model):
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
         # A fixed table is a buffer, which DeepSpeed leaves in fp32.
         x = self.drop(x + self.pos_embed.to(x.dtype))
-        kept: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x) if kept is None else block(x, kept[index])
             if index in wanted:
-                kept[index] = self._patch_tokens(self.norm(x))
+                outputs[index] = self._patch_tokens(self.norm(x))
         x = self.norm(x)  # [B, N, D]
         out = self._patch_tokens(x) if tokens else self._represent(x, features_only)
-        return out if layers is None else (out, [kept[index] for index in wanted])
+        return out if layers is None else (out, [outputs[index] for index in wanted])
 
     def set_activation_checkpointing(self, mode: Checkpointing) -> None:
         for block in self._blocks():

@@ -15,7 +15,11 @@ from vitscale.weights.export import export_metadata, write_export
 from vitscale.weights.files import TensorSource
 from vitscale.weights.saved import SavedModel, Slot
 
-_TRAINING_KEYS = ("head_bias", "dropout")  # keys of [model] that do not change what the weights compute
+_TRAINING_KEYS = (
+    "head_bias",
+    "dropout",
+    "drop_path",
+)  # keys of [model] that do not change what the weights compute
 
 
 def average(paths: Sequence[str | Path], out: str | Path, *, slot: Slot = "fp32") -> Path:
