@@ -48,7 +48,7 @@ def initialize() -> None:
     # The ranks of a machine share its cores; by default each would start a thread per core,
     # and torchrun sets OMP_NUM_THREADS to 1. Without a launcher, a user has set it.
     if not (is_alone and os.environ.get("OMP_NUM_THREADS")):
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+        torch.set_num_threads(max(1, num_cores() // local_world_size()))
     allow_open_files(launched_world_size())
     try:
         where = {}
@@ -75,6 +75,13 @@ def _launched() -> Mapping[str, str]:
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(slurm.variables(os.environ))
     return os.environ
+
+
+def num_cores() -> int:
+    """The cores that this process may use: a container or taskset may leave it some of them."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def sockets(world_size: int, rank: int) -> int:

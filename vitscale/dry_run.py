@@ -1,11 +1,10 @@
 """What a config would run, in words and numbers, without building anything on a device."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 
 from vitscale import config as configs
-from vitscale import memory
+from vitscale import distributed, memory
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint
@@ -191,5 +190,5 @@ def _memory_lines(job: Job, num_params: int) -> list[tuple[str, str]]:
     return [
         ("parameters and state", f"{states / 2**30:,.2f} GiB"),
         ("activations", f"{activations / 2**30:,.2f} GiB"),
-        ("host", f"{engine.num_workers} data workers per rank on {os.cpu_count()} cores"),
+        ("host", f"{engine.num_workers} data workers per rank on {distributed.num_cores()} cores"),
     ]

@@ -13,36 +13,36 @@ from multiprocess.zygote import Zygote
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.distributed import free_port
 
-LONG = ("total_steps=300", "engine.num_workers=1", "checkpoint.every_steps=10")
+LONG = ("total_steps=160", "engine.num_workers=1", "checkpoint.every_steps=10")
 
 
 def test_ranks_that_died_are_started_again_and_resume(tmp_path: Path, index: Path, zygote: Zygote) -> None:
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "killed", index)
     assert zygote.train(whole, 2, *LONG) == [0, 0], whole.output()
     with launched(job, "torchrun", "--max-restarts", "2", overrides=LONG) as agent:
-        for step, rank in ((25, 1), (125, 0)):
+        for step, rank in ((25, 1), (85, 0)):
             wait_until(lambda step=step: reached(job, step), agent, job)
             ranks_of(psutil.Process(agent.pid).children())[rank].kill()
         assert agent.wait(60) == 0, job.output()
     assert read_status(job)["state"] == "done"
     assert job.output().count("resumed from") == 2
-    assert job.column("step") == list(range(1, 301))
+    assert job.column("step") == list(range(1, 161))
     assert job.column("data/digest") == whole.column("data/digest")
 
 
 def test_machines_come_and_go(tmp_path: Path, index: Path, zygote: Zygote) -> None:
     """Two agents are two machines: one begins, another joins, and then dies with its rank."""
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "elastic", index)
-    length = "total_steps=150"
-    assert zygote.train(whole, 1, length) == [0], whole.output()
+    length = "total_steps=250"
+    assert zygote.train(whole, 1, length, "engine.micro_batch=8") == [0], whole.output()
     # slow enough for a machine to join in mid-run
-    steps = (length, "checkpoint.every_steps=10", "model.depth=12", "engine.micro_batch=1")
+    steps = (length, "checkpoint.every_steps=10", "engine.micro_batch=1")
     endpoint = f"127.0.0.1:{free_port()}"
-    first = start_agent(job, endpoint, *steps)
+    first = start_agent(job, endpoint, 0, *steps)
     second = None
     try:
         wait_until(lambda: reached(job, 20), first, job)
-        second = start_agent(job, endpoint, *steps)
+        second = start_agent(job, endpoint, 1, *steps)
         wait_until(lambda: world_size(job) == 2, first, job)
         joined = job.rows()[-1]["step"]
         wait_until(lambda: reached(job, joined + 20), first, job)
@@ -64,8 +64,10 @@ def test_machines_come_and_go(tmp_path: Path, index: Path, zygote: Zygote) -> No
     assert job.column("data/digest") == whole.column("data/digest")
 
 
-def start_agent(job: Job, endpoint: str, *overrides: str) -> subprocess.Popen[bytes]:
+def start_agent(job: Job, endpoint: str, core: int, *overrides: str) -> subprocess.Popen[bytes]:
+    """An agent on a core of its own: each would take the cores of the whole machine."""
     command = [
+        *("taskset", "--cpu-list", str(core % (os.cpu_count() or 1))),
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", "1"),
         *("--max-restarts", "5", "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "job"),
         *("--rdzv_conf", "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vitscale import atomic
+from vitscale import atomic, distributed
 from vitscale.bench import step
 from vitscale.bench.step import Case, StepBench, timm_has
 from vitscale.errors import DataError
@@ -96,7 +96,7 @@ def run(
     here = {
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "cores": os.cpu_count(),
+        "cores": distributed.num_cores(),
         **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
     }
     done = {**here, **done}
@@ -113,7 +113,7 @@ def run(
 
 def end_to_end(index: str, variant: str) -> dict[str, Any]:
     """Training from JPEG shards by the real program, with a data worker per core."""
-    workers = os.cpu_count() or 1
+    workers = distributed.num_cores()
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
         config = Path(folder) / "config.toml"
         config.write_text(
