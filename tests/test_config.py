@@ -88,7 +88,9 @@ def test_later_files_and_then_overrides_win(tmp_path: Path) -> None:
         ("metres = 2", "feet = 7", [], (0.0, 7)),
         ("metres = 2", "feet = 7", ["metres=3"], (3.0, 0)),
         ("metres = 2", "", ["feet=7", "metres=3"], (3.0, 0)),
-        ("metres = 2", "feet = 0", [], (2.0, 0)),  # as a written config spells out what is not set
+        ("metres = 2", "feet = 0", [], (0.0, 0)),
+        ("metres = 2", "metres = 0\nfeet = 0", [], (0.0, 0)),
+        ("metres = 0\nfeet = 7", "metres = 2\nfeet = 0", [], (2.0, 0)),  # a resolved config names all
         ("metres = 2\nfeet = 7", "", [], (2.0, 7)),  # both at once: the section refuses it
     ],
 )
@@ -105,7 +107,7 @@ def test_a_later_alternative_replaces_an_earlier_one_in_a_section(tmp_path: Path
     two = write(tmp_path / "2.toml", "[optim]\nminutes = 0.5\n")
     assert load(Outer, [one, two]).optim == Inner(lr=2.0, minutes=0.5)
     assert load(Outer, [one, two], ["optim.seconds=7"]).optim == Inner(lr=2.0, seconds=7)
-    assert load(Outer, [two, one], ["optim.minutes=0"]).optim == Inner(lr=2.0, seconds=5)
+    assert load(Outer, [two, one], ["optim.minutes=0"]).optim == Inner(lr=2.0)
 
 
 def test_false_leaves_out_a_named_section_that_was_set_before(tmp_path: Path) -> None:

@@ -103,9 +103,11 @@ def test_the_sum_is_within_6_percent_of_what_a_gpu_measured(
     assert total / 2**30 == pytest.approx(measured, rel=0.06)
 
 
-def explain(plan: BatchPlan, gib: float, *, pairs: bool = False, **engine: object) -> str:
+def explain(
+    plan: BatchPlan, gib: float, *, pairs: bool = False, starting: bool = False, **engine: object
+) -> str:
     config = EngineConfig(micro_batch=plan.micro_batch, **engine)  # type: ignore[arg-type]
-    return explain_too_small(B16, config, plan, "bf16", int(gib * 2**30), pairs)
+    return explain_too_small(B16, config, plan, "bf16", int(gib * 2**30), pairs=pairs, starting=starting)
 
 
 def test_where_memory_runs_out_the_largest_micro_batch_that_fits_is_named() -> None:
@@ -131,7 +133,7 @@ def test_a_micro_batch_that_ran_out_is_not_advised_though_it_fits_by_plan() -> N
     [
         (1, 1.5, {}, 'engine.activation_checkpointing = "full" or engine.offload_optimizer = true or '),
         (2, 1.1, {"activation_checkpointing": "full"}, "engine.zero_stage = 3 or engine.offload_optimizer "),
-        (2, 0.5, {"zero_stage": 3, "activation_checkpointing": "full", "offload_optimizer": True}, ""),
+        (2, 0.15, {"zero_stage": 3, "activation_checkpointing": "full", "offload_optimizer": True}, ""),
     ],
 )
 def test_where_no_micro_batch_fits_something_else_is_advised(
@@ -143,3 +145,19 @@ def test_where_no_micro_batch_fits_something_else_is_advised(
 
 def test_micro_batch_one_has_none_below_it() -> None:
     assert "no smaller one fits by plan" in explain(plan_batches(64, 1, 1), 80)
+
+
+def test_at_the_start_there_are_no_activations_to_save() -> None:
+    plan = plan_batches(64, 32, 2)
+    assert explain(plan, 1, starting=True, zero_stage=2) == (
+        "CUDA is out of memory at the start, while the model is made: by plan parameters and state take 0.73 "
+        "GiB of 1.00 GiB; use engine.zero_stage = 3 or engine.offload_optimizer = true or more devices"
+    )
+
+
+def test_an_offloaded_optimizer_leaves_its_memory_to_activations() -> None:
+    """Of B/16 in bf16 on one device, 1.0 of 1.6 GiB of state are the optimizer's."""
+    plan = plan_batches(64, 64, 1)
+    assert state_bytes(1_000, 1, 1, "fp32", offload=True) == 8_000
+    assert "no smaller one fits by plan" in explain(plan, 0.95)
+    assert "set engine.micro_batch = 4, " in explain(plan, 0.95, offload_optimizer=True)

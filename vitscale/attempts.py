@@ -1,4 +1,4 @@
-"""What is tried again, how often and after which pause, and what no patience mends.
+"""What is tried again, how often and after which pause, and what is not.
 
 Exponential backoff with jitter. What keeps failing is a StoreError, and is never taken for
 missing data.
@@ -37,17 +37,17 @@ def retry(
     url: str,
     doing: str,
     *,
-    way_out: str,
+    way_out: Callable[[], str],
     is_right: Callable[[T], bool] = is_any,
     pause_if_wrong: bool = True,
     beyond_end: T | None = None,
 ) -> T:
     """Call, and call again after transient errors; raise at once what waiting cannot fix.
 
-    url, doing: for messages, like "s3://bucket/x.tar" and "reading". way_out: what a user does
-    who is denied access. is_right: a result for which it is False is an error of the store, but
-    is returned if it is the last attempt's. pause_if_wrong: wait before the next one.
-    beyond_end: what to return if the store says that the range is behind the object's end.
+    url, doing: for messages, like "s3://bucket/x.tar" and "reading". way_out: says what a user
+    does who is denied access. is_right: a result for which it is False is an error of the
+    store, but is returned if it is the last attempt's. pause_if_wrong: wait before the next
+    one. beyond_end: what to return if the store says that the range is behind the object's end.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -76,16 +76,16 @@ def retry(
     raise AssertionError("unreachable")
 
 
-def _raise_if_final(error: Exception, url: str, doing: str, way_out: str) -> None:
+def _raise_if_final(error: Exception, url: str, doing: str, way_out: Callable[[], str]) -> None:
     """Raise what a user must fix and what is no store's error; return if it may pass."""
     status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
     kinds = {type(error).__name__, type(error.__cause__).__name__}
     if status == 404 or (isinstance(error, FileNotFoundError) and not _hides_another(error)):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
     if kinds & _NO_CREDENTIALS:
-        raise StoreError(f"{doing} {url}: there are no credentials ({_text(error)}); {way_out}") from None
+        raise StoreError(f"{doing} {url}: there are no credentials ({_text(error)}); {way_out()}") from None
     if isinstance(error, PermissionError) or status in (401, 403):
-        raise StoreError(f"{doing} {url}: access is denied ({_text(error)}); {way_out}") from None
+        raise StoreError(f"{doing} {url}: access is denied ({_text(error)}); {way_out()}") from None
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
         raise StoreError(f"{doing} {url}: the server answers {_text(error)}; check the URL") from None
     library = type(error).__module__.partition(".")[0]

@@ -152,9 +152,13 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _drop_alternatives(schema: Any, merged: dict[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
-    """What was merged before, without the alternatives to a key that `part` sets."""
+    """What was merged before, without the alternatives to a key that `part` sets.
+
+    0 counts if it is set alone. A resolved config names all of them, and all but one are 0.
+    """
     names = schema.ALTERNATIVES if isinstance(schema, HasAlternatives) else ()
-    given = any(part.get(name) for name in names)
+    named = [name for name in names if name in part]
+    given = any(part[name] for name in named) or 0 < len(named) < len(names)
     left = {key: value for key, value in merged.items() if not given or key not in names}
     for key, hint in get_type_hints(schema).items():
         before, now = left.get(key), part.get(key)

@@ -11,6 +11,7 @@ from vitscale.data.sources import Source, open_sources
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig, EvalConfig, open_task
 from vitscale.evals.adapters import FrozenModel
+from vitscale.evals.task import run_task
 from vitscale.job import derive
 from vitscale.train_config import TrainConfig
 from vitscale.weights.files import find_export
@@ -37,7 +38,7 @@ def evaluate(
     splits = isinstance(config, ClassifyConfig) and config.split
     source = distributed.together(lambda: training_source(path)) if splits else None
     task = distributed.together(lambda: open_task(name, config, model.image_size, source))
-    return {"checkpoint": checkpoint, "step": step, "results": task.run(model)}
+    return {"checkpoint": checkpoint, "step": step, "results": run_task(task, model)}
 
 
 def training_source(path: str) -> Source:

@@ -9,7 +9,9 @@ from vitscale.models.vit import ViTConfig
 from vitscale.optim import OptimConfig, freeze
 
 
-def state_bytes(num_params: int, zero_stage: int, world_size: int, precision: str) -> int:
+def state_bytes(
+    num_params: int, zero_stage: int, world_size: int, precision: str, offload: bool = False
+) -> int:
     """Bytes per device of parameters, gradients and AdamW's state.
 
     From a stage on, ZeRO cuts them by the world size (arXiv 1910.02054, section 3):
@@ -20,11 +22,12 @@ def state_bytes(num_params: int, zero_stage: int, world_size: int, precision: st
         optimizer                12        12    1    (fp32 master, two moments)
 
     In bf16 at stage 1 DeepSpeed accumulates gradients in fp32, in a buffer that is never cut.
+    With offload the optimizer's part is in the memory of the host.
     """
     param, grad = (4, 4) if precision == "fp32" else (2, 2)
     if precision == "bf16" and zero_stage == 1:
         grad += 4
-    optimizer = 12
+    optimizer = 0 if offload else 12
     shared = {1: (param + grad, optimizer), 2: (param, grad + optimizer), 3: (0, param + grad + optimizer)}
     whole, sharded = shared[zero_stage]
     return num_params * whole + num_params * sharded // world_size
@@ -53,17 +56,32 @@ def activation_bytes(
 
 
 def explain_too_small(
-    model: ModelConfig, engine: EngineConfig, plan: BatchPlan, precision: str, device_bytes: int, pairs: bool
+    model: ModelConfig,
+    engine: EngineConfig,
+    plan: BatchPlan,
+    precision: str,
+    device_bytes: int,
+    *,
+    pairs: bool,
+    starting: bool,
 ) -> str:
     """What to say where a device runs out of memory: what needs it, and what fits by plan.
 
     device_bytes: what this process can have of the device. pairs: micro batches must be even.
+    starting: while the model was made, and not yet trained.
 
     Fragmentation and kernels take more than is planned, so a micro batch that ran out is never
     advised, even if it fits by plan.
     """
     num_params = sum(param.numel() for param in empty_model(model).parameters())
-    states = state_bytes(num_params, engine.zero_stage, plan.world_size, precision)
+    offload = engine.offload_optimizer
+    states = state_bytes(num_params, engine.zero_stage, plan.world_size, precision, offload)
+    available = f"{device_bytes / 2**30:,.2f} GiB"
+    if starting:
+        return (
+            "CUDA is out of memory at the start, while the model is made: by plan parameters and state take "
+            f"{states / 2**30:,.2f} GiB of {available}; use {_more_room(engine, plan, activations=False)}"
+        )
 
     def activations(micro_batch: int) -> int:
         return activation_bytes(model, micro_batch, precision, engine.activation_checkpointing)
@@ -75,21 +93,26 @@ def explain_too_small(
         for micro_batch in range(2 if pairs else 1, plan.micro_batch, 2 if pairs else 1)
         if plan.per_rank % micro_batch == 0 and states + activations(micro_batch) <= device_bytes
     ]
-    others = {
-        "engine.zero_stage = 3": engine.zero_stage < 3 and plan.world_size > 1,
-        'engine.activation_checkpointing = "full"': engine.activation_checkpointing != "full",
-        "engine.offload_optimizer = true": not engine.offload_optimizer,
-        "more devices": True,
-    }
     way_out = (
         f"set engine.micro_batch = {fitting[-1]}, the largest below it that fits by plan"
         if fitting
-        else f"no smaller one fits by plan: use {' or '.join(name for name in others if others[name])}"
+        else f"no smaller one fits by plan: use {_more_room(engine, plan, activations=True)}"
     )
     return (
         f"CUDA is out of memory with engine.micro_batch {plan.micro_batch}: by plan it needs {texts[0]} (the "
-        f"largest part) and {texts[1]} of {device_bytes / 2**30:,.2f} GiB; {way_out}"
+        f"largest part) and {texts[1]} of {available}; {way_out}"
     )
+
+
+def _more_room(engine: EngineConfig, plan: BatchPlan, *, activations: bool) -> str:
+    """What would leave more memory, for a message. activations: whether it may be theirs."""
+    others = {
+        "engine.zero_stage = 3": engine.zero_stage < 3 and plan.world_size > 1,
+        'engine.activation_checkpointing = "full"': activations and engine.activation_checkpointing != "full",
+        "engine.offload_optimizer = true": not engine.offload_optimizer,
+        "more devices": True,
+    }
+    return " or ".join(name for name in others if others[name])
 
 
 def checkpoint_bytes(config: ModelConfig, optim: OptimConfig) -> int:

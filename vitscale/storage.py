@@ -328,10 +328,24 @@ def _client_options(name: str, is_signed: bool) -> dict[str, Any]:
     return {}
 
 
-def _retry(call: Callable[[], T], url: str, doing: str, **how: Any) -> T:
+def _retry(
+    call: Callable[[], T],
+    url: str,
+    doing: str,
+    *,
+    is_right: Callable[[T], bool] = attempts.is_any,
+    beyond_end: T | None = None,
+) -> T:
     """Call as attempts.retry does. A disk has no bad moments: it is right at once or never."""
-    way_out = _way_to_access(url)
-    return attempts.retry(call, redact(url), doing, way_out=way_out, pause_if_wrong=not is_local(url), **how)
+    return attempts.retry(
+        call,
+        redact(url),
+        doing,
+        way_out=lambda: _way_to_access(url),
+        is_right=is_right,
+        pause_if_wrong=not is_local(url),
+        beyond_end=beyond_end,
+    )
 
 
 def _way_to_access(url: str) -> str:

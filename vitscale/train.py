@@ -38,7 +38,7 @@ from vitscale.engine.engine import DTYPES, Engine
 from vitscale.errors import ConfigError, DataError, Diverged, UserError
 from vitscale.evals import open_task
 from vitscale.evals.adapters import LiveModel
-from vitscale.evals.task import Task
+from vitscale.evals.task import Task, run_task
 from vitscale.health import SKIPPED_IN_A_ROW, Health
 from vitscale.job import Job, prepare
 from vitscale.meter import Meter
@@ -208,7 +208,7 @@ def kept_branches(job: Job, key: BatchKey, images: Tensor) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def enough_memory(job: Job) -> Iterator[None]:
+def enough_memory(job: Job, *, starting: bool = False) -> Iterator[None]:
     """Raises ConfigError where this rank's GPU is too small for the block."""
     try:
         yield
@@ -216,7 +216,7 @@ def enough_memory(job: Job) -> Iterator[None]:
         own = distributed.device_bytes()
         config, pairs = job.config, bool(job.config.augment.mixup or job.config.augment.cutmix)
         message = memory.explain_too_small(
-            config.model, config.engine, job.plan, config.precision, own, pairs
+            config.model, config.engine, job.plan, config.precision, own, pairs=pairs, starting=starting
         )
         raise ConfigError(message) from None
 
@@ -256,7 +256,7 @@ def started(job: Job, tasks: Tasks) -> Iterator[Run]:
     with distributed.alike():
         save_bytes = memory.checkpoint_bytes(config.model, config.optim)
     room.check(home, config.checkpoint, save_bytes)
-    with enough_memory(job):
+    with enough_memory(job, starting=True):
         engine, progress, passed_over = start(job, home)
     with (
         contextlib.closing(engine),
@@ -419,6 +419,6 @@ def evaluate(run: Run, names: tuple[str, ...]) -> None:
     model = LiveModel(run.engine.forward, image_size=config.image_size, num_classes=config.num_classes)
     with run.engine.evaluating():
         for name in names:
-            results = run.tasks[name].run(model)
+            results = run_task(run.tasks[name], model, f"evals.{name}")
             numbers = {f"eval/{name}/{key}": value for key, value in results.items()}
             run.metrics.write(run.progress.step, numbers)

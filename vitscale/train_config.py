@@ -130,7 +130,7 @@ class TrainConfig:
                 raise ConfigError(
                     f'evals.{name}.split = "{section.split}" needs samples that are not trained on; set '
                     "data.validation_fraction, to 0.1 for example, or name test shards: "
-                    f"evals.{name} = {{test = SHARDS}}"
+                    f"evals.{name}.split= evals.{name}.test=SHARDS"
                 )
 
     def num_steps(self, steps_per_epoch: int) -> int:

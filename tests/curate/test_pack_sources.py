@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make import jpeg, write_tar
+from make import jpeg, write_index, write_tar
 from pack_files import read_all, write_photos
 from PIL import Image
 
@@ -294,7 +294,7 @@ def test_what_is_wrong_in_a_shard_is_reported(tmp_path: Path) -> None:
 def test_shards_that_are_missing_remote_or_useless_are_refused(tmp_path: Path) -> None:
     for source, sentence in (
         (tmp_path / "none-*.tar", "no file matches"),
-        ("s3://b/x.tar", "not on a local"),
+        ("s3://b/x.tar", "in a store, cannot be packed"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             packed(source, tmp_path / "out", format="shards")
@@ -323,3 +323,14 @@ def test_images_of_other_kinds_are_reported(tmp_path: Path) -> None:
     report = packed(source, tmp_path / "out")
     assert report.num_omissions == 1
     assert "g.jpg: its content is not a JPEG, PNG or WebP" in report.omissions[0]
+
+
+def test_an_index_with_shards_in_a_store_is_not_packed_without_them(tmp_path: Path) -> None:
+    path = write_index(tmp_path / "shards", [3, 2])
+    text = path.read_text()
+    path.write_text(text.replace('"train-000001.tar"', '"s3://bucket/train-000001.tar"'))
+    config = PackConfig(format="shards")
+    with pytest.raises(ConfigError, match=r"s3://bucket/train-000001.tar, .* cannot be packed from there"):
+        pack(str(path), tmp_path / "out", config)
+    path.write_text(text)
+    assert pack(str(path), tmp_path / "out", config).num_samples == {"train": 5}

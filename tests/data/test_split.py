@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import logging
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +162,9 @@ def test_a_missing_or_damaged_file_of_hashes_is_named(index: Index, tmp_path: Pa
         DataError, match=r"index\.keys\.npy does not match its checksum beside .*data.py index"
     ):
         open_sources(config)
+    (tmp_path / "index.keys.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"index\.keys\.npy is empty beside .*data.py index"):
+        open_sources(config)
     (tmp_path / "index.keys.npy").unlink()
     with pytest.raises(DataError, match=r"index\.keys\.npy is missing beside .*data.py index"):
         open_sources(config)
@@ -201,8 +207,9 @@ def test_classes_that_a_split_leaves_without_samples_are_said(
     assert "classes without training samples: label" in sentences[1]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_evaluation_reads_the_split_with_mapped_labels_and_leaves_out_damage(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int
 ) -> None:
     members = []
     for sample in range(64):
@@ -211,10 +218,11 @@ def test_an_evaluation_reads_the_split_with_mapped_labels_and_leaves_out_damage(
     index = build_index([str(write_tar(tmp_path / "x.tar", members))], chunk_samples=4)
     (tmp_path / "map.json").write_text("[10, 11, 12, 13, 14]")
     source = source_of(index, tmp_path, label_map=str(tmp_path / "map.json"))
-    split = EvaluationSet(index, image_size=8, source=source)
+    split = EvaluationSet(index, image_size=8, source=source, num_workers=num_workers)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             ((images, labels),) = split.batches(np.arange(split.num_samples), 100)
+            split.report_left_out()
     held_out = source.held_out.tolist()
     assert split.num_samples == len(images) == len(held_out)
     assert labels[:, 0].tolist() == [-1 if i % 4 == 0 else 10 + i % 5 for i in held_out]
@@ -222,3 +230,27 @@ def test_an_evaluation_reads_the_split_with_mapped_labels_and_leaves_out_damage(
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == len(damaged) and all("left out of the validation" in line for line in warnings)
     assert f"sample s{damaged[0]:05d}" in warnings[0]
+
+
+def test_labels_that_the_head_lacks_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = Index.load(str(write_index(tmp_path / "shards", [40, 37, 20])))
+    split = EvaluationSet(index, image_size=8, source=source_of(index, tmp_path))
+    with caplog.at_level(logging.WARNING):
+        ((_, labels),) = split.batches(np.arange(split.num_samples), 100, num_classes=4)
+        split.report_left_out()
+    warnings = [record.getMessage() for record in caplog.records]
+    assert set(labels[:, 0].tolist()) == {-1, 0, 1, 2, 3}
+    assert len(warnings) == int((labels[:, 0] == -1).sum())
+    assert all("label 4 is out of range for model.num_classes 4" in line for line in warnings)
+
+
+def test_workers_of_an_evaluation_outlive_the_signals_of_a_scheduler(tmp_path: Path) -> None:
+    index = Index.load(str(write_index(tmp_path / "shards", [40, 37, 20])))
+    images = EvaluationSet(index, image_size=8, num_workers=2)
+    batches = images.batches(np.arange(97), 4)
+    first = next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid or 0, signal.SIGTERM)
+    assert sum(len(part) for part, _ in (first, *batches)) == 97

@@ -19,8 +19,10 @@ from tools.evaluate import main as evaluate_main
 from vitscale import config as configs
 from vitscale import distributed
 from vitscale.checkpoint.save import THREAD_NAME
+from vitscale.engine import zero
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.engine import Engine
+from vitscale.evals.classify import ClassifyTask
 from vitscale.health import Health
 from vitscale.models import build_model
 from vitscale.train import train as train_config
@@ -95,12 +97,22 @@ class Fail:
 
 @dataclasses.dataclass(frozen=True)
 class OutOfMemory:
-    """What torch raises on every rank whose GPU is full, in the first step."""
+    """What torch raises on every rank whose GPU is full.
+
+    where: "step", the first one; "start", as the model is made; or "evaluate".
+    """
+
+    where: str = "step"
 
     def arm(self) -> None:
-        at_batch(1, self._fail)
+        if self.where == "step":
+            at_batch(1, self._fail)
+        elif self.where == "start":
+            zero.allocate = lambda *_: self._fail()
+        else:
+            ClassifyTask.run = lambda *_: self._fail()  # type: ignore[method-assign]
 
-    def _fail(self) -> None:
+    def _fail(self) -> dict[str, float]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 

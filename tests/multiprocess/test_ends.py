@@ -112,13 +112,35 @@ def test_the_first_cause_is_told_once_by_the_rank_that_had_it(
     assert (read_status(job)["state"], read_status(job)["step"]) == ("done", 20)
 
 
-def test_a_full_gpu_is_told_once_with_what_fits(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+@pytest.mark.parametrize(
+    ("where", "sentence", "way_out"),
+    [
+        (
+            "step",
+            "CUDA is out of memory with engine.micro_batch 2: by plan it needs ",
+            "set engine.micro_batch = 1, the largest below it that fits by plan",
+        ),
+        (
+            "start",
+            "CUDA is out of memory at the start, while the model is made: ",
+            "use engine.zero_stage = 3",
+        ),
+        (
+            "evaluate",
+            "test: CUDA is out of memory with evals.test.batch_size 8",
+            "set evals.test.batch_size to 4, or lower",
+        ),
+    ],
+)
+def test_a_full_gpu_is_told_once_with_what_fits(
+    tmp_path: Path, index: Path, zygote: Zygote, where: str, sentence: str, way_out: str
+) -> None:
     job = Job(tmp_path, index)
-    assert 2 in zygote.train(job, 2, event=OutOfMemory())
+    section = f"evals.test={{test='{index.parent}/train-*.tar', batch_size=8}}"
+    assert 2 in zygote.train(job, 2, section, event=OutOfMemory(where))
     assert job.output().count("error: ") == 1 and "Traceback" not in job.output(), job.output()
-    sentence = "CUDA is out of memory with engine.micro_batch 2: by plan it needs "
     assert read_status(job)["reason"].startswith(sentence)
-    assert "set engine.micro_batch = 1, the largest below it that fits by plan" in job.output()
+    assert way_out in job.output()
 
 
 def test_a_start_that_is_refused_is_noted_in_a_run_that_is_not_done(

@@ -25,7 +25,7 @@ class FragmentReader:
         self._files: dict[str, SafetensorsReader] = {}  # of read_into
 
     def read(self, wanted: Iterable[Wanted]) -> None:
-        """Read everything, one file after another, each opened once."""
+        """Read everything, one file after another."""
         ranges: dict[str, list[tuple[Tensor, str, int]]] = {}
         for each in wanted:
             for file, part, key, first in self.ranges(each):
@@ -34,7 +34,7 @@ class FragmentReader:
             SafetensorsReader(storage.child(self._folder, file)).read(ranges[file])
 
     def read_into(self, destination: Tensor, slot: str, name: str, start: int) -> None:
-        """As read, for one; the files stay open for the next one."""
+        """As read, for one; the headers of its files are kept for the next one."""
         for file, part, key, first in self.ranges(Wanted(destination, slot, name, start)):
             self._open(file).read_into(part, key, first)
 

@@ -7,12 +7,13 @@ What is read may be local or in a store. The format is a length, a JSON header, 
     values     each tensor at its data_offsets, counted from the end of the header
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,15 +152,26 @@ class SafetensorsReader:
         Neighbours in the file come in one read, of at most 64 MB: a fragment may be of a few
         bytes, and thousands of requests to a store take minutes.
         """
-        for parts in together([self._place(*each) for each in wanted]):
-            if len(parts) == 1:
-                self._read_part(parts[0])
-                continue
-            start = parts[0].position
-            values = torch.empty(parts[-1].end - start, dtype=torch.uint8)
-            self._fill(_bytes_of(values), start, parts[0].name)
-            for part in parts:
-                part.destination.copy_(values[part.position - start : part.end - start].view(part.dtype))
+        groups = together([self._place(*each) for each in wanted])
+        with self._opened() as file:
+            for parts in groups:
+                if len(parts) == 1:
+                    self._read_part(parts[0], file)
+                    continue
+                start = parts[0].position
+                values = torch.empty(parts[-1].end - start, dtype=torch.uint8)
+                self._fill(_bytes_of(values), start, parts[0].name, file)
+                for part in parts:
+                    part.destination.copy_(values[part.position - start : part.end - start].view(part.dtype))
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int | None]:
+        """The descriptor of a local file; not kept: a checkpoint may have thousands of them."""
+        if not storage.is_local(self._path):
+            yield None
+            return
+        with open(storage.local_path(self._path), "rb", buffering=0) as file:
+            yield file.fileno()
 
     def _place(self, destination: Tensor, name: str, start: int) -> "Part":
         entry = self.header.get(name)
@@ -169,7 +181,7 @@ class SafetensorsReader:
         position = self._base + entry["data_offsets"][0] + start * dtype.itemsize
         return Part(position, position + len(destination) * dtype.itemsize, name, dtype, destination)
 
-    def _read_part(self, part: "Part") -> None:
+    def _read_part(self, part: "Part", file: int | None) -> None:
         destination = part.destination
         staged = (
             destination.device.type != "cpu"
@@ -177,13 +189,13 @@ class SafetensorsReader:
             or not destination.is_contiguous()
         )
         host = torch.empty(len(destination), dtype=part.dtype) if staged else destination
-        self._fill(_bytes_of(host), part.position, part.name)
+        self._fill(_bytes_of(host), part.position, part.name, file)
         if staged:
             destination.copy_(host)
 
-    def _fill(self, view: memoryview, position: int, name: str) -> None:
+    def _fill(self, view: memoryview, position: int, name: str, file: int | None) -> None:
         while len(view):
-            count = self._read(view, position)
+            count = self._read(view, position, file)
             if count == 0:
                 raise CheckpointError(f"{self._path} ends inside {name}")
             view, position = view[count:], position + count
@@ -194,10 +206,9 @@ class SafetensorsReader:
             raise CheckpointError(f"{self._path} holds no {name} of a dtype that vitscale knows ({kind})")
         return _DTYPES[kind]
 
-    def _read(self, view: memoryview, position: int) -> int:
-        if storage.is_local(self._path):  # not kept open: a checkpoint can have thousands of files
-            with open(storage.local_path(self._path), "rb", buffering=0) as file:
-                return os.preadv(file.fileno(), [view], position)
+    def _read(self, view: memoryview, position: int, file: int | None) -> int:
+        if file is not None:
+            return os.preadv(file, [view], position)
         data = self._read_bytes(position, position + min(len(view), RANGE_BYTES))
         view[: len(data)] = data
         return len(data)

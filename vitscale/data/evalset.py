@@ -1,8 +1,9 @@
 """Evaluation data: labelled samples by number. Nothing is augmented, and nothing replaced."""
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -11,13 +12,14 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vitscale import distributed, processes
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.index import Index
 from vitscale.data.indexing import open_index
-from vitscale.data.loader import pad_labels
+from vitscale.data.loader import pad_labels, prepare_worker
 from vitscale.data.reader import describe, read_any, read_samples
 from vitscale.data.samples import BadSample, RawSample
-from vitscale.data.sources import Source
+from vitscale.data.sources import Source, label_problem
 from vitscale.data.transforms import evaluation_view
 from vitscale.errors import DataError
 
@@ -25,12 +27,13 @@ logger = logging.getLogger(__name__)
 Crop = Literal["resize", "center"]
 
 
-class EvaluationSet(Dataset[tuple[Tensor, Tensor]]):
+class EvaluationSet:
     """Samples 0 to num_samples - 1 of a data set, as model input of one size.
 
     These are all samples of `index`, or the validation split of `source`, which is cut from the
     data of a run. As training tolerates damage there, so does an evaluation: a sample of the
-    split that cannot be used gets no labels, so that it does not count, and a warning names it.
+    split that cannot be used gets no labels, so that it does not count, and a warning names it
+    (report_left_out).
     """
 
     def __init__(
@@ -42,12 +45,12 @@ class EvaluationSet(Dataset[tuple[Tensor, Tensor]]):
         num_workers: int = 0,
         source: Source | None = None,
     ) -> None:
-        self.index, self.image_size, self.num_workers = index, image_size, num_workers
-        self.crop: Crop = crop
+        self.index, self.num_workers = index, num_workers
         self._ids = source.held_out if source else np.arange(index.num_samples)  # [num_samples]
+        self._views = _Views(index, self._ids, image_size, crop, source.label_map if source else {})
         self._is_split = source is not None
-        self._label_map = source.label_map if source else {}
-        self._named = set[int]()  # damaged samples that a warning has named
+        self._left_out: dict[int, str] = {}  # by sample: why it cannot be used, not yet reported
+        self._reported = set[int]()
 
     @classmethod
     def open(
@@ -67,43 +70,79 @@ class EvaluationSet(Dataset[tuple[Tensor, Tensor]]):
         return pad_labels(rows, self.index.max_labels).numpy()
 
     def batches(
-        self, indices: Int64[np.ndarray, " n"], batch_size: int
+        self, indices: Int64[np.ndarray, " n"], batch_size: int, *, num_classes: int = 0
     ) -> Iterator[tuple[UInt8[Tensor, "B 3 S S"], Int64[Tensor, "B M"]]]:
         """Batches of images and labels of `indices`, in that order.
 
-        Raises DataError at a damaged sample, unless it is of a validation split.
+        num_classes: of the model; a sample with a higher label cannot be used. 0 = any label.
+        Raises DataError at a sample that cannot be used, unless it is of a validation split.
         """
         parts = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
-        workers = min(self.num_workers, len(parts))
-        yield from DataLoader(self, batch_size=None, sampler=parts, num_workers=workers)
+        loader = DataLoader(
+            dataclasses.replace(self._views, num_classes=num_classes),
+            batch_size=None,
+            sampler=parts,
+            num_workers=min(self.num_workers, len(parts)),
+            worker_init_fn=prepare_worker,
+        )
+        with processes.kill_at_exit():
+            views = iter(loader)
+        try:
+            for images, labels, problems in views:
+                if problems and not self._is_split:
+                    raise DataError(next(iter(problems.values())))
+                self._left_out |= problems
+                yield images, labels
+        finally:
+            del views  # the workers end with it
 
-    def __getitem__(self, indices: list[int]) -> tuple[UInt8[Tensor, "B 3 S S"], Int64[Tensor, "B M"]]:
-        """Images and labels of several samples, in the order of `indices`."""
-        views, rows, ids = [], [], self._ids[indices].tolist()
+    def report_left_out(self) -> None:
+        """Warn, on rank 0, of the samples that any rank left out; every rank calls it."""
+        gathered = distributed.gather_json_to_main(list(self._left_out.items()))
+        self._left_out = {}
+        found = dict(pair for pairs in gathered for pair in pairs)
+        for sample_id in sorted(found.keys() - self._reported):
+            logger.warning("left out of the validation: %s", found[sample_id])
+        self._reported |= found.keys()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Views(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
+    """What a data worker needs to make batches. label_map: empty = labels stay as they are."""
+
+    index: Index
+    ids: Int64[np.ndarray, " n"]
+    image_size: int
+    crop: Crop
+    label_map: Mapping[int, int]
+    num_classes: int = 0
+
+    def __getitem__(
+        self, indices: list[int]
+    ) -> tuple[UInt8[Tensor, "B 3 S S"], Int64[Tensor, "B M"], dict[int, str]]:
+        """Images and labels of several samples, in the order of `indices`.
+
+        The last item says by sample id which of them cannot be used, and why. These are black,
+        and without labels.
+        """
+        views, rows, problems = [], [], dict[int, str]()
+        ids = self.ids[indices].tolist()
         for sample_id, sample in zip(ids, read_any(self.index, ids), strict=True):
             try:
                 view, labels = self._usable(sample)
             except DamagedImage as error:
-                self._leave_out(sample_id, f"sample {sample.key}: {error}")
+                problems[sample_id] = f"{describe(self.index, sample_id)}: sample {sample.key}: {error}"
                 view, labels = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), ()
             views.append(view)
             rows.append(labels)
-        return torch.stack(views), pad_labels(rows, self.index.max_labels)
+        return torch.stack(views), pad_labels(rows, self.index.max_labels), problems
 
     def _usable(self, sample: RawSample | BadSample) -> tuple[UInt8[Tensor, "3 S S"], tuple[int, ...]]:
         """The input and the labels of a sample. Raises DamagedImage if it cannot be used."""
         if isinstance(sample, BadSample):
             raise DamagedImage(sample.why())
-        unknown = [label for label in sample.labels if self._label_map and label not in self._label_map]
-        if unknown:
-            raise DamagedImage(f"label {unknown[0]} is not in the label map")
-        labels = tuple(self._label_map.get(label, label) for label in sample.labels)
+        problem = label_problem(sample.labels, self.index, self.label_map, self.num_classes)
+        if problem:
+            raise DamagedImage(problem)
+        labels = tuple(self.label_map.get(label, label) for label in sample.labels)
         return evaluation_view(decode(sample.image), self.crop, self.image_size), labels
-
-    def _leave_out(self, sample_id: int, problem: str) -> None:
-        sentence = f"{describe(self.index, sample_id)}: {problem}"
-        if not self._is_split:
-            raise DataError(sentence)
-        if sample_id not in self._named:
-            logger.warning("left out of the validation: %s", sentence)
-        self._named.add(sample_id)

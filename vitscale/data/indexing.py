@@ -1,4 +1,4 @@
-"""Makes an index, in one pass over the shards; a build that was killed goes on where it was."""
+"""Makes an index, in one pass over the shards; a build that was killed resumes."""
 
 import collections
 import dataclasses

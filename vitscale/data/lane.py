@@ -16,7 +16,7 @@ from vitscale.data.mixture import Mixture
 from vitscale.data.order import Order, Window
 from vitscale.data.reader import Chunk, describe
 from vitscale.data.samples import BadSample, RawSample
-from vitscale.data.sources import Source
+from vitscale.data.sources import Source, label_problem
 from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box, resize_to_square
 from vitscale.errors import DataError
 
@@ -241,16 +241,10 @@ class Augmenter:
         """Why a sample cannot be used, "" if it can."""
         if isinstance(sample, BadSample):
             return sample.why()
-        mapping, index = self._source.label_map, self._source.index
-        for label in sample.labels:
-            if mapping and label not in mapping:
-                return f"label {index.named(label)} is not in the label map"
-            if not mapping and label >= self._config.num_classes:
-                classes = self._config.num_classes
-                return f"label {index.named(label)} is out of range for model.num_classes {classes}"
+        index = self._source.index
         if len(sample.labels) > index.max_labels:
             return f"{len(sample.labels)} labels, the index says at most {index.max_labels}"
-        return ""
+        return label_problem(sample.labels, index, self._source.label_map, self._config.num_classes)
 
     def _sample(self, sample_id: int) -> RawSample | BadSample:
         layout = self._source.index.layout

@@ -89,7 +89,7 @@ def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCHED_STEPS if workers else None,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=prepare_worker,
     )
     # With an iterable dataset, the loader asks the workers in turn: item i is worker i % n's.
     with processes.kill_at_exit():
@@ -168,7 +168,8 @@ def in_thread(items: Iterator[T], prepare: Callable[[T], T]) -> Generator[T, Non
         thread.join(CLOSING_SECONDS)
 
 
-def _prepare_worker(_: int) -> None:
+def prepare_worker(_: int) -> None:
+    """What a data worker does first: it outlives the signals of a scheduler, until the save."""
     gc.enable()  # the trainer, from which this process was forked, collects at its own times
     processes.survive_signals()
     reuse_memory()

@@ -78,6 +78,11 @@ class Mixture:
                 f"{repeats}; use lanes = {derived} (or 0 to derive it), and a multiple of the repeats"
             )
         smallest = min(layout.num_drawn for layout in layouts)
+        if not smallest:
+            raise ConfigError(
+                "the data set has no samples to train on: all are left out by data.exclude or "
+                "data.validation_fraction; lower that"
+            )
         if smallest < distinct:
             fitting = 2 ** (smallest.bit_length() - 1) * repeats
             raise ConfigError(

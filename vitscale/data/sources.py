@@ -79,8 +79,8 @@ class DataConfig:
                        global_batch up to 1,024.
     window_chunks:     chunks of a lane that are shuffled together, and held in memory.
     chunk_order:       "shuffled": a lane's chunks come from anywhere in the data set.
-                       "stratified": from one part of it in each epoch, so that batches have all
-                       classes where the shards are sorted by class.
+                       "stratified": from a few parts of it in each epoch, so that batches have
+                       all classes where the shards are sorted by class.
     decoder:           of JPEGs; "auto" is libjpeg-turbo 3 if it is installed, else simplejpeg.
     max_bad_fraction:  the share of replaced samples, in [0, 1], above which the run ends.
     """
@@ -311,13 +311,24 @@ def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: i
         _warn_of_split(source, config)
 
 
+def label_problem(labels: Sequence[int], index: Index, label_map: Mapping[int, int], num_classes: int) -> str:
+    """Why a model has no place for a sample's labels, "" if it has; with 0 classes, for any."""
+    for label in labels:
+        if label_map and label not in label_map:
+            return f"label {index.named(label)} is not in the label map"
+        if not label_map and label >= num_classes > 0:
+            return f"label {index.named(label)} is out of range for model.num_classes {num_classes}"
+    return ""
+
+
 def _warn_of_split(source: Source, config: DataConfig) -> None:
     if not config.validation_fraction:
         return
     classes = split_classes(source.index, config.validation_fraction)
     for lacking, labels in (("validation", classes.only_training), ("training", classes.only_validation)):
         if labels:
-            shown = ", ".join(map(str, labels[:SHOWN_LABELS])) + (", ..." if labels[SHOWN_LABELS:] else "")
+            names = map(source.index.named, labels[:SHOWN_LABELS])
+            shown = ", ".join(names) + (", ..." if labels[SHOWN_LABELS:] else "")
             logger.warning(
                 "data.validation_fraction %s leaves %d of %d classes without %s samples: label %s",
                 config.validation_fraction, len(labels), len(source.index.label_counts), lacking, shown,

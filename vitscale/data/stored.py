@@ -35,6 +35,8 @@ class StoredArray:
             data = _open(self.url)
         except FileNotFoundError:
             raise DataError(f"{self.url} is missing {self.remake}") from None
+        except ValueError:  # numpy maps no file of 0 bytes
+            raise DataError(f"{self.url} is empty {self.remake}") from None
         except OSError as error:
             raise StoreError(f"{self.url} cannot be read: {error.strerror or error}") from None
         if _checksum(data) != self.checksum:

@@ -53,7 +53,9 @@ class Wanted(NamedTuple):
 class FragmentSource(Protocol):
     """Where a restore gets its values."""
 
-    def read(self, wanted: Iterable[Wanted]) -> None: ...
+    def read(self, wanted: Iterable[Wanted]) -> None:
+        """Fill every destination, in any order."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,17 +234,22 @@ def fill(ds: DeepSpeed, values: Iterable[tuple[str, Tensor]]) -> None:
 
     Of a name that comes twice, the last value counts. Nothing is communicated, so the live
     weights do not follow before refresh_live.
+    Every parameter must get a value: what was in its memory is no initial one.
     """
+    seen = set[str]()
     expected = shapes(ds.module)
     owned = {fragment.name: fragment for fragment in fragments(ds)}
     held = {tensor.name: tensor for tensor in untrained(ds)}
     for name, whole in values:
         assert expected[name] == tuple(whole.shape), name
+        seen.add(name)
         flat = whole.reshape(-1)
         if fragment := owned.get(name):
             fragment.of(fragment.flat).copy_(flat[fragment.start : fragment.start + fragment.count])
         elif tensor := held.get(name):
             tensor.held.copy_(flat[tensor.held_start : tensor.held_start + len(tensor.held)])
+    lacking = {name for name, _ in ds.module.named_parameters()} - seen
+    assert not lacking, f"no initial values of {', '.join(sorted(lacking))}"
 
 
 @torch.no_grad()

@@ -88,18 +88,21 @@ class ClassifyTask:
         self._check_labels(model.num_classes)
         indices, remaining = own_indices(np.arange(self.test.num_samples))
         counts = Counts(0, 0, 0)
-        for images, labels in self.test.batches(indices, self.config.batch_size):
+        batches = self.test.batches(indices, self.config.batch_size, num_classes=model.num_classes)
+        for images, labels in batches:
             own = max(0, min(len(images), remaining))  # the rest only fills up this rank's share
             logits = model.logits(images).float().cpu()[:own]
-            # A validation split may have labels that the head lacks: training replaces those.
-            known = labels[:own].where(labels[:own] < model.num_classes, -1)
-            counts = counts.plus(topk_correct(logits, to_targets(known, model.num_classes)))
+            counts = counts.plus(topk_correct(logits, to_targets(labels[:own], model.num_classes)))
             remaining -= own
+        self.test.report_left_out()
         num_samples, top1, top5 = distributed.all_reduce_sum([float(count) for count in counts])
         if num_samples == 0:
+            where, way_out = self.config.test, "give shards with labels"
+            if self.config.split:
+                where, way_out = self.config.split, "the warnings say what is wrong with them"
             raise DataError(
-                f"{self.name}: {self.config.test or self.config.split}: no sample has a label, so there is "
-                "nothing to score; give labelled shards",
+                f"{self.name}: {where}: no sample has a label that counts, so there is nothing to score; "
+                f"{way_out}",
                 shared=True,
             )
         results = {"top1": top1 / num_samples}

@@ -7,6 +7,7 @@ the same one runs on a model in training and on one from a file (adapters.py).
 import dataclasses
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -83,6 +84,20 @@ class Task(Protocol):
     def run(self, model: EvalModel) -> dict[str, float]:
         """Results by name, as fractions of 1. Every rank calls it and gets the same."""
         ...
+
+
+def run_task(task: Task, model: EvalModel, where: str = "") -> dict[str, float]:
+    """As task.run. Raises ConfigError if its batches do not fit into this rank's GPU.
+
+    where: the section's dotted name; "" for an evaluation by hand.
+    """
+    try:
+        return task.run(model)
+    except torch.OutOfMemoryError:
+        size = task.config.batch_size
+        key = dotted(where, "batch_size") if where else "--batch-size"
+        way_out = f"set {key} to {size // 2}, or lower" if size > 1 else "use a GPU with more"
+        raise ConfigError(f"{task.name}: CUDA is out of memory with {key} {size}; {way_out}") from None
 
 
 def open_shards(pattern: str, config: TaskConfig, image_size: int) -> EvaluationSet:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitscale import atomic, processes, rng, storage
+from vitscale import atomic, processes, rng
 from vitscale.curate.pack import cifar, imagefolder, imagenet, shards, tables
 from vitscale.curate.pack.config import (
     NUM_LISTED,
@@ -217,7 +217,7 @@ def _refuse_overlap(source: str, out: Path, config: PackConfig) -> None:
     """Refuse an `out` in the source: its shards would join the source, or replace it."""
     target = os.path.realpath(out)
     if config.format == "shards":
-        paths = [storage.local_path(url) for url in shards.shard_urls(source)]
+        paths, _ = shards.open_shards(source)
         # A shard may be a link: both the folder of the link and that of its target count.
         folders = {os.path.dirname(path) or "." for path in [*paths, *map(os.path.realpath, paths)]}
         within = target in map(os.path.realpath, folders)

@@ -27,6 +27,7 @@ from vitscale.data.samples import (
 from vitscale.data.scan import add_reason
 from vitscale.data.tar import compression, decompress_hint
 from vitscale.errors import ConfigError, DataError
+from vitscale.redaction import redact
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,26 +42,37 @@ class ShardSamples:
     damage: str
 
 
-def shard_urls(source: str) -> list[str]:
-    """The shards that an index.json, or a glob or brace pattern, names."""
-    if source.endswith(".json"):
-        return [shard.url for shard in Index.load(source).shards]
-    return storage.expand(source)
+def open_shards(source: str) -> tuple[list[str], SampleKeys]:
+    """The paths of the shards that an index.json, or a glob or brace pattern, names.
+
+    Also what holds images and labels in them, if the index says it. Raises ConfigError for
+    shards that are not on a local disk.
+    """
+    keys = DEFAULT_KEYS
+    if storage.without_query(source).endswith(".json"):
+        index = Index.load(source)
+        urls, keys = [shard.url for shard in index.shards], dataclasses.replace(index.keys, strict=False)
+    else:
+        urls = storage.expand(source)
+    remote = [url for url in urls if not storage.is_local(url)]
+    if remote:
+        raise ConfigError(
+            f"{redact(remote[0])}, one of {len(remote):,} shards of {source} in a store, cannot be packed "
+            "from there; copy them to a local disk, or mount the store"
+        )
+    return [storage.local_path(url) for url in urls], keys
 
 
 def list_shards(source: str, config: PackConfig) -> Listing:
-    """The local shards that an index.json, or a glob or brace pattern, names.
+    """The samples of the shards that an index.json, or a glob or brace pattern, names.
 
     What holds images and labels is as the index was made, unless the config says something.
     train-*.tar, val-*.tar and test-*.tar remain splits; all other names belong to "train". The
     class names come from the classes.json beside the first shard, if there is one.
     """
-    paths = [storage.local_path(url) for url in shard_urls(source) if storage.is_local(url)]
-    if not paths:
-        raise ConfigError(f"the shards of {source} are not on a local disk; copy them, or mount their store")
-    keys = config.sample_keys()
-    if source.endswith(".json") and keys == DEFAULT_KEYS:
-        keys = dataclasses.replace(Index.load(source).keys, strict=False)
+    paths, keys = open_shards(source)
+    if config.sample_keys() != DEFAULT_KEYS:
+        keys = config.sample_keys()
     omissions, reasons = Omissions(), dict[str, tuple[int, str]]()
     splits: dict[str, FileReferences] = {}
     shards = processes.map_in_order(functools.partial(list_shard, keys=keys), paths, config.workers)
