@@ -18,7 +18,8 @@ LAYERS = [
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],
     ["job", "report"],
-    ["run_dir", "meter", "evaluate", "cooldown"],
+    ["meter", "evaluate", "cooldown", "history", "profiler"],
+    ["run_dir"],
     ["train", "dry_run"],
     ["bench"],
 ]

@@ -47,6 +47,23 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path):
     assert rows[4]["train/loss"] == 1 / 5 and rows[5]["train/loss"] == 2 / 6
 
 
+@pytest.mark.parametrize(
+    ("scale", "sentence"),
+    [
+        (1.0, "step 6 was done before, with the same loss"),
+        (2.0, "with the loss 0.166667: now it differs by 1.7e-01"),
+    ],
+)
+def test_the_first_repeated_step_is_compared_with_what_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, scale: float, sentence: str
+):
+    write_rows(tmp_path, range(1, 9))
+    with caplog.at_level(logging.INFO):
+        write_rows(tmp_path, range(6, 9), resume_step=5, scale=scale)
+    said = [record.getMessage() for record in caplog.records if "was done before" in record.getMessage()]
+    assert len(said) == 1 and sentence in said[0]
+
+
 def test_a_row_torn_by_a_kill_is_dropped(tmp_path: Path):
     write_rows(tmp_path, range(1, 5))
     path = tmp_path / "metrics.jsonl"

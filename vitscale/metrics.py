@@ -60,7 +60,9 @@ class MetricsWriter:
     ) -> None:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        trim_metrics(folder / FILE_NAME, resume_step)
+        dropped = trim_metrics(folder / FILE_NAME, resume_step)
+        # By step: the losses of rows that this process will write again.
+        self._before = {row["step"]: row["train/loss"] for row in dropped if "train/loss" in row}
         self._file = open(folder / FILE_NAME, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = _open_tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
         # Only on a terminal: in a log file, a bar is one long line full of carriage returns.
@@ -79,6 +81,8 @@ class MetricsWriter:
                 if name not in HASHES:
                     self._tensorboard.add_scalar(tensorboard_tag(name), value, step)
             self._tensorboard.flush()
+        if step in self._before and "train/loss" in numbers:
+            self._compare(step, numbers["train/loss"])
         self._evaluations |= dict.fromkeys(name for name in numbers if name.startswith("eval/"))
         self._show(step, numbers)
 
@@ -121,6 +125,19 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _compare(self, step: int, loss: float) -> None:
+        """Say once whether the first repeated step has the loss that it had before."""
+        before, self._before = self._before[step], {}
+        if loss == before or (math.isnan(loss) and math.isnan(before)):
+            logger.info("step %d was done before, with the same loss", step)
+        else:
+            logger.info(
+                "step %d was done before, with the loss %.6g: now it differs by %.1e",
+                step,
+                before,
+                loss - before,
+            )
 
     def _show(self, step: int, numbers: Mapping[str, float | int]) -> None:
         text = _console_text(numbers)
@@ -184,16 +201,20 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [row for row in rows if row is not None]
 
 
-def trim_metrics(path: Path, resume_step: int) -> None:
-    """Drop rows past `resume_step` and torn ones, atomically; 0, a fresh start, drops all."""
+def trim_metrics(path: Path, resume_step: int) -> list[dict[str, Any]]:
+    """Drop rows past `resume_step` and torn ones, atomically; 0, a fresh start, drops all.
+
+    Returns the whole rows that were dropped.
+    """
     if not path.exists():
-        return
+        return []
     lines = path.read_bytes().splitlines(keepends=True)
     rows = [(line, _parse_row(line)) for line in lines]
     kept = [line for line, row in rows if row is not None and row["step"] <= resume_step and resume_step > 0]
     if len(kept) < len(lines):
         logger.info("%s: dropped %d rows past step %d", path, len(lines) - len(kept), resume_step)
         atomic.write(path, b"".join(kept))
+    return [row for _, row in rows if row is not None and not 0 < row["step"] <= resume_step]
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:

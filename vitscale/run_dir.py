@@ -9,11 +9,11 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from vitscale import atomic, distributed, ending
+from vitscale import atomic, distributed, ending, history
 from vitscale import config as configs
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import saved_config
@@ -168,18 +168,20 @@ def check_run_dir(job: Job) -> None:
         raise ConfigError(problem)
 
 
-def write_config(job: Job) -> None:
-    """Write the resolved config and the record of the data into the run directory.
+def write_config(job: Job, step: int, versions: Mapping[str, str]) -> None:
+    """Write the resolved config, the record of the data and the start into the run directory.
 
-    Every rank calls it. A job calls it once it has started: a mistake at the first start then
-    binds nobody.
+    Every rank calls it. A job calls it once it has started, at `step`: a mistake at the first
+    start then binds nobody.
     """
 
     def write() -> None:
         folder = Path(job.config.run_dir)
+        path = folder / CONFIG_NAME
         with _writing(job):
             _write_record(job, folder)
-            atomic.write(folder / CONFIG_NAME, configs.to_toml(job.config).encode())
+            history.add_start(job, step, _saved_config(path) if path.exists() else None, versions)
+            atomic.write(path, configs.to_toml(job.config).encode())
 
     distributed.on_main(write)
 

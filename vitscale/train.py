@@ -48,6 +48,7 @@ from vitscale.models.drop_path import draw_kept
 from vitscale.models.transfer import check_backbone, is_backbone, transferred
 from vitscale.objectives import BatchKey, Objective, build_objective
 from vitscale.optim import freeze
+from vitscale.profiler import Profiler
 from vitscale.progress import Due, Phases, Progress
 from vitscale.rng import derive_seed
 from vitscale.run_dir import check_continuation, check_new_length, claimed, note_refusal, write_config
@@ -97,7 +98,7 @@ def loop(run: "Run", watch: Watch) -> None:
     """
     job, engine, at, metrics, saver = run.job, run.engine, run.progress, run.metrics, run.saver
     meter, health = Meter(job), Health(engine)
-    phases, agreed = Phases(meter), distributed.Agreement(2)
+    phases, agreed = Phases(meter, Profiler(job.config, at)), distributed.Agreement(2)
     metrics.write_texts(
         {
             "config": configs.to_toml(job.config),
@@ -109,7 +110,8 @@ def loop(run: "Run", watch: Watch) -> None:
         with phases("evaluate"):  # what an untrained model gives: the line to beat
             evaluate(run, due_after(0, job).evaluate)
         metrics.write_hparams(configs.to_dict(job.config))
-    write_config(job)  # not before: a mistake that shows in the evaluation binds nobody
+    # Not before: a mistake that shows in the evaluation binds nobody.
+    write_config(job, at.step, versions())
 
     while at.step < job.total_steps:
         with phases("data"):

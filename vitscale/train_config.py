@@ -25,13 +25,20 @@ class LogConfig:
 
     every_steps:  how often a row goes to the console, TensorBoard and metrics.jsonl
     tensorboard:  whether to write TensorBoard's files
+    profile:      the first and the last step of a trace of rank 0, like [100, 110]; [] = none
     """
 
     every_steps: int = 50
     tensorboard: bool = True
+    profile: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         configs.positive("log", every_steps=self.every_steps)
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
+            raise ConfigError(
+                f"log.profile {list(self.profile)} must name the first and the last step to trace, like "
+                "[100, 110]"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

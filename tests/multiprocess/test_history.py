@@ -1,0 +1,38 @@
+"""What a start writes down: its layout, what was changed, and a trace if one is asked for."""
+
+import json
+from pathlib import Path
+
+from multiprocess.job import Job
+from multiprocess.ranks import KillAll
+from multiprocess.zygote import Zygote
+
+
+def test_each_start_is_a_row_with_its_layout_and_what_changed(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 2, event=KillAll(batch=9)) == [-9, -9]
+    with open(job.run_dir / "history.jsonl", "a") as file:
+        file.write('{"torn by a ki')
+    assert zygote.train(job, 1, "engine.micro_batch=4", "total_steps=22") == [0], job.output()
+    first, _, second = (job.run_dir / "history.jsonl").read_text().splitlines()
+    one, two = json.loads(first), json.loads(second)
+    assert (one["step"], one["world_size"], one["grad_accum_steps"], one["changed"]) == (0, 2, 2, {})
+    assert (two["step"], two["world_size"], two["micro_batch"]) == (max(two["step"], 1), 1, 4)
+    assert two["changed"] == {"engine.micro_batch": [2, 4], "total_steps": [20, 22]}
+    assert set(two["versions"]) == {"vitscale", "torch", "deepspeed", "numpy"}
+    assert job.output().count(" was done before, with the ") == 1
+
+
+def test_the_steps_that_are_asked_for_are_traced_with_their_phases(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 2, "log.profile=[3, 4]", "total_steps=6") == [0, 0], job.output()
+    (path,) = (job.run_dir / "profile").iterdir()
+    events = json.loads(path.read_text())["traceEvents"]
+    spans = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert path.name == "steps-3-4.pt.trace.json"
+    assert [spans.count(phase) for phase in ("data", "step", "log")] == [2, 2, 1]
+    assert any(event["name"] == "aten::addmm" for event in events)

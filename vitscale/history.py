@@ -1,0 +1,57 @@
+"""RUN/history.jsonl: a row for each start of a run, with its layout and what was changed.
+
+    {"time": "2026-03-01T04:12:33+0000", "step": 12000, "world_size": 64, "zero_stage": 1,
+     "micro_batch": 32, "grad_accum_steps": 2, "host": "c7", "command": "launch/train.py ...",
+     "changed": {"engine.micro_batch": [64, 32]}, "versions": {"torch": "2.11.0", ...}}
+
+`changed` names the keys of the config that differ from those of the start before.
+"""
+
+import json
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vitscale import config as configs
+from vitscale.job import Job
+from vitscale.redaction import redact
+from vitscale.train_config import TrainConfig
+
+FILE_NAME = "history.jsonl"
+
+
+def add_start(job: Job, step: int, before: TrainConfig | None, versions: Mapping[str, str]) -> None:
+    """Append the row of a start. before: the config of the one before; None = there was none."""
+    config, plan = job.config, job.plan
+    row = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
+        "world_size": plan.world_size,
+        "zero_stage": config.engine.zero_stage,
+        "micro_batch": plan.micro_batch,
+        "grad_accum_steps": plan.grad_accum_steps,
+        "host": socket.gethostname(),
+        "command": redact(shlex.join(sys.argv)),
+        "changed": _changed(before, config) if before else {},
+        "versions": dict(versions),
+    }
+    path = Path(config.run_dir) / FILE_NAME
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n" * torn + json.dumps(row) + "\n")
+
+
+def _changed(before: TrainConfig, now: TrainConfig) -> dict[str, list[Any]]:
+    old, new = configs.to_dict(before), configs.to_dict(now)
+    return {key: [_value(old, key), _value(new, key)] for key in configs.differing_keys(old, new)}
+
+
+def _value(values: Any, dotted: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values

@@ -1,0 +1,43 @@
+"""A trace of some steps (log.profile), for Perfetto, chrome://tracing or TensorBoard."""
+
+import contextlib
+import logging
+from pathlib import Path
+
+from torch.profiler import profile, record_function
+
+from vitscale import distributed
+from vitscale.progress import Progress
+from vitscale.train_config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Profiler:
+    """Traces rank 0 from the first to the last of the steps; a listener of the loop's phases.
+
+    It writes RUN/profile/steps-100-110.pt.trace.json, in which the phases have their names.
+    """
+
+    def __init__(self, config: TrainConfig, progress: Progress) -> None:
+        self._first, self._last = (config.log.profile if distributed.is_main() else ()) or (0, 0)
+        self._folder, self._progress = Path(config.run_dir) / "profile", progress
+        self._profile: profile | None = None
+        self._spans = contextlib.ExitStack()
+
+    def started(self, phase: str) -> None:
+        if self._first and phase == "data" and self._progress.step + 1 == self._first:
+            self._profile = profile()  # of the CPU and, where there is one, the GPU
+            self._profile.start()
+        if self._profile:
+            self._spans.enter_context(record_function(phase))
+
+    def ended(self, phase: str, seconds: float) -> None:
+        self._spans.close()
+        if self._profile and phase == "step" and self._progress.step + 1 == self._last:
+            self._profile.stop()
+            self._folder.mkdir(exist_ok=True)
+            path = self._folder / f"steps-{self._first}-{self._last}.pt.trace.json"
+            self._profile.export_chrome_trace(str(path))
+            self._profile = None
+            logger.info("%s is a trace of steps %d to %d", path, self._first, self._last)
