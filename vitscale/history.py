@@ -25,7 +25,7 @@ FILE_NAME = "history.jsonl"
 
 
 def add_start(job: Job, step: int, before: TrainConfig | None, versions: Mapping[str, str]) -> None:
-    """Append the row of a start. before: the config of the one before; None = there was none."""
+    """Append the row of a start. before: the config of the last one; None = there was none."""
     config, plan = job.config, job.plan
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
