@@ -123,17 +123,10 @@ def test_counts_may_be_zero_and_not_negative(key: str) -> None:
         EngineConfig(**{key: -1})
 
 
-@pytest.mark.parametrize(
-    ("option", "sentence"),
-    [
-        ({"compile": True}, "engine.compile = true is refused with engine.zero_stage = 3"),
-        ({"activation_checkpointing": "selective"}, '"selective" is refused with engine.zero_stage = 3'),
-    ],
-)
-def test_what_the_hooks_of_zero_3_break_is_refused(option: dict[str, Any], sentence: str) -> None:
+def test_compiled_blocks_are_refused_where_zero_3_would_undo_them_in_silence() -> None:
     """In a new job only: the config of an earlier run, which may change it, is still read."""
     plan = plan_batches(8, 0, 1)
-    make_ds_config(EngineConfig(zero_stage=2, **option), plan, "fp32", 0.0)
-    config = EngineConfig(zero_stage=3, **option)
-    with pytest.raises(ConfigError, match=sentence):
+    make_ds_config(EngineConfig(compile=True, zero_stage=2), plan, "fp32", 0.0)
+    config = EngineConfig(compile=True, zero_stage=3)
+    with pytest.raises(ConfigError, match=r"engine.compile = true is refused with engine.zero_stage = 3"):
         make_ds_config(config, plan, "fp32", 0.0)

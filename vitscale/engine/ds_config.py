@@ -68,7 +68,12 @@ def make_ds_config(
 
     Raises ConfigError for what does not work together. Configs of earlier runs may hold it.
     """
-    _check_stage_3(config)
+    if config.compile and config.zero_stage == 3:
+        raise ConfigError(
+            "engine.compile = true is refused with engine.zero_stage = 3: the hooks that gather the "
+            "parameters make torch.compile give up on each block in silence; use stage 1 or 2, or "
+            "compile = false"
+        )
     derived: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
@@ -94,24 +99,6 @@ def make_ds_config(
     if precision == "fp16":
         derived |= {"fp16": {"enabled": True, "initial_scale_power": 16}}
     return _with_extra(derived, config.deepspeed_extra, "engine.deepspeed_extra")
-
-
-def _check_stage_3(config: EngineConfig) -> None:
-    """Raise ConfigError for what the hooks break that gather parameters within the blocks."""
-    if config.zero_stage != 3:
-        return
-    if config.compile:
-        raise ConfigError(
-            "engine.compile = true is refused with engine.zero_stage = 3: the hooks that gather the "
-            "parameters make torch.compile give up on each block in silence; use stage 1 or 2, or "
-            "compile = false"
-        )
-    if config.activation_checkpointing == "selective":
-        raise ConfigError(
-            'engine.activation_checkpointing = "selective" is refused with engine.zero_stage = 3: PyTorch '
-            "finds other operations in the recomputation, where parameters are gathered again; use stage 1 "
-            'or 2, or "full"'
-        )
 
 
 def check_ds_config(values: dict[str, Any]) -> None:

@@ -5,13 +5,15 @@ changed layout would not, so check_mapping compares the map with the live weight
 """
 
 import dataclasses
+import functools
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vitscale import distributed
 from vitscale.models import Model
@@ -141,6 +143,28 @@ def allocate(model: Model, config: dict[str, Any], dtype: torch.dtype) -> None:
         module.to_empty(device=distributed.device(), recurse=False)
         init._convert_to_zero_parameters(module.parameters(recurse=False))
     model.init_buffers()
+
+
+def hide_gathering(ds: DeepSpeed) -> None:
+    """Let selective recomputation not see how ZeRO 3 gathers and releases parameters.
+
+    PyTorch compares the operations of a recomputation with those of the forward pass, and the
+    hooks in it gather what was released in between, each time in another order.
+    """
+    if ds.zero_optimization_stage() < 3:
+        return
+    coordinator = ds.optimizer.parameter_offload.get_param_coordinator()
+    for name in ("fetch_sub_module", "release_sub_module"):
+        setattr(coordinator, name, _without_modes(getattr(coordinator, name)))
+
+
+def _without_modes(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> None:
+        with _disable_current_modes():
+            function(*arguments, **options)
+
+    return run
 
 
 def fragments(ds: DeepSpeed) -> Iterator[Fragment]:
