@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vitscale import distributed
-from vitscale.bench.step import Case, Ours, Plain, StepBench, every_case
+from vitscale.bench.step import Case, Loop, Ours, Plain, StepBench, every_case, measure
 from vitscale.errors import ConfigError
 from vitscale.models import ModelConfig
 
@@ -61,6 +61,34 @@ def test_the_baseline_computes_the_same_step() -> None:
     weights = [list(network.parameters()) for network in (ours.engine.module, plain.network)]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
     ours.close()
+
+
+class Full:
+    """A trainee whose memory is full after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps_left, self.closed = steps, False
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        if not self.steps_left:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.steps_left -= 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(("full", "other"), [("vitscale", "plain"), ("plain", "vitscale")])
+def test_a_case_that_runs_out_of_memory_in_a_later_round_leaves_the_others(full: Loop, other: Loop) -> None:
+    cases = Case(loop=full), Case(loop=other)
+    config = StepBench(cases=cases, batch=1, rounds=3, steps=2)
+    trainees = {cases[0]: Full(steps=3), cases[1]: Full(steps=6)}
+    started = list(trainees.values())
+    images, labels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int64)
+    results = measure(config, trainees, {case: {} for case in cases}, images, labels, lambda _: None)
+    assert results[full] == {"failed": "out of memory"}
+    assert results[other]["images/s"] > 0 and "speed / plain loop" not in results[other]
+    assert all(trainee.closed for trainee in started)
 
 
 def test_every_policy_is_a_row_with_and_without_compilation() -> None:

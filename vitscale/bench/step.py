@@ -206,6 +206,21 @@ def run(config: StepBench, progress: Callable[[str], None]) -> dict[str, Any]:
             rows[case] = {"start and warm-up, seconds": time.perf_counter() - began}
         if case in trainees and peak.bytes:
             rows[case]["peak memory, GiB"] = peak.bytes / 2**30
+    return measure(config, trainees, rows, images, labels, progress)
+
+
+def measure(
+    config: StepBench,
+    trainees: dict[Case, Trainee],
+    rows: dict[Case, dict[str, Any]],
+    images: Tensor,
+    labels: Tensor,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure the trainees, which are warmed up, in turns, and close them.
+
+    rows: what the table says of each case so far.
+    """
     seconds: dict[Case, list[float]] = {case: [] for case in trainees}
     for round in range(config.rounds):
         for case in list(trainees):
@@ -214,7 +229,7 @@ def run(config: StepBench, progress: Callable[[str], None]) -> dict[str, Any]:
                 seconds[case].append(_time(trainees[case], images, labels, config.steps))
     for trainee in trainees.values():
         trainee.close()
-    return _results(config, rows, {case: figures for case, figures in seconds.items() if figures})
+    return _results(config, rows, {case: seconds[case] for case in trainees})
 
 
 def _time(trainee: Trainee, images: Tensor, labels: Tensor, steps: int) -> float:
@@ -236,12 +251,13 @@ def _wait() -> None:
 def _free_memory(
     trainees: dict[Case, Trainee], rows: dict[Case, dict[str, Any]], case: Case
 ) -> Iterator[None]:
-    """Within the block, a case that runs out of memory is noted, and its memory freed."""
+    """Within the block, a case that runs out of memory is noted, closed and freed."""
     try:
         yield
     except torch.OutOfMemoryError:
         rows[case] = {"failed": "out of memory"}
-        trainees.pop(case, None)
+        if case in trainees:  # else it could not even be built
+            trainees.pop(case).close()
         gc.collect()
         torch.cuda.empty_cache()
 
