@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from vitscale import config as configs
 from vitscale import distributed
+from vitscale.bench import suite
 from vitscale.bench.step import Case, Loop, Ours, Plain, StepBench, every_case, measure
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, DataError
 from vitscale.models import ModelConfig
+from vitscale.train_config import TrainConfig
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "bench.py"
 SMALL = ["--modes", "eager", "--loops", "vitscale", "plain", "--policies", "none", "--batch", "1"]
@@ -44,6 +47,31 @@ def test_a_suite_measures_only_what_its_file_lacks(tmp_path: Path) -> None:
     bench("--suite", path, "--variants", "mu/32", "mu/16")
     both: dict[str, Any] = json.loads(path.read_text())
     assert both["mu/32"] == first["mu/32"] and both["mu/16"]["plain"]["images/s"] > 0
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (12, 8), (16, 16), (24, 16), (96, 64)])
+def test_the_end_to_end_run_has_lanes_that_divide_its_batch(tmp_path: Path, cores: int, workers: int) -> None:
+    assert suite.num_workers(cores) == workers
+    path = tmp_path / "config.toml"
+    path.write_text(suite.end_to_end_config(str(tmp_path), "s3://photos/index.json", "S/16", workers))
+    config = configs.load(TrainConfig, [path])
+    assert config.data.lanes == config.engine.num_workers == workers
+    assert config.global_batch % config.data.lanes == 0
+    assert config.data.index == "s3://photos/index.json"
+
+
+@pytest.mark.parametrize(
+    ("last_words", "sentence"),
+    [("", "end to end: silent.py ended with status 3"), ("a\nb\n", "end to end: b")],
+)
+def test_an_end_to_end_run_that_fails_is_one_sentence(
+    tmp_path: Path, monkeypatch, last_words: str, sentence: str
+) -> None:
+    program = tmp_path / "silent.py"
+    program.write_text(f"import sys; sys.stderr.write({last_words!r}); sys.exit(3)")
+    monkeypatch.setattr(suite, "PROGRAM", program)
+    with pytest.raises(DataError, match=f"{sentence}$"):
+        suite.end_to_end("index.json", "S/16")
 
 
 def test_the_baseline_computes_the_same_step() -> None:

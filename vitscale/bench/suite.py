@@ -6,7 +6,6 @@ the suite can be stopped anywhere and continued on the same machine.
 
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -112,33 +111,36 @@ def run(
 
 
 def end_to_end(index: str, variant: str) -> dict[str, Any]:
-    """Training from JPEG shards by the real program, with a data worker per core."""
-    workers = distributed.num_cores()
+    """Training from JPEG shards by the real program, with about a data worker per core."""
+    workers = num_workers(distributed.num_cores())
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
-        config = Path(folder) / "config.toml"
-        config.write_text(
-            END_TO_END.format(
-                folder=folder,
-                steps=END_TO_END_STEPS,
-                variant=variant,
-                index=Path(index).resolve(),
-                workers=workers,
-            )
-        )
-        done = subprocess.run(
-            [sys.executable, PROGRAM, config], capture_output=True, text=True, env=os.environ
-        )
+        path = Path(folder) / "config.toml"
+        path.write_text(end_to_end_config(folder, index, variant, workers))
+        done = subprocess.run([sys.executable, PROGRAM, path], capture_output=True, text=True)
         if done.returncode:
-            raise DataError(f"end to end: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip().splitlines() or [f"{PROGRAM.name} ended with status {done.returncode}"]
+            raise DataError(f"end to end: {said[-1]}")
         rows = [row for row in read_metrics(Path(folder) / "run") if "perf/images_per_second" in row]
     last = rows[-1]
     return {
         "model": variant,
         "data workers": workers,
         "images/s": last["perf/images_per_second"],
-        "images/s per core": last["perf/images_per_second"] / workers,
+        "images/s per data worker": last["perf/images_per_second"] / workers,
         "waiting for data, share": last["time/data_wait_fraction"],
     }
+
+
+def num_workers(cores: int) -> int:
+    """The largest power of two up to `cores`: lanes, one each, divide the batch."""
+    return 1 << (cores.bit_length() - 1)
+
+
+def end_to_end_config(folder: str, index: str, variant: str, workers: int) -> str:
+    """The config of the end-to-end run, as TOML."""
+    return END_TO_END.format(
+        folder=folder, steps=END_TO_END_STEPS, variant=variant, index=index, workers=workers
+    )
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
