@@ -60,6 +60,32 @@ def test_the_end_to_end_run_has_lanes_that_divide_its_batch(tmp_path: Path, core
     assert config.data.index == "s3://photos/index.json"
 
 
+def test_the_end_to_end_run_gives_its_last_row_of_speed(tmp_path: Path, monkeypatch) -> None:
+    """A program in place of the real one, which would take hours here."""
+    rows = [
+        {"step": 20, "perf/images_per_second": 100.0, "time/data_wait_fraction": 0.9},
+        {"step": 40, "perf/images_per_second": 300.0, "time/data_wait_fraction": 0.5},
+        {"step": 40, "eval/loss": 1.0},
+    ]
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pathlib, sys, tomllib\n"
+        "config = tomllib.loads(pathlib.Path(sys.argv[1]).read_text())\n"
+        "run_dir = pathlib.Path(config['run_dir'])\n"
+        "run_dir.mkdir()\n"
+        f"(run_dir / 'metrics.jsonl').write_text({''.join(json.dumps(row) + chr(10) for row in rows)!r})\n"
+    )
+    monkeypatch.setattr(suite, "PROGRAM", program)
+    monkeypatch.setattr(distributed, "num_cores", lambda: 3)
+    assert suite.end_to_end("index.json", "S/16") == {
+        "model": "S/16",
+        "data workers": 2,
+        "images/s": 300.0,
+        "images/s per data worker": 150.0,
+        "waiting for data, share": 0.5,
+    }
+
+
 @pytest.mark.parametrize(
     ("last_words", "sentence"),
     [("", "end to end: silent.py ended with status 3"), ("a\nb\n", "end to end: b")],

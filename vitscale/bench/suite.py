@@ -19,7 +19,7 @@ from vitscale import atomic, distributed
 from vitscale.bench import step
 from vitscale.bench.step import Case, StepBench, timm_has
 from vitscale.errors import DataError
-from vitscale.metrics import read_metrics
+from vitscale.metrics import FILE_NAME, read_metrics
 from vitscale.models import ModelConfig
 
 # Images of a step, which fit into 80 GB without recomputation.
@@ -120,7 +120,8 @@ def end_to_end(index: str, variant: str) -> dict[str, Any]:
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"{PROGRAM.name} ended with status {done.returncode}"]
             raise DataError(f"end to end: {said[-1]}")
-        rows = [row for row in read_metrics(Path(folder) / "run") if "perf/images_per_second" in row]
+        metrics = read_metrics(Path(folder) / "run" / FILE_NAME)
+        rows = [row for row in metrics if "perf/images_per_second" in row]
     last = rows[-1]
     return {
         "model": variant,
