@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 EXAMPLE = """examples:
   python tools/bench.py data --shards "data/imagenet/train-*.tar"
   python tools/bench.py order --samples 303000000 --shards 30000 --world 1024 --json order.json
@@ -145,38 +146,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def bench_data(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.data import DataBench, run
 
-    config = DataBench(
-        shards=arguments.shards, image_size=arguments.image_size, crop=arguments.crop, rounds=arguments.rounds
-    )
-    return run(config, Progress())
+    return run(_config(DataBench, arguments), Progress())
 
 
 def bench_order(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.order import OrderBench, run
 
-    names = [field.name for field in dataclasses.fields(OrderBench)]
-    return run(OrderBench(**{name: getattr(arguments, name) for name in names}), Progress())
+    return run(_config(OrderBench, arguments), Progress())
 
 
 def bench_sorted(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.sorted import SortedBench, run
 
-    names = ("samples", "classes", "global_batch")
-    return run(SortedBench(**{name: getattr(arguments, name) for name in names}), Progress())
+    return run(_config(SortedBench, arguments), Progress())
 
 
 def bench_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.checkpoint import CheckpointBench, run
 
-    names = ("variant", "ranks", "rounds", "folder", "deepspeed")
-    return run(CheckpointBench(**{name: getattr(arguments, name) for name in names}), Progress())
+    return run(_config(CheckpointBench, arguments), Progress())
 
 
 def bench_scale(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.scale import ScaleBench, run
 
-    config = ScaleBench(ranks=arguments.ranks, zero=arguments.zero, variant=arguments.variant)
-    return run(config, Progress())
+    return run(_config(ScaleBench, arguments), Progress())
+
+
+def _config(bench: type[T], arguments: argparse.Namespace) -> T:
+    """The settings of a bench: each of its fields has an option of the same name."""
+    return bench(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(bench)})
 
 
 def _integers(text: str) -> tuple[int, ...]:
