@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from tools.bench import STEP_CASES
 from vitscale import config as configs
 from vitscale import distributed
-from vitscale.bench import suite
+from vitscale.bench import step, suite
 from vitscale.bench.step import Case, Loop, Ours, Plain, StepBench, every_case, measure
 from vitscale.errors import ConfigError, DataError
 from vitscale.models import ModelConfig
@@ -151,6 +152,15 @@ def test_every_policy_is_a_row_with_and_without_compilation() -> None:
     names = [str(case) for case in every_case(ModelConfig(variant="mu/16"))]
     assert len(names) == len(set(names)) == 8
     assert {"vitscale", "vitscale, selective recomputation, compiled", "plain, compiled"} < set(names)
+
+
+def test_the_command_chooses_among_all_cases_and_so_does_the_suite(monkeypatch) -> None:
+    monkeypatch.setattr(step, "timm_has", lambda model: True)
+    cases = every_case(ModelConfig(variant="mu/16"))
+    assert STEP_CASES["loops"] == list(dict.fromkeys(case.loop for case in cases))
+    assert STEP_CASES["policies"] == list(dict.fromkeys(case.checkpointing for case in cases))
+    compiled = suite.pieces(["mu/16"], 1, lambda case: case.compile)["mu/16"].cases
+    assert compiled == tuple(case for case in cases if case.compile)
 
 
 def test_a_bench_of_nothing_is_refused() -> None:

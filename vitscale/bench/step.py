@@ -16,7 +16,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping
 from statistics import median
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +57,9 @@ class Case:
     loop: Loop
     compile: bool = False
     checkpointing: Checkpointing = "none"
-    zero_stage: int = 1
 
     def __str__(self) -> str:
         parts = [self.loop]
-        if self.loop == "vitscale" and self.zero_stage != 1:
-            parts.append(f"ZeRO {self.zero_stage}")
         if self.checkpointing != "none":
             parts.append(f"{self.checkpointing} recomputation")
         return ", ".join([*parts, *(["compiled"] if self.compile else [])])
@@ -93,8 +90,7 @@ class StepBench:
 
 def every_case(model: ModelConfig) -> tuple[Case, ...]:
     """Each recomputation policy with and without compilation, and the baselines."""
-    compiled = (False, True)
-    policies: tuple[Checkpointing, ...] = ("none", "selective", "full")
+    compiled, policies = (False, True), get_args(Checkpointing)
     baselines: tuple[Loop, ...] = ("plain", "timm") if timm_has(model) else ("plain",)
     ours = [Case(loop="vitscale", compile=c, checkpointing=policy) for policy in policies for c in compiled]
     return (*ours, *(Case(loop=loop, compile=c) for loop in baselines for c in compiled))
@@ -113,9 +109,7 @@ class Ours:
     """A step of vitscale's engine and objective, as the training loop makes it."""
 
     def __init__(self, config: StepBench, case: Case) -> None:
-        engine = EngineConfig(
-            zero_stage=case.zero_stage, activation_checkpointing=case.checkpointing, compile=case.compile
-        )
+        engine = EngineConfig(activation_checkpointing=case.checkpointing, compile=case.compile)
         plan = plan_batches(config.batch, 0, 1)
         self.engine = Engine(build_model(config.model, seed=0), OPTIM, engine, plan, config.precision)
         self.objective = build_objective(

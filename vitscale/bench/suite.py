@@ -17,7 +17,7 @@ import torch
 
 from vitscale import atomic, distributed
 from vitscale.bench import step
-from vitscale.bench.step import Case, StepBench, timm_has
+from vitscale.bench.step import Case, StepBench, every_case
 from vitscale.errors import DataError
 from vitscale.metrics import FILE_NAME, read_metrics
 from vitscale.models import ModelConfig
@@ -63,19 +63,9 @@ def pieces(variants: Sequence[str], batch: int, wanted: Callable[[Case], bool]) 
     measured = {}
     for variant in variants:
         model = ModelConfig(variant=variant)
-        cases = [
-            Case(loop="vitscale", compile=True),
-            Case(loop="vitscale"),
-            Case(loop="vitscale", compile=True, checkpointing="selective"),
-            Case(loop="vitscale", compile=True, checkpointing="full"),
-            Case(loop="plain", compile=True),
-            Case(loop="plain"),
-        ]
-        if timm_has(model):
-            cases.append(Case(loop="timm", compile=True))
-        cases = [case for case in cases if wanted(case)]
+        cases = tuple(filter(wanted, every_case(model)))
         images = batch or BATCHES.get(variant, DEFAULT_BATCH)
-        measured[variant] = StepBench(model=model, batch=images, cases=tuple(cases))
+        measured[variant] = StepBench(model=model, batch=images, cases=cases)
     return measured
 
 
