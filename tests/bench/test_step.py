@@ -163,6 +163,8 @@ def test_the_command_chooses_among_all_cases_and_so_does_the_suite(monkeypatch) 
     assert compiled == tuple(case for case in cases if case.compile)
 
 
-def test_a_bench_of_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--rounds, --steps and --batch must be above 0"):
-        StepBench(cases=(), batch=0)
+@pytest.mark.parametrize("option", ["rounds", "steps", "batch"])
+def test_a_bench_of_nothing_is_refused(option: str) -> None:
+    assert StepBench(cases=(), **{option: 1})
+    with pytest.raises(ConfigError, match=f"^--{option} 0 must be above 0$"):
+        StepBench(cases=(), **{option: 0})

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from vitscale import distributed
+from vitscale.config import positive
 from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.engine.engine import DTYPES, Engine
-from vitscale.errors import ConfigError
 from vitscale.losses import LossConfig, compute_loss, to_targets
 from vitscale.meter import peak_flops
 from vitscale.models import ModelConfig, build_model
@@ -84,8 +84,7 @@ class StepBench:
     steps: int = 5
 
     def __post_init__(self) -> None:
-        if min(self.rounds, self.steps, self.batch) < 1:
-            raise ConfigError("--rounds, --steps and --batch must be above 0")
+        positive("", **{"--rounds": self.rounds, "--steps": self.steps, "--batch": self.batch})
 
 
 def every_case(model: ModelConfig) -> tuple[Case, ...]:
