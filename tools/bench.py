@@ -27,6 +27,8 @@ STEP_CASES = {
     "modes": ["eager", "compiled"],
     "policies": ["none", "selective", "full"],
 }
+# Options of `step` that the suite does not take.
+STEP_SETTINGS = ("variant", "precision", "rounds", "steps")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,15 +114,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="example: python tools/bench.py step --variant H/14 --batch 128",
     )
     step.add_argument("config", nargs="*", metavar="CONFIG.toml", help="measure its model and precision")
-    step.add_argument("--variant", default="B/16", help="without a config: the model, NAME/PATCH")
+    step.add_argument("--variant", help="without a config: the model, NAME/PATCH; default: B/16")
     step.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: the config's, or bf16")
     step.add_argument("--batch", type=int, help="images of a step; default: 64, and in the suite more")
     for name, choices in STEP_CASES.items():
         step.add_argument(
             f"--{name}", nargs="+", choices=choices, default=choices, help="the rows to measure"
         )
-    step.add_argument("--rounds", type=int, default=5, help="each figure is a median over them")
-    step.add_argument("--steps", type=int, default=5, help="of a round")
+    step.add_argument("--rounds", type=int, help="each figure is a median over them; default: 5")
+    step.add_argument("--steps", type=int, help="of a round; default: 5")
     step.add_argument(
         "--suite",
         type=Path,
@@ -189,8 +191,11 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale import config as configs
     from vitscale.bench import suite
     from vitscale.bench.step import Case, StepBench, every_case, run
+    from vitscale.errors import ConfigError
     from vitscale.models import ModelConfig
     from vitscale.train_config import TrainConfig
+
+    given = {name: value for name in STEP_SETTINGS if (value := getattr(arguments, name)) is not None}
 
     def wanted(case: Case) -> bool:
         mode = "compiled" if case.compile else "eager"
@@ -201,6 +206,12 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
         )
 
     if arguments.suite:
+        if refused := [*arguments.config, *(f"--{name}" for name in given)]:
+            raise ConfigError(
+                f"--suite does not take {', '.join(refused)}: it measures --variants in "
+                f"{StepBench.precision}, {StepBench.rounds} rounds of {StepBench.steps} steps; "
+                "leave these out, or --suite"
+            )
         return suite.run(
             arguments.suite,
             arguments.index,
@@ -214,14 +225,14 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
         loaded = configs.load(TrainConfig, paths, [text for text in arguments.config if "=" in text])
         model, precision = loaded.model, loaded.precision
     else:
-        model, precision = ModelConfig(variant=arguments.variant), "bf16"
+        model, precision = ModelConfig(variant=given.get("variant", ModelConfig.variant)), "bf16"
     bench = StepBench(
         model=model,
         batch=suite.DEFAULT_BATCH if arguments.batch is None else arguments.batch,
-        precision=arguments.precision or precision,
+        precision=given.get("precision", precision),
         cases=tuple(filter(wanted, every_case(model))),
-        rounds=arguments.rounds,
-        steps=arguments.steps,
+        rounds=given.get("rounds", StepBench.rounds),
+        steps=given.get("steps", StepBench.steps),
     )
     return run(bench, Progress())
 

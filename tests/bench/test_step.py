@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools.bench import STEP_CASES
+from tools.bench import STEP_CASES, main
 from vitscale import config as configs
 from vitscale import distributed
 from vitscale.bench import step, suite
@@ -48,6 +48,30 @@ def test_a_suite_measures_only_what_its_file_lacks(tmp_path: Path) -> None:
     bench("--suite", path, "--variants", "mu/32", "mu/16")
     both: dict[str, Any] = json.loads(path.read_text())
     assert both["mu/32"] == first["mu/32"] and both["mu/16"]["plain"]["images/s"] > 0
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        ["configs/demo/shapes.toml"],
+        ["--variant", "B/16"],
+        ["--precision", "bf16"],
+        ["--rounds", "0"],
+        ["--steps", "5"],
+        ["configs/demo/shapes.toml", "--variant", "B/16", "--rounds", "5"],
+    ],
+    ids=" ".join,
+)
+def test_a_suite_refuses_in_one_sentence_what_it_would_not_heed(
+    tmp_path: Path, capsys, refused: list[str]
+) -> None:
+    """The control, without the refused options, is the test of a suite above."""
+    path = tmp_path / "suite.json"
+    assert main(["step", *refused, "--suite", str(path), "--variants", "mu/32"]) == 2
+    names = [word for word in refused if word.startswith(("--", "configs/"))]
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --suite does not take {', '.join(names)}: ") and said.count("\n") == 1
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (12, 8), (16, 16), (24, 16), (96, 64)])
