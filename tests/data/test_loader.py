@@ -298,18 +298,20 @@ def test_a_lane_reads_no_chunk_twice_in_an_epoch(
     assert len(set(chunks)) == len(chunks)
 
 
-def test_a_thread_prepares_the_next_item_while_one_is_in_use() -> None:
+def test_a_thread_prepares_two_items_ahead_and_no_more() -> None:
     prepared = threading.Semaphore(0)
 
     def prepare(item: int) -> int:
         prepared.release()
         return 10 * item
 
-    items = in_thread(iter(range(5)), prepare)
-    assert next(items) == 0
-    for _ in range(2):  # item 0, and item 1, which nobody asked for yet
-        assert prepared.acquire(timeout=30)
-    assert list(items) == [10, 20, 30, 40]
+    items = in_thread(iter(range(9)), prepare)
+    for item in range(3):
+        assert next(items) == 10 * item
+        for _ in range(1 if item else 3):  # this one and two ahead
+            assert prepared.acquire(timeout=30)
+        assert not prepared.acquire(timeout=0.2)
+    assert list(items) == [10 * item for item in range(3, 9)]
     assert list(in_thread(iter([]), prepare)) == []
 
 
