@@ -4,6 +4,7 @@ damaged samples are replaced and counted.
 
 import dataclasses
 import functools
+import gc
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from make import jpeg, write_index, write_tar
+from torch.utils.data import DataLoader, IterableDataset
 
+from vitscale.data import loader
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
 from vitscale.data.lane import Lane, ViewConfig
@@ -31,6 +34,7 @@ from vitscale.data.sources import (
 )
 from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError, DataError
+from vitscale.processes import no_garbage_collection
 
 CONFIG = DataConfig(index="index.json", lanes=4, window_chunks=2)
 
@@ -296,6 +300,20 @@ def test_a_lane_reads_no_chunk_twice_in_an_epoch(
     drawn = module_index.layout.chunk_of(np.array([square.key.sample for square in squares]))
     assert len(set(drawn.tolist())) > 20
     assert len(set(chunks)) == len(chunks)
+
+
+class Collecting(IterableDataset[bool]):
+    """Whether the process that reads it collects garbage."""
+
+    def __iter__(self) -> Iterator[bool]:
+        yield gc.isenabled()
+
+
+def test_a_data_worker_collects_garbage_although_its_trainer_does_not() -> None:
+    init = loader._prepare_worker
+    with no_garbage_collection():
+        workers = DataLoader(Collecting(), batch_size=None, num_workers=1, worker_init_fn=init)
+        assert [*workers] == [True] and not gc.isenabled()
 
 
 def test_a_thread_prepares_two_items_ahead_and_no_more() -> None:
