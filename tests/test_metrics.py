@@ -263,6 +263,7 @@ def test_a_resumed_run_takes_its_pace_from_its_own_steps(
         ("NVIDIA L40S", 362),
         ("NVIDIA L4", 121),
         ("Tesla V100-SXM2-16GB", 125),
+        ("AMD Instinct MI250X", 191.5),
         ("NVIDIA RTX A4000", 0),  # no A40
         ("NVIDIA T1000", 0),
     ],

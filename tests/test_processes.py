@@ -1,6 +1,7 @@
 """Worker processes: in order, bounded, and gone when their parent is."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from make import write_index
 
 from vitscale.errors import BusyError, ConfigError, DataError
-from vitscale.processes import TASKS_PER_WORKER, map_in_order
+from vitscale.processes import TASKS_PER_WORKER, map_in_order, no_garbage_collection
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -56,6 +57,15 @@ def test_an_exception_of_a_worker_is_raised_and_no_worker_stays() -> None:
 def test_a_killed_worker_is_one_sentence() -> None:
     with pytest.raises(BusyError, match="with fewer --workers"):
         list(map_in_order(lambda _: os.kill(os.getpid(), signal.SIGKILL), [0], 1))
+
+
+def test_within_the_block_garbage_is_collected_by_the_caller_alone() -> None:
+    assert gc.isenabled()
+    with no_garbage_collection():
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 WAITING_WORKERS = """

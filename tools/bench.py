@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 EXAMPLE = """examples:
   python tools/bench.py data --shards "data/imagenet/train-*.tar"
   python tools/bench.py order --samples 303000000 --shards 30000 --world 1024 --json order.json
@@ -26,6 +27,8 @@ STEP_CASES = {
     "modes": ["eager", "compiled"],
     "policies": ["none", "selective", "full"],
 }
+# Options of `step` that the suite does not take.
+STEP_SETTINGS = ("variant", "precision", "rounds", "steps")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,15 +114,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="example: python tools/bench.py step --variant H/14 --batch 128",
     )
     step.add_argument("config", nargs="*", metavar="CONFIG.toml", help="measure its model and precision")
-    step.add_argument("--variant", default="B/16", help="without a config: the model, NAME/PATCH")
+    step.add_argument("--variant", help="without a config: the model, NAME/PATCH; default: B/16")
     step.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: the config's, or bf16")
     step.add_argument("--batch", type=int, help="images of a step; default: 64, and in the suite more")
     for name, choices in STEP_CASES.items():
         step.add_argument(
             f"--{name}", nargs="+", choices=choices, default=choices, help="the rows to measure"
         )
-    step.add_argument("--rounds", type=int, default=5, help="each figure is a median over them")
-    step.add_argument("--steps", type=int, default=5, help="of a round")
+    step.add_argument("--rounds", type=int, help="each figure is a median over them; default: 5")
+    step.add_argument("--steps", type=int, help="of a round; default: 5")
     step.add_argument(
         "--suite",
         type=Path,
@@ -145,38 +148,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def bench_data(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.data import DataBench, run
 
-    config = DataBench(
-        shards=arguments.shards, image_size=arguments.image_size, crop=arguments.crop, rounds=arguments.rounds
-    )
-    return run(config, Progress())
+    return run(_config(DataBench, arguments), Progress())
 
 
 def bench_order(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.order import OrderBench, run
 
-    names = [field.name for field in dataclasses.fields(OrderBench)]
-    return run(OrderBench(**{name: getattr(arguments, name) for name in names}), Progress())
+    return run(_config(OrderBench, arguments), Progress())
 
 
 def bench_sorted(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.sorted import SortedBench, run
 
-    names = ("samples", "classes", "global_batch")
-    return run(SortedBench(**{name: getattr(arguments, name) for name in names}), Progress())
+    return run(_config(SortedBench, arguments), Progress())
 
 
 def bench_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.checkpoint import CheckpointBench, run
 
-    names = ("variant", "ranks", "rounds", "folder", "deepspeed")
-    return run(CheckpointBench(**{name: getattr(arguments, name) for name in names}), Progress())
+    return run(_config(CheckpointBench, arguments), Progress())
 
 
 def bench_scale(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.scale import ScaleBench, run
 
-    config = ScaleBench(ranks=arguments.ranks, zero=arguments.zero, variant=arguments.variant)
-    return run(config, Progress())
+    return run(_config(ScaleBench, arguments), Progress())
+
+
+def _config(bench: type[T], arguments: argparse.Namespace) -> T:
+    """The settings of a bench: each of its fields has an option of the same name."""
+    return bench(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(bench)})
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -190,8 +191,11 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale import config as configs
     from vitscale.bench import suite
     from vitscale.bench.step import Case, StepBench, every_case, run
+    from vitscale.errors import ConfigError
     from vitscale.models import ModelConfig
     from vitscale.train_config import TrainConfig
+
+    given = {name: value for name in STEP_SETTINGS if (value := getattr(arguments, name)) is not None}
 
     def wanted(case: Case) -> bool:
         mode = "compiled" if case.compile else "eager"
@@ -202,6 +206,12 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
         )
 
     if arguments.suite:
+        if refused := [*arguments.config, *(f"--{name}" for name in given)]:
+            raise ConfigError(
+                f"--suite does not take {', '.join(refused)}: it measures --variants in "
+                f"{StepBench.precision}, {StepBench.rounds} rounds of {StepBench.steps} steps; "
+                "leave these out, or --suite"
+            )
         return suite.run(
             arguments.suite,
             arguments.index,
@@ -215,14 +225,14 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
         loaded = configs.load(TrainConfig, paths, [text for text in arguments.config if "=" in text])
         model, precision = loaded.model, loaded.precision
     else:
-        model, precision = ModelConfig(variant=arguments.variant), "bf16"
+        model, precision = ModelConfig(variant=given.get("variant", ModelConfig.variant)), "bf16"
     bench = StepBench(
         model=model,
         batch=suite.DEFAULT_BATCH if arguments.batch is None else arguments.batch,
-        precision=arguments.precision or precision,
+        precision=given.get("precision", precision),
         cases=tuple(filter(wanted, every_case(model))),
-        rounds=arguments.rounds,
-        steps=arguments.steps,
+        rounds=given.get("rounds", StepBench.rounds),
+        steps=given.get("steps", StepBench.steps),
     )
     return run(bench, Progress())
 

@@ -44,7 +44,7 @@ PEAK_FLOPS = {
     "MI355X": 2500e12,
     "MI325X": 1307e12,
     "MI300X": 1307e12,
-    "MI250X": 383e12,
+    "MI250X": 191.5e12,  # of one half: torch has each as a device of its own
 }
 
 

@@ -63,7 +63,11 @@ def test_the_order_of_a_set_of_any_size_is_proven(
         ("--samples 100 --shards 4", "--samples 100 must be at least 16384: 32 for each of the 4 shards"),
         ("--samples 9999 --shards 9999 --global-batch 8", "--samples 9999 must be at least 319968"),
         ("--samples 9999 --shards 9 --global-batch 64 --world 3", "--world 3 must divide the 64 lanes"),
-        ("--shards 0", "must be above 0"),
+        ("--shards 0", "--shards 0 must be above 0"),
+        ("--world -1", "--world -1 must be above 0"),
+        ("--global-batch 0", "--global-batch 0 must be above 0"),
+        ("--sample-bytes 0", "--sample-bytes 0 must be above 0"),
+        ("--workers -2", "--workers -2 must be 0 or more"),
     ],
 )
 def test_a_set_that_is_too_small_is_one_sentence(capsys, options: str, sentence: str) -> None:

@@ -4,6 +4,7 @@ damaged samples are replaced and counted.
 
 import dataclasses
 import functools
+import gc
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from make import jpeg, write_index, write_tar
+from torch.utils.data import DataLoader, IterableDataset
 
+from vitscale.data import loader
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
 from vitscale.data.lane import Lane, ViewConfig
@@ -31,6 +34,7 @@ from vitscale.data.sources import (
 )
 from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError, DataError
+from vitscale.processes import no_garbage_collection
 
 CONFIG = DataConfig(index="index.json", lanes=4, window_chunks=2)
 
@@ -298,18 +302,34 @@ def test_a_lane_reads_no_chunk_twice_in_an_epoch(
     assert len(set(chunks)) == len(chunks)
 
 
-def test_a_thread_prepares_the_next_item_while_one_is_in_use() -> None:
+class Collecting(IterableDataset[bool]):
+    """Whether the process that reads it collects garbage."""
+
+    def __iter__(self) -> Iterator[bool]:
+        yield gc.isenabled()
+
+
+def test_a_data_worker_collects_garbage_although_its_trainer_does_not() -> None:
+    init = loader._prepare_worker
+    with no_garbage_collection():
+        workers = DataLoader(Collecting(), batch_size=None, num_workers=1, worker_init_fn=init)
+        assert [*workers] == [True] and not gc.isenabled()
+
+
+def test_a_thread_prepares_two_items_ahead_and_no_more() -> None:
     prepared = threading.Semaphore(0)
 
     def prepare(item: int) -> int:
         prepared.release()
         return 10 * item
 
-    items = in_thread(iter(range(5)), prepare)
-    assert next(items) == 0
-    for _ in range(2):  # item 0, and item 1, which nobody asked for yet
-        assert prepared.acquire(timeout=30)
-    assert list(items) == [10, 20, 30, 40]
+    items = in_thread(iter(range(9)), prepare)
+    for item in range(3):
+        assert next(items) == 10 * item
+        for _ in range(1 if item else 3):  # this one and two ahead
+            assert prepared.acquire(timeout=30)
+        assert not prepared.acquire(timeout=0.2)
+    assert list(items) == [10 * item for item in range(3, 9)]
     assert list(in_thread(iter([]), prepare)) == []
 
 

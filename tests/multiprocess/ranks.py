@@ -1,6 +1,7 @@
 """What forked ranks run, and what happens to them, as values that a test can print."""
 
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -158,6 +159,16 @@ def train(config: Path, overrides: Sequence[str] = (), event: Event | None = Non
 def evaluate(arguments: Sequence[str]) -> int:
     """An evaluation, as tools/evaluate.py makes it."""
     return evaluate_main(arguments)
+
+
+def train_and_note(config: Path, overrides: Sequence[str], out: Path) -> int:
+    """A run; OUT gets whether TF32 and the garbage collector are on in its second step."""
+
+    def note() -> None:
+        out.write_text(json.dumps([torch.backends.cuda.matmul.allow_tf32, gc.isenabled()]))
+
+    at_batch(2, note)
+    return train(config, overrides)
 
 
 def train_apart(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -> int:

@@ -1,12 +1,13 @@
 """The engine computes what plain PyTorch computes, at every ZeRO stage and precision."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from multiprocess.job import Job
 from multiprocess.plain import plain_losses
-from multiprocess.ranks import KillAll
+from multiprocess.ranks import KillAll, train_and_note
 from multiprocess.zygote import Zygote
 
 
@@ -42,6 +43,17 @@ def test_what_a_run_prints_is_its_own(tmp_path: Path, index: Path) -> None:
     assert job.start(2, "precision=bf16", "total_steps=6") == [0, 0], job.output()
     lines = job.output().splitlines()
     assert lines and all(line.startswith("INFO ") for line in lines), job.output()
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_step_computes_in_tf32_if_asked_and_collects_no_garbage(
+    tmp_path: Path, index: Path, zygote: Zygote, tf32: bool
+) -> None:
+    """A CPU has the switch of TF32, too, and computes the same with it."""
+    job, out = Job(tmp_path, index), tmp_path / "noted"
+    options = (f"engine.tf32={str(tf32).lower()}",)
+    assert zygote.run(1, train_and_note, job.config, options, out, log=job.log) == [0], job.output()
+    assert json.loads(out.read_text()) == [tf32, False]
 
 
 def device_has_fp16() -> bool:

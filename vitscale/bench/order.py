@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from vitscale import rng, storage
+from vitscale.config import positive
 from vitscale.data.index import Index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Stream, batches
@@ -65,10 +66,10 @@ class OrderBench:
     folder: Path = Path("data/bench-order")
 
     def __post_init__(self) -> None:
-        if min(self.shards, self.world, self.global_batch, self.sample_bytes) < 1 or self.workers < 0:
-            raise ConfigError(
-                "--shards, --world, --global-batch and --sample-bytes must be above 0, --workers not below"
-            )
+        sizes = {"--global-batch": self.global_batch, "--sample-bytes": self.sample_bytes}
+        positive("", **{"--shards": self.shards, "--world": self.world, **sizes})
+        if self.workers < 0:
+            raise ConfigError(f"--workers {self.workers} must be 0 or more")
         least = max(CHUNK * self.shards, 4 * self.global_batch)
         if self.samples < least:
             raise ConfigError(

@@ -16,17 +16,17 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping
 from statistics import median
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from vitscale import distributed
+from vitscale.config import positive
 from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.engine.engine import DTYPES, Engine
-from vitscale.errors import ConfigError
 from vitscale.losses import LossConfig, compute_loss, to_targets
 from vitscale.meter import peak_flops
 from vitscale.models import ModelConfig, build_model
@@ -57,12 +57,9 @@ class Case:
     loop: Loop
     compile: bool = False
     checkpointing: Checkpointing = "none"
-    zero_stage: int = 1
 
     def __str__(self) -> str:
         parts = [self.loop]
-        if self.loop == "vitscale" and self.zero_stage != 1:
-            parts.append(f"ZeRO {self.zero_stage}")
         if self.checkpointing != "none":
             parts.append(f"{self.checkpointing} recomputation")
         return ", ".join([*parts, *(["compiled"] if self.compile else [])])
@@ -87,14 +84,12 @@ class StepBench:
     steps: int = 5
 
     def __post_init__(self) -> None:
-        if min(self.rounds, self.steps, self.batch) < 1:
-            raise ConfigError("--rounds, --steps and --batch must be above 0")
+        positive("", **{"--rounds": self.rounds, "--steps": self.steps, "--batch": self.batch})
 
 
 def every_case(model: ModelConfig) -> tuple[Case, ...]:
     """Each recomputation policy with and without compilation, and the baselines."""
-    compiled = (False, True)
-    policies: tuple[Checkpointing, ...] = ("none", "selective", "full")
+    compiled, policies = (False, True), get_args(Checkpointing)
     baselines: tuple[Loop, ...] = ("plain", "timm") if timm_has(model) else ("plain",)
     ours = [Case(loop="vitscale", compile=c, checkpointing=policy) for policy in policies for c in compiled]
     return (*ours, *(Case(loop=loop, compile=c) for loop in baselines for c in compiled))
@@ -113,9 +108,7 @@ class Ours:
     """A step of vitscale's engine and objective, as the training loop makes it."""
 
     def __init__(self, config: StepBench, case: Case) -> None:
-        engine = EngineConfig(
-            zero_stage=case.zero_stage, activation_checkpointing=case.checkpointing, compile=case.compile
-        )
+        engine = EngineConfig(activation_checkpointing=case.checkpointing, compile=case.compile)
         plan = plan_batches(config.batch, 0, 1)
         self.engine = Engine(build_model(config.model, seed=0), OPTIM, engine, plan, config.precision)
         self.objective = build_objective(
@@ -206,6 +199,21 @@ def run(config: StepBench, progress: Callable[[str], None]) -> dict[str, Any]:
             rows[case] = {"start and warm-up, seconds": time.perf_counter() - began}
         if case in trainees and peak.bytes:
             rows[case]["peak memory, GiB"] = peak.bytes / 2**30
+    return measure(config, trainees, rows, images, labels, progress)
+
+
+def measure(
+    config: StepBench,
+    trainees: dict[Case, Trainee],
+    rows: dict[Case, dict[str, Any]],
+    images: Tensor,
+    labels: Tensor,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure the trainees, which are warmed up, in turns, and close them.
+
+    rows: what the table says of each case so far.
+    """
     seconds: dict[Case, list[float]] = {case: [] for case in trainees}
     for round in range(config.rounds):
         for case in list(trainees):
@@ -214,7 +222,7 @@ def run(config: StepBench, progress: Callable[[str], None]) -> dict[str, Any]:
                 seconds[case].append(_time(trainees[case], images, labels, config.steps))
     for trainee in trainees.values():
         trainee.close()
-    return _results(config, rows, {case: figures for case, figures in seconds.items() if figures})
+    return _results(config, rows, {case: seconds[case] for case in trainees})
 
 
 def _time(trainee: Trainee, images: Tensor, labels: Tensor, steps: int) -> float:
@@ -236,12 +244,13 @@ def _wait() -> None:
 def _free_memory(
     trainees: dict[Case, Trainee], rows: dict[Case, dict[str, Any]], case: Case
 ) -> Iterator[None]:
-    """Within the block, a case that runs out of memory is noted, and its memory freed."""
+    """Within the block, a case that runs out of memory is noted, closed and freed."""
     try:
         yield
     except torch.OutOfMemoryError:
         rows[case] = {"failed": "out of memory"}
-        trainees.pop(case, None)
+        if case in trainees:  # else it could not even be built
+            trainees.pop(case).close()
         gc.collect()
         torch.cuda.empty_cache()
 

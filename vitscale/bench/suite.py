@@ -6,7 +6,6 @@ the suite can be stopped anywhere and continued on the same machine.
 
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,9 +17,9 @@ import torch
 
 from vitscale import atomic, distributed
 from vitscale.bench import step
-from vitscale.bench.step import Case, StepBench, timm_has
+from vitscale.bench.step import Case, StepBench, every_case
 from vitscale.errors import DataError
-from vitscale.metrics import read_metrics
+from vitscale.metrics import FILE_NAME, read_metrics
 from vitscale.models import ModelConfig
 
 # Images of a step, which fit into 80 GB without recomputation.
@@ -64,19 +63,9 @@ def pieces(variants: Sequence[str], batch: int, wanted: Callable[[Case], bool]) 
     measured = {}
     for variant in variants:
         model = ModelConfig(variant=variant)
-        cases = [
-            Case(loop="vitscale", compile=True),
-            Case(loop="vitscale"),
-            Case(loop="vitscale", compile=True, checkpointing="selective"),
-            Case(loop="vitscale", compile=True, checkpointing="full"),
-            Case(loop="plain", compile=True),
-            Case(loop="plain"),
-        ]
-        if timm_has(model):
-            cases.append(Case(loop="timm", compile=True))
-        cases = [case for case in cases if wanted(case)]
+        cases = tuple(filter(wanted, every_case(model)))
         images = batch or BATCHES.get(variant, DEFAULT_BATCH)
-        measured[variant] = StepBench(model=model, batch=images, cases=tuple(cases))
+        measured[variant] = StepBench(model=model, batch=images, cases=cases)
     return measured
 
 
@@ -112,33 +101,37 @@ def run(
 
 
 def end_to_end(index: str, variant: str) -> dict[str, Any]:
-    """Training from JPEG shards by the real program, with a data worker per core."""
-    workers = distributed.num_cores()
+    """Training from JPEG shards by the real program, with about a data worker per core."""
+    workers = num_workers(distributed.num_cores())
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
-        config = Path(folder) / "config.toml"
-        config.write_text(
-            END_TO_END.format(
-                folder=folder,
-                steps=END_TO_END_STEPS,
-                variant=variant,
-                index=Path(index).resolve(),
-                workers=workers,
-            )
-        )
-        done = subprocess.run(
-            [sys.executable, PROGRAM, config], capture_output=True, text=True, env=os.environ
-        )
+        path = Path(folder) / "config.toml"
+        path.write_text(end_to_end_config(folder, index, variant, workers))
+        done = subprocess.run([sys.executable, PROGRAM, path], capture_output=True, text=True)
         if done.returncode:
-            raise DataError(f"end to end: {done.stderr.strip().splitlines()[-1]}")
-        rows = [row for row in read_metrics(Path(folder) / "run") if "perf/images_per_second" in row]
+            said = done.stderr.strip().splitlines() or [f"{PROGRAM.name} ended with status {done.returncode}"]
+            raise DataError(f"end to end: {said[-1]}")
+        metrics = read_metrics(Path(folder) / "run" / FILE_NAME)
+        rows = [row for row in metrics if "perf/images_per_second" in row]
     last = rows[-1]
     return {
         "model": variant,
         "data workers": workers,
         "images/s": last["perf/images_per_second"],
-        "images/s per core": last["perf/images_per_second"] / workers,
+        "images/s per data worker": last["perf/images_per_second"] / workers,
         "waiting for data, share": last["time/data_wait_fraction"],
     }
+
+
+def num_workers(cores: int) -> int:
+    """The largest power of two up to `cores`: lanes, one each, divide the batch."""
+    return 1 << (cores.bit_length() - 1)
+
+
+def end_to_end_config(folder: str, index: str, variant: str, workers: int) -> str:
+    """The config of the end-to-end run, as TOML."""
+    return END_TO_END.format(
+        folder=folder, steps=END_TO_END_STEPS, variant=variant, index=index, workers=workers
+    )
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:

@@ -135,11 +135,12 @@ def _pinned(batch: Batch) -> Batch:
 
 
 def in_thread(items: Iterator[T], prepare: Callable[[T], T]) -> Generator[T, None, None]:
-    """prepare(item) for each item, by a thread that is one ahead. What it raises is raised."""
+    """prepare(item) for each item, by a thread that is two ahead. What it raises is raised."""
     # The first is taken here: workers that it forks die with the thread that forked them.
     first = next(items, None)
     if first is None:
         return
+    # One waits here, and one in the thread for room.
     done: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
     closing = threading.Event()
 
