@@ -17,6 +17,6 @@ if [ $# -eq 0 ]; then
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/pyright vitscale
-    set -- -n 2 --dist loadfile  # most tests keep one core busy
+    set -- -n 2 --dist loadfile --no-loadscope-reorder  # most tests keep one core busy
 fi
 exec .venv/bin/python -m pytest "$@"

@@ -18,11 +18,10 @@ import torch
 from make import jpeg, write_index, write_tar
 from torch.utils.data import DataLoader, IterableDataset
 
-from vitscale.data import loader
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
 from vitscale.data.lane import Lane, ViewConfig
-from vitscale.data.loader import Stream, batches, in_thread
+from vitscale.data.loader import Stream, batches, in_thread, prepare_worker
 from vitscale.data.reader import Chunk, read_chunk
 from vitscale.data.sources import (
     DataConfig,
@@ -310,9 +309,8 @@ class Collecting(IterableDataset[bool]):
 
 
 def test_a_data_worker_collects_garbage_although_its_trainer_does_not() -> None:
-    init = loader._prepare_worker
     with no_garbage_collection():
-        workers = DataLoader(Collecting(), batch_size=None, num_workers=1, worker_init_fn=init)
+        workers = DataLoader(Collecting(), batch_size=None, num_workers=1, worker_init_fn=prepare_worker)
         assert [*workers] == [True] and not gc.isenabled()
 
 

@@ -51,7 +51,7 @@ def test_a_step_computes_in_tf32_if_asked_and_collects_no_garbage(
 ) -> None:
     """A CPU has the switch of TF32, too, and computes the same with it."""
     job, out = Job(tmp_path, index), tmp_path / "noted"
-    options = (f"engine.tf32={str(tf32).lower()}",)
+    options = (f"engine.tf32={str(tf32).lower()}", "total_steps=2", "schedule.warmup_steps=0")
     assert zygote.run(1, train_and_note, job.config, options, out, log=job.log) == [0], job.output()
     assert json.loads(out.read_text()) == [tf32, False]
 
