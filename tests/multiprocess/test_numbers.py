@@ -38,9 +38,10 @@ def test_a_row_has_the_mean_loss_since_the_row_before(
 
 
 def test_what_a_run_prints_is_its_own(tmp_path: Path, index: Path) -> None:
-    """In bf16 at stage 1, DeepSpeed prints its memory, and torch warns of its functions."""
+    """DeepSpeed prints its memory in bf16 and warns of SGD; torch warns of its functions."""
     job = Job(tmp_path, index)
-    assert job.start(2, "precision=bf16", "total_steps=6") == [0, 0], job.output()
+    sgd = ("optim.name=sgd", "optim.weight_decay=0")
+    assert job.start(2, "precision=bf16", "total_steps=6", *sgd) == [0, 0], job.output()
     lines = job.output().splitlines()
     assert lines and all(line.startswith("INFO ") for line in lines), job.output()
 
