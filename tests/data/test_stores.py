@@ -3,95 +3,25 @@ is said when it refuses.
 """
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from data.servers import QUERY, SECRET, faulty_proxy, http_server, s3_server, use_s3
-from make import write_index
+from data.epochs import assert_same_epoch, epoch, remote_index
+from data.servers import SECRET, faulty_proxy, s3_server, use_s3
 
-from tools.data import main
 from vitscale import attempts, storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.exclusions import load_exclusions
 from vitscale.data.index import Index, check_shards
-from vitscale.data.indexing import build_index, open_index
-from vitscale.data.lane import ViewConfig
-from vitscale.data.loader import Batch, Stream, batches
-from vitscale.data.order import digest
-from vitscale.data.reader import describe, read_chunk
+from vitscale.data.indexing import build_index
+from vitscale.data.reader import read_chunk
 from vitscale.data.samples import BadSample, RawSample
-from vitscale.data.sources import DataConfig, Source, make_mixture, open_sources
-from vitscale.data.transforms import AugmentConfig
-from vitscale.errors import ConfigError, DataError, StoreError, UserError
-from vitscale.redaction import redact
+from vitscale.data.sources import DataConfig, open_sources
+from vitscale.errors import ConfigError, DataError, StoreError
 
-CONFIG = DataConfig(index="index.json", lanes=4, window_chunks=2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bucket, vit, with 97 samples of 64 x 64 in three shards."""
-    root = tmp_path_factory.mktemp("buckets")
-    write_index(root / "vit", [40, 37, 20], size=64)
-    return root
-
-
-@pytest.fixture(scope="module")
-def local(folder: Path) -> Index:
-    return Index.load(str(folder / "vit" / "index.json"))
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path):
-    with s3_server(folder) as port:
-        yield port
-
-
-@pytest.fixture
-def s3(server: int, monkeypatch) -> str:
-    use_s3(monkeypatch, server)
-    return "s3://vit"
-
-
-@pytest.fixture(scope="module")
-def web(folder: Path, tmp_path_factory: pytest.TempPathFactory):
-    with http_server(folder / "vit", tmp_path_factory.mktemp("nginx")) as url:
-        yield url
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch) -> None:
-    """Shorter waits, so that a test does not wait long for a store that never answers."""
-    monkeypatch.setattr(attempts, "FIRST_DELAY_SECONDS", 0.01)
-    monkeypatch.setattr(attempts, "LONGEST_DELAY_SECONDS", 0.1)
-
-
-def epoch(index: Index, num_workers: int = 0, cache: NodeCache | None = None) -> list[Batch]:
-    sources = (Source(name="0", index=index, label_map={}, excluded=np.empty(0, dtype=np.int64)),)
-    mixture = make_mixture(sources, CONFIG, seed=1, global_batch=8)
-    stream = Stream(
-        sources=sources,
-        mixture=mixture,
-        view_config=ViewConfig(AugmentConfig(), "simplejpeg", 16, 5),
-        lanes=mixture.rank_lanes(0, 1),
-        first_step=0,
-        last_step=mixture.steps_per_epoch,
-        cache=cache,
-    )
-    return list(batches(stream, num_workers))
-
-
-def assert_same_epoch(remote: list[Batch], local: list[Batch]) -> None:
-    assert len(remote) == len(local) == 12
-    for ours, expected in zip(remote, local, strict=True):
-        assert digest(ours.ids, 0) == digest(expected.ids, 0)
-        assert torch.equal(ours.images, expected.images) and torch.equal(ours.labels, expected.labels)
-        assert not ours.bad
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -166,11 +96,6 @@ def test_a_server_that_comes_back_is_waited_for(folder: Path, monkeypatch, caplo
     assert restart.attempts == [2, 3]
 
 
-def remote_index(local: Index, base: str) -> Index:
-    shards = tuple(dataclasses.replace(shard, url=f"{base}/{Path(shard.url).name}") for shard in local.shards)
-    return dataclasses.replace(local, shards=shards)
-
-
 def test_shards_on_a_store_are_indexed_where_they_are(s3: str, local: Index) -> None:
     index = build_index(storage.expand(f"{s3}/train-{{000000..000002}}.tar"), chunk_samples=4, workers=2)
     assert index.fingerprint() == local.fingerprint()
@@ -214,131 +139,6 @@ def test_what_a_server_forbids_is_one_sentence(web: str) -> None:
         storage.read_range(f"{web}/secret/x.tar", 0, 10)
     with pytest.raises(StoreError, match="access is denied"):
         storage.sizes([f"{web}/secret/x.tar"])
-
-
-@pytest.fixture
-def signed(web: str, folder: Path, tmp_path: Path, monkeypatch) -> list[str]:
-    """The URLs of the shards with their signatures, which VITSCALE_URLS names, too."""
-    names = sorted(path.name for path in (folder / "vit").glob("*.tar"))
-    urls = [f"{web}/signed/{name}?{QUERY}" for name in names]
-    (tmp_path / "urls.txt").write_text("\n".join(urls) + "\n")
-    monkeypatch.setenv("VITSCALE_URLS", str(tmp_path / "urls.txt"))
-    return urls
-
-
-def test_an_index_of_signed_urls_holds_no_signature_and_is_read_with_them(
-    signed: list[str], local: Index, tmp_path: Path, monkeypatch, capsys
-) -> None:
-    monkeypatch.delenv("VITSCALE_URLS")
-    pattern = signed[0].replace("000000", "{000000..000002}")
-    out = tmp_path / "index.json"
-    assert main(["index", pattern, "--out", str(out), "--chunk-samples", "4", "--workers", "2"]) == 0
-    assert "without their queries" in capsys.readouterr().err
-    assert SECRET not in out.read_text()
-    index = Index.load(str(out))
-    assert [shard.url for shard in index.shards] == [url.partition("?")[0] for url in signed]
-    assert index.fingerprint() == local.fingerprint()
-    with pytest.raises(StoreError, match=r"access is denied .* VITSCALE_URLS"):
-        check_shards(index)
-    monkeypatch.setenv("VITSCALE_URLS", str(tmp_path / "urls.txt"))
-    check_shards(index)
-    assert_same_epoch(epoch(index, 2), epoch(local))
-    assert main(["verify", str(out), "--workers", "0"]) == 0
-
-
-def test_a_list_of_copies_holds_no_signature_nor_does_what_is_said_about_it(
-    signed: list[str], folder: Path, tmp_path: Path, capsys, caplog, monkeypatch
-) -> None:
-    out, sheet = tmp_path / "copies.json", tmp_path / "copies.png"
-    monkeypatch.delenv("VITSCALE_URLS")
-    command = ["dedup", f"{folder}/vit/index.json", "--out", str(out), "--sheet", str(sheet)]
-    command += ["--workers", "0"]
-    assert main([*command, "--against", *signed]) == 0
-    text = out.read_text()
-    assert "/signed/" in text and SECRET not in text and QUERY not in text
-    wrong = [url.replace("train-", "nothing-") for url in signed]
-    for against in (wrong, [url.replace(SECRET, f"{SECRET}-old") for url in signed]):
-        assert main([*command, "--against", *against]) == 2
-    said = capsys.readouterr()
-    for text in (said.out, said.err, caplog.text):
-        assert SECRET not in text, text
-    assert "access is denied" in said.err and "nothing-" in said.err
-    with pytest.raises(UserError, match=r"index\.json\?\*\*\* is"):
-        open_index(f"{wrong[0].partition('/signed/')[0]}/nothing/index.json?{QUERY}")
-
-
-def test_urls_are_found_by_their_path_on_any_host_and_renewed_in_a_run(
-    signed: list[str], local: Index, tmp_path: Path
-) -> None:
-    index = remote_index(local, "s3://signed")  # a bucket of that name
-    check_shards(index)
-    index = remote_index(local, "https://elsewhere.example/signed")
-    check_shards(index)
-    (tmp_path / "urls.txt").write_text("\n".join(url.replace(SECRET, "expired") for url in signed))
-    for scheme in ("s3://signed", "https://elsewhere.example/signed"):
-        with pytest.raises(
-            StoreError, match=r"access is denied .* refresh the URLs in .*urls\.txt"
-        ) as denied:
-            check_shards(remote_index(local, scheme))
-        assert "AWS" not in str(denied.value) and "VITSCALE_URLS" in str(denied.value)
-    (tmp_path / "urls.txt").write_text("\n".join(signed) + "\n\n")
-    check_shards(index)
-
-
-def test_shards_that_only_their_queries_tell_apart_are_refused() -> None:
-    urls = [f"http://127.0.0.1:1/get?file={number}" for number in range(2)]
-    with pytest.raises(ConfigError, match="some shards differ only in the queries of their URLs"):
-        build_index(urls)
-
-
-def test_a_file_of_urls_that_is_missing_is_one_sentence(signed: list[str], monkeypatch) -> None:
-    monkeypatch.setenv("VITSCALE_URLS", "nothing.txt")
-    with pytest.raises(ConfigError, match=r"VITSCALE_URLS names nothing\.txt, which cannot be read"):
-        storage.read_bytes(signed[0].partition("?")[0])
-
-
-@pytest.mark.parametrize("place", ["secret", "nothing", "norange", "flaky503", "closed"])
-def test_no_message_holds_a_secret(web: str, place: str, caplog, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(attempts, "ATTEMPTS", 4)
-    caplog.set_level(logging.INFO)
-    host = "127.0.0.1:9" if place == "closed" else web.removeprefix("http://")
-    url = f"http://me:{SECRET}@{host}/{place}/index.json?{QUERY}"
-    messages = []
-    for _ in range(8 if place == "flaky503" else 1):
-        for read in (
-            lambda: storage.read_range(url, 0, 10),
-            lambda: Index.load(url),
-            lambda: build_index([url]),
-        ):
-            try:
-                read()
-            except (UserError, FileNotFoundError) as error:
-                messages.append(str(error))
-    main(["stats", url])
-    messages += [capsys.readouterr().err, *(record.getMessage() for record in caplog.records)]
-    assert place in "".join(messages)
-    assert not any(SECRET in message for message in messages), messages
-
-
-def test_a_quarantined_sample_of_an_old_index_with_queries_holds_none(web: str, local: Index) -> None:
-    index = remote_index(local, f"{web}/secret")
-    shards = tuple(dataclasses.replace(shard, url=f"{shard.url}?{QUERY}") for shard in index.shards)
-    assert describe(dataclasses.replace(index, shards=shards), 3).startswith(
-        f"{web}/secret/train-000000.tar?***, "
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "printed"),
-    [
-        ("reading https://h/a.tar?sig=x: failed", "reading https://h/a.tar?***: failed"),
-        ("403, url='https://h/a?b=c,d'", "403, url='https://h/a?***'"),
-        ("(https://u:p@w@h/a?b), HTTPS://u@h/?c.", "(https://h/a?***), HTTPS://h/?***"),
-        ("why? data/a?b.tar s3://b/what?.tar", "why? data/a?b.tar s3://b/what?.tar"),
-    ],
-)
-def test_urls_are_printed_without_users_and_queries(text: str, printed: str) -> None:
-    assert redact(text).rstrip(".") == printed.rstrip(".")
 
 
 def test_a_server_without_ranges_is_one_sentence(web: str) -> None:

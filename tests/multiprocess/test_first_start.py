@@ -1,12 +1,10 @@
 """What is found before the first step, when it costs nothing yet."""
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from make import jpeg, write_tar
 from multiprocess.job import PROGRAM, TIMEOUT_SECONDS, Job, reserved_port
 from multiprocess.zygote import Zygote
@@ -23,13 +21,20 @@ def test_a_mistake_that_an_evaluation_finds_before_the_first_step_binds_nobody(
     assert zygote.train(job, 1, "optim.lr=1e-4", "total_steps=6") == [0], job.output()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a file system can be mounted by root only")
 def test_a_node_that_does_not_share_the_run_directory_is_refused(tmp_path: Path, index: Path) -> None:
     """The second node is a mount namespace with another file system at run_dir."""
     job = Job(tmp_path, index)
     job.run_dir.mkdir()
     command = [sys.executable, PROGRAM, job.config]
-    elsewhere = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', job.run_dir]
+    elsewhere = [
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs tmpfs "$0" && exec "$@"',
+        job.run_dir,
+    ]
     with reserved_port() as port:
         common = {"WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "OMP_NUM_THREADS": 1}
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
