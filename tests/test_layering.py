@@ -20,7 +20,8 @@ LAYERS = [
     ["job", "report"],
     ["meter", "evaluate", "cooldown", "history", "profiler"],
     ["run_dir"],
-    ["train", "dry_run"],
+    ["start", "dry_run"],
+    ["train"],
     ["bench"],
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

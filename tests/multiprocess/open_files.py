@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitscale import config as configs
-from vitscale import distributed
+from vitscale import distributed, start
 from vitscale import train as training
 from vitscale.errors import UserError
 from vitscale.job import prepare
@@ -47,7 +47,7 @@ def count(config: Path, overrides: Sequence[str], result: Path) -> None:
     loaded = configs.load(TrainConfig, [config], overrides)
     job = prepare(loaded, distributed.world_size())
     names = []
-    with Watch(lambda _: True) as watching, training.started(job, {}) as run:
+    with Watch(lambda _: True) as watching, start.started(job, {}) as run:
         training.loop(run, watching)
         distributed.barrier()
         for link in Path("/proc/self/fd").iterdir():

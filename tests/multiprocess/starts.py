@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitscale import config as configs
-from vitscale import distributed
-from vitscale import train as training
+from vitscale import distributed, start
 from vitscale.bench import ranks
 from vitscale.checkpoint.store import Home
 from vitscale.engine import zero
@@ -37,7 +36,7 @@ def measure(config: Path, overrides: Sequence[str], out: Path) -> None:
     job = prepare(loaded, distributed.world_size())
     home = Home.of(loaded.run_dir, loaded.checkpoint)
     with Held() as held:
-        engine, *_ = training.start(job, home)
+        engine, *_ = start.start(job, home)
     model_bytes = 4 * sum(map(math.prod, engine.shapes().values()))
     Path(f"{out}-{distributed.rank()}.json").write_text(json.dumps([model_bytes, held.peak]))
 
@@ -54,7 +53,7 @@ def count_reads(config: Path, overrides: Sequence[str], out: Path) -> None:
         reads += event == "c_call" and called.__name__ == "preadv"
 
     sys.setprofile(profile)
-    training.start(job, Home.of(loaded.run_dir, loaded.checkpoint))
+    start.start(job, Home.of(loaded.run_dir, loaded.checkpoint))
     sys.setprofile(None)
     Path(f"{out}-{distributed.rank()}.json").write_text(json.dumps(reads))
 

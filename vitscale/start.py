@@ -1,0 +1,213 @@
+"""How a run starts: from the first of these that it has.
+
+1  its own newest good checkpoint: the run is resumed
+2  another run's full state ([init] with full_state)
+3  another checkpoint's weights ([init]), with a new head and resized position embeddings
+4  nothing: from scratch
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+from collections.abc import Generator, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from vitscale import distributed, memory
+from vitscale.checkpoint import load, room
+from vitscale.checkpoint.save import Saver
+from vitscale.checkpoint.store import Home
+from vitscale.data.cache import NodeCache
+from vitscale.data.lane import ViewConfig
+from vitscale.data.loader import Batch, Stream, batches, on_device
+from vitscale.data.quarantine import Quarantine
+from vitscale.engine import zero
+from vitscale.engine.engine import DTYPES, Engine
+from vitscale.errors import ConfigError
+from vitscale.evals import open_task
+from vitscale.evals.task import Task
+from vitscale.job import Job
+from vitscale.metrics import MetricsWriter, SilentWriter, trim_metrics
+from vitscale.models import empty_model
+from vitscale.models.transfer import check_backbone, is_backbone, transferred
+from vitscale.objectives import Objective, build_objective
+from vitscale.optim import freeze
+from vitscale.progress import Progress
+from vitscale.rng import derive_seed
+from vitscale.run_dir import check_continuation, check_new_length
+from vitscale.train_config import TrainConfig
+from vitscale.weights.saved import SavedModel, Slot, locate
+
+logger = logging.getLogger(__name__)
+Tasks = Mapping[str, Task]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the loop works with."""
+
+    job: Job
+    tasks: Tasks
+    engine: Engine
+    objective: Objective
+    progress: Progress
+    batches: Iterator[Batch]
+    quarantine: Quarantine
+    saver: Saver
+    metrics: MetricsWriter | SilentWriter
+
+
+@contextlib.contextmanager
+def started(job: Job, tasks: Tasks) -> Iterator[Run]:
+    """A run that is ready for its next step, closed at the end; every rank enters it."""
+    config = job.config
+    home = Home.of(config.run_dir, config.checkpoint)
+    with distributed.alike():
+        save_bytes = memory.checkpoint_bytes(config.model, config.optim)
+    room.check(home, config.checkpoint, save_bytes)
+    with enough_memory(job, starting=True):
+        engine, progress, passed_over = start(job, home)
+    with (
+        contextlib.closing(engine),
+        open_metrics(job, progress.step) as metrics,
+        contextlib.closing(open_stream(job, progress)) as stream,
+        Saver(home, config.checkpoint, passed_over) as saver,
+    ):
+        yield Run(
+            job=job,
+            tasks=tasks,
+            engine=engine,
+            objective=build_objective(
+                config.objective,
+                loss=config.loss,
+                augment=config.augment,
+                num_classes=config.model.num_classes,
+            ),
+            progress=progress,
+            batches=stream,
+            quarantine=Quarantine(
+                config.run_dir,
+                config.data.max_bad_fraction,
+                bad_samples=progress.bad_samples,
+                samples_seen=progress.step * config.global_batch,
+            ),
+            saver=saver,
+            metrics=metrics,
+        )
+
+
+def start(job: Job, home: Home) -> tuple[Engine, Progress, tuple[int, ...]]:
+    """Start the engine in the order of the module's list; every rank calls it.
+
+    Returns the engine, where the run is, and the steps whose checkpoints did not verify.
+    """
+    config = job.config
+    checkpoint = load.find(home)
+    passed_over = checkpoint.passed_over if checkpoint else ()
+    if checkpoint:
+        with distributed.alike():
+            check_continuation(job, checkpoint)
+    elif config.init.full_state:
+        checkpoint = load.find_other(config.init.checkpoint)
+        with distributed.alike():
+            check_new_length(job, checkpoint)
+    initial = () if checkpoint else initial_values(config)
+    model = empty_model(config.model)
+    with distributed.alike():
+        freeze(model, config.optim.freeze)
+    zero.allocate(model, job.deepspeed_config, DTYPES[config.precision])
+    engine = Engine(model, config.optim, config.engine, job.plan, config.precision)
+    if not checkpoint:
+        engine.fill(initial)
+        return engine, Progress(), passed_over
+    load.resume(engine, checkpoint)
+    manifest = checkpoint.manifest
+    if distributed.is_main():
+        ranks, stage = manifest.world_size, manifest.zero_stage
+        logger.info("resumed from %s, written by %d ranks at ZeRO %d", checkpoint.folder, ranks, stage)
+    progress = Progress(
+        step=manifest.step,
+        data_step=manifest.train.data_step,
+        bad_samples=manifest.train.bad_samples,
+        healthy=manifest.train.healthy,
+    )
+    return engine, progress, passed_over
+
+
+def initial_values(config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a new run, one whole tensor at a time; every rank calls it.
+
+    They follow from the seed. If there is an [init], its backbone follows, and replaces them.
+    """
+    from_seed = empty_model(config.model).initial_values(derive_seed(config.seed, "init"))
+    if not config.init.checkpoint:
+        return from_seed
+    slot: Slot = "ema" if config.init.ema else "fp32"
+    # The newest checkpoint of a live run may change: rank 0 decides once which one to take.
+    path, _ = distributed.on_main(lambda: locate(config.init.checkpoint, slot))
+    saved, names = distributed.together(lambda: _open_backbone(path, slot, config))
+    if distributed.is_main():
+        logger.info("initialising %d tensors from %s (step %d)", len(names), saved.path, saved.step)
+    backbone = ((name, transferred(name, saved.tensor(name), saved.config, config.model)) for name in names)
+    return itertools.chain(from_seed, backbone)
+
+
+def _open_backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedModel, list[str]]:
+    """The model of [init], and the names of the tensors that are taken over from it."""
+    saved = SavedModel(path, slot=slot)
+    saved.empty_model()  # refuses tensors that are not those of the model
+    check_backbone(saved.config, config.model)
+    return saved, [name for name in saved.shapes if is_backbone(name)]
+
+
+def open_tasks(job: Job) -> Tasks:
+    config = job.config
+    return {
+        name: open_task(name, section, config.model.image_size, job.sources[0])
+        for name, section in config.evals.items()
+    }
+
+
+def open_metrics(job: Job, step: int) -> MetricsWriter | SilentWriter:
+    """On rank 0 a writer, after dropping the rows past `step`; on other ranks a silent one."""
+    config = job.config
+    if not distributed.is_main():
+        return SilentWriter()
+    trim_metrics(Quarantine(config.run_dir, 0).path, step)
+    return MetricsWriter(
+        config.run_dir, resume_step=step, total_steps=job.total_steps, tensorboard=config.log.tensorboard
+    )
+
+
+def open_stream(job: Job, progress: Progress) -> Generator[Batch, None, None]:
+    """This rank's part of every batch from where the run is to its end."""
+    config = job.config
+    cache = NodeCache(config.engine.cache_dir, int(config.engine.cache_gb * 1e9))
+    stream = Stream(
+        sources=job.sources,
+        mixture=job.mixture,
+        view_config=ViewConfig(
+            config.augment, job.decoder, config.model.image_size, config.model.num_classes
+        ),
+        lanes=job.mixture.rank_lanes(distributed.rank(), job.plan.world_size),
+        first_step=progress.data_step,
+        last_step=progress.data_step + job.total_steps - progress.step,
+        cache=cache if config.engine.cache_dir else None,
+    )
+    return on_device(batches(stream, config.engine.num_workers), distributed.device())
+
+
+@contextlib.contextmanager
+def enough_memory(job: Job, *, starting: bool = False) -> Iterator[None]:
+    """Raises ConfigError where this rank's GPU is too small for the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        own = distributed.device_bytes()
+        config, pairs = job.config, bool(job.config.augment.mixup or job.config.augment.cutmix)
+        message = memory.explain_too_small(
+            config.model, config.engine, job.plan, config.precision, own, pairs=pairs, starting=starting
+        )
+        raise ConfigError(message) from None
