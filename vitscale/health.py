@@ -10,14 +10,15 @@ from torch import Tensor
 from vitscale import distributed
 from vitscale.engine.engine import Engine
 
-SKIPPED_IN_A_ROW = 10  # so many end the run
-
 
 class Health:
-    """What happened since the last checkpoint; every rank has one."""
+    """What happened since the last checkpoint; every rank has one.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    limit: so many skipped steps in a row are too many.
+    """
+
+    def __init__(self, engine: Engine, limit: int) -> None:
+        self._engine, self._limit = engine, limit
         self._num_skipped = engine.counters.skipped_steps
         self._skipped = False
         self._not_finite = torch.zeros((), dtype=torch.bool, device=distributed.device())
@@ -26,7 +27,7 @@ class Health:
     @property
     def diverged(self) -> bool:
         """Whether too many steps in a row were skipped; the same on all ranks."""
-        return self._in_a_row >= SKIPPED_IN_A_ROW
+        return self._in_a_row >= self._limit
 
     def add(self, loss: Tensor) -> None:
         """Count a step of this mean loss. Nothing is read from a GPU."""

@@ -1,10 +1,12 @@
 """RUN/history.jsonl: a row for each start of a run, with its layout and what was changed.
 
-    {"time": "2026-03-01T04:12:33+0000", "step": 12000, "world_size": 64, "zero_stage": 1,
-     "micro_batch": 32, "grad_accum_steps": 2, "host": "c7", "command": "launch/train.py ...",
-     "changed": {"engine.micro_batch": [64, 32]}, "versions": {"torch": "2.11.0", ...}}
+    {"time": "2026-03-01T04:12:33+0000", "step": 12000, "data_step": 12000, "rollbacks": 0,
+     "world_size": 64, "zero_stage": 1, "micro_batch": 32, "grad_accum_steps": 2, "host": "c7",
+     "command": "launch/train.py ...", "changed": {"engine.micro_batch": [64, 32]},
+     "versions": {"torch": "2.11.0", ...}}
 
-`changed` names the keys of the config that differ from those of the start before.
+`changed` names the keys of the config that differ from those of the start before. A run that is
+rolled back starts again.
 """
 
 import json
@@ -18,18 +20,26 @@ from typing import Any
 
 from vitscale import config as configs
 from vitscale.job import Job
+from vitscale.progress import Progress
 from vitscale.redaction import redact
 from vitscale.train_config import TrainConfig
 
 FILE_NAME = "history.jsonl"
 
 
-def add_start(job: Job, step: int, before: TrainConfig | None, versions: Mapping[str, str]) -> None:
-    """Append the row of a start. before: the config of the last one; None = there was none."""
+def add_start(
+    job: Job, progress: Progress, before: TrainConfig | None, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Append the row of a start, and return it.
+
+    before: the config of the last one; None = there was none.
+    """
     config, plan = job.config, job.plan
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "step": step,
+        "step": progress.step,
+        "data_step": progress.data_step,
+        "rollbacks": progress.rollbacks,
         "world_size": plan.world_size,
         "zero_stage": config.engine.zero_stage,
         "micro_batch": plan.micro_batch,
@@ -43,6 +53,21 @@ def add_start(job: Job, step: int, before: TrainConfig | None, versions: Mapping
     torn = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n" * torn + json.dumps(row) + "\n")
+    return row
+
+
+def card(row: Mapping[str, Any]) -> str:
+    """The row of a start as a few lines, for people."""
+    lines = [
+        f"started at {row['time']} by {row['host']}",
+        f"from step {row['step']:,}",
+        f"{row['world_size']:,} ranks at ZeRO {row['zero_stage']}, "
+        f"{row['grad_accum_steps']} micro batches of {row['micro_batch']} each",
+    ]
+    if passed_over := row["data_step"] - row["step"]:
+        lines.append(f"rolled back {row['rollbacks']} times, {passed_over:,} batches passed over")
+    lines += [f"{key} = {new!r}, before {old!r}" for key, (old, new) in row["changed"].items()]
+    return "\n".join(lines)
 
 
 def _changed(before: TrainConfig, now: TrainConfig) -> dict[str, list[Any]]:

@@ -17,18 +17,24 @@ class Progress:
     step: optimizer steps done.
     data_step: global batches consumed; equal to `step` until a run skips data.
     bad_samples: samples that could not be used and were replaced.
+    rollbacks: how often the run went back to an earlier checkpoint.
     healthy: whether the newest checkpoint is.
     """
 
     step: int = 0
     data_step: int = 0
     bad_samples: int = 0
+    rollbacks: int = 0
     healthy: bool = True
 
     def advance(self) -> None:
         """Count a step, which trained on one global batch."""
         self.step += 1
         self.data_step += 1
+
+    def pass_over(self, before: "Progress") -> None:
+        """Roll back `before`, which was further on: what it read is not read again."""
+        self.data_step, self.rollbacks = before.data_step, before.rollbacks + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

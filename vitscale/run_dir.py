@@ -23,6 +23,7 @@ from vitscale.data.record import DataRecord
 from vitscale.errors import BusyError, ConfigError, StoreError
 from vitscale.job import Job
 from vitscale.metrics import read_metrics
+from vitscale.progress import Progress
 from vitscale.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ CHANGEABLE = (
     "run_dir",
     "engine",
     "log",
+    "guard",
     "checkpoint",
     "evals",
     "total_steps",
@@ -168,22 +170,23 @@ def check_run_dir(job: Job) -> None:
         raise ConfigError(problem)
 
 
-def write_config(job: Job, step: int, versions: Mapping[str, str]) -> None:
+def write_config(job: Job, progress: Progress, versions: Mapping[str, str]) -> dict[str, Any]:
     """Write the resolved config, the record of the data and the start into the run directory.
 
-    Every rank calls it. A job calls it once it has started, at `step`: a mistake at the first
-    start then binds nobody.
+    Every rank calls it. A job calls it once it has started: a mistake at the first start then
+    binds nobody. Returns the row of history.jsonl.
     """
 
-    def write() -> None:
+    def write() -> dict[str, Any]:
         folder = Path(job.config.run_dir)
         path = folder / CONFIG_NAME
         with _writing(job):
             _write_record(job, folder)
-            history.add_start(job, step, _saved_config(path) if path.exists() else None, versions)
+            row = history.add_start(job, progress, _saved_config(path) if path.exists() else None, versions)
             atomic.write(path, configs.to_toml(job.config).encode())
+        return row
 
-    distributed.on_main(write)
+    return distributed.on_main(write)
 
 
 def check_continuation(job: Job, checkpoint: Checkpoint) -> None:

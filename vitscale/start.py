@@ -60,8 +60,11 @@ class Run:
 
 
 @contextlib.contextmanager
-def started(job: Job, tasks: Tasks) -> Iterator[Run]:
-    """A run that is ready for its next step, closed at the end; every rank enters it."""
+def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iterator[Run]:
+    """A run that is ready for its next step, closed at the end; every rank enters it.
+
+    rolled_back: where it was before it was rolled back; None = it was not.
+    """
     config = job.config
     home = Home.of(config.run_dir, config.checkpoint)
     with distributed.alike():
@@ -69,6 +72,8 @@ def started(job: Job, tasks: Tasks) -> Iterator[Run]:
     room.check(home, config.checkpoint, save_bytes)
     with enough_memory(job, starting=True):
         engine, progress, passed_over = start(job, home)
+    if rolled_back:
+        progress.pass_over(rolled_back)
     with (
         contextlib.closing(engine),
         open_metrics(job, progress.step) as metrics,
@@ -131,6 +136,7 @@ def start(job: Job, home: Home) -> tuple[Engine, Progress, tuple[int, ...]]:
         step=manifest.step,
         data_step=manifest.train.data_step,
         bad_samples=manifest.train.bad_samples,
+        rollbacks=manifest.train.rollbacks,
         healthy=manifest.train.healthy,
     )
     return engine, progress, passed_over

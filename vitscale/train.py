@@ -6,19 +6,21 @@ import importlib.metadata
 import logging
 import shlex
 import sys
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from vitscale import config as configs
-from vitscale import distributed, processes
+from vitscale import distributed, history, processes
 from vitscale.checkpoint.manifest import TrainState
+from vitscale.checkpoint.store import step_of
 from vitscale.data.loader import Batch
 from vitscale.ending import Ending
 from vitscale.errors import DataError, Diverged, UserError
 from vitscale.evals.adapters import LiveModel
 from vitscale.evals.task import run_task
-from vitscale.health import SKIPPED_IN_A_ROW, Health
+from vitscale.health import Health
 from vitscale.job import Job, prepare
 from vitscale.meter import Meter
 from vitscale.models.drop_path import draw_kept
@@ -54,10 +56,16 @@ def train(config: TrainConfig) -> int:
         raise
     with claimed(job), Ending(config.run_dir, job.total_steps) as ending, Watch(ending.failed) as watch:
         ending.lost = watch.lost
-        with started(job, tasks) as run:
-            ending.progress = run.progress
-            with processes.no_garbage_collection():
-                loop(run, watch)
+        rolled_back: Progress | None = None
+        while True:
+            try:
+                with started(job, tasks, rolled_back) as run:
+                    ending.progress = run.progress
+                    with processes.no_garbage_collection():
+                        loop(run, watch)
+                break
+            except RolledBack:
+                rolled_back = ending.progress
         # A launcher may kill all ranks when the first ends with status 75.
         reasons = [reason for reason in distributed.gather_json(watch.reason) if reason]
         done = run.progress.step == job.total_steps
@@ -68,24 +76,26 @@ def train(config: TrainConfig) -> int:
 def loop(run: Run, watch: Watch) -> None:
     """Train from where the run is to its end, or until asked to stop; every rank calls it.
 
-    Raises Diverged if it goes on without sense, or ends without a healthy checkpoint.
+    Raises RolledBack if it is to be started again from an earlier checkpoint, and Diverged if
+    that did not help, or if it ends without a healthy checkpoint.
     """
     job, engine, at, metrics, saver = run.job, run.engine, run.progress, run.metrics, run.saver
-    meter, health = Meter(job), Health(engine)
+    meter, health = Meter(job), Health(engine, job.config.guard.skipped_steps)
     phases, agreed = Phases(meter, Profiler(job.config, at)), distributed.Agreement(2)
-    metrics.write_texts(
-        {
-            "config": configs.to_toml(job.config),
-            "command": shlex.join(sys.argv),
-            "versions": "\n".join(f"{name} {version}" for name, version in versions().items()),
-        }
-    )
     if at.step == 0:
         with phases("evaluate"):  # what an untrained model gives: the line to beat
             evaluate(run, due_after(0, job).evaluate)
         metrics.write_hparams(configs.to_dict(job.config))
     # Not before: a mistake that shows in the evaluation binds nobody.
-    write_config(job, at.step, versions())
+    row = write_config(job, at, versions())
+    metrics.write_texts(
+        {
+            "start": history.card(row),
+            "config": configs.to_toml(job.config),
+            "command": shlex.join(sys.argv),
+            "versions": "\n".join(f"{name} {version}" for name, version in versions().items()),
+        }
+    )
 
     while at.step < job.total_steps:
         with phases("data"):
@@ -100,7 +110,7 @@ def loop(run: Run, watch: Watch) -> None:
         health.add(loss)
         run.quarantine.add(batch.bad)
         if health.diverged:
-            raise diverged(run, f"the gradients of {SKIPPED_IN_A_ROW} steps in a row were not finite")
+            roll_back(run)
         stopping, save_failed = agreed(watch.asked, saver.failed)  # of the step before
         if save_failed:
             saver.wait()  # raises
@@ -134,6 +144,41 @@ def loop(run: Run, watch: Watch) -> None:
         metrics.write(at.step, cost)
     if at.step == job.total_steps and not at.healthy:
         raise diverged(run, "losses or gradients before the last checkpoint were not finite")
+
+
+class RolledBack(Exception):
+    """The run is to be started again from its newest checkpoint, a healthy one."""
+
+
+def roll_back(run: Run) -> NoReturn:
+    """Leave the loop, for the newest healthy checkpoint if there is one; every rank calls it.
+
+    The checkpoints beyond it are deleted. Raises RolledBack, or Diverged if there is no healthy
+    one, or the run has been rolled back guard.rollbacks times.
+    """
+    guard, at = run.job.config.guard, run.progress
+    finding = f"the gradients of {guard.skipped_steps} steps in a row were not finite"
+    if at.rollbacks:
+        finding += f" again, after {at.rollbacks} roll-backs"
+    run.saver.wait()
+    healthy = distributed.on_main(run.saver.newest_healthy)
+    if not healthy or at.rollbacks >= guard.rollbacks:
+        raise diverged(run, finding)
+    step = step_of(healthy)
+    assert step is not None
+    distributed.on_main(lambda: run.saver.delete_beyond(step))
+    if distributed.is_main():
+        logger.warning(
+            "step %d: %s; going back to the healthy checkpoint of step %d and passing over the %d batches "
+            "since then (%d of %d times)",
+            at.step,
+            finding,
+            step,
+            at.step - step,
+            at.rollbacks + 1,
+            guard.rollbacks,
+        )
+    raise RolledBack
 
 
 def diverged(run: Run, finding: str) -> Diverged:
@@ -203,6 +248,7 @@ def train_state(job: Job, progress: Progress) -> TrainState:
         data_step=progress.data_step,
         samples_seen=progress.step * config.global_batch,
         bad_samples=progress.bad_samples,
+        rollbacks=progress.rollbacks,
         steps_per_epoch=job.mixture.steps_per_epoch,
         data_fingerprint=job.data_fingerprint(),
         decoder=job.decoder,

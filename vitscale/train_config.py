@@ -64,6 +64,24 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When a run that goes wrong is rolled back or ended ([guard]).
+
+    skipped_steps:  so many steps in a row whose losses or gradients are not finite roll the run
+                    back to its newest healthy checkpoint; the data since then are passed over
+    rollbacks:      so often in all; the next time ends the run
+    """
+
+    skipped_steps: int = 10
+    rollbacks: int = 2
+
+    def __post_init__(self) -> None:
+        configs.positive("guard", skipped_steps=self.skipped_steps)
+        if self.rollbacks < 0:
+            raise ConfigError(f"guard.rollbacks {self.rollbacks} must not be negative; 0 = never roll back")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run.
 
@@ -96,6 +114,7 @@ class TrainConfig:
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -118,6 +118,29 @@ class OutOfMemory:
 
 
 @dataclasses.dataclass(frozen=True)
+class NotFinite:
+    """A loss that is not finite on one rank, in these of its batches (from 1)."""
+
+    rank: int
+    batches: range
+
+    def arm(self) -> None:
+        if rank() != self.rank:
+            return
+        now, backward = 0, Engine.backward
+
+        def count(batch: int) -> None:
+            nonlocal now
+            now = batch
+
+        def spoiled(engine: Engine, loss: torch.Tensor) -> None:
+            backward(engine, loss * float("nan") if now in self.batches else loss)
+
+        at_batches(count)
+        Engine.backward = spoiled  # type: ignore[method-assign]
+
+
+@dataclasses.dataclass(frozen=True)
 class FileLimit:
     """One rank can write no file that is longer than `num_bytes`, as under a quota."""
 
@@ -194,7 +217,7 @@ def watch_health(config: Path, out: Path) -> None:
     loaded = configs.load(TrainConfig, [config])
     plan = plan_batches(loaded.global_batch, loaded.engine.micro_batch, distributed.world_size())
     engine = Engine(build_model(loaded.model, seed=0), loaded.optim, loaded.engine, plan, "fp32")
-    health, said = Health(engine), []
+    health, said = Health(engine, limit=10), []
     for value in (1.0, float("nan") if rank() else 1.0, 1.0):
         images = torch.zeros(plan.micro_batch, 3, loaded.model.image_size, loaded.model.image_size)
         for _ in range(plan.grad_accum_steps):
@@ -211,14 +234,18 @@ def rank() -> int:
 
 def at_batch(number: int, act: Callable[[], object]) -> None:
     """Call act() as this rank begins its n-th batch (from 1)."""
+    at_batches(lambda batch: act() if batch == number else None)
+
+
+def at_batches(act: Callable[[int], object]) -> None:
+    """Call act(n) as this rank begins its n-th batch (from 1)."""
     batches = 0
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         nonlocal batches
         if event == "call" and frame.f_code is train_step.__code__:
             batches += 1
-            if batches == number:
-                act()
+            act(batches)
 
     sys.setprofile(profile)
 

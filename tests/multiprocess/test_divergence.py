@@ -1,11 +1,12 @@
 """A run that diverges says so, and what it had before is kept."""
 
 import json
+import math
 from pathlib import Path
 
 from multiprocess.ends import read_status
 from multiprocess.job import Job
-from multiprocess.ranks import watch_health
+from multiprocess.ranks import NotFinite, watch_health
 from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint.manifest import Manifest
@@ -13,7 +14,47 @@ from vitscale.checkpoint.manifest import Manifest
 DIVERGE = ("optim.lr=1e30", "schedule.warmup_steps=0", "checkpoint.every_steps=2")
 
 
-def test_ten_skipped_steps_in_a_row_end_the_run(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+def test_ten_skipped_steps_in_a_row_roll_the_run_back_and_their_data_are_passed_over(
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job
+) -> None:
+    job, longer = Job(tmp_path / "job", index), Job(tmp_path / "longer", index)
+    spoiled = NotFinite(rank=1, batches=range(6, 16))  # batch 5 is healthy, as is the checkpoint of step 3
+    assert zygote.train(job, 2, "checkpoint.keep_every_steps=3", event=spoiled) == [0, 0], job.output()
+    assert "going back to the healthy checkpoint of step 3 and passing over the 12 batches" in job.output()
+    assert all(map(math.isfinite, job.column("train/loss")))
+    assert [row["step"] for row in job.rows()] == list(
+        range(1, 21)
+    )  # each once, though 4 and 5 were done twice
+    # Batches 1 to 3, and then what comes after batch 15.
+    assert zygote.train(longer, 2, "total_steps=32") == [0, 0], longer.output()
+    digests = longer.column("data/digest")
+    assert job.column("data/digest") == [*digests[:3], *digests[15:]]
+    assert job.column("train/loss")[:3] == uninterrupted.column("train/loss")[:3]
+    state = Manifest.load(job.checkpoints()[20]).train
+    assert (state.step, state.data_step, state.rollbacks, state.healthy) == (20, 32, 1, True)
+    starts = [json.loads(line) for line in (job.run_dir / "history.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["data_step"], row["rollbacks"]) for row in starts] == [(0, 0, 0), (3, 15, 1)]
+    # A resume goes on with the data that follow.
+    assert zygote.train(job, 1, "total_steps=22") == [0], job.output()
+    assert zygote.train(longer, 1, "total_steps=34") == [0], longer.output()
+    assert job.column("data/digest")[20:] == longer.column("data/digest")[32:]
+
+
+def test_the_third_time_ends_the_run(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path, index)
+    spoiled = NotFinite(rank=0, batches=range(5, 100))
+    assert zygote.train(job, 2, event=spoiled) == [2, 2], job.output()
+    assert job.output().count("going back to the healthy checkpoint of step 3") == 2
+    assert job.output().count("error: ") == 1, job.output()
+    assert "not finite again, after 2 roll-backs; continue from its newest healthy" in job.output()
+    assert list(job.checkpoints())[:1] == [3]
+    # More are allowed: it begins at the newest checkpoint, and finds the healthy one again.
+    assert zygote.train(job, 2, "guard.rollbacks=3") == [0, 0], job.output()
+
+
+def test_without_a_healthy_checkpoint_ten_skipped_steps_in_a_row_end_the_run(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
     job = Job(tmp_path, index)
     assert zygote.train(job, 2, *DIVERGE) == [2, 2], job.output()
     assert job.output().count("error: ") == 1, job.output()

@@ -52,6 +52,7 @@ class TrainState:
     data_step: global batches consumed; more than `step` once a run has skipped data.
     samples_seen: images trained on.
     bad_samples: samples that could not be used and were replaced.
+    rollbacks: how often the run went back to an earlier checkpoint, passing over data.
     steps_per_epoch: steps of one pass through the data; 0 if not known (versions 1 and 2, saved
         in the first epoch).
     data_fingerprint: what every step reads.
@@ -74,6 +75,7 @@ class TrainState:
     config: dict[str, Any]
     versions: dict[str, str]
     healthy: bool = True
+    rollbacks: int = 0
 
     @property
     def epoch(self) -> int:

@@ -140,6 +140,13 @@ class Saver:
         ]
         return next((folder for step, folder in committed if self._is_healthy(step)), "")
 
+    def delete_beyond(self, step: int) -> None:
+        """Delete the checkpoints of steps beyond this one; rank 0 calls it, after wait()."""
+        for later, folder in self._home.committed():
+            if later > step:
+                store.delete_checkpoint(folder)
+                self._healthy.pop(later, None)
+
     def _is_healthy(self, step: int) -> bool:
         """Whether a checkpoint says so; one that cannot be read does not."""
         if step not in self._healthy:

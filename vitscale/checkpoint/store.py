@@ -174,6 +174,16 @@ def delete(path: Path) -> None:
     _remove(doomed)
 
 
+def delete_checkpoint(folder: str) -> None:
+    """As delete, for a folder or a URL."""
+    if storage.is_local(folder):
+        delete(Path(folder))
+        return
+    # Without its manifest it is no checkpoint: a kill after this does no harm.
+    storage.delete(storage.child(folder, MANIFEST))
+    storage.delete(folder)
+
+
 def _remove(path: Path, *, ignore_errors: bool = False) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=ignore_errors)
@@ -217,11 +227,7 @@ def apply_retention(
         steps = [step for step in steps_on_disk(place) if step not in distrusted]
         kept = retained(steps, config.keep_last, config.keep_every_steps, is_healthy)
         for step in sorted(set(steps) - kept):
-            if home.store:  # without its manifest it is no checkpoint: a kill after this does no harm
-                storage.delete(storage.child(step_folder(place, step), MANIFEST))
-                storage.delete(step_folder(place, step))
-            else:
-                delete(step_directory(home.directory, step))
+            delete_checkpoint(step_folder(place, step))
         for folder in _unpublished(home.store, max(steps, default=0)) if home.store else ():
             storage.delete(folder)
     except (OSError, StoreError) as error:
