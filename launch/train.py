@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(arguments: argparse.Namespace) -> int:
+    import psutil
+
     from vitscale import config, distributed
     from vitscale.dry_run import describe
     from vitscale.train import train
@@ -55,7 +57,8 @@ def start(arguments: argparse.Namespace) -> int:
     paths = [text for text in arguments.configs if "=" not in text]
     if not arguments.dry_run:
         distributed.initialize()
-        return train(distributed.together(lambda: config.load(TrainConfig, paths, overrides)))
+        loaded = distributed.together(lambda: config.load(TrainConfig, paths, overrides))
+        return train(loaded, psutil.Process().create_time())
     if distributed.launched_rank() == 0:
         world_size = arguments.world_size or distributed.launched_world_size()
         print(describe(config.load(TrainConfig, paths, overrides), world_size))

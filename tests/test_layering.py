@@ -12,7 +12,7 @@ LAYERS = [
     ["redaction"],
     ["errors", "progress", "slurm", "rendezvous"],
     ["config", "distributed", "rng", "atomic", "attempts"],
-    ["storage", "processes", "command", "ending", "watch"],
+    ["storage", "processes", "command", "ending", "watch", "goodput"],
     ["models", "losses", "optim", "schedule", "mixup", "data"],
     ["metrics", "engine", "evals", "objectives", "curate"],
     ["checkpoint", "health", "memory"],

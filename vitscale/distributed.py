@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -202,6 +203,14 @@ def device_bytes() -> int:
         return psutil.Process().memory_info().rss + psutil.virtual_memory().available
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had so far: of its GPU if it has one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def lost_connection(error: BaseException) -> bool:

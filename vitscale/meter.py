@@ -99,10 +99,11 @@ class Meter:
             "time/data_wait_fraction": waited / world / elapsed,
             "data/bad_samples": progress.bad_samples,
             "data/digest": total_digest & DIGEST_MASK,
+            "perf/memory_gib": distributed.peak_bytes() / 2**30,
+            "run/world_size": world,
         }
         if self._peak:
             numbers["perf/mfu"] = speed / world * self._flops / self._peak
-            numbers["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._restart()
         self._forget_losses()
         return numbers

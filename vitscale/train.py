@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import shlex
 import sys
+import time
 from typing import NoReturn
 
 import torch
@@ -20,6 +21,7 @@ from vitscale.ending import Ending
 from vitscale.errors import DataError, Diverged, UserError
 from vitscale.evals.adapters import LiveModel
 from vitscale.evals.task import run_task
+from vitscale.goodput import Ledger, summary
 from vitscale.health import Health
 from vitscale.job import Job, prepare
 from vitscale.meter import Meter
@@ -40,12 +42,14 @@ PREEMPTED = 75  # exit status: stopped after a clean save, start it again
 SHOWN_IMAGES = 16
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, began: float | None = None) -> int:
     """Run the config to its end, resuming what there is; every rank calls it.
 
+    began: since when this start takes time, in seconds since the epoch; None = since now.
     Returns the exit status: 0, or 75 if it was stopped. Raises a UserError for what the user
     can fix. A process may call it many times.
     """
+    began = began or time.time()
     distributed.initialize()
     try:
         job = prepare(config, distributed.world_size())
@@ -56,16 +60,17 @@ def train(config: TrainConfig) -> int:
         raise
     with claimed(job), Ending(config.run_dir, job.total_steps) as ending, Watch(ending.failed) as watch:
         ending.lost = watch.lost
-        rolled_back: Progress | None = None
+        ledger, rolled_back = Ledger(config.run_dir, began, writes=distributed.is_main()), None
         while True:
             try:
                 with started(job, tasks, rolled_back) as run:
                     ending.progress = run.progress
                     with processes.no_garbage_collection():
-                        loop(run, watch)
+                        loop(run, watch, ledger)
                 break
             except RolledBack:
                 rolled_back = ending.progress
+                ledger.rolled_back()
         # A launcher may kill all ranks when the first ends with status 75.
         reasons = [reason for reason in distributed.gather_json(watch.reason) if reason]
         done = run.progress.step == job.total_steps
@@ -73,7 +78,7 @@ def train(config: TrainConfig) -> int:
     return 0 if done else PREEMPTED
 
 
-def loop(run: Run, watch: Watch) -> None:
+def loop(run: Run, watch: Watch, ledger: Ledger) -> None:
     """Train from where the run is to its end, or until asked to stop; every rank calls it.
 
     Raises RolledBack if it is to be started again from an earlier checkpoint, and Diverged if
@@ -81,7 +86,8 @@ def loop(run: Run, watch: Watch) -> None:
     """
     job, engine, at, metrics, saver = run.job, run.engine, run.progress, run.metrics, run.saver
     meter, health = Meter(job), Health(engine, job.config.guard.skipped_steps)
-    phases, agreed = Phases(meter, Profiler(job.config, at)), distributed.Agreement(2)
+    phases, agreed = Phases(meter, Profiler(job.config, at), ledger), distributed.Agreement(2)
+    ledger.ready(at.step)
     if at.step == 0:
         with phases("evaluate"):  # what an untrained model gives: the line to beat
             evaluate(run, due_after(0, job).evaluate)
@@ -119,7 +125,7 @@ def loop(run: Run, watch: Watch) -> None:
         if due.log:
             with phases("log"):
                 at.bad_samples += run.quarantine.flush(at.step)
-                metrics.write(at.step, meter.read(engine, loss, lr, at))
+                metrics.write(at.step, {**meter.read(engine, loss, lr, at), **ledger.write()})
                 gc.collect()
         if at.step == 1:
             metrics.write_images("inputs", batch.images[:SHOWN_IMAGES], at.step)
@@ -135,13 +141,16 @@ def loop(run: Run, watch: Watch) -> None:
                 at.bad_samples += run.quarantine.flush(at.step)
                 at.healthy = health.since_last_save()
                 saver.save(engine, train_state(job, at))
+            ledger.mark()
         if damaged:
             raise DataError(run.quarantine.verdict(at.bad_samples, seen, at.step), shared=True)
         if due.end:
             break
-    saver.wait()
+    with phases("save"):
+        saver.wait()
     for cost in saver.finished():
         metrics.write(at.step, cost)
+    logger.info("wall time since the first start: %s", summary(ledger.write()))
     if at.step == job.total_steps and not at.healthy:
         raise diverged(run, "losses or gradients before the last checkpoint were not finite")
 

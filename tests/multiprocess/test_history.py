@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from multiprocess.job import Job
 from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
@@ -36,3 +37,19 @@ def test_the_steps_that_are_asked_for_are_traced_with_their_phases(
     assert path.name == "steps-3-4.pt.trace.json"
     assert [spans.count(phase) for phase in ("data", "step", "log")] == [2, 2, 1]
     assert any(event["name"] == "aten::addmm" for event in events)
+
+
+def test_the_time_of_a_run_is_told_over_all_of_its_starts(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 2, event=KillAll(batch=12)) == [-9, -9]  # two steps beyond the checkpoint of 9
+    assert zygote.train(job, 2) == [0, 0], job.output()
+    last = job.rows()[-1]
+    parts = {name: last[name] for name in last if name.startswith("goodput/")}
+    assert sum(parts.values()) == pytest.approx(1) and min(parts.values()) >= 0
+    assert last["run/starts"] == 2 and last["run/world_size"] == 2
+    assert all(parts[f"goodput/{kind}"] > 0 for kind in ("step", "data", "log", "save", "start", "lost"))
+    # What has no name is little, even in so short a run.
+    assert parts["goodput/other"] < 0.05, parts
+    assert job.output().count("INFO wall time since the first start: ") == 1

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vitscale.errors import ConfigError
+from vitscale.goodput import summary
 from vitscale.metrics import FILE_NAME, read_metrics
 
 
@@ -26,3 +27,6 @@ def _lines(run: str) -> Iterator[str]:
             values = [(row["step"], row[name]) for row in rows if name in row]
             (first_step, first), (last_step, last) = values[0], values[-1]
             yield f"{run:<24} {name:<28} {first:>10.4f} {last:>10.4f}   {first_step} to {last_step}"
+    spent = [row for row in rows if "goodput/step" in row]
+    if spent:
+        yield f"{run:<24} {'wall time':<28} {summary(spent[-1])}"

@@ -1,0 +1,80 @@
+"""Where the time of a run went, from what its starts have written down."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from vitscale.goodput import FILE_NAME, KINDS, Ledger, Mark, Start, fractions, summary
+from vitscale.progress import Listener
+
+NOTHING = dict.fromkeys(KINDS, 0.0)
+
+
+def start(began: float, elapsed: float, done: int, marks: list[tuple[int, float]], **seconds: float) -> Start:
+    """A start whose time until each mark (step, elapsed) was 10 s of start, and then steps."""
+    made = [Mark(at, until, {"start": 10.0, "step": until - 10.0}) for at, until in marks]
+    return Start(began, elapsed, done, {"start": 10.0, **seconds}, made)
+
+
+def test_what_came_after_the_checkpoint_of_a_resume_is_lost() -> None:
+    killed = start(1000.0, 60.0, 9, [(0, 10.0), (6, 40.0)], step=45.0, save=5.0)
+    resumed = start(1080.0, 20.0, 8, [(6, 10.0)], step=6.0, data=3.0)
+    assert fractions([killed, resumed]) == pytest.approx(
+        {**NOTHING, "step": 0.36, "data": 0.03, "start": 0.2, "lost": 0.2, "idle": 0.2, "other": 0.01}
+    )
+
+
+def test_nothing_is_lost_by_a_start_that_ended_with_its_checkpoint() -> None:
+    stopped = start(1000.0, 41.0, 6, [(0, 10.0), (6, 40.0)], step=30.0)
+    resumed = start(1041.0, 9.0, 6, [(6, 9.0)], step=0.0)
+    resumed.seconds = {"start": 9.0}
+    parts = fractions([stopped, resumed])
+    assert parts["lost"] == parts["idle"] == 0
+    assert parts == pytest.approx({**NOTHING, "step": 0.6, "start": 0.38, "other": 0.02})
+
+
+def test_a_start_that_saved_nothing_is_lost_but_for_its_start() -> None:
+    killed = start(1000.0, 50.0, 9, [(5, 10.0)], step=40.0)
+    parts = fractions([killed, start(1050.0, 50.0, 9, [(5, 10.0)], step=40.0)])
+    assert parts == pytest.approx({**NOTHING, "start": 0.2, "step": 0.4, "lost": 0.4})
+
+
+def test_the_next_start_drops_what_lies_beyond_its_checkpoint(tmp_path: Path) -> None:
+    values = {
+        "began": time.time() - 100.0,
+        "elapsed": 90.0,
+        "step": 9,
+        "seconds": {"start": 10.0, "step": 80.0},
+    }
+    marks = [
+        {"step": s, "elapsed": 10.0 + 10 * s, "seconds": {"start": 10.0, "step": 10.0 * s}} for s in range(8)
+    ]
+    (tmp_path / FILE_NAME).write_text(json.dumps({"starts": [{**values, "marks": marks}]}))
+    ledger = Ledger(str(tmp_path), time.time(), writes=True)
+    ledger.ready(3)
+    ledger.ended("step", 0.5)
+    numbers = ledger.write()
+    before, now = map(Start.parse, json.loads((tmp_path / FILE_NAME).read_text())["starts"])
+    assert [mark.step for mark in before.marks] == [0, 1, 2, 3] and (now.step, now.marks[0].step) == (4, 3)
+    whole = now.began + now.elapsed - before.began
+    assert numbers["goodput/lost"] == pytest.approx(50.0 / whole) and numbers["run/starts"] == 2
+    assert sum(numbers[f"goodput/{kind}"] for kind in KINDS) == pytest.approx(1)
+
+
+def test_a_file_that_was_torn_or_is_none_of_ours_begins_anew(tmp_path: Path) -> None:
+    for text in ("", '{"starts": [{"began": 1', "[]", '{"starts": [{"step": 3}]}'):
+        (tmp_path / FILE_NAME).write_text(text)
+        ledger = Ledger(str(tmp_path), 0.0, writes=True)
+        ledger.ready(0)
+        assert ledger.write()["run/starts"] == 1
+
+
+def test_the_line_names_what_is_worth_it() -> None:
+    numbers = {f"goodput/{kind}": 0.0 for kind in KINDS} | {"goodput/step": 0.913, "goodput/lost": 0.087}
+    assert summary(numbers) == "91.3% steps, 8.7% lost work"
+
+
+def test_it_listens_to_the_loop(tmp_path: Path) -> None:
+    assert isinstance(Ledger(str(tmp_path), 0.0, writes=False), Listener)

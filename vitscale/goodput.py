@@ -1,0 +1,136 @@
+"""Where the wall time of a run goes, over all of its starts: RUN/time.json.
+
+    {"starts": [{"began": 1772338353.1, "elapsed": 3600.0, "step": 12400,
+                 "seconds": {"start": 41.2, "step": 3300.1, "data": 80.3, ...},
+                 "marks": [{"step": 12000, "elapsed": 3480.0, "seconds": {...}}]}, ...]}
+
+A mark is what a start had spent at a checkpoint. If the next start resumes from it, what was
+spent after it is lost work, whatever it was spent on. The file is written with every logged
+row: if a start is killed, what it did after the last row counts as idle.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vitscale import atomic
+
+FILE_NAME = "time.json"
+# Steps are the goodput. Then: the other phases of the loop, a start until its first step, work
+# that was done again, the time between two starts, and what has no name.
+KINDS: tuple[str, ...] = ("step", "data", "log", "evaluate", "save", "start", "lost", "idle", "other")
+MAX_MARKS = 32
+
+
+@dataclasses.dataclass
+class Mark:
+    """What a start had spent when it had done so many steps of the run."""
+
+    step: int
+    elapsed: float
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass
+class Start:
+    """One start of a run. began: in seconds since the epoch. elapsed: since then."""
+
+    began: float
+    elapsed: float = 0.0
+    step: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    marks: list[Mark] = dataclasses.field(default_factory=list)
+
+    def spent(self, *, is_last: bool) -> dict[str, float]:
+        """The seconds of each kind. is_last: no other start has gone on from its last mark."""
+        kept = Mark(self.step, self.elapsed, self.seconds) if is_last else self.marks[-1]
+        after, unnamed = self.elapsed - kept.elapsed, kept.elapsed - sum(kept.seconds.values())
+        if self.step > kept.step:
+            return {**kept.seconds, "lost": after, "other": unnamed}
+        return {**kept.seconds, "other": unnamed + after}  # it ended with its checkpoint
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> "Start":
+        return cls(**{**values, "marks": [Mark(**mark) for mark in values["marks"]]})
+
+
+def fractions(starts: Sequence[Start]) -> dict[str, float]:
+    """The part of each kind of the time from the first start until now; they add up to 1."""
+    total = dict.fromkeys(KINDS, 0.0)
+    for number, start in enumerate(starts):
+        for kind, seconds in start.spent(is_last=number == len(starts) - 1).items():
+            total[kind] += seconds
+        if number:
+            total["idle"] += max(0.0, start.began - starts[number - 1].began - starts[number - 1].elapsed)
+    whole = sum(total.values())
+    return {kind: seconds / whole for kind, seconds in total.items()} if whole else total
+
+
+def summary(numbers: Mapping[str, float]) -> str:
+    """The parts of a row as a line, without those below 0.05%: "91.0% steps, 5.1% start"."""
+    names = {"step": "steps", "lost": "lost work", "evaluate": "evaluation"}
+    parts = {kind: numbers[f"goodput/{kind}"] for kind in KINDS}
+    return ", ".join(f"{part:.1%} {names.get(kind, kind)}" for kind, part in parts.items() if part >= 5e-4)
+
+
+class Ledger:
+    """Keeps RUN/time.json, if it `writes`, as rank 0 does; a listener of the loop's phases."""
+
+    def __init__(self, run_dir: str, began: float, *, writes: bool) -> None:
+        """A start of the run, since `began`; call it within the run's lock."""
+        self._path, self._writes = Path(run_dir) / FILE_NAME, writes
+        self._starts = _read(self._path) if writes else []
+        self._begin(began)
+
+    def ready(self, step: int) -> None:
+        """The loop begins, after `step` steps. What earlier starts did beyond them is lost."""
+        for start in self._starts[:-1]:
+            start.marks = [mark for mark in start.marks if mark.step <= step] or start.marks[:1]
+        self._now.seconds["start"] = time.time() - self._now.began
+        self._now.step = step
+        self.mark()
+
+    def rolled_back(self) -> None:
+        """The run starts again, in this process."""
+        self._touch()
+        self._begin(time.time())
+
+    def started(self, phase: str) -> None:
+        """Phases are counted when they end."""
+
+    def ended(self, phase: str, seconds: float) -> None:
+        self._now.seconds[phase] = self._now.seconds.get(phase, 0.0) + seconds
+        self._now.step += phase == "step"
+
+    def mark(self) -> None:
+        """A checkpoint has been made of what was done until now."""
+        self._touch()
+        self._now.marks.append(Mark(self._now.step, self._now.elapsed, dict(self._now.seconds)))
+        del self._now.marks[1:-MAX_MARKS]
+
+    def write(self) -> dict[str, float]:
+        """Write the file. Returns metrics of a row: "goodput/step" and so on, "run/starts"."""
+        self._touch()
+        if self._writes:
+            values = {"starts": [dataclasses.asdict(start) for start in self._starts]}
+            atomic.write(self._path, json.dumps(values).encode() + b"\n")
+        parts = {f"goodput/{kind}": part for kind, part in fractions(self._starts).items()}
+        return {**parts, "run/starts": len(self._starts)}
+
+    def _begin(self, at: float) -> None:
+        self._now = Start(at)
+        self._starts.append(self._now)
+
+    def _touch(self) -> None:
+        self._now.elapsed = time.time() - self._now.began
+
+
+def _read(path: Path) -> list[Start]:
+    """The starts before this one; none if there is no file that can be read."""
+    try:
+        return [Start.parse(start) for start in json.loads(path.read_bytes())["starts"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
