@@ -10,10 +10,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # Units of one layer do not import one another; a unit is a file or folder of vitscale/ itself.
 LAYERS = [
     ["redaction"],
-    ["errors", "progress", "slurm", "rendezvous"],
+    ["errors", "progress", "hang", "slurm", "rendezvous"],
     ["config", "distributed", "rng", "atomic", "attempts"],
     ["storage", "processes", "command", "ending", "watch", "goodput"],
-    ["models", "losses", "optim", "schedule", "mixup", "data"],
+    ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog"],
     ["metrics", "engine", "evals", "objectives", "curate"],
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],

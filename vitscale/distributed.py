@@ -26,8 +26,8 @@ from vitscale.errors import ConfigError, StoreError, UserError
 
 T = TypeVar("T")
 
-TIMEOUT = datetime.timedelta(minutes=10)
-CHANNEL_TIMEOUT = datetime.timedelta(hours=3)  # a rank may write a large file while others wait for it
+JOIN_TIMEOUT = datetime.timedelta(minutes=10)  # for all ranks to start
+TIMEOUT = datetime.timedelta(hours=3)  # in training, the watchdog ends what hangs long before
 
 
 def initialize() -> None:
@@ -55,12 +55,13 @@ def initialize() -> None:
         where = {}
         if is_alone:
             where = {"store": TCPStore("127.0.0.1", 0, is_master=True), "rank": 0, "world_size": 1}
-        elif store := rendezvous.own_store(TIMEOUT):
+        elif store := rendezvous.own_store(JOIN_TIMEOUT):
             where = {"store": store, "rank": launched_rank(), "world_size": launched_world_size()}
         if torch.cuda.is_available():
-            dist.init_process_group("cuda:nccl,cpu:gloo", timeout=TIMEOUT, device_id=device(), **where)
+            dist.init_process_group("cuda:nccl,cpu:gloo", timeout=JOIN_TIMEOUT, device_id=device(), **where)
         else:
-            dist.init_process_group("gloo", timeout=TIMEOUT, **where)
+            dist.init_process_group("gloo", timeout=JOIN_TIMEOUT, **where)
+        wait_longer()
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -69,6 +70,11 @@ def initialize() -> None:
             f"port {port} of {socket.gethostname()}, where the ranks meet, is taken by another program; "
             "choose another one: --master_port N for deepspeed and torchrun, else MASTER_PORT=N"
         ) from None
+
+
+def wait_longer(group: dist.ProcessGroup | None = None) -> None:
+    """Let the collectives of a group (None = all ranks) wait for a rank in a long phase."""
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
 
 
 def _launched() -> Mapping[str, str]:
@@ -89,9 +95,10 @@ def sockets(world_size: int, rank: int) -> int:
     """How many sockets a rank has, without a GPU.
 
     gloo connects every rank with every other, in each of three groups: torch's, DeepSpeed's
-    copy of it, and the checkpoint writer's. Rank 0 also serves the store in which ranks meet.
+    copy of it, and the checkpoint writer's. Rank 0 also serves the store in which ranks meet,
+    and the watchdog's.
     """
-    return 3 * world_size + 2 + (0 if rank else world_size + 1)
+    return 3 * world_size + 3 + (0 if rank else 2 * (world_size + 1))
 
 
 def open_files(world_size: int) -> int:
@@ -100,7 +107,7 @@ def open_files(world_size: int) -> int:
     Beside the sockets of rank 0 there are shards, pipes, logs, and on a GPU its devices and
     NCCL's connections, which are to neighbours only.
     """
-    return 4 * world_size + 512
+    return 5 * world_size + 512
 
 
 def allow_open_files(world_size: int) -> None:
@@ -134,7 +141,7 @@ def new_channel() -> dist.ProcessGroup | None:
     """
     if world_size() == 1:
         return None
-    group = dist.new_group(backend="gloo", timeout=CHANNEL_TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return group
 

@@ -90,7 +90,11 @@ class Phases:
     """Calls its listeners around each part of a step: `with phases("data"): ...`."""
 
     def __init__(self, *listeners: Listener) -> None:
-        self._listeners = listeners
+        self._listeners = list(listeners)
+
+    def listen(self, listener: Listener) -> None:
+        """Call one more, after the others."""
+        self._listeners.append(listener)
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

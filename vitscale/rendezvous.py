@@ -38,7 +38,7 @@ def own_store(timeout: datetime.timedelta) -> Store | None:
         own = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout)
         token = secrets.token_hex(4)
         own.set("token", token)
-        agents.set(KEY, f"{_address_here(address, port)} {own.port} {token}")
+        agents.set(KEY, f"{address_here()} {own.port} {token}")
         return own
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
@@ -54,8 +54,9 @@ def own_store(timeout: datetime.timedelta) -> Store | None:
         time.sleep(RETRY_SECONDS)
 
 
-def _address_here(address: str, port: int) -> str:
-    """An address of this machine that every machine reaches which reaches the agents' store."""
+def address_here() -> str:
+    """An address of this machine that all machines reach which reach MASTER_ADDR."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with socket.create_connection((address, port)) as connection:
         here, there = connection.getsockname()[0], connection.getpeername()[0]
     return address if here == there else here  # the same: the agents' store is on this machine

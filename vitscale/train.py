@@ -35,6 +35,7 @@ from vitscale.schedule import learning_rate
 from vitscale.start import Run, enough_memory, open_tasks, started
 from vitscale.train_config import TrainConfig
 from vitscale.watch import Watch
+from vitscale.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +59,22 @@ def train(config: TrainConfig, began: float | None = None) -> int:
         message = str(error)
         distributed.on_main(lambda: note_refusal(config.run_dir, message))
         raise
-    with claimed(job), Ending(config.run_dir, job.total_steps) as ending, Watch(ending.failed) as watch:
+    with (
+        claimed(job),
+        Ending(config.run_dir, job.total_steps) as ending,
+        Watch(ending.failed) as watch,
+        Watchdog(config.guard.limit_seconds(), watch.identities, ending.failed) as watchdog,
+    ):
         ending.lost = watch.lost
         ledger, rolled_back = Ledger(config.run_dir, began, writes=distributed.is_main()), None
         while True:
+            watchdog.starting()
             try:
                 with started(job, tasks, rolled_back) as run:
                     ending.progress = run.progress
+                    watchdog.ready(run.progress)
                     with processes.no_garbage_collection():
-                        loop(run, watch, ledger)
+                        loop(run, watch, Phases(watchdog, ledger, Profiler(config, run.progress)), ledger)
                 break
             except RolledBack:
                 rolled_back = ending.progress
@@ -78,7 +86,7 @@ def train(config: TrainConfig, began: float | None = None) -> int:
     return 0 if done else PREEMPTED
 
 
-def loop(run: Run, watch: Watch, ledger: Ledger) -> None:
+def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
     """Train from where the run is to its end, or until asked to stop; every rank calls it.
 
     Raises RolledBack if it is to be started again from an earlier checkpoint, and Diverged if
@@ -86,7 +94,8 @@ def loop(run: Run, watch: Watch, ledger: Ledger) -> None:
     """
     job, engine, at, metrics, saver = run.job, run.engine, run.progress, run.metrics, run.saver
     meter, health = Meter(job), Health(engine, job.config.guard.skipped_steps)
-    phases, agreed = Phases(meter, Profiler(job.config, at), ledger), distributed.Agreement(2)
+    agreed = distributed.Agreement(2)
+    phases.listen(meter)
     ledger.ready(at.step)
     if at.step == 0:
         with phases("evaluate"):  # what an untrained model gives: the line to beat

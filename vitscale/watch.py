@@ -33,6 +33,7 @@ INTERRUPTED = 130
 class Watch:
     """Within the block, what should stop the run is noted; every rank enters it.
 
+    identities: of the processes of all ranks.
     asked: whether to save and end. SIGTERM, SIGUSR1 and Ctrl-C ask for it, and so does the
     disappearance of a launcher. A second Ctrl-C ends the process at once.
 
@@ -45,9 +46,10 @@ class Watch:
         self.reason = ""
         self._failed = failed
         self._ancestry = launcher_ancestry()
+        self.identities: list[Identity] = distributed.gather_json(_identity())
         self._peers = {
             rank: process
-            for rank, process in enumerate(distributed.gather_json(_identity()))
+            for rank, process in enumerate(self.identities)
             if process[:2] == _identity()[:2] and rank != distributed.rank()
         }
         self._interrupts: list[float] = []
@@ -86,7 +88,7 @@ class Watch:
         """
         deadline = time.monotonic() + wait_seconds
         while True:
-            dead = {rank: peer for rank, peer in self._peers.items() if not _lives(peer)}
+            dead = {rank: peer for rank, peer in self._peers.items() if not lives(peer)}
             if dead:
                 who = ", ".join(f"rank {rank} (process {peer[2]})" for rank, peer in dead.items())
                 died = "has died" if len(dead) == 1 else "have died"
@@ -142,7 +144,8 @@ def _identity() -> Identity:
     return [socket.gethostname(), namespace, os.getpid(), psutil.Process().create_time()]
 
 
-def _lives(identity: Identity) -> bool:
+def lives(identity: Identity) -> bool:
+    """Whether a process of this machine runs."""
     *_, pid, created = identity
     try:
         process = psutil.Process(pid)

@@ -12,9 +12,12 @@ from vitscale import config as configs
 from vitscale import distributed, start
 from vitscale import train as training
 from vitscale.errors import UserError
+from vitscale.goodput import Ledger
 from vitscale.job import prepare
+from vitscale.progress import Phases
 from vitscale.train_config import TrainConfig
 from vitscale.watch import Watch
+from vitscale.watchdog import Watchdog
 
 
 def join(soft: int, hard: int, result: Path) -> None:
@@ -47,8 +50,12 @@ def count(config: Path, overrides: Sequence[str], result: Path) -> None:
     loaded = configs.load(TrainConfig, [config], overrides)
     job = prepare(loaded, distributed.world_size())
     names = []
-    with Watch(lambda _: True) as watching, start.started(job, {}) as run:
-        training.loop(run, watching)
+    with (
+        Watch(lambda _: True) as watching,
+        Watchdog(loaded.guard.limit_seconds(), watching.identities, lambda _: True),
+        start.started(job, {}) as run,
+    ):
+        training.loop(run, watching, Phases(), Ledger(loaded.run_dir, 0.0, writes=False))
         distributed.barrier()
         for link in Path("/proc/self/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # the one that lists them

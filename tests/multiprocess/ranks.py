@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -94,6 +95,33 @@ class Fail:
 
     def _fail(self) -> None:
         raise ZeroDivisionError("a bug")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sleep:
+    """One rank does nothing any more as it begins its n-th batch (from 1)."""
+
+    rank: int
+    batch: int
+
+    def arm(self) -> None:
+        if rank() == self.rank:
+            at_batch(self.batch, self.fall_asleep)
+
+    def fall_asleep(self) -> None:
+        time.sleep(1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Freeze:
+    """SIGSTOP to one rank as it begins its n-th batch (from 1)."""
+
+    rank: int
+    batch: int
+
+    def arm(self) -> None:
+        if rank() == self.rank:
+            at_batch(self.batch, lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,11 +24,11 @@ def test_a_rank_raises_the_soft_limit_to_the_hard_one(tmp_path: Path, zygote: Zy
 
 def test_a_hard_limit_that_is_too_low_is_refused_once_per_node(tmp_path: Path, zygote: Zygote) -> None:
     log = tmp_path / "log"
-    statuses = zygote.run(2, open_files.join, 100, 519, tmp_path / "result", log=log)
+    statuses = zygote.run(2, open_files.join, 100, 521, tmp_path / "result", log=log)
     assert statuses == [0, 0], log.read_text()
     (said, shared, *_), (_, shared_by_other, *_) = results(tmp_path, 2)
-    assert said.startswith("each of 2 ranks needs 520 open files, and ")
-    assert "allows 519: raise the hard limit to 520 (nofile in /etc/security/limits.conf" in said
+    assert said.startswith("each of 2 ranks needs 522 open files, and ")
+    assert "allows 521: raise the hard limit to 522 (nofile in /etc/security/limits.conf" in said
     assert (shared, shared_by_other) == (False, True)
 
 
@@ -41,7 +41,7 @@ def test_signals_are_noticed_with_more_files_open_than_select_can_take(
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_sockets_are_three_a_rank_and_one_more_on_rank_0(
+def test_sockets_are_three_a_rank_and_two_more_on_rank_0(
     tmp_path: Path, index: Path, zygote: Zygote, stage: int
 ) -> None:
     counted = {}
@@ -54,4 +54,4 @@ def test_sockets_are_three_a_rank_and_one_more_on_rank_0(
         counted[world] = results(result.parent, world)
         assert max(files for files, _ in counted[world]) < distributed.open_files(world) - 450
     growth = [after[1] - before[1] for before, after in zip(counted[2], counted[4], strict=False)]
-    assert growth == [2 * 4, 2 * 3]
+    assert growth == [2 * 5, 2 * 3]

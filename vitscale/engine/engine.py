@@ -71,6 +71,7 @@ class Engine:
                 optimizer=build_optimizer(optim, module, fused=on_gpu and not config.offload_optimizer),
                 config=make_ds_config(config, plan, precision, optim.clip_norm),
             )
+        distributed.wait_longer(self._ds.data_parallel_group)
         if config.activation_checkpointing == "selective":
             zero.hide_gathering(self._ds)
         assert self._ds.gradient_accumulation_steps() == plan.grad_accum_steps

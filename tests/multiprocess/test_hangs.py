@@ -1,0 +1,67 @@
+"""A rank that hangs ends the job, which says who hangs where. Real ranks, really stopped."""
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from multiprocess.ends import launched, ranks_of, reached, read_status, wait_until
+from multiprocess.job import Job
+from multiprocess.ranks import Freeze, Sleep, Stop
+from multiprocess.zygote import Zygote
+
+# A step and its data may take 12 s each. A rank does not answer if it is not heard for 15.
+LIMITS = ("guard.step_minutes=0.2", "guard.data_minutes=0.2", "total_steps=100000")
+
+
+def test_a_rank_that_waits_for_ever_is_named_with_its_place(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 4, *LIMITS, event=Sleep(rank=1, batch=6)) == [1, 1, 1, 1], job.output()
+    said = read_status(job)
+    assert said["state"] == "failed" and job.output().count("error: ") == 1, job.output()
+    assert "the job hangs: rank 1 (process " in said["reason"] and "'step' of step 6" in said["reason"]
+    assert ", in fall_asleep; 3 other ranks wait, in " in said["reason"]
+    assert "  ranks 0, 2-3: 5 steps done, in 'step'\n" in job.output()
+    assert "  rank 1: 5 steps done, in 'step'\n" in job.output() and " fall_asleep\n" in job.output()
+    # The same command resumes.
+    assert zygote.train(job, 2, "total_steps=100000", event=Stop(batch=3)) == [75, 75], job.output()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_with_what_the_kernel_says_and_is_ended(
+    tmp_path: Path, index: Path, zygote: Zygote, rank: int
+) -> None:
+    job = Job(tmp_path, index)
+    statuses = zygote.train(job, 4, *LIMITS, event=Freeze(rank=rank, batch=5))
+    assert statuses == [-9 if number == rank else 1 for number in range(4)], job.output()
+    said = read_status(job)["reason"]
+    assert (
+        f"the job hangs: rank {rank} (process " in said and "not answer; the kernel says: T (stopped)" in said
+    )
+    assert job.output().count("error: ") == 1, job.output()
+
+
+def test_a_rank_alone_ends_too(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 1, *LIMITS, event=Sleep(rank=0, batch=4)) == [1], job.output()
+    assert "rank 0 (process " in read_status(job)["reason"] and ", in fall_asleep; the" in job.output()
+
+
+def test_under_a_launcher_a_stopped_rank_ends_the_job(tmp_path: Path, index: Path, sweep: bool) -> None:
+    for launcher in ("torchrun", "deepspeed") if sweep else ("torchrun",):
+        stop_a_rank(Job(tmp_path / launcher, index), launcher)
+
+
+def stop_a_rank(job: Job, launcher: str) -> None:
+    with launched(job, launcher, overrides=(*LIMITS, "engine.num_workers=1")) as command:
+        wait_until(lambda: reached(job, 5), command, job)
+        processes = psutil.Process(command.pid).children(recursive=True)
+        ranks_of([psutil.Process(command.pid), *processes])[1].suspend()
+        began = time.monotonic()
+        assert command.wait(90) != 0
+        _, alive = psutil.wait_procs(processes, 20)
+        assert not alive, [process.cmdline() for process in alive]
+        print(f"{launcher}: {time.monotonic() - began:.1f} s from SIGSTOP to the end of all processes")
+    assert "the job hangs: rank 1 (process " in read_status(job)["reason"], job.output()

@@ -1,0 +1,248 @@
+"""Ends a job that hangs, and says which rank the others wait for, and what each one does.
+
+Every two seconds, a thread of each rank tells a store on rank 0 in which phase of the loop the
+rank is, and rank 0 reads them all. When the job hangs (hang.py), rank 0 raises the alarm. Every
+rank then hands in the stack of its trainer, rank 0 prints them, and the job ends. If a rank
+does not answer, another one of its machine hands in what the kernel says of its process. If
+rank 0 does not, each rank ends itself.
+
+Nothing here needs the trainer's thread, which may wait in a collective for ever.
+"""
+
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from vitscale import distributed, rendezvous
+from vitscale.errors import RankLost
+from vitscale.hang import Answer, Place, screen, sentence, waited_for
+from vitscale.progress import Progress
+from vitscale.watch import Identity, lives
+
+BEAT_SECONDS = 2.0
+SILENT_SECONDS = 15.0  # after which a rank without a beat is one that does not answer
+ANSWER_SECONDS = 10.0  # for the stacks of all ranks
+STORE_TIMEOUT = datetime.timedelta(minutes=5)
+FRAMES = 10  # of a stack, the innermost
+
+
+class Watchdog:
+    """Watches over the phases of a run within the block; every rank enters it.
+
+    limits: how many seconds each phase may take; inf = any time.
+    identities: the processes of all ranks.
+    failed(error): notes why the job ends, and says whether this rank tells it.
+    """
+
+    def __init__(
+        self,
+        limits: Mapping[str, float],
+        identities: Sequence[Identity],
+        failed: Callable[[BaseException], bool],
+    ) -> None:
+        self._limits, self._identities, self._failed = limits, identities, failed
+        self._trainer = threading.get_ident()
+        self._closing = threading.Event()
+        self._progress, self._stepped = Progress(), False
+        self._enter("start")
+        self._rank, self._ranks = distributed.rank(), range(distributed.world_size())
+        self._store = _open_store() if len(self._ranks) > 1 else None
+        self._heard = dict.fromkeys(self._ranks, time.monotonic())  # when a rank's last beat was read
+        self._beats: dict[int, list[Any]] = {}
+
+    def __enter__(self) -> "Watchdog":
+        if self._store:
+            self._tell(self._store, 0)
+            distributed.barrier()
+            threading.Thread(target=self._keep_in_touch, name="watchdog store", daemon=True).start()
+        threading.Thread(target=self._look, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if not kind:  # else this process is about to end, and may hang on the way
+            self._closing.set()
+
+    def starting(self) -> None:
+        """The run starts, also when it is rolled back."""
+        self._stepped = False
+        self._enter("start")
+
+    def ready(self, progress: Progress) -> None:
+        """The loop begins there."""
+        self._progress = progress
+
+    def started(self, phase: str) -> None:
+        self._enter(phase)
+
+    def ended(self, phase: str, seconds: float) -> None:
+        # Until the next one begins, the rank counts as in this phase.
+        self._stepped = self._stepped or phase == "step"
+
+    def _enter(self, phase: str) -> None:
+        # The first step compiles, and the first batch has to be read from the beginning.
+        is_first = phase in ("data", "step") and not self._stepped
+        self._now = (
+            self._progress.step,
+            phase,
+            time.monotonic(),
+            self._limits["start" if is_first else phase],
+        )
+
+    def place(self) -> Place:
+        """Where this rank is."""
+        step, phase, since, limit = self._now
+        return Place(step, phase, time.monotonic() - since, limit)
+
+    def _look(self) -> None:
+        """The thread that needs no other rank: of a rank alone, or one that is left alone."""
+        while not self._closing.wait(BEAT_SECONDS):
+            place, silence = self.place(), time.monotonic() - self._heard[0]
+            if place.seconds <= place.limit:
+                continue
+            if not self._store:
+                self._end({self._rank: self._answer()}, {})
+            if silence > SILENT_SECONDS and self._rank:
+                last = self._last_place(0)
+                self._end({self._rank: self._answer(), 0: Answer(last, ())}, {0: self._kernel_state(0)})
+
+    def _keep_in_touch(self) -> None:
+        """The thread that talks to the store, and waits for it if rank 0 is stopped."""
+        store = self._store
+        assert store
+        for number in itertools.count(1):
+            if self._closing.wait(BEAT_SECONDS):
+                return
+            try:
+                self._tell(store, number)
+                self._hear(store, self._ranks if self._rank == 0 else [0])
+                if self._rank == 0:
+                    self._judge(store)
+                elif store.check(["alarm"]):
+                    self._hand_in(store)
+            except RuntimeError:  # rank 0 has ended, or its machine: what hangs here is found by _look
+                return
+
+    def _last_place(self, rank: int) -> Place:
+        """Where a rank was at its last beat, with the time since then."""
+        place = Place(*self._beats[rank][1]) if rank in self._beats else self.place()
+        return place._replace(seconds=place.seconds + time.monotonic() - self._heard[rank])
+
+    def _tell(self, store: Store, number: int) -> None:
+        store.set(f"place/{self._rank}", json.dumps([number, self.place()]))
+
+    def _hear(self, store: Store, ranks: Sequence[int]) -> None:
+        now = time.monotonic()
+        for rank, text in zip(ranks, store.multi_get([f"place/{rank}" for rank in ranks]), strict=True):
+            beat = json.loads(text)
+            if beat != self._beats.get(rank):
+                self._beats[rank], self._heard[rank] = beat, now
+
+    def _judge(self, store: Store) -> None:
+        """Rank 0 raises the alarm if the job hangs, and ends it."""
+        now = time.monotonic()
+        places = {rank: self._last_place(rank) for rank in self._ranks}
+        silent = [rank for rank in self._ranks if now - self._heard[rank] > SILENT_SECONDS]
+        if not waited_for(places, silent):
+            return
+        store.set("alarm", "")
+        answers = {0: self._answer()}
+        self._describe_others(store)
+        deadline = time.monotonic() + ANSWER_SECONDS
+        missing = [rank for rank in self._ranks[1:] if rank not in silent]
+        while missing and time.monotonic() < deadline:
+            for rank in [rank for rank in missing if store.check([f"answer/{rank}"])]:
+                values, stack = json.loads(store.get(f"answer/{rank}"))
+                answers[rank] = Answer(Place(*values), tuple(stack))
+                missing.remove(rank)
+            time.sleep(0.1)
+        states = dict.fromkeys((*silent, *missing), "")
+        for rank in states:
+            answers[rank] = Answer(places[rank], ())
+            if store.check([f"kernel/{rank}"]):
+                states[rank] = store.get(f"kernel/{rank}").decode()
+        self._end(answers, states, lambda: store.set("over", json.dumps(list(states))))
+
+    def _hand_in(self, store: Store) -> NoReturn:
+        """What any other rank does after an alarm."""
+        store.set(f"answer/{self._rank}", json.dumps(self._answer()))
+        self._describe_others(store)
+        with contextlib.suppress(RuntimeError):  # rank 0 is gone
+            store.wait(["over"], datetime.timedelta(seconds=2 * ANSWER_SECONDS))
+            self._kill(json.loads(store.get("over")))
+        os._exit(RankLost.status)
+
+    def _describe_others(self, store: Store) -> None:
+        """For each rank of this machine, in case it cannot answer."""
+        for rank in self._ranks:
+            if rank != self._rank and (text := self._kernel_state(rank)):
+                store.set(f"kernel/{rank}", text)
+
+    def _kernel_state(self, rank: int) -> str:
+        """What the kernel says of a rank's process; "" if it is on another machine."""
+        *where, pid, _ = self._identities[rank]
+        if where != self._identities[self._rank][:2]:
+            return ""
+        if not lives(self._identities[rank]):
+            return "dead"
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            state = next(line.split(None, 1)[1] for line in status.splitlines() if line.startswith("State:"))
+            return f"{state}, in {Path(f'/proc/{pid}/wchan').read_text()} of the kernel"
+        return ""
+
+    def _kill(self, ranks: Sequence[int]) -> None:
+        """Kill ranks of this machine that do not answer: a stopped one would live on."""
+        for rank in ranks:
+            if self._kernel_state(rank) not in ("", "dead"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._identities[rank][2], signal.SIGKILL)
+
+    def _answer(self) -> Answer:
+        frame = sys._current_frames().get(self._trainer)
+        frames = traceback.extract_stack(frame)[-FRAMES:] if frame else []
+        lines = (f"{'/'.join(Path(f.filename).parts[-3:])}:{f.lineno} {f.name}" for f in frames)
+        return Answer(self.place(), tuple(lines))
+
+    def _end(
+        self,
+        answers: Mapping[int, Answer],
+        states: Mapping[int, str],
+        told: Callable[[], object] = lambda: None,
+    ) -> NoReturn:
+        """Say why, end the ranks that do not answer, and this process.
+
+        states: what the kernel says of those ranks.
+        """
+        processes = {rank: f"process {who[2]} on {who[0]}" for rank, who in enumerate(self._identities)}
+        error = RankLost(sentence(answers, states, processes))
+        if self._failed(error):
+            print(f"error: {error}\n{screen(answers)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):
+            told()
+        self._kill(list(states))
+        os._exit(error.status)
+
+
+def _open_store() -> Store:
+    """A store of its own on rank 0, to which every rank connects; every rank calls it.
+
+    In the store where the ranks meet, the trainer may wait for long, and hold its connection.
+    """
+    if distributed.is_main():
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+        distributed.broadcast_json([rendezvous.address_here(), store.port])
+        return store
+    address, port = distributed.broadcast_json(None)
+    return TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT)
