@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["redaction"],
     ["errors", "progress", "slurm", "rendezvous"],
-    ["config", "distributed", "rng", "atomic", "attempts"],
+    ["config", "distributed", "rng", "atomic", "attempts", "hardware"],
     ["storage", "processes", "command", "ending", "watch"],
     ["models", "losses", "optim", "schedule", "mixup", "data"],
     ["metrics", "engine", "evals", "objectives", "curate"],

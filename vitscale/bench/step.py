@@ -27,8 +27,8 @@ from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.engine.engine import DTYPES, Engine
+from vitscale.hardware import peak_flops
 from vitscale.losses import LossConfig, compute_loss, to_targets
-from vitscale.meter import peak_flops
 from vitscale.models import ModelConfig, build_model
 from vitscale.models.flops import train_flops
 from vitscale.models.layers import Checkpointing
