@@ -1,8 +1,10 @@
 """The step bench on the smallest model: rows, baselines, and a suite that is continued."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from tools.bench import STEP_CASES, main
 from vitscale import config as configs
 from vitscale import distributed
 from vitscale.bench import step, suite
-from vitscale.bench.step import Case, Loop, Ours, Plain, StepBench, every_case, measure
+from vitscale.bench.step import Case, Loop, Ours, Plain, StepBench, _Peak, every_case, measure
 from vitscale.errors import ConfigError, DataError
 from vitscale.models import ModelConfig
 from vitscale.train_config import TrainConfig
@@ -192,3 +194,18 @@ def test_a_bench_of_nothing_is_refused(option: str) -> None:
     assert StepBench(cases=(), **{option: 1})
     with pytest.raises(ConfigError, match=f"^--{option} 0 must be above 0$"):
         StepBench(cases=(), **{option: 0})
+
+
+def test_what_an_earlier_case_left_is_freed_before_a_peak_is_measured() -> None:
+    """On a GPU it would be subtracted as what was there before, and then be freed."""
+    left = torch.nn.Linear(1, 1)
+    left.cycle = [left]  # type: ignore[assignment]
+    reference = weakref.ref(left)
+    gc.disable()
+    try:
+        del left
+        assert reference() is not None
+        with _Peak():
+            assert reference() is None
+    finally:
+        gc.enable()

@@ -261,6 +261,7 @@ class _Peak:
     bytes = 0
 
     def __enter__(self) -> "_Peak":
+        gc.collect()  # an engine that was closed has cycles: it would count as what was held before
         if torch.cuda.is_available():
             self._before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
