@@ -17,7 +17,7 @@ LAYERS = [
     ["metrics", "engine", "evals", "objectives", "curate"],
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],
-    ["job", "report"],
+    ["job", "report", "plan"],
     ["meter", "evaluate", "cooldown", "history", "profiler"],
     ["run_dir"],
     ["start", "dry_run"],

@@ -29,6 +29,7 @@ B16 = ViTConfig(variant="B/16")  # 197 tokens, 12 blocks, D = 768, M = 3072
 #     input  197 * 2 * 768
 #     kept   197 * (12 * 768 + 2 * 3072)    with selective recomputation
 BLOCK, BLOCK_INPUT, BLOCK_KEPT = 4_841_472, 302_592, 3_025_920
+MASKS = 197 * (2 * 768 + 3072)
 
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(1, 31.4), (2, 16.6), (3, 1.9)])
@@ -92,6 +93,21 @@ def test_activations_of_b16_by_hand(
     micro_batch: int, precision: str, checkpointing: str, expected: int
 ) -> None:
     assert activation_bytes(B16, micro_batch, precision, checkpointing) == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "checkpointing", "expected"),
+    [
+        ("bf16", "none", 12 * (BLOCK + MASKS)),
+        ("fp32", "none", 12 * (2 * BLOCK + MASKS)),
+        ("bf16", "selective", 12 * BLOCK_KEPT + BLOCK + MASKS),
+        ("fp32", "full", 12 * 2 * BLOCK_INPUT + 2 * BLOCK + MASKS),
+    ],
+)
+def test_dropout_keeps_masks_by_hand(precision: str, checkpointing: str, expected: int) -> None:
+    """A byte for each output of attention and MLP, and of the layer between: 2 * 768 + 3072."""
+    dropping = dataclasses.replace(B16, dropout=0.1)
+    assert activation_bytes(dropping, 1, precision, checkpointing) == expected
 
 
 def test_activations_grow_with_every_size_of_the_model() -> None:
@@ -188,7 +204,7 @@ def measured_peaks() -> Iterator[tuple[str, int, Checkpointing, float]]:
 
 # This row is wrong. It says 16.7 GiB, and the plain loop after it needed 31.3. What it lacks is
 # the size of H/14's state (11.8 GiB): the same process had measured H/14 before, whose engine
-# was probably subtracted as what was there before, and freed later. The bench now frees it first.
+# was probably subtracted as what was there before, and freed later. The bench frees it now.
 SPOILED = ("S/16", 1024)
 
 
@@ -259,7 +275,7 @@ def test_buffers_by_hand(num_params: int, stage: int, precision: str, expected: 
 
 
 def test_a_head_by_hand() -> None:
-    """For each of 21,843 classes 16 bytes an image, and 8 an input: of 768, or the tanh layer's."""
+    """16 bytes a class and image, and 8 a class and input: 768, or those of the tanh layer."""
     many = ViTConfig(variant="B/16", num_classes=21_843)
     assert head_bytes(many, 64) == 21_843 * (16 * 64 + 8 * 768)
     assert head_bytes(dataclasses.replace(many, representation_size=100), 1) == 21_843 * (16 + 8 * 100)

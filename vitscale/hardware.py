@@ -74,5 +74,10 @@ def peak_flops() -> float:
 
 def peak_flops_of(device: str) -> float:
     """The bf16 peak in FLOP/s of a GPU by its name, or 0 if it is not known."""
-    peaks = (gpu.flops for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device))
-    return next(peaks, 0.0)
+    gpu = gpu_of(device)
+    return gpu.flops if gpu else 0.0
+
+
+def gpu_of(device: str) -> Gpu | None:
+    """The kind of a GPU by the name that torch reports, or None if it is not known."""
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device)), None)

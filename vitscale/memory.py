@@ -50,7 +50,7 @@ def estimate(
     *,
     average: bool = False,
 ) -> Memory:
-    """What a device needs to train. average: whether there is one of the weights (ema_decay)."""
+    """What a device needs to train. average: whether one of the weights is kept (ema_decay)."""
     num_params = count_params(model)
     stage = engine.zero_stage
     state = state_bytes(num_params, stage, world_size, precision, engine.offload_optimizer)
@@ -102,15 +102,20 @@ def activation_bytes(
         "selective"    input, qkv, attention output, projections: 12 D; first MLP layer: 2 M
         "full"         input: 2 D
 
-    Attention matrices are never stored. What is recomputed needs the memory of "none" for one
-    block at a time.
+    Attention matrices are never stored. With dropout, "none" also keeps masks of a byte an
+    element: 2 D + M. What is recomputed needs the memory of "none" for one block at a time.
     """
     tokens, width, mlp = config.num_tokens, config.resolved_width, config.resolved_mlp_dim
-    whole = tokens * (16 * width + 4 * mlp)
-    kept = {"none": whole, "selective": tokens * (12 * width + 2 * mlp), "full": tokens * 2 * width}
+    size = 2 if precision == "fp32" else 1
+    masks = tokens * (2 * width + mlp) if config.dropout else 0
+    whole = size * tokens * (16 * width + 4 * mlp) + masks
+    kept = {
+        "none": whole,
+        "selective": size * tokens * (12 * width + 2 * mlp),
+        "full": size * tokens * 2 * width,
+    }
     at_once = 0 if checkpointing == "none" else whole
-    per_image = config.resolved_depth * kept[checkpointing] + at_once
-    return micro_batch * per_image * (2 if precision == "fp32" else 1)
+    return micro_batch * (config.resolved_depth * kept[checkpointing] + at_once)
 
 
 def head_bytes(config: ViTConfig, micro_batch: int) -> int:
