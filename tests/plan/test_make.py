@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,11 @@ def test_a_cluster_may_be_smaller_than_a_node() -> None:
 def test_one_gpu_sends_nothing() -> None:
     made = plan(load(H14), 1)
     assert all(option.exposed_seconds == 0 for option in made.options)
+
+
+def test_the_example_of_the_page_is_what_the_command_prints(capsys) -> None:
+    page = (ROOT / "docs/planning.md").read_text()
+    command, printed = re.findall(r"^```(?:bash)?\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[:2]
+    words = command.removeprefix("python tools/plan.py ").split()
+    assert main([str(ROOT / words[0]), *words[1:]]) == 0
+    assert capsys.readouterr().out == printed
