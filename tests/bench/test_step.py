@@ -76,6 +76,24 @@ def test_a_suite_refuses_in_one_sentence_what_it_would_not_heed(
     assert not path.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--index", "data/imagenet/index.json"], "--index"),
+        (["--variants", "B/16", "H/14"], "--variants"),
+        (["--index", "", "--variants"], "--index and --variants"),
+    ],
+)
+def test_a_single_model_refuses_in_one_sentence_what_only_a_suite_reads(
+    capsys, words: list[str], names: str
+) -> None:
+    """The controls are the tests of a config and of a suite above."""
+    assert main(["step", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {names} would be ignored: without --suite, one model is measured; add ")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (12, 8), (16, 16), (24, 16), (96, 64)])
 def test_the_end_to_end_run_has_lanes_that_divide_its_batch(tmp_path: Path, cores: int, workers: int) -> None:
     assert suite.num_workers(cores) == workers
