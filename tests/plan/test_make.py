@@ -259,3 +259,10 @@ def test_the_example_of_the_page_is_what_the_command_prints(capsys) -> None:
     words = command.removeprefix("python tools/plan.py ").split()
     assert main([str(ROOT / words[0]), *words[1:]]) == 0
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("override", ["precision=fp16", "engine.offload_optimizer=true"])
+def test_only_bf16_on_the_gpu_reduces_whole_gradients(override: str) -> None:
+    """2 N elements in place of 3 N, but for the time of the buckets."""
+    whole, cut = (option_of(plan(load(H14, *more), 8), 1) for more in ([], [override]))
+    assert cut.exposed_seconds == pytest.approx(2 / 3 * whole.exposed_seconds, rel=0.02)
