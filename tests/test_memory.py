@@ -1,12 +1,24 @@
 """Memory per device: the ZeRO paper's own figures, and cases worked out by hand."""
 
 import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from vitscale.engine.batches import BatchPlan, plan_batches
 from vitscale.engine.ds_config import EngineConfig
-from vitscale.memory import activation_bytes, explain_too_small, state_bytes
+from vitscale.memory import (
+    activation_bytes,
+    buffer_bytes,
+    count_params,
+    estimate,
+    explain_too_small,
+    head_bytes,
+    micro_batches,
+    state_bytes,
+)
 from vitscale.models.layers import Checkpointing
 from vitscale.models.vit import ViTConfig
 
@@ -17,6 +29,7 @@ B16 = ViTConfig(variant="B/16")  # 197 tokens, 12 blocks, D = 768, M = 3072
 #     input  197 * 2 * 768
 #     kept   197 * (12 * 768 + 2 * 3072)    with selective recomputation
 BLOCK, BLOCK_INPUT, BLOCK_KEPT = 4_841_472, 302_592, 3_025_920
+MASKS = 197 * (2 * 768 + 3072)
 
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(1, 31.4), (2, 16.6), (3, 1.9)])
@@ -82,6 +95,21 @@ def test_activations_of_b16_by_hand(
     assert activation_bytes(B16, micro_batch, precision, checkpointing) == expected
 
 
+@pytest.mark.parametrize(
+    ("precision", "checkpointing", "expected"),
+    [
+        ("bf16", "none", 12 * (BLOCK + MASKS)),
+        ("fp32", "none", 12 * (2 * BLOCK + MASKS)),
+        ("bf16", "selective", 12 * BLOCK_KEPT + BLOCK + MASKS),
+        ("fp32", "full", 12 * 2 * BLOCK_INPUT + 2 * BLOCK + MASKS),
+    ],
+)
+def test_dropout_keeps_masks_by_hand(precision: str, checkpointing: str, expected: int) -> None:
+    """A byte for each output of attention and MLP, and of the layer between: 2 * 768 + 3072."""
+    dropping = dataclasses.replace(B16, dropout=0.1)
+    assert activation_bytes(dropping, 1, precision, checkpointing) == expected
+
+
 def test_activations_grow_with_every_size_of_the_model() -> None:
     """64 tokens of a 32-pixel image, 3 blocks, D = 48, M = 40; 16 D + 4 M for each."""
     small = ViTConfig(width=48, depth=3, mlp_dim=40, num_heads=3, patch_size=4, image_size=32, pool="mean")
@@ -89,18 +117,6 @@ def test_activations_grow_with_every_size_of_the_model() -> None:
     deeper, larger = (dataclasses.replace(small, **change) for change in ({"depth": 6}, {"image_size": 64}))
     assert activation_bytes(deeper, 1, "bf16", "none") == 2 * activation_bytes(small, 1, "bf16", "none")
     assert activation_bytes(larger, 1, "bf16", "none") == 4 * activation_bytes(small, 1, "bf16", "none")
-
-
-@pytest.mark.parametrize(
-    ("checkpointing", "measured"), [("none", 15.81), ("selective", 10.88), ("full", 3.84)]
-)
-def test_the_sum_is_within_6_percent_of_what_a_gpu_measured(
-    checkpointing: Checkpointing, measured: float
-) -> None:
-    """GiB of 256 images in compiled blocks, bf16 (tools/results/h200_b16.json)."""
-    parameters = 86_567_656
-    total = state_bytes(parameters, 1, 1, "bf16") + activation_bytes(B16, 256, "bf16", checkpointing)
-    assert total / 2**30 == pytest.approx(measured, rel=0.06)
 
 
 def explain(
@@ -161,3 +177,111 @@ def test_an_offloaded_optimizer_leaves_its_memory_to_activations() -> None:
     assert state_bytes(1_000, 1, 1, "fp32", offload=True) == 8_000
     assert "no smaller one fits by plan" in explain(plan, 0.95)
     assert "set engine.micro_batch = 4, " in explain(plan, 0.95, offload_optimizer=True)
+
+
+RESULTS = Path(__file__).resolve().parents[1] / "tools" / "results"
+POLICIES: dict[str, Checkpointing] = {
+    "vitscale": "none",
+    "vitscale, compiled": "none",
+    "vitscale, selective recomputation": "selective",
+    "vitscale, selective recomputation, compiled": "selective",
+    "vitscale, full recomputation": "full",
+    "vitscale, full recomputation, compiled": "full",
+}
+
+
+def measured_peaks() -> Iterator[tuple[str, int, Checkpointing, float]]:
+    """(variant, images, policy, GiB) of every row of our own that tools/results/ has."""
+    for path in sorted(RESULTS.glob("*.json")):
+        file = json.loads(path.read_text())
+        pieces = [file] if "images of a step" in file else file.values()
+        for piece in pieces:
+            if isinstance(piece, dict):
+                for name in POLICIES.keys() & piece.keys():
+                    variant = piece["model"].partition(" ")[0]
+                    yield variant, piece["images of a step"], POLICIES[name], piece[name]["peak memory, GiB"]
+
+
+# This row is wrong. It says 16.7 GiB, and the plain loop after it needed 31.3. What it lacks is
+# the size of H/14's state (11.8 GiB): the same process had measured H/14 before, whose engine
+# was probably subtracted as what was there before, and freed later. The bench frees it now.
+SPOILED = ("S/16", 1024)
+
+
+def test_the_estimate_is_within_6_percent_of_every_peak_that_a_gpu_measured() -> None:
+    """Of one H200, in bf16 at ZeRO 1; the errors are from -6% to +5%."""
+    errors = []
+    for variant, images, policy, gib in measured_peaks():
+        if (variant, images) != SPOILED:
+            engine = EngineConfig(activation_checkpointing=policy)
+            estimated = estimate(ViTConfig(variant=variant), engine, images, 1, "bf16").allocated / 2**30
+            errors.append(estimated / gib - 1)
+    assert len(errors) == 8 and max(map(abs, errors)) < 0.06, errors
+
+
+def test_the_row_that_is_left_out_lacks_the_state_of_the_model_before_it() -> None:
+    (measured,) = [gib for variant, images, _, gib in measured_peaks() if (variant, images) == SPOILED]
+    estimated = estimate(ViTConfig(variant="S/16"), EngineConfig(), 1024, 1, "bf16").allocated / 2**30
+    before = state_bytes(632_045_800, 1, 1, "bf16") / 2**30
+    assert measured + before == pytest.approx(estimated, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("variant", "images"), [("B/16", 512), ("L/16", 256), ("H/14", 128), ("g/14", 64), ("G/14", 32)]
+)
+def test_what_nemo_trains_on_80_gb_fits(variant: str, images: int) -> None:
+    """The micro batches of NeMo 24.12's configs of ViT for A100s of 80 GB, on one node of 8."""
+    model = ViTConfig(variant=variant)
+    assert 30e9 < estimate(model, EngineConfig(), images, 8, "bf16").total < 80e9
+    assert estimate(model, EngineConfig(), 3 * images, 8, "bf16").total > 80e9
+
+
+def test_an_estimate_is_the_sum_of_its_parts() -> None:
+    """B/16 has 86,567,656 parameters; 32 images, 1,000 classes, 8 devices."""
+    assert count_params(B16) == 86_567_656
+    memory = estimate(B16, EngineConfig(), 32, 8, "bf16")
+    assert memory.state == 86_567_656 * 8 + 86_567_656 * 12 // 8
+    assert memory.activations == 32 * 12 * BLOCK + 1_000 * (16 * 32 + 8 * 768)
+    assert memory.buffers == 0
+    assert memory.allocated == memory.state + memory.activations
+    assert memory.overhead == pytest.approx(2e9 + 0.05 * memory.allocated, abs=1)
+    assert memory.total == memory.allocated + memory.overhead
+
+
+def test_an_average_and_a_policy_count_and_an_offloaded_optimizer_does_not() -> None:
+    plain = estimate(B16, EngineConfig(), 32, 8, "bf16")
+    assert (
+        estimate(B16, EngineConfig(), 32, 8, "bf16", average=True).state - plain.state == 4 * 86_567_656 // 8
+    )
+    offloaded = estimate(B16, EngineConfig(offload_optimizer=True), 32, 8, "bf16")
+    assert plain.state - offloaded.state == 12 * 86_567_656 // 8
+    full = estimate(B16, EngineConfig(activation_checkpointing="full"), 32, 8, "bf16")
+    assert plain.activations - full.activations == 32 * (11 * BLOCK - 12 * BLOCK_INPUT)
+
+
+@pytest.mark.parametrize(
+    ("num_params", "stage", "precision", "expected"),
+    [
+        (600_000_000, 1, "bf16", 0),
+        (600_000_000, 1, "fp16", 1e9),  # a bucket of 5e8 gradients of 2 bytes
+        (600_000_000, 2, "bf16", 1e9),
+        (600_000_000, 2, "fp32", 2e9),
+        (600_000_000, 3, "bf16", 2.2e9),  # 0.6e9 parameters beside it
+        (4_000_000_000, 3, "bf16", 3e9),  # 1e9 of them
+    ],
+)
+def test_buffers_by_hand(num_params: int, stage: int, precision: str, expected: float) -> None:
+    assert buffer_bytes(num_params, stage, precision) == expected
+
+
+def test_a_head_by_hand() -> None:
+    """16 bytes a class and image, and 8 a class and input: 768, or those of the tanh layer."""
+    many = ViTConfig(variant="B/16", num_classes=21_843)
+    assert head_bytes(many, 64) == 21_843 * (16 * 64 + 8 * 768)
+    assert head_bytes(dataclasses.replace(many, representation_size=100), 1) == 21_843 * (16 + 8 * 100)
+
+
+def test_micro_batches_divide_a_rank_and_are_even_for_pairs() -> None:
+    assert micro_batches(12, pairs=False) == [1, 2, 3, 4, 6, 12]
+    assert micro_batches(12, pairs=True) == [2, 4, 6, 12]
+    assert micro_batches(9, pairs=True) == []

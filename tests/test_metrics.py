@@ -13,7 +13,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vitscale import metrics
-from vitscale.meter import peak_flops_of
 from vitscale.metrics import MetricsWriter, read_metrics, remaining_time
 
 
@@ -249,24 +248,3 @@ def test_a_resumed_run_takes_its_pace_from_its_own_steps(
     writer.close()
     # 4 steps in 10 s, and 16 are left
     assert [record.getMessage().rpartition("  ")[2] for record in caplog.records] == ["eta ?", "eta 00:40"]
-
-
-@pytest.mark.parametrize(
-    ("device", "tera"),
-    [
-        ("NVIDIA H200", 989),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H20", 148),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
-        ("Tesla V100-SXM2-16GB", 125),
-        ("AMD Instinct MI250X", 191.5),
-        ("NVIDIA RTX A4000", 0),  # no A40
-        ("NVIDIA T1000", 0),
-    ],
-)
-def test_the_peak_of_a_gpu_goes_by_its_whole_name(device: str, tera: float) -> None:
-    assert peak_flops_of(device) == tera * 1e12

@@ -27,8 +27,10 @@ STEP_CASES = {
     "modes": ["eager", "compiled"],
     "policies": ["none", "selective", "full"],
 }
-# Options of `step` that the suite does not take.
+# Options of `step` that the suite does not take, and those that only the suite takes.
 STEP_SETTINGS = ("variant", "precision", "rounds", "steps")
+SUITE_SETTINGS = ("index", "variants")
+SUITE_VARIANTS = ("S/16", "B/16", "L/16", "H/14")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,8 +131,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="RESULTS.json",
         help="instead: the paper's models and an end-to-end run, into this file; continues where it stopped",
     )
-    step.add_argument("--index", default="", help="of photographs, for the end-to-end run of the suite")
-    step.add_argument("--variants", nargs="*", default=["S/16", "B/16", "L/16", "H/14"], help="of the suite")
+    step.add_argument("--index", help="of photographs, for the end-to-end run of the suite")
+    step.add_argument("--variants", nargs="*", help=f"of the suite; default: {' '.join(SUITE_VARIANTS)}")
 
     scale = commands.add_parser(
         "scale",
@@ -214,11 +216,16 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
             )
         return suite.run(
             arguments.suite,
-            arguments.index,
-            arguments.variants,
+            arguments.index or "",
+            SUITE_VARIANTS if arguments.variants is None else arguments.variants,
             arguments.batch or 0,
             wanted,
             Progress(),
+        )
+    if refused := [f"--{name}" for name in SUITE_SETTINGS if getattr(arguments, name) is not None]:
+        raise ConfigError(
+            f"{' and '.join(refused)} would be ignored: without --suite, one model is measured; "
+            "add --suite RESULTS.json, or name a single model by --variant"
         )
     if arguments.config:
         paths = [text for text in arguments.config if "=" not in text]

@@ -1,5 +1,8 @@
 """What a run needs of a device's memory, by arithmetic, before anything is built."""
 
+import dataclasses
+import functools
+
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.zero import OPTIMIZER_SLOTS
@@ -7,6 +10,61 @@ from vitscale.models import ModelConfig, empty_model
 from vitscale.models.layers import Checkpointing
 from vitscale.models.vit import ViTConfig
 from vitscale.optim import OptimConfig, freeze
+
+# Defaults of DeepSpeed's runtime/zero/config.py, in elements: gradients that are reduced at a
+# time, and parameters that stage 3 leaves gathered.
+REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
+# A guess: CUDA's context, NCCL's buffers and the kernels take so much, and fragmentation so
+# large a share of what is allocated.
+CONTEXT_BYTES, FRAGMENTED = 2_000_000_000, 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that a device needs for training, by what needs them.
+
+    overhead: what the device and the allocator take beside what is allocated.
+    """
+
+    state: int
+    activations: int
+    buffers: int
+    overhead: int
+
+    @property
+    def allocated(self) -> int:
+        """What torch.cuda.max_memory_allocated would report."""
+        return self.state + self.activations + self.buffers
+
+    @property
+    def total(self) -> int:
+        return self.allocated + self.overhead
+
+
+def estimate(
+    model: ModelConfig,
+    engine: EngineConfig,
+    micro_batch: int,
+    world_size: int,
+    precision: str,
+    *,
+    average: bool = False,
+) -> Memory:
+    """What a device needs to train. average: whether one of the weights is kept (ema_decay)."""
+    num_params = count_params(model)
+    stage = engine.zero_stage
+    state = state_bytes(num_params, stage, world_size, precision, engine.offload_optimizer)
+    state += 4 * num_params // world_size if average else 0  # each rank averages what it owns
+    activations = activation_bytes(model, micro_batch, precision, engine.activation_checkpointing)
+    activations += head_bytes(model, micro_batch)
+    buffers = buffer_bytes(num_params, stage, precision)
+    overhead = CONTEXT_BYTES + int(FRAGMENTED * (state + activations + buffers))
+    return Memory(state, activations, buffers, overhead)
+
+
+@functools.cache
+def count_params(model: ModelConfig) -> int:
+    return sum(param.numel() for param in empty_model(model).parameters())
 
 
 def state_bytes(
@@ -44,15 +102,51 @@ def activation_bytes(
         "selective"    input, qkv, attention output, projections: 12 D; first MLP layer: 2 M
         "full"         input: 2 D
 
-    Attention matrices are never stored. What is recomputed needs the memory of "none" for one
-    block at a time.
+    Attention matrices are never stored. With dropout, "none" also keeps masks of a byte an
+    element: 2 D + M. What is recomputed needs the memory of "none" for one block at a time.
     """
     tokens, width, mlp = config.num_tokens, config.resolved_width, config.resolved_mlp_dim
-    whole = tokens * (16 * width + 4 * mlp)
-    kept = {"none": whole, "selective": tokens * (12 * width + 2 * mlp), "full": tokens * 2 * width}
+    size = 2 if precision == "fp32" else 1
+    masks = tokens * (2 * width + mlp) if config.dropout else 0
+    whole = size * tokens * (16 * width + 4 * mlp) + masks
+    kept = {
+        "none": whole,
+        "selective": size * tokens * (12 * width + 2 * mlp),
+        "full": size * tokens * 2 * width,
+    }
     at_once = 0 if checkpointing == "none" else whole
-    per_image = config.resolved_depth * kept[checkpointing] + at_once
-    return micro_batch * per_image * (2 if precision == "fp32" else 1)
+    return micro_batch * (config.resolved_depth * kept[checkpointing] + at_once)
+
+
+def head_bytes(config: ViTConfig, micro_batch: int) -> int:
+    """Bytes of the head in fp32: logits, targets, the loss's own copy and their gradient, and
+    a copy of the weights with its gradient.
+    """
+    inputs = config.representation_size or config.resolved_width
+    return config.num_classes * (16 * micro_batch + 8 * inputs)
+
+
+def buffer_bytes(num_params: int, zero_stage: int, precision: str) -> int:
+    """Bytes of DeepSpeed's own buffers, which hold values in the precision of the model.
+
+        gradients to be reduced    a bucket; none in bf16 at stage 1, which reduces after the
+                                   backward pass, when the activations are gone
+        gathered parameters        at stage 3, as many as it leaves gathered
+
+    Sources: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py, stage3.py and config.py.
+    """
+    bucket = 0 if precision == "bf16" and zero_stage == 1 else REDUCE_BUCKET
+    gathered = min(num_params, MAX_LIVE_PARAMETERS) if zero_stage == 3 else 0
+    return (bucket + gathered) * (4 if precision == "fp32" else 2)
+
+
+def micro_batches(per_rank: int, *, pairs: bool) -> list[int]:
+    """The micro batches, rising, that a rank's images of a step can be cut into.
+
+    pairs: they must be even, for mixup.
+    """
+    step = 2 if pairs else 1
+    return [micro_batch for micro_batch in range(step, per_rank + 1, step) if per_rank % micro_batch == 0]
 
 
 def explain_too_small(
@@ -73,7 +167,7 @@ def explain_too_small(
     Fragmentation and kernels take more than is planned, so a micro batch that ran out is never
     advised, even if it fits by plan.
     """
-    num_params = sum(param.numel() for param in empty_model(model).parameters())
+    num_params = count_params(model)
     offload = engine.offload_optimizer
     states = state_bytes(num_params, engine.zero_stage, plan.world_size, precision, offload)
     available = f"{device_bytes / 2**30:,.2f} GiB"
@@ -90,8 +184,8 @@ def explain_too_small(
     texts = [f"{name} {size / 2**30:,.2f} GiB" for name, size in sorted(parts.items(), key=lambda p: -p[1])]
     fitting = [
         micro_batch
-        for micro_batch in range(2 if pairs else 1, plan.micro_batch, 2 if pairs else 1)
-        if plan.per_rank % micro_batch == 0 and states + activations(micro_batch) <= device_bytes
+        for micro_batch in micro_batches(plan.per_rank, pairs=pairs)
+        if micro_batch < plan.micro_batch and states + activations(micro_batch) <= device_bytes
     ]
     way_out = (
         f"set engine.micro_batch = {fitting[-1]}, the largest below it that fits by plan"

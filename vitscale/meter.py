@@ -1,6 +1,5 @@
 """The numbers of a logged row: what all ranks did since the last one."""
 
-import re
 import time
 
 import numpy as np
@@ -11,41 +10,10 @@ from vitscale import distributed
 from vitscale.data.loader import Batch
 from vitscale.data.order import DIGEST_MASK, digest
 from vitscale.engine.engine import Engine
+from vitscale.hardware import peak_flops
 from vitscale.job import Job
 from vitscale.models.flops import train_flops
 from vitscale.progress import Progress
-
-# Dense bf16 FLOP/s (V100: fp16), without sparsity, from the vendors' data sheets, of the first
-# name that is part of a device's. Others get no perf/mfu.
-PEAK_FLOPS = {
-    "GB300": 2500e12,
-    "GB200": 2500e12,
-    "B300": 2250e12,
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 150e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "MI355X": 2500e12,
-    "MI325X": 1307e12,
-    "MI300X": 1307e12,
-    "MI250X": 191.5e12,  # of one half: torch has each as a device of its own
-}
 
 
 class Meter:
@@ -122,14 +90,3 @@ class Meter:
         if len(epochs) == 1:
             return {"epoch": epochs[0]}
         return {f"data/epoch/{s.name}": e for s, e in zip(job.sources, epochs, strict=True)}
-
-
-def peak_flops() -> float:
-    """The bf16 peak of this device in FLOP/s, or 0 if it is not known (as for any CPU)."""
-    return peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else 0.0
-
-
-def peak_flops_of(device: str) -> float:
-    """The bf16 peak in FLOP/s of a GPU by its name, or 0 if it is not known."""
-    peaks = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device))
-    return next(peaks, 0.0)

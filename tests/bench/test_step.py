@@ -1,8 +1,10 @@
 """The step bench on the smallest model: rows, baselines, and a suite that is continued."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from tools.bench import STEP_CASES, main
 from vitscale import config as configs
 from vitscale import distributed
 from vitscale.bench import step, suite
-from vitscale.bench.step import Case, Loop, Ours, Plain, StepBench, every_case, measure
+from vitscale.bench.step import Case, Loop, Ours, Plain, StepBench, _Peak, every_case, measure
 from vitscale.errors import ConfigError, DataError
 from vitscale.models import ModelConfig
 from vitscale.train_config import TrainConfig
@@ -72,6 +74,24 @@ def test_a_suite_refuses_in_one_sentence_what_it_would_not_heed(
     said = capsys.readouterr().err
     assert said.startswith(f"error: --suite does not take {', '.join(names)}: ") and said.count("\n") == 1
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--index", "data/imagenet/index.json"], "--index"),
+        (["--variants", "B/16", "H/14"], "--variants"),
+        (["--index", "", "--variants"], "--index and --variants"),
+    ],
+)
+def test_a_single_model_refuses_in_one_sentence_what_only_a_suite_reads(
+    capsys, words: list[str], names: str
+) -> None:
+    """The controls are the tests of a config and of a suite above."""
+    assert main(["step", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {names} would be ignored: without --suite, one model is measured; add ")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (12, 8), (16, 16), (24, 16), (96, 64)])
@@ -192,3 +212,18 @@ def test_a_bench_of_nothing_is_refused(option: str) -> None:
     assert StepBench(cases=(), **{option: 1})
     with pytest.raises(ConfigError, match=f"^--{option} 0 must be above 0$"):
         StepBench(cases=(), **{option: 0})
+
+
+def test_what_an_earlier_case_left_is_freed_before_a_peak_is_measured() -> None:
+    """On a GPU it would be subtracted as what was there before, and then be freed."""
+    left = torch.nn.Linear(1, 1)
+    left.cycle = [left]  # type: ignore[assignment]
+    reference = weakref.ref(left)
+    gc.disable()
+    try:
+        del left
+        assert reference() is not None
+        with _Peak():
+            assert reference() is None
+    finally:
+        gc.enable()

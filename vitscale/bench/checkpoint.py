@@ -25,6 +25,7 @@ from torch.multiprocessing.spawn import ProcessException
 
 from vitscale.bench import ranks
 from vitscale.bench.ranks import Figures, Sharding
+from vitscale.config import positive
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import ModelConfig
 from vitscale.weights.saved import SavedModel
@@ -50,8 +51,7 @@ class CheckpointBench:
     deepspeed: bool = True
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.rounds < 1:
-            raise ConfigError("--ranks and --rounds must be above 0")
+        positive("", **{"--ranks": self.ranks, "--rounds": self.rounds})
         if not _fits(self.ranks):
             raise ConfigError(
                 f"--ranks {self.ranks} needs as many GPUs, and there are {torch.cuda.device_count()}; lower "

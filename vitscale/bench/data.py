@@ -20,6 +20,7 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from vitscale import storage
+from vitscale.config import positive
 from vitscale.data.decode import Decoder, decode, resolve_decoder
 from vitscale.data.index import Index
 from vitscale.data.indexing import open_index
@@ -36,7 +37,6 @@ from vitscale.data.transforms import (
     resize,
     resize_to_square,
 )
-from vitscale.errors import ConfigError
 
 BATCH, LANES = 64, 16
 READ_PASSES = 5  # one pass of reading takes a tenth of a second, too short to be timed
@@ -60,8 +60,7 @@ class DataBench:
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.image_size < 1:
-            raise ConfigError("--rounds and --image-size must be above 0")
+        positive("", **{"--rounds": self.rounds, "--image-size": self.image_size})
 
 
 def run(config: DataBench, progress: Callable[[str], None]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.engine.engine import DTYPES, Engine
+from vitscale.hardware import peak_flops
 from vitscale.losses import LossConfig, compute_loss, to_targets
-from vitscale.meter import peak_flops
 from vitscale.models import ModelConfig, build_model
 from vitscale.models.flops import train_flops
 from vitscale.models.layers import Checkpointing
@@ -261,6 +261,7 @@ class _Peak:
     bytes = 0
 
     def __enter__(self) -> "_Peak":
+        gc.collect()  # an engine that was closed has cycles: it would count as what was held before
         if torch.cuda.is_available():
             self._before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()

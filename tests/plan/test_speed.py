@@ -1,0 +1,202 @@
+"""Efficiencies: guesses, measurements of real GPUs, and how well some predict the others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitscale import config as configs
+from vitscale.errors import ConfigError
+from vitscale.hardware import GPUS
+from vitscale.models.layers import Checkpointing
+from vitscale.models.vit import ViTConfig
+from vitscale.plan.make import Cluster, make_plan
+from vitscale.plan.speed import EAGER, Speed, read_measurements
+from vitscale.plan.text import render
+from vitscale.train_config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITE, SINGLE = ROOT / "tools/results/h200.json", ROOT / "tools/results/h200_b16.json"
+H100, H200, A100 = GPUS["H100"], GPUS["H200"], GPUS["A100"]
+
+
+def images_per_second(
+    speed: Speed, variant: str, batch: int, policy: Checkpointing = "none", *, compiled: bool = True
+) -> float:
+    """By plan, on one H200, at ZeRO 1."""
+    config = configs.from_dict(
+        TrainConfig,
+        {
+            "run_dir": "run",
+            "global_batch": batch,
+            "total_steps": 100,
+            "precision": "bf16",
+            "model": {"variant": variant},
+            "data": {"index": "index.json"},
+            "engine": {"compile": compiled},
+        },
+    )
+    made = make_plan(config, Cluster(gpus=1, gpu="h200"), speed)
+    (option,) = [o for o in made.options if (o.zero_stage, o.checkpointing) == (1, policy)]
+    assert option.accumulation == 1
+    return option.images_per_second
+
+
+def without(path: Path, tmp_path: Path, *names: str) -> Speed:
+    file = json.loads(path.read_text())
+    (tmp_path / "some.json").write_text(json.dumps({k: v for k, v in file.items() if k not in names}))
+    return read_measurements(tmp_path / "some.json")
+
+
+@pytest.mark.parametrize(
+    ("variant", "gpu", "expected"),
+    [
+        ("Ti/16", H100, 0.12),
+        ("S/16", H200, 0.22),
+        ("B/16", H100, 0.40),
+        ("L/16", H100, 0.45),
+        ("H/14", H100, 0.50),
+        ("G/14", H100, 0.52),
+        ("mu/16", H100, 0.12),  # below the narrowest
+        ("H/14", A100, 0.55),
+        ("M/16", H100, 0.22 + 0.18 * 0.41504),  # log2(512 / 384) = 0.41504 of the way to 768
+    ],
+)
+def test_guesses_go_by_width(variant: str, gpu: Any, expected: float) -> None:
+    model = ViTConfig(variant=variant)
+    assert Speed().efficiency(model, gpu, compiled=True) == pytest.approx(expected, abs=1e-5)
+    assert Speed().efficiency(model, gpu, compiled=False) == pytest.approx(EAGER * expected, abs=1e-5)
+
+
+def test_recomputation_is_guessed_by_its_flops() -> None:
+    works = [Speed().work(policy, compiled=True) for policy in ("none", "selective", "full")]
+    assert works == pytest.approx([1, 3.05 / 3, 4 / 3])
+    assert [Speed().is_measured(policy, compiled=True) for policy in ("none", "full")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("policy", "compiled", "measured"),
+    [
+        ("none", True, 3_646.3),
+        ("selective", True, 3_539.4),
+        ("full", True, 3_093.2),
+        ("none", False, 3_085.0),
+        ("selective", False, 2_811.9),
+        ("full", False, 2_537.5),
+    ],
+)
+def test_a_plan_repeats_what_it_is_calibrated_by(
+    policy: Checkpointing, compiled: bool, measured: float
+) -> None:
+    """B/16, 256 images. The update is planned beside the passes, and not counted twice."""
+    speed = read_measurements(SINGLE)
+    planned = images_per_second(speed, "B/16", 256, policy, compiled=compiled)
+    assert planned == pytest.approx(measured, rel=1e-4)
+    assert speed.is_measured(policy, compiled=compiled) and speed.device == "NVIDIA H200"
+
+
+def test_another_micro_batch_is_predicted_within_6_percent() -> None:
+    """B/16: 256 images measured; 512 gave 3,860 images/s, which is 5.5% more than planned."""
+    planned = images_per_second(read_measurements(SINGLE), "B/16", 512)
+    assert planned / 3_859.8 - 1 == pytest.approx(-0.053, abs=0.003)
+
+
+def test_a_model_between_two_that_were_measured_is_predicted_within_15_percent(tmp_path: Path) -> None:
+    """B/16 from S/16 and H/14: 5% more than the 3,860 images/s that were measured."""
+    planned = images_per_second(without(SUITE, tmp_path, "B/16"), "B/16", 512)
+    assert planned / 3_859.8 - 1 == pytest.approx(0.054, abs=0.003)
+
+
+@pytest.mark.parametrize(
+    ("variant", "batch", "measured", "error"), [("H/14", 128, 438.6, 0.14), ("S/16", 1024, 10_544.0, -0.23)]
+)
+def test_a_model_beyond_those_that_were_measured_is_predicted_less_well(
+    variant: str, batch: int, measured: float, error: float, tmp_path: Path
+) -> None:
+    """From the nearest of the others, by the guesses of both."""
+    planned = images_per_second(without(SUITE, tmp_path, variant), variant, batch)
+    assert planned / measured - 1 == pytest.approx(error, abs=0.012)
+
+
+def test_a_mode_that_was_not_measured_goes_by_the_other() -> None:
+    """The suite has compiled rows only: an eager step is slower by the guess."""
+    speed, model = read_measurements(SUITE), ViTConfig(variant="B/16")
+    compiled = speed.efficiency(model, H200, compiled=True)
+    assert speed.efficiency(model, H200, compiled=False) == pytest.approx(EAGER * compiled)
+    assert not speed.is_measured("full", compiled=True)
+    assert speed.work("full", compiled=True) == pytest.approx(4 / 3)
+
+
+def write(tmp_path: Path, **changes: Any) -> Path:
+    piece = {
+        "model": "B/16 at 224 px",
+        "device": "NVIDIA H100 80GB HBM3",
+        "precision": "bf16",
+        "images of a step": 100,
+        "vitscale": {"images/s": 1_000.0},
+        "vitscale, full recomputation": {"failed": "out of memory"},
+        "plain": {"images/s": 1.0},
+    } | changes
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"bench": "step", "results": piece}))
+    return path
+
+
+def test_a_single_result_of_any_policy_is_read(tmp_path: Path) -> None:
+    """100 images in 0.1 s, of which the update takes 30 * 86,567,656 / (0.8 * 3.35e12)."""
+    speed = read_measurements(write(tmp_path))
+    (row,) = speed.rows
+    assert (row.model, row.compiled, row.gpu) == (ViTConfig(variant="B/16"), False, H100)
+    assert row.seconds_per_image == pytest.approx((0.1 - 0.969e-3) / 100, rel=1e-5)
+    assert speed.decode_rate == 0 and not speed.is_measured("full", compiled=False)
+
+
+def test_the_decode_rate_of_an_end_to_end_run_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "suite.json"
+    file = json.loads(SUITE.read_text()) | {"end to end": {"images/s per data worker": 612.0}}
+    path.write_text(json.dumps(file))
+    speed = read_measurements(path)
+    config = configs.load(TrainConfig, [ROOT / "configs/pretrain/vit_h14_jft.toml"])
+    made = make_plan(config, Cluster(gpus=8, gpu="h200"), speed)
+    assert made.decode_rate == 612.0
+    shown = " ".join(render(made).split())
+    assert "measured by an end-to-end run: at least 612 images/s a core" in shown
+    assert "45.3% of the peak at ZeRO 1 without recomputation, measured on NVIDIA H200; the cost of" in shown
+    given = make_plan(config, Cluster(gpus=8, decode_rate=700.0), speed)
+    assert given.decode_rate == 700.0
+    shown = " ".join(render(given).split())
+    assert "as given by --decode-rate" in shown and "on NVIDIA H200, another kind of GPU" in shown
+
+
+def test_a_model_that_was_not_measured_is_said_to_be_guessed() -> None:
+    config = configs.load(TrainConfig, [ROOT / "configs/pretrain/vit_h14_jft.toml"], ["model.variant=L/16"])
+    shown = " ".join(render(make_plan(config, Cluster(gpus=8), read_measurements(SUITE))).split())
+    assert "a guess that is corrected by S/16, B/16, H/14, measured on NVIDIA H200" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"device": "CPU"}, "was measured on CPU, whose peak is not known"),
+        ({"precision": "fp32"}, "has no row of vitscale in bf16 without recomputation"),
+        ({"vitscale": {"failed": "out of memory"}}, "has no row of vitscale in bf16 without recomputation"),
+        ({"model": "B/16"}, "does not hold results of a step"),
+        ({"vitscale": {"images/s": "many"}}, "does not hold results of a step"),
+        ({"vitscale": {"images/s": 0}}, "does not hold results of a step"),
+    ],
+)
+def test_other_files_are_one_sentence(tmp_path: Path, changes: dict, sentence: str) -> None:
+    """The control, without changes, is the test of a single result above."""
+    path = write(tmp_path, **changes)
+    with pytest.raises(ConfigError) as raised:
+        read_measurements(path)
+    assert str(raised.value).startswith(f"--calibrate {path} {sentence}")
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", "3", "no JSON", '{"results": 3}'])
+def test_what_is_no_table_of_results_is_one_sentence(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="--calibrate"):
+        read_measurements(path)

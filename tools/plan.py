@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""Estimate what a config takes on a cluster: memory, speed, data, checkpoints, days, cost."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLE = """examples:
+  python tools/plan.py configs/pretrain/vit_h14_jft.toml --gpus 128 --price 2.5
+  python tools/plan.py configs/pretrain/vit_b16_in21k.toml --gpus 8 --gpu a100 engine.compile=true
+  python tools/plan.py configs/pretrain/vit_h14_jft.toml --gpus 8 --gpu h200 \\
+      --calibrate tools/results/h200.json
+
+No data need to be there: epochs are those of data.num_samples. Every figure is an estimate; docs/planning.md
+says how each is made, and which are guesses"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+
+    from vitscale import command
+
+    return command.run(lambda: plan(arguments))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "configs",
+        nargs="+",
+        metavar="CONFIG.toml",
+        help="TOML files of one run, later ones win; section.key=value wins over all",
+    )
+    add = parser.add_argument
+    add("--gpus", type=int, required=True, help="of all nodes together")
+    add("--gpu", default="h100", help="their kind, as h100, h200, a100 or b200; default: h100")
+    add("--gpu-memory-gb", type=float, default=0.0, help="of each; default: by the data sheet")
+    add("--gpus-per-node", type=int, default=8, help="default: 8")
+    add("--nic-gbit", type=float, default=400.0, help="Gbit/s of the network card of each GPU; default: 400")
+    add("--price", type=float, default=0.0, help="of a GPU for an hour, in any currency")
+    add("--cores-per-node", type=int, default=0, help="that may decode; default: as many as it takes")
+    add("--decode-rate", type=float, default=0.0, help="images/s of a core; default: measured, or 500")
+    add("--image-kb", type=float, default=110.0, help="mean size of a stored image; default: 110")
+    add("--failures-per-node-day", type=float, default=0.0065, help="default: 0.0065")
+    add("--restart-minutes", type=float, default=10.0, help="from a failure to the next step; default: 10")
+    add("--store-gb-per-s", type=float, default=2.0, help="at which checkpoints are written; default: 2")
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="RESULTS.json",
+        help="take speeds from this file of tools/bench.py step, in place of guesses",
+    )
+    add("--json", type=Path, metavar="OUT", help="also write the plan to this file")
+    return parser.parse_intermixed_args(argv)
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from vitscale import config
+    from vitscale.plan import text
+    from vitscale.plan.make import Cluster, make_plan
+    from vitscale.plan.speed import Speed, read_measurements
+    from vitscale.train_config import TrainConfig
+
+    options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Cluster)}
+    speed = read_measurements(arguments.calibrate) if arguments.calibrate else Speed()
+    overrides = [word for word in arguments.configs if "=" in word]
+    paths = [word for word in arguments.configs if "=" not in word]
+    made = make_plan(config.load(TrainConfig, paths, overrides), Cluster(**options), speed)
+    print(text.render(made))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"results": text.results(made)}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What GPUs can do, by the data sheets of their vendors."""
+
+import dataclasses
+import re
+
+import torch
+
+from vitscale.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU.
+
+    flops: peak FLOP/s of dense matmuls in bf16 (V100: fp16), without sparsity.
+    memory_gb: as it is sold, in 10^9 bytes.
+    memory_tb_per_s: bandwidth of its memory, in 10^12 bytes/s.
+    link_gb_per_s: one direction of the links to the other GPUs of its node, all together:
+        NVLink, Infinity Fabric, or PCIe where there is neither; in 10^9 bytes/s.
+    """
+
+    flops: float
+    memory_gb: float
+    memory_tb_per_s: float
+    link_gb_per_s: float
+
+
+# The first name that is part of a device's counts.
+GPUS = {
+    "GB300": Gpu(2500e12, 288.0, 8.0, 900.0),
+    "GB200": Gpu(2500e12, 186.0, 8.0, 900.0),
+    "B300": Gpu(2250e12, 288.0, 8.0, 900.0),
+    "B200": Gpu(2250e12, 180.0, 8.0, 900.0),
+    "GH200": Gpu(989e12, 96.0, 4.0, 450.0),
+    "H200 NVL": Gpu(835e12, 141.0, 4.8, 450.0),
+    "H200": Gpu(989e12, 141.0, 4.8, 450.0),
+    "H100 NVL": Gpu(835e12, 94.0, 3.9, 300.0),
+    "H100 PCIe": Gpu(756e12, 80.0, 2.0, 64.0),
+    "H100": Gpu(989e12, 80.0, 3.35, 450.0),
+    "H800": Gpu(989e12, 80.0, 3.35, 200.0),
+    "H20": Gpu(148e12, 96.0, 4.0, 450.0),
+    "A100": Gpu(312e12, 80.0, 2.0, 300.0),  # the one of 80 GB; there is one of 40 GB
+    "A800": Gpu(312e12, 80.0, 2.0, 200.0),
+    "A40": Gpu(150e12, 48.0, 0.696, 32.0),
+    "A10G": Gpu(70e12, 24.0, 0.6, 32.0),
+    "A10": Gpu(125e12, 24.0, 0.6, 32.0),
+    "L40S": Gpu(362e12, 48.0, 0.864, 32.0),
+    "L40": Gpu(181e12, 48.0, 0.864, 32.0),
+    "L4": Gpu(121e12, 24.0, 0.3, 32.0),
+    "RTX 4090": Gpu(165e12, 24.0, 1.008, 32.0),
+    "RTX 3090": Gpu(71e12, 24.0, 0.936, 32.0),
+    "V100": Gpu(125e12, 32.0, 0.9, 150.0),  # the one of 32 GB; there is one of 16 GB
+    "MI355X": Gpu(2500e12, 288.0, 8.0, 537.0),
+    "MI325X": Gpu(1307e12, 256.0, 6.0, 448.0),
+    "MI300X": Gpu(1307e12, 192.0, 5.3, 448.0),
+    "MI250X": Gpu(191.5e12, 64.0, 1.6, 200.0),  # one half: torch has each as a device of its own
+}
+
+
+def gpu_name(written: str) -> str:
+    """The name in GPUS that a user wrote as in "h100" or "h100-pcie". Raises ConfigError."""
+    wanted = re.sub(r"[\s_-]+", " ", written).strip().lower()
+    for name in GPUS:
+        if name.lower() == wanted:
+            return name
+    known = ", ".join(name.lower().replace(" ", "-") for name in GPUS)
+    raise ConfigError(f'--gpu "{written}" is not known; use one of {known}')
+
+
+def peak_flops() -> float:
+    """The bf16 peak of this device in FLOP/s, or 0 if it is not known (as for any CPU)."""
+    return peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else 0.0
+
+
+def peak_flops_of(device: str) -> float:
+    """The bf16 peak in FLOP/s of a GPU by its name, or 0 if it is not known."""
+    gpu = gpu_of(device)
+    return gpu.flops if gpu else 0.0
+
+
+def gpu_of(device: str) -> Gpu | None:
+    """The kind of a GPU by the name that torch reports, or None if it is not known."""
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device)), None)

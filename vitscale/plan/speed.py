@@ -1,0 +1,160 @@
+"""What share of a GPU's peak a training step reaches: guesses, and measurements in their place.
+
+A measurement is a file of `tools/bench.py step`. It has a few models on one GPU; for a model
+between two of them in width, the factor between measurement and guess is interpolated.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitscale.errors import ConfigError
+from vitscale.hardware import Gpu, gpu_of
+from vitscale.memory import count_params
+from vitscale.models import ModelConfig
+from vitscale.models.flops import train_flops
+from vitscale.models.layers import Checkpointing
+from vitscale.models.vit import ViTConfig
+from vitscale.plan.formulas import FORWARD_PASSES, model_flops_utilization, update_seconds
+
+# Guesses by width: what a step in compiled blocks without recomputation reaches of the peak of
+# an H100 or H200, from the published training speeds of vision models.
+GUESSED = {192: 0.12, 384: 0.22, 768: 0.40, 1024: 0.45, 1280: 0.50, 1408: 0.50, 1664: 0.52, 6144: 0.50}
+# GPUs of a lower peak reach more of it: NeMo's ViT g/14 45% on A100, 29% on H100.
+SLOW_FLOPS, SLOW_BONUS = 400e12, 0.05
+EAGER = 0.85  # without compilation; B/16 on an H200 (docs/measurements.md)
+DECODE_RATE = 500.0  # a guess: images/s of a core, of photographs of 110 kB (docs/measurements.md)
+POLICIES: dict[str, Checkpointing] = {
+    "": "none",
+    ", selective recomputation": "selective",
+    ", full recomputation": "full",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A row of a results file: seconds of the forward and backward pass of an image."""
+
+    model: ModelConfig
+    compiled: bool
+    checkpointing: Checkpointing
+    seconds_per_image: float
+    gpu: Gpu
+
+    @property
+    def efficiency(self) -> float:
+        flops = train_flops(self.model)
+        return model_flops_utilization(1 / self.seconds_per_image, flops, 1, self.gpu.flops)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a plan takes as the speed of GPUs and of the loader; without rows, a guess.
+
+    device: what the rows were measured on. decode_rate: images/s of a data worker of the run
+    that was measured end to end, 0 if there is none.
+    """
+
+    rows: tuple[Measured, ...] = ()
+    device: str = ""
+    decode_rate: float = 0.0
+
+    def efficiency(self, model: ModelConfig, gpu: Gpu, *, compiled: bool) -> float:
+        """The share of the peak of a step without recomputation, and without the update."""
+        width = model.resolved_width
+        guess = _guess(width, gpu, compiled)
+        rows = self._rows("none", compiled)
+        if not rows:
+            return guess
+        factors: dict[int, list[float]] = {}
+        for row in rows:
+            factor = row.efficiency / _guess(row.model.resolved_width, row.gpu, row.compiled)
+            factors.setdefault(row.model.resolved_width, []).append(factor)
+        widths = sorted(factors)
+        means = [sum(factors[width]) / len(factors[width]) for width in widths]
+        return guess * float(np.interp(math.log(width), np.log(widths), means))
+
+    def work(self, policy: Checkpointing, *, compiled: bool) -> float:
+        """How much longer the passes take with a policy than without recomputation."""
+        ratios = self._ratios(policy, compiled)
+        return sum(ratios) / len(ratios) if ratios else FORWARD_PASSES[policy] / FORWARD_PASSES["none"]
+
+    def is_measured(self, policy: Checkpointing, *, compiled: bool) -> bool:
+        return policy == "none" or bool(self._ratios(policy, compiled))
+
+    def _rows(self, policy: Checkpointing, compiled: bool) -> list[Measured]:
+        """The rows of a policy: of those that are compiled, or not, as wanted, or else all."""
+        rows = [row for row in self.rows if row.checkpointing == policy]
+        return [row for row in rows if row.compiled == compiled] or rows
+
+    def _ratios(self, policy: Checkpointing, compiled: bool) -> list[float]:
+        return [
+            row.seconds_per_image / base.seconds_per_image
+            for row in self._rows(policy, compiled)
+            for base in self.rows
+            if (base.model, base.compiled, base.checkpointing) == (row.model, row.compiled, "none")
+        ]
+
+
+def read_measurements(path: Path) -> Speed:
+    """The speeds in a file of `tools/bench.py step`. Raises ConfigError for any other file."""
+    try:
+        file = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise ConfigError(f"--calibrate {path} cannot be read: {reason}; {_HOW}") from None
+    results = file.get("results", file) if isinstance(file, dict) else {}
+    try:
+        return _speed_of(results, path)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"--calibrate {path} does not hold results of a step; {_HOW}") from None
+
+
+_HOW = "name a file that `python tools/bench.py step` wrote with --suite or --json"
+
+
+def _speed_of(results: Mapping[str, Any], path: Path) -> Speed:
+    whole = [results] if "images of a step" in results else list(results.values())
+    pieces = [piece for piece in whole if isinstance(piece, dict) and "images of a step" in piece]
+    rows = tuple(row for piece in pieces if piece["precision"] == "bf16" for row in _rows_of(piece, path))
+    if not any(row.checkpointing == "none" for row in rows):
+        raise ConfigError(
+            f"--calibrate {path} has no row of vitscale in bf16 without recomputation, which all others are "
+            "compared with; measure one: python tools/bench.py step --policies none --json OUT"
+        )
+    rate = results.get("end to end", {}).get("images/s per data worker", 0.0)
+    return Speed(rows=rows, device=pieces[0]["device"], decode_rate=float(rate))
+
+
+def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
+    variant, size = piece["model"].removesuffix(" px").split(" at ")
+    model, images = ViTConfig(variant=variant, image_size=int(size)), piece["images of a step"]
+    gpu = gpu_of(piece["device"])
+    if gpu is None:
+        raise ConfigError(f"--calibrate {path} was measured on {piece['device']}, whose peak is not known")
+    update = update_seconds(count_params(model), 1, gpu.memory_tb_per_s)
+    return [
+        Measured(
+            model=model,
+            compiled=bool(suffix),
+            checkpointing=policy,
+            seconds_per_image=1 / row["images/s"] - update / images,
+            gpu=gpu,
+        )
+        for name, policy in POLICIES.items()
+        for suffix in ("", ", compiled")
+        if "images/s" in (row := piece.get(f"vitscale{name}{suffix}", {}))
+    ]
+
+
+def _guess(width: int, gpu: Gpu, compiled: bool) -> float:
+    """Between the widths of GUESSED, in proportion to the logarithm of the width."""
+    guess = float(np.interp(math.log(width), np.log(list(GUESSED)), list(GUESSED.values())))
+    return (guess + (SLOW_BONUS if gpu.flops < SLOW_FLOPS else 0.0)) * (1.0 if compiled else EAGER)
