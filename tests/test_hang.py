@@ -6,6 +6,7 @@ import pytest
 
 from vitscale.hang import Answer, Place, ranges, screen, sentence, waited_for
 from vitscale.progress import Progress
+from vitscale.watch import Watch
 from vitscale.watchdog import Watchdog
 
 
@@ -115,7 +116,7 @@ def test_ranges() -> None:
 
 def test_until_the_first_step_is_done_there_is_the_time_of_a_start() -> None:
     limits = {"start": 1800.0, "data": 600.0, "step": 300.0, "log": 300.0, "evaluate": 3600.0, "save": 3600.0}
-    watchdog = Watchdog(limits, [["c0", "", 4000, 0.0]], lambda error: True)
+    watchdog = Watchdog(limits, Watch(lambda error: True), lambda error: True)
 
     def limits_of(*phases: str) -> list[float]:
         given = []

@@ -21,6 +21,7 @@ LAYERS = [
     ["meter", "evaluate", "cooldown", "history", "profiler"],
     ["run_dir"],
     ["start", "dry_run"],
+    ["step"],
     ["train"],
     ["bench"],
 ]

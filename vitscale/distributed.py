@@ -247,6 +247,11 @@ def all_reduce_max(values: list[float]) -> list[float]:
     return _reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX)
 
 
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any rank; every rank calls it."""
+    return bool(all_reduce_max([float(flag)])[0])
+
+
 def _reduce(tensor: Tensor, op: Any, channel: dist.ProcessGroup | None = None) -> list[Any]:
     if world_size() > 1:
         dist.all_reduce(tensor, op, group=channel)

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class MetricsWriter:
         self._resume_step, self._total_steps = resume_step, total_steps
         self._start_seconds = time.monotonic()
         self._evaluations: dict[str, None] = {}  # the names of their numbers, in order
+        rows = read_metrics(folder / FILE_NAME)
+        self._at_resume = {name for row in rows if row["step"] == resume_step for name in row}
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Write the numbers of a step to all three."""
@@ -85,6 +87,11 @@ class MetricsWriter:
             self._compare(step, numbers["train/loss"])
         self._evaluations |= dict.fromkeys(name for name in numbers if name.startswith("eval/"))
         self._show(step, numbers)
+
+    def without(self, evaluations: Sequence[str]) -> list[str]:
+        """Those evaluations that have no numbers at the step where this start begins."""
+        written = {name.split("/")[1] for name in self._at_resume if name.startswith("eval/")}
+        return [name for name in evaluations if name not in written]
 
     def write_images(self, tag: str, images: UInt8[Tensor, "B 3 H W"], step: int = 0) -> None:
         """Show images in TensorBoard."""
@@ -154,6 +161,9 @@ class MetricsWriter:
 
 class SilentWriter:
     """Takes the place of a MetricsWriter on ranks other than 0, and writes nothing."""
+
+    def without(self, evaluations: Sequence[str]) -> list[str]:
+        return []
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         pass

@@ -1,22 +1,21 @@
 """Training: one straight loop. Fine-tuning is the same loop with [init] (start.py)."""
 
-import functools
 import gc
 import importlib.metadata
 import logging
 import shlex
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
-import torch
 from torch import Tensor
 
 from vitscale import config as configs
 from vitscale import distributed, history, processes
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.store import step_of
-from vitscale.data.loader import Batch
 from vitscale.ending import Ending
 from vitscale.errors import DataError, Diverged, UserError
 from vitscale.evals.adapters import LiveModel
@@ -25,20 +24,19 @@ from vitscale.goodput import Ledger, summary
 from vitscale.health import Health
 from vitscale.job import Job, prepare
 from vitscale.meter import Meter
-from vitscale.models.drop_path import draw_kept
-from vitscale.objectives import BatchKey
 from vitscale.profiler import Profiler
 from vitscale.progress import Due, Phases, Progress
-from vitscale.rng import derive_seed
 from vitscale.run_dir import claimed, note_refusal, write_config
 from vitscale.schedule import learning_rate
 from vitscale.start import Run, enough_memory, open_tasks, started
+from vitscale.step import skipped_step, train_step
 from vitscale.train_config import TrainConfig
 from vitscale.watch import Watch
 from vitscale.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
+STOP_NAME = "stop"  # RUN/stop asks the run to save and end
 PREEMPTED = 75  # exit status: stopped after a clean save, start it again
 SHOWN_IMAGES = 16
 
@@ -51,6 +49,7 @@ def train(config: TrainConfig, began: float | None = None) -> int:
     can fix. A process may call it many times.
     """
     began = began or time.time()
+    stop_file = Path(config.run_dir) / STOP_NAME
     distributed.initialize()
     try:
         job = prepare(config, distributed.world_size())
@@ -62,8 +61,8 @@ def train(config: TrainConfig, began: float | None = None) -> int:
     with (
         claimed(job),
         Ending(config.run_dir, job.total_steps) as ending,
-        Watch(ending.failed) as watch,
-        Watchdog(config.guard.limit_seconds(), watch.identities, ending.failed) as watchdog,
+        Watch(ending.failed, stop_file) as watch,
+        Watchdog(config.guard.limit_seconds(), watch, ending.failed) as watchdog,
     ):
         ending.lost = watch.lost
         ledger, rolled_back = Ledger(config.run_dir, began, writes=distributed.is_main()), None
@@ -83,6 +82,8 @@ def train(config: TrainConfig, began: float | None = None) -> int:
         reasons = [reason for reason in distributed.gather_json(watch.reason) if reason]
         done = run.progress.step == job.total_steps
         ending.ended("done" if done else "preempted", "" if done else reasons[0])
+        if not done:
+            distributed.on_main(lambda: stop_file.unlink(missing_ok=True))
     return 0 if done else PREEMPTED
 
 
@@ -97,9 +98,12 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
     agreed = distributed.Agreement(2)
     phases.listen(meter)
     ledger.ready(at.step)
+    saved_step = at.step
+    # At step 0, what an untrained model gives: the line to beat. Later, what was broken off.
+    missing = distributed.on_main(lambda: metrics.without(due_after(at.step, job).evaluate))
+    with phases("evaluate"):
+        stopped = not evaluate(run, missing, watch)
     if at.step == 0:
-        with phases("evaluate"):  # what an untrained model gives: the line to beat
-            evaluate(run, due_after(0, job).evaluate)
         metrics.write_hparams(configs.to_dict(job.config))
     # Not before: a mistake that shows in the evaluation binds nobody.
     row = write_config(job, at, versions())
@@ -112,14 +116,31 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
         }
     )
 
-    while at.step < job.total_steps:
+    def save() -> None:
+        nonlocal saved_step
+        with phases("save"):
+            at.bad_samples += run.quarantine.flush(at.step)
+            at.healthy = health.since_last_save()
+            saver.save(engine, train_state(job, at))
+        ledger.mark()
+        saved_step = at.step
+
+    while at.step < job.total_steps and not stopped:
         with phases("data"):
-            batch = next(run.batches)
+            batch = watch.unless_asked(lambda: next(run.batches))
         with phases("step"):
             lr = learning_rate(at.step + 1, job.total_steps, job.config.optim.lr, job.config.schedule)
             engine.set_learning_rate(lr)
+            before = engine.counters, engine.loss_scaler
             with enough_memory(job):
-                loss = train_step(run, batch, at.step + 1)
+                loss = train_step(run, batch, at.step + 1) if batch else skipped_step(run)
+        was_skipped = engine.counters.skipped_steps > before[0].skipped_steps
+        if was_skipped and distributed.any_of(batch is None):  # stopped while it waited for data
+            engine.forget_step(*before)
+            if at.step > saved_step:
+                save()
+            break
+        assert batch
         at.advance()
         meter.add(batch, loss)
         health.add(loss)
@@ -142,15 +163,12 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
             metrics.write(at.step, cost)
         if due.evaluate:
             with phases("evaluate"):
-                evaluate(run, due.evaluate)
+                if not evaluate(run, due.evaluate, watch):
+                    due = due_after(at.step, job, stopping=True)
         seen = at.step * job.config.global_batch
         damaged = run.quarantine.is_over(at.bad_samples, seen)
         if due.save or damaged:
-            with phases("save"):
-                at.bad_samples += run.quarantine.flush(at.step)
-                at.healthy = health.since_last_save()
-                saver.save(engine, train_state(job, at))
-            ledger.mark()
+            save()
         if damaged:
             raise DataError(run.quarantine.verdict(at.bad_samples, seen, at.step), shared=True)
         if due.end:
@@ -212,40 +230,6 @@ def diverged(run: Run, finding: str) -> Diverged:
     return Diverged(f"the run has diverged by step {run.progress.step:,}: {finding}; {way_out}", shared=True)
 
 
-def train_step(run: Run, batch: Batch, step: int) -> Tensor:
-    """One optimizer step on this rank's part of a global batch.
-
-    Returns the mean loss of that part, fp32, on the device.
-    """
-    job, engine = run.job, run.engine
-    config, plan, rank = job.config, job.plan, distributed.rank()
-    total = torch.zeros((), device=distributed.device())
-    micro_batches = zip(
-        batch.images.split(plan.micro_batch), batch.labels.split(plan.micro_batch), strict=True
-    )
-    for micro_step, (images, labels) in enumerate(micro_batches):
-        if config.model.dropout:
-            torch.manual_seed(derive_seed(config.seed, "dropout", step, rank, micro_step))
-        # Row 0's place in the global batch: with 512 images a rank in micro batches of 64, the
-        # second micro batch of rank 1 starts at 512 + 64.
-        key = BatchKey(config.seed, step, rank * plan.per_rank + micro_step * plan.micro_batch)
-        forward = functools.partial(engine.forward, kept=kept_branches(job, key, images))
-        loss = run.objective.loss(forward, images, labels, key)
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach() / plan.grad_accum_steps
-    return total
-
-
-def kept_branches(job: Job, key: BatchKey, images: Tensor) -> Tensor | None:
-    """What model.drop_path leaves of the blocks' branches for a micro batch; None = all."""
-    model = job.config.model
-    if not model.drop_path:
-        return None
-    kept = draw_kept(model.drop_path, model.resolved_depth, count=len(images), **key._asdict())
-    return kept.to(images.device, non_blocking=True)
-
-
 def due_after(step: int, job: Job, *, stopping: bool = False) -> Due:
     config = job.config
     return Due.after(
@@ -282,14 +266,32 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("vitscale", "torch", "deepspeed", "numpy")}
 
 
-def evaluate(run: Run, names: tuple[str, ...]) -> None:
-    """Run evaluations, with the average of the weights if there is one; every rank calls it."""
+def evaluate(run: Run, names: Sequence[str], watch: Watch) -> bool:
+    """Run evaluations, with the average of the weights if there is one; every rank calls it.
+
+    Returns whether they came to their end. If a rank is asked to stop, they are broken off, and
+    the next start repeats them.
+    """
     if not names:
-        return
-    config = run.job.config.model
-    model = LiveModel(run.engine.forward, image_size=config.image_size, num_classes=config.num_classes)
-    with run.engine.evaluating():
-        for name in names:
-            results = run_task(run.tasks[name], model, f"evals.{name}")
-            numbers = {f"eval/{name}/{key}": value for key, value in results.items()}
-            run.metrics.write(run.progress.step, numbers)
+        return True
+    config, agreed = run.job.config.model, distributed.Agreement(1)
+
+    def forward(pixels: Tensor, *, features_only: bool) -> Tensor:
+        if any(agreed(watch.asked)):  # on all ranks in the same batch: they have equally many
+            raise BrokenOff
+        return run.engine.forward(pixels, features_only=features_only)
+
+    model = LiveModel(forward, image_size=config.image_size, num_classes=config.num_classes)
+    try:
+        with run.engine.evaluating():
+            for name in names:
+                results = run_task(run.tasks[name], model, f"evals.{name}")
+                numbers = {f"eval/{name}/{key}": value for key, value in results.items()}
+                run.metrics.write(run.progress.step, numbers)
+    except BrokenOff:
+        return False
+    return True
+
+
+class BrokenOff(Exception):
+    """An evaluation was not finished, because the run is to stop."""

@@ -13,13 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 
 from vitscale import distributed
 from vitscale.errors import RankLost
 
+T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOOK_SECONDS = 1.0
 # From the death of a rank on this machine to the end of this one. Usually a collective fails
@@ -34,16 +36,20 @@ class Watch:
     """Within the block, what should stop the run is noted; every rank enters it.
 
     identities: of the processes of all ranks.
-    asked: whether to save and end. SIGTERM, SIGUSR1 and Ctrl-C ask for it, and so does the
-    disappearance of a launcher. A second Ctrl-C ends the process at once.
+    asked: whether to save and end. SIGTERM, SIGUSR1 and Ctrl-C ask for it, and so do the
+    disappearance of a launcher and a file stop_file, which rank 0 looks for. A second Ctrl-C
+    ends the process at once.
 
     If another rank of this machine dies, this one ends too: by the failure of a collective or,
     GRACE_SECONDS later, from here. failed(error) then says whether this rank tells the cause.
     """
 
-    def __init__(self, failed: Callable[[BaseException], bool]) -> None:
+    def __init__(self, failed: Callable[[BaseException], bool], stop_file: Path | None = None) -> None:
         self.asked = False
         self.reason = ""
+        self._stop_file = stop_file if distributed.is_main() else None
+        self._waiting_since, self._interrupting = 0.0, False
+        self._waiter = threading.get_ident()
         self._failed = failed
         self._ancestry = launcher_ancestry()
         self.identities: list[Identity] = distributed.gather_json(_identity())
@@ -63,7 +69,7 @@ class Watch:
         os.set_blocking(self._writer, False)
         self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, lambda *_: None)
+            self._previous[number] = signal.signal(number, self._handle)
         self._thread.start()
         return self
 
@@ -79,6 +85,25 @@ class Watch:
         # Launchers send several signals, and after a stop the process still has to end cleanly.
         for number, handler in {} if self.asked else self._previous.items():
             signal.signal(number, handler)
+
+    def unless_asked(self, wait: Callable[[], T]) -> T | None:
+        """The result of wait(), or None if it takes long and this rank is asked to stop.
+
+        Whatever wait() was doing is broken off. The thread that made the watch calls it.
+        """
+        self._waiting_since = time.monotonic()
+        try:
+            return wait()
+        except _Interrupted:
+            return None
+        finally:
+            self._waiting_since, self._interrupting = 0.0, False
+
+    def ask(self, reason: str) -> None:
+        """Note that the run should stop, and why; the first reason counts."""
+        if not self.asked:
+            self.reason = reason
+            self.asked = True
 
     def lost(self, wait_seconds: float = 0.0) -> RankLost | None:
         """The error that says which ranks of this machine are dead; None if all live.
@@ -110,10 +135,20 @@ class Watch:
                     self._take(number)
             if not self.asked and not intact(self._ancestry):
                 self._ask("the launcher is gone")
+            if not self.asked and self._stop_file and self._stop_file.exists():
+                self._ask(f"the file {self._stop_file}")
+            since = self._waiting_since
+            if self.asked and since and time.monotonic() - since > LOOK_SECONDS:
+                self._interrupting = True
+                signal.pthread_kill(self._waiter, signal.SIGTERM)  # runs _handle in the waiting thread
             if error := self.lost():
                 dead_since = dead_since or time.monotonic()
                 if time.monotonic() - dead_since > GRACE_SECONDS:
                     self._end(error, error.status)
+
+    def _handle(self, *_: object) -> None:
+        if self._interrupting and self._waiting_since:
+            raise _Interrupted
 
     def _take(self, number: int) -> None:
         if number == signal.SIGINT:
@@ -130,9 +165,11 @@ class Watch:
         os._exit(status)
 
     def _ask(self, reason: str) -> None:
-        if not self.asked:
-            self.reason = f"{reason} (rank {distributed.rank()})"
-            self.asked = True
+        self.ask(f"{reason} (rank {distributed.rank()})")
+
+
+class _Interrupted(BaseException):
+    """Breaks off what the trainer waits for; no `except Exception` on its way catches it."""
 
 
 # (host, its namespace of process ids, process id, when it was started)

@@ -29,7 +29,7 @@ from vitscale import distributed, rendezvous
 from vitscale.errors import RankLost
 from vitscale.hang import Answer, Place, screen, sentence, waited_for
 from vitscale.progress import Progress
-from vitscale.watch import Identity, lives
+from vitscale.watch import Watch, lives
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 15.0  # after which a rank without a beat is one that does not answer
@@ -42,17 +42,15 @@ class Watchdog:
     """Watches over the phases of a run within the block; every rank enters it.
 
     limits: how many seconds each phase may take; inf = any time.
-    identities: the processes of all ranks.
+    watch: knows the processes of all ranks. What asks one rank to stop is told to all.
     failed(error): notes why the job ends, and says whether this rank tells it.
     """
 
     def __init__(
-        self,
-        limits: Mapping[str, float],
-        identities: Sequence[Identity],
-        failed: Callable[[BaseException], bool],
+        self, limits: Mapping[str, float], watch: Watch, failed: Callable[[BaseException], bool]
     ) -> None:
-        self._limits, self._identities, self._failed = limits, identities, failed
+        self._limits, self._watch, self._failed = limits, watch, failed
+        self._identities = watch.identities
         self._trainer = threading.get_ident()
         self._closing = threading.Event()
         self._progress, self._stepped = Progress(), False
@@ -131,8 +129,16 @@ class Watchdog:
                     self._judge(store)
                 elif store.check(["alarm"]):
                     self._hand_in(store)
+                self._share_stop(store)
             except RuntimeError:  # rank 0 has ended, or its machine: what hangs here is found by _look
                 return
+
+    def _share_stop(self, store: Store) -> None:
+        """Tell the others that this rank is asked to stop, or learn it in any phase."""
+        if self._watch.asked:
+            store.set("stop", self._watch.reason)
+        elif store.check(["stop"]):
+            self._watch.ask(store.get("stop").decode())
 
     def _last_place(self, rank: int) -> Place:
         """Where a rank was at its last beat, with the time since then."""

@@ -52,7 +52,7 @@ def count(config: Path, overrides: Sequence[str], result: Path) -> None:
     names = []
     with (
         Watch(lambda _: True) as watching,
-        Watchdog(loaded.guard.limit_seconds(), watching.identities, lambda _: True),
+        Watchdog(loaded.guard.limit_seconds(), watching, lambda _: True),
         start.started(job, {}) as run,
     ):
         training.loop(run, watching, Phases(), Ledger(loaded.run_dir, 0.0, writes=False))

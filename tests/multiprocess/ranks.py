@@ -24,11 +24,11 @@ from vitscale.checkpoint.save import THREAD_NAME
 from vitscale.engine import zero
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.engine import Engine
-from vitscale.evals.classify import ClassifyTask
+from vitscale.evals.classify import ClassifyTask, topk_correct
 from vitscale.health import Health
 from vitscale.models import build_model
+from vitscale.step import train_step
 from vitscale.train import train as train_config
-from vitscale.train import train_step
 from vitscale.train_config import TrainConfig
 
 # Calls into C by which a save changes files or folders, or waits for another rank.
@@ -80,6 +80,18 @@ class Stop:
 
     def arm(self) -> None:
         at_batch(self.batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+@dataclasses.dataclass(frozen=True)
+class StopInEvaluation:
+    """SIGTERM to one rank as it scores its n-th batch of evaluations (from 1)."""
+
+    rank: int
+    batch: int
+
+    def arm(self) -> None:
+        if rank() == self.rank:
+            at_calls(topk_correct, lambda n: n == self.batch and os.kill(os.getpid(), signal.SIGTERM))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,13 +279,18 @@ def at_batch(number: int, act: Callable[[], object]) -> None:
 
 def at_batches(act: Callable[[int], object]) -> None:
     """Call act(n) as this rank begins its n-th batch (from 1)."""
-    batches = 0
+    at_calls(train_step, act)
+
+
+def at_calls(function: Callable[..., Any], act: Callable[[int], object]) -> None:
+    """Call act(n) as this rank begins its n-th call of a function (from 1)."""
+    calls = 0
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal batches
-        if event == "call" and frame.f_code is train_step.__code__:
-            batches += 1
-            act(batches)
+        nonlocal calls
+        if event == "call" and frame.f_code is function.__code__:
+            calls += 1
+            act(calls)
 
     sys.setprofile(profile)
 

@@ -199,6 +199,10 @@ class Engine:
         if self._ema:  # after the counters: it notes how many updates were made
             self._ema.start(self._ds, at_weights=average is None)
 
+    def forget_step(self, counters: Counters, loss_scaler: Mapping[str, int | float | bool]) -> None:
+        """Undo a step that was skipped: it has changed nothing but these, from before it."""
+        zero.restore_counters(self._ds, counters, loss_scaler)
+
     def close(self) -> None:
         """Free what DeepSpeed holds, so that another engine can follow in this process."""
         self._ds.destroy()

@@ -1,0 +1,90 @@
+"""A run that is asked to stop does so wherever it is, and what was broken off is done later."""
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+from multiprocess.ends import data_worker_of, read_status
+from multiprocess.job import TIMEOUT_SECONDS, Job
+from multiprocess.ranks import KillAll, Stop, StopInEvaluation
+from multiprocess.zygote import Zygote
+
+from vitscale.metrics import read_metrics
+
+
+def evaluations(job: Job) -> list[tuple[int, float]]:
+    rows = read_metrics(job.run_dir / "metrics.jsonl")
+    return [(row["step"], row["eval/test/top1"]) for row in rows if "eval/test/top1" in row]
+
+
+def test_an_evaluation_is_broken_off_and_done_at_the_next_start(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job, whole = Job(tmp_path / "job", index), Job(tmp_path / "whole", index)
+    # 83 samples: 11 batches of 4 on each of two ranks, at steps 0, 5, 10, 15 and 20.
+    section = f"evals.test={{test='{index.parent}/train-*.tar', batch_size=4, every_steps=5}}"
+    assert zygote.train(whole, 2, section) == [0, 0], whole.output()
+    in_second = StopInEvaluation(rank=1, batch=14)
+    assert zygote.train(job, 2, section, event=in_second) == [75, 75], job.output()
+    assert max(job.checkpoints()) == 5 and [step for step, _ in evaluations(job)] == [0]
+    assert (read_status(job)["state"], read_status(job)["reason"]) == ("preempted", "SIGTERM (rank 1)")
+    assert zygote.train(job, 2, section) == [0, 0], job.output()
+    assert evaluations(job) == evaluations(whole) and len(evaluations(job)) == 5
+    assert job.column("train/loss") == whole.column("train/loss")
+
+
+def test_the_first_evaluation_can_be_stopped_before_any_step(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    section = f"evals.test={{test='{index.parent}/train-*.tar', batch_size=4}}"
+    assert zygote.train(job, 2, section, event=StopInEvaluation(rank=0, batch=2)) == [75, 75], job.output()
+    assert not job.checkpoints() and not job.rows() and read_status(job)["step"] == 0
+    assert zygote.train(job, 2, section) == [0, 0], job.output()
+    assert [step for step, _ in evaluations(job)] == [0, 20]
+
+
+def test_a_file_stops_the_run_once(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 2, event=Stop(batch=4)) == [75, 75], job.output()
+    (job.run_dir / "stop").touch()  # before a start: it stops after a step or two
+    assert zygote.train(job, 2, "total_steps=100000") == [75, 75], job.output()
+    assert read_status(job)["reason"] == f"the file {job.run_dir}/stop (rank 0)"
+    assert not (job.run_dir / "stop").exists() and max(job.checkpoints()) > 5
+    assert max(job.checkpoints()) == job.rows()[-1]["step"]
+
+
+def test_a_rank_without_data_stops_when_another_one_is_asked(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job, whole = Job(tmp_path / "job", index), Job(tmp_path / "whole", index)
+    with job.ranks(2, "engine.num_workers=1", "total_steps=100000") as ranks:
+        wait_for(lambda: len(job.rows()) > 7, job)
+        data_worker_of(psutil.Process(ranks[1].pid)).suspend()
+        step = last_step(job)
+        while (now := last_step(job)) != step:  # what was read ahead is used up
+            step = now
+        ranks[0].send_signal(signal.SIGTERM)
+        assert [rank.wait(TIMEOUT_SECONDS) for rank in ranks] == [75, 75], job.output()
+    # The last step that all have made is saved. The one after it has left no trace.
+    step = job.rows()[-1]["step"]
+    assert max(job.checkpoints()) == step and "rank 0" in read_status(job)["reason"]
+    assert zygote.train(job, 2, "total_steps=100000", event=KillAll(batch=5)) == [-9, -9]
+    assert zygote.train(whole, 2, "total_steps=100000", event=KillAll(batch=step + 5)) == [-9, -9]
+    common = min(len(job.rows()), len(whole.rows()))
+    assert common > step + 1
+    for name in ("step", "train/loss", "train/skipped_steps", "data/digest"):
+        assert job.column(name)[:common] == whole.column(name)[:common]
+
+
+def last_step(job: Job) -> int:
+    time.sleep(3)
+    return job.rows()[-1]["step"]
+
+
+def wait_for(holds, job: Job) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.05)
