@@ -13,7 +13,7 @@ LAYERS = [
     ["errors", "progress", "hang", "slurm", "rendezvous"],
     ["config", "distributed", "rng", "atomic", "attempts", "hardware"],
     ["storage", "processes", "command", "ending", "watch", "goodput"],
-    ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog"],
+    ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace"],
     ["metrics", "engine", "evals", "objectives", "curate"],
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],

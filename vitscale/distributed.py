@@ -299,6 +299,11 @@ def all_gather_rows(rows: Tensor, channel: dist.ProcessGroup | None = None) -> T
     return torch.cat([part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)])
 
 
+def gather_floats(value: float) -> list[float]:
+    """The `value` of every rank, in rank order, on every rank."""
+    return all_gather_rows(torch.tensor([value], dtype=torch.float64)).tolist()
+
+
 def gather_json(value: Any, channel: dist.ProcessGroup | None = None) -> list[Any]:
     """The `value` of every rank, in rank order, on every rank; it travels as JSON.
 

@@ -1,5 +1,6 @@
 """The numbers of a logged row: what all ranks did since the last one."""
 
+import socket
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ from vitscale.engine.engine import Engine
 from vitscale.hardware import peak_flops
 from vitscale.job import Job
 from vitscale.models.flops import train_flops
+from vitscale.pace import Pace, SlowRank, slowest
 from vitscale.progress import Progress
 
 
@@ -23,8 +25,9 @@ class Meter:
     that neither counts as training.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, pace: Pace) -> None:
+        self._job, self._pace = job, pace
+        self._slow = SlowRank(distributed.gather_json(socket.gethostname()))
         self._flops = train_flops(job.config.model)
         self._peak = peak_flops()
         self._digest = 0
@@ -52,6 +55,8 @@ class Meter:
         config, world = self._job.config, distributed.world_size()
         mean = float(self._losses) / self._num_losses
         loss_sum, mean_sum, waited = distributed.all_reduce_sum([float(loss), mean, self._waited])
+        rank, ratio = slowest(distributed.gather_floats(self._pace.read()))
+        self._slow.add(rank, ratio)
         elapsed = time.perf_counter() - self._began
         (total_digest,) = distributed.all_reduce_sum_int([self._digest])
         speed = self._steps * config.global_batch / elapsed
@@ -70,6 +75,8 @@ class Meter:
             "perf/memory_gib": distributed.peak_bytes() / 2**30,
             "run/world_size": world,
         }
+        if world > 1:
+            numbers |= {"perf/slowest_rank": rank, "perf/slowest_ratio": ratio}
         if self._peak:
             numbers["perf/mfu"] = speed / world * self._flops / self._peak
         self._restart()

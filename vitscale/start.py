@@ -34,6 +34,7 @@ from vitscale.models import empty_model
 from vitscale.models.transfer import check_backbone, is_backbone, transferred
 from vitscale.objectives import Objective, build_objective
 from vitscale.optim import freeze
+from vitscale.pace import Pace
 from vitscale.progress import Progress
 from vitscale.rng import derive_seed
 from vitscale.run_dir import check_continuation, check_new_length
@@ -57,6 +58,7 @@ class Run:
     quarantine: Quarantine
     saver: Saver
     metrics: MetricsWriter | SilentWriter
+    pace: Pace
 
 
 @contextlib.contextmanager
@@ -100,6 +102,7 @@ def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iter
             ),
             saver=saver,
             metrics=metrics,
+            pace=Pace(),
         )
 
 

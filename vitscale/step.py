@@ -32,7 +32,8 @@ def train_step(run: Run, batch: Batch, step: int) -> Tensor:
         # second micro batch of rank 1 starts at 512 + 64.
         key = BatchKey(config.seed, step, rank * plan.per_rank + micro_step * plan.micro_batch)
         forward = functools.partial(engine.forward, kept=kept_branches(job, key, images))
-        loss = run.objective.loss(forward, images, labels, key)
+        with run.pace.forward():
+            loss = run.objective.loss(forward, images, labels, key)
         engine.backward(loss)
         engine.step()
         total += loss.detach() / plan.grad_accum_steps

@@ -94,7 +94,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
     that did not help, or if it ends without a healthy checkpoint.
     """
     job, engine, at, metrics, saver = run.job, run.engine, run.progress, run.metrics, run.saver
-    meter, health = Meter(job), Health(engine, job.config.guard.skipped_steps)
+    meter, health = Meter(job, run.pace), Health(engine, job.config.guard.skipped_steps)
     agreed = distributed.Agreement(2)
     phases.listen(meter)
     ledger.ready(at.step)

@@ -125,6 +125,18 @@ class Sleep:
 
 
 @dataclasses.dataclass(frozen=True)
+class Throttle:
+    """One rank takes some seconds more for every forward pass."""
+
+    rank: int
+    seconds: float
+
+    def arm(self) -> None:
+        if rank() == self.rank:
+            at_calls(Engine.forward, lambda _: time.sleep(self.seconds))
+
+
+@dataclasses.dataclass(frozen=True)
 class Freeze:
     """SIGSTOP to one rank as it begins its n-th batch (from 1)."""
 

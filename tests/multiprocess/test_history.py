@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from multiprocess.job import Job
-from multiprocess.ranks import KillAll
+from multiprocess.ranks import KillAll, Throttle
 from multiprocess.zygote import Zygote
 
 
@@ -53,3 +53,12 @@ def test_the_time_of_a_run_is_told_over_all_of_its_starts(
     # What has no name is little, even in so short a run.
     assert parts["goodput/other"] < 0.05, parts
     assert job.output().count("INFO wall time since the first start: ") == 1
+
+
+def test_the_rank_that_slows_the_others_down_is_named(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 4, "total_steps=8", event=Throttle(rank=2, seconds=0.2)) == [0] * 4, job.output()
+    assert (
+        set(job.column("perf/slowest_rank")[1:]) == {2} and min(job.column("perf/slowest_ratio")[1:]) > 1.25
+    )
+    assert job.output().count("rank 2 on ") == 1 and " is slow: its forward passes take " in job.output()
