@@ -20,7 +20,7 @@ from vitscale.checkpoint.manifest import saved_config
 from vitscale.checkpoint.verify import Checkpoint
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.data.record import DataRecord
-from vitscale.errors import BusyError, ConfigError, StoreError
+from vitscale.errors import BusyError, ConfigError, StoreError, UserError
 from vitscale.job import Job
 from vitscale.metrics import read_metrics
 from vitscale.train_config import TrainConfig
@@ -147,7 +147,7 @@ def note_refusal(run_dir: str, reason: str) -> None:
         return
     with contextlib.suppress(OSError, BusyError):
         lock = RunLock(run_dir)
-        ending.write(Path(run_dir), "failed", status["step"], status["total_steps"], reason)
+        ending.write(Path(run_dir), "failed", status["step"], status["total_steps"], reason, UserError.status)
         lock.release()
 
 
