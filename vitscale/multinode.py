@@ -166,8 +166,8 @@ class Launch:
             if len(slots) < least:
                 worlds = ", ".join(map(str, self._worlds()))
                 raise ConfigError(
-                    f"of the hosts that answer, fewer than {least} can share the run's work: it runs on {worlds} "
-                    "processes; change the slots in the hostfile"
+                    f"of the hosts that answer, fewer than {least} can share the run's work: it runs on "
+                    f"{worlds} processes; change the slots in the hostfile"
                 )
         addresses = {answer.name: answer.facts.address for answer in here if answer.facts}
         return slots, self._arguments.master_addr or addresses[next(iter(slots))]

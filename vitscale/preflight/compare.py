@@ -20,7 +20,8 @@ class Facts:
         was chosen for gloo, so that it would tell others to look there.
     code: a digest of vitscale's source files. config, index: digests; "" = they cannot be read.
     errors: sentences about what the config needs and this host does not give.
-    shared: run_dir must be one folder for all hosts. saw: how many hosts' probes it sees there.
+    shared: run_dir must be one folder for all hosts. saw: how many hosts' probes it sees there;
+        0 = it could not write its own.
     shm_needed: bytes of /dev/shm that one process fills.
     clock: seconds that its clock is ahead of the asking host's.
     speed: bytes a second that arrive from the host before it; 0 = not measured. refused: why no
@@ -80,8 +81,7 @@ def problems(answers: Sequence[Answer]) -> list[str]:
     found += _shared_errors(known)
     for what, value, way_out in _MUST_BE_EQUAL:
         found += _differing(known, what, value, way_out)
-    if not found:  # a folder that cannot be written has been told
-        found += _not_shared(known)
+    found += _not_shared(known)
     for answer, facts in known:
         found += _lacking(answer, facts, world_size)
         if facts.loopback and len(answers) > 1:
@@ -141,7 +141,9 @@ def _shared_errors(known: _Known) -> list[str]:
 
 
 def _not_shared(known: _Known) -> list[str]:
-    lonely = [answer.name for answer, facts in known if facts.shared and facts.saw < len(known)]
+    # A host that could not write there has said so.
+    writers = [(answer.name, facts.saw) for answer, facts in known if facts.shared and facts.saw]
+    lonely = [name for name, saw in writers if saw < len(writers)]
     if not lonely:
         return []
     folder = known[0][1].run_dir
@@ -202,7 +204,7 @@ def table(answers: Sequence[Answer]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def size(num_bytes: float) -> str:
+def size(num_bytes: int | float) -> str:
     """Like "1.5 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:

@@ -41,5 +41,6 @@ def told(answers: Sequence[Answer]) -> int:
         print(f"error: {redact(sentence)}", file=sys.stderr, flush=True)
     if not found:
         ranks = sum(answer.slots for answer in answers)
-        print(f"ok: {len(answers)} hosts can run {ranks} processes together")
+        hosts = "1 host" if len(answers) == 1 else f"{len(answers)} hosts"
+        print(f"ok: {ranks} processes on {hosts}")
     return MISTAKE if found else 0
