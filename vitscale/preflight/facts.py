@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +46,24 @@ def collect(
     """
     facts, config = _own(paths, overrides, world_size)
     gather("ready")
-    facts = _looked(facts, config, gather)
-    facts = speed.measured(facts, place, gather)
+    with _probed(config) as probe:
+        facts = _looked(facts, probe, gather)
+        facts = speed.measured(facts, place, gather)
     if place == 0 and config and not facts.errors:
         facts = dataclasses.replace(facts, errors=tuple(_at_start(config, world_size)))
     return gather(dataclasses.asdict(dataclasses.replace(facts, clock=time.time())))
 
 
-def _looked(facts: Facts, config: TrainConfig | None, gather: Gather) -> Facts:
+def _looked(facts: Facts, probe: "_Probe", gather: Gather) -> Facts:
     """The facts with what this host sees in the run directory."""
-    if not config:
-        gather("")
-        gather("looked")
-        return facts
-    with _probed(config) as probe:
-        tokens = gather(probe.token)
-        facts = dataclasses.replace(
-            facts,
-            errors=facts.errors + probe.errors,
-            run_dir=str(probe.folder),
-            shared=not config.checkpoint.store,
-            saw=sum(bool(token) and (probe.folder / token).exists() for token in tokens),
-            free=shutil.disk_usage(probe.folder).free if probe.token else 0,
-        )
-        gather("looked")
-    return facts
+    tokens = gather(probe.token)
+    seen = sum(bool(token) and (probe.folder / token).exists() for token in tokens)
+    gather("looked")
+    if not probe.token:
+        return dataclasses.replace(facts, errors=facts.errors + probe.errors)
+    (probe.folder / probe.token).unlink(missing_ok=True)
+    free = shutil.disk_usage(probe.folder).free
+    return dataclasses.replace(facts, run_dir=str(probe.folder), shared=probe.shared, saw=seen, free=free)
 
 
 def _own(paths: Sequence[str], overrides: Sequence[str], world_size: int) -> tuple[Facts, TrainConfig | None]:
@@ -140,14 +133,20 @@ def _shm_needed(config: TrainConfig, world_size: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Probe:
+    """token: a file in the run directory; "" = there is none, and errors may say why."""
+
     folder: Path
     token: str = ""
+    shared: bool = True
     errors: tuple[str, ...] = ()
 
 
 @contextmanager
-def _probed(config: TrainConfig) -> Iterator[_Probe]:
-    """A file in the run directory; afterwards it and the folders made for it are gone."""
+def _probed(config: TrainConfig | None) -> Iterator[_Probe]:
+    """A file in the run directory; after the block, the folders made for it are gone."""
+    if not config:
+        yield _Probe(Path())
+        return
     folder = Path(config.run_dir).absolute()
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     token = f"{PROBE}{secrets.token_hex(4)}"
@@ -155,19 +154,16 @@ def _probed(config: TrainConfig) -> Iterator[_Probe]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / token).write_bytes(b"probe")
     except OSError as error:
-        yield _Probe(
-            folder, errors=(f"run_dir {folder} cannot be written: {error.strerror}; choose another",)
-        )
+        sentence = f"run_dir {folder} cannot be written: {error.strerror}; choose another"
+        yield _Probe(folder, errors=(sentence,))
         return
     try:
-        yield _Probe(folder, token)
+        yield _Probe(folder, token, shared=not config.checkpoint.store)
     finally:
         (folder / token).unlink(missing_ok=True)
         for place in made:
-            try:
+            with suppress(OSError):  # another host has removed it
                 place.rmdir()
-            except OSError:  # another host has its probe there, or has removed it
-                break
 
 
 def _at_start(config: TrainConfig, world_size: int) -> list[str]:
