@@ -100,7 +100,12 @@ class Launch:
         failed_starts = 0  # in a row, that did not come as far as a row of the run's history
         while True:
             before = restarts.starting_steps(self._config.run_dir)
-            status = self._start(first=not failed_starts and not self._launcher)
+            status = self._start()
+            if status is None:
+                self._sleep(self._arguments.pause)
+                if self._stopped:
+                    return restarts.EXIT_STATUS["again"]
+                continue
             decision = restarts.after(self._config, status, self._arguments.max_vain)
             began = len(restarts.starting_steps(self._config.run_dir)) > len(before)
             failed_starts = 0 if began else failed_starts + 1
@@ -108,8 +113,6 @@ class Launch:
                 decision = restarts.Decision(
                     "stop", f"{failed_starts} starts in a row failed: {decision.reason}"
                 )
-            if decision.kind == "stop":
-                print(f"error: {decision.reason}", file=sys.stderr, flush=True)
             if decision.kind != "again" or self._stopped:
                 _say(f"{decision.kind}: {decision.reason}")
                 return restarts.EXIT_STATUS[decision.kind]
@@ -118,14 +121,17 @@ class Launch:
             if self._stopped:
                 return restarts.EXIT_STATUS["again"]
 
-    def _start(self, first: bool) -> int:
-        """Run the job once, to the end of its processes. Returns the launcher's exit status."""
+    def _start(self) -> int | None:
+        """Run the job once, to the end of its processes.
+
+        Returns the launcher's exit status; None if hosts are missing, so that nothing was run.
+        """
         if self._arguments.no_ssh:
             slots, address = self._slots, self._arguments.master_addr
         else:
-            slots, address = self._asked(first)
+            slots, address = self._asked()
             if not slots or self._stopped:
-                return restarts.EXIT_STATUS["again"]
+                return None
         with tempfile.TemporaryDirectory(prefix="vitscale-") as folder:  # readable by its owner only
             (Path(folder) / "hostfile").write_text(hostfile.text_of(slots))
             environment = self._for_launcher(Path(folder))
@@ -138,7 +144,7 @@ class Launch:
         self._await_ranks()
         return status
 
-    def _asked(self, first: bool) -> tuple[dict[str, int], str]:
+    def _asked(self) -> tuple[dict[str, int], str]:
         """The hosts to use, and the first one's address; no hosts if there are too few now.
 
         Raises ConfigError for what no waiting would change, and at the first start for all.
@@ -152,7 +158,7 @@ class Launch:
                 _say(f"without {answer.name}: {answer.trouble}")
         if len(here) < least:
             missing = "; ".join(answer.trouble for answer in answers if answer.unreachable)
-            if first:
+            if not self._launcher:
                 raise ConfigError(missing)
             _say(missing)
             return {}, ""

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from multiprocess.hosts import ROOT
 from multiprocess.job import Job
 from multiprocess.slurm import Slurm, two_node_slurm, wait_until
 
 from vitscale import ending
 
 NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
+PYTHON = ROOT / ".venv" / "bin" / "python"
 RUN = ("total_steps=60", "checkpoint.every_steps=50")
 LONG = ("total_steps=1000000", "checkpoint.every_steps=0")
 DEADLINE_SECONDS = 150
@@ -22,9 +24,20 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
         yield slurm
 
 
-def test_a_job_that_is_preempted_saves_is_requeued_and_goes_on(
-    tmp_path: Path, index: Path, slurm: Slurm
+def test_srun_starts_the_same_run_on_two_nodes(
+    tmp_path: Path, index: Path, slurm: Slurm, uninterrupted: Job
 ) -> None:
+    job = Job(tmp_path / "job", index)
+    said = slurm.command("srun", "--nodes=2", "--ntasks=2", PYTHON, "launch/train.py", job.config)
+    assert job.rows(), said
+    assert job.column("train/loss") == uninterrupted.column("train/loss")
+
+
+def test_a_job_that_is_preempted_saves_is_requeued_and_goes_on(
+    tmp_path: Path, index: Path, slurm: Slurm, sweep: bool
+) -> None:
+    if not sweep:
+        pytest.skip("with --sweep: it starts a job of two nodes twice")
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "job", index)
     assert whole.start(1, *RUN, "engine.micro_batch=8") == [0], whole.output()
     number = submit(slurm, job, *RUN)
@@ -50,7 +63,7 @@ def test_a_job_saves_before_its_time_is_over_and_is_not_requeued_if_it_is_cancel
     tmp_path: Path, index: Path, slurm: Slurm, sweep: bool
 ) -> None:
     if not sweep:
-        pytest.skip("it takes minutes; --sweep runs it")
+        pytest.skip("with --sweep: the shortest time limit is a minute")
     job = Job(tmp_path / "job", index)
     # Slurm looks at times twice a minute, so the signal may come up to 60 seconds early.
     number = submit(slurm, job, *LONG, options=("--time=2", "--signal=USR1@60"))

@@ -111,6 +111,7 @@ class _Host:
         try:
             self.heard, line = self._lines.get(timeout=ROUND_SECONDS)
         except queue.Empty:
+            self.unreachable = True
             self._fail(f"{self.name} did not answer for {ROUND_SECONDS:.0f} s; look at what keeps it busy")
             return None
         if not line:
