@@ -27,6 +27,21 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         yield hosts
 
 
+def test_hosts_leave_nothing_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "hosts"
+    with two_hosts(folder) as hosts:
+        sleepers = [hosts.start(number, ["sleep", "1000"], tmp_path / "log") for number in (1, 2)]
+        for number in (1, 2):
+            wait_until(lambda number=number: len(hosts.processes(number)) > 1, sleepers[0], None)
+        inside = [*hosts.processes(1), *hosts.processes(2)]
+        assert hosts.run(1, "ssh", "node2", "hostname").stdout == "node2\n"
+    assert not any(process.is_running() for process in inside)
+    assert [sleeper.wait(5) for sleeper in sleepers]
+    assert str(folder) not in Path("/proc/mounts").read_text()
+    links = Path("/sys/class/net")
+    assert not {"switch", "port1", "port2"} & {path.name for path in links.iterdir()}
+
+
 def test_a_run_outlives_a_host_and_takes_it_back(tmp_path: Path, index: Path, hosts: Hosts) -> None:
     """By one command: on both, on node1 alone after a power failure of node2, on both again."""
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "job", index)
@@ -133,8 +148,9 @@ def world_size(job: Job) -> int:
     return Manifest.load(max(job.checkpoints().items())[1]).world_size
 
 
-def wait_until(holds: Callable[[], object], command: subprocess.Popen[bytes], job: Job) -> None:
+def wait_until(holds: Callable[[], object], command: subprocess.Popen[bytes], job: Job | None) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not holds():
-        assert command.poll() is None and time.monotonic() < deadline, job.output()
-        time.sleep(0.02)
+        said = job.output() if job else ""
+        assert command.poll() is None and time.monotonic() < deadline, job and job.output()
+        time.sleep(0.05)
