@@ -151,6 +151,5 @@ def world_size(job: Job) -> int:
 def wait_until(holds: Callable[[], object], command: subprocess.Popen[bytes], job: Job | None) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not holds():
-        said = job.output() if job else ""
         assert command.poll() is None and time.monotonic() < deadline, job and job.output()
         time.sleep(0.05)
