@@ -14,7 +14,9 @@ from vitscale import ending
 from vitscale.checkpoint.manifest import Manifest
 
 PYTHON = ROOT / ".venv" / "bin" / "python"
-RUN = ("engine.zero_stage=2", "total_steps=60", "checkpoint.every_steps=5")
+# At a higher rate, the rounding of other layouts grows tenfold every few steps.
+COMMON = ("engine.zero_stage=2", "checkpoint.every_steps=5", "optim.lr=1e-4")
+RUN = (*COMMON, "total_steps=60")
 DEADLINE_SECONDS = 150
 # What shells, pdsh and deepspeed read something into.
 SECRET = "a%b+c/d$HOME`date`e\"f'g h\\"
@@ -67,7 +69,7 @@ def test_a_run_outlives_a_host_and_takes_it_back(tmp_path: Path, index: Path, ho
     assert resumes(job) == 2 and world_size(job) == 2
     assert job.column("step") == list(range(1, 61))
     assert job.column("data/digest") == whole.column("data/digest")
-    assert job.column("train/loss") == pytest.approx(whole.column("train/loss"), rel=1e-5)
+    assert job.column("train/loss") == pytest.approx(whole.column("train/loss"), rel=1e-6)
     assert not hosts.ranks(1) and not hosts.ranks(2)
 
 
@@ -96,7 +98,7 @@ def test_torchrun_shrinks_and_grows(tmp_path: Path, index: Path, hosts: Hosts, s
     if not sweep:
         pytest.skip("with --sweep: agents on one host come and go in test_restarts.py")
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "job", index)
-    long = (*RUN[:1], "total_steps=400", "checkpoint.every_steps=5", "engine.micro_batch=1")
+    long = (*COMMON, "total_steps=400", "engine.micro_batch=1")
     assert whole.start(1, *long, "engine.micro_batch=8") == [0], whole.output()
     first = agent(hosts, 1, job, *long)
     wait_until(job.reached(6), first, job)
@@ -111,7 +113,7 @@ def test_torchrun_shrinks_and_grows(tmp_path: Path, index: Path, hosts: Hosts, s
     wait_until(lambda: world_size(job) == 2, first, job)
     assert first.wait(2 * DEADLINE_SECONDS) == 0, job.output()
     assert job.column("data/digest") == whole.column("data/digest")
-    assert job.column("train/loss") == pytest.approx(whole.column("train/loss"), rel=1e-4)
+    assert job.column("train/loss") == pytest.approx(whole.column("train/loss"), rel=1e-6)
 
 
 def agent(hosts: Hosts, node: int, job: Job, *overrides: str) -> subprocess.Popen[bytes]:
