@@ -125,7 +125,12 @@ def claimed(job: Job) -> Iterator[None]:
         with _writing(job):
             folder.mkdir(parents=True, exist_ok=True)
             lock = RunLock(folder)
-        check_run_dir(job)
+        try:
+            check_run_dir(job)
+        except ConfigError as error:
+            lock.release()
+            note_refusal(str(folder), str(error))
+            raise
 
     try:
         distributed.on_main(claim)
