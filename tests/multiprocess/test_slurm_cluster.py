@@ -30,7 +30,9 @@ def test_srun_starts_the_same_run_on_two_nodes(
     job = Job(tmp_path / "job", index)
     said = slurm.command("srun", "--nodes=2", "--ntasks=2", PYTHON, "launch/train.py", job.config)
     assert job.rows(), said
-    assert job.column("train/loss") == uninterrupted.column("train/loss")
+    assert job.column("data/digest") == uninterrupted.column("data/digest")
+    # A rank that is alone on its node has all cores, and other sums of floats.
+    assert job.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), rel=1e-6)
 
 
 def test_a_job_that_is_preempted_saves_is_requeued_and_goes_on(
