@@ -68,12 +68,12 @@ def test_a_job_saves_before_its_time_is_over_and_is_not_requeued_if_it_is_cancel
         pytest.skip("with --sweep: the shortest time limit is a minute")
     job = Job(tmp_path / "job", index)
     # Slurm looks at times twice a minute, so the signal may come up to 60 seconds early.
-    number = submit(slurm, job, *LONG, options=("--time=2", "--signal=USR1@60"))
-    wait_until(lambda: slurm.job(number)["Restarts"] == "1", job.output, 200)
+    number = submit(slurm, job, *LONG, options=("--time=3", "--signal=USR1@60"))
+    wait_until(lambda: slurm.job(number)["Restarts"] == "1", job.output, 250)
     status = ending.read(job.run_dir)
     assert status and status["state"] == "preempted" and status["reason"].startswith("SIGUSR1")
     assert max(job.checkpoints()) == status["step"]
-    slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+    slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now", "TimeLimit=30")
     wait_until(lambda: "resumed from" in job.output(), job.output, DEADLINE_SECONDS)
     wait_until(job.reached(status["step"] + 5), job.output, DEADLINE_SECONDS)
     slurm.command("scancel", number)
