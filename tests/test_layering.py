@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Units of one layer do not import one another; a unit is a file or folder of vitscale/ itself.
 LAYERS = [
-    ["redaction"],
+    ["redaction", "launch_environment"],
     ["errors", "progress", "hang", "slurm", "rendezvous"],
-    ["config", "distributed", "rng", "atomic", "attempts", "hardware"],
+    ["config", "distributed", "rng", "atomic", "attempts", "hardware", "hostfile"],
     ["storage", "processes", "command", "ending", "watch", "goodput"],
     ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace"],
     ["metrics", "engine", "evals", "objectives", "curate"],
@@ -20,10 +20,10 @@ LAYERS = [
     ["job", "report", "plan"],
     ["meter", "evaluate", "cooldown", "history", "profiler"],
     ["run_dir"],
-    ["start", "dry_run"],
+    ["start", "dry_run", "preflight", "restarts"],
     ["step"],
     ["train"],
-    ["bench"],
+    ["bench", "multinode"],
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 MODULES = sorted((ROOT / "vitscale").rglob("*.py"))

@@ -6,11 +6,27 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh dev
-# The tests against web servers need nginx. It is installed where that takes no password; elsewhere
-# these tests skip.
-if ! command -v nginx >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    { apt-get install -y -qq --no-install-recommends nginx-light ||
-        { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light; }; } >/dev/null 2>&1 || true
+# Some tests need programs of the system: web servers, two hosts with ssh and pdsh, Slurm. They are
+# installed where that takes no password; elsewhere these tests skip.
+packages=()
+missing() { [ -x "$(PATH="$PATH:/usr/sbin:/sbin" command -v "$1")" ] || packages+=("${@:2}"); }
+missing nginx nginx-light
+missing sshd openssh-server openssh-client
+missing pdsh pdsh
+missing ip iproute2
+missing slurmctld slurm-wlm munge
+if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    get=(apt-get install -y -qq --no-install-recommends)
+    export DEBIAN_FRONTEND=noninteractive
+    # No service is started by the installation.
+    policy=/usr/sbin/policy-rc.d own=
+    [ -e "$policy" ] || { own=$policy && printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy"; }
+    trap '[ -z "$own" ] || rm -f "$own"' EXIT
+    # One by one if not together: a system may have only some.
+    { "${get[@]}" "${packages[@]}" || { apt-get update -qq && "${get[@]}" "${packages[@]}"; } ||
+        for package in "${packages[@]}"; do "${get[@]}" "$package" || true; done; } >/dev/null 2>&1 || true
+    [ -z "$own" ] || rm -f "$own"
+    trap - EXIT
 fi
 export OMP_NUM_THREADS=1
 if [ $# -eq 0 ]; then

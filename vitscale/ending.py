@@ -1,13 +1,16 @@
 """How each start of a run ends: RUN/status.json, and the first cause of a failure, told once.
 
     {"state": "preempted", "step": 12000, "total_steps": 500000, "reason": "SIGTERM (rank 3)",
-     "time": "2026-03-01T04:12:33+0000"}
+     "exit_status": 75, "time": "2026-03-01T04:12:33+0000"}
 
     state       meaning
     running     it has begun; if no process runs any more, it was killed
     done        all of its steps are done
     preempted   it was asked to stop and has saved: start it again
     failed      `reason` says why
+
+exit_status is that of the rank, before a launcher makes another of it; null while it runs. Of a
+run that failed it is 2 where the user must fix something, and else 1: a rank was lost.
 
 Schedulers decide by this file: launchers return 0, 1, 143 and others for the same end.
 """
@@ -26,10 +29,18 @@ from vitscale.errors import BusyError, RankLost, Told, UserError
 from vitscale.progress import Progress
 
 STATUS_NAME = "status.json"
+PREEMPTED = 75
+FAILED = 1
 _CAUSE = ".cause-"
 # For how long to look for a dead rank once a connection is lost.
 DEATH_SECONDS = 1.0
 State = Literal["running", "done", "preempted", "failed"]
+_EXIT_STATUS: dict[State, int | None] = {
+    "running": None,
+    "done": 0,
+    "preempted": PREEMPTED,
+    "failed": FAILED,
+}
 
 
 class Ending:
@@ -70,7 +81,7 @@ class Ending:
         first = distributed.is_main() if _is_shared(error) else self._is_first()
         if first:
             with contextlib.suppress(OSError):  # a full disk may be the very cause
-                self._write("failed", _sentence(error))
+                self._write("failed", _sentence(error), _status_of(error))
         return first
 
     def _begin(self) -> str:
@@ -103,8 +114,8 @@ class Ending:
             return True
         return True
 
-    def _write(self, state: State, reason: str) -> None:
-        write(self._folder, state, self.progress.step, self._total_steps, reason)
+    def _write(self, state: State, reason: str, exit_status: int | None = None) -> None:
+        write(self._folder, state, self.progress.step, self._total_steps, reason, exit_status)
 
 
 def read(run_dir: str | Path) -> dict[str, Any] | None:
@@ -116,16 +127,26 @@ def read(run_dir: str | Path) -> dict[str, Any] | None:
         return None
 
 
-def write(folder: Path, state: State, step: int, total_steps: int, reason: str) -> None:
-    """Write RUN/status.json; the holder of the run's lock calls it, or a rank of its job."""
+def write(
+    folder: Path, state: State, step: int, total_steps: int, reason: str, exit_status: int | None = None
+) -> None:
+    """Write RUN/status.json; the holder of the run's lock calls it, or a rank of its job.
+
+    exit_status: None = the usual one of the state.
+    """
     values = {
         "state": state,
         "step": step,
         "total_steps": total_steps,
         "reason": reason,
+        "exit_status": _EXIT_STATUS[state] if exit_status is None else exit_status,
         "time": time.strftime("%FT%T%z"),
     }
     atomic.write(folder / STATUS_NAME, json.dumps(values, indent=1).encode() + b"\n")
+
+
+def _status_of(error: BaseException) -> int:
+    return error.status if isinstance(error, UserError) else FAILED
 
 
 def _is_shared(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from vitscale.checkpoint.manifest import saved_config
 from vitscale.checkpoint.verify import Checkpoint
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.data.record import DataRecord
-from vitscale.errors import BusyError, ConfigError, StoreError
+from vitscale.errors import BusyError, ConfigError, StoreError, UserError
 from vitscale.job import Job
 from vitscale.metrics import read_metrics
 from vitscale.progress import Progress
@@ -127,7 +127,12 @@ def claimed(job: Job) -> Iterator[None]:
         with _writing(job):
             folder.mkdir(parents=True, exist_ok=True)
             lock = RunLock(folder)
-        check_run_dir(job)
+        try:
+            check_run_dir(job)
+        except ConfigError as error:
+            lock.release()
+            note_refusal(str(folder), str(error))
+            raise
 
     try:
         distributed.on_main(claim)
@@ -149,7 +154,7 @@ def note_refusal(run_dir: str, reason: str) -> None:
         return
     with contextlib.suppress(OSError, BusyError):
         lock = RunLock(run_dir)
-        ending.write(Path(run_dir), "failed", status["step"], status["total_steps"], reason)
+        ending.write(Path(run_dir), "failed", status["step"], status["total_steps"], reason, UserError.status)
         lock.release()
 
 

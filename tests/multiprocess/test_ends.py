@@ -167,6 +167,20 @@ def test_a_start_that_is_refused_is_noted_in_a_run_that_is_not_done(
         away.rename(index)
 
 
+def test_a_start_of_another_experiment_is_noted_so_that_no_script_repeats_it(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 1, event=Stop()) == [75], job.output()
+    assert read_status(job)["exit_status"] == 75
+    assert zygote.train(job, 1, "seed=8") == [2], job.output()
+    status = read_status(job)
+    assert (status["state"], status["exit_status"]) == ("failed", 2)
+    assert "holds another experiment" in status["reason"]
+    assert zygote.train(job, 1) == [0], job.output()
+    assert read_status(job)["exit_status"] == 0
+
+
 def wait_for_step(job: Job, step: int) -> None:
     deadline = time.monotonic() + 60
     while not job.reached(step)():

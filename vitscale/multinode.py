@@ -1,0 +1,240 @@
+"""A run on the hosts of a hostfile, started again until it is done: launch/multinode.sh.
+
+Each start asks the hosts first (preflight), then runs deepspeed over pdsh, and decides by
+RUN/status.json. With --no_ssh the same command is given on every host, with its --node_rank,
+and each starts its own processes and decides for itself.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from vitscale import command, hostfile, launch_environment, restarts
+from vitscale import config as configs
+from vitscale.data.sources import make_mixture, open_sources
+from vitscale.errors import BusyError, ConfigError
+from vitscale.preflight import compare, rounds
+from vitscale.train_config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = "launch/train.py"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Until the ranks have saved after their launcher has ended, which may kill them itself by then.
+SAVING_SECONDS = 300.0
+# Without them, pdsh waits for ever for a host that was switched off.
+SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
+EXAMPLE = """examples:
+  bash launch/multinode.sh hostfile configs/pretrain/vit_b16_in21k.toml
+  bash launch/multinode.sh hostfile CONFIG.toml --min_hosts 1                      fewer hosts will do, too
+  bash launch/multinode.sh hostfile CONFIG.toml --no_ssh --node_rank 1 --master_addr node1     on each host
+
+exit status: 0 the run is done; 75 stopped by a signal after a clean save; 2 something that you can fix"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_intermixed_args(argv)
+    if arguments.no_ssh and (arguments.node_rank is None or not arguments.master_addr):
+        _parser().error(
+            "--no_ssh needs --node_rank N, this host's line in the hostfile from 0, and --master_addr"
+        )
+    return command.run(lambda: Launch(arguments).run())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/multinode.sh",
+        description="Run a job on many hosts, and start it again after losses, until it is done.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("hostfile", metavar="HOSTFILE", help="lines like `node1 slots=8`")
+    parser.add_argument("configs", nargs="+", metavar="CONFIG.toml", help="as for launch/train.py")
+    parser.add_argument(
+        "--min_hosts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out hosts that do not answer, as long as N are left (default: wait for all)",
+    )
+    parser.add_argument("--pause", type=float, default=10.0, metavar="SECONDS", help="before a restart (10)")
+    parser.add_argument(
+        "--max_vain", type=int, default=5, metavar="N", help="starts in a row without a new checkpoint (5)"
+    )
+    parser.add_argument("--master_addr", default="", help="of the first host, as the others reach it")
+    parser.add_argument("--master_port", type=int, default=29500, help="where the ranks meet (29500)")
+    parser.add_argument("--no_ssh", action="store_true", help="given on every host: start its processes only")
+    parser.add_argument("--node_rank", type=int, help="with --no_ssh: this host's line, from 0")
+    return parser
+
+
+class Launch:
+    """All starts of a run by one command."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._slots = hostfile.load(arguments.hostfile)
+        paths, overrides = rounds.divided(arguments.configs)
+        self._given = [*(os.path.abspath(path) for path in paths), *overrides]
+        os.chdir(ROOT)  # where ranks run, so that relative paths mean the same
+        self._config = configs.load(TrainConfig, *rounds.divided(self._given))
+        self._environment = launch_environment.forwarded(os.environ)
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+        if arguments.no_ssh and not 0 <= arguments.node_rank < len(self._slots):
+            raise ConfigError(
+                f"--node_rank {arguments.node_rank} is none of the {len(self._slots)} lines of "
+                f"{arguments.hostfile}, which count from 0"
+            )
+
+    def run(self) -> int:
+        restarts.check_free(self._config.run_dir)
+        for number in SIGNALS:
+            signal.signal(number, self._stop)
+        failed_starts = 0  # in a row, that did not come as far as a row of the run's history
+        while True:
+            before = restarts.starting_steps(self._config.run_dir)
+            status = self._start()
+            if status is None:
+                self._sleep(self._arguments.pause)
+                if self._stopped:
+                    return restarts.EXIT_STATUS["again"]
+                continue
+            decision = restarts.after(self._config, status, self._arguments.max_vain)
+            began = len(restarts.starting_steps(self._config.run_dir)) > len(before)
+            failed_starts = 0 if began else failed_starts + 1
+            if decision.kind == "again" and failed_starts >= self._arguments.max_vain:
+                decision = restarts.Decision(
+                    "stop", f"{failed_starts} starts in a row failed: {decision.reason}"
+                )
+            if decision.kind != "again" or self._stopped:
+                _say(f"{decision.kind}: {decision.reason}")
+                return restarts.EXIT_STATUS[decision.kind]
+            _say(f"{decision.reason}; starting again in {self._arguments.pause:g} s")
+            self._sleep(self._arguments.pause)
+            if self._stopped:
+                return restarts.EXIT_STATUS["again"]
+
+    def _start(self) -> int | None:
+        """Run the job once, to the end of its processes.
+
+        Returns the launcher's exit status; None if hosts are missing, so that nothing was run.
+        """
+        if self._arguments.no_ssh:
+            slots, address = self._slots, self._arguments.master_addr
+        else:
+            slots, address = self._asked()
+            if not slots or self._stopped:
+                return None
+        with tempfile.TemporaryDirectory(prefix="vitscale-") as folder:  # readable by its owner only
+            (Path(folder) / "hostfile").write_text(hostfile.text_of(slots))
+            environment = self._for_launcher(Path(folder))
+            self._launcher = subprocess.Popen(
+                self._command(Path(folder), address), cwd=ROOT, env=environment, start_new_session=True
+            )
+            if self._stopped:  # just before there was a launcher
+                self._launcher.send_signal(signal.SIGTERM)
+            status = self._launcher.wait()
+        self._await_ranks()
+        return status
+
+    def _asked(self) -> tuple[dict[str, int], str]:
+        """The hosts to use, and the first one's address; no hosts if there are too few now.
+
+        Raises ConfigError for what no waiting would change, and at the first start for all.
+        """
+        answers = rounds.ask(self._slots, self._given, self._environment)
+        print(compare.table(answers), flush=True)
+        here = [answer for answer in answers if not answer.unreachable]
+        least = self._arguments.min_hosts or len(answers)
+        for answer in answers:
+            if answer.unreachable and len(here) >= least:
+                _say(f"without {answer.name}: {answer.trouble}")
+        if len(here) < least:
+            missing = "; ".join(answer.trouble for answer in answers if answer.unreachable)
+            if not self._launcher:
+                raise ConfigError(missing)
+            _say(missing)
+            return {}, ""
+        if found := compare.problems(here):
+            for sentence in found[:-1]:
+                print(f"error: {sentence}", file=sys.stderr)
+            raise ConfigError(found[-1])
+        slots = {answer.name: answer.slots for answer in here}
+        if len(here) < len(answers):
+            slots = hostfile.most_usable(slots, self._worlds())
+            if len(slots) < least:
+                worlds = ", ".join(map(str, self._worlds()))
+                raise ConfigError(
+                    f"of the hosts that answer, fewer than {least} can share the run's work: it runs on "
+                    f"{worlds} processes; change the slots in the hostfile"
+                )
+        addresses = {answer.name: answer.facts.address for answer in here if answer.facts}
+        return slots, self._arguments.master_addr or addresses[next(iter(slots))]
+
+    def _worlds(self) -> list[int]:
+        """The numbers of processes that can share the run's work."""
+        config = self._config
+        mixture = make_mixture(
+            open_sources(config.data),
+            config.data,
+            seed=config.seed,
+            global_batch=config.global_batch,
+            repeats=config.augment.repeats,
+        )
+        return [world for world in mixture.worlds() if config.global_batch % world == 0]
+
+    def _for_launcher(self, folder: Path) -> dict[str, str]:
+        """The launcher's environment; what ranks need is in a file for its owner alone."""
+        file = folder / "environment"
+        file.touch(mode=0o600)
+        file.write_text(launch_environment.for_deepspeed(self._environment))
+        ssh = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
+        return {**os.environ, "DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": ssh}
+
+    def _command(self, folder: Path, address: str) -> list[str]:
+        arguments = self._arguments
+        words = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(folder / "hostfile")]
+        words += ["--master_addr", address, "--master_port", str(arguments.master_port)]
+        # It would log the command line, with all variables in it.
+        words += ["--log_level", "warning"]
+        if arguments.no_ssh:
+            return [*words, "--no_ssh", "--node_rank", str(arguments.node_rank), PROGRAM, *self._given]
+        quoted = map(launch_environment.for_pdsh, self._given)
+        return [*words, "--no_ssh_check", "--force_multi", "--launcher", "pdsh", PROGRAM, *quoted]
+
+    def _await_ranks(self) -> None:
+        """Wait while a rank holds the run: it may be saving after its launcher has ended."""
+        deadline = time.monotonic() + SAVING_SECONDS
+        while True:
+            try:
+                restarts.check_free(self._config.run_dir)
+                return
+            except BusyError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.2)
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        self._stopped = True
+        if self._launcher and self._launcher.poll() is None:
+            self._launcher.send_signal(signal.SIGTERM)
+
+    def _sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._stopped and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def _say(text: str) -> None:
+    print(f"multinode: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""What this host says of itself, for a config and a number of processes."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import resource
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from vitscale import config as configs
+from vitscale import distributed, memory
+from vitscale.checkpoint import room
+from vitscale.checkpoint.store import Home
+from vitscale.data.loader import PREFETCHED_STEPS
+from vitscale.data.sources import check_sources, open_sources
+from vitscale.errors import UserError
+from vitscale.job import derive
+from vitscale.preflight import speed
+from vitscale.preflight.compare import Facts
+from vitscale.run_dir import check_run_dir
+from vitscale.train_config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBE = ".preflight-"
+SHM = "/dev/shm"
+# Every host calls it with a value, and gets those of all hosts; None for one that is gone.
+Gather = Callable[[Any], list[Any]]
+
+
+def collect(
+    paths: Sequence[str], overrides: Sequence[str], place: int, world_size: int, gather: Gather
+) -> list[Any]:
+    """The facts of all hosts, as JSON values in their order; every host calls it.
+
+    place: of this host among them. The first one also looks for what a rank would find at the
+    start: shards, batch plan, what is in the run directory.
+    """
+    facts, config = _own(paths, overrides, world_size)
+    gather("ready")
+    with _probed(config) as probe:
+        facts = _looked(facts, probe, gather)
+        facts = speed.measured(facts, place, gather)
+    if place == 0 and config and not facts.errors:
+        facts = dataclasses.replace(facts, errors=tuple(_at_start(config, world_size)))
+    return gather(dataclasses.asdict(dataclasses.replace(facts, clock=time.time())))
+
+
+def _looked(facts: Facts, probe: "_Probe", gather: Gather) -> Facts:
+    """The facts with what this host sees in the run directory."""
+    tokens = gather(probe.token)
+    seen = sum(bool(token) and (probe.folder / token).exists() for token in tokens)
+    gather("looked")
+    if not probe.token:
+        return dataclasses.replace(facts, errors=facts.errors + probe.errors)
+    (probe.folder / probe.token).unlink(missing_ok=True)
+    free = shutil.disk_usage(probe.folder).free
+    return dataclasses.replace(facts, run_dir=str(probe.folder), shared=probe.shared, saw=seen, free=free)
+
+
+def _own(paths: Sequence[str], overrides: Sequence[str], world_size: int) -> tuple[Facts, TrainConfig | None]:
+    """What needs no other host."""
+    errors, config, digest, index = [], None, "", ""
+    try:
+        config = configs.load(TrainConfig, list(paths), list(overrides))
+        digest = xxhash.xxh3_64(configs.to_toml(config).encode()).hexdigest()
+        sources = open_sources(config.data)
+        fingerprints = " ".join(source.fingerprint() for source in sources)
+        index = xxhash.xxh3_64(fingerprints.encode()).hexdigest()
+    except UserError as error:
+        errors.append(str(error))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    name = socket.gethostname()
+    facts = Facts(
+        host=name,
+        address=speed.address_here(),
+        loopback=not os.environ.get("GLOO_SOCKET_IFNAME") and speed.leads_to_loopback(name),
+        checkout=str(ROOT),
+        python=platform.python_version(),
+        versions=_versions(),
+        code=_code_digest(),
+        config=digest,
+        index=index,
+        errors=tuple(errors),
+        cores=distributed.num_cores(),
+        shm_free=shutil.disk_usage(SHM).free if os.path.isdir(SHM) else 0,
+        shm_needed=_shm_needed(config, world_size) if config else 0,
+        open_files=hard if hard != resource.RLIM_INFINITY else -1,
+        gpus=_gpus(),
+    )
+    return facts, config
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "deepspeed", "vitscale"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _code_digest() -> str:
+    digest = xxhash.xxh3_64()
+    for path in sorted((ROOT / "vitscale").rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _gpus() -> tuple[str, ...]:
+    import torch
+
+    return tuple(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+
+
+def _shm_needed(config: TrainConfig, world_size: int) -> int:
+    """Bytes of the batches that the data workers of one process hold ready for it, at most."""
+    if not config.engine.num_workers:
+        return 0
+    image_bytes = 3 * config.model.image_size**2
+    return (PREFETCHED_STEPS + 1) * (config.global_batch // world_size) * image_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """token: a file in the run directory; "" = there is none, and errors may say why."""
+
+    folder: Path
+    token: str = ""
+    shared: bool = True
+    errors: tuple[str, ...] = ()
+
+
+@contextmanager
+def _probed(config: TrainConfig | None) -> Iterator[_Probe]:
+    """A file in the run directory; after the block, the folders made for it are gone."""
+    if not config:
+        yield _Probe(Path())
+        return
+    folder = Path(config.run_dir).absolute()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    token = f"{PROBE}{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / token).write_bytes(b"probe")
+    except OSError as error:
+        sentence = f"run_dir {folder} cannot be written: {error.strerror}; choose another"
+        yield _Probe(folder, errors=(sentence,))
+        return
+    try:
+        yield _Probe(folder, token, shared=not config.checkpoint.store)
+    finally:
+        (folder / token).unlink(missing_ok=True)
+        for place in made:
+            with suppress(OSError):  # another host has removed it
+                place.rmdir()
+
+
+def _at_start(config: TrainConfig, world_size: int) -> list[str]:
+    """What the first rank would refuse."""
+    try:
+        job = derive(config, world_size, open_sources(config.data))
+        check_sources(job.sources)
+        check_run_dir(job)
+        home = Home.of(config.run_dir, config.checkpoint)
+        if not home.store:
+            room.check_space(home, config.checkpoint, memory.checkpoint_bytes(config.model, config.optim))
+    except UserError as error:
+        return [str(error)]
+    return []

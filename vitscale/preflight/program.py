@@ -1,0 +1,46 @@
+"""What launch/preflight.py does."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from vitscale import distributed, hostfile
+from vitscale.launch_environment import forwarded
+from vitscale.preflight import rounds
+from vitscale.preflight.compare import Answer, problems, table
+from vitscale.redaction import redact
+
+MISTAKE = 2
+
+
+def over_ssh(path: str, configs: Sequence[str]) -> int:
+    paths, overrides = rounds.divided(configs)
+    given = [*(os.path.abspath(path) for path in paths), *overrides]
+    return told(rounds.ask(hostfile.load(path), given, forwarded(os.environ)))
+
+
+def among_ranks(configs: Sequence[str]) -> int:
+    answers = rounds.among_ranks(configs)
+    return told(answers) if distributed.is_main() else MISTAKE * bool(problems(answers))
+
+
+def own_facts(configs: Sequence[str]) -> str:
+    """This host's facts, as JSON."""
+    (answer,) = rounds.among_ranks(configs)
+    assert answer.facts
+    return json.dumps(dataclasses.asdict(answer.facts), indent=1)
+
+
+def told(answers: Sequence[Answer]) -> int:
+    """Print the table and what is wrong. Returns the exit status."""
+    found = problems(answers)
+    print(table(answers), flush=True)
+    for sentence in found:
+        print(f"error: {redact(sentence)}", file=sys.stderr, flush=True)
+    if not found:
+        ranks = sum(answer.slots for answer in answers)
+        hosts = "1 host" if len(answers) == 1 else f"{len(answers)} hosts"
+        print(f"ok: {ranks} processes on {hosts}")
+    return MISTAKE if found else 0
