@@ -1,5 +1,6 @@
 """The numbers of a logged row: what all ranks did since the last one."""
 
+import logging
 import socket
 import time
 
@@ -10,12 +11,16 @@ from torch import Tensor
 from vitscale import distributed
 from vitscale.data.loader import Batch
 from vitscale.data.order import DIGEST_MASK, digest
+from vitscale.data.stages import Stages, advice
 from vitscale.engine.engine import Engine
 from vitscale.hardware import peak_flops
 from vitscale.job import Job
 from vitscale.models.flops import train_flops
 from vitscale.pace import Pace, SlowRank, slowest
 from vitscale.progress import Progress
+
+logger = logging.getLogger(__name__)
+ROWS_BEFORE_ADVICE = 3
 
 
 class Meter:
@@ -30,7 +35,7 @@ class Meter:
         self._slow = SlowRank(distributed.gather_json(socket.gethostname()))
         self._flops = train_flops(job.config.model)
         self._peak = peak_flops()
-        self._digest = 0
+        self._digest, self._rows, self._advised = 0, 0, False
         self._restart()
         self._forget_losses()
 
@@ -48,6 +53,7 @@ class Meter:
         self._steps += 1
         self._losses += loss  # on the device: nothing waits for it
         self._num_losses += 1
+        self._stages = Stages.total([self._stages, batch.stages])
         self._digest = digest(batch.ids, distributed.rank() * self._job.plan.per_rank)
 
     def read(self, engine: Engine, loss: Tensor, lr: float, progress: Progress) -> dict[str, float]:
@@ -58,6 +64,7 @@ class Meter:
         rank, ratio = slowest(distributed.gather_floats(self._pace.read()))
         self._slow.add(rank, ratio)
         elapsed = time.perf_counter() - self._began
+        stages = Stages(*distributed.all_reduce_sum(list(self._stages)))
         (total_digest,) = distributed.all_reduce_sum_int([self._digest])
         speed = self._steps * config.global_batch / elapsed
         numbers = {
@@ -75,6 +82,9 @@ class Meter:
             "perf/memory_gib": distributed.peak_bytes() / 2**30,
             "run/world_size": world,
         }
+        if config.engine.num_workers:
+            numbers |= {f"loader/{name}_fraction": part for name, part in stages.fractions().items()}
+        self._advise(stages, waited / world / elapsed, elapsed)
         if world > 1:
             numbers |= {"perf/slowest_rank": rank, "perf/slowest_ratio": ratio}
         if self._peak:
@@ -83,8 +93,18 @@ class Meter:
         self._forget_losses()
         return numbers
 
+    def _advise(self, stages: Stages, wait_fraction: float, elapsed: float) -> None:
+        """Say once why training waits for data, but not of the first rows: workers start."""
+        self._rows += 1
+        num_workers = self._job.config.engine.num_workers
+        text = advice(stages, wait_fraction=wait_fraction, elapsed=elapsed, num_workers=num_workers)
+        if text and self._rows > ROWS_BEFORE_ADVICE and not self._advised:
+            self._advised = True
+            logger.info("%s", text)
+
     def _restart(self) -> None:
         self._steps, self._waited, self._began = 0, 0.0, time.perf_counter()
+        self._stages = Stages()
 
     def _forget_losses(self) -> None:
         self._losses = torch.zeros((), dtype=torch.float64, device=distributed.device())

@@ -67,7 +67,7 @@ class SlowRank:
         self._hosts, self._rows, self._named = hosts, dict.fromkeys(range(len(hosts)), 0), set[int]()
 
     def add(self, rank: int, ratio: float) -> None:
-        """Count a row of the log with its slowest rank; rank 0 calls it."""
+        """Count a row of the log with its slowest rank."""
         rows = self._rows[rank] + 1 if ratio > SLOW else 0
         self._rows = {**dict.fromkeys(self._rows, 0), rank: rows}
         if rows >= ROWS and rank not in self._named:

@@ -3,6 +3,7 @@ damaged ones are replaced.
 """
 
 import functools
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -50,6 +51,7 @@ class Lane:
     """A lane from its first draw of `first_step` on.
 
     readers: what reads a chunk of each source. threads: where they are called.
+    read_seconds: for how long it has waited for them.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Lane:
     ) -> None:
         self._number, self._mixture, self._draw = number, mixture, first_step * mixture.draws_per_step
         self._draws_per_step, self._bad = mixture.draws_per_step, list[str]()
+        self.read_seconds = 0.0
         drawn_before = mixture.counts(number, self._draw)  # from each source
         self._readers = [
             _WindowReader(order, source, number, first_draw, read, threads)
@@ -82,7 +85,10 @@ class Lane:
         for _ in range(self._draws_per_step):
             source, _ = self._mixture.source_of(self._number, self._draw)
             self._draw += 1
-            by_draw.append(self._augmenters[source].make(*self._readers[source].take()))
+            began = time.perf_counter()
+            drawn = self._readers[source].take()
+            self.read_seconds += time.perf_counter() - began
+            by_draw.append(self._augmenters[source].make(*drawn))
         return [squares[number] for number in range(self._mixture.repeats) for squares in by_draw]
 
     def take_bad(self) -> list[str]:

@@ -15,6 +15,7 @@ import itertools
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from vitscale.data.lane import Lane, ViewConfig
 from vitscale.data.mixture import Mixture
 from vitscale.data.reader import read_chunk
 from vitscale.data.sources import Source
+from vitscale.data.stages import Stages
 from vitscale.data.transforms import finish_views
 from vitscale.errors import UserError
 
@@ -47,12 +49,14 @@ class Batch:
 
     labels: padded with -1. ids: of the samples that are delivered (after replacements),
     numbered through all sources. bad: one sentence for each sample that had to be replaced.
+    stages: what the workers that made it have spent on it.
     """
 
     images: UInt8[Tensor, "n 3 S S"]
     labels: Int64[Tensor, "n M"]
     ids: Int64[np.ndarray, " n"]
     bad: list[str]
+    stages: Stages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +199,8 @@ def _join(parts: Sequence[dict[str, Any]]) -> Batch:
         parts[0][name] if len(parts) == 1 else torch.cat([part[name] for part in parts])
         for name in ("images", "labels", "ids")
     )
-    return Batch(images, labels, ids.numpy(), [sentence for part in parts for sentence in part["bad"]])
+    bad = [sentence for part in parts for sentence in part["bad"]]
+    return Batch(images, labels, ids.numpy(), bad, Stages.total(part["stages"] for part in parts))
 
 
 class _WorkerStream(IterableDataset[dict[str, Any]]):
@@ -230,16 +235,25 @@ class _WorkerStream(IterableDataset[dict[str, Any]]):
             Lane(n, stream.first_step, stream.mixture, stream.sources, stream.view_config, readers, threads)
             for n in lane_numbers
         ]
+        read, idle = 0.0, 0.0
         for _ in range(stream.first_step, stream.last_step):
+            began = time.perf_counter()
             keys, squares, labels = zip(
                 *(square for lane in lanes for square in lane.take_step()), strict=True
             )
-            yield {
+            decoded = time.perf_counter()
+            part = {
                 "images": finish_views(squares, stream.view_config.augment, keys),
                 "labels": pad_labels(labels, stream.max_labels),
                 "ids": torch.tensor([key.sample for key in keys]),
                 "bad": [sentence for lane in lanes for sentence in lane.take_bad()],
             }
+            finished = time.perf_counter()
+            read_before, read = read, sum(lane.read_seconds for lane in lanes)
+            waited = read - read_before
+            part["stages"] = Stages(waited, decoded - began - waited, finished - decoded, idle)
+            yield part
+            idle = time.perf_counter() - finished  # told with the next part
 
 
 def pad_labels(labels: Sequence[tuple[int, ...]], max_labels: int) -> Int64[Tensor, "n M"]:
