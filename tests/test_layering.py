@@ -14,7 +14,7 @@ LAYERS = [
     ["config", "distributed", "rng", "atomic", "attempts", "hardware", "hostfile"],
     ["storage", "processes", "command", "ending", "watch", "goodput"],
     ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace"],
-    ["metrics", "engine", "evals", "objectives", "curate"],
+    ["metrics", "spikes", "engine", "evals", "objectives", "curate"],
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],
     ["job", "report", "plan"],

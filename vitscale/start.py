@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from vitscale.checkpoint.store import Home
 from vitscale.data.cache import NodeCache
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches, on_device
+from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.data.quarantine import Quarantine
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
@@ -38,6 +40,8 @@ from vitscale.pace import Pace
 from vitscale.progress import Progress
 from vitscale.rng import derive_seed
 from vitscale.run_dir import check_continuation, check_new_length
+from vitscale.spikes import FILE_NAME as SPIKES_NAME
+from vitscale.spikes import Spikes
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel, Slot, locate
 
@@ -56,6 +60,7 @@ class Run:
     progress: Progress
     batches: Iterator[Batch]
     quarantine: Quarantine
+    spikes: Spikes
     saver: Saver
     metrics: MetricsWriter | SilentWriter
     pace: Pace
@@ -100,6 +105,7 @@ def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iter
                 bad_samples=progress.bad_samples,
                 samples_seen=progress.step * config.global_batch,
             ),
+            spikes=Spikes(config.run_dir, job.sources, job.mixture.first_ids, config.guard.spike_deviations),
             saver=saver,
             metrics=metrics,
             pace=Pace(),
@@ -184,7 +190,8 @@ def open_metrics(job: Job, step: int) -> MetricsWriter | SilentWriter:
     config = job.config
     if not distributed.is_main():
         return SilentWriter()
-    trim_metrics(Quarantine(config.run_dir, 0).path, step)
+    for name in (QUARANTINE_NAME, SPIKES_NAME):
+        trim_metrics(Path(config.run_dir) / name, step)
     return MetricsWriter(
         config.run_dir, resume_step=step, total_steps=job.total_steps, tensorboard=config.log.tensorboard
     )

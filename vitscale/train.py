@@ -145,6 +145,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
         meter.add(batch, loss)
         health.add(loss)
         run.quarantine.add(batch.bad)
+        run.spikes.add(at.step, loss, batch.ids)
         if health.diverged:
             roll_back(run)
         stopping, save_failed = agreed(watch.asked, saver.failed)  # of the step before
@@ -155,6 +156,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
         if due.log:
             with phases("log"):
                 at.bad_samples += run.quarantine.flush(at.step)
+                run.spikes.write()
                 metrics.write(at.step, {**meter.read(engine, loss, lr, at), **ledger.write()})
                 gc.collect()
         if at.step == 1:

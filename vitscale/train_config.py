@@ -71,6 +71,9 @@ class GuardConfig:
     skipped_steps:  so many steps in a row whose losses or gradients are not finite roll the run
                     back to its newest healthy checkpoint; the data since then are passed over
     rollbacks:      so often in all; the next time ends the run
+    spike_deviations:
+                    a loss so many deviations above those before it is written down with its
+                    samples (RUN/spikes.jsonl); 0 = none is
     start_minutes, data_minutes, step_minutes, save_minutes, evaluate_minutes:
                     how long a rank may take to start, which includes its first step, to wait
                     for a batch, to train on it, to wait for a save, and to evaluate; after that
@@ -79,6 +82,7 @@ class GuardConfig:
 
     skipped_steps: int = 10
     rollbacks: int = 2
+    spike_deviations: float = 10.0
     start_minutes: float = 30.0
     data_minutes: float = 10.0
     step_minutes: float = 5.0
@@ -99,6 +103,10 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         configs.positive("guard", skipped_steps=self.skipped_steps)
+        if not self.spike_deviations >= 0:
+            raise ConfigError(
+                f"guard.spike_deviations {self.spike_deviations} must not be negative; 0 = none"
+            )
         for name in ("start", "data", "step", "save", "evaluate"):
             minutes = getattr(self, f"{name}_minutes")
             if not minutes >= 0:

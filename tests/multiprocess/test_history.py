@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from multiprocess.job import Job
 from multiprocess.ranks import KillAll, Throttle
 from multiprocess.zygote import Zygote
+
+from vitscale.data.order import DIGEST_MASK, digest
+from vitscale.metrics import read_metrics
 
 
 def test_each_start_is_a_row_with_its_layout_and_what_changed(
@@ -62,3 +66,20 @@ def test_the_rank_that_slows_the_others_down_is_named(tmp_path: Path, index: Pat
         set(job.column("perf/slowest_rank")[1:]) == {2} and min(job.column("perf/slowest_ratio")[1:]) > 1.25
     )
     assert job.output().count("rank 2 on ") == 1 and " is slow: its forward passes take " in job.output()
+
+
+def test_a_loss_that_stands_out_is_written_down_with_its_samples(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    few = ("total_steps=70", "log.every_steps=7", "guard.spike_deviations=0.01")  # about half of all do
+    assert zygote.train(job, 2, *few) == [0, 0], job.output()
+    rows = read_metrics(job.run_dir / "spikes.jsonl")
+    assert 2 <= len(rows) <= 18 and min(row["step"] for row in rows) > 50
+    assert all(len(row["samples"]) == 8 and row["loss"] > row["median"] for row in rows)
+    digests = {digest(np.array(numbers(row)), 0) & DIGEST_MASK for row in rows if row["step"] % 7 == 0}
+    assert digests <= set(job.column("data/digest"))
+
+
+def numbers(row: dict) -> list[int]:
+    return [int(place.split("sample number ")[1].replace(",", "")) for place in row["samples"]]
