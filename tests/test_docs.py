@@ -175,7 +175,11 @@ def known_flags() -> set[str]:
         for name in usage[1].split(",") if usage else ():
             flags.update(FLAG.findall(parsed(program, (name, "--help"))[1]))
     sources = [ROOT / "tests" / "conftest.py", ROOT / "vitscale" / "multinode.py"]
-    for package, file in (("deepspeed", "launcher/runner.py"), ("torch", "distributed/run.py")):
+    for package, file in (
+        ("deepspeed", "launcher/runner.py"),
+        ("torch", "distributed/run.py"),
+        ("tensorboard", "plugins/core/core_plugin.py"),
+    ):
         spec = importlib.util.find_spec(package)
         assert spec and spec.origin
         sources.append(Path(spec.origin).parent / file)
