@@ -135,8 +135,7 @@ class Plain:
         self.num_classes, self.dtype = config.model.num_classes, DTYPES[config.precision]
         network = timm_model(config.model) if case.loop == "timm" else build_model(config.model, seed=0)
         self.network: nn.Module = network.to(self.device)
-        fused = self.device.type == "cuda"
-        self.optimizer = build_optimizer(OPTIM, self.network, fused=fused)
+        self.optimizer = build_optimizer(OPTIM, self.network)
         if case.compile:  # by block, as vitscale does it
             for block in self.network.get_submodule("blocks").children():
                 block.compile(dynamic=False)

@@ -52,7 +52,6 @@ class Engine:
         from deepspeed.accelerator import get_accelerator
 
         zero.set_up()
-        on_gpu = distributed.device().type == "cuda"
         module.set_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
             module.compile_blocks()
@@ -68,7 +67,7 @@ class Engine:
         with _debug_prints():
             self._ds, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=build_optimizer(optim, module, fused=on_gpu and not config.offload_optimizer),
+                optimizer=build_optimizer(optim, module),
                 config=make_ds_config(config, plan, precision, optim.clip_norm),
             )
         distributed.wait_longer(self._ds.data_parallel_group)
