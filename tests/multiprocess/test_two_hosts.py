@@ -98,7 +98,7 @@ def test_torchrun_shrinks_and_grows(tmp_path: Path, index: Path, hosts: Hosts, s
     if not sweep:
         pytest.skip("with --sweep: agents on one host come and go in test_restarts.py")
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "job", index)
-    long = (*COMMON, "total_steps=400", "engine.micro_batch=1")
+    long = (*COMMON, "total_steps=150", "engine.micro_batch=1")
     assert whole.start(1, *long, "engine.micro_batch=8") == [0], whole.output()
     first = agent(hosts, 1, job, *long)
     wait_until(job.reached(6), first, job)
