@@ -1,0 +1,17 @@
+"""The fp16 loss scaler goes on after a resume as if there had been none.
+
+Whole runs in fp16 need hardware for it (test_gpu.py). The scaler itself does not.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from multiprocess.scaler import resume_at_every_step, resume_in_another_precision
+from multiprocess.zygote import Zygote
+
+
+@pytest.mark.parametrize("check", [resume_at_every_step, resume_in_another_precision])
+def test_the_scaler_resumes(tmp_path: Path, zygote: Zygote, check: Callable[[], None]) -> None:
+    log = tmp_path / "log"
+    assert zygote.run(1, check, log=log) == [0], log.read_text()
