@@ -58,9 +58,21 @@ def test_the_next_start_drops_what_lies_beyond_its_checkpoint(tmp_path: Path) ->
     numbers = ledger.write()
     before, now = map(Start.parse, json.loads((tmp_path / FILE_NAME).read_text())["starts"])
     assert [mark.step for mark in before.marks] == [0, 1, 2, 3] and (now.step, now.marks[0].step) == (4, 3)
+    assert 0 <= now.seconds["start"] <= now.elapsed < 60 and now.began + now.elapsed <= time.time()
     whole = now.began + now.elapsed - before.began
     assert numbers["goodput/lost"] == pytest.approx(50.0 / whole) and numbers["run/starts"] == 2
     assert sum(numbers[f"goodput/{kind}"] for kind in KINDS) == pytest.approx(1)
+
+
+def test_of_a_start_beyond_the_checkpoint_its_own_start_remains(tmp_path: Path) -> None:
+    marks = [{"step": s, "elapsed": 10.0 * s, "seconds": {"start": 10.0}} for s in (5, 6)]
+    values = {"began": 0.0, "elapsed": 90.0, "step": 9, "seconds": {}, "marks": marks}
+    (tmp_path / FILE_NAME).write_text(json.dumps({"starts": [values]}))
+    ledger = Ledger(str(tmp_path), time.time(), writes=True)
+    ledger.ready(3)
+    ledger.write()
+    before, _ = map(Start.parse, json.loads((tmp_path / FILE_NAME).read_text())["starts"])
+    assert [mark.step for mark in before.marks] == [5]
 
 
 def test_a_file_that_was_torn_or_is_none_of_ours_begins_anew(tmp_path: Path) -> None:

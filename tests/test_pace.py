@@ -24,7 +24,7 @@ def test_what_passes_between_forward_passes_does_not_count() -> None:
 
 def test_a_rank_is_named_once_and_only_if_it_stays_slow(caplog: pytest.LogCaptureFixture) -> None:
     slow = SlowRank(["c1", "c1", "c2", "c2"])
-    for rank, ratio in [(2, 1.5), (2, 1.5), (1, 1.5), (2, 1.5), (2, 1.2), (2, 1.5), (2, 1.5)]:
+    for rank, ratio in [(2, 1.5), (2, 1.5), (1, 1.5), (2, 1.5), (2, 1.5), (2, 1.2), (2, 1.5), (2, 1.5)]:
         slow.add(rank, ratio)
     assert not caplog.messages
     for _ in range(5):

@@ -26,6 +26,8 @@ def test_workers_that_decode_all_the_time_need_more_cores() -> None:
     # 8 cores are busy, and would have to be 16 to halve the time: 8 more.
     assert "data 50% of the time; CPU-bound: 8 more cores would keep up" in say(Stages(0, 70, 10, 0), 0.5)
     assert "CPU-bound: 1 more core would keep up" in say(Stages(0.1, 9, 1, 0), 0.2)
+    # They wait for shards, but not as long as they work.
+    assert "CPU-bound: 2 more cores would" in say(Stages(5, 3, 3, 0), 0.75)
     # They are idle for half of their time, and still the trainer waits: 4 busy ones are 5 then.
     assert "CPU-bound: 1 more core would" in say(Stages(0, 35, 5, 40), 0.2)
 
