@@ -140,7 +140,9 @@ class FullDisk(Fault):
 
     def seen(self, statuses: Sequence[int], job: Job) -> bool:
         reason = "No space left on device" if job.run_dir.is_mount() else "File too large"
-        return 2 in statuses and 0 not in statuses and reason in job.output() and told_once(job)
+        told = [line for line in job.output().splitlines() if line.startswith("error: ")]
+        is_named = any(f"{job.run_dir}/" in line and reason in line for line in told)
+        return 2 in statuses and 0 not in statuses and is_named and told_once(job)
 
 
 @dataclasses.dataclass(frozen=True)
