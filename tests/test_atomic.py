@@ -31,3 +31,10 @@ def test_another_error_keeps_its_own_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as missing, atomic.named(tmp_path / "a"):
         (tmp_path / "b").read_bytes()
     assert missing.value.filename == str(tmp_path / "b")
+
+
+def test_what_killed_writers_left_is_cleaned_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".time.json.tmp-12", ".time.json.tmp-7", ".model.npz.tmp-12", "time.json"):
+        (tmp_path / name).touch()
+    atomic.clean(tmp_path / "time.json")
+    assert {path.name for path in tmp_path.iterdir()} == {".model.npz.tmp-12", "time.json"}

@@ -39,6 +39,12 @@ def write(path: str | Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def clean(path: str | Path) -> None:
+    """Delete what killed processes left of `path` beside it; nobody may be writing it."""
+    for leftover in Path(path).parent.glob(f".{Path(path).name}.tmp-*"):
+        leftover.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def named(path: str | Path) -> Iterator[None]:
     """Within the block, an OSError without a file name gets this one: write() knows none."""

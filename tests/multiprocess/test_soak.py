@@ -155,7 +155,7 @@ def check_records(job: Job, starts: Sequence[Start], logs: Sequence[str]) -> Non
     """What the run directory says about how the run came about."""
     status = read_status(job)
     assert (status["state"], status["step"]) == ("done", job.rows()[-1]["step"])
-    assert not job.temporary_saves()
+    assert not job.temporary_saves() and not list(job.run_dir.glob(".*.tmp-*"))
     history = read_metrics(job.run_dir / "history.jsonl")
     assert len(history) == len(starts) + 1, "each start, and the one after the rollback"
     assert [row["rollbacks"] for row in history] == [0] + [1] * len(starts)
