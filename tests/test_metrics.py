@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import resource
 import types
 from pathlib import Path
 
@@ -97,6 +98,23 @@ def test_a_resume_keeps_the_evaluation_before_the_first_step(tmp_path: Path):
     )
     write_rows(tmp_path, range(2, 3), resume_step=1)
     assert steps_of(tmp_path) == [0, 1, 2]
+
+
+def test_a_disk_that_refuses_a_row_is_named_by_the_file(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with (
+            pytest.raises(OSError, match="File too large") as refused,
+            MetricsWriter(tmp_path, resume_step=0, total_steps=9, tensorboard=False) as metrics,
+        ):
+            for step in range(1, 10):
+                metrics.write(step, {"train/loss": 0.1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refused.value.filename == str(tmp_path / "metrics.jsonl")
+    with MetricsWriter(tmp_path, resume_step=3, total_steps=9, tensorboard=False):
+        assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_trimming_replaces_the_file_in_one_step(tmp_path: Path):

@@ -35,8 +35,25 @@ def appearing(path: str | Path, rename: Rename = os.replace) -> Iterator[Path]:
 
 def write(path: str | Path, data: bytes) -> None:
     """Write a file that is on disk on return. A kill leaves the old content or the new."""
-    with appearing(path) as temporary:
+    with named(path), appearing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def clean(path: str | Path) -> None:
+    """Delete what killed processes left of `path` beside it; nobody may be writing it."""
+    for leftover in Path(path).parent.glob(f".{Path(path).name}.tmp-*"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Within the block, an OSError without a file name gets this one: write() knows none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sync_folder(path: str | Path) -> None:

@@ -63,7 +63,8 @@ class MetricsWriter:
         dropped = trim_metrics(folder / FILE_NAME, resume_step)
         # By step: the losses of rows that this process will write again.
         self._before = {row["step"]: row["train/loss"] for row in dropped if "train/loss" in row}
-        self._file = open(folder / FILE_NAME, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._path = folder / FILE_NAME
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = _open_tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
         # Only on a terminal: in a log file, a bar is one long line full of carriage returns.
         self._bar = _open_bar(resume_step, total_steps) if sys.stderr.isatty() else None
@@ -76,8 +77,9 @@ class MetricsWriter:
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Write the numbers of a step to all three."""
         row = {"step": step, **{name: _json_number(value) for name, value in numbers.items()}}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with atomic.named(self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 if name not in HASHES:
@@ -125,7 +127,8 @@ class MetricsWriter:
             self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        self._file.close()
+        with atomic.named(self._path):  # it writes what the disk has refused before
+            self._file.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -13,21 +13,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from vitscale import atomic, distributed, ending, history
+from vitscale import atomic, distributed, ending, goodput, history
 from vitscale import config as configs
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.checkpoint.verify import Checkpoint
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
+from vitscale.data.record import FILE_NAME as RECORD_NAME
 from vitscale.data.record import DataRecord
 from vitscale.errors import BusyError, ConfigError, StoreError, UserError
 from vitscale.job import Job
+from vitscale.metrics import FILE_NAME as METRICS_NAME
 from vitscale.metrics import read_metrics
 from vitscale.progress import Progress
+from vitscale.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 CONFIG_NAME, LOCK_NAME = "config.toml", ".lock"
+# The files that a run replaces as a whole.
+REPLACED = (
+    CONFIG_NAME, ending.STATUS_NAME, goodput.FILE_NAME, METRICS_NAME, QUARANTINE_NAME, RECORD_NAME,
+    SPIKES_NAME,
+)  # fmt: skip
 # What may change at a resume: place, speed, logging, saving, evaluation, checks, and a longer
 # total. check_continuation compares the JPEG decoder that is in use.
 CHANGEABLE = (
@@ -127,6 +135,8 @@ def claimed(job: Job) -> Iterator[None]:
         with _writing(job):
             folder.mkdir(parents=True, exist_ok=True)
             lock = RunLock(folder)
+        for name in REPLACED:  # a kill may have left a half written one
+            atomic.clean(folder / name)
         try:
             check_run_dir(job)
         except ConfigError as error:

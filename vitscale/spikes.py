@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from vitscale import distributed
+from vitscale import atomic, distributed
 from vitscale.data.reader import describe
 from vitscale.data.sources import Source
 
@@ -90,7 +90,7 @@ class Spikes:
     def _write(self, step: int, loss: float, median: float, deviation: float, ids: Sequence[int]) -> None:
         numbers = {"loss": loss, "median": median, "deviation": deviation}
         row = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
-        with open(self._path, "a", encoding="utf-8") as file:
+        with atomic.named(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **row, "samples": [self._place(id) for id in ids]}) + "\n")
         logger.warning(
             "the loss of step %d, %.4g, stands out (median before it: %.4g); %s names its samples",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import resource
@@ -296,13 +297,21 @@ def at_batches(act: Callable[[int], object]) -> None:
 
 def at_calls(function: Callable[..., Any], act: Callable[[int], object]) -> None:
     """Call act(n) as this rank begins its n-th call of a function (from 1)."""
-    calls = 0
+    calls = itertools.count(1)
+    at_frames(function, lambda _: act(next(calls)))
+
+
+def at_steps(act: Callable[[int], object]) -> None:
+    """Call act(step) as this rank begins to train that step of the run (from 1)."""
+    at_frames(train_step, lambda frame: act(frame.f_locals["step"]))
+
+
+def at_frames(function: Callable[..., Any], act: Callable[[FrameType], object]) -> None:
+    """Call act(frame) as this rank begins a call of a function."""
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal calls
         if event == "call" and frame.f_code is function.__code__:
-            calls += 1
-            act(calls)
+            act(frame)
 
     sys.setprofile(profile)
 

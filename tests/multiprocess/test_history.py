@@ -83,3 +83,16 @@ def test_a_loss_that_stands_out_is_written_down_with_its_samples(
 
 def numbers(row: dict) -> list[int]:
     return [int(place.split("sample number ")[1].replace(",", "")) for place in row["samples"]]
+
+
+def test_a_start_cleans_what_killed_ones_left_of_the_files_of_the_run(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    job.run_dir.mkdir()
+    names = ("status.json", "config.toml", "data.npz", "time.json")
+    rows = ("metrics.jsonl", "quarantine.jsonl", "spikes.jsonl")
+    for name in (*names, *rows, "somebody.else"):
+        (job.run_dir / f".{name}.tmp-12").touch()
+    assert zygote.train(job, 1, "total_steps=6") == [0], job.output()
+    assert [path.name for path in job.run_dir.glob(".*tmp*")] == [".somebody.else.tmp-12"]

@@ -195,8 +195,7 @@ def clean(directory: Path) -> None:
     """Delete what killed saves left in a folder; only the holder of the run's lock calls it."""
     for leftover in directory.glob(f"{TEMPORARY}*"):
         _remove(leftover, ignore_errors=True)
-    for leftover in directory.glob(f".{LATEST}.tmp-*"):
-        leftover.unlink(missing_ok=True)
+    atomic.clean(directory / LATEST)
 
 
 def retained(

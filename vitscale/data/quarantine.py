@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitscale import distributed
+from vitscale import atomic, distributed
 
 logger = logging.getLogger(__name__)
 FILE_NAME = "quarantine.jsonl"
@@ -63,5 +63,5 @@ class Quarantine:
         logger.warning(
             "%d samples could not be used and were replaced, the first: %s", len(sentences), sentences[0]
         )
-        with open(self.path, "a", encoding="utf-8") as file:
+        with atomic.named(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step, "sample": sentence}) + "\n" for sentence in sentences)
