@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from vitscale import errors, rendezvous, slurm
+from vitscale import errors, open_files, rendezvous, slurm
 from vitscale.errors import ConfigError, StoreError, UserError
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def initialize() -> None:
     # and torchrun sets OMP_NUM_THREADS to 1. Without a launcher, a user has set it.
     if not (is_alone and os.environ.get("OMP_NUM_THREADS")):
         torch.set_num_threads(max(1, num_cores() // local_world_size()))
-    allow_open_files(launched_world_size())
+    open_files.allow(launched_world_size(), quiet=local_rank() != 0)  # one line per node
     try:
         where = {}
         if is_alone:
@@ -89,43 +89,6 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def sockets(world_size: int, rank: int) -> int:
-    """How many sockets a rank has, without a GPU.
-
-    gloo connects every rank with every other, in each of three groups: torch's, DeepSpeed's
-    copy of it, and the checkpoint writer's. Rank 0 also serves the store in which ranks meet,
-    and the watchdog's.
-    """
-    return 3 * world_size + 3 + (0 if rank else 2 * (world_size + 1))
-
-
-def open_files(world_size: int) -> int:
-    """How many files a process must be allowed to open in a job of so many ranks.
-
-    Beside the sockets of rank 0 there are shards, pipes, logs, and on a GPU its devices and
-    NCCL's connections, which are to neighbours only.
-    """
-    return 5 * world_size + 512
-
-
-def allow_open_files(world_size: int) -> None:
-    """Raise the soft limit of open files, often 1,024, to the hard one.
-
-    Raises ConfigError if that is too low for the world: gloo would fail without a word of it.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    needed = open_files(world_size)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ConfigError(
-            f"each of {world_size:,} ranks needs {needed:,} open files, and {socket.gethostname()} allows "
-            f"{hard:,}: raise the hard limit to {needed} (nofile in /etc/security/limits.conf, LimitNOFILE "
-            "in the unit of the daemon that starts jobs, --ulimit nofile for docker)",
-            shared=local_rank() != 0,  # one line per node
-        )
 
 
 def shutdown() -> None:

@@ -8,7 +8,7 @@ from multiprocess import open_files
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
-from vitscale import distributed
+from vitscale.open_files import needed
 
 
 def results(folder: Path, world_size: int) -> list[list]:
@@ -52,6 +52,6 @@ def test_sockets_are_three_a_rank_and_two_more_on_rank_0(
         statuses = zygote.run(world, open_files.count, job.config, options, result, log=job.log)
         assert statuses == [0] * world, job.output()
         counted[world] = results(result.parent, world)
-        assert max(files for files, _ in counted[world]) < distributed.open_files(world) - 450
+        assert max(files for files, _ in counted[world]) < needed(world) - 450
     growth = [after[1] - before[1] for before, after in zip(counted[2], counted[4], strict=False)]
     assert growth == [2 * 5, 2 * 3]

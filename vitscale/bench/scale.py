@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from vitscale import distributed
+from vitscale import open_files
 from vitscale.bench import ranks
 from vitscale.bench.ranks import SLOTS, Sharding
 from vitscale.checkpoint.load import FragmentReader
@@ -146,9 +146,9 @@ def _figures(config: ScaleBench, parts: Parts, layout: Sharding, others: list[Sh
         "files per save": world_size + 2,
         "share of a rank in a checkpoint, MB": share / 1e6,
         "state of a rank on its device, MB": state / 1e6,
-        "sockets of a rank": distributed.sockets(world_size, rank=1),
-        "sockets of rank 0": distributed.sockets(world_size, rank=0),
-        "open files that a rank needs": distributed.open_files(world_size),
+        "sockets of a rank": open_files.sockets(world_size, rank=1),
+        "sockets of rank 0": open_files.sockets(world_size, rank=0),
+        "open files that a rank needs": open_files.needed(world_size),
         **{f"resume on {other}": _resume(parts, pieces, manifest, other) for other in (layout, *others)},
     }
 
