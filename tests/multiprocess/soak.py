@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from multiprocess.ends import read_status
 from multiprocess.job import Job
 from multiprocess.ranks import FileLimit, Kill, at_steps, rank
 
+from vitscale.checkpoint.save import THREAD_NAME
 from vitscale.engine.engine import Engine
 
 FILLER = "filler"  # the file in a run directory that fills its disk
@@ -121,7 +123,7 @@ class Preempt(Fault):
 class FullDisk(Fault):
     """The run's disk is full but for `free_bytes`, which are less than a save.
 
-    If the run directory is no file system of its own, one rank can write no long file instead.
+    If the run directory is no file system of its own, rank 0 can write no long file instead.
     """
 
     free_bytes: int
@@ -129,12 +131,15 @@ class FullDisk(Fault):
 
     @classmethod
     def draw(cls, rng: random.Random, step: int, rank: int) -> "FullDisk":
-        return cls(step, rank, rng.randrange(100_000))
+        return cls(step, 0, rng.randrange(100_000))  # rank 0 deletes old checkpoints
 
     def strike(self, run_dir: Path) -> None:
         if not run_dir.is_mount():
             FileLimit(self.rank, self.SHORTEST_BYTES + self.free_bytes // 4).arm()
             return
+        for thread in threading.enumerate():
+            if thread.name == THREAD_NAME:
+                thread.join()  # a save under way may free as much as the next one needs
         with open(run_dir / FILLER, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(run_dir).free - self.free_bytes)
 

@@ -39,8 +39,8 @@ OPTIONS = (
     "engine.zero_stage=2", "optim.ema_decay=0.9", "model.drop_path=0.2", "model.dropout=0.1",
     "augment.mixup=0.2", "data.max_bad_fraction=0.1",
 )  # fmt: skip
-# Of a row, what depends on time or on how often the run was started.
-MEASURED = re.compile(r"(time|perf|goodput)/|run/starts")
+# Of a row, what depends on time, on data workers or on how often the run was started.
+MEASURED = re.compile(r"(time|perf|loader|goodput)/|run/starts")
 
 
 @pytest.fixture
