@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 from multiprocess.ends import launched, ranks_of, reached, read_status, wait_until
-from multiprocess.job import Job
+from multiprocess.job import TIMEOUT_SECONDS, Job
 from multiprocess.ranks import Freeze, Sleep, Stop
 from multiprocess.zygote import Zygote
 
@@ -60,7 +60,7 @@ def stop_a_rank(job: Job, launcher: str) -> None:
         processes = psutil.Process(command.pid).children(recursive=True)
         ranks_of([psutil.Process(command.pid), *processes])[1].suspend()
         began = time.monotonic()
-        assert command.wait(90) != 0
+        assert command.wait(TIMEOUT_SECONDS) != 0
         _, alive = psutil.wait_procs(processes, 20)
         assert not alive, [process.cmdline() for process in alive]
         print(f"{launcher}: {time.monotonic() - began:.1f} s from SIGSTOP to the end of all processes")
