@@ -53,16 +53,23 @@ class MetricsWriter:
     resume_step: the step of the checkpoint that training continues from, 0 for a fresh start.
     Rows that an earlier process wrote past it are dropped, and so is a last row torn by a kill,
     so that each step appears once.
+    compares: say whether the first step that is done again has the loss of the dropped row.
     """
 
     def __init__(
-        self, run_dir: str | os.PathLike[str], *, resume_step: int, total_steps: int, tensorboard: bool = True
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        resume_step: int,
+        total_steps: int,
+        tensorboard: bool = True,
+        compares: bool = True,
     ) -> None:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         dropped = trim_metrics(folder / FILE_NAME, resume_step)
         # By step: the losses of rows that this process will write again.
-        self._before = {row["step"]: row["train/loss"] for row in dropped if "train/loss" in row}
+        self._before = {row["step"]: row["train/loss"] for row in dropped if "train/loss" in row and compares}
         self._path = folder / FILE_NAME
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = _open_tensorboard(folder / "tensorboard", resume_step) if tensorboard else None

@@ -83,7 +83,7 @@ def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iter
         progress.pass_over(rolled_back)
     with (
         contextlib.closing(engine),
-        open_metrics(job, progress.step) as metrics,
+        open_metrics(job, progress.step, same_data=not rolled_back) as metrics,
         contextlib.closing(open_stream(job, progress)) as stream,
         Saver(home, config.checkpoint, passed_over) as saver,
     ):
@@ -185,15 +185,22 @@ def open_tasks(job: Job) -> Tasks:
     }
 
 
-def open_metrics(job: Job, step: int) -> MetricsWriter | SilentWriter:
-    """On rank 0 a writer, after dropping the rows past `step`; on other ranks a silent one."""
+def open_metrics(job: Job, step: int, *, same_data: bool) -> MetricsWriter | SilentWriter:
+    """On rank 0 a writer, after dropping the rows past `step`; on other ranks a silent one.
+
+    same_data: the steps that are done again read what they read before.
+    """
     config = job.config
     if not distributed.is_main():
         return SilentWriter()
     for name in (QUARANTINE_NAME, SPIKES_NAME):
         trim_metrics(Path(config.run_dir) / name, step)
     return MetricsWriter(
-        config.run_dir, resume_step=step, total_steps=job.total_steps, tensorboard=config.log.tensorboard
+        config.run_dir,
+        resume_step=step,
+        total_steps=job.total_steps,
+        tensorboard=config.log.tensorboard,
+        compares=same_data,
     )
 
 

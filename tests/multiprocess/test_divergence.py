@@ -22,6 +22,7 @@ def test_ten_skipped_steps_in_a_row_roll_the_run_back_and_their_data_are_passed_
     assert zygote.train(job, 2, "checkpoint.keep_every_steps=3", event=spoiled) == [0, 0], job.output()
     assert "going back to the healthy checkpoint of step 3 and passing over the 12 batches" in job.output()
     assert all(map(math.isfinite, job.column("train/loss")))
+    assert "was done before" not in job.output()  # with other data
     assert [row["step"] for row in job.rows()] == list(
         range(1, 21)
     )  # each once, though 4 and 5 were done twice
