@@ -94,15 +94,14 @@ class Hosts:
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
 
     def __enter__(self) -> "Hosts":
-        try:
+        with contextlib.ExitStack() as made:
+            made.callback(self.__exit__)  # of what there is, if the rest cannot be made
             self._unshare(0, "--net", "--pid", command=["sleep", "infinity"])
             self._at(0, "ip", "link", "add", "switch", "type", "bridge")
             self._at(0, "ip", "link", "set", "switch", "up")
             for number in NUMBERS:
                 self.switch_on(number)
-        except BaseException:
-            self.__exit__()
-            raise
+            made.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

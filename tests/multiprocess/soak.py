@@ -5,6 +5,7 @@ that the run trains, and each strikes at a step of its own. So none is missed, w
 resumes.
 """
 
+import abc
 import dataclasses
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ MAX_GAP_STEPS = 9  # from one fault to the next
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
+class Fault(abc.ABC):
     """What happens to a rank of the run at a step."""
 
     step: int
@@ -43,13 +44,13 @@ class Fault:
     def draw(cls, rng: random.Random, step: int, rank: int) -> "Fault":
         return cls(step, rank)
 
+    @abc.abstractmethod
     def strike(self, run_dir: Path) -> None:
         """Let it happen, in the process of the rank."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def seen(self, statuses: Sequence[int], job: Job) -> bool:
         """Whether the start, whose log the job has, ended as it must after this fault."""
-        raise NotImplementedError
 
 
 class KillRank(Fault):

@@ -19,7 +19,7 @@ from vitscale.bench.step import Case, Ours, StepBench
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.models import ModelConfig
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="all of it trains on an NVIDIA GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU to train on")
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 LAYOUTS = [
