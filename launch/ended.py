@@ -35,8 +35,7 @@ def start(arguments: argparse.Namespace) -> int:
     from vitscale import config, restarts
     from vitscale.train_config import TrainConfig
 
-    overrides = [text for text in arguments.configs if "=" in text]
-    paths = [text for text in arguments.configs if "=" not in text]
+    paths, overrides = config.divided(arguments.configs)
     loaded = config.load(TrainConfig, paths, overrides)
     decision = restarts.after(loaded, arguments.launcher_status, arguments.max_vain)
     print(f"{decision.kind}: {decision.reason}", flush=True)

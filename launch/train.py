@@ -53,8 +53,7 @@ def start(arguments: argparse.Namespace) -> int:
     from vitscale.train import train
     from vitscale.train_config import TrainConfig
 
-    overrides = [text for text in arguments.configs if "=" in text]
-    paths = [text for text in arguments.configs if "=" not in text]
+    paths, overrides = config.divided(arguments.configs)
     if not arguments.dry_run:
         distributed.initialize()
         loaded = distributed.together(lambda: config.load(TrainConfig, paths, overrides))

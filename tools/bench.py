@@ -228,8 +228,7 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
             "add --suite RESULTS.json, or name a single model by --variant"
         )
     if arguments.config:
-        paths = [text for text in arguments.config if "=" not in text]
-        loaded = configs.load(TrainConfig, paths, [text for text in arguments.config if "=" in text])
+        loaded = configs.load(TrainConfig, *configs.divided(arguments.config))
         model, precision = loaded.model, loaded.precision
     else:
         model, precision = ModelConfig(variant=given.get("variant", ModelConfig.variant)), "bf16"

@@ -192,8 +192,7 @@ def warm(arguments: argparse.Namespace) -> int:
     from vitscale.errors import ConfigError
     from vitscale.train_config import TrainConfig
 
-    overrides = [text for text in arguments.configs if "=" in text]
-    config = configs.load(TrainConfig, [text for text in arguments.configs if "=" not in text], overrides)
+    config = configs.load(TrainConfig, *configs.divided(arguments.configs))
     engine = config.engine
     if not engine.cache_dir:
         raise ConfigError('engine.cache_dir is "", so the run has no cache; set it to a folder on this node')

@@ -68,9 +68,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
     options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Cluster)}
     speed = read_measurements(arguments.calibrate) if arguments.calibrate else Speed()
-    overrides = [word for word in arguments.configs if "=" in word]
-    paths = [word for word in arguments.configs if "=" not in word]
-    made = make_plan(config.load(TrainConfig, paths, overrides), Cluster(**options), speed)
+    loaded = config.load(TrainConfig, *config.divided(arguments.configs))
+    made = make_plan(loaded, Cluster(**options), speed)
     print(text.render(made))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,11 @@ class HasAlternatives(Protocol):
     ALTERNATIVES: tuple[str, ...]
 
 
+def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The paths of config files and the overrides, for load, among a program's arguments."""
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
 def load(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
     """Fill the dataclass `schema` from TOML files and `section.key=value` overrides.
 

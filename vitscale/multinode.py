@@ -80,10 +80,10 @@ class Launch:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._slots = hostfile.load(arguments.hostfile)
-        paths, overrides = rounds.divided(arguments.configs)
+        paths, overrides = configs.divided(arguments.configs)
         self._given = [*(os.path.abspath(path) for path in paths), *overrides]
         os.chdir(ROOT)  # where ranks run, so that relative paths mean the same
-        self._config = configs.load(TrainConfig, *rounds.divided(self._given))
+        self._config = configs.load(TrainConfig, *configs.divided(self._given))
         self._environment = launch_environment.forwarded(os.environ)
         self._launcher: subprocess.Popen[bytes] | None = None
         self._stopped = False

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from vitscale import config as configs
 from vitscale import distributed, hostfile
 from vitscale.launch_environment import forwarded
 from vitscale.preflight import rounds
@@ -15,20 +16,20 @@ from vitscale.redaction import redact
 MISTAKE = 2
 
 
-def over_ssh(path: str, configs: Sequence[str]) -> int:
-    paths, overrides = rounds.divided(configs)
+def over_ssh(path: str, words: Sequence[str]) -> int:
+    paths, overrides = configs.divided(words)
     given = [*(os.path.abspath(path) for path in paths), *overrides]
     return told(rounds.ask(hostfile.load(path), given, forwarded(os.environ)))
 
 
-def among_ranks(configs: Sequence[str]) -> int:
-    answers = rounds.among_ranks(configs)
+def among_ranks(words: Sequence[str]) -> int:
+    answers = rounds.among_ranks(words)
     return told(answers) if distributed.is_main() else MISTAKE * bool(problems(answers))
 
 
-def own_facts(configs: Sequence[str]) -> str:
+def own_facts(words: Sequence[str]) -> str:
     """This host's facts, as JSON."""
-    (answer,) = rounds.among_ranks(configs)
+    (answer,) = rounds.among_ranks(words)
     assert answer.facts
     return json.dumps(dataclasses.asdict(answer.facts), indent=1)
 

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vitscale import config as configs
 from vitscale.preflight.compare import Answer, facts_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,10 +33,10 @@ NO_CHECKOUT, NO_PYTHON, SSH_FAILED = 101, 102, 255
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5"]
 
 
-def ask(slots: Mapping[str, int], configs: Sequence[str], environment: Mapping[str, str]) -> list[Answer]:
+def ask(slots: Mapping[str, int], words: Sequence[str], environment: Mapping[str, str]) -> list[Answer]:
     """The answers of all hosts, over ssh.
 
-    configs: paths and overrides, as for launch/train.py.
+    words: paths and overrides, as for launch/train.py.
     """
     hosts = [_Host(name) for name in slots]
     try:
@@ -44,7 +45,7 @@ def ask(slots: Mapping[str, int], configs: Sequence[str], environment: Mapping[s
                 {
                     "place": place,
                     "world_size": sum(slots.values()),
-                    "configs": list(configs),
+                    "configs": list(words),
                     "environment": dict(environment),
                 }
             )
@@ -178,12 +179,12 @@ def answer_asker() -> int:
 
     from vitscale.preflight.facts import collect
 
-    paths, overrides = divided(question["configs"])
+    paths, overrides = configs.divided(question["configs"])
     collect(paths, overrides, question["place"], question["world_size"], gather)
     return 0
 
 
-def among_ranks(configs: Sequence[str]) -> list[Answer]:
+def among_ranks(words: Sequence[str]) -> list[Answer]:
     """The answers of all hosts, among the ranks that a launcher has started; each calls it.
 
     Without a launcher, this host's alone.
@@ -192,7 +193,7 @@ def among_ranks(configs: Sequence[str]) -> list[Answer]:
     from vitscale.preflight.facts import collect
 
     distributed.initialize()
-    paths, overrides = divided(configs)
+    paths, overrides = configs.divided(words)
     rows = collect(paths, overrides, distributed.rank(), distributed.world_size(), distributed.gather_json)
     now, firsts = time.time(), distributed.gather_json(distributed.local_rank() == 0)
     answers: list[Answer] = []
@@ -210,8 +211,3 @@ def among_ranks(configs: Sequence[str]) -> list[Answer]:
         whole = dataclasses.replace(host.facts, gpus=gpus)
         answers[-1] = dataclasses.replace(host, slots=host.slots + 1, facts=whole)
     return answers
-
-
-def divided(configs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Paths of config files, and overrides."""
-    return [text for text in configs if "=" not in text], [text for text in configs if "=" in text]
