@@ -131,5 +131,6 @@ def test_until_the_first_step_is_done_there_is_the_time_of_a_start() -> None:
     assert limits_of("evaluate", "data", "step", "log") == [3600.0, 1800.0, 1800.0, 300.0]
     progress.advance()
     assert limits_of("data", "step", "save") == [600.0, 300.0, 3600.0] and watchdog.place().step == 8
-    watchdog.starting()  # rolled back
+    watchdog.starting()  # rolled back: whoever is in the loop already waits for this rank
+    assert watchdog.place()[:2] == (0, "start")
     assert limits_of("data", "step", "data") == [1800.0, 1800.0, 600.0]

@@ -72,24 +72,25 @@ def train(config: TrainConfig, began: float | None = None) -> int:
                 with started(job, tasks, rolled_back) as run:
                     ending.progress = run.progress
                     watchdog.ready(run.progress)
+                    phases = Phases(watchdog, ledger, Profiler(config, run.progress))
                     with processes.no_garbage_collection():
-                        loop(run, watch, Phases(watchdog, ledger, Profiler(config, run.progress)), ledger)
+                        done = loop(run, watch, phases, ledger)
                 break
             except RolledBack:
                 rolled_back = ending.progress
                 ledger.rolled_back()
         # A launcher may kill all ranks when the first ends with status 75.
         reasons = [reason for reason in distributed.gather_json(watch.reason) if reason]
-        done = run.progress.step == job.total_steps
         ending.ended("done" if done else "preempted", "" if done else reasons[0])
         if not done:
             distributed.on_main(lambda: stop_file.unlink(missing_ok=True))
     return 0 if done else PREEMPTED
 
 
-def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
+def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
     """Train from where the run is to its end, or until asked to stop; every rank calls it.
 
+    Returns whether it came to its end: all steps are done, and the evaluations after them.
     Raises RolledBack if it is to be started again from an earlier checkpoint, and Diverged if
     that did not help, or if it ends without a healthy checkpoint.
     """
@@ -102,7 +103,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
     # At step 0, what an untrained model gives: the line to beat. Later, what was broken off.
     missing = distributed.on_main(lambda: metrics.without(due_after(at.step, job).evaluate))
     with phases("evaluate"):
-        stopped = not evaluate(run, missing, watch)
+        going_on = evaluate(run, missing, watch)
     if at.step == 0:
         metrics.write_hparams(configs.to_dict(job.config))
     # Not before: a mistake that shows in the evaluation binds nobody.
@@ -125,7 +126,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
         ledger.mark()
         saved_step = at.step
 
-    while at.step < job.total_steps and not stopped:
+    while going_on and at.step < job.total_steps:
         with phases("data"):
             batch = watch.unless_asked(lambda: next(run.batches))
         with phases("step"):
@@ -165,8 +166,9 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
             metrics.write(at.step, cost)
         if due.evaluate:
             with phases("evaluate"):
-                if not evaluate(run, due.evaluate, watch):
-                    due = due_after(at.step, job, stopping=True)
+                going_on = evaluate(run, due.evaluate, watch)
+            if not going_on:
+                due = due_after(at.step, job, stopping=True)
         seen = at.step * job.config.global_batch
         damaged = run.quarantine.is_over(at.bad_samples, seen)
         if due.save or damaged:
@@ -182,6 +184,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> None:
     logger.info("wall time since the first start: %s", summary(ledger.write()))
     if at.step == job.total_steps and not at.healthy:
         raise diverged(run, "losses or gradients before the last checkpoint were not finite")
+    return going_on and at.step == job.total_steps
 
 
 class RolledBack(Exception):

@@ -53,8 +53,7 @@ class Watchdog:
         self._identities = watch.identities
         self._trainer = threading.get_ident()
         self._closing = threading.Event()
-        self._progress, self._stepped = Progress(), False
-        self._enter("start")
+        self.starting()
         self._rank, self._ranks = distributed.rank(), range(distributed.world_size())
         self._store = _open_store() if len(self._ranks) > 1 else None
         self._heard = dict.fromkeys(self._ranks, time.monotonic())  # when a rank's last beat was read
@@ -74,7 +73,7 @@ class Watchdog:
 
     def starting(self) -> None:
         """The run starts, also when it is rolled back."""
-        self._stepped = False
+        self._progress, self._stepped = Progress(), False  # behind every rank that is in the loop
         self._enter("start")
 
     def ready(self, progress: Progress) -> None:

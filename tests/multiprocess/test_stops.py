@@ -45,6 +45,18 @@ def test_the_first_evaluation_can_be_stopped_before_any_step(
     assert [step for step, _ in evaluations(job)] == [0, 20]
 
 
+def test_a_run_is_not_done_before_its_last_evaluation(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path, index)
+    section = f"evals.test={{test='{index.parent}/train-*.tar', batch_size=4}}"
+    in_last = StopInEvaluation(rank=1, batch=14)  # of 11 before the first step, and 11 after the last
+    assert zygote.train(job, 2, section, event=in_last) == [75, 75], job.output()
+    assert (read_status(job)["state"], read_status(job)["step"]) == ("preempted", 20)
+    assert max(job.checkpoints()) == 20 and [step for step, _ in evaluations(job)] == [0]
+    for _ in range(2):  # once it is done, it stays so
+        assert zygote.train(job, 2, section) == [0, 0], job.output()
+        assert read_status(job)["state"] == "done" and [step for step, _ in evaluations(job)] == [0, 20]
+
+
 def test_a_file_stops_the_run_once(tmp_path: Path, index: Path, zygote: Zygote) -> None:
     job = Job(tmp_path, index)
     assert zygote.train(job, 2, event=Stop(batch=4)) == [75, 75], job.output()

@@ -64,7 +64,7 @@ def test_hosts_that_fit_together_have_no_problems() -> None:
         ({"gpus": ("H100",) * 7 + ("A100",)}, "node3: its GPUs differ (A100, H100)"),
         (
             {"open_files": 512},
-            "node3: each of 32 ranks needs 640 open files, and the hard limit there is 512",
+            "node3: each of 32 ranks needs 672 open files, and the hard limit there is 512",
         ),
         (
             {"shm_free": 64 << 20},

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vitscale import open_files
+
 CLOCK_SECONDS = 30.0  # stores refuse requests that are signed minutes away from their own time
-OPEN_FILES_PER_RANK, OPEN_FILES_MORE = 4, 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ def _lacking(answer: Answer, facts: Facts, world_size: int) -> list[str]:
         found.append(
             f"{answer.name}: its GPUs differ ({', '.join(sorted(set(facts.gpus)))}); leave the odd ones out"
         )
-    needed = OPEN_FILES_PER_RANK * world_size + OPEN_FILES_MORE
+    needed = open_files.needed(world_size)
     if 0 < facts.open_files < needed:
         found.append(
             f"{answer.name}: each of {world_size:,} ranks needs {needed:,} open files, and the hard limit "
