@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 from multiprocess.ends import read_status
 from multiprocess.job import Job
 from multiprocess.ranks import NotFinite, watch_health
@@ -39,6 +40,19 @@ def test_ten_skipped_steps_in_a_row_roll_the_run_back_and_their_data_are_passed_
     assert zygote.train(job, 1, "total_steps=22") == [0], job.output()
     assert zygote.train(longer, 1, "total_steps=34") == [0], longer.output()
     assert job.column("data/digest")[20:] == longer.column("data/digest")[32:]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("offload", ["false", "true"])
+def test_a_step_is_skipped_by_all_and_the_next_one_is_not(
+    tmp_path: Path, index: Path, zygote: Zygote, precision: str, stage: int, offload: str
+) -> None:
+    job = Job(tmp_path, index)
+    options = (f"precision={precision}", f"engine.zero_stage={stage}", f"engine.offload_optimizer={offload}")
+    spoiled = NotFinite(rank=1, batches=range(3, 5))
+    assert zygote.train(job, 2, "total_steps=8", *options, event=spoiled) == [0, 0], job.output()
+    assert job.column("train/skipped_steps") == [0, 0, 1, 2, 2, 2, 2, 2]
 
 
 def test_the_third_time_ends_the_run(tmp_path: Path, index: Path, zygote: Zygote) -> None:

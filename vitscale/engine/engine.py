@@ -94,7 +94,10 @@ class Engine:
 
     def step(self) -> None:
         """End a micro step; the last of a step clips, and updates weights and average."""
+        skipped = self.counters.skipped_steps
         self._ds.step()
+        if self.counters.skipped_steps > skipped:
+            zero.drop_gradients(self._ds)
         if self._ema:
             self._ema.update(self._ds)
 

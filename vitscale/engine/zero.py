@@ -173,6 +173,17 @@ def _without_modes(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def drop_gradients(ds: DeepSpeed) -> None:
+    """Forget the gradients of a step that was skipped.
+
+    With offload in 16 bits, DeepSpeed 0.19.8 adds those of the next step to them, at ZeRO 1 and
+    2, so that one NaN would make it skip all steps from then on.
+    """
+    if getattr(ds.optimizer, "cpu_offload", False):  # of all optimizers, that one alone has it
+        for group in ds.optimizer.averaged_gradients:
+            ds.optimizer.averaged_gradients[group] = None
+
+
 def fragments(ds: DeepSpeed) -> Iterator[Fragment]:
     """The fragments that this rank owns, in the order of the module's parameters."""
     optimizer, buffers = ds.optimizer, flats(ds)
