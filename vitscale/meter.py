@@ -13,6 +13,7 @@ from vitscale.data.loader import Batch
 from vitscale.data.order import DIGEST_MASK, digest
 from vitscale.data.stages import Stages, advice
 from vitscale.engine.engine import Engine
+from vitscale.engine.norms import StepNorms
 from vitscale.hardware import peak_flops
 from vitscale.job import Job
 from vitscale.models.flops import train_flops
@@ -36,6 +37,7 @@ class Meter:
         self._flops = train_flops(job.config.model)
         self._peak = peak_flops()
         self._digest, self._rows, self._advised = 0, 0, False
+        self._norms: StepNorms | None = None
         self._restart()
         self._forget_losses()
 
@@ -47,6 +49,14 @@ class Meter:
             self._waited += seconds
         if phase in ("evaluate", "save"):
             self._restart()
+
+    def before_step(self, engine: Engine, *, logged: bool) -> None:
+        """Note what log.norms compares with; every rank calls it.
+
+        logged: whether a row will follow.
+        """
+        config = self._job.config
+        self._norms = StepNorms(engine, config.optim) if config.log.norms and logged else None
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Count a step and its loss, and compute this rank's share of its digest."""
@@ -84,6 +94,8 @@ class Meter:
         }
         if config.engine.num_workers:
             numbers |= {f"loader/{name}_fraction": part for name, part in stages.fractions().items()}
+        if self._norms:
+            numbers |= self._norms.read()
         self._advise(stages, waited / world / elapsed, elapsed)
         if world > 1:
             numbers |= {"perf/slowest_rank": rank, "perf/slowest_ratio": ratio}

@@ -103,6 +103,12 @@ def layer_of(name: str) -> int | None:
     return int(block[1]) + 1 if block else None
 
 
+def layer_name(name: str) -> str:
+    """What the layer of a parameter is called in metrics: "embeddings", "blocks.3", "head"."""
+    layer = layer_of(name)
+    return "head" if layer is None else f"blocks.{layer - 1}" if layer else "embeddings"
+
+
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """The trained parameters in groups "decay" and "no_decay", and with layer_decay by layer.
 

@@ -132,6 +132,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
         with phases("step"):
             lr = learning_rate(at.step + 1, job.total_steps, job.config.optim.lr, job.config.schedule)
             engine.set_learning_rate(lr)
+            meter.before_step(engine, logged=due_after(at.step + 1, job).log)
             before = engine.counters, engine.loss_scaler
             with enough_memory(job):
                 loss = train_step(run, batch, at.step + 1) if batch else skipped_step(run)

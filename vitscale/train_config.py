@@ -27,11 +27,13 @@ class LogConfig:
     every_steps:  how often a row goes to the console, TensorBoard and metrics.jsonl
     tensorboard:  whether to write TensorBoard's files
     profile:      the first and the last step of a trace of rank 0, like [100, 110]; [] = none
+    norms:        whether a row has the norms of weights, gradients and updates of each layer
     """
 
     every_steps: int = 50
     tensorboard: bool = True
     profile: tuple[int, ...] = ()
+    norms: bool = False
 
     def __post_init__(self) -> None:
         configs.positive("log", every_steps=self.every_steps)

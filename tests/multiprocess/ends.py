@@ -23,7 +23,7 @@ LAUNCHERS = {
 }
 # Long enough to be hit in mid-run, with data workers, and with checkpoints on the way.
 OVERRIDES = ("total_steps=1000000", "engine.num_workers=1", "checkpoint.every_steps=40")
-DEADLINE_SECONDS = 120
+DEADLINE_SECONDS = 240  # much more than anything takes, also beside other work
 
 
 @dataclasses.dataclass(frozen=True)

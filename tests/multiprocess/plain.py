@@ -1,6 +1,7 @@
 """A run as plain PyTorch: no DeepSpeed, no ranks, no accumulation, no recomputation."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,8 +19,13 @@ from vitscale.schedule import learning_rate
 from vitscale.train_config import TrainConfig
 
 
-def plain_losses(path: Path, *overrides: str) -> list[float]:
-    """The loss of each step of the config's run."""
+def plain_losses(
+    path: Path, *overrides: str, look: Callable[[torch.nn.Module], object] = lambda model: None
+) -> list[float]:
+    """The loss of each step of the config's run.
+
+    look: gets the model in every step, when it has the gradients of the old weights.
+    """
     config = configs.load(TrainConfig, [path], overrides)
     job = prepare(config, world_size=1)
     model = build_model(config.model, derive_seed(config.seed, "init"))
@@ -49,6 +55,7 @@ def plain_losses(path: Path, *overrides: str) -> list[float]:
         loss = objective.loss(functools.partial(model, kept=kept), batch.images, batch.labels, key)
         optimizer.zero_grad()
         loss.backward()
+        look(model)
         if config.optim.clip_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         optimizer.step()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from multiprocess.job import Job
+from multiprocess.job import TIMEOUT_SECONDS, Job
 from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
@@ -74,7 +74,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_continues(
         workers = [psutil.Process(rank.pid).children(recursive=True) for rank in ranks]
         for process in (*workers[1], ranks[1]):
             process.terminate()
-        assert [rank.wait(60) for rank in ranks] == [75, 75], job.output()
+        assert [rank.wait(TIMEOUT_SECONDS) for rank in ranks] == [75, 75], job.output()
     pids = [process.pid for process in (*ranks, *workers[0], *workers[1])]
     assert shared_memory_of(pids, job.port) == []
     (stopped,) = job.checkpoints()

@@ -6,32 +6,39 @@ import sys
 from pathlib import Path
 
 import psutil
-from multiprocess.ends import launched, ranks_of, reached, read_status, wait_until
+import pytest
+from multiprocess.ends import DEADLINE_SECONDS, launched, ranks_of, reached, read_status, wait_until
 from multiprocess.job import PROGRAM, Job
 from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.distributed import free_port
 
-LONG = ("total_steps=160", "engine.num_workers=1", "checkpoint.every_steps=10")
+LONG = ("total_steps=120", "engine.num_workers=1", "checkpoint.every_steps=10")
+KILLS = ((85, 0), (25, 1))  # step, rank
 
 
-def test_ranks_that_died_are_started_again_and_resume(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+def test_ranks_that_died_are_started_again_and_resume(
+    tmp_path: Path, index: Path, zygote: Zygote, sweep: bool
+) -> None:
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "killed", index)
     assert zygote.train(whole, 2, *LONG) == [0, 0], whole.output()
+    kills = sorted(KILLS if sweep else KILLS[:1])
     with launched(job, "torchrun", "--max-restarts", "2", overrides=LONG) as agent:
-        for step, rank in ((25, 1), (85, 0)):
+        for step, rank in kills:
             wait_until(lambda step=step: reached(job, step), agent, job)
             ranks_of(psutil.Process(agent.pid).children())[rank].kill()
-        assert agent.wait(60) == 0, job.output()
+        assert agent.wait(DEADLINE_SECONDS) == 0, job.output()
     assert read_status(job)["state"] == "done"
-    assert job.output().count("resumed from") == 2
-    assert job.column("step") == list(range(1, 161))
+    assert job.output().count("resumed from") == len(kills)
+    assert job.column("step") == list(range(1, 121))
     assert job.column("data/digest") == whole.column("data/digest")
 
 
-def test_machines_come_and_go(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+def test_machines_come_and_go(tmp_path: Path, index: Path, zygote: Zygote, sweep: bool) -> None:
     """Two agents are two machines: one begins, another joins, and then dies with its rank."""
+    if not sweep:
+        pytest.skip("with --sweep: a host of two is lost and comes back in test_two_hosts.py")
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "elastic", index)
     length = "total_steps=250"
     assert zygote.train(whole, 1, length, "engine.micro_batch=8") == [0], whole.output()

@@ -93,6 +93,27 @@ def test_without_ssh_the_command_is_given_on_each_host(
     assert status and status["state"] == "preempted" and status["step"] == max(job.checkpoints())
 
 
+def test_a_network_cut_in_silence_ends_both_sides_and_one_host_goes_on(
+    tmp_path: Path, index: Path, hosts: Hosts, sweep: bool
+) -> None:
+    if not sweep:
+        pytest.skip("with --sweep: a host is lost, and a rank hangs, in other tests")
+    job = Job(tmp_path / "job", index)
+    limits = ("guard.step_minutes=0.2", "guard.data_minutes=0.2", "--min_hosts", "1", "--pause", "1")
+    command = multinode(hosts, job, *limits)
+    wait_until(job.reached(12), command, job)
+    (rank,) = hosts.ranks(2)
+    hosts.unplug(2)
+    cut = time.monotonic()
+    wait_until(lambda: not rank.is_running(), command, job)
+    print(f"{time.monotonic() - cut:.1f} s from the cut to the end of the rank that is cut off")
+    wait_until(lambda: resumes(job) == 1, command, job)
+    print(f"{time.monotonic() - cut:.1f} s to the resume on the other host")
+    assert command.wait(DEADLINE_SECONDS) == 0, job.output()
+    assert "the job hangs: rank 1 (process " in job.output() and "not answer" in job.output()
+    assert world_size(job) == 1 and job.column("step") == list(range(1, 61))
+
+
 def test_torchrun_shrinks_and_grows(tmp_path: Path, index: Path, hosts: Hosts, sweep: bool) -> None:
     """One agent on each host: node2 joins in mid-run, loses its power, and joins again."""
     if not sweep:

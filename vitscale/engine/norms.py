@@ -1,0 +1,77 @@
+"""Norms of the weights, the gradients and the updates of one optimizer step, layer by layer."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from vitscale import distributed
+from vitscale.engine.engine import Engine
+from vitscale.engine.zero import FP32
+from vitscale.optim import OptimConfig, layer_name
+
+_KINDS = ("weight", "grad", "update")
+
+
+class StepNorms:
+    """Compares what an optimizer step changes with a copy from before it.
+
+    The copy has the masters and the first moments of this rank's fragments: 8 bytes for each
+    parameter that the rank owns, while the step lasts. The gradient is what the moments m were
+    given, so that it is known however ZeRO cuts and frees the gradients themselves:
+
+        AdamW   m' = beta1 m + (1 - beta1) g      g = (m' - beta1 m) / (1 - beta1)
+        SGD     m' = momentum m + g               g = m' - momentum m
+    """
+
+    def __init__(self, engine: Engine, config: OptimConfig) -> None:
+        """Take the copy; every rank calls it, before the step."""
+        self._engine, self._config = engine, config
+        self._slot, self._decay, self._share = (
+            ("exp_avg", config.betas[0], 1 - config.betas[0])
+            if config.name == "adamw"
+            else ("momentum_buffer", config.momentum, 1.0)
+        )
+        self._updates = engine.counters.updates
+        owned = engine.owned()
+        self._masters = _copied(owned[FP32])
+        self._moments = _copied(owned.get(self._slot, {}))  # none before the first update
+
+    def read(self) -> dict[str, float]:
+        """{"weight_norm/blocks.0": 7.1, "grad_norm/blocks.0": 0.2, "update_norm/blocks.0": ...}
+
+        Gradients are those before clipping. Every rank calls it after the step and gets the
+        same; empty if the step was skipped.
+        """
+        if self._engine.counters.updates == self._updates:
+            return {}
+        owned = self._engine.owned()
+        # The same layers on every rank: a rank may own nothing of some.
+        layers = list(dict.fromkeys(map(layer_name, self._engine.shapes())))
+        squares = {(kind, layer): 0.0 for kind in _KINDS for layer in layers}
+        for name, master in owned[FP32].items():
+            moment = owned[self._slot][name]
+            before = self._moments.get(name)
+            given = moment if before is None else moment - self._decay * before
+            layer = layer_name(name)
+            squares["weight", layer] += _square(master)
+            squares["grad", layer] += _square(given) * (self._unclipped() / self._share) ** 2
+            squares["update", layer] += _square(master - self._masters[name])
+        total = distributed.all_reduce_sum(list(squares.values()))
+        return {
+            f"{kind}_norm/{layer}": math.sqrt(square)
+            for (kind, layer), square in zip(squares, total, strict=True)
+        }
+
+    def _unclipped(self) -> float:
+        """By how much the gradients were divided for clipping, as DeepSpeed does it."""
+        clip = self._config.clip_norm
+        return max(1.0, (float(self._engine.grad_norm()) + 1e-6) / clip) if clip else 1.0
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
