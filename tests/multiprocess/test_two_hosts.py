@@ -1,5 +1,6 @@
 """Two hosts with ssh and pdsh: a host is lost in mid-step, and the run goes on without it."""
 
+import re
 import signal
 import subprocess
 import time
@@ -110,7 +111,8 @@ def test_a_network_cut_in_silence_ends_both_sides_and_one_host_goes_on(
     wait_until(lambda: resumes(job) == 1, command, job)
     print(f"{time.monotonic() - cut:.1f} s to the resume on the other host")
     assert command.wait(DEADLINE_SECONDS) == 0, job.output()
-    assert "the job hangs: rank 1 (process " in job.output() and "not answer" in job.output()
+    # Each side finds the other silent; either may be the first.
+    assert re.search(r"the job hangs: rank [01] \(process .*; it does not answer", job.output())
     assert world_size(job) == 1 and job.column("step") == list(range(1, 61))
 
 
