@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate a checkpoint: few-shot accuracy of its features, or the accuracy of its head."""
+"""Evaluate a checkpoint: what its features are good for, or the accuracy of its head."""
 
 import argparse
 import json
@@ -10,18 +10,33 @@ from typing import Any
 
 EXAMPLES = """examples:
   python tools/evaluate.py fewshot runs/demo --data data/cifar10 --shots 1,5,10
+  python tools/evaluate.py knn runs/demo --data data/cifar10 --cache features
+  python tools/evaluate.py linear runs/demo --data data/cifar10 --cache features
   python tools/evaluate.py classify runs/demo --data 'data/cifar10/test-*.tar' --json result.json
   python tools/evaluate.py classify runs/photos --split validation --crop center
   deepspeed tools/evaluate.py classify runs/vit_b16 --data 's3://bucket/val-{000..063}.tar' --crop center
 
 CKPT is a run directory (its newest good checkpoint), a step directory, or an export."""
+PROBES = ("fewshot", "knn", "logistic", "linear")  # fitted to a training set
+EXAMPLE = {
+    "fewshot": "fewshot runs/demo --train 'data/cifar10/train-*.tar' --test 'data/cifar10/test-*.tar'",
+    "knn": "knn runs/demo --data data/cifar10 --k 10,20 --cache features",
+    "logistic": "logistic runs/demo --data data/cifar10 --c 0.01,0.1,1 --cache features",
+    "linear": "linear runs/demo --data data/cifar10 --cache features",
+    "kmeans": "kmeans runs/demo --data 'data/cifar10/test-*.tar'",
+    "classify": "classify runs/demo --data 'data/cifar10/test-*.tar'",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.kind == "fewshot" and not (args.data or (args.train and args.test)):
-        parser.error("fewshot needs --data FOLDER (with train-*.tar and test-*.tar), or --train and --test")
+    if args.kind in PROBES and not (args.data or (args.train and args.test)):
+        parser.error(
+            f"{args.kind} needs --data FOLDER (with train-*.tar and test-*.tar), or --train and --test"
+        )
+    if args.kind == "kmeans" and not args.data:
+        parser.error("kmeans needs --data SHARDS")
     if args.kind == "classify" and bool(args.data) == bool(args.split):
         parser.error("classify needs --data SHARDS, or --split validation for the run's own; not both")
     # Torch is imported after the arguments are known to be right, so that --help is instant.
@@ -39,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     distributed.initialize()
     config = distributed.together(lambda: from_dict(EvalConfig, _config_values(args)))
     slot = "ema" if args.ema else "fp32"
-    outcome = evaluate(args.checkpoint, args.kind, config, distributed.device(), slot)
+    cache = getattr(args, "cache", "")
+    outcome = evaluate(args.checkpoint, args.kind, config, distributed.device(), slot, cache)
     if distributed.is_main():
         _report(outcome, args.json)
     return 0
@@ -50,37 +66,35 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    commands = parser.add_subparsers(dest="kind", required=True, metavar="{fewshot,classify}")
-
-    fewshot = _command(
-        commands,
-        "fewshot",
-        "least squares on the features of a few training images (mean over seeds)",
-        "example:\n  python tools/evaluate.py fewshot runs/demo "
-        "--train 'data/cifar10/train-*.tar' --test 'data/cifar10/test-*.tar'",
-    )
-    fewshot.add_argument(
-        "--data", metavar="FOLDER", help="folder or URL that holds train-*.tar and test-*.tar"
-    )
-    fewshot.add_argument(
-        "--train", metavar="SHARDS", help="training shards to draw the shots from, or an index.json"
-    )
-    fewshot.add_argument("--test", metavar="SHARDS", help="test shards, or an index.json")
+    commands = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    fewshot = _probe(commands, "fewshot", "least squares on a few training images (mean over seeds)")
     fewshot.add_argument("--shots", type=_integers, help="images per class, like 1,5,10")
     fewshot.add_argument("--seeds", type=_integers, help="draws to average over, like 0,1,2")
     fewshot.add_argument("--l2-reg", type=float, help="ridge regularisation (1024 as published)")
 
-    classify = _command(
-        commands,
-        "classify",
-        "top-1 and top-5 accuracy of the model's head",
-        "example:\n  python tools/evaluate.py classify runs/demo --data 'data/cifar10/test-*.tar'",
-    )
-    classify.add_argument(
-        "--data",
-        metavar="SHARDS",
-        help="test shards, an index.json, or a folder with test-*.tar",
-    )
+    knn = _probe(commands, "knn", "weighted votes of the nearest training images")
+    knn.add_argument("--k", type=_integers, help="how many of them vote, like 10,20,100")
+    knn.add_argument("--temperature", type=float, help="of the votes (0.07 as published)")
+
+    logistic = _probe(commands, "logistic", "logistic regression")
+    logistic.add_argument("--c", type=_floats, help="inverse penalties to choose among, like 0.01,0.1,1")
+
+    linear = _probe(commands, "linear", "a linear layer trained by SGD, at many learning rates at once")
+    linear.add_argument("--learning-rates", type=_floats, help="to choose among, like 0.01,0.1")
+    linear.add_argument("--epochs", type=int, help="of the training")
+    linear.add_argument("--batch", type=int, help="images in a step of the training")
+    for command in (logistic, linear):
+        command.add_argument("--dev-fraction", type=float, help="of the training images, to choose by (0.1)")
+        command.add_argument("--seed", type=int, help="of that choice")
+
+    kmeans = _command(commands, "kmeans", "clusters of the features, compared with the classes")
+    _add_test_data(kmeans)
+    _add_cache(kmeans)
+    kmeans.add_argument("--clusters", type=int, help="how many; default: as many as classes")
+    kmeans.add_argument("--seed", type=int, help="of the starts")
+
+    classify = _command(commands, "classify", "top-1 and top-5 accuracy of the model's head")
+    _add_test_data(classify)
     classify.add_argument(
         "--split",
         choices=("validation",),
@@ -89,12 +103,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+def _probe(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    """A kind that fits something to the features of a training set."""
+    command = _command(commands, name, f"{summary}, on frozen features")
+    command.add_argument(
+        "--data", metavar="FOLDER", help="folder or URL that holds train-*.tar and test-*.tar"
+    )
+    command.add_argument("--train", metavar="SHARDS", help="training shards, or an index.json")
+    command.add_argument("--test", metavar="SHARDS", help="test shards, or an index.json")
+    _add_cache(command)
+    return command
+
+
+def _add_test_data(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data", metavar="SHARDS", help="test shards, an index.json, or a folder with test-*.tar"
+    )
+
+
+def _add_cache(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--cache", default="", metavar="FOLDER", help="keep the features there for the next command"
+    )
+
+
+def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
         help=summary,
         description=summary,
-        epilog=example,
+        epilog=f"example:\n  python tools/evaluate.py {EXAMPLE[name]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("checkpoint", metavar="CKPT", help="run directory, step directory or export")
@@ -115,14 +153,21 @@ def _integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas, like 1,5,10") from None
 
 
+def _floats(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas, like 0.01,0.1") from None
+
+
 def _config_values(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line sets of [evals.NAME]; the other keys keep their defaults."""
     values = {key: value for key, value in vars(args).items() if value is not None}
-    for key in ("checkpoint", "json", "local_rank", "data", "ema"):
+    for key in ("checkpoint", "json", "local_rank", "data", "ema", "cache"):
         values.pop(key, None)
     if not args.data:
         return values
-    if args.kind == "fewshot":
+    if args.kind in PROBES:
         folder = args.data.rstrip("/")
         return {"train": f"{folder}/train-*.tar", "test": f"{folder}/test-*.tar", **values}
     is_shards = args.data.endswith((".tar", ".json"))

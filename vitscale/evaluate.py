@@ -11,6 +11,7 @@ from vitscale.data.sources import Source, open_sources
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig, EvalConfig, open_task
 from vitscale.evals.adapters import FrozenModel
+from vitscale.evals.store import FeatureStore, digest_of
 from vitscale.evals.task import run_task
 from vitscale.job import derive
 from vitscale.train_config import TrainConfig
@@ -19,7 +20,12 @@ from vitscale.weights.saved import Slot, load_model, locate
 
 
 def evaluate(
-    checkpoint: str, name: str, config: EvalConfig, device: torch.device, slot: Slot = "fp32"
+    checkpoint: str,
+    name: str,
+    config: EvalConfig,
+    device: torch.device,
+    slot: Slot = "fp32",
+    cache: str = "",
 ) -> dict[str, Any]:
     """Run the task `name` on a run, a step directory or an export.
 
@@ -27,6 +33,7 @@ def evaluate(
 
         {"checkpoint": ..., "step": 5000, "results": {"top1": 0.52, ...}}
 
+    cache: a folder that keeps features for the next time; "" = none.
     slot: "ema" takes the average of the weights, as evaluations in training do where there
     is one. A validation split is that of the data that the run was trained on. Raises
     CheckpointError or DataError for what cannot be read as it is, and ConfigError where there
@@ -34,7 +41,8 @@ def evaluate(
     """
     # The newest checkpoint of a live run may change meanwhile, so rank 0 decides which it is.
     path, step = distributed.on_main(lambda: locate(checkpoint, slot))
-    model = FrozenModel(distributed.together(lambda: load_model(path, slot=slot, device=device)), device)
+    module = distributed.together(lambda: load_model(path, slot=slot, device=device))
+    model = FrozenModel(module, device, FeatureStore(cache, digest_of(module) if cache else ""))
     splits = isinstance(config, ClassifyConfig) and config.split
     source = distributed.together(lambda: training_source(path)) if splits else None
     task = distributed.together(lambda: open_task(name, config, model.image_size, source))

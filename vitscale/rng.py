@@ -30,6 +30,8 @@ DOMAINS = {
     "cutmix": 16,
     "strata": 17,
     "drop_path": 18,
+    "dev": 19,
+    "linear": 20,
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from vitscale.config import from_dict, to_dict
 from vitscale.errors import ConfigError, DataError, UserError
 from vitscale.evals import ClassifyConfig, EvalConfig, FewShotConfig, open_task
+from vitscale.evals.store import FeatureStore
 
 COLOURS = [
     (255, 0, 0),
@@ -49,6 +50,7 @@ class ColourModel:
 
     def __init__(self) -> None:
         self.images_seen = 0
+        self.stored = FeatureStore()
 
     def features(self, images: Tensor) -> Tensor:
         assert images.dtype == torch.uint8 and images.shape[1:] == (3, 4, 4)
@@ -175,7 +177,7 @@ def test_missing_shards_show_when_the_task_is_opened(tmp_path: Path):
         ({"kind": "fewshots"}, "evals.digits.kind 'fewshots' is not one of .* did you mean \"fewshot\""),
         (
             {"kind": "classify"},
-            'unknown key evals.digits.train: only kind = "fewshot" reads it; remove it or set',
+            'unknown key evals.digits.train: only kind = "fewshot" or "knn" or "logistic" or "linear" reads it',
         ),
     ],
 )
@@ -209,7 +211,7 @@ def test_a_section_that_an_earlier_version_wrote_in_full_loads():
     flat = {"train": "", "shots": [3], "seeds": [0, 1, 2], "l2_reg": 1024.0}
     written = to_dict(ClassifyConfig(test="a.tar")) | flat
     assert from_dict(EvalConfig, written, "evals.digits") == ClassifyConfig(test="a.tar")
-    with pytest.raises(ConfigError, match=r"unknown key evals.digits.train: only kind = .fewshot. reads it"):
+    with pytest.raises(ConfigError, match=r"unknown key evals.digits.train: only kind = .fewshot. or "):
         from_dict(EvalConfig, written | {"train": "b.tar"}, "evals.digits")
     with pytest.raises(ConfigError, match=r"unknown key evals.digits.shots: only kind = .fewshot. reads it"):
         from_dict(EvalConfig, {"test": "a.tar", "shots": [3]}, "evals.digits")

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import xxhash
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -62,6 +63,14 @@ class EvaluationSet:
     @property
     def num_samples(self) -> int:
         return len(self._ids)
+
+    def fingerprint(self) -> str:
+        """Names what the samples are and how they become input."""
+        views = self._views
+        parts = [self.index.fingerprint(), views.crop, views.image_size, sorted(views.label_map.items())]
+        digest = xxhash.xxh3_128(repr(parts).encode())
+        digest.update(np.ascontiguousarray(self._ids).tobytes())
+        return digest.hexdigest()
 
     @functools.cached_property
     def labels(self) -> Int64[np.ndarray, "n M"]:

@@ -7,9 +7,14 @@ then name the config in EvalConfig and open the task in open_task.
 from vitscale.data.sources import Source
 from vitscale.evals.classify import ClassifyConfig, ClassifyTask
 from vitscale.evals.fewshot import FewShotConfig, FewShotTask
+from vitscale.evals.kmeans import KMeansConfig, KMeansTask
+from vitscale.evals.knn import KnnConfig, KnnTask
+from vitscale.evals.linear import LinearConfig, LinearTask
+from vitscale.evals.logistic import LogisticConfig, LogisticTask
 from vitscale.evals.task import Task
 
-EvalConfig = ClassifyConfig | FewShotConfig  # [evals.NAME] without a kind is the first one
+# [evals.NAME] without a kind is the first one.
+EvalConfig = ClassifyConfig | FewShotConfig | KnnConfig | LogisticConfig | LinearConfig | KMeansConfig
 
 
 def open_task(name: str, config: EvalConfig, image_size: int, source: Source | None = None) -> Task:
@@ -23,3 +28,11 @@ def open_task(name: str, config: EvalConfig, image_size: int, source: Source | N
             return ClassifyTask.open(name, config, image_size, source)
         case FewShotConfig():
             return FewShotTask.open(name, config, image_size)
+        case KnnConfig():
+            return KnnTask.open(name, config, image_size)
+        case LogisticConfig():
+            return LogisticTask.open(name, config, image_size)
+        case LinearConfig():
+            return LinearTask.open(name, config, image_size)
+        case KMeansConfig():
+            return KMeansTask.open(name, config, image_size)

@@ -8,15 +8,20 @@ from torch import Tensor
 
 from vitscale import distributed
 from vitscale.data.transforms import normalize
+from vitscale.evals.store import FeatureStore
 from vitscale.models import Model
 
 
 class FrozenModel:
     """A module in evaluation mode on one device, in float32, without gradients."""
 
-    def __init__(self, module: Model, device: torch.device) -> None:
-        """Takes the module over: it moves to the device and leaves training mode."""
+    def __init__(self, module: Model, device: torch.device, stored: FeatureStore | None = None) -> None:
+        """Takes the module over: it moves to the device and leaves training mode.
+
+        stored: the features that are known; None = none.
+        """
         self._module, self._device = module.to(device).eval(), device
+        self.stored = stored or FeatureStore()
         self.image_size, self.num_classes = module.config.image_size, module.config.num_classes
 
     @torch.inference_mode()
@@ -47,6 +52,7 @@ class LiveModel:
 
     def __init__(self, forward: Forward, *, image_size: int, num_classes: int) -> None:
         self._forward, self.image_size, self.num_classes = forward, image_size, num_classes
+        self.stored = FeatureStore()  # for the evaluations of one step: the next has other weights
 
     def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         return self._run(images, features_only=True)

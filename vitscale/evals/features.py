@@ -1,15 +1,15 @@
 """Frozen features of a data set, computed by all ranks together."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+import xxhash
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vitscale import distributed
 from vitscale.data.evalset import EvaluationSet
 from vitscale.errors import DataError
+from vitscale.evals.task import EvalModel
 
 
 def rank_block(num_samples: int, rank: int, world_size: int) -> tuple[range, int]:
@@ -36,20 +36,23 @@ def own_indices(indices: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " l
 
 
 def extract(
-    features: Callable[[UInt8[Tensor, "B 3 H W"]], Float[Tensor, "B D"]],
-    dataset: EvaluationSet,
-    indices: Int64[np.ndarray, " n"],
-    batch_size: int,
+    model: EvalModel, dataset: EvaluationSet, indices: Int64[np.ndarray, " n"], batch_size: int
 ) -> tuple[Float[Tensor, "n D"], Int64[Tensor, "n M"]]:
     """Features and labels of the samples `indices`, in that order, on every rank's CPU.
 
-    Every rank calls it. features: takes a batch on the CPU and moves it to its own device.
-    batch_size: per rank. Labels are padded with -1.
+    Every rank calls it. What the model's store has is not computed again. batch_size: per rank.
+    Labels are padded with -1.
     """
-    own, count = own_indices(indices)
-    rows, labels = [], []
-    for images, batch_labels in dataset.batches(own, batch_size):
-        rows.append(features(images).float().cpu())  # [B, D]
-        labels.append(batch_labels)
-    gathered = distributed.all_gather_rows(torch.cat(rows)[:count])
-    return gathered, distributed.all_gather_rows(torch.cat(labels)[:count])
+
+    def compute() -> dict[str, Tensor]:
+        own, count = own_indices(indices)
+        rows, labels = [], []
+        for images, batch_labels in dataset.batches(own, batch_size):
+            rows.append(model.features(images).float().cpu())  # [B, D]
+            labels.append(batch_labels)
+        tables = {"features": torch.cat(rows), "labels": torch.cat(labels)}
+        return {name: distributed.all_gather_rows(table[:count]) for name, table in tables.items()}
+
+    chosen = xxhash.xxh3_64(np.ascontiguousarray(indices).tobytes()).hexdigest()
+    found = model.stored.get(f"{dataset.fingerprint()}-{chosen}", compute)
+    return found["features"], found["labels"]

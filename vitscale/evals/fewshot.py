@@ -15,11 +15,12 @@ import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
 
 from vitscale import distributed
-from vitscale.config import dotted, positive
+from vitscale.config import positive
 from vitscale.data.evalset import EvaluationSet
-from vitscale.errors import ConfigError, DataError
+from vitscale.errors import DataError
 from vitscale.evals.features import extract
-from vitscale.evals.task import EvalModel, TaskConfig, open_shards
+from vitscale.evals.probe import ProbeConfig, known_labels, open_sets, single_labels
+from vitscale.evals.task import EvalModel
 
 BIAS_CONSTANT = 100.0  # a constant feature so large that the bias is almost unregularised
 L2_REG = 2.0**10
@@ -27,34 +28,23 @@ STD_EPSILON = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShotConfig(TaskConfig):
-    """Least squares on the frozen features of a few training images, besides the common keys.
+class FewShotConfig(ProbeConfig):
+    """Least squares on the frozen features of a few of the training images, with the keys:
 
-    train:   the shards to draw the training images from; written like test
     shots:   how many images of each class to train on, each number a result of its own
     seeds:   the draws to average over
     l2_reg:  ridge regularisation; the default is big_vision's
     """
 
     kind: Literal["fewshot"] = "fewshot"
-    train: str = ""
     shots: tuple[int, ...] = (1, 5, 10)
     seeds: tuple[int, ...] = (0, 1, 2)
     l2_reg: float = L2_REG
 
     def check(self, where: str) -> None:
         super().check(where)
-        if not self.train:
-            raise ConfigError(
-                f"{dotted(where, 'train')} is empty: fewshot needs training shards, "
-                "like data/cifar10/train-*.tar"
-            )
-        for key, values, lowest in (("shots", self.shots, 1), ("seeds", self.seeds, 0)):
-            if not values or min(values) < lowest or len(set(values)) < len(values):
-                raise ConfigError(
-                    f"{dotted(where, key)} {list(values)} must list different whole numbers "
-                    f"from {lowest} up, like [{lowest}]"
-                )
+        self.check_list(where, 1, shots=self.shots)
+        self.check_list(where, 0, seeds=self.seeds)
         positive(where, l2_reg=self.l2_reg)
 
 
@@ -69,7 +59,7 @@ class FewShotTask:
 
     @classmethod
     def open(cls, name: str, config: FewShotConfig, image_size: int) -> "FewShotTask":
-        train, test = (open_shards(pattern, config, image_size) for pattern in (config.train, config.test))
+        train, test = open_sets(config, image_size)
         return cls(name=name, config=config, train=train, test=test)
 
     def run(self, model: EvalModel) -> dict[str, float]:
@@ -77,16 +67,16 @@ class FewShotTask:
         config = self.config
         labels = distributed.together(lambda: self.train.labels)
         with distributed.alike():
-            pool = single_labels(labels, f"{self.name}: {config.train}")
+            pool = single_labels(labels, f"{self.name}: {config.train}", config.kind)
             pairs = itertools.product(config.shots, config.seeds)
             draws = [support_indices(pool, shots, seed, self.train.index.named) for shots, seed in pairs]
         # Only the images of some draw are decoded: the pool may be all of ImageNet.
         drawn = np.unique(np.concatenate(draws))
-        support, _ = extract(model.features, self.train, drawn, config.batch_size)
+        support, _ = extract(model, self.train, drawn, config.batch_size)
         everything = np.arange(self.test.num_samples)
-        test, padded = extract(model.features, self.test, everything, config.batch_size)
+        test, padded = extract(model, self.test, everything, config.batch_size)
         with distributed.alike():
-            test_labels = self._test_labels(padded.numpy(), pool)
+            test_labels = known_labels(self.name, config, self.test, padded.numpy(), pool)
 
         # Each rank fits its share of the draws; the sum then holds all, equal on all ranks.
         accuracies = [0.0] * len(draws)
@@ -101,33 +91,6 @@ class FewShotTask:
             results[f"{shots}shot"] = float(values.mean())
             results[f"{shots}shot_std"] = float(values.std())
         return results
-
-    def _test_labels(
-        self, labels: Int64[np.ndarray, "n M"], pool: Int64[np.ndarray, " p"]
-    ) -> Int64[np.ndarray, " n"]:
-        """The one label of each sample. Raises DataError for one that is not in the pool."""
-        config = self.config
-        singles = single_labels(labels, f"{self.name}: {config.test}")
-        unknown = np.setdiff1d(singles, pool)
-        if len(unknown):
-            label = self.test.index.named(int(unknown[0]))
-            raise DataError(
-                f"{self.name}: {config.test}: class {label} does not occur in the training shards "
-                f"{config.train}; give both sets of one data set"
-            )
-        return singles
-
-
-def single_labels(labels: Int64[np.ndarray, "n M"], source: str) -> Int64[np.ndarray, " n"]:
-    """The one label of each sample. Raises DataError, naming `source`, for none or several."""
-    counts = (labels >= 0).sum(axis=1)
-    if (counts != 1).any():
-        position = int(np.argmax(counts != 1))
-        raise DataError(
-            f"{source}: sample {position} has {counts[position]} labels, but few-shot needs exactly one; "
-            "give shards with one label per image"
-        )
-    return labels[np.arange(len(labels)), (labels >= 0).argmax(axis=1)]
 
 
 def support_indices(

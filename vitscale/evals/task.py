@@ -15,6 +15,7 @@ from vitscale.config import dotted, positive
 from vitscale.data.evalset import Crop, EvaluationSet
 from vitscale.data.sources import Source
 from vitscale.errors import ConfigError
+from vitscale.evals.store import FeatureStore
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,9 @@ class EvalModel(Protocol):
 
     @property
     def num_classes(self) -> int: ...
+
+    @property
+    def stored(self) -> FeatureStore: ...
 
     def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]: ...
 

@@ -1,0 +1,74 @@
+"""Evaluations in training: the same on any number of ranks, and the losses are as without them."""
+
+from pathlib import Path
+
+import pytest
+from multiprocess.job import Job
+from multiprocess.zygote import Zygote
+
+from vitscale.evaluate import evaluate
+from vitscale.evals import KMeansConfig, KnnConfig, LinearConfig, LogisticConfig
+from vitscale.metrics import read_metrics
+
+
+def sections(index: Path) -> list[str]:
+    """Each kind on 83 images: they are not divided evenly among 2 or 3 ranks."""
+    shards = f"test='{index.parent}/train-*.tar', every_steps=100, batch_size=10"
+    probe = f"train='{index.parent}/train-*.tar', {shards}"
+    return [
+        f"evals.near={{kind='knn', k=[3, 9], {probe}}}",
+        f"evals.log={{kind='logistic', c=[0.01, 1.0], {probe}}}",
+        f"evals.lin={{kind='linear', epochs=4, batch=32, {probe}}}",
+        f"evals.few={{kind='fewshot', shots=[1, 3], {probe}}}",
+        f"evals.clusters={{kind='kmeans', {shards}}}",
+        f"evals.top={{kind='classify', {shards}}}",
+    ]
+
+
+def evaluations(job: Job) -> dict[tuple[int, str], float]:
+    rows = read_metrics(job.run_dir / "metrics.jsonl")
+    return {(row["step"], name): row[name] for row in rows for name in row if name.startswith("eval/")}
+
+
+def test_evaluations_are_equal_on_1_2_and_3_ranks_and_leave_the_losses_alone(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    # 12 images a step fit all three worlds; with a rate of 0 all have the same weights
+    common = ("global_batch=12", "engine.micro_batch=1", "total_steps=6", "data.lanes=6")
+    still = ("optim.lr=1e-30", "optim.weight_decay=0")
+    expected: dict[tuple[int, str], float] = {}
+    for world_size, stage in ((1, 1), (2, 1), (3, 3)):
+        job = Job(tmp_path / str(world_size), index)
+        options = (*common, *still, f"engine.zero_stage={stage}", *sections(index))
+        assert zygote.train(job, world_size, *options) == [0] * world_size, job.output()
+        found = evaluations(job)
+        assert {step for step, _ in found} == {0, 6} and len(found) == 2 * 14
+        expected = expected or found
+        assert found == pytest.approx(expected, abs=1e-9), f"{world_size} ranks"
+    with_them, without = Job(tmp_path / "with", index), Job(tmp_path / "without", index)
+    assert zygote.train(with_them, 2, *common, *sections(index)) == [0, 0], with_them.output()
+    assert zygote.train(without, 2, *common) == [0, 0], without.output()
+    assert with_them.column("train/loss") == without.column("train/loss")
+
+
+def test_by_hand_they_are_those_in_training_and_the_features_are_kept(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    import torch
+
+    job = Job(tmp_path / "run", index)
+    assert zygote.train(job, 2, *sections(index)) == [0, 0], job.output()
+    sets = {"test": f"{index.parent}/train-*.tar"}
+    both = {**sets, "train": sets["test"]}
+    configs = {
+        "near": KnnConfig(k=(3, 9), batch_size=10, **both),
+        "log": LogisticConfig(c=(0.01, 1.0), **both),
+        "lin": LinearConfig(epochs=4, batch=32, **both),
+        "clusters": KMeansConfig(**sets),
+    }
+    folder = tmp_path / "features"
+    for name, config in configs.items():
+        outcome = evaluate(str(job.run_dir), name, config, torch.device("cpu"), cache=str(folder))
+        for key, value in outcome["results"].items():
+            assert evaluations(job)[20, f"eval/{name}/{key}"] == pytest.approx(value), (name, key)
+    assert len(list(folder.iterdir())) == 1  # one set, one model

@@ -1,0 +1,130 @@
+"""A linear probe: one linear layer on frozen features, trained by SGD, many rates at once."""
+
+import dataclasses
+from typing import Literal
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from vitscale import distributed, rng
+from vitscale.config import dotted, positive
+from vitscale.data.evalset import EvaluationSet
+from vitscale.errors import ConfigError
+from vitscale.evals.probe import (
+    ProbeConfig,
+    accuracies,
+    check_dev,
+    dev_split,
+    extract_pair,
+    open_sets,
+    own_rows,
+)
+from vitscale.evals.task import EvalModel
+from vitscale.schedule import ScheduleConfig, learning_rate
+
+MOMENTUM = 0.9
+COSINE = ScheduleConfig(decay="cosine")
+STD_EPSILON = 1e-6  # of MAE's BatchNorm before its probe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearConfig(ProbeConfig):
+    """A linear layer on standardised features, trained by SGD, besides the common keys.
+
+    learning_rates:  to choose among, all trained at once; each falls to 0 by a cosine
+    epochs, batch:   of the training
+    dev_fraction:    of the training images, to choose by; the chosen rate is trained on all
+    seed:            of that choice and of the order
+    """
+
+    kind: Literal["linear"] = "linear"
+    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    epochs: int = 30
+    batch: int = 256
+    dev_fraction: float = 0.1
+    seed: int = 0
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ConfigError(
+                f"{dotted(where, 'learning_rates')} {list(self.learning_rates)} must list numbers above 0, "
+                "like [0.01, 0.1]"
+            )
+        positive(where, epochs=self.epochs, batch=self.batch)
+        check_dev(where, self.dev_fraction, self.seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearTask:
+    """The accuracy of the layer whose rate the dev part of the training set chose."""
+
+    name: str
+    config: LinearConfig
+    train: EvaluationSet
+    test: EvaluationSet
+
+    @classmethod
+    def open(cls, name: str, config: LinearConfig, image_size: int) -> "LinearTask":
+        train, test = open_sets(config, image_size)
+        return cls(name=name, config=config, train=train, test=test)
+
+    def run(self, model: EvalModel) -> dict[str, float]:
+        """{"top1": 0.45, "learning_rate": 0.1}, top1 as a fraction of 1."""
+        config = self.config
+        pair = extract_pair(self.name, config, self.train, self.test, model)
+        device = distributed.device()
+        mean, std = pair.train.double().mean(0), pair.train.double().std(0, correction=0) + STD_EPSILON
+        x, labels = ((pair.train - mean) / std).to(device), pair.train_labels.to(device)
+        rate = self._choose(x, labels, pair.num_classes)
+        (weights,) = train_heads(x, labels, pair.num_classes, [rate], config)
+        queries = ((pair.test[own_rows(len(pair.test))] - mean) / std).to(device)
+        (top1,) = accuracies([predict(queries, weights).cpu()], pair.test_labels)
+        return {"top1": top1, "learning_rate": rate}
+
+    def _choose(self, x: Float64[Tensor, "n D"], labels: Int64[Tensor, " n"], num_classes: int) -> float:
+        config, rates = self.config, list(self.config.learning_rates)
+        if len(rates) == 1:
+            return rates[0]
+        fit_on, choose_by = dev_split(len(x), config.dev_fraction, config.seed)
+        mine = slice(distributed.rank(), None, distributed.world_size())
+        scores = [0.0] * len(rates)
+        heads = (
+            train_heads(x[fit_on], labels[fit_on], num_classes, rates[mine], config) if rates[mine] else []
+        )
+        scores[mine] = [float((predict(x[choose_by], head) == labels[choose_by]).sum()) for head in heads]
+        scores = distributed.all_reduce_sum(scores)
+        return rates[scores.index(max(scores))]
+
+
+def predict(x: Float64[Tensor, "n D"], weights: Float64[Tensor, "D+1 C"]) -> Int64[Tensor, " n"]:
+    return (x @ weights[:-1] + weights[-1]).argmax(1)
+
+
+def train_heads(
+    x: Float64[Tensor, "n D"],
+    labels: Int64[Tensor, " n"],
+    num_classes: int,
+    rates: list[float],
+    config: LinearConfig,
+) -> Float64[Tensor, "L D+1 C"]:
+    """A layer for each rate, from zeros, on the same batches. The last row is the bias."""
+    x = torch.cat([x, x.new_ones(len(x), 1)], 1)  # [n, D+1]
+    batch = min(config.batch, len(x))
+    steps_per_epoch = len(x) // batch
+    total = config.epochs * steps_per_epoch
+    peak = x.new_tensor(rates)[:, None, None]  # [L, 1, 1]
+    weights = x.new_zeros(len(rates), x.shape[1], num_classes)  # [L, D+1, C]
+    momentum = torch.zeros_like(weights)
+    for step in range(total):
+        epoch, position = divmod(step, steps_per_epoch)
+        if position == 0:
+            order = torch.from_numpy(rng.permutation(len(x), config.seed, "linear", epoch))
+        chosen = order[position * batch : (position + 1) * batch].to(x.device)
+        rows = x[chosen]  # [B, D+1]
+        errors = (rows @ weights).softmax(-1)  # [L, B, C]: of the cross-entropy by the logits
+        errors[:, torch.arange(batch, device=x.device), labels[chosen]] -= 1
+        momentum = MOMENTUM * momentum + rows.T @ errors / batch
+        weights = weights - peak * learning_rate(step + 1, total, 1.0, COSINE) * momentum
+    return weights

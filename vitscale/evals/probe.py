@@ -1,0 +1,162 @@
+"""What the kinds share that judge frozen features by a training and a test set."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from vitscale import distributed, rng
+from vitscale.config import dotted
+from vitscale.data.evalset import EvaluationSet
+from vitscale.errors import ConfigError, DataError
+from vitscale.evals.features import extract, rank_block
+from vitscale.evals.task import EvalModel, TaskConfig, open_shards
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig(TaskConfig):
+    """The keys of every such kind, besides the common ones.
+
+    train:  the labelled training images; written like test
+    """
+
+    train: str = ""
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        if not self.train:
+            raise ConfigError(
+                f"{dotted(where, 'train')} is empty: {self.kind} needs training shards, "
+                "like data/cifar10/train-*.tar"
+            )
+
+    def check_list(self, where: str, lowest: int, **lists: tuple[int, ...]) -> None:
+        """Raise ConfigError unless each list has different whole numbers from `lowest` up."""
+        for key, values in lists.items():
+            if not values or min(values) < lowest or len(set(values)) < len(values):
+                raise ConfigError(
+                    f"{dotted(where, key)} {list(values)} must list different whole numbers "
+                    f"from {lowest} up, like [{lowest}]"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeaturePair:
+    """Features of both sets, and their classes as 0 to num_classes - 1 in rising order."""
+
+    train: Float[Tensor, "n D"]
+    train_labels: Int64[Tensor, " n"]
+    test: Float[Tensor, "m D"]
+    test_labels: Int64[Tensor, " m"]
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.train_labels.max()) + 1
+
+
+def extract_pair(
+    name: str, config: ProbeConfig, train: EvaluationSet, test: EvaluationSet, model: EvalModel
+) -> FeaturePair:
+    """The features of all images of both sets, on every rank; every rank calls it.
+
+    Raises DataError for images without one label, and for a test class that is not trained.
+    """
+    train_rows, train_padded = extract(model, train, np.arange(train.num_samples), config.batch_size)
+    test_rows, test_padded = extract(model, test, np.arange(test.num_samples), config.batch_size)
+    with distributed.alike():
+        pool = single_labels(train_padded.numpy(), f"{name}: {config.train}", config.kind)
+        targets = known_labels(name, config, test, test_padded.numpy(), pool)
+    classes = np.unique(pool)
+    return FeaturePair(
+        train=train_rows,
+        train_labels=torch.from_numpy(np.searchsorted(classes, pool)),
+        test=test_rows,
+        test_labels=torch.from_numpy(np.searchsorted(classes, targets)),
+    )
+
+
+def open_sets(config: ProbeConfig, image_size: int) -> tuple[EvaluationSet, EvaluationSet]:
+    """The training and the test set. Raises DataError for missing shards."""
+    train, test = (open_shards(pattern, config, image_size) for pattern in (config.train, config.test))
+    return train, test
+
+
+def single_labels(labels: Int64[np.ndarray, "n M"], source: str, kind: str) -> Int64[np.ndarray, " n"]:
+    """The one label of each sample. Raises DataError, naming `source`, for none or several."""
+    counts = (labels >= 0).sum(axis=1)
+    if (counts != 1).any():
+        position = int(np.argmax(counts != 1))
+        raise DataError(
+            f"{source}: sample {position} has {counts[position]} labels, but {kind} needs exactly one; "
+            "give shards with one label per image"
+        )
+    return labels[np.arange(len(labels)), (labels >= 0).argmax(axis=1)]
+
+
+def known_labels(
+    name: str,
+    config: ProbeConfig,
+    test: EvaluationSet,
+    labels: Int64[np.ndarray, "n M"],
+    pool: Int64[np.ndarray, " p"],
+) -> Int64[np.ndarray, " n"]:
+    """The one label of each test sample. Raises DataError for one that is not in the pool."""
+    singles = single_labels(labels, f"{name}: {config.test}", config.kind)
+    unknown = np.setdiff1d(singles, pool)
+    if len(unknown):
+        label = test.index.named(int(unknown[0]))
+        raise DataError(
+            f"{name}: {config.test}: class {label} does not occur in the training shards "
+            f"{config.train}; give both sets of one data set"
+        )
+    return singles
+
+
+def dev_split(
+    num_samples: int, fraction: float, seed: int
+) -> tuple[Int64[Tensor, " a"], Int64[Tensor, " b"]]:
+    """Positions to fit on, and positions to choose by: a seeded share of the training set."""
+    order = torch.from_numpy(rng.permutation(num_samples, seed, "dev"))
+    held_out = max(1, round(fraction * num_samples))
+    return order[held_out:], order[:held_out]
+
+
+def own_rows(num_samples: int) -> slice:
+    """This rank's block of the rows of a test set."""
+    block, _ = rank_block(num_samples, distributed.rank(), distributed.world_size())
+    return slice(block.start, block.stop)
+
+
+def accuracies(predictions: Sequence[Int64[Tensor, " b"]], labels: Int64[Tensor, " m"]) -> list[float]:
+    """The shares of right predictions; every rank calls it.
+
+    predictions: several of this rank's block, own_rows(m). labels: of the whole test set.
+    """
+    own = labels[own_rows(len(labels))]
+    right = [float((prediction == own).sum()) for prediction in predictions]
+    return [count / len(labels) for count in distributed.all_reduce_sum(right)]
+
+
+def check_dev(where: str, dev_fraction: float, seed: int) -> None:
+    """Raise ConfigError for a part of the training set that cannot choose."""
+    if not 0 < dev_fraction < 1:
+        raise ConfigError(f"{dotted(where, 'dev_fraction')} {dev_fraction} must lie in (0, 1), like 0.1")
+    if seed < 0:
+        raise ConfigError(f"{dotted(where, 'seed')} {seed} must not be negative")
+
+
+def best_of(choices: Sequence[float], score: Callable[[float], float]) -> float:
+    """The choice of the highest score, the first of several; every rank calls it.
+
+    Each rank scores its share of them. One alone is not scored.
+    """
+    if len(choices) == 1:
+        return choices[0]
+    scores = [0.0] * len(choices)
+    for i in range(distributed.rank(), len(choices), distributed.world_size()):
+        scores[i] = score(choices[i])
+    scores = distributed.all_reduce_sum(scores)
+    return choices[scores.index(max(scores))]

@@ -1,0 +1,67 @@
+"""Features that were computed before: in memory, and in a folder for later commands."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vitscale import atomic, distributed
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureStore:
+    """Tables of one model's features, by the name of the data.
+
+    folder: where they are kept as safetensors; "" = in memory alone. All ranks must see it.
+    model: names the weights (digest_of).
+    """
+
+    def __init__(self, folder: str = "", model: str = "") -> None:
+        self._folder, self._model = folder, model
+        self._tables: dict[str, Mapping[str, Tensor]] = {}
+
+    def get(self, data: str, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The tables of `data`, computed if they are not here; every rank calls it.
+
+        compute: gives whole tables, equal on all ranks.
+        """
+        if data not in self._tables:
+            path = Path(self._folder) / f"{self._model}-{data}.safetensors"
+            if self._folder and distributed.on_main(lambda: _is_whole(path)):
+                self._tables[data] = distributed.together(lambda: load_file(path))
+            else:
+                self._tables[data] = compute()
+                if self._folder:
+                    distributed.on_main(lambda: _write(path, self._tables[data]))
+        return self._tables[data]
+
+
+def digest_of(module: nn.Module) -> str:
+    """A name of a module's tensors: the same where all values are equal."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "pt"):  # its header must fit the file's length
+            return True
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s cannot be read (%s): its features are computed again", path, error)
+        return False
+
+
+def _write(path: Path, tables: Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.named(path), atomic.appearing(path) as temporary:
+        save_file(dict(tables), temporary)
