@@ -130,3 +130,21 @@ def test_compiled_blocks_are_refused_where_zero_3_would_undo_them_in_silence() -
     config = EngineConfig(compile=True, zero_stage=3)
     with pytest.raises(ConfigError, match=r"engine.compile = true is refused with engine.zero_stage = 3"):
         make_ds_config(config, plan, "fp32", 0.0)
+
+
+def test_moments_on_a_disk_need_an_optimizer_on_the_cpu() -> None:
+    assert EngineConfig(offload_optimizer=True, offload_folder="/nvme").offload_folder == "/nvme"
+    with pytest.raises(ConfigError, match=r"engine.offload_folder = ./nvme. needs engine.offload_optimizer"):
+        EngineConfig(offload_folder="/nvme")
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_what_deepspeed_would_move_to_a_disk_is_refused(key: str) -> None:
+    plan = plan_batches(8, 0, 1)
+    for device in ("cpu", "nvme"):
+        config = EngineConfig(zero_stage=3, deepspeed_extra={"zero_optimization": {key: {"device": device}}})
+        if device == "cpu":
+            assert make_ds_config(config, plan, "fp32", 0.0)["zero_optimization"][key] == {"device": "cpu"}
+        else:
+            with pytest.raises(ConfigError, match=f"{key}.device = .nvme. is refused.*engine.offload_folder"):
+                make_ds_config(config, plan, "fp32", 0.0)

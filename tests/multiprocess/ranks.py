@@ -247,6 +247,22 @@ def train_and_note(config: Path, overrides: Sequence[str], out: Path) -> int:
     return train(config, overrides)
 
 
+def train_and_note_files(config: Path, overrides: Sequence[str], folder: Path, out: Path) -> int:
+    """A run; OUT.RANK gets how many bytes of files of `folder` are in its memory in step 2."""
+
+    def note() -> None:
+        sizes = [
+            int(end, 16) - int(start, 16)
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if f"{folder}/" in line
+            for start, end in [line.split()[0].split("-")]
+        ]
+        out.with_suffix(f".{distributed.rank()}").write_text(json.dumps(sizes))
+
+    at_batch(2, note)
+    return train(config, overrides)
+
+
 def train_apart(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -> int:
     """A run whose ranks share no disk: each has a run directory of its own, RUN_DIR-RANK."""
     return train(config, [f"run_dir={run_dir}-{rank()}", *overrides])

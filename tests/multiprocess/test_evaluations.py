@@ -1,4 +1,4 @@
-"""Evaluations in training: the same on any number of ranks, and the losses are as without them."""
+"""Evaluations in training are the same on any number of ranks, and leave the losses alone."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pytest
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
-from vitscale.evaluate import evaluate
 from vitscale.evals import KMeansConfig, KnnConfig, LinearConfig, LogisticConfig
+from vitscale.evaluate import evaluate
 from vitscale.metrics import read_metrics
 
 

@@ -28,6 +28,8 @@ class EngineConfig:
         read from remote shards; "" = none.
     cache_gb: the most that cache_dir keeps, in 10^9 bytes.
     offload_optimizer: keep master weights, moments and the update on the CPU.
+    offload_folder: a folder on the node's own disk (NVMe) that keeps the moments, in place of
+        memory; with offload_optimizer; "" = none.
     deepspeed_extra: keys for DeepSpeed's JSON; those that vitscale derives are refused.
     """
 
@@ -40,6 +42,7 @@ class EngineConfig:
     cache_dir: str = ""
     cache_gb: float = 100.0
     offload_optimizer: bool = False
+    offload_folder: str = ""
     deepspeed_extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,6 +56,11 @@ class EngineConfig:
         if self.micro_batch < 0 or self.num_workers < 0:
             raise ConfigError("engine.micro_batch and engine.num_workers must not be negative")
         positive("engine", cache_gb=self.cache_gb)
+        if self.offload_folder and not self.offload_optimizer:
+            raise ConfigError(
+                f'engine.offload_folder = "{self.offload_folder}" needs engine.offload_optimizer = true: '
+                "only an optimizer on the CPU can keep its moments on a disk"
+            )
         zero = self.deepspeed_extra.get("zero_optimization", {})
         if zero.get("round_robin_gradients"):
             raise ConfigError(
@@ -74,6 +82,14 @@ def make_ds_config(
             "parameters make torch.compile give up on each block in silence; use stage 1 or 2, or "
             "compile = false"
         )
+    zero = config.deepspeed_extra.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+            raise ConfigError(
+                f'engine.deepspeed_extra.zero_optimization.{key}.device = "nvme" is refused: a checkpoint '
+                "would not find what DeepSpeed moves there; set engine.offload_optimizer = true and "
+                "engine.offload_folder"
+            )
     derived: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,

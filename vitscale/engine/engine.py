@@ -46,7 +46,8 @@ class Engine:
         """Hand the module to DeepSpeed, which moves it to this rank's device.
 
         module: a whole model, or one from zero.allocate, whose values fill or restore sets.
-        Raises ConfigError for a precision that the device does not have.
+        Raises ConfigError for a precision that the device does not have, and StoreError if
+        offload_folder cannot be written.
         """
         import deepspeed
         from deepspeed.accelerator import get_accelerator
@@ -71,6 +72,8 @@ class Engine:
                 config=make_ds_config(config, plan, precision, optim.clip_norm),
             )
         distributed.wait_longer(self._ds.data_parallel_group)
+        if config.offload_folder:
+            zero.map_moments(self._ds, OPTIMIZER_SLOTS[optim.name], config.offload_folder)
         if config.activation_checkpointing == "selective":
             zero.hide_gathering(self._ds)
         assert self._ds.gradient_accumulation_steps() == plan.grad_accum_steps

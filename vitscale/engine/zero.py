@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vitscale import distributed
+from vitscale.engine.mapped import mapped_zeros
 from vitscale.models import Model
 
 # deepspeed.DeepSpeedEngine, whose annotations lack most of the names that are read here.
@@ -182,6 +183,21 @@ def drop_gradients(ds: DeepSpeed) -> None:
     if getattr(ds.optimizer, "cpu_offload", False):  # of all optimizers, that one alone has it
         for group in ds.optimizer.averaged_gradients:
             ds.optimizer.averaged_gradients[group] = None
+
+
+def map_moments(ds: DeepSpeed, slots: Sequence[str], folder: str) -> None:
+    """Make the optimizer's slots as files of `folder`; every rank calls it, before any step.
+
+    Raises StoreError on every rank if they cannot be made on one.
+    """
+
+    def make() -> None:
+        for flat in flats(ds):
+            for slot in slots:
+                ds.basic_optimizer.state[flat][slot] = mapped_zeros(len(flat), folder)
+
+    distributed.together(make)
+    _create_optimizer_state(ds, slots, updates=0)
 
 
 def fragments(ds: DeepSpeed) -> Iterator[Fragment]:
