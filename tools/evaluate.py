@@ -54,8 +54,15 @@ def run(args: argparse.Namespace) -> int:
     distributed.initialize()
     config = distributed.together(lambda: from_dict(EvalConfig, _config_values(args)))
     slot = "ema" if args.ema else "fp32"
-    cache = getattr(args, "cache", "")
-    outcome = evaluate(args.checkpoint, args.kind, config, distributed.device(), slot, cache)
+    outcome = evaluate(
+        args.checkpoint,
+        args.kind,
+        config,
+        distributed.device(),
+        slot,
+        cache=getattr(args, "cache", ""),
+        predictions=getattr(args, "predictions", ""),
+    )
     if distributed.is_main():
         _report(outcome, args.json)
     return 0
@@ -99,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         "--split",
         choices=("validation",),
         help="what data.validation_fraction kept from the training of the run",
+    )
+    classify.add_argument(
+        "--predictions", default="", metavar="OUT.jsonl", help="write a line for each image, with its key"
     )
     return parser
 
@@ -163,7 +173,7 @@ def _floats(text: str) -> list[float]:
 def _config_values(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line sets of [evals.NAME]; the other keys keep their defaults."""
     values = {key: value for key, value in vars(args).items() if value is not None}
-    for key in ("checkpoint", "json", "local_rank", "data", "ema", "cache"):
+    for key in ("checkpoint", "json", "local_rank", "data", "ema", "cache", "predictions"):
         values.pop(key, None)
     if not args.data:
         return values
@@ -180,9 +190,22 @@ def _report(outcome: dict[str, Any], path: str | None) -> None:
     print(f"{outcome['checkpoint']}  step {outcome['step']:,}")
     for name, value in outcome["results"].items():
         print(f"  {name:<14}{value:>10,}" if isinstance(value, int) else f"  {name:<14}{value:>10.4f}")
+    if details := outcome.get("details"):
+        _print_details(details)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         atomic.write(path, (json.dumps(outcome, indent=2) + "\n").encode())
+
+
+def _print_details(details: dict[str, Any]) -> None:
+    """What a person asks next: whether to trust its probabilities, and where it is wrong."""
+    print(f"  calibration error {details['calibration_error']:.4f}")
+    classes = sorted(details["per_class"], key=lambda row: row["accuracy"])
+    if len(classes) > 1:
+        shown = [f"{row['name']} {row['accuracy']:.2f}" for row in (*classes[:3], classes[-1])]
+        print(f"  accuracy by class: from {', '.join(shown[:3])} to {shown[3]}")
+    for row in details["confusions"][:3]:
+        print(f"  {row['class']} is taken for {row['taken_for']} {row['count']:,} times")
 
 
 if __name__ == "__main__":

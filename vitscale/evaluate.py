@@ -11,8 +11,10 @@ from vitscale.data.sources import Source, open_sources
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig, EvalConfig, open_task
 from vitscale.evals.adapters import FrozenModel
+from vitscale.evals.classify import ClassifyTask
+from vitscale.evals.predictions import predict, summary, write
 from vitscale.evals.store import FeatureStore, digest_of
-from vitscale.evals.task import run_task
+from vitscale.evals.task import run_task, within_memory
 from vitscale.job import derive
 from vitscale.train_config import TrainConfig
 from vitscale.weights.files import find_export
@@ -26,6 +28,7 @@ def evaluate(
     device: torch.device,
     slot: Slot = "fp32",
     cache: str = "",
+    predictions: str = "",
 ) -> dict[str, Any]:
     """Run the task `name` on a run, a step directory or an export.
 
@@ -33,7 +36,10 @@ def evaluate(
 
         {"checkpoint": ..., "step": 5000, "results": {"top1": 0.52, ...}}
 
+    For an evaluation of the head, "details" has what predictions.summary gives.
+
     cache: a folder that keeps features for the next time; "" = none.
+    predictions: a file for those of the head; "" = none.
     slot: "ema" takes the average of the weights, as evaluations in training do where there
     is one. A validation split is that of the data that the run was trained on. Raises
     CheckpointError or DataError for what cannot be read as it is, and ConfigError where there
@@ -46,7 +52,14 @@ def evaluate(
     splits = isinstance(config, ClassifyConfig) and config.split
     source = distributed.together(lambda: training_source(path)) if splits else None
     task = distributed.together(lambda: open_task(name, config, model.image_size, source))
-    return {"checkpoint": checkpoint, "step": step, "results": run_task(task, model)}
+    outcome = {"checkpoint": checkpoint, "step": step}
+    if not isinstance(task, ClassifyTask):
+        return {**outcome, "results": run_task(task, model)}
+    found = within_memory(task, lambda: predict(task, model))
+    if predictions:
+        distributed.on_main(lambda: write(predictions, found, task.test))
+    results = task.results(found.counts(), model)
+    return {**outcome, "results": results, "details": summary(found, task.test)}
 
 
 def training_source(path: str) -> Source:

@@ -78,6 +78,10 @@ class EvaluationSet:
         rows = [sample.labels for sample in read_samples(self.index, self._ids.tolist())]
         return pad_labels(rows, self.index.max_labels).numpy()
 
+    def keys(self) -> Iterator[str]:
+        """The keys of all samples: one pass over the shards, nothing decoded."""
+        return (sample.key for sample in read_any(self.index, self._ids.tolist()))
+
     def batches(
         self, indices: Int64[np.ndarray, " n"], batch_size: int, *, num_classes: int = 0
     ) -> Iterator[tuple[UInt8[Tensor, "B 3 S S"], Int64[Tensor, "B M"]]]:

@@ -85,7 +85,7 @@ class ClassifyTask:
 
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"top1": 0.6, "top5": 0.9, "num_samples": 10000}; top5 with more than 5 classes."""
-        self._check_labels(model.num_classes)
+        self.check_labels(model.num_classes)
         indices, remaining = own_indices(np.arange(self.test.num_samples))
         counts = Counts(0, 0, 0)
         batches = self.test.batches(indices, self.config.batch_size, num_classes=model.num_classes)
@@ -95,8 +95,11 @@ class ClassifyTask:
             counts = counts.plus(topk_correct(logits, to_targets(labels[:own], model.num_classes)))
             remaining -= own
         self.test.report_left_out()
-        num_samples, top1, top5 = distributed.all_reduce_sum([float(count) for count in counts])
-        if num_samples == 0:
+        return self.results(Counts(*map(int, distributed.all_reduce_sum(list(map(float, counts))))), model)
+
+    def results(self, counts: Counts, model: EvalModel) -> dict[str, float]:
+        """The numbers of run() from the counts of all ranks."""
+        if counts.num_samples == 0:
             where, way_out = self.config.test, "give shards with labels"
             if self.config.split:
                 where, way_out = self.config.split, "the warnings say what is wrong with them"
@@ -105,12 +108,13 @@ class ClassifyTask:
                 f"{way_out}",
                 shared=True,
             )
-        results = {"top1": top1 / num_samples}
+        results = {"top1": counts.top1 / counts.num_samples}
         if model.num_classes > 5:
-            results["top5"] = top5 / num_samples
-        return {**results, "num_samples": int(num_samples)}
+            results["top5"] = counts.top5 / counts.num_samples
+        return {**results, "num_samples": counts.num_samples}
 
-    def _check_labels(self, num_classes: int) -> None:
+    def check_labels(self, num_classes: int) -> None:
+        """Raise DataError for a class that a model of so many does not have."""
         label = self.test.index.max_label
         if label >= num_classes and not self.config.split:
             raise DataError(

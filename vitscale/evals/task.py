@@ -5,7 +5,8 @@ the same one runs on a model in training and on one from a file (adapters.py).
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -16,6 +17,8 @@ from vitscale.data.evalset import Crop, EvaluationSet
 from vitscale.data.sources import Source
 from vitscale.errors import ConfigError
 from vitscale.evals.store import FeatureStore
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,12 +94,17 @@ class Task(Protocol):
 
 
 def run_task(task: Task, model: EvalModel, where: str = "") -> dict[str, float]:
-    """As task.run. Raises ConfigError if its batches do not fit into this rank's GPU.
+    """As task.run. Raises ConfigError if its batches do not fit into this rank's GPU."""
+    return within_memory(task, lambda: task.run(model), where)
+
+
+def within_memory(task: Task, run: Callable[[], T], where: str = "") -> T:
+    """Run a part of a task. Raises ConfigError if its batches do not fit into this rank's GPU.
 
     where: the section's dotted name; "" for an evaluation by hand.
     """
     try:
-        return task.run(model)
+        return run()
     except torch.OutOfMemoryError:
         size = task.config.batch_size
         key = dotted(where, "batch_size") if where else "--batch-size"

@@ -1,0 +1,81 @@
+"""A head's predictions, written and summed up, of models whose answers are known."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from evals.test_tasks import ColourModel, write_shard
+from torch import Tensor
+
+from vitscale.evals import ClassifyConfig, open_task
+from vitscale.evals.classify import ClassifyTask
+from vitscale.evals.predictions import Predictions, calibration_error, confusions, predict, summary, write
+
+
+def open_classify(shards: str, batch_size: int = 3) -> ClassifyTask:
+    task = open_task("colours", ClassifyConfig(test=shards, batch_size=batch_size), 4)
+    assert isinstance(task, ClassifyTask)
+    return task
+
+
+class Confused(ColourModel):
+    """Takes class 2 for class 5, always."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        logits = super().logits(images)
+        logits[:, 5] = torch.maximum(logits[:, 5], logits[:, 2] + 1)
+        return logits
+
+
+def test_the_counts_are_those_of_the_task(tmp_path: Path):
+    shards = write_shard(tmp_path / "test.tar", [str(i % 7) for i in range(20)] + ["1 4", "2 5"])
+    task, model = open_classify(shards), Confused()
+    predictions = predict(task, model)
+    assert task.results(predictions.counts(), model) == task.run(model)
+    assert predictions.classes.shape == (22, 5) and predictions.labels.shape == (22, 2)
+    assert (predictions.probabilities.diff(dim=1) <= 0).all()
+
+
+def test_a_line_for_each_image_with_its_key(tmp_path: Path):
+    (tmp_path / "classes.json").write_text('["red", "green", "blue", "yellow", "cyan", "magenta", "grey"]')
+    shards = write_shard(tmp_path / "test.tar", ["0", "2", "1 4"])
+    task = open_classify(shards)
+    path = tmp_path / "out" / "predictions.jsonl"
+    write(path, predict(task, Confused()), task.test)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["key"] for row in rows] == ["sample00000", "sample00001", "sample00002"]
+    assert [row["labels"] for row in rows] == [[0], [2], [1, 4]]
+    assert [row["right"] for row in rows] == [True, False, True]
+    assert [row["classes"][0] for row in rows] == [0, 5, 1]
+    assert all(len(row["classes"]) == 5 and 0.5 < row["probabilities"][0] <= 1 for row in rows)
+
+
+def test_a_summary_says_which_class_is_taken_for_which(tmp_path: Path):
+    (tmp_path / "classes.json").write_text('["red", "green", "blue", "yellow", "cyan", "magenta", "grey"]')
+    shards = write_shard(tmp_path / "test.tar", ["0"] * 3 + ["2"] * 4 + ["5"] * 2 + ["2 5"])
+    task = open_classify(shards)
+    details = summary(predict(task, Confused()), task.test)
+    assert details["per_class"] == [
+        {"class": 0, "name": "0 (red)", "num_samples": 3, "accuracy": 1.0},
+        {"class": 2, "name": "2 (blue)", "num_samples": 5, "accuracy": 0.0},
+        {"class": 5, "name": "5 (magenta)", "num_samples": 3, "accuracy": 1.0},
+    ]
+    assert details["confusions"] == [{"class": "2 (blue)", "taken_for": "5 (magenta)", "count": 4}]
+
+
+def test_confusions_come_with_the_most_frequent_first():
+    first = torch.tensor([1, 1, 2, 0, 0, 0, 3])
+    labels = torch.tensor([[0], [0], [0], [0], [1], [2], [-1]])
+    predictions = Predictions(first[:, None], torch.ones(7, 1), labels).labelled()
+    assert confusions(predictions) == [(0, 1, 2), (0, 2, 1), (1, 0, 1), (2, 0, 1)]
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    right = torch.arange(10) < 7
+    assert calibration_error(torch.full((10,), 0.7), right) == pytest.approx(0, abs=1e-6)
+    assert calibration_error(torch.ones(10), right) == pytest.approx(0.3)
+    # One bin is too sure by 0.4, the other too modest by 0.2.
+    confidences = torch.tensor([0.9, 0.9, *[0.3] * 6])
+    right = torch.tensor([True, False, True, True, True, False, False, False])
+    assert calibration_error(confidences, right) == pytest.approx(0.25 * 0.4 + 0.75 * 0.2, abs=1e-6)
