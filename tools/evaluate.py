@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    commands = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    commands = parser.add_subparsers(dest="kind", required=True)
     fewshot = _probe(commands, "fewshot", "least squares on a few training images (mean over seeds)")
     fewshot.add_argument("--shots", type=_integers, help="images per class, like 1,5,10")
     fewshot.add_argument("--seeds", type=_integers, help="draws to average over, like 0,1,2")
