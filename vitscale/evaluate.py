@@ -16,6 +16,7 @@ from vitscale.evals.predictions import predict, summary, write
 from vitscale.evals.store import FeatureStore, digest_of
 from vitscale.evals.task import run_task, within_memory
 from vitscale.job import derive
+from vitscale.losses import LossConfig
 from vitscale.train_config import TrainConfig
 from vitscale.weights.files import find_export
 from vitscale.weights.saved import Slot, load_model, locate
@@ -50,8 +51,8 @@ def evaluate(
     module = distributed.together(lambda: load_model(path, slot=slot, device=device))
     model = FrozenModel(module, device, FeatureStore(cache, digest_of(module) if cache else ""))
     splits = isinstance(config, ClassifyConfig) and config.split
-    source = distributed.together(lambda: training_source(path)) if splits else None
-    task = distributed.together(lambda: open_task(name, config, model.image_size, source))
+    source, loss = distributed.together(lambda: training_data(path)) if splits else (None, None)
+    task = distributed.together(lambda: open_task(name, config, model.image_size, source, loss))
     outcome = {"checkpoint": checkpoint, "step": step}
     if not isinstance(task, ClassifyTask):
         return {**outcome, "results": run_task(task, model)}
@@ -62,8 +63,8 @@ def evaluate(
     return {**outcome, "results": results, "details": summary(found, task.test)}
 
 
-def training_source(path: str) -> Source:
-    """The data that the run of a step directory was trained on.
+def training_data(path: str) -> tuple[Source, LossConfig]:
+    """The data that the run of a step directory was trained on, and the loss.
 
     Raises ConfigError if they are several sources or have no validation split, and if they are
     others now: samples of the split might then have been trained on.
@@ -87,4 +88,4 @@ def training_source(path: str) -> Source:
             f"{path} was trained on other data than its config names now, so it may have been trained on "
             f"samples of their validation split; restore {config.data.index}, or name test shards with --data"
         )
-    return job.sources[0]
+    return job.sources[0], config.loss

@@ -39,7 +39,14 @@ def to_targets(labels: Int64[Tensor, "B M"], num_classes: int) -> Float[Tensor, 
 def compute_loss(
     config: LossConfig, logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]
 ) -> Float[Tensor, ""]:
-    """The mean over the batch of the cross-entropy, in fp32 (big_vision utils.py).
+    """The mean over the batch of the cross-entropy (sample_losses)."""
+    return sample_losses(config, logits, targets).mean()
+
+
+def sample_losses(
+    config: LossConfig, logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]
+) -> Float[Tensor, " B"]:
+    """The cross-entropy of each image, in fp32 (big_vision utils.py).
 
     "sigmoid" sums the binary cross-entropies of an image's classes. With label_smoothing e, a
     target t of C classes counts as (1 - e) t + e / C (timm's losses, both kinds).
@@ -49,7 +56,7 @@ def compute_loss(
         share = config.label_smoothing
         targets = targets * (1 - share) + share / targets.shape[-1]
     if config.name == "softmax":
-        return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+        return -(targets * F.log_softmax(logits, dim=-1)).sum(-1)
     # Not binary_cross_entropy_with_logits, which in fp32 is 1% off at a logit of -10, where the
     # head for ImageNet-21k starts.
-    return (F.softplus(logits) - logits * targets).sum(-1).mean()
+    return (F.softplus(logits) - logits * targets).sum(-1)

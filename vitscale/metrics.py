@@ -54,6 +54,7 @@ class MetricsWriter:
     Rows that an earlier process wrote past it are dropped, and so is a last row torn by a kill,
     so that each step appears once.
     compares: say whether the first step that is done again has the loss of the dropped row.
+    judge: the number of an evaluation by which steps are compared (best_of); "" = none.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class MetricsWriter:
         total_steps: int,
         tensorboard: bool = True,
         compares: bool = True,
+        judge: str = "",
     ) -> None:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,10 +82,14 @@ class MetricsWriter:
         self._evaluations: dict[str, None] = {}  # the names of their numbers, in order
         rows = read_metrics(folder / FILE_NAME)
         self._at_resume = {name for row in rows if row["step"] == resume_step for name in row}
+        self._judge = judge
+        self._scores = {row["step"]: row[judge] for row in rows if judge in row}
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Write the numbers of a step to all three."""
         row = {"step": step, **{name: _json_number(value) for name, value in numbers.items()}}
+        if self._judge in numbers:
+            self._scores[step] = numbers[self._judge]
         with atomic.named(self._path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
@@ -96,6 +102,16 @@ class MetricsWriter:
             self._compare(step, numbers["train/loss"])
         self._evaluations |= dict.fromkeys(name for name in numbers if name.startswith("eval/"))
         self._show(step, numbers)
+
+    def best_of(self, steps: Sequence[int]) -> int | None:
+        """The step that the judge finds best, the first of equals; None if it judged none."""
+        known = [step for step in sorted(steps) if math.isfinite(self._scores.get(step, math.nan))]
+        sign = -1 if self._judge.endswith("loss") else 1
+        return max(known, key=lambda step: sign * self._scores[step]) if known else None
+
+    def is_best(self, step: int) -> bool:
+        """Whether a step is better than all before it; the untrained model does not count."""
+        return self.best_of([other for other in self._scores if other]) == step
 
     def without(self, evaluations: Sequence[str]) -> list[str]:
         """Those evaluations that have no numbers at the step where this start begins."""
@@ -171,6 +187,12 @@ class MetricsWriter:
 
 class SilentWriter:
     """Takes the place of a MetricsWriter on ranks other than 0, and writes nothing."""
+
+    def best_of(self, steps: Sequence[int]) -> int | None:
+        return None
+
+    def is_best(self, step: int) -> bool:
+        return False
 
     def without(self, evaluations: Sequence[str]) -> list[str]:
         return []

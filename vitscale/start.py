@@ -85,7 +85,7 @@ def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iter
         contextlib.closing(engine),
         open_metrics(job, progress.step, same_data=not rolled_back) as metrics,
         contextlib.closing(open_stream(job, progress)) as stream,
-        Saver(home, config.checkpoint, passed_over) as saver,
+        Saver(home, config.checkpoint, passed_over, metrics.best_of) as saver,
     ):
         yield Run(
             job=job,
@@ -180,7 +180,7 @@ def _open_backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedMod
 def open_tasks(job: Job) -> Tasks:
     config = job.config
     return {
-        name: open_task(name, section, config.model.image_size, job.sources[0])
+        name: open_task(name, section, config.model.image_size, job.sources[0], config.loss)
         for name, section in config.evals.items()
     }
 
@@ -201,6 +201,7 @@ def open_metrics(job: Job, step: int, *, same_data: bool) -> MetricsWriter | Sil
         total_steps=job.total_steps,
         tensorboard=config.log.tensorboard,
         compares=same_data,
+        judge=config.checkpoint.keep_best,
     )
 
 

@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ from vitscale import distributed, history, processes
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.store import step_of
 from vitscale.ending import Ending
-from vitscale.errors import DataError, Diverged, UserError
+from vitscale.errors import ConfigError, DataError, Diverged, UserError
 from vitscale.evals.adapters import LiveModel
 from vitscale.evals.task import run_task
 from vitscale.goodput import Ledger, summary
@@ -170,9 +170,10 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
                 going_on = evaluate(run, due.evaluate, watch)
             if not going_on:
                 due = due_after(at.step, job, stopping=True)
+        is_best = best_so_far(run, due.evaluate)
         seen = at.step * job.config.global_batch
         damaged = run.quarantine.is_over(at.bad_samples, seen)
-        if due.save or damaged:
+        if due.save or damaged or is_best:
             save()
         if damaged:
             raise DataError(run.quarantine.verdict(at.bad_samples, seen, at.step), shared=True)
@@ -293,10 +294,32 @@ def evaluate(run: Run, names: Sequence[str], watch: Watch) -> bool:
             for name in names:
                 results = run_task(run.tasks[name], model, f"evals.{name}")
                 numbers = {f"eval/{name}/{key}": value for key, value in results.items()}
+                check_judge(run.job, name, numbers)
                 run.metrics.write(run.progress.step, numbers)
     except BrokenOff:
         return False
     return True
+
+
+def check_judge(job: Job, name: str, numbers: Mapping[str, float]) -> None:
+    """Raise ConfigError if keep_best asks for a number that its evaluation does not have."""
+    judge = job.config.checkpoint.keep_best
+    if judge.startswith(f"eval/{name}/") and judge not in numbers:
+        raise ConfigError(
+            f'checkpoint.keep_best "{judge}" is no number of evals.{name}, which has {", ".join(numbers)}',
+            shared=True,
+        )
+
+
+def best_so_far(run: Run, evaluated: Sequence[str]) -> bool:
+    """Whether an evaluation of this step is the best that checkpoint.keep_best has seen.
+
+    Every rank calls it. evaluated: the names of those that were due.
+    """
+    judge = run.job.config.checkpoint.keep_best
+    if not judge or judge.split("/")[1] not in evaluated:
+        return False
+    return distributed.on_main(lambda: run.metrics.is_best(run.progress.step))
 
 
 class BrokenOff(Exception):

@@ -185,6 +185,16 @@ class TrainConfig:
                 'data.labels = "multi" needs loss.name = "sigmoid": softmax takes one class per image'
             )
         self._check_validation()
+        self._check_judge()
+
+    def _check_judge(self) -> None:
+        judge = self.checkpoint.keep_best
+        name = judge.split("/")[1] if judge else ""
+        if judge and name not in self.evals:
+            raise ConfigError(
+                f'checkpoint.keep_best "{judge}" names no evaluation of this run, which has '
+                f"{', '.join(self.evals) or 'none'}; add [evals.{name}]"
+            )
 
     def _check_validation(self) -> None:
         for name, section in self.evals.items():

@@ -277,21 +277,23 @@ def test_only_our_own_names_are_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "keep_last", "every", "unhealthy", "kept"),
+    ("steps", "keep_last", "every", "unhealthy", "best", "kept"),
     [
-        ([10, 20, 30, 40], 2, 0, [], {30, 40}),
-        ([10, 20, 30, 40], 1, 20, [], {20, 40}),
-        ([10], 3, 0, [], {10}),
-        ([5, 10, 15, 20, 25], 1, 10, [], {10, 20, 25}),
-        ([10, 20, 30, 40], 2, 0, [40], {30, 40}),
-        ([10, 20, 30, 40], 2, 0, [40, 30], {20, 30, 40}),
-        ([10, 20, 30], 1, 0, [30, 20, 10], {30}),
+        ([10, 20, 30, 40], 2, 0, [], None, {30, 40}),
+        ([10, 20, 30, 40], 1, 20, [], None, {20, 40}),
+        ([10], 3, 0, [], None, {10}),
+        ([5, 10, 15, 20, 25], 1, 10, [], None, {10, 20, 25}),
+        ([10, 20, 30, 40], 2, 0, [40], None, {30, 40}),
+        ([10, 20, 30, 40], 2, 0, [40, 30], None, {20, 30, 40}),
+        ([10, 20, 30], 1, 0, [30, 20, 10], None, {30}),
+        ([10, 20, 30], 1, 0, [], 10, {10, 30}),
+        ([10, 20, 30], 1, 0, [], 15, {30}),
     ],
 )
-def test_retention_keeps_the_last_the_newest_healthy_and_every_nth(
-    steps: list[int], keep_last: int, every: int, unhealthy: list[int], kept: set[int]
+def test_retention_keeps_the_last_the_newest_healthy_the_best_and_every_nth(
+    steps: list[int], keep_last: int, every: int, unhealthy: list[int], best: int | None, kept: set[int]
 ) -> None:
-    assert store.retained(steps, keep_last, every, lambda step: step not in unhealthy) == kept
+    assert store.retained(steps, keep_last, every, lambda step: step not in unhealthy, best) == kept
 
 
 def test_an_export_gives_the_same_model_without_deepspeed(tmp_path: Path) -> None:

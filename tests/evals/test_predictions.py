@@ -67,7 +67,7 @@ def test_a_summary_says_which_class_is_taken_for_which(tmp_path: Path):
 def test_confusions_come_with_the_most_frequent_first():
     first = torch.tensor([1, 1, 2, 0, 0, 0, 3])
     labels = torch.tensor([[0], [0], [0], [0], [1], [2], [-1]])
-    predictions = Predictions(first[:, None], torch.ones(7, 1), labels).labelled()
+    predictions = Predictions(first[:, None], torch.ones(7, 1), labels, torch.zeros(7)).labelled()
     assert confusions(predictions) == [(0, 1, 2), (0, 2, 1), (1, 0, 1), (2, 0, 1)]
 
 

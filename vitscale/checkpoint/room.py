@@ -42,9 +42,14 @@ def _write_probe(home: Home) -> str:
 
 
 def check_space(home: Home, config: CheckpointConfig, save_bytes: int) -> None:
-    """Raise ConfigError unless the shared folder has space for keep_last saves and one more."""
-    saves = config.keep_last + 1 - min(config.keep_last, len(home.committed()))
-    _compare(home.directory, saves * save_bytes, f"checkpoint.keep_last = {config.keep_last}, and one more,")
+    """Raise ConfigError unless the shared folder has space for keep_last saves and one more.
+
+    With keep_best it is one more again.
+    """
+    extra = 2 if config.keep_best else 1
+    saves = config.keep_last + extra - min(config.keep_last, len(home.committed()))
+    what = f"checkpoint.keep_last = {config.keep_last}, and {'two' if config.keep_best else 'one'} more,"
+    _compare(home.directory, saves * save_bytes, what)
 
 
 def _look(home: Home, config: CheckpointConfig, save_bytes: int, token: str) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vitscale import distributed
 from vitscale.checkpoint import snapshot, store
@@ -40,12 +40,19 @@ class Saver:
 
     distrusted: steps of checkpoints that did not verify; retention neither counts nor deletes
         them.
+    best_of: which step among some is the best by an evaluation; None = none is.
 
     Use it as a context manager: if training ends with an error, the save under way is finished.
     """
 
-    def __init__(self, home: Home, config: CheckpointConfig, distrusted: Sequence[int] = ()) -> None:
-        self._home, self._config = home, config
+    def __init__(
+        self,
+        home: Home,
+        config: CheckpointConfig,
+        distrusted: Sequence[int] = (),
+        best_of: Callable[[Sequence[int]], int | None] = lambda steps: None,
+    ) -> None:
+        self._home, self._config, self._best_of = home, config, best_of
         self._distrusted = set(distrusted)
         self._healthy: dict[int, bool] = {}  # by step
         self._buffer = HostBuffer() if config.background else None
@@ -120,7 +127,9 @@ class Saver:
             self._distrusted.discard(save.step)
             if distributed.is_main():
                 self._healthy[save.step] = taken.train.healthy
-                store.apply_retention(self._home, self._config, sorted(self._distrusted), self._is_healthy)
+                store.apply_retention(
+                    self._home, self._config, sorted(self._distrusted), self._is_healthy, self._best_of
+                )
             save.seconds = time.perf_counter() - began
             save.done = True
         except UserError as error:

@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-000012000/manifest.json, rank-00000.safetensors, ...
     RUN/checkpoints/latest      the name of the newest one, for people; a resume ignores it
+    RUN/checkpoints/best        the name of the best one, with keep_best
 
 A save of step 12000, and what a resume finds if the job is killed during or after each part:
 
@@ -36,7 +37,7 @@ from vitscale.checkpoint.manifest import MANIFEST, Manifest
 from vitscale.errors import CheckpointError, ConfigError, StoreError
 
 logger = logging.getLogger(__name__)
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 TEMPORARY = ".tmp-"
 
 
@@ -47,6 +48,9 @@ class CheckpointConfig:
     every_steps: save after every so many steps, and at the end; 0 = only at the end.
     keep_last: how many of the newest checkpoints to keep, beside the newest healthy one.
     keep_every_steps: checkpoints of steps that are multiples of it are kept for ever; 0 = none.
+    keep_best: a number of an evaluation, "eval/NAME/top1": a step where it is better than ever
+        before is saved and kept until there is a better one; "" = none. Of a loss the lowest
+        is best, of anything else the highest.
     background: training waits only while its state is copied to host memory (12 bytes a
         parameter over all ranks; 16 with optim.ema_decay).
     store: a prefix in an object store, "s3://bucket/run", to which checkpoints are uploaded
@@ -56,6 +60,7 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep_last: int = 3
     keep_every_steps: int = 0
+    keep_best: str = ""
     background: bool = True
     store: str = ""
 
@@ -66,6 +71,11 @@ class CheckpointConfig:
             )
         if self.every_steps < 0 or self.keep_every_steps < 0:
             raise ConfigError("checkpoint.every_steps and checkpoint.keep_every_steps must not be negative")
+        if self.keep_best and not (self.keep_best.count("/") == 2 and self.keep_best.startswith("eval/")):
+            raise ConfigError(
+                f"checkpoint.keep_best {self.keep_best!r} is not a number of an evaluation; write "
+                '"eval/NAME/top1" for the top1 of [evals.NAME]'
+            )
         if self.store and storage.scheme(self.store) not in ("s3", "gs", "gcs"):
             raise ConfigError(
                 f"checkpoint.store {self.store!r} is not a prefix of an object store (s3://, gs://); for a "
@@ -150,17 +160,26 @@ def commit(manifest: Manifest, temporary: Path, final: Path) -> None:
         delete(final)
     os.rename(temporary, final)
     atomic.sync_folder(final.parent)
-    atomic.write(final.parent / LATEST, f"{final.name}\n".encode())
+    _write_name(str(final.parent), LATEST, manifest.step)
 
 
 def publish(manifest: Manifest, place: str) -> None:
     """As commit, for a store, to which the ranks have uploaded their files."""
     folder = step_folder(place, manifest.step)
     storage.write_bytes(storage.child(folder, MANIFEST), manifest.to_bytes())
-    storage.write_bytes(storage.child(place, LATEST), f"{step_name(manifest.step)}\n".encode())
+    _write_name(place, LATEST, manifest.step)
     for name in storage.names_in(folder):
         if name != MANIFEST and name not in manifest.files:  # left by an earlier attempt at this step
             storage.delete(storage.child(folder, name))
+
+
+def _write_name(place: str, file: str, step: int) -> None:
+    """Write into a small file of a folder or store which step it means."""
+    content = f"{step_name(step)}\n".encode()
+    if storage.is_local(place):
+        atomic.write(Path(place) / file, content)
+    else:
+        storage.write_bytes(storage.child(place, file), content)
 
 
 def delete(path: Path) -> None:
@@ -195,36 +214,50 @@ def clean(directory: Path) -> None:
     """Delete what killed saves left in a folder; only the holder of the run's lock calls it."""
     for leftover in directory.glob(f"{TEMPORARY}*"):
         _remove(leftover, ignore_errors=True)
-    atomic.clean(directory / LATEST)
+    for name in (LATEST, BEST):
+        atomic.clean(directory / name)
 
 
 def retained(
-    steps: Sequence[int], keep_last: int, keep_every_steps: int, is_healthy: Callable[[int], bool]
+    steps: Sequence[int],
+    keep_last: int,
+    keep_every_steps: int,
+    is_healthy: Callable[[int], bool],
+    best: int | None = None,
 ) -> set[int]:
-    """Which steps to keep: the last, the newest healthy one, multiples of keep_every_steps.
+    """Which steps to keep: the last, the newest healthy one, the best, and those kept for ever.
 
     is_healthy(step) is asked from the newest step on, up to the first healthy one.
     """
     forever = {step for step in steps if keep_every_steps and step % keep_every_steps == 0}
     newest_healthy = next(filter(is_healthy, sorted(steps, reverse=True)), None)
     healthy = set() if newest_healthy is None else {newest_healthy}
-    return {*sorted(steps)[-keep_last:], *healthy, *forever}
+    good = {best} if best is not None and best in steps else set()
+    return {*sorted(steps)[-keep_last:], *healthy, *forever, *good}
 
 
 def apply_retention(
-    home: Home, config: CheckpointConfig, distrusted: Sequence[int], is_healthy: Callable[[int], bool]
+    home: Home,
+    config: CheckpointConfig,
+    distrusted: Sequence[int],
+    is_healthy: Callable[[int], bool],
+    best_of: Callable[[Sequence[int]], int | None] = lambda steps: None,
 ) -> None:
     """Delete the checkpoints that need not be kept; rank 0 calls it after a commit.
 
     distrusted: steps that did not verify; they are neither counted nor deleted.
     is_healthy: of the others.
+    best_of: which step among some is the best; None = none is.
 
     A failed deletion is logged, and tried again after the next save.
     """
     place = home.store or str(home.directory)
     try:
         steps = [step for step in steps_on_disk(place) if step not in distrusted]
-        kept = retained(steps, config.keep_last, config.keep_every_steps, is_healthy)
+        best = best_of(steps)
+        if best is not None:
+            _write_name(place, BEST, best)
+        kept = retained(steps, config.keep_last, config.keep_every_steps, is_healthy, best)
         for step in sorted(set(steps) - kept):
             delete_checkpoint(step_folder(place, step))
         for folder in _unpublished(home.store, max(steps, default=0)) if home.store else ():

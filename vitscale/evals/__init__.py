@@ -12,20 +12,27 @@ from vitscale.evals.knn import KnnConfig, KnnTask
 from vitscale.evals.linear import LinearConfig, LinearTask
 from vitscale.evals.logistic import LogisticConfig, LogisticTask
 from vitscale.evals.task import Task
+from vitscale.losses import LossConfig
 
 # [evals.NAME] without a kind is the first one.
 EvalConfig = ClassifyConfig | FewShotConfig | KnnConfig | LogisticConfig | LinearConfig | KMeansConfig
 
 
-def open_task(name: str, config: EvalConfig, image_size: int, source: Source | None = None) -> Task:
+def open_task(
+    name: str,
+    config: EvalConfig,
+    image_size: int,
+    source: Source | None = None,
+    loss: LossConfig | None = None,
+) -> Task:
     """Open the data of [evals.NAME]. The task that it returns can run often, on any model.
 
-    source: of the training data, for evaluations of their validation split.
+    source, loss: of the training, for evaluations of its validation split.
     A shard that is missing raises DataError here, and so before training starts.
     """
     match config:
         case ClassifyConfig():
-            return ClassifyTask.open(name, config, image_size, source)
+            return ClassifyTask.open(name, config, image_size, source, loss)
         case FewShotConfig():
             return FewShotTask.open(name, config, image_size)
         case KnnConfig():

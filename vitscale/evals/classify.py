@@ -15,7 +15,7 @@ from vitscale.data.sources import Source
 from vitscale.errors import ConfigError, DataError
 from vitscale.evals.features import own_indices
 from vitscale.evals.task import EvalModel, TaskConfig, open_shards, open_split
-from vitscale.losses import to_targets
+from vitscale.losses import LossConfig, sample_losses, to_targets
 
 _FEWSHOT_KEYS = ("train", "shots", "seeds", "l2_reg")
 
@@ -52,14 +52,20 @@ class ClassifyConfig(TaskConfig):
 
 
 class Counts(NamedTuple):
-    """How many samples have a label, and how many of those are right."""
+    """How many samples have a label, how many are right, and the sum of their losses."""
 
     num_samples: int
     top1: int
     top5: int
+    loss: float = 0.0
 
     def plus(self, other: "Counts") -> "Counts":
-        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+        return Counts(
+            num_samples=self.num_samples + other.num_samples,
+            top1=self.top1 + other.top1,
+            top5=self.top5 + other.top5,
+            loss=self.loss + other.loss,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,22 +75,31 @@ class ClassifyTask:
     name: str
     config: ClassifyConfig
     test: EvaluationSet
+    loss: LossConfig | None  # of the training, for its validation split; None = none is computed
 
     @classmethod
     def open(
-        cls, name: str, config: ClassifyConfig, image_size: int, source: Source | None = None
+        cls,
+        name: str,
+        config: ClassifyConfig,
+        image_size: int,
+        source: Source | None = None,
+        loss: LossConfig | None = None,
     ) -> "ClassifyTask":
-        """source: of the training data, for their validation split."""
+        """source, loss: of the training, for its validation split."""
         if not config.split:
-            test = open_shards(config.test, config, image_size)
+            test, loss = open_shards(config.test, config, image_size), None
         elif source is None or not len(source.held_out):
             raise ConfigError(f"{name}: these training data have no validation split; give test shards")
         else:
             test = open_split(source, config, image_size)
-        return cls(name=name, config=config, test=test)
+        return cls(name=name, config=config, test=test, loss=loss)
 
     def run(self, model: EvalModel) -> dict[str, float]:
-        """{"top1": 0.6, "top5": 0.9, "num_samples": 10000}; top5 with more than 5 classes."""
+        """{"top1": 0.6, "top5": 0.9, "num_samples": 10000}; top5 with more than 5 classes.
+
+        Of a validation split also its "loss", without label smoothing.
+        """
         self.check_labels(model.num_classes)
         indices, remaining = own_indices(np.arange(self.test.num_samples))
         counts = Counts(0, 0, 0)
@@ -92,10 +107,20 @@ class ClassifyTask:
         for images, labels in batches:
             own = max(0, min(len(images), remaining))  # the rest only fills up this rank's share
             logits = model.logits(images).float().cpu()[:own]
-            counts = counts.plus(topk_correct(logits, to_targets(labels[:own], model.num_classes)))
+            targets = to_targets(labels[:own], model.num_classes)
+            losses = self.losses(logits, targets)
+            counts = counts.plus(topk_correct(logits, targets)._replace(loss=float(losses.double().sum())))
             remaining -= own
         self.test.report_left_out()
-        return self.results(Counts(*map(int, distributed.all_reduce_sum(list(map(float, counts))))), model)
+        *whole, loss = distributed.all_reduce_sum(list(map(float, counts)))
+        return self.results(Counts(*map(int, whole), loss=loss), model)
+
+    def losses(self, logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Float[Tensor, " B"]:
+        """Of each sample; 0 without a label, and where none is computed."""
+        if not self.loss:
+            return logits.new_zeros(len(logits))
+        losses = sample_losses(dataclasses.replace(self.loss, label_smoothing=0.0), logits, targets)
+        return losses * targets.any(1)
 
     def results(self, counts: Counts, model: EvalModel) -> dict[str, float]:
         """The numbers of run() from the counts of all ranks."""
@@ -111,6 +136,8 @@ class ClassifyTask:
         results = {"top1": counts.top1 / counts.num_samples}
         if model.num_classes > 5:
             results["top5"] = counts.top5 / counts.num_samples
+        if self.loss:
+            results["loss"] = counts.loss / counts.num_samples
         return {**results, "num_samples": counts.num_samples}
 
     def check_labels(self, num_classes: int) -> None:

@@ -15,6 +15,7 @@ from vitscale.data.evalset import EvaluationSet
 from vitscale.evals.classify import ClassifyTask, Counts
 from vitscale.evals.features import own_indices
 from vitscale.evals.task import EvalModel
+from vitscale.losses import to_targets
 
 TOP = 5
 BINS = 15  # of the calibration error, as in Guo et al., "On Calibration of Modern Neural Networks"
@@ -27,6 +28,7 @@ class Predictions(NamedTuple):
     classes: Int64[Tensor, "n k"]
     probabilities: Float[Tensor, "n k"]
     labels: Int64[Tensor, "n M"]
+    losses: Float[Tensor, " n"]
 
     def right(self) -> Bool[Tensor, " n"]:
         """Whether the first class is one of the labels, which are padded with -1."""
@@ -39,6 +41,7 @@ class Predictions(NamedTuple):
             num_samples=int((self.labels >= 0).any(1).sum()),
             top1=int(hits[:, 0].sum()),
             top5=int(hits.any(1).sum()),
+            loss=float(self.losses.double().sum()),
         )
 
     def labelled(self) -> "Predictions":
@@ -56,7 +59,8 @@ def predict(task: ClassifyTask, model: EvalModel) -> Predictions:
     for images, labels in batches:
         logits = model.logits(images).float().cpu()
         classes = logits.topk(min(TOP, model.num_classes), dim=1).indices  # highest first
-        parts.append((classes, logits.softmax(1).gather(1, classes), labels))
+        losses = task.losses(logits, to_targets(labels, model.num_classes))
+        parts.append((classes, logits.softmax(1).gather(1, classes), labels, losses))
     task.test.report_left_out()
     columns = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
     return Predictions(*(distributed.all_gather_rows(column) for column in columns))
@@ -77,7 +81,7 @@ def write(path: str | Path, predictions: Predictions, test: EvaluationSet) -> No
 
 def _rows(predictions: Predictions, test: EvaluationSet) -> Iterator[dict[str, Any]]:
     right = predictions.right().tolist()
-    columns = zip(test.keys(), *predictions, right, strict=True)
+    columns = zip(test.keys(), *predictions[:3], right, strict=True)
     for key, classes, probabilities, labels, is_right in columns:
         yield {
             "key": key,
