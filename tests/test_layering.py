@@ -14,7 +14,7 @@ LAYERS = [
     ["open_files"],
     ["config", "distributed", "rng", "atomic", "attempts", "hardware", "hostfile"],
     ["storage", "processes", "command", "ending", "watch", "goodput"],
-    ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace"],
+    ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace", "expect"],
     ["metrics", "spikes", "engine", "evals", "objectives", "curate"],
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],

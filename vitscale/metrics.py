@@ -26,12 +26,14 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from vitscale import atomic
+from vitscale.expect import Expectations, ExpectConfig
 from vitscale.redaction import redact
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 NON_FINITE = ("nan", "inf", "-inf")
+NO_EXPECTATIONS = ExpectConfig()
 HASHES = ("data/digest",)  # in metrics.jsonl only: a curve of them means nothing
 # TensorBoard sorts groups by name and opens the first two. There, their names are numbered.
 GROUPS = ("train", "eval", "data", "perf", "time", "checkpoint", "goodput", "run", "loader")
@@ -54,6 +56,7 @@ class MetricsWriter:
     Rows that an earlier process wrote past it are dropped, and so is a last row torn by a kill,
     so that each step appears once.
     compares: say whether the first step that is done again has the loss of the dropped row.
+    expect: when the verdict on one of its metrics changes, a line says so.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class MetricsWriter:
         total_steps: int,
         tensorboard: bool = True,
         compares: bool = True,
+        expect: ExpectConfig = NO_EXPECTATIONS,
     ) -> None:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +84,9 @@ class MetricsWriter:
         self._evaluations: dict[str, None] = {}  # the names of their numbers, in order
         rows = read_metrics(folder / FILE_NAME)
         self._at_resume = {name for row in rows if row["step"] == resume_step for name in row}
+        self._expectations = Expectations(expect)
+        for row in rows:
+            self._expectations.add(row["step"], row)
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Write the numbers of a step to all three."""
@@ -96,6 +103,13 @@ class MetricsWriter:
             self._compare(step, numbers["train/loss"])
         self._evaluations |= dict.fromkeys(name for name in numbers if name.startswith("eval/"))
         self._show(step, numbers)
+        for sentence in self._expectations.add(step, numbers):
+            logger.info("%s", sentence)
+
+    def conclude(self) -> None:
+        """Say how the metrics stand beside what the config expects of them."""
+        for sentence in self._expectations.sentences():
+            logger.info("%s", sentence)
 
     def without(self, evaluations: Sequence[str]) -> list[str]:
         """Those evaluations that have no numbers at the step where this start begins."""
@@ -176,6 +190,9 @@ class SilentWriter:
         return []
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
+        pass
+
+    def conclude(self) -> None:
         pass
 
     def write_images(self, tag: str, images: UInt8[Tensor, "B 3 H W"], step: int = 0) -> None:
