@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +234,13 @@ def remaining_time(elapsed_seconds: float, num_done: int, num_left: int) -> str:
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl in order, except for a last row that is half written."""
-    rows = (_parse_row(line) for line in Path(path).read_bytes().splitlines(keepends=True))
-    return [row for row in rows if row is not None]
+    return list(each_row(path))
+
+
+def each_row(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The rows of read_metrics, one at a time: those of a long run take much memory at once."""
+    with open(path, "rb") as file:
+        yield from (row for row in map(_parse_row, file) if row is not None)
 
 
 def trim_metrics(path: Path, resume_step: int) -> list[dict[str, Any]]:
