@@ -51,10 +51,12 @@ python tools/evaluate.py fewshot "$run/finetune" --data data/demo/digits --shots
 
 say "Results"
 python tools/report.py "$run/pretrain" "$run/finetune"
+for stage in pretrain finetune; do python tools/report.py "$run/$stage" --out "$run/$stage.html"; done
 cat <<END
 
+Look at the runs:     open $run/pretrain.html and $run/finetune.html in a browser
 See the curves:       .venv/bin/tensorboard --logdir $run
-Look at the run:      .venv/bin/python tools/checkpoint.py show $run/pretrain
+Look at a checkpoint: .venv/bin/python tools/checkpoint.py show $run/pretrain
 Real images next:     .venv/bin/python tools/data.py pack YOUR_FOLDER data/mine      then copy configs/demo/shapes.toml
 What a config runs:   .venv/bin/python launch/train.py configs/demo/shapes.toml --dry-run
 END

@@ -14,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vitscale import metrics
+from vitscale.expect import ExpectConfig
 from vitscale.metrics import MetricsWriter, read_metrics, remaining_time
 
 
@@ -266,3 +267,26 @@ def test_a_resumed_run_takes_its_pace_from_its_own_steps(
     writer.close()
     # 4 steps in 10 s, and 16 are left
     assert [record.getMessage().rpartition("  ")[2] for record in caplog.records] == ["eta ?", "eta 00:40"]
+
+
+def test_the_console_says_when_a_verdict_changes_and_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    expect = ExpectConfig(source="here", bands={"train/loss": ((0, 0.0, 1.0), (20, 0.0, 1.0))})
+    for resume_step, losses in ((0, (0.5, 0.5, 3.0, 3.0)), (2, (0.5, 0.5, 2.0))):
+        writer = MetricsWriter(
+            tmp_path, resume_step=resume_step, total_steps=9, tensorboard=False, compares=False, expect=expect
+        )
+        for step, loss in enumerate(losses, start=resume_step + 1):
+            writer.write(step, {"train/loss": loss})
+        writer.conclude()
+        writer.close()
+    assert [line for line in caplog.messages if line.startswith("train/loss: ")] == [
+        "train/loss: on track, 0.5 at step 1 (expected 0 to 1)",
+        "train/loss: 2 above the band since step 3, 3 at step 3 (expected 0 to 1)",
+        "train/loss: 2 above the band since step 3, 3 at step 4 (expected 0 to 1)",
+        # The rows past step 2 are dropped, and so is what was said of them.
+        "train/loss: 1 above the band since step 5, 2 at step 5 (expected 0 to 1)",
+        "train/loss: 1 above the band since step 5, 2 at step 5 (expected 0 to 1)",
+    ]

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Print the first and last loss of runs, and the first and last results of every evaluation."""
+"""Print the first and last numbers of runs, or write all about them to a page."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EXAMPLE = """example:
-  python tools/report.py runs/shapes runs/digits"""
+EXAMPLE = """examples:
+  python tools/report.py runs/shapes runs/digits                      first and last losses and evaluations
+  python tools/report.py runs/shapes --out shapes.html                a page to look at: curves, data, images
+  python tools/report.py runs/a runs/b --out ab.html --no-images      two runs compared, the data unopened"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,17 +17,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument(
+        "--out", metavar="OUT.html", help="write a page that needs no network and no other file"
+    )
+    parser.add_argument(
+        "--no-images",
+        action="store_true",
+        help="with --out: open neither the data nor a checkpoint, for pictures and predictions",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.no_images and not arguments.out:
+        parser.error("--no-images is for a page: name it with --out")
 
     from vitscale import command
 
-    return command.run(lambda: report(arguments.runs))
+    return command.run(lambda: report(arguments))
 
 
-def report(runs: Sequence[str]) -> int:
-    from vitscale.report.runs import render
+def report(arguments: argparse.Namespace) -> int:
+    if not arguments.out:
+        from vitscale.report.runs import render
 
-    print(render(runs))
+        print(render(arguments.runs))
+        return 0
+    from vitscale.report.page.build import write_page
+    from vitscale.storage import size_text
+
+    num_bytes = write_page(arguments.runs, arguments.out, with_images=not arguments.no_images)
+    print(f"{arguments.out}: {size_text(num_bytes)}")
     return 0
 
 

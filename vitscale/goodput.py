@@ -76,13 +76,21 @@ def summary(numbers: Mapping[str, float]) -> str:
     return ", ".join(f"{part:.1%} {names.get(kind, kind)}" for kind, part in parts.items() if part >= 5e-4)
 
 
+def read_starts(path: Path) -> list[Start]:
+    """The starts of a run, from its time.json; none if there is no file that can be read."""
+    try:
+        return [Start.parse(start) for start in json.loads(path.read_bytes())["starts"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 class Ledger:
     """Keeps RUN/time.json, if it `writes`, as rank 0 does; a listener of the loop's phases."""
 
     def __init__(self, run_dir: str, began: float, *, writes: bool) -> None:
         """A start of the run, since `began`; call it within the run's lock."""
         self._path, self._writes = Path(run_dir) / FILE_NAME, writes
-        self._starts = _read(self._path) if writes else []
+        self._starts = read_starts(self._path) if writes else []
         self._begin(began)
 
     def ready(self, step: int) -> None:
@@ -126,11 +134,3 @@ class Ledger:
 
     def _touch(self) -> None:
         self._now.elapsed = time.time() - self._now.began
-
-
-def _read(path: Path) -> list[Start]:
-    """The starts before this one; none if there is no file that can be read."""
-    try:
-        return [Start.parse(start) for start in json.loads(path.read_bytes())["starts"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from vitscale import atomic
+from vitscale.expect import Expectations, ExpectConfig
 from vitscale.redaction import redact
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 NON_FINITE = ("nan", "inf", "-inf")
+NO_EXPECTATIONS = ExpectConfig()
 HASHES = ("data/digest",)  # in metrics.jsonl only: a curve of them means nothing
 # TensorBoard sorts groups by name and opens the first two. There, their names are numbered.
 GROUPS = ("train", "eval", "data", "perf", "time", "checkpoint", "goodput", "run", "loader")
@@ -55,6 +57,7 @@ class MetricsWriter:
     so that each step appears once.
     compares: say whether the first step that is done again has the loss of the dropped row.
     judge: the number of an evaluation by which steps are compared (best_of); "" = none.
+    expect: when the verdict on one of its metrics changes, a line says so.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class MetricsWriter:
         tensorboard: bool = True,
         compares: bool = True,
         judge: str = "",
+        expect: ExpectConfig = NO_EXPECTATIONS,
     ) -> None:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +88,9 @@ class MetricsWriter:
         self._at_resume = {name for row in rows if row["step"] == resume_step for name in row}
         self._judge = judge
         self._scores = {row["step"]: row[judge] for row in rows if judge in row}
+        self._expectations = Expectations(expect)
+        for row in rows:
+            self._expectations.add(row["step"], row)
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Write the numbers of a step to all three."""
@@ -102,6 +109,13 @@ class MetricsWriter:
             self._compare(step, numbers["train/loss"])
         self._evaluations |= dict.fromkeys(name for name in numbers if name.startswith("eval/"))
         self._show(step, numbers)
+        for sentence in self._expectations.add(step, numbers):
+            logger.info("%s", sentence)
+
+    def conclude(self) -> None:
+        """Say how the metrics stand beside what the config expects of them."""
+        for sentence in self._expectations.sentences():
+            logger.info("%s", sentence)
 
     def best_of(self, steps: Sequence[int]) -> int | None:
         """The step that the judge finds best, the first of equals; None if it judged none."""
@@ -200,6 +214,9 @@ class SilentWriter:
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         pass
 
+    def conclude(self) -> None:
+        pass
+
     def write_images(self, tag: str, images: UInt8[Tensor, "B 3 H W"], step: int = 0) -> None:
         pass
 
@@ -239,8 +256,13 @@ def remaining_time(elapsed_seconds: float, num_done: int, num_left: int) -> str:
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl in order, except for a last row that is half written."""
-    rows = (_parse_row(line) for line in Path(path).read_bytes().splitlines(keepends=True))
-    return [row for row in rows if row is not None]
+    return list(each_row(path))
+
+
+def each_row(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The rows of read_metrics, one at a time: those of a long run take much memory at once."""
+    with open(path, "rb") as file:
+        yield from (row for row in map(_parse_row, file) if row is not None)
 
 
 def trim_metrics(path: Path, resume_step: int) -> list[dict[str, Any]]:

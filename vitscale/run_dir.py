@@ -36,8 +36,8 @@ REPLACED = (
     CONFIG_NAME, ending.STATUS_NAME, goodput.FILE_NAME, METRICS_NAME, QUARANTINE_NAME, RECORD_NAME,
     SPIKES_NAME,
 )  # fmt: skip
-# What may change at a resume: place, speed, logging, saving, evaluation, checks, and a longer
-# total. check_continuation compares the JPEG decoder that is in use.
+# What may change at a resume: place, speed, logging, saving, evaluation, checks, expectations,
+# and a longer total. check_continuation compares the JPEG decoder that is in use.
 CHANGEABLE = (
     "run_dir",
     "engine",
@@ -45,6 +45,7 @@ CHANGEABLE = (
     "guard",
     "checkpoint",
     "evals",
+    "expect",
     "total_steps",
     "total_epochs",
     "total_samples",

@@ -200,6 +200,7 @@ def open_metrics(job: Job, step: int, *, same_data: bool) -> MetricsWriter | Sil
         resume_step=step,
         total_steps=job.total_steps,
         tensorboard=config.log.tensorboard,
+        expect=config.expect,
         compares=same_data,
         judge=config.checkpoint.keep_best,
     )

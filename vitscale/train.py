@@ -183,6 +183,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
         saver.wait()
     for cost in saver.finished():
         metrics.write(at.step, cost)
+    metrics.conclude()
     logger.info("wall time since the first start: %s", summary(ledger.write()))
     if at.step == job.total_steps and not at.healthy:
         raise diverged(run, "losses or gradients before the last checkpoint were not finite")

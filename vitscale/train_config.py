@@ -13,6 +13,7 @@ from vitscale.data.transforms import AugmentConfig
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig, EvalConfig
+from vitscale.expect import ExpectConfig
 from vitscale.losses import LossConfig
 from vitscale.models import ModelConfig
 from vitscale.objectives import ClassificationConfig, ObjectiveConfig
@@ -151,6 +152,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    expect: ExpectConfig = dataclasses.field(default_factory=ExpectConfig)
     evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vitscale.report.contents import Contents, chunks
 from vitscale.report.text import shape_text, table
 
-INCIDENTAL_CONFIG = ("run_dir", "engine", "log", "checkpoint", "evals")
+INCIDENTAL_CONFIG = ("run_dir", "engine", "log", "checkpoint", "evals", "expect")
 INCIDENTAL_FACTS = ("world_size", "zero_stage", "created", "versions", "version")
 _MAX_WIDTH = 40  # characters of a value in a table
 
@@ -159,6 +159,15 @@ def render(comparison: Comparison) -> str:
     return "\n".join([*lines, "equal" if comparison.equal else "different"])
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys and the values of a nested dict."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _compare_tensors(
     a: Contents, b: Contents, slots: Sequence[str], names: Sequence[str]
 ) -> tuple[tuple[TensorDifference, ...], int]:
@@ -213,17 +222,9 @@ def _differing(
     only one of the two has.
     """
     keys = [key for key in {**a, **b} if not shared_alone or (key in a and key in b)]
-    left = dict(_flatten({key: a[key] for key in keys if key in a}))
-    right = dict(_flatten({key: b[key] for key in keys if key in b}))
+    left = dict(flatten({key: a[key] for key in keys if key in a}))
+    right = dict(flatten({key: b[key] for key in keys if key in b}))
     for key in {**left, **right}:
         if left.get(key) != right.get(key):
             counts = key.partition(".")[0] not in incidental
             yield Difference(key=key, a=left.get(key), b=right.get(key), counts=counts)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -12,7 +12,7 @@ from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.verify import check_all, committed, places_of
 from vitscale.errors import CheckpointError
-from vitscale.metrics import FILE_NAME, read_metrics
+from vitscale.metrics import FILE_NAME, each_row
 from vitscale.report.contents import facts_of
 from vitscale.report.text import damaged_newest, table, when
 from vitscale.storage import size_text
@@ -123,8 +123,13 @@ def render(listing: RunListing, now: datetime.datetime) -> str:
 
 
 def _read_metrics(run: str) -> list[dict[str, Any]]:
+    """The rows of a run's metrics, without what metrics_at does not look at."""
     path = Path(storage.local_path(run)) / FILE_NAME
-    return read_metrics(path) if storage.is_local(run) and path.is_file() else []
+    rows = each_row(path) if storage.is_local(run) and path.is_file() else ()
+    return [
+        {name: row[name] for name in row if name in ("step", "train/loss") or name.startswith("eval/")}
+        for row in rows
+    ]
 
 
 def _latest(place: str) -> str:

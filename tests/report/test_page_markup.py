@@ -1,0 +1,146 @@
+"""Text stays text, whatever it is; and the page of a run that has little more than metrics."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from markup import Page, checked, outside_references
+
+from tools.report import main
+from vitscale.report.page.html import Html, element, escaped, table
+from vitscale.report.page.records import read_columns, short_names
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "&lt;b&gt; <!-- ]]> </style></script>",
+    "\x00\x1b[31m\ud800\ufffe\u202egnp",
+]
+
+
+def report(*arguments: object) -> int:
+    return main(list(map(str, arguments)))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text_in_elements_and_attributes(text: str) -> None:
+    content = element("p", text, title=text) + table([text, "b"], [[text, text]], caption=text)
+    parsed = Page(content)
+    assert {tag for tag, _ in parsed.tags} == set(
+        ["p", "div", "table", "caption", "thead", "tbody", "tr", "th", "td"]
+    )
+    assert outside_references(parsed, content) == []
+    shown = re.sub("[\x00-\x1f\u202e\ud800\ufffe]", "\ufffd", text)
+    assert parsed.texts == [shown] * 6 or parsed.texts == [shown] * 3 + ["b"] + [shown] * 2
+    assert parsed.values("title") == [shown]
+    content.encode()  # no lone surrogate is left
+
+
+def test_markup_stays_markup_and_secrets_of_urls_are_left_out() -> None:
+    assert escaped(Html("<b>")) == "<b>" and escaped("<b>") == "&lt;b&gt;"
+    assert escaped("https://me:word@host/a?sig=1 b") == "https://host/a?*** b"
+
+
+def test_names_are_as_short_as_tells_them_apart() -> None:
+    assert short_names(["runs/a/pretrain", "runs/a/finetune"]) == ["pretrain", "finetune"]
+    assert short_names(["x/a/run", "x/b/run"]) == ["a/run", "b/run"]
+    assert short_names(["runs/a"]) == ["a"]
+
+
+def test_what_is_no_number_is_not_drawn(tmp_path: Path) -> None:
+    rows = [{"step": 2, "a": 1.5, "b": "<b>"}, {"step": 1, "a": 2, "c": True}, {"step": 3, "a": 10**400}]
+    (tmp_path / "m").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "a": 9')
+    columns = read_columns(tmp_path / "m")
+    assert list(columns) == ["a"]
+    assert columns["a"].steps.tolist() == [1, 2] and columns["a"].values.tolist() == [2.0, 1.5]
+
+
+def test_a_run_of_an_earlier_version_has_a_page_without_what_it_did_not_write(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "folder" / "page.html"
+    assert report(run, "--out", out) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: ")
+    page = checked(out.read_text())
+    assert "unknown how it ended is not written" in page.text
+    assert "config.toml does not exist: a run writes it after its first evaluation" in page.text
+    assert "There is no history.jsonl" in page.text and "No sample had to be replaced" in page.text
+    assert page.text.count("verified") == 3 and "cifar10/top1 25% 50% at step 20 50% at step 20" in page.text
+    assert page.count("img") == 0 and len(page.values("data-label")) == 3
+    assert not list(out.parent.glob(".*"))  # nothing temporary is left
+
+
+def test_a_roll_back_is_told_with_what_was_passed_over(run: Path, tmp_path: Path) -> None:
+    first = {"step": 0, "data_step": 0, "rollbacks": 0, "world_size": 2, "versions": {"torch": "2.11"}}
+    again = {**first, "step": 20, "data_step": 32, "rollbacks": 1, "changed": {"optim.lr": [1, "<b>"]}}
+    (run / "history.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(again)}\n{{torn")
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1, "train/skipped_steps": 0}\n{"step": 9, "train/skipped_steps": 3}\n'
+    )
+    assert report(run, "--out", tmp_path / "page.html") == 0
+    page = checked((tmp_path / "page.html").read_text())
+    assert (
+        "rolled back to step 20; 12 batches are passed over in all; optim.lr = '<b>' (before: 1)" in page.text
+    )
+    assert page.text.count("torch 2.11") == 1  # at the first start, and not again
+    assert (
+        "3 steps skipped" in page.text and "Skipped steps, so far. run: 0 at step 1, 3 at step 9" in page.text
+    )
+
+
+def test_a_run_that_failed_before_its_first_row_says_why(tmp_path: Path) -> None:
+    status = {"state": "failed", "step": 0, "total_steps": 9, "reason": "data.index <b>x</b> is missing"}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert report(tmp_path, "--out", tmp_path / "page.html") == 0
+    page = checked((tmp_path / "page.html").read_text())
+    assert "failed data.index <b>x</b> is missing" in page.text and "0 of 9 steps" in page.text
+
+
+def test_a_damaged_run_directory_has_a_page_all_the_same(run: Path, tmp_path: Path) -> None:
+    (run / "config.toml").write_text("run_dir = [[[")
+    (run / "time.json").write_text("{")
+    (run / "status.json").write_text("[]")
+    (run / "history.jsonl").write_text('{"step": 3, "changed": 7, "versions": [1]}\n{"step": "x"}\n')
+    (run / "quarantine.jsonl").write_text('{"step": 3, "sample": 5}\n{"step": 4}\n')
+    (run / "spikes.jsonl").write_text(
+        '{"step": 3, "loss": "nan", "samples": 5}\n{"step": 4, "deviation": "x"}\n'
+    )
+    assert report(run, "--out", tmp_path / "page.html") == 0
+    page = checked((tmp_path / "page.html").read_text())
+    assert "2 different samples were replaced, 2 times in all" in page.text
+    assert "2 losses stand out" in page.text and "config.toml cannot be read by this vitscale" in page.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}"], r"metrics.jsonl does not exist: .* is not a run directory, or has logged nothing yet"),
+        (["{}/absent"], "is not a run directory"),
+        (
+            ["s3://bucket/run"],
+            "s3://bucket/run is a store, which holds a run's checkpoints and not its metrics",
+        ),
+        (["{}/run", "{}/absent"], "absent is not a run directory"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_sentence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    out = tmp_path / "page.html"
+    assert report(*(argument.format(tmp_path) for argument in arguments), "--out", out) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1 and not out.exists()
+
+
+def test_a_folder_is_no_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(run, "--out", tmp_path) == 2
+    assert "is a folder; name the page in it, like" in capsys.readouterr().err
+
+
+def test_without_a_page_the_table_is_printed_as_before(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(run) == 0
+    assert "train/loss                       2.5000     9.0000   10 to 31" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        report(run, "--no-images")

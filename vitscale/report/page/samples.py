@@ -1,0 +1,141 @@
+"""What a model was fed and what it says now: inputs as training made them, and predictions."""
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from vitscale.checkpoint.manifest import Manifest
+from vitscale.data.index import Index
+from vitscale.data.lane import ViewConfig
+from vitscale.data.loader import Batch, Stream, batches
+from vitscale.evals import ClassifyConfig
+from vitscale.evals.adapters import FrozenModel
+from vitscale.evals.classify import ClassifyTask
+from vitscale.evaluate import training_source
+from vitscale.job import Job, derive
+from vitscale.report.page.html import Html, element, joined, note
+from vitscale.report.page.pictures import card, gallery, picture
+from vitscale.report.page.records import Record
+from vitscale.report.page.scale import percent
+from vitscale.report.page.shards import Shards
+from vitscale.train_config import TrainConfig
+from vitscale.weights.saved import Slot, load_model, locate
+
+NUM_INPUTS = 16
+NUM_PREDICTIONS = 12
+NUM_GUESSES = 3
+
+
+def inputs(record: Record, shards: Shards) -> Html:
+    """The first model inputs of a run, made again by the code that made them for training."""
+    config = record.config
+    if config is None or shards.problem:
+        return note(f"The inputs cannot be shown: {shards.problem}.")
+    job = derive(config, 1, tuple(shards.sources))
+    batch = first_batch(job)
+    names = [_named(job, batch, number) for number in range(min(NUM_INPUTS, len(batch.images)))]
+    cards = [
+        card(picture(_pixels(image), f"model input of class {name}"), f"class {name}")
+        for image, name in zip(batch.images, names, strict=False)
+    ]
+    texts = [f"The first {len(cards)} images of step 1, in the order of the data, after augmentation."]
+    if config.augment.mixup or config.augment.cutmix:
+        texts.append("Mixup and cutmix follow on the device, and are not shown.")
+    if (fingerprint := _fingerprint(record)) and fingerprint != job.data_fingerprint():
+        texts.append("The data are others now than those of the run, so training saw other images.")
+    return joined([note(" ".join(texts)), gallery(cards)])
+
+
+def first_batch(job: Job) -> Batch:
+    """What the first lanes make of the first global batch: NUM_INPUTS images or more."""
+    per_lane = job.config.global_batch // job.mixture.lanes
+    stream = Stream(
+        sources=job.sources,
+        mixture=job.mixture,
+        view_config=ViewConfig(
+            job.config.augment, job.decoder, job.config.model.image_size, job.config.model.num_classes
+        ),
+        lanes=range(min(job.mixture.lanes, -(-NUM_INPUTS // per_lane))),
+        first_step=0,
+        last_step=1,
+    )
+    return next(iter(batches(stream, 0)))
+
+
+def predictions(record: Record) -> Html:
+    """What the newest good checkpoint says of some images that it was not trained on."""
+    config = record.config
+    if config is None:
+        return note(f"{record.problem}.")
+    if record.checkpoints is None:
+        return note("There is no checkpoint to ask.")
+    classify = [(name, task) for name, task in config.evals.items() if isinstance(task, ClassifyConfig)]
+    if not classify:
+        return note('The config has no evaluation of kind "classify", whose images could be shown.')
+    name, section = classify[0]
+    slot: Slot = "ema" if config.optim.ema_decay else "fp32"
+    path, step = locate(record.path, slot)
+    source = training_source(path) if section.split else None
+    test = ClassifyTask.open(name, section, config.model.image_size, source).test
+    model = FrozenModel(load_model(path, slot=slot), torch.device("cpu"))
+    count = min(NUM_PREDICTIONS, test.num_samples)
+    chosen = np.linspace(0, test.num_samples - 1, count).astype(int)
+    images, labels = next(test.batches(chosen, count, num_classes=model.num_classes))
+    scores = probabilities(model.logits(images), config)
+    true = [{label for label in row if label >= 0} for row in labels.tolist()]
+    right = [best in row for best, row in zip(scores.argmax(dim=1).tolist(), true, strict=True)]
+    cards = [_prediction(*sample, test.index) for sample in zip(images, true, scores, right, strict=True)]
+    weights = "the average of the weights" if slot == "ema" else "the weights"
+    text = (
+        f"By {weights} of step {step:,}, on {count} images spread over evals.{name}: {sum(right)} right. "
+        "Below each image are the true class and the classes that the model holds most likely."
+    )
+    return joined([note(text), gallery(cards, "predictions")])
+
+
+def probabilities(logits: Float[Tensor, "B C"], config: TrainConfig) -> Float[Tensor, "B C"]:
+    """How likely each class is, as the loss of the run means it."""
+    return logits.sigmoid() if config.loss.name == "sigmoid" else logits.softmax(dim=1)
+
+
+def _prediction(
+    image: UInt8[Tensor, "3 S S"],
+    true: Collection[int],
+    scores: Float[Tensor, " C"],
+    is_right: bool,
+    index: Index,
+) -> Html:
+    """An image with its true classes and the likeliest ones."""
+    best = scores.topk(min(NUM_GUESSES, len(scores)))
+    names = ", ".join(map(index.named, true))
+    if names:
+        verdict, class_ = ("\u2713 right", "right-guess") if is_right else ("\u2717 wrong", "wrong-guess")
+    else:
+        verdict, class_ = "without a label", ""
+    lines = [
+        f"{index.named(label)}: {percent(round(score, 3))}"
+        for label, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    shown = picture(_pixels(image), f"image of class {names or 'unknown'}")
+    said = element("span", verdict, class_="verdict")
+    return card(shown, said, joined(["true: ", element("b", names)]), *lines, class_=class_)
+
+
+def _pixels(image: UInt8[Tensor, "3 S S"]) -> UInt8[np.ndarray, "S S 3"]:
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+
+
+def _named(job: Job, batch: Batch, number: int) -> str:
+    """The classes of an image of a batch, by the names of the source that it comes from."""
+    source = job.sources[int(np.searchsorted(job.mixture.first_ids, batch.ids[number], side="right")) - 1]
+    return ", ".join(source.named(label) for label in batch.labels[number].tolist() if label >= 0)
+
+
+def _fingerprint(record: Record) -> str:
+    """The data that the newest readable checkpoint was trained on; "" if there is none."""
+    rows = record.checkpoints.checkpoints if record.checkpoints else ()
+    good = [row for row in rows if not row.problem]
+    return Manifest.load(good[-1].path).train.data_fingerprint if good else ""
