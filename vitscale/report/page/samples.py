@@ -14,7 +14,7 @@ from vitscale.data.loader import Batch, Stream, batches
 from vitscale.evals import ClassifyConfig
 from vitscale.evals.adapters import FrozenModel
 from vitscale.evals.classify import ClassifyTask
-from vitscale.evaluate import training_source
+from vitscale.evaluate import training_data
 from vitscale.job import Job, derive
 from vitscale.report.page.html import Html, element, joined, note
 from vitscale.report.page.pictures import card, gallery, picture
@@ -78,7 +78,7 @@ def predictions(record: Record) -> Html:
     name, section = classify[0]
     slot: Slot = "ema" if config.optim.ema_decay else "fp32"
     path, step = locate(record.path, slot)
-    source = training_source(path) if section.split else None
+    source = training_data(path)[0] if section.split else None
     test = ClassifyTask.open(name, section, config.model.image_size, source).test
     model = FrozenModel(load_model(path, slot=slot), torch.device("cpu"))
     count = min(NUM_PREDICTIONS, test.num_samples)
