@@ -1,7 +1,7 @@
-"""Miniatures of VTAB-1k's data sets, in the layouts in which they are distributed.
+"""Miniatures of the data sets of VTAB-1k, in the layouts in which these are distributed.
 
-`make_raw(NAME, folder)` writes one. Every picture has a colour that goes with its label, so that
-a model can learn something from it.
+`make_raw(NAME, folder)` writes one. Every picture has a colour that goes with its label, so a
+model can learn something from it.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from vitscale import storage
 from vitscale.curate.pack.config import Omission
@@ -220,7 +220,7 @@ def _zip_members(path: str) -> dict[str, StoredFile]:
     }
 
 
-def _hold(file: IO[bytes], path: str) -> dict[str, StoredFile]:
+def _hold(file: io.BufferedIOBase, path: str) -> dict[str, StoredFile]:
     """Read a compressed tar once, whole."""
     held: dict[str, StoredFile] = {}
     try:

@@ -59,7 +59,7 @@ def _count(objects: list[dict[str, Any]]) -> int:
 
 
 def _distance(objects: list[dict[str, Any]]) -> int:
-    return rules.clevr_distance(thing["pixel_coords"][2] for thing in objects)
+    return rules.clevr_distance(float(thing["pixel_coords"][2]) for thing in objects)
 
 
 def _images(images: dict[str, StoredFile], keys: Sequence[str], rows: list[int]) -> list[StoredFile]:

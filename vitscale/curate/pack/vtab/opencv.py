@@ -8,7 +8,7 @@ become 8-bit here, and a JPEG that is cut is refused where OpenCV decodes what i
 import io
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 from PIL import Image, ImageOps
 
 from vitscale.errors import DataError
@@ -51,12 +51,13 @@ def resize(pixels: UInt8[np.ndarray, "H W 3"], factor: float) -> UInt8[np.ndarra
     left, top = left.astype(np.int64), top.astype(np.int64)
     columns = [np.clip(left + step, 0, width - 1) for step in (0, 1)]
     rows = [np.clip(top + step, 0, height - 1) for step in (0, 1)]
-    source = pixels.astype(np.int64)
-    (first, second), (upper, lower) = _weights(right), _weights(below)
-    across = source[:, columns[0]] * first[:, None] + source[:, columns[1]] * second[:, None]  # [H w 3]
-    total = (across[rows[0]] >> 4) * upper[:, None, None] >> 16  # [h w 3]
-    total += (across[rows[1]] >> 4) * lower[:, None, None] >> 16
-    return (total + 2 >> 2).clip(0, 255).astype(np.uint8)
+    (first, second), weights = _weights(right), _weights(below)
+    total = np.full((len(top), len(left), 3), 2, np.int32)
+    for at, weight in zip(rows, weights, strict=True):
+        source = pixels[at].astype(np.int32)  # [h W 3]
+        across = source[:, columns[0]] * first[:, None] + source[:, columns[1]] * second[:, None]
+        total += (across >> 4) * weight[:, None, None] >> 16  # [h w 3]
+    return (total >> 2).clip(0, 255).astype(np.uint8)
 
 
 def blur(pixels: UInt8[np.ndarray, "H W 3"], sigma: float) -> Int64[np.ndarray, "H W 3"]:
@@ -102,11 +103,11 @@ def _positions(size: int, factor: float) -> tuple[Float32[np.ndarray, " n"], Flo
 
 def _weights(
     fraction: Float32[np.ndarray, " n"],
-) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
     """The weights of the pixels before and after, of _RESIZE_BITS."""
     one = np.float32(1 << _RESIZE_BITS)
     before, after = np.rint((1 - fraction) * one), np.rint(fraction * one)
-    return before.astype(np.int64), after.astype(np.int64)
+    return before.astype(np.int32), after.astype(np.int32)
 
 
 def _blur_matrix(size: int, kernel: Int64[np.ndarray, " k"]) -> Float32[np.ndarray, "n n"]:

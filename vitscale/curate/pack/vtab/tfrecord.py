@@ -5,9 +5,10 @@ the data (tensorflow/core/lib/io/record_writer.h). The data are a protocol buffe
 """
 
 import functools
+import io
 import struct
 from collections.abc import Iterator
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt32
@@ -27,7 +28,7 @@ class Record(NamedTuple):
     data: bytes
 
 
-def read_records(file: IO[bytes], size: int, where: str) -> Iterator[Record]:
+def read_records(file: io.BufferedIOBase, size: int, where: str) -> Iterator[Record]:
     """Every record in the next `size` bytes of a file. Raises DataError for a damaged one."""
     at = 0
     while at < size:
