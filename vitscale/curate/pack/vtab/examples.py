@@ -22,10 +22,10 @@ from vitscale.vtab.tasks import TEST, TRAIN800, TRAIN800VAL200, VAL200, Task
 class Examples:
     """One TFDS split, in any order.
 
-    keys: as TFDS has them; their type does not matter, see key_bytes.
-    labels: class indices.
-    images: gives the files of some rows. It is asked once for every split of VTAB-1k, so that
-        only those images need be found or read.
+    keys    as TFDS has them; their type does not matter, see key_bytes
+    labels  class indices
+    images  gives the files of some rows; it is asked once for every split of VTAB-1k, so that
+            only those images need be found or read
     """
 
     keys: Sequence[Key]
