@@ -23,7 +23,7 @@ class Examples:
     """One TFDS split, in any order.
 
     keys    as TFDS has them; their type does not matter, see key_bytes
-    labels  class indices
+    labels  class indices from 0 on, one of each image
     images  gives the files of some rows; it is asked once for every split of VTAB-1k, so that
             only those images need be found or read
     """
