@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["redaction", "launch_environment"],
     ["errors", "progress", "hang", "slurm", "rendezvous"],
-    ["open_files"],
+    ["open_files", "vtab"],
     ["config", "distributed", "rng", "atomic", "attempts", "hardware", "hostfile"],
     ["storage", "processes", "command", "ending", "watch", "goodput"],
     ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace", "expect"],

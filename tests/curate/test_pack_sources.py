@@ -13,8 +13,9 @@ from pack_files import read_all, write_photos
 from PIL import Image
 
 from tools.data import main
+from vitscale.curate.formats import FORMAT_NAMES
 from vitscale.curate.pack import run
-from vitscale.curate.pack.config import FORMAT_NAMES, Omission, PackConfig, PackReport
+from vitscale.curate.pack.config import Omission, PackConfig, PackReport
 from vitscale.curate.pack.imagenet import describe_edition, list_imagenet21k
 from vitscale.curate.pack.listing import FileReferences
 from vitscale.curate.pack.run import pack

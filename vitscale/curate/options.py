@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vitscale.curate.formats import FORMAT_NAMES, PLAIN_FORMATS
+from vitscale.vtab.tasks import TASKS
+
 EXAMPLE = """examples:
   python tools/data.py demo data/demo
   python tools/data.py pack photos/ data/photos
   python tools/data.py pack fall11_whole/ data/in21k --format imagenet21k --short-side 256 --workers 16
   python tools/data.py pack cifar-10-binary.tar.gz data/cifar10 --format cifar10
+  python tools/data.py pack vtab/dtd-r1.0.1.tar.gz data/vtab/dtd --format vtab/dtd
   python tools/data.py index "s3://bucket/in21k/train-{000000..001419}.tar" --out data/in21k.json
   python tools/data.py verify data/in21k/index.json
   python tools/data.py stats data/in21k/index.json --png stats.png
   python tools/data.py dedup data/in21k/index.json --against "data/cifar10/test-*.tar" --out copies.json
   python tools/data.py warm mine.toml"""
-FORMATS = ("imagefolder", "imagenet21k", "imagenet1k", "cifar10", "cifar100", "csv", "jsonl", "shards")
 
 
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
@@ -90,7 +93,14 @@ def _add_pack(add: Any, cores: int) -> None:
         "source", metavar="SOURCE", help="folder, archive, table, index, or quoted pattern of shards"
     )
     pack.add_argument("out", type=_local_path, metavar="OUT")
-    pack.add_argument("--format", choices=FORMATS, default="imagefolder", help="default: imagefolder")
+    pack.add_argument(
+        "--format",
+        choices=FORMAT_NAMES,
+        default="imagefolder",
+        metavar="FORMAT",
+        help=f"{', '.join(PLAIN_FORMATS)}, or for VTAB-1k vtab/TASK, with one of {', '.join(TASKS)}; "
+        "default: imagefolder",
+    )
     pack.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
     pack.add_argument("--seed", type=int, default=0, help="seed of the shuffle; default: 0")
     pack.add_argument("--no-shuffle", action="store_true", help="keep the order of the source")
@@ -114,6 +124,12 @@ def _add_pack(add: Any, cores: int) -> None:
         "--val-labels",
         default="",
         help="ImageNet-1k: a text file with one synset per line, in the order of the file names",
+    )
+    pack.add_argument(
+        "--membership",
+        default="",
+        help="VTAB-1k: what says which images train: for sun397 the folder of TFDS's lists, or its wheel; "
+        "for kitti_distance devkit_object.zip; for caltech101 a text file with one training image per line",
     )
     _add_keys(pack)
     _add_workers(pack, cores)

@@ -1,15 +1,18 @@
 """The options of a packing, its report, and the error by which one image is left out."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
+from vitscale.curate.formats import FORMAT_NAMES
 from vitscale.data.classes import read_classes
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
 from vitscale.errors import ConfigError
+from vitscale.vtab.tasks import TRAIN800, TRAIN800VAL200, VAL200
 
-Format = Literal["imagefolder", "imagenet21k", "imagenet1k", "cifar10", "cifar100", "csv", "jsonl", "shards"]
-FORMAT_NAMES: tuple[str, ...] = get_args(Format)
 SPLITS = ("train", "val", "test")
+# With those of VTAB-1k. A split's place in it is part of the seed of its order: only append.
+SHARD_SPLITS = (*SPLITS, TRAIN800, VAL200, TRAIN800VAL200)
+WITH_MEMBERSHIP = ("vtab/caltech101", "vtab/sun397", "vtab/kitti_distance")
 NUM_LISTED = 20  # how many omissions a report describes; all are counted
 
 
@@ -18,11 +21,13 @@ class PackConfig:
     """The options of a packing.
 
     shuffle, seed   the order of the samples: shuffled by the seed, or that of the source
+    format          one of FORMAT_NAMES
     short_side      images whose short side is larger are re-encoded to it; 0 keeps all bytes
     quality         of the JPEGs that are re-encoded
     labels          which of CIFAR-100's two labels to take
     val_images      ImageNet-1k's validation images: their tar, or the folder of the JPEGs
     val_labels      their synsets: a text file with one per line, in the order of the file names
+    membership      of WITH_MEMBERSHIP: the file or folder that says which images train
     image_key, label_key, classes
                     of the format "shards": see SampleKeys; classes is a file (read_classes)
     workers         number of processes; 0 works in this one
@@ -31,7 +36,7 @@ class PackConfig:
     All but the last two decide the bytes of the shards.
     """
 
-    format: Format = "imagefolder"
+    format: str = "imagefolder"
     samples_per_shard: int = 1000
     shuffle: bool = True
     seed: int = 0
@@ -40,6 +45,7 @@ class PackConfig:
     labels: Literal["fine", "coarse"] = "fine"
     val_images: str = ""
     val_labels: str = ""
+    membership: str = ""
     image_key: str = DEFAULT_KEYS.image_key
     label_key: str = DEFAULT_KEYS.label_key
     classes: str = ""
@@ -47,6 +53,8 @@ class PackConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        if self.format not in FORMAT_NAMES:
+            raise ConfigError(f"--format {self.format} is none of {', '.join(FORMAT_NAMES)}")
         if self.samples_per_shard < 1:
             raise ConfigError(f"--samples-per-shard {self.samples_per_shard} must be above 0, like 1000")
         if not 1 <= self.quality <= 100:
@@ -67,6 +75,10 @@ class PackConfig:
             )
         if self.val_images and self.format != "imagenet1k":
             raise ConfigError(f"--val-images belongs to --format imagenet1k, not {self.format}")
+        if self.membership and self.format not in WITH_MEMBERSHIP:
+            raise ConfigError(
+                f"--membership belongs to --format {' or '.join(WITH_MEMBERSHIP)}, not {self.format}"
+            )
 
     def sample_keys(self) -> SampleKeys:
         """What holds the images and labels of existing shards."""
@@ -77,7 +89,7 @@ class PackConfig:
         """What decides the bytes of the shards; a run that continues must have the same."""
         values = dataclasses.asdict(self)
         # What decides the listing need not be here: the digest of the listing identifies it.
-        by_listing = ("val_images", "val_labels", "image_key", "label_key", "classes")
+        by_listing = ("val_images", "val_labels", "membership", "image_key", "label_key", "classes")
         for key in ("workers", "overwrite", *by_listing):
             del values[key]
         if not self.shuffle:

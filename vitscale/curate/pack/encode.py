@@ -6,13 +6,13 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from vitscale.curate.pack.config import Omission
+from vitscale.curate.pack.config import SHARD_SPLITS, Omission
 from vitscale.curate.pack.listing import Reference
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.samples import RawSample, image_kind
 
 MAX_SIDE = 65_500  # the limit of libjpeg
-_PACKED_KEY = re.compile(r"^(train|val|test)_\d{8}_")
+_PACKED_KEY = re.compile(rf"^({'|'.join(SHARD_SPLITS)})_\d{{8}}_")
 
 
 def make_sample(reference: Reference, split: str, position: int, short_side: int, quality: int) -> RawSample:

@@ -18,14 +18,14 @@ from typing import Any
 
 from vitscale import atomic
 from vitscale.config import differing_keys
-from vitscale.curate.pack.config import PackConfig
+from vitscale.curate.pack.config import SHARD_SPLITS, PackConfig
 from vitscale.curate.pack.listing import Listing
 from vitscale.curate.pack.writer import shard_name
 from vitscale.errors import BusyError, ConfigError, DataError
 
 PLAN_FILE, REPORT_FILE, OMISSIONS_FOLDER = "pack-plan.json", "pack-report.json", "pack-left-out"
 FORMAT, VERSION = "vitscale-pack-plan", 1
-_SHARD = re.compile(r"(train|val|test)-\d+\.tar")
+_SHARD = re.compile(rf"({'|'.join(SHARD_SPLITS)})-\d+\.tar")
 _LEFTOVER = re.compile(r"\..+\.(tar|json)\.tmp-\d+")
 _LOCK_SECONDS = 5  # the last process of a killed run may hold the lock a moment longer
 

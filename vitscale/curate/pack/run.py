@@ -17,7 +17,7 @@ from vitscale import atomic, processes, rng
 from vitscale.curate.pack import cifar, imagefolder, imagenet, shards, tables
 from vitscale.curate.pack.config import (
     NUM_LISTED,
-    SPLITS,
+    SHARD_SPLITS,
     Omission,
     Omissions,
     PackConfig,
@@ -36,6 +36,7 @@ from vitscale.curate.pack.plan import (
     refuse_other_options,
     write_omissions,
 )
+from vitscale.curate.pack.vtab.formats import VTAB_FORMATS
 from vitscale.curate.pack.writer import open_shard
 from vitscale.errors import ConfigError, DataError, StoreError
 from vitscale.processes import ProgressCallback, no_progress
@@ -52,6 +53,7 @@ FORMATS: Mapping[str, Callable[[str, PackConfig], Listing]] = {
     "csv": tables.list_csv,
     "jsonl": tables.list_jsonl,
     "shards": shards.list_shards,
+    **VTAB_FORMATS,
 }
 _NUM_GONE = 20  # if a shard has so many files and none can be read, the source is gone
 
@@ -160,7 +162,7 @@ def _tasks(
 def _order(split: str, count: int, config: PackConfig) -> np.ndarray:
     if not config.shuffle:
         return np.arange(count)
-    return rng.permutation(count, config.seed, "pack", SPLITS.index(split))
+    return rng.permutation(count, config.seed, "pack", SHARD_SPLITS.index(split))
 
 
 def _report(out: Path, plan: PackPlan, listing: Listing, num_kept: int) -> PackReport:

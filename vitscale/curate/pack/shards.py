@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from vitscale import processes, storage
-from vitscale.curate.pack.config import SPLITS, Omissions, PackConfig
+from vitscale.curate.pack.config import SHARD_SPLITS, Omissions, PackConfig
 from vitscale.curate.pack.imagenet import SYNSET
 from vitscale.curate.pack.listing import FileReferences, Listing
 from vitscale.curate.pack.tar_members import TarPlace, list_members
@@ -67,8 +67,8 @@ def list_shards(source: str, config: PackConfig) -> Listing:
     """The samples of the shards that an index.json, or a glob or brace pattern, names.
 
     What holds images and labels is as the index was made, unless the config says something.
-    train-*.tar, val-*.tar and test-*.tar remain splits; all other names belong to "train". The
-    class names come from the classes.json beside the first shard, if there is one.
+    train-*.tar, val-*.tar, test-*.tar and those of VTAB-1k remain splits; all other names are
+    of "train". The class names come from the classes.json beside the first shard, if any.
     """
     paths, keys = open_shards(source)
     if config.sample_keys() != DEFAULT_KEYS:
@@ -78,7 +78,7 @@ def list_shards(source: str, config: PackConfig) -> Listing:
     shards = processes.map_in_order(functools.partial(list_shard, keys=keys), paths, config.workers)
     for path, shard in zip(paths, shards, strict=True):
         prefix = os.path.basename(path).partition("-")[0]
-        split = prefix if prefix in SPLITS else SPLITS[0]
+        split = prefix if prefix in SHARD_SPLITS else SHARD_SPLITS[0]
         references = splits.setdefault(split, FileReferences(""))
         archive = references.add_archive(path)
         if shard.damage:
@@ -89,7 +89,7 @@ def list_shards(source: str, config: PackConfig) -> Listing:
             references.add(key, labels, size, archive, offset)
     for reason, (count, example) in reasons.items():
         omissions.add(f"{reason} ({count:,} times, like {example})", count)
-    ordered = {split: splits[split] for split in SPLITS if split in splits and len(splits[split])}
+    ordered = {split: splits[split] for split in SHARD_SPLITS if split in splits and len(splits[split])}
     if not ordered:
         why = "; ".join(omissions.first[:3]) or "all shards are empty"
         raise DataError(

@@ -1,0 +1,23 @@
+"""Reads variables of MATLAB v5 files."""
+
+import io
+
+import numpy as np
+
+from vitscale.errors import DataError
+
+
+def read_mat(content: bytes, where: str, variable: str) -> np.ndarray:
+    """A variable of integers. Raises DataError for a damaged file, or one without it."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        value = loadmat(io.BytesIO(content), variable_names=[variable]).get(variable)
+    except (MatReadError, NotImplementedError, OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise DataError(
+            f"{where} is no whole MATLAB file of version 5 ({error}); download it again"
+        ) from None
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "ui":
+        raise DataError(f"{where} has no array of integers {variable!r}; download it again")
+    return value
