@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tools.evaluate import print_details
 from vitscale.checkpoint.safetensors import write_safetensors
 from vitscale.config import to_dict
 from vitscale.evals import ClassifyConfig
@@ -79,6 +80,7 @@ def test_classify_scores_the_models_own_logits(export: Path, shards: Path):
     ranks = (order == labels).int().argmax(1)  # where the right class stands
     expected = {"top1": int((ranks < 1).sum()) / 23, "top5": int((ranks < 5).sum()) / 23, "num_samples": 23}
     assert 0 < expected["top1"] < expected["top5"] < 1
+    assert outcome.pop("details")["calibration_error"] > 0
     assert outcome == {"checkpoint": str(export), "step": 123, "results": expected}
 
 
@@ -102,7 +104,9 @@ def test_three_ranks_give_the_json_that_one_process_gives(
         if kind == "classify"
         else {"1shot", "1shot_std", "5shot", "5shot_std"}
     )
-    assert set(outcomes[0]) == {"checkpoint", "step", "results"} and set(outcomes[0]["results"]) == expected
+    assert set(outcomes[0]["results"]) == expected
+    keys = {"checkpoint", "step", "results"} | ({"details"} if kind == "classify" else set())
+    assert set(outcomes[0]) == keys
 
 
 @pytest.mark.parametrize(
@@ -124,8 +128,22 @@ def test_what_the_user_gets_wrong_is_one_sentence_and_status_2(
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "shown"),
+    [
+        (1, "accuracy by class: c0 0.00\n"),
+        (2, "accuracy by class: c0 0.00, c1 0.10\n"),
+        (6, "accuracy by class: from c0 0.00, c1 0.10, c2 0.20 to c5 0.50\n"),
+    ],
+)
+def test_any_number_of_classes_is_shown(capsys: pytest.CaptureFixture[str], num_classes: int, shown: str):
+    rows = [{"name": f"c{i}", "accuracy": i / 10} for i in reversed(range(num_classes))]
+    print_details({"calibration_error": 0.1, "per_class": rows, "confusions": []})
+    assert shown in capsys.readouterr().out
+
+
 def test_help_shows_an_example_and_needs_no_torch():
-    for arguments in ([], ["fewshot"], ["classify"]):
+    for arguments in ([], ["fewshot"], ["classify"], ["vtab"]):
         result = run_tool(*arguments, "--help")
         assert result.returncode == 0 and "python tools/evaluate.py" in result.stdout
     code = "import sys; sys.path.insert(0, 'tools'); import evaluate; sys.exit('torch' in sys.modules)"

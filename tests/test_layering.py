@@ -24,6 +24,7 @@ LAYERS = [
     ["start", "dry_run", "preflight", "restarts", "report"],
     ["step"],
     ["train"],
+    ["finetune"],
     ["bench", "multinode"],
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -94,3 +94,17 @@ def test_values_out_of_range_are_refused(values: dict, message: str) -> None:
     ScheduleConfig(decay="linear", warmup_steps=0, end_lr=0.0, timescale_steps=1)
     with pytest.raises(ConfigError, match=message):
         ScheduleConfig(decay="linear", **values)
+
+
+def test_step_falls_to_a_tenth_after_each_drop() -> None:
+    config = ScheduleConfig(decay="step", warmup_steps=10)  # VTAB: 750, 1,500 and 2,250 of 2,500 steps
+    rates = {step: learning_rate(step, 2500, 0.1, config) for step in (5, 750, 751, 1500, 1501, 2250, 2251)}
+    assert rates == pytest.approx(
+        {5: 0.05, 750: 0.1, 751: 0.01, 1500: 0.01, 1501: 1e-3, 2250: 1e-3, 2251: 1e-4}
+    )
+
+
+@pytest.mark.parametrize("drops", [(0.0, 0.5), (0.5, 0.3), (0.5, 0.5), (0.5, 1.0)])
+def test_drops_rise_within_the_run(drops: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"schedule\.drops .* must rise within \(0, 1\)"):
+        ScheduleConfig(drops=drops)

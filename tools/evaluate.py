@@ -25,6 +25,8 @@ EXAMPLE = {
     "linear": "linear runs/demo --data data/cifar10 --cache features",
     "kmeans": "kmeans runs/demo --data 'data/cifar10/test-*.tar'",
     "classify": "classify runs/demo --data 'data/cifar10/test-*.tar'",
+    "finetune": "finetune runs/vit_b16 --recipe configs/finetune/cifar100_384.toml --out results/cifar100",
+    "vtab": "vtab runs/vit_l16 --data data/vtab --out results/vtab --seeds 0,1,2",
 }
 
 
@@ -42,7 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Torch is imported after the arguments are known to be right, so that --help is instant.
     from vitscale import command
 
-    return command.run(lambda: run(args))
+    action = {"vtab": run_vtab, "finetune": run_finetune}.get(args.kind, run)
+    return command.run(lambda: action(args))
+
+
+def run_vtab(args: argparse.Namespace) -> int:
+    from vitscale.finetune.vtab import VtabConfig, run
+
+    scores = run(
+        VtabConfig(
+            checkpoint=args.checkpoint,
+            data=Path(args.data),
+            out=Path(args.out),
+            protocol=args.protocol,
+            tasks=tuple(args.tasks.split(",")) if args.tasks else VtabConfig.tasks,
+            seeds=tuple(args.seeds),
+            overrides=tuple(args.set),
+            slots=args.slots,
+        )
+    )
+    print(f"\n{scores.text()}\n\nIn {args.out}: results.json, results.md and, with matplotlib, results.png")
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,6 +87,14 @@ def run(args: argparse.Namespace) -> int:
     )
     if distributed.is_main():
         _report(outcome, args.json)
+    return 0
+
+
+def run_finetune(args: argparse.Namespace) -> int:
+    from vitscale.finetune.grid import run
+
+    result = run(args.checkpoint, args.recipe, Path(args.out), tuple(args.set), args.slots)
+    print(f"\n{result.text()}\n\nIn {args.out}: results.json")
     return 0
 
 
@@ -110,7 +140,36 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument(
         "--predictions", default="", metavar="OUT.jsonl", help="write a line for each image, with its key"
     )
+    _add_finetunings(commands)
     return parser
+
+
+def _add_finetunings(commands: Any) -> None:
+    """What starts training runs, in a folder where the same command continues after a kill."""
+    finetune = _add(commands, "finetune", "choose a rate on dev images, then train by seeds, and score")
+    finetune.add_argument(
+        "--recipe", required=True, metavar="CONFIG.toml", help="with [finetune] and a test set in [evals]"
+    )
+    vtab = _add(commands, "vtab", "the 19 tasks of VTAB-1k, fine-tuned or probed")
+    vtab.add_argument("--data", required=True, metavar="FOLDER", help="with a folder of shards for each task")
+    vtab.add_argument(
+        "--protocol",
+        choices=("paper", "light", "linear"),
+        default="paper",
+        help="paper: 2,500 steps at 384 px; light: VTAB's sweep of 4 at 224 px; linear: frozen features",
+    )
+    vtab.add_argument("--tasks", metavar="A,B", help="default: all 19")
+    vtab.add_argument("--seeds", type=_integers, default=[0], help="like 0,1,2; default: 0")
+    for command in (finetune, vtab):
+        command.add_argument(
+            "--out", required=True, metavar="FOLDER", help="for the runs and the results; continues there"
+        )
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="of the runs' configs; repeatable"
+        )
+        command.add_argument(
+            "--slots", type=int, default=0, help="processes at a time; default: one on each GPU, or 1"
+        )
 
 
 def _probe(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
@@ -138,6 +197,18 @@ def _add_cache(command: argparse.ArgumentParser) -> None:
 
 
 def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    command = _add(commands, name, summary)
+    command.add_argument("--crop", choices=("resize", "center"), help="squeeze to a square, or centre crop")
+    command.add_argument("--batch-size", type=int, help="images at a time on each device")
+    command.add_argument("--num-workers", type=int, help="decoding processes on each rank")
+    command.add_argument(
+        "--ema", action="store_true", help="use the average of the weights (optim.ema_decay)"
+    )
+    command.add_argument("--json", metavar="OUT", help="also write the results to this file")
+    return command
+
+
+def _add(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
         help=summary,
@@ -146,13 +217,6 @@ def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("checkpoint", metavar="CKPT", help="run directory, step directory or export")
-    command.add_argument("--crop", choices=("resize", "center"), help="squeeze to a square, or centre crop")
-    command.add_argument("--batch-size", type=int, help="images at a time on each device")
-    command.add_argument("--num-workers", type=int, help="decoding processes on each rank")
-    command.add_argument(
-        "--ema", action="store_true", help="use the average of the weights (optim.ema_decay)"
-    )
-    command.add_argument("--json", metavar="OUT", help="also write the results to this file")
     return command
 
 
@@ -191,19 +255,19 @@ def _report(outcome: dict[str, Any], path: str | None) -> None:
     for name, value in outcome["results"].items():
         print(f"  {name:<14}{value:>10,}" if isinstance(value, int) else f"  {name:<14}{value:>10.4f}")
     if details := outcome.get("details"):
-        _print_details(details)
+        print_details(details)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         atomic.write(path, (json.dumps(outcome, indent=2) + "\n").encode())
 
 
-def _print_details(details: dict[str, Any]) -> None:
+def print_details(details: dict[str, Any]) -> None:
     """What a person asks next: whether to trust its probabilities, and where it is wrong."""
     print(f"  calibration error {details['calibration_error']:.4f}")
     classes = sorted(details["per_class"], key=lambda row: row["accuracy"])
-    if len(classes) > 1:
-        shown = [f"{row['name']} {row['accuracy']:.2f}" for row in (*classes[:3], classes[-1])]
-        print(f"  accuracy by class: from {', '.join(shown[:3])} to {shown[3]}")
+    shown = [f"{row['name']} {row['accuracy']:.2f}" for row in classes]
+    text = ", ".join(shown) if len(shown) <= 5 else f"from {', '.join(shown[:3])} to {shown[-1]}"
+    print(f"  accuracy by class: {text}")
     for row in details["confusions"][:3]:
         print(f"  {row['class']} is taken for {row['taken_for']} {row['count']:,} times")
 

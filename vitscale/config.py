@@ -10,7 +10,7 @@ import difflib
 import json
 import tomllib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import (
     Any,
@@ -72,8 +72,13 @@ def load(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] 
     named section leaves out the one that was given before. Raises ConfigError for a missing or
     unreadable file, an unknown key, a wrong type, or a value that a section refuses.
     """
+    return resolve(schema, map(_read_toml, map(Path, paths)), overrides)
+
+
+def resolve(schema: type[T], parts: Iterable[Mapping[str, Any]], overrides: Sequence[str] = ()) -> T:
+    """As load, from nested plain values in place of files."""
     merged: dict[str, Any] = {}
-    for part in (*map(_read_toml, map(Path, paths)), *map(_parse_override, overrides)):
+    for part in (*map(dict, parts), *map(_parse_override, overrides)):
         merged, part = _leave_out(schema, _drop_alternatives(schema, merged, part), part)
         merged = _merge(merged, part)
     return from_dict(schema, merged)

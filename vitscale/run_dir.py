@@ -46,6 +46,7 @@ CHANGEABLE = (
     "checkpoint",
     "evals",
     "expect",
+    "finetune",
     "total_steps",
     "total_epochs",
     "total_samples",

@@ -11,24 +11,26 @@ from vitscale.errors import ConfigError
 class ScheduleConfig:
     """The learning rate over time ([schedule]): a decay curve, times a linear warmup.
 
-    decay:            "linear", "cosine", "rsqrt", "constant", or "wsd" (warmup, stable, decay):
-                      constant up to the cooldown
+    decay:            "linear", "cosine", "rsqrt", "constant", "step": a tenth after each of
+                      `drops`, or "wsd" (warmup, stable, decay): constant up to the cooldown
     warmup_steps, warmup_fraction:
                       steps over which the factor of the warmup rises from 0 to 1, or what share
                       of the run's steps these are, in [0, 1), so that a longer total has more
     end_lr:           where "linear" ends
     timescale_steps:  steps after which "rsqrt" has fallen to 1 / sqrt(2)
+    drops:            where "step" falls, as shares of the run's steps
     cooldown_steps:   of "wsd" and "rsqrt": the last steps, over which the factor of the
                       cooldown falls from 1 to 0
     """
 
     ALTERNATIVES = ("warmup_steps", "warmup_fraction")
 
-    decay: Literal["linear", "cosine", "rsqrt", "constant", "wsd"] = "cosine"
+    decay: Literal["linear", "cosine", "rsqrt", "constant", "step", "wsd"] = "cosine"
     warmup_steps: int = 0
     warmup_fraction: float = 0.0
     end_lr: float = 0.0
     timescale_steps: int = 10_000
+    drops: tuple[float, ...] = (0.3, 0.6, 0.9)
     cooldown_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -44,6 +46,10 @@ class ScheduleConfig:
             )
         if self.timescale_steps < 1:
             raise ConfigError(f"schedule.timescale_steps {self.timescale_steps} must be above 0")
+        if not all(0 < drop < 1 for drop in self.drops) or sorted(set(self.drops)) != list(self.drops):
+            raise ConfigError(
+                f"schedule.drops {list(self.drops)} must rise within (0, 1), like [0.3, 0.6, 0.9]"
+            )
         if self.end_lr and self.decay != "linear":
             raise ConfigError(
                 f'schedule.end_lr is read by decay = "linear" only, not by "{self.decay}"; remove it'
@@ -75,6 +81,7 @@ def learning_rate(step: int, total_steps: int, peak_lr: float, config: ScheduleC
         rsqrt       min(1, step / w, (total_steps - step) / c) * peak_lr
                         * sqrt(t / (t + max(0, step - w)))
         constant    min(1, step / w) * peak_lr
+        step        min(1, step / w) * peak_lr * 0.1 ** (drops below step / total_steps)
         wsd         min(1, step / w, (total_steps - step) / c) * peak_lr
 
     Warmup and cooldown fit into the run (TrainConfig.num_steps).
@@ -93,4 +100,6 @@ def learning_rate(step: int, total_steps: int, peak_lr: float, config: ScheduleC
         return (
             factor * peak_lr * math.sqrt(config.timescale_steps / max(step + shift, config.timescale_steps))
         )
+    if config.decay == "step":
+        return factor * peak_lr * 0.1 ** sum(step > drop * total_steps for drop in config.drops)
     return factor * peak_lr

@@ -68,6 +68,33 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """How tools/evaluate.py finetune chooses and repeats a fine-tuning; training ignores it.
+
+    learning_rates:  to choose among, in place of optim.lr; () = that one
+    dev_fraction:    of the training set, to choose by; the chosen one is trained on all of it
+    seeds:           of the runs at the chosen rate
+    """
+
+    learning_rates: tuple[float, ...] = ()
+    dev_fraction: float = 0.0
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        if any(rate <= 0 for rate in self.learning_rates):
+            raise ConfigError(
+                f"finetune.learning_rates {list(self.learning_rates)} must be above 0, like [0.01, 0.03]"
+            )
+        if not 0 <= self.dev_fraction < 1 or (len(self.learning_rates) > 1 and not self.dev_fraction):
+            raise ConfigError(
+                f"finetune.dev_fraction {self.dev_fraction} must lie in [0, 1), and above 0 where there are "
+                "learning_rates to choose among; the paper has 0.01 to 0.1"
+            )
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"finetune.seeds {list(self.seeds)} must list different numbers from 0 up")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
     """When a run that goes wrong is rolled back or ended ([guard]).
 
@@ -153,6 +180,7 @@ class TrainConfig:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     expect: ExpectConfig = dataclasses.field(default_factory=ExpectConfig)
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

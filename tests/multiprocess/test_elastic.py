@@ -26,14 +26,17 @@ def test_an_uninterrupted_run_logs_every_step_once_and_learns(uninterrupted: Job
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_on_the_same_layout_equals_the_uninterrupted_run_bit_for_bit(
-    tmp_path: Path, index: Path, uninterrupted: Job, workers: int
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job, workers: int
 ) -> None:
-    """By the real command, with ranks killed from outside, wherever they are at step 8."""
+    """With workers by the real command, and ranks killed from outside, wherever they are."""
     job = Job(tmp_path, index)
     override = f"engine.num_workers={workers}"
-    assert job.start(2, override, kill_when=job.reached(8)) == [-9, -9], job.output()
+    if workers:
+        assert job.start(2, override, kill_when=job.reached(8)) == [-9, -9], job.output()
+    else:
+        assert zygote.train(job, 2, override, event=KillAll(batch=9)) == [-9, -9], job.output()
     assert len(job.rows()) < 20
-    assert job.start(2, override) == [0, 0], job.output()
+    assert zygote.train(job, 2, override) == [0, 0], job.output()
     assert job.column("step") == STEPS
     for name in ("train/loss", "train/grad_norm", "train/lr", "data/digest"):
         assert job.column(name) == uninterrupted.column(name)

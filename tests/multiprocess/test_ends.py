@@ -28,7 +28,6 @@ TABLE = [
 SAMPLE = [
     Case("python", INT, "group"),
     Case("python", KILL, "worker"),
-    Case("torchrun", TERM, "command"),
     Case("torchrun", KILL, "command"),
     Case("deepspeed", TERM, "rank 1"),
     Case("deepspeed", KILL, "rank 1"),

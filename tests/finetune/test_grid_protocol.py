@@ -1,0 +1,118 @@
+"""A recipe from its learning rates to mean and deviation, killed and continued."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from make import write_index
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_SECONDS = 600
+RECIPE = """
+run_dir = "unused"
+global_batch = 8
+total_steps = 4
+
+[model]
+variant = "B/4"                    # the checkpoint has another, which counts
+image_size = 12
+num_classes = 5
+
+[data]
+index = "{index}"
+
+[optim]
+name = "sgd"
+lr = 0.5
+
+[engine]
+micro_batch = 4
+num_workers = 0
+
+[finetune]
+learning_rates = [0.1, 1e-9]
+dev_fraction = 0.3
+seeds = [3, 4]
+
+[evals.test]
+kind = "classify"
+test = "{test}"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    index = write_index(tmp_path / "shards", [40, 43])
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(index=index, test=index.parent / "train-*.tar"))
+    return path
+
+
+def command(model: Path, recipe: Path, *options: str) -> list[str]:
+    words = ["tools/evaluate.py", "finetune", model, "--recipe", recipe, "--out", recipe.parent / "out"]
+    return [sys.executable, *map(str, words), *options]
+
+
+def finetune(model: Path, recipe: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(model, recipe, *options),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+
+
+def test_a_recipe_is_done_once_whole(model: Path, recipe: Path, sweep: bool) -> None:
+    if not sweep:
+        pytest.skip("with --sweep: eight processes; test_vtab_run.py kills and continues fine-tunings, too")
+    out = recipe.parent / "out"
+    first = subprocess.Popen(command(model, recipe), cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (out / "lr0.1" / "result.json").exists():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = (out / "lr0.1" / "result.json").stat().st_mtime_ns
+    second = finetune(model, recipe)
+    assert second.returncode == 0, second.stderr
+    assert (out / "lr0.1" / "result.json").stat().st_mtime_ns == before
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["dev"]) == {"0.1", "1e-09"} and len(results["accuracies"]) == 2
+    best = max(results["dev"], key=results["dev"].get)
+    assert results["learning_rate"] == float(best)
+    for seed in (3, 4):
+        text = (out / f"final-seed{seed}" / "config.toml").read_text()
+        assert f"lr = {results['learning_rate']!r}" in text and "validation_fraction = 0.0" in text
+        assert "image_size = 12" in text and 'variant = "Ti/4"' in text and f"seed = {seed}" in text
+    split = json.loads((out / "lr0.1" / "result.json").read_text())["results"]
+    assert 10 < split["num_samples"] < 40 and "loss" in split
+    assert "rate 0.1" in second.stdout and "±" in second.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ["--set", "finetune.dev_fraction=0"],
+            "finetune.dev_fraction 0.0 must lie in [0, 1), and above 0 where",
+        ),
+        (["--set", "finetune.seeds=[]"], "finetune.seeds [] must list different numbers"),
+        (["--set", "finetune.learning_rates=[0]"], "finetune.learning_rates [0.0] must be above 0"),
+        (["--set", "evals.test=false"], 'has no [evals.NAME] of kind "classify" with test shards to score'),
+    ],
+)
+def test_a_recipe_that_cannot_be_done_is_refused(
+    model: Path, recipe: Path, options: list[str], sentence: str
+) -> None:
+    ended = finetune(model, recipe, *options)
+    assert ended.returncode == 2 and sentence in ended.stderr, ended.stderr
+    assert ended.stderr.count("error: ") == 1 and not (recipe.parent / "out").exists()

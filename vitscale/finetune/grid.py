@@ -1,0 +1,108 @@
+"""A fine-tuning as in the paper's Table 4: dev images choose the rate, seeds repeat it."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+
+from vitscale import atomic
+from vitscale import config as configs
+from vitscale.errors import ConfigError
+from vitscale.evals import ClassifyConfig
+from vitscale.finetune.runs import FineTuning, Slots, several
+from vitscale.train_config import TrainConfig
+from vitscale.weights.saved import SavedModel
+
+# What of the recipe's [model] counts; the rest is the checkpoint's.
+RECIPE_KEYS = ("image_size", "num_classes", "representation_size", "head_bias", "dropout", "drop_path")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridResult:
+    """Accuracies as fractions of 1.
+
+    dev: by learning rate; empty if there was nothing to choose. accuracies: one for each seed.
+    overrides: what the user changed of the recipe.
+    """
+
+    checkpoint: str
+    recipe: str
+    dev: dict[float, float]
+    learning_rate: float
+    accuracies: tuple[float, ...]
+    overrides: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        values["dev"] = {f"{rate:g}": accuracy for rate, accuracy in self.dev.items()}
+        return {**values, "mean": fmean(self.accuracies), "std": pstdev(self.accuracies)}
+
+    def text(self) -> str:
+        lines = [f"{self.checkpoint} by {self.recipe}"]
+        lines += [f"  rate {rate:<8g} dev {100 * accuracy:.2f}%" for rate, accuracy in self.dev.items()]
+        seeds = " ".join(f"{100 * accuracy:.2f}" for accuracy in self.accuracies)
+        mean, std = fmean(self.accuracies), pstdev(self.accuracies)
+        lines.append(f"  rate {self.learning_rate:<8g} test {100 * mean:.2f} ± {100 * std:.2f}% ({seeds})")
+        return "\n".join([*lines, *(f"Not the recipe: {text}" for text in self.overrides)])
+
+
+def run(
+    checkpoint: str,
+    recipe: str,
+    out: Path,
+    overrides: Sequence[str] = (),
+    count: int = 0,
+    said: Callable[[str], object] = print,
+) -> GridResult:
+    """Do the whole protocol of a recipe, or what an earlier command has not done of it.
+
+    recipe: a config file with [finetune] and an evaluation of kind "classify", whose images are
+    the test set. count: processes at a time; 0 = one on each GPU. said: gets a line when a run
+    is done. Raises ConfigError or CheckpointError before anything is trained.
+    """
+    config = configs.load(TrainConfig, [recipe], overrides)
+    test = next((e for e in config.evals.values() if isinstance(e, ClassifyConfig) and e.test), None)
+    if test is None:
+        raise ConfigError(f'{recipe} has no [evals.NAME] of kind "classify" with test shards to score')
+    model = SavedModel(checkpoint).config
+    changes = {key: getattr(config.model, key) for key in RECIPE_KEYS}
+    values = configs.to_dict(config) | {"evals": {}, "expect": {}}
+    values["init"] = {
+        "checkpoint": str(Path(checkpoint).absolute()) if "://" not in checkpoint else checkpoint
+    }
+    values["model"] = configs.to_dict(dataclasses.replace(model, **changes))
+
+    def tuning(name: str, rate: float, seed: int, dev_fraction: float) -> FineTuning:
+        folder = out / name
+        chosen = values | {"run_dir": str((folder / "run").absolute()), "seed": seed}
+        chosen["optim"] = values["optim"] | {"lr": rate}
+        chosen["data"] = values["data"] | {"validation_fraction": dev_fraction}
+        on_test = ("--data", test.test, "--crop", test.crop)
+        score = ("--split", "validation", "--crop", test.crop) if dev_fraction else on_test
+        return FineTuning(folder=folder, values=chosen, overrides=(), score=score)
+
+    section = config.finetune
+    rates = section.learning_rates or (config.optim.lr,)
+    num_gpus = torch.cuda.device_count()
+    with Slots(count or max(1, num_gpus), num_gpus) as slots:
+        dev: dict[float, float] = {}
+        if len(rates) > 1:
+            tries = [tuning(f"lr{rate:g}", rate, section.seeds[0], section.dev_fraction) for rate in rates]
+            dev = dict(zip(rates, several(tries, slots, said), strict=True))
+        best = max(rates, key=lambda rate: dev.get(rate, 0.0))
+        finals = [tuning(f"final-seed{seed}", best, seed, 0.0) for seed in section.seeds]
+        accuracies = several(finals, slots, said)
+    result = GridResult(
+        checkpoint=checkpoint,
+        recipe=recipe,
+        dev=dev,
+        learning_rate=best,
+        accuracies=tuple(accuracies),
+        overrides=tuple(overrides),
+    )
+    atomic.write(out / "results.json", (json.dumps(result.to_json(), indent=2) + "\n").encode())
+    return result

@@ -1,0 +1,90 @@
+"""How a model is fine-tuned on a task as published: settings, sizes and schedules."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from vitscale.config import to_dict
+from vitscale.models import ModelConfig
+
+
+class Setting(NamedTuple):
+    """One of the choices of a sweep."""
+
+    lr: float
+    steps: int
+
+    def __str__(self) -> str:
+        return f"lr{self.lr:g}-steps{self.steps}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """A way to fine-tune by SGD with momentum 0.9, without weight decay.
+
+    settings: one is taken as it is; of several, the dev images choose.
+    decay: of the learning rate (vitscale.schedule).
+    """
+
+    image_size: int
+    batch: int
+    settings: tuple[Setting, ...]
+    decay: str
+    clip_norm: float
+
+
+# Images are resized to squares, and not augmented.
+PROTOCOLS: Mapping[str, Protocol] = {
+    # ViT (arXiv 2010.11929, appendix B.1.1 and D): one setting for all tasks, at 384 px.
+    "paper": Protocol(
+        image_size=384, batch=512, settings=(Setting(0.01, 2500),), decay="cosine", clip_norm=1.0
+    ),
+    # VTAB's lightweight sweep (arXiv 1910.04867): a tenth at 30, 60 and 90% of the steps.
+    "light": Protocol(
+        image_size=224,
+        batch=512,
+        settings=tuple(Setting(lr, steps) for lr in (0.1, 0.01) for steps in (2500, 10_000)),
+        decay="step",
+        clip_norm=0.0,
+    ),
+}
+
+
+def finetuning_config(
+    protocol: Protocol,
+    setting: Setting,
+    *,
+    checkpoint: str,
+    model: ModelConfig,
+    num_classes: int,
+    index: str,
+    run_dir: str,
+    seed: int,
+    precision: str,
+) -> dict[str, Any]:
+    """The config of one run, as nested plain values.
+
+    model: of the checkpoint, whose head is replaced by one linear layer of zeros.
+    """
+    changed = dataclasses.replace(
+        model,
+        image_size=protocol.image_size,
+        num_classes=num_classes,
+        representation_size=0,
+        head_bias=0.0,
+    )
+    return {
+        "run_dir": run_dir,
+        "seed": seed,
+        "global_batch": protocol.batch,
+        "total_steps": setting.steps,
+        "precision": precision,
+        "init": {"checkpoint": checkpoint},
+        "model": to_dict(changed),
+        "data": {"index": index},
+        "augment": {"crop": "resize", "flip": False},
+        "optim": {"name": "sgd", "lr": setting.lr, "momentum": 0.9, "clip_norm": protocol.clip_norm},
+        "schedule": {"decay": protocol.decay},
+        "checkpoint": {"every_steps": 500, "keep_last": 1},
+        "log": {"tensorboard": False},
+    }

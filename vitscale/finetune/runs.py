@@ -1,0 +1,189 @@
+"""Fine-tunings in folders of their own: trained, scored, and never done twice.
+
+    FOLDER/config.toml    what is trained
+    FOLDER/run/           the run; a killed one is resumed
+    FOLDER/log            what both processes printed
+    FOLDER/result.json    the score, written last
+
+Each runs in processes of its own, so that several share the GPUs or cores of one machine.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vitscale import atomic, distributed
+from vitscale import config as configs
+from vitscale.ending import PREEMPTED
+from vitscale.errors import ConfigError, UserError
+from vitscale.train_config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = (sys.executable, "-u")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """One run, and what scores it.
+
+    overrides: KEY=VALUE of the user. score: what `tools/evaluate.py classify` scores, as its
+    options: ("--data", "data/cifar10/test-*.tar").
+    """
+
+    folder: Path
+    values: Mapping[str, Any]
+    overrides: Sequence[str]
+    score: Sequence[str]
+
+    def config(self) -> TrainConfig:
+        """Raises ConfigError for overrides that do not fit."""
+        return configs.resolve(TrainConfig, [self.values], self.overrides)
+
+
+class Slots:
+    """Where processes may run at the same time: one on each GPU, or on a share of the cores.
+
+    A context: processes that live on at its end are stopped, and save.
+    """
+
+    def __init__(self, count: int, num_gpus: int) -> None:
+        self.count = count
+        self._free = list(range(count))
+        self._changed = threading.Condition()
+        self._num_gpus = num_gpus
+        self._threads = max(1, distributed.num_cores() // count)
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def __enter__(self) -> "Slots":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Start nothing more, and stop what runs."""
+        self._stopped = True
+        for process in list(self._running):
+            process.terminate()
+        for process in list(self._running):
+            process.wait()
+
+    def run(self, command: Sequence[str | Path], log: Path) -> int:
+        """Run a command in a free slot, its output to `log`, and return its exit status."""
+        with self._slot() as slot, open(log, "ab") as output:
+            if self._stopped:
+                return PREEMPTED
+            environment = {**os.environ, "OMP_NUM_THREADS": str(self._threads)}
+            if self._num_gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = str(slot % self._num_gpus)
+            process = subprocess.Popen(
+                [*PYTHON, *map(str, command)], env=environment, stdout=output, stderr=output
+            )
+            self._running.add(process)
+            try:
+                return process.wait()
+            finally:
+                self._running.discard(process)
+
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[int]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free)
+            slot = self._free.pop(0)
+        try:
+            yield slot
+        finally:
+            with self._changed:
+                self._free.append(slot)
+                self._changed.notify()
+
+
+def finetuned(tuning: FineTuning, slots: Slots) -> float:
+    """The top-1 accuracy of a fine-tuning, which is done unless it was.
+
+    Raises ConfigError if its folder holds another one, and UserError if a process failed.
+    """
+    folder, result = tuning.folder, tuning.folder / "result.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = tuning.config()
+    _keep_config(folder / "config.toml", configs.to_toml(config))
+    if not result.exists():
+        _succeed(slots, [ROOT / "launch" / "train.py", folder / "config.toml"], folder)
+    slot = ["--ema"] if config.optim.ema_decay else []
+    score = [ROOT / "tools" / "evaluate.py", "classify", config.run_dir, *tuning.score, *slot]
+    return scored(folder, [*score, "--batch-size", _batch_size(config)], slots)
+
+
+def several(tunings: Sequence[FineTuning], slots: Slots, said: Callable[[str], object]) -> list[float]:
+    """The accuracies of several fine-tunings, as many at a time as there are slots."""
+
+    def score(tuning: FineTuning) -> list[float]:
+        return [finetuned(tuning, slots)]
+
+    actions = {str(tuning.folder): functools.partial(score, tuning) for tuning in tunings}
+    return [value for (value,) in in_slots(actions, slots, said)]
+
+
+def in_slots(
+    actions: Mapping[str, Callable[[], list[float]]], slots: Slots, said: Callable[[str], object]
+) -> list[list[float]]:
+    """The accuracies that actions find, in their order; each waits for a slot by itself.
+
+    said: gets a line when one is done. If one fails, the others are stopped.
+    """
+    with concurrent.futures.ThreadPoolExecutor(slots.count) as pool:
+        futures = {pool.submit(action): name for name, action in actions.items()}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                said(f"{futures[future]:<22} {' '.join(f'{100 * v:6.2f}' for v in future.result())}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            slots.stop()
+            raise
+        return [future.result() for future in futures]
+
+
+def scored(folder: Path, command: Sequence[str | Path], slots: Slots) -> float:
+    """The top-1 accuracy that a command of tools/evaluate.py finds, unless it has."""
+    result = folder / "result.json"
+    if not result.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _succeed(slots, [*command, "--json", result], folder)
+    return json.loads(result.read_bytes())["results"]["top1"]
+
+
+def _batch_size(config: TrainConfig) -> str:
+    """Of the scoring: what fits in training fits without gradients."""
+    return str(min(256, config.engine.micro_batch or config.global_batch))
+
+
+def _keep_config(path: Path, text: str) -> None:
+    if not path.exists():
+        atomic.write(path, text.encode())
+        return
+    old, new = (tomllib.loads(t) for t in (path.read_text(encoding="utf-8"), text))
+    if keys := [key for key in configs.differing_keys(old, new) if not key.startswith("engine.")]:
+        raise ConfigError(
+            f"{path.parent} holds a fine-tuning with other settings ({', '.join(keys)}); name another --out"
+        )
+
+
+def _succeed(slots: Slots, command: Sequence[str | Path], folder: Path) -> None:
+    log = folder / "log"
+    status = slots.run(command, log)
+    if status:
+        lines = log.read_text(errors="replace").splitlines()
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        reason = said[-1] if said else f"exit status {status}; its log says why"
+        raise UserError(f"{folder}: {Path(command[0]).name} ended early: {reason} ({log})")

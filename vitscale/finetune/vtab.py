@@ -1,0 +1,154 @@
+"""VTAB-1k of a checkpoint: every task by a protocol, resumable, several at a time."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from vitscale import atomic
+from vitscale.errors import ConfigError, DataError
+from vitscale.finetune.protocols import PROTOCOLS, Setting, finetuning_config
+from vitscale.finetune.runs import ROOT, FineTuning, Slots, finetuned, in_slots, scored
+from vitscale.finetune.scores import Scores
+from vitscale.models import ModelConfig
+from vitscale.vtab.tasks import TASKS, TEST, TRAIN800, TRAIN800VAL200, VAL200, Task
+from vitscale.weights.saved import SavedModel
+
+# What leaves the results as they are up to rounding.
+FREE_SECTIONS = ("engine", "log", "checkpoint")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VtabConfig:
+    """What is asked for.
+
+    data: the folder with a folder of shards for each task, as `tools/data.py pack` makes them.
+    protocol: a name of PROTOCOLS, or "linear": a linear probe of the frozen features.
+    seeds: of the final fine-tuning, or of the probe; each gives an accuracy.
+    overrides: KEY=VALUE for the configs of the runs.
+    slots: how many processes at a time; 0 = one on each GPU.
+    """
+
+    checkpoint: str
+    data: Path
+    out: Path
+    protocol: str = "paper"
+    tasks: tuple[str, ...] = tuple(TASKS)
+    seeds: tuple[int, ...] = (0,)
+    overrides: tuple[str, ...] = ()
+    slots: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.tasks if name not in TASKS]
+        if unknown or not self.tasks:
+            raise ConfigError(f"--tasks {','.join(unknown) or 'is empty'}: name some of {', '.join(TASKS)}")
+        if self.overrides and self.protocol == "linear":
+            raise ConfigError("--set changes fine-tunings; the protocol linear has none")
+
+
+def run(config: VtabConfig, said: Callable[[str], object] = print) -> Scores:
+    """Do all tasks, or those that an earlier command has not done, and write the results.
+
+    said: gets a line when a task is done. Raises ConfigError, DataError or CheckpointError
+    before anything is trained, where something is missing.
+    """
+    checkpoint = SavedModel(config.checkpoint)
+    deviations = [*_overridden(config), *(d for name in config.tasks for d in _editions(config, name))]
+    num_gpus = torch.cuda.device_count()
+    count = config.slots or max(1, num_gpus)
+    with Slots(count, num_gpus) as slots:
+        actions = {
+            name: functools.partial(score, config, TASKS[name], checkpoint.config, slots)
+            for name in config.tasks
+        }
+        accuracies = dict(zip(actions, in_slots(actions, slots, said), strict=True))
+    scores = Scores(
+        checkpoint=config.checkpoint,
+        protocol=config.protocol,
+        accuracies={name: accuracies[name] for name in TASKS if name in accuracies},
+        deviations=tuple(deviations),
+    )
+    write(scores, config.out)
+    return scores
+
+
+def write(scores: Scores, out: Path) -> None:
+    """Write results.json, results.md and, where matplotlib is installed, results.png."""
+    atomic.write(out / "results.json", (json.dumps(scores.to_json(), indent=2) + "\n").encode())
+    atomic.write(out / "results.md", scores.markdown().encode())
+    try:
+        scores.draw(out / "results.png")
+    except ImportError:
+        (out / "results.png").unlink(missing_ok=True)
+
+
+def score(config: VtabConfig, task: Task, model: ModelConfig, slots: Slots) -> list[float]:
+    """The accuracies on a task's test images, one for each seed."""
+    folder, data = config.out / task.name, config.data / task.name
+    if config.protocol == "linear":
+        return [_probe(config, task, seed, slots) for seed in config.seeds]
+    protocol = PROTOCOLS[config.protocol]
+
+    def tuned(setting: Setting, fit_on: str, test: str, seed: int, name: str) -> float:
+        values = finetuning_config(
+            protocol,
+            setting,
+            checkpoint=str(Path(config.checkpoint).absolute()),
+            model=model,
+            num_classes=task.num_classes,
+            index=str((data / f"{fit_on}.index.json").absolute()),
+            run_dir=str((folder / name / "run").absolute()),
+            seed=seed,
+            precision="bf16" if torch.cuda.is_available() else "fp32",
+        )
+        images = ("--data", f"{data}/{test}-*.tar", "--crop", "resize")
+        tuning = FineTuning(folder=folder / name, values=values, overrides=config.overrides, score=images)
+        return finetuned(tuning, slots)
+
+    settings = list(protocol.settings)
+    if len(settings) > 1:
+        found = [
+            tuned(setting, TRAIN800, VAL200, config.seeds[0], f"sweep-{setting}") for setting in settings
+        ]
+        settings = [settings[found.index(max(found))]]
+    return [tuned(settings[0], TRAIN800VAL200, TEST, seed, f"final-seed{seed}") for seed in config.seeds]
+
+
+def _probe(config: VtabConfig, task: Task, seed: int, slots: Slots) -> float:
+    data, folder = config.data / task.name, config.out / task.name / f"linear-seed{seed}"
+    command: Sequence[str | Path] = (
+        *(ROOT / "tools" / "evaluate.py", "linear", config.checkpoint, "--crop", "resize"),
+        *("--train", f"{data}/{TRAIN800VAL200}-*.tar", "--test", f"{data}/{TEST}-*.tar"),
+        # A fifth of the 1,000 chooses the learning rate.
+        *("--dev-fraction", "0.2", "--seed", str(seed), "--cache", config.out / "features"),
+    )
+    return scored(folder, command, slots)
+
+
+def _overridden(config: VtabConfig) -> list[str]:
+    """The overrides that change results."""
+    return [text for text in config.overrides if text.partition(".")[0] not in FREE_SECTIONS]
+
+
+def _editions(config: VtabConfig, name: str) -> list[str]:
+    """What the packing of a task says of its members, if they are not the published ones.
+
+    Raises DataError if the task was not packed.
+    """
+    folder = config.data / name
+    missing = [
+        part for part in (TRAIN800, VAL200, TRAIN800VAL200, TEST) if not list(folder.glob(f"{part}-*.tar"))
+    ]
+    if missing:
+        raise DataError(
+            f"{folder} holds no {missing[0]}-*.tar; make it with: python tools/data.py pack SOURCE {folder} "
+            f"--format vtab/{name}, or leave the task out with --tasks"
+        )
+    try:
+        edition = json.loads((folder / "pack-report.json").read_bytes()).get("edition", "")
+    except (OSError, ValueError):
+        return [f"{name}: nothing says which images these are"]
+    return [edition] if "not the published split" in edition or not edition else []
