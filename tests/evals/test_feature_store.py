@@ -32,6 +32,7 @@ def test_a_folder_keeps_them_for_the_same_weights(tmp_path: Path):
     FeatureStore(folder, "model").get("a", compute)
     assert torch.equal(FeatureStore(folder, "model").get("a", compute)["features"], torch.ones(3, 2))
     assert compute.calls == 1
+    assert all(path.stat().st_mode & 0o044 for path in Path(folder).iterdir())  # others may share it
     FeatureStore(folder, "other").get("a", compute)
     FeatureStore(folder, "model").get("b", compute)
     assert compute.calls == 3

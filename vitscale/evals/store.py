@@ -65,3 +65,4 @@ def _write(path: Path, tables: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.named(path), atomic.appearing(path) as temporary:
         save_file(dict(tables), temporary)
+        temporary.chmod(0o644)  # it makes a file that only its owner can read
