@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from finetune.commands import ROOT, TIMEOUT_SECONDS, run
 from make import write_index
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_SECONDS = 600
 RECIPE = """
 run_dir = "unused"
 global_batch = 8
@@ -59,15 +58,7 @@ def command(model: Path, recipe: Path, *options: str) -> list[str]:
 
 
 def finetune(model: Path, recipe: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(model, recipe, *options),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
+    return run(command(model, recipe, *options))
 
 
 def test_a_recipe_is_done_once_whole(model: Path, recipe: Path, sweep: bool) -> None:

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 from curate.vtab.vtab_raw import make_raw
+from finetune.commands import ROOT, TIMEOUT_SECONDS, run
 
 from vitscale.curate.pack.config import PackConfig
 from vitscale.curate.pack.run import pack
 from vitscale.data.indexing import build_index
 from vitscale.vtab.tasks import TASKS
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_SECONDS = 900
 # A few steps, of the two images that dSprites in small leaves for training.
 SMALL = (
     *("total_steps=4", "global_batch=2", "model.image_size=8", "engine.num_workers=0"),
@@ -40,15 +39,7 @@ def command(model: Path, folder: Path, *options: str) -> list[str]:
 
 
 def evaluate(model: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(model, folder, *options),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
+    return run(command(model, folder, *options))
 
 
 def small(*tasks: str) -> list[str]:

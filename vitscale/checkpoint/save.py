@@ -38,8 +38,7 @@ class _Save:
 class Saver:
     """Makes the checkpoints of a run; every rank has one and calls it at the same steps.
 
-    distrusted: steps of checkpoints that did not verify; retention neither counts nor deletes
-        them.
+    distrusted: steps of checkpoints that did not verify, which retention does not touch.
     best_of: which step among some is the best by an evaluation; None = none is.
 
     Use it as a context manager: if training ends with an error, the save under way is finished.

@@ -147,7 +147,7 @@ def in_slots(
         try:
             for future in concurrent.futures.as_completed(futures):
                 said(f"{futures[future]:<22} {' '.join(f'{100 * v:6.2f}' for v in future.result())}")
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the pool would wait for all that is left
             pool.shutdown(wait=False, cancel_futures=True)
             slots.stop()
             raise

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from curate.vtab.vtab_files import encoded, picture, tar_bytes, write_files
+from curate.vtab.vtab_raw import MAKERS, Raw, make_raw
 from PIL import Image
-from vtab_raw import MAKERS, Raw, encoded, make_raw, picture, tar_bytes, write_files
 
 from tools.data import main
 from vitscale.curate.pack.config import PackConfig, PackReport

@@ -1,33 +1,29 @@
 """What is wrong in a source of VTAB-1k is refused in one sentence."""
 
 import gzip
-import io
-import json
 import os
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
-from vtab_raw import (
-    Raw,
-    example_bytes,
-    make_raw,
-    tar_bytes,
-    write_files,
-    write_mat,
-    write_norb,
-    write_records,
-    write_zip,
+from curate.vtab.vtab_damage import (
+    cut,
+    drop_scene,
+    edit_hdf5,
+    edit_text,
+    edit_zip,
+    flip,
+    pack_gzip,
+    remove,
+    set_scene,
+    write,
 )
+from curate.vtab.vtab_files import example_bytes, tar_bytes, write_mat, write_norb, write_records, write_zip
+from curate.vtab.vtab_raw import Raw, make_raw
 
 from tools.data import main
 from vitscale.curate.pack.config import PackConfig, PackReport
 from vitscale.curate.pack.run import FORMATS, pack
-from vitscale.curate.pack.vtab.archives import ZipMember
-from vitscale.curate.pack.vtab.tfrecord import crc32c, masked_crc32c, parse_example, read_records
 from vitscale.errors import ConfigError, DataError
 
 NORB = "smallnorb-5x46789x9x18x6x2x96x96-training"
@@ -38,82 +34,6 @@ CAMELYON = "camelyonpatch_level_2_split_train"
 def packed(raw: Raw, out: Path, name: str) -> PackReport:
     config = PackConfig(format=f"vtab/{name}", membership=raw.membership)
     return pack(str(raw.source), out, config)
-
-
-def cut(name: str, share: float = 0.6) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: int(share * len(data))])
-
-    return change
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-def write(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: write_files(folder, {name: content}) and None
-
-
-def edit_text(name: str, old: str, new: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new, 1))
-
-    return change
-
-
-def flip(name: str, place: int) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        data = bytearray((folder / name).read_bytes())
-        data[place] ^= 0x40
-        (folder / name).write_bytes(data)
-
-    return change
-
-
-def edit_zip(name: str, edit: Callable[[dict[str, bytes]], object]) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        with zipfile.ZipFile(folder / name) as archive:
-            files = {member: archive.read(member) for member in archive.namelist()}
-        edit(files)
-        write_zip(folder / name, files)
-
-    return change
-
-
-def edit_hdf5(name: str, array: str, values: np.ndarray | None) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        with h5py.File(folder / name, "a") as file:
-            del file[array]
-            if values is not None:
-                file[array] = values
-
-    return change
-
-
-def pack_gzip(name: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
-        (folder / name).unlink()
-
-    return change
-
-
-def drop_scene(files: dict[str, bytes]) -> None:
-    name = "CLEVR_v1.0/scenes/CLEVR_val_scenes.json"
-    files[name] = json.dumps({"scenes": json.loads(files[name])["scenes"][1:]}).encode()
-
-
-def set_scene(**scene: object) -> Callable[[dict[str, bytes]], None]:
-    def change(files: dict[str, bytes]) -> None:
-        name = "CLEVR_v1.0/scenes/CLEVR_train_scenes.json"
-        scenes = json.loads(files[name])["scenes"]
-        files[name] = json.dumps({"scenes": [scene, *scenes[1:]]}).encode()
-
-    return change
 
 
 RECORD = {"image": b"\xff\xd8\xff", "filename": b"a.jpg"}
@@ -402,48 +322,3 @@ def test_a_large_compressed_archive_is_refused_before_it_is_read(tmp_path: Path)
         packed(Raw(tmp_path, {}, raw.membership), tmp_path.parent / "vtab_out", "sun397").num_samples["test"]
         == 4
     )
-
-
-def test_a_zip_member_is_read_in_place_and_checked(tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            archive.writestr(f"m{method}.txt", b"text " * 100, method)
-        infos = archive.infolist()
-    for info in infos:
-        deflated = info.compress_type == zipfile.ZIP_DEFLATED
-        place = (str(path), info.header_offset, info.compress_size, info.file_size, deflated)
-        assert ZipMember(*place, info.CRC, "m").read() == b"text " * 100
-        with pytest.raises(ValueError, match=r"does not have|do not have the checksum"):
-            ZipMember(*place, info.CRC ^ 1, "m").read()
-
-
-def test_crc32c_has_the_known_answers() -> None:
-    """RFC 3720, B.4; and the length of a record of one byte as TensorFlow writes it."""
-    assert crc32c(bytes(32)) == 0x8A9136AA and crc32c(b"\xff" * 32) == 0x62A8AB43
-    assert crc32c(bytes(range(32))) == 0x46DD794E and crc32c(b"123456789") == 0xE3069283
-    assert crc32c(b"") == 0 and masked_crc32c(b"") == 0xA282EAD8
-
-
-@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 4095, 4096, 4097, 4099, 20_000])
-def test_records_of_any_size_are_those_that_tensorboard_writes(tmp_path: Path, size: int) -> None:
-    data = np.random.default_rng(size).bytes(size)
-    write_records(tmp_path / "x", [data, b"next"])
-    content = (tmp_path / "x").read_bytes()
-    records = list(read_records(io.BytesIO(content), len(content), "x"))
-    assert [(record.offset, record.data) for record in records] == [(12, data), (size + 28, b"next")]
-
-
-def test_examples_are_parsed_as_protobuf_writes_them() -> None:
-    features = {
-        "image": bytes(range(256)) * 3,
-        "filename": b"a.jpg",
-        "label": 5,
-        "large": 2**62,
-        "negative": -3,
-    }
-    assert parse_example(example_bytes(features)) == {name: [value] for name, value in features.items()}
-    message = example_bytes({"label": 300})
-    for end in range(1, len(message)):
-        with pytest.raises(ValueError):
-            parse_example(message[:end])

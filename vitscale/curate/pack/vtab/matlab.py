@@ -12,9 +12,11 @@ def read_mat(content: bytes, where: str, variable: str) -> np.ndarray:
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
+    # What scipy raises depends on which byte is damaged.
+    damage = (MatReadError, NotImplementedError, OSError, ValueError, TypeError, KeyError, IndexError)
     try:
         value = loadmat(io.BytesIO(content), variable_names=[variable]).get(variable)
-    except (MatReadError, NotImplementedError, OSError, ValueError, TypeError, KeyError, IndexError) as error:
+    except damage as error:  # the caller's data, not a bug of ours
         raise DataError(
             f"{where} is no whole MATLAB file of version 5 ({error}); download it again"
         ) from None
