@@ -4,6 +4,7 @@ Attention's backward pass adds in any order on a GPU, so that two runs differ by
 does not depend on arithmetic is still compared exactly: the data, and restored values.
 """
 
+import os
 import signal
 import sys
 import warnings
@@ -52,7 +53,8 @@ def kill_at_batch_12(job: Job, *overrides: str) -> None:
         "train(sys.argv[1], sys.argv[2:], KillAll(batch=12))"
     )
     command = [sys.executable, "-c", code, job.config, *overrides]
-    process = job.popen(command, {"PYTHONPATH": PATH, "OMP_NUM_THREADS": 1})
+    path = f"{PATH}:{os.environ.get('PYTHONPATH', '')}"
+    process = job.popen(command, {"PYTHONPATH": path, "OMP_NUM_THREADS": 1})
     try:
         assert process.wait(TIMEOUT_SECONDS) == -signal.SIGKILL, job.output()
     finally:
@@ -119,7 +121,7 @@ def test_an_option_trains(tmp_path: Path, index: Path, options: tuple[str, ...])
 
 
 def test_only_the_gradient_norm_is_waited_for() -> None:
-    """DeepSpeed reads it twice a step, to skip the step and to clip; nothing else is read."""
+    """DeepSpeed reads it to skip the step and to clip, in one file; nothing else is read."""
     distributed.initialize()
     config = StepBench(
         model=ModelConfig(variant="mu/16", image_size=32, num_classes=10),
@@ -138,7 +140,6 @@ def test_only_the_gradient_norm_is_waited_for() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
         trainee.close()
-    places = [
-        f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits if "synchroniz" in str(wait.message)
-    ]
-    assert len(places) == 2, places
+    places = [Path(wait.filename).parts[-3:] for wait in waits if "synchroniz" in str(wait.message)]
+    assert set(places) == {("deepspeed", "runtime", "utils.py")}
+    assert len(places) <= 4  # two more are for the constants that NaN and infinity are replaced by
