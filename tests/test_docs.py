@@ -244,7 +244,7 @@ def test_what_a_page_names_is_there(page: Path, check: Check) -> None:
         (broken_commands, "```bash\npython tools/data.py pack a b \\\n    --short-sides 256\n```\n"),
         (broken_commands, "```bash\nsource x && python tools/checkpoint.py reshard A B\n```\n"),
         (broken_commands, "```bash\npython tools/nothing.py\n```\n"),
-        (broken_commands, "`python tools/checkpoint.py export A B --format onnx`"),
+        (broken_commands, "`python tools/checkpoint.py export A B --format pickle`"),
         (broken_commands, "| `tools/data.py demo \\| fetch` |"),
         (broken_flags, "pass `--decoded`"),
         (broken_flags, "```bash\ntorchrun --nproc_per_nodes 2 launch/train.py a.toml\n```\n"),

@@ -92,8 +92,10 @@ def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "export", help="write the weights for another library, or for vitscale with the config inside"
     )
     export.add_argument("checkpoint", metavar="CKPT", help=CKPT)
-    export.add_argument("out", metavar="OUT", help="a folder, FILE.safetensors, or for npz FILE.npz")
-    export.add_argument("--format", choices=FORMATS, help="default: npz for FILE.npz, else safetensors")
+    export.add_argument("out", metavar="OUT", help="a folder, FILE.safetensors, FILE.npz or FILE.onnx")
+    export.add_argument(
+        "--format", choices=[*FORMATS, "onnx"], help="default: as the file's name ends, else safetensors"
+    )
     export.add_argument(
         "--dialect", choices=["original", "linen", "big_vision"], default="original", help=DIALECT
     )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install vitscale into .venv, with the versions that it is tested with (constraints.txt). A second run
 # does nothing until pyproject.toml or constraints.txt change.
-#   bash tools/setup.sh [EXTRA]        EXTRA: s3, gcs or http for a store; vtab for VTAB-1k; dev for the tests
+#   bash tools/setup.sh [EXTRA]        EXTRA: s3, gcs or http for a store; vtab for VTAB-1k; plots, onnx; dev for the tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extra="${1:+[$1]}"

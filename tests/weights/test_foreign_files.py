@@ -195,8 +195,8 @@ def timm_tensors(tmp_path: Path) -> dict[str, Tensor]:
     ("added", "removed", "message"),
     [
         ({"dist_token": (1, 1, 32)}, "", "dist_token belongs to DeiT's distillation token"),
-        ({"reg_token": (1, 4, 32)}, "", "reg_token belongs to register tokens"),
-        ({"blocks.0.ls1.gamma": (32,)}, "", "blocks.0.ls1.gamma is a layer scale"),
+        ({"blocks.0.gamma_1": (32,)}, "", "blocks.0.gamma_1 is a layer scale"),
+        ({"blocks.0.mlp.w12.weight": (9, 32)}, "", "mlp.w12.weight belongs to a gated MLP"),
         ({"blocks.1.attn.q_norm.weight": (8,)}, "", "q_norm.weight normalises queries and keys"),
         ({"fc_norm.weight": (32,)}, "norm.weight", "fc_norm.weight normalises after the pooling"),
         ({"norm_pre.weight": (32,)}, "", "norm_pre.weight normalises before the blocks"),
@@ -264,8 +264,16 @@ def test_other_architectures_are_refused_by_timms_config(tmp_path: Path, values:
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({"model_type": "dinov2"}, CheckpointError, "model_type 'dinov2'; only 'vit' can be imported$"),
-        ({"model_type": "beit"}, CheckpointError, "only 'vit' can be imported .BEiT has relative positions"),
+        (
+            {"model_type": "dinov3_vit"},
+            CheckpointError,
+            "model_type 'dinov3_vit'; only 'vit' and DINOv2 can be imported$",
+        ),
+        (
+            {"model_type": "beit"},
+            CheckpointError,
+            "only 'vit' and DINOv2 can be imported .BEiT has relative positions",
+        ),
         ({"model_type": "siglip_vision_model"}, CheckpointError, r"imported \(timm's vit_\*_siglip_\*"),
         ({"image_size": [4, 36]}, CheckpointError, r"image_size \[4, 36\], but vitscale takes square images"),
         ({"image_size": 16}, CheckpointError, "image_size 16, but .* would be those of 12 x 12"),

@@ -83,7 +83,7 @@ def one_to_one_names(dialect: Dialect) -> dict[str, str]:
 
     The names are those of a model with one block and every part that a model can have.
     """
-    largest = ModelConfig(variant="mu/1", image_size=1, num_classes=1, representation_size=1)
+    largest = ModelConfig(variant="mu/1", image_size=1, num_classes=1, num_registers=1, representation_size=1)
     names = {}
     for pool in ("map", "token"):
         for rule in rules(dialect, dataclasses.replace(largest, pool=pool)):
@@ -139,6 +139,8 @@ def _timm(config: ModelConfig) -> Iterator[Rule]:
 
 def _transformers(config: ModelConfig) -> Iterator[Rule]:
     yield _rule("cls_token", ("vit.embeddings.cls_token",), _SAME)
+    if config.num_registers:
+        yield _rule("reg_token", ("vit.embeddings.register_tokens",), _SAME)
     yield _rule("pos_embed", ("vit.embeddings.position_embeddings",), _SAME)
     patch = "vit.embeddings.patch_embeddings.projection"
     yield _rule("patch_embed.proj.weight", (f"{patch}.weight",), _conv(config.resolved_patch_size))

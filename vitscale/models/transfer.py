@@ -14,6 +14,7 @@ _SAME = (
     "resolved_mlp_dim",
     "resolved_patch_size",
     "pool",
+    "num_registers",
     "posemb",
     "gelu",
 )

@@ -58,6 +58,8 @@ class ViTConfig:
     num_classes:          outputs of the head; 0 = no head
     pool:                 what represents the image: the class "token", the "mean" of the patch
                           tokens, or "map", multi-head attention pooling
+    num_registers:        learned tokens without a position beside those of the image ("Vision
+                          Transformers Need Registers"); pooling by mean leaves them out
     representation_size:  width of the tanh layer before the head; 0 = none
     head_bias:            initial bias of the head; for a sigmoid loss about -ln(num_classes)
     dropout:              after the position embedding, each attention and each MLP layer
@@ -78,6 +80,7 @@ class ViTConfig:
     image_size: int = 224
     num_classes: int = 1000
     pool: Literal["token", "mean", "map"] = "token"
+    num_registers: int = 0
     representation_size: int = 0
     head_bias: float = 0.0
     dropout: float = 0.0
@@ -88,8 +91,8 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         self._check_variant()
-        sizes = ("width", "depth", "num_heads", "mlp_dim", "patch_size", "num_classes", "representation_size")
-        for name in sizes:
+        sizes = ("width", "depth", "num_heads", "mlp_dim", "patch_size", "num_classes")
+        for name in (*sizes, "num_registers", "representation_size"):
             if not 0 <= getattr(self, name) <= MAX_SIZE:
                 raise ConfigError(f"model.{name} {getattr(self, name)} must lie in [0, {MAX_SIZE:,}]")
         patch = self.resolved_patch_size
@@ -156,9 +159,14 @@ class ViTConfig:
         return side, side
 
     @property
-    def num_tokens(self) -> int:
+    def num_positions(self) -> int:
         """Patches, plus the class token where there is one."""
         return self.grid[0] * self.grid[1] + (self.pool == "token")
+
+    @property
+    def num_tokens(self) -> int:
+        """All that the blocks see: also the registers."""
+        return self.num_positions + self.num_registers
 
 
 class ViT(Model):
@@ -172,10 +180,12 @@ class ViT(Model):
         mlp_dim, heads = config.resolved_mlp_dim, config.resolved_num_heads
         self.patch_embed = PatchEmbed(config.resolved_patch_size, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.pool == "token" else None
+        registers = config.num_registers
+        self.reg_token = nn.Parameter(torch.empty(1, registers, width)) if registers else None
         if config.posemb == "learned":
-            self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, width))
+            self.pos_embed = nn.Parameter(torch.empty(1, config.num_positions, width))
         else:
-            self.register_buffer("pos_embed", torch.empty(1, config.num_tokens, width), persistent=False)
+            self.register_buffer("pos_embed", torch.empty(1, config.num_positions, width), persistent=False)
         self.drop = nn.Dropout(config.dropout)
         depth = config.resolved_depth
         self.blocks = nn.ModuleList(
@@ -197,11 +207,7 @@ class ViT(Model):
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         wanted = layers or ()
         self._check_arguments(images, wanted)
-        x = self.patch_embed(images)  # [B, n, D]
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
-        # A fixed table is a buffer, which DeepSpeed leaves in fp32.
-        x = self.drop(x + self.pos_embed.to(x.dtype))
+        x = self._embed(images)  # [B, N, D]
         outputs: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             x = block(x) if kept is None else block(x, kept[index])
@@ -210,6 +216,18 @@ class ViT(Model):
         x = self.norm(x)  # [B, N, D]
         out = self._patch_tokens(x) if tokens else self._represent(x, features_only)
         return out if layers is None else (out, [outputs[index] for index in wanted])
+
+    def _embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        """The tokens: the class token, if any, the registers, and the patches, row by row."""
+        x = self.patch_embed(images)  # [B, n, D]
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        # A fixed table is a buffer, which DeepSpeed leaves in fp32.
+        x = self.drop(x + self.pos_embed.to(x.dtype))
+        if self.reg_token is None:
+            return x
+        before, patches = x.tensor_split([self.config.num_positions - math.prod(self.config.grid)], dim=1)
+        return torch.cat([before, self.reg_token.expand(x.shape[0], -1, -1), patches], dim=1)
 
     def set_activation_checkpointing(self, mode: Checkpointing) -> None:
         for block in self._blocks():
@@ -234,6 +252,7 @@ class ViT(Model):
             patch embedding       LeCun normal
             learned positions     normal, deviation 0.02
             class token           0
+            registers             normal, deviation 1e-6 (timm, DINOv2)
             head                  kernel 0, bias config.head_bias
         """
         generator = torch.Generator().manual_seed(seed)
@@ -257,6 +276,8 @@ class ViT(Model):
             yield "pos_embed", _normal(self.pos_embed, 0.02, generator)
         if self.cls_token is not None:
             yield "cls_token", torch.zeros(self.cls_token.shape)
+        if self.reg_token is not None:
+            yield "reg_token", _normal(self.reg_token, 1e-6, generator)
         if self.attn_pool is not None:
             probe = self.attn_pool.probe
             yield "attn_pool.probe", _xavier_uniform(probe, probe.shape[1], generator)
@@ -269,7 +290,7 @@ class ViT(Model):
         if self.config.posemb == "sincos2d":
             table = sincos2d(self.config.grid, self.config.resolved_width)  # [1, n, D]
             # The class token, where there is one, gets no position.
-            prefix = table.new_zeros(1, self.config.num_tokens - table.shape[1], table.shape[2])
+            prefix = table.new_zeros(1, self.config.num_positions - table.shape[1], table.shape[2])
             self.pos_embed.copy_(torch.cat([prefix, table], dim=1))
 
     def _check_arguments(self, images: Tensor, layers: Sequence[int]) -> None:
@@ -296,12 +317,12 @@ class ViT(Model):
         return x if features_only or self.head is None else self.head(x)
 
     def _patch_tokens(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B n D"]:
-        return x[:, 1:] if self.cls_token is not None else x
+        return x[:, self.config.num_tokens - math.prod(self.config.grid) :]
 
     def _pool(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
         if self.attn_pool is not None:
             return self.attn_pool(x)
-        return x[:, 0] if self.cls_token is not None else x.mean(dim=1)
+        return x[:, 0] if self.cls_token is not None else self._patch_tokens(x).mean(dim=1)
 
 
 def _xavier_uniform(weight: Tensor, fan_out: int, generator: torch.Generator) -> Tensor:

@@ -24,15 +24,19 @@ from vitscale.models.posemb import sincos2d
 from vitscale.weights.export import export_metadata, export_safetensors, write_export
 from vitscale.weights.files import Dtype, write_folder
 from vitscale.weights.foreign import configs, deduce
+from vitscale.weights.foreign.folding import fold
 from vitscale.weights.foreign.sources import ForeignWeights, open_npz, open_safetensors
 from vitscale.weights.npz import write_npz
+from vitscale.weights.onnx import export_onnx
 from vitscale.weights.publish import publishing
 from vitscale.weights.saved import SavedModel, Slot
 
 logger = logging.getLogger(__name__)
 Format = Literal["safetensors", "timm", "transformers", "npz"]
+ExportFormat = Literal[Format, "onnx"]
 FlaxDialect = Literal["original", "linen", "big_vision"]
 Pixels = Literal["half", "imagenet"]
+_FORMAT_OF: dict[str, ExportFormat] = {".npz": "npz", ".onnx": "onnx"}
 
 # How models normalise pixels in [0, 1]: (mean, deviation) per channel. Ours is "half".
 _PIXELS = {
@@ -45,7 +49,7 @@ def export_model(
     path: str | Path,
     out: str | Path,
     *,
-    format: Format | None = None,
+    format: ExportFormat | None = None,
     dialect: FlaxDialect = "original",
     dtype: Dtype = "fp32",
     shard_mb: int = 0,
@@ -54,15 +58,20 @@ def export_model(
     """Write a checkpoint's weights in a library's format; returns the folder's or file's path.
 
     path, slot: as in SavedModel. out: a folder; for npz a file name ending in .npz, and for
-    safetensors a folder or a file name. format: None = npz for such a name, else safetensors.
+    safetensors and onnx a folder or a file name. format: None = npz for FILE.npz, onnx for
+    FILE.onnx, else safetensors.
     dialect: the names in an .npz file. Before anything is written, raises ConfigError for
     options that contradict each other, and CheckpointError for what the format cannot hold.
     """
     if shard_mb < 0:
         raise ConfigError(f"--shard-mb {shard_mb} must not be negative")
-    format = format or ("npz" if Path(out).suffix == ".npz" else "safetensors")
+    format = format or _FORMAT_OF.get(Path(out).suffix, "safetensors")
     if format == "safetensors":
         return export_safetensors(path, out, dtype=dtype, shard_bytes=shard_mb * 10**6, slot=slot)
+    if format == "onnx":
+        if dtype != "fp32" or shard_mb:
+            raise ConfigError("an ONNX file is fp32 and whole; drop --dtype and --shard-mb")
+        return export_onnx(path, out, slot=slot)
     saved = SavedModel(path, slot=slot)
     saved.empty_model()  # refuses tensors that are not those of the model
     if format == "npz":
@@ -88,6 +97,7 @@ def import_model(
     """
     source = open_npz(str(file)) if format == "npz" else open_safetensors(str(file), format)
     try:
+        source = fold(source)
         config, step = _config_of(source, overrides), _step_of(source)
     except (ConfigError, CheckpointError) as error:
         raise type(error)(f"{file}: {error}") from None
@@ -215,5 +225,5 @@ def _our_tensor(saved: SavedModel, name: str) -> Tensor:
     if name != "pos_embed" or saved.config.posemb == "learned":
         return saved.tensor(name)
     table = sincos2d(saved.config.grid, saved.config.resolved_width)  # [1, N, D]
-    prefix = table.new_zeros(1, saved.config.num_tokens - table.shape[1], table.shape[2])
+    prefix = table.new_zeros(1, saved.config.num_positions - table.shape[1], table.shape[2])
     return torch.cat([prefix, table], dim=1)

@@ -45,9 +45,9 @@ _TIMM_LAYERS = ("norm_layer", "embed_layer", "embed_norm_layer", "mlp_layer", "a
 # Tensors of other architectures, by patterns in their names.
 _OTHER_ARCHITECTURES = {
     r"dist(illation)?_token|head_dist": "belongs to DeiT's distillation token",
-    r"reg(ister)?_tokens?": "belongs to register tokens",
     r"(^|\.)(ls\d\.gamma|gamma_\d|layer_scale\d)": "is a layer scale",
     r"[qk]_norm|(query|key)_norm": "normalises queries and keys",
+    r"mlp\.(w12|weights_in)\.": "belongs to a gated MLP (SwiGLU)",
     r"fc_norm": "normalises after the pooling; vitscale's models do so before it",
     r"norm_pre|pre_layrnorm": "normalises before the blocks",
     r"rel(ative)?_pos": "belongs to relative positions",
@@ -93,10 +93,13 @@ def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None
             f"model.depth is {config.resolved_depth:,}, but there are {len(shapes)} tensors"
         )
     expected, ours = their_shapes(dialect, config), our_shapes(config)
-    if any(name not in ours for rule in rules(dialect, config) for name in rule.ours):
+    covered = {name for rule in rules(dialect, config) for name in rule.ours}
+    if not covered <= set(ours):
         raise ConfigError(
             f"model.posemb {config.posemb!r} must be 'learned': the file has position embeddings"
         )
+    if not set(ours) <= covered:
+        raise ConfigError(f"model.num_registers {config.num_registers} must be 0: the file has no registers")
     for name in shapes:
         if name not in expected:
             raise CheckpointError(
@@ -148,6 +151,7 @@ def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
         "depth": _count_blocks(names["blocks.0.mlp.fc1.bias"], shapes),
         "patch_size": math.isqrt(math.prod(kernel) // (3 * width)),
         "num_classes": length("head.bias"),
+        "num_registers": shape("reg_token")[1] if names.get("reg_token") in shapes else 0,
         "representation_size": length("pre_logits.bias"),
         "pool": pool,
     }

@@ -7,6 +7,7 @@ the blocks; a ForeignWeights hides that.
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +35,16 @@ _LANDMARKS = {
 _PREFIXES = {
     "safetensors": ("module.", ""),
     "timm": ("module.backbone.", "backbone.", "module.", ""),  # DINO's, and DistributedDataParallel's
-    "transformers": ("vit.", ""),  # ViTForImageClassification's, and ViTModel's own
+    "transformers": ("vit.", "dinov2.", "dinov2_with_registers.", ""),  # "": ViTModel's own
     "npz": ("opt/target/img/", "params/img/", "img/", "opt/target/", "params/", ""),
+}
+# transformers' DINOv2 is its ViT under other names, by patterns.
+_DINOV2_TYPES = ("dinov2", "dinov2_with_registers")
+_DINOV2_NAMES = {
+    r"(layer\.\d+\.)norm1\.": r"\1layernorm_before.",
+    r"(layer\.\d+\.)norm2\.": r"\1layernorm_after.",
+    r"(layer\.\d+\.)mlp\.fc1\.": r"\1intermediate.dense.",
+    r"(layer\.\d+\.)mlp\.fc2\.": r"\1output.dense.",
 }
 # Why, or how else, by transformers' model_type.
 _SIGLIP = " (timm's vit_*_siglip_* and Google's .npz are SigLIP in a form that can be)"
@@ -167,10 +176,10 @@ def _refuse_pickle(path: str) -> None:
 def _check_model_type(path: str, config_json: Mapping[str, Any]) -> None:
     """Raise CheckpointError for another model of transformers than its ViT."""
     model_type = config_json.get("model_type", "vit")  # timm's config.json has none
-    if model_type != "vit":
+    if model_type not in ("vit", *_DINOV2_TYPES):
         hint = _OTHER_TYPES.get(str(model_type), "")
         raise CheckpointError(
-            f"{path}: config.json has model_type {model_type!r}; only 'vit' can be imported{hint}"
+            f"{path}: config.json has model_type {model_type!r}; only 'vit' and DINOv2 can be imported{hint}"
         )
 
 
@@ -193,9 +202,14 @@ def _find_prefix(path: str, format: str, names: Iterable[str]) -> str:
 
 def _dialect_name(stored: str, format: str, prefix: str) -> str:
     """The dialect's name of a tensor that the file has under the name `stored`."""
-    if format == "transformers":
-        return stored if prefix or stored.startswith("classifier.") else f"vit.{stored}"
-    return stored.removeprefix(prefix)
+    if format != "transformers":
+        return stored.removeprefix(prefix)
+    if stored.startswith("classifier.") or not stored.startswith(prefix):
+        return stored
+    name = f"vit.{stored.removeprefix(prefix)}"
+    for pattern, vit_name in _DINOV2_NAMES.items():
+        name = re.sub(pattern, vit_name, name)
+    return name
 
 
 def _flax_dialect(names: Iterable[str]) -> Literal["original", "linen", "big_vision"]:
