@@ -19,7 +19,7 @@ LAYERS = [
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],
     ["job", "plan"],
-    ["meter", "evaluate", "cooldown", "history", "profiler"],
+    ["meter", "evaluate", "cooldown", "history", "profiler", "inspection"],
     ["run_dir"],
     ["start", "dry_run", "preflight", "restarts", "report"],
     ["step"],

@@ -126,6 +126,8 @@ def test_inputs_and_predictions_are_pictures_with_class_names_as_text(page: Page
     assert "0 (<script>alert(1)</script>)" in page.text
     verdicts = re.findall("[\u2713\u2717] (?:right|wrong)", page.text)
     assert len(verdicts) == 10
+    assert alts.count("image weighted by attention") == 10
+    assert alts.count("filter") > 3 and alts.count("position embedding similarity") == 1
     right = sum("right" in verdict for verdict in verdicts)
     assert f"images spread over evals.held: {right} right" in page.text
 

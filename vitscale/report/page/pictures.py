@@ -15,18 +15,19 @@ LOSSLESS_SIDE = 64  # up to so many, PNG shows every pixel as it is
 JPEG_QUALITY = 85
 
 
-def picture(pixels: UInt8[np.ndarray, "h w 3"], alt: str) -> Html:
-    """An image of the page, with the pixels in it."""
+def picture(pixels: UInt8[np.ndarray, "h w 3"], alt: str, *, lossless: bool = False) -> Html:
+    """An image of the page, with the pixels in it. lossless: in its own size, as it is."""
     image = Image.fromarray(pixels)
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    if not lossless:
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     is_small = max(image.size) <= LOSSLESS_SIDE
     buffer = io.BytesIO()
-    if is_small:
+    if is_small or lossless:
         image.save(buffer, "PNG", optimize=True)
     else:
         image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     content = base64.b64encode(buffer.getvalue()).decode()
-    source = f"data:image/{'png' if is_small else 'jpeg'};base64,{content}"
+    source = f"data:image/{'png' if is_small or lossless else 'jpeg'};base64,{content}"
     return element(
         "img", src=source, alt=alt, width=image.width, height=image.height, class_="small" * is_small
     )

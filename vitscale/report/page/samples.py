@@ -16,7 +16,9 @@ from vitscale.evals.adapters import FrozenModel
 from vitscale.evals.classify import ClassifyTask
 from vitscale.evaluate import training_data
 from vitscale.job import Job, derive
+from vitscale.models.vit import ViT
 from vitscale.report.page.html import Html, element, joined, note
+from vitscale.report.page.learned import learned
 from vitscale.report.page.pictures import card, gallery, picture
 from vitscale.report.page.records import Record
 from vitscale.report.page.scale import percent
@@ -80,7 +82,8 @@ def predictions(record: Record) -> Html:
     path, step = locate(record.path, slot)
     source = training_data(path)[0] if section.split else None
     test = ClassifyTask.open(name, section, config.model.image_size, source).test
-    model = FrozenModel(load_model(path, slot=slot), torch.device("cpu"))
+    network = load_model(path, slot=slot)
+    model = FrozenModel(network, torch.device("cpu"))
     count = min(NUM_PREDICTIONS, test.num_samples)
     chosen = np.linspace(0, test.num_samples - 1, count).astype(int)
     images, labels = next(test.batches(chosen, count, num_classes=model.num_classes))
@@ -93,7 +96,8 @@ def predictions(record: Record) -> Html:
         f"By {weights} of step {step:,}, on {count} images spread over evals.{name}: {sum(right)} right. "
         "Below each image are the true class and the classes that the model holds most likely."
     )
-    return joined([note(text), gallery(cards, "predictions")])
+    shown = joined([note(text), gallery(cards, "predictions")])
+    return joined([shown, learned(network, images)]) if isinstance(network, ViT) else shown
 
 
 def probabilities(logits: Float[Tensor, "B C"], config: TrainConfig) -> Float[Tensor, "B C"]:
