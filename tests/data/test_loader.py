@@ -166,7 +166,9 @@ def test_a_sample_without_a_label_is_no_damage_but_replaced_in_training(tmp_path
     assert (index.num_samples, index.num_damaged, sum(index.label_counts.values())) == (40, 0, 39)
     seen = list(batches(make_stream(index, 0, 5), 0))  # 8 samples a batch: one epoch
     bad = [sentence for batch in seen for sentence in batch.bad]
-    assert [sentence.endswith("s00007: it has no label, and training needs one") for sentence in bad] == [True]
+    assert [sentence.endswith("s00007: it has no label, and training needs one") for sentence in bad] == [
+        True
+    ]
     assert all((batch.labels >= 0).all() for batch in seen)
 
 

@@ -28,7 +28,10 @@ def test_labels_are_read_from_cls_and_json(extension: str, content: bytes, label
     ("extension", "content"),
     [
         *(("cls", content) for content in (b"-1", b"1.5", b"", b"a", b"1_0", b"3 -1", b"\xff")),
-        *(("json", content) for content in (b"-1", b"true", b"null", b"[2, 1.5]", b"{}", b"x", b"[" * 100_000)),
+        *(
+            ("json", content)
+            for content in (b"-1", b"true", b"null", b"[2, 1.5]", b"{}", b"x", b"[" * 100_000)
+        ),
     ],
     ids=range(14),
 )

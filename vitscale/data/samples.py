@@ -69,7 +69,8 @@ DEFAULT_KEYS = SampleKeys()
 class RawSample(NamedTuple):
     """An undecoded sample. labels: class indices, several for multi-label data, or none.
 
-    Only evaluations use a sample without labels: they leave it out. The image may be a view of the chunk that was read, which it then keeps in memory.
+    Evaluations leave out a sample without labels, and training replaces it. The image may be a
+    view of the chunk that was read, which it then keeps in memory.
     """
 
     key: str
@@ -227,9 +228,9 @@ def read_labels(choice: Choice, data: Bytes, keys: SampleKeys) -> tuple[int, ...
         KEY.cls     3  or  3 17  or  3,17
         KEY.json    3  or  [3, 17]  or  {"labels": [3, 17]} ("label" and "cls" will do, too)
 
-    An empty list says that the image has no label: (). An empty KEY.cls does not, as a write that
-    failed leaves one. Raises LabelError for what holds no labels, or if one is neither a whole number from 0 to MAX_LABEL
-    nor the name of a class.
+    An empty list says that the image has no label: (). An empty KEY.cls does not, as a write
+    that failed leaves one. Raises LabelError for what holds no labels, or if one is neither a
+    whole number from 0 to MAX_LABEL nor the name of a class.
     """
     if choice.label.endswith("json"):
         labels = _json_labels(data, choice, keys.strict)

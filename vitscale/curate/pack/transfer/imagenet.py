@@ -126,7 +126,7 @@ def read_real(path: str) -> list[tuple[int, ...]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, list) or not all(_is_class(label) for label in row):
             raise DataError(
-                f"--val-labels {path} has no list of classes from 0 to {NUM_CLASSES - 1} for image {number:,}; "
+                f"--val-labels {path} has no list of classes 0 to {NUM_CLASSES - 1} for image {number:,}; "
                 f"{how}"
             )
     return [tuple(dict.fromkeys(row)) for row in rows]
@@ -140,7 +140,7 @@ def _check_numbers(source: str, labels: str, numbers: Iterable[int], count: int)
     present, wanted = set(numbers), set(range(1, count + 1))
     if missing := sorted(wanted - present):
         raise DataError(
-            f"{source} holds no ILSVRC2012_val_{missing[0]:08d}.JPEG ({len(missing):,} of the {count:,} images "
+            f"{source} holds no ILSVRC2012_val_{missing[0]:08d}.JPEG ({len(missing):,} of {count:,} images "
             f"of {labels} are missing); download ILSVRC2012_img_val.tar again"
         )
     if surplus := sorted(present - wanted):

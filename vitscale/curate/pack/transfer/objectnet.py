@@ -160,7 +160,7 @@ def _classes(files: Files, label: str, written: str, by_name: Mapping[str, list[
 
 def _indices(files: Files, count: int) -> dict[int, int]:
     """The line of each class in the list of names, both from 0: a permutation."""
-    lines, wanted = _object(files, _INDICES), {*range(count)}
+    lines, wanted = _read_json(files, _INDICES), {*range(count)}
     values = [value for value in lines.values() if type(value) is int]
     if {*lines} != {*map(str, wanted)} or len(values) != len(lines) or {*values} != wanted:
         raise DataError(
@@ -171,13 +171,13 @@ def _indices(files: Files, count: int) -> dict[int, int]:
 
 
 def _texts(files: Files, name: str) -> dict[str, str]:
-    values = _object(files, name)
+    values = _read_json(files, name)
     if wrong := [key for key, value in values.items() if not isinstance(value, str)]:
         raise DataError(f"{name} in {files.source} has no text for {wrong[0]!r}; restore mappings/")
     return values
 
 
-def _object(files: Files, name: str) -> dict[str, Any]:
+def _read_json(files: Files, name: str) -> dict[str, Any]:
     try:
         values = json.loads(files.read(name))
     except (ValueError, RecursionError):
