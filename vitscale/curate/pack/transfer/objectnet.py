@@ -178,8 +178,9 @@ def _texts(files: Files, name: str) -> dict[str, str]:
 
 
 def _read_json(files: Files, name: str) -> dict[str, Any]:
+    content = files.read(name)
     try:
-        values = json.loads(files.read(name))
+        values = json.loads(content)
     except (ValueError, RecursionError):
         raise DataError(f"{name} in {files.source} is cut or not JSON; restore mappings/") from None
     if not isinstance(values, dict):
