@@ -63,7 +63,7 @@ def test_the_other_test_sets_of_imagenet_only_need_their_comment_marks_removed(
         "v2": "imagenet_v2/test.index.json",
         "objectnet": "objectnet/test.index.json",
     }
-    assert list(tests)[0] == "val"
+    assert next(iter(tests)) == "val"
 
 
 def test_a_config_can_be_written_and_read_back(tmp_path: Path) -> None:
