@@ -71,6 +71,7 @@ CASES = [
         write("annotations/test.txt", b"Abyssinian_230 1 1 1\nSphynx_1 1 1 1\n"),
         "holds no images/Sphynx_1.jpg, which annotations/te",
     ),
+    ("pets", write("annotations/test.txt", b"#Image CLASS-ID\n"), "pets has no image in test; download"),
     ("flowers102", cut("102flowers.tgz"), "102flowers.tgz is cut or damaged .*; download it again"),
     (
         "flowers102",

@@ -34,11 +34,13 @@ def make_listing(
     details: what else to say about the set.
     deviations: why the set is not the published one, beside the numbers of images.
 
-    Raises DataError for a label that the data set does not have, and for an image that is
-    listed twice.
+    Raises DataError for a label that the data set does not have, for an image that is listed
+    twice, and for a split without images.
     """
     seen = dict[str, str]()
     for split, examples in splits.items():
+        if not examples:
+            raise DataError(f"{source}: {published.name} has no image in {split}; download the lists again")
         for example in examples:
             _check_labels(published, source, example)
             if example.name in seen:
