@@ -47,6 +47,25 @@ def test_every_config_loads_and_says_what_to_expect(path: Path) -> None:
     assert configs.from_dict(TrainConfig, configs.to_dict(config)) == config
 
 
+@pytest.mark.parametrize("name", ["imagenet_384", "l16_imagenet_512", "h14_imagenet_518"])
+def test_the_other_test_sets_of_imagenet_only_need_their_comment_marks_removed(
+    tmp_path: Path, name: str
+) -> None:
+    text = (ROOT / f"configs/finetune/{name}.toml").read_text()
+    before, _, sections = text.partition("# [evals.real]")
+    path = tmp_path / "c.toml"
+    path.write_text(before + "[evals.real]" + sections.replace("\n# ", "\n").replace("\n#\n", "\n\n"))
+    evals = configs.load(TrainConfig, [path]).evals
+    tests = {name: task.test.partition("/")[2] for name, task in evals.items()}
+    assert tests == {  # the first is what tools/evaluate.py finetune scores
+        "val": "imagenet/val.index.json",
+        "real": "imagenet_real/val.index.json",
+        "v2": "imagenet_v2/test.index.json",
+        "objectnet": "objectnet/test.index.json",
+    }
+    assert next(iter(tests)) == "val"
+
+
 def test_a_config_can_be_written_and_read_back(tmp_path: Path) -> None:
     config = configs.load(
         TrainConfig, [ROOT / "configs/pretrain/vit_b16_in21k.toml"], ["engine.deepspeed_extra.a.b=1"]

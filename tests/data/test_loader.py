@@ -158,6 +158,20 @@ def test_labels_that_have_no_place_are_named_by_their_class(tmp_path: Path, capl
     assert replaced and all("label 17 (animal 17) is out of range" in sentence for sentence in replaced)
 
 
+def test_a_sample_without_a_label_is_no_damage_but_replaced_in_training(tmp_path: Path) -> None:
+    members = [(f"s{n:05d}.jpg", jpeg(n)) for n in range(40)]
+    labels = [(f"s{n:05d}.json", b"[]" if n == 7 else str(n % 5).encode()) for n in range(40)]
+    pairs = [member for pair in zip(members, labels, strict=True) for member in pair]
+    index = build_index([str(write_tar(tmp_path / "x.tar", pairs))], chunk_samples=4)
+    assert (index.num_samples, index.num_damaged, sum(index.label_counts.values())) == (40, 0, 39)
+    seen = list(batches(make_stream(index, 0, 5), 0))  # 8 samples a batch: one epoch
+    bad = [sentence for batch in seen for sentence in batch.bad]
+    assert [sentence.endswith("s00007: it has no label, and training needs one") for sentence in bad] == [
+        True
+    ]
+    assert all((batch.labels >= 0).all() for batch in seen)
+
+
 @pytest.mark.parametrize("label", [b"5000", b"9" * 20])
 def test_a_label_that_stands_alone_does_not_block_a_run(tmp_path: Path, caplog, label: bytes) -> None:
     index = damaged_index(tmp_path, {3: (jpeg(3), label)})

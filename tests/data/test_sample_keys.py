@@ -82,7 +82,7 @@ def test_keys_name_the_image_and_the_labels(
         ({"label_key": "id"}, {"jpg": jpeg(0), "json": b"[" * 9**5}, "its .json is not JSON"),
         (
             {"label_key": "id"},
-            {"jpg": jpeg(0), "json": b'{"id": []}'},
+            {"jpg": jpeg(0), "json": b'{"id": null}'},
             "its .json has no field id: the fields id",
         ),
         (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vitscale.data.samples import DEFAULT_KEYS, Choice, LabelError, read_labels, split_name
+from vitscale.data.samples import DEFAULT_KEYS, Choice, LabelError, SampleKeys, read_labels, split_name
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,8 @@ from vitscale.data.samples import DEFAULT_KEYS, Choice, LabelError, read_labels,
         ("json", b'{"labels": [2, 5]}', (2, 5)),
         ("json", b'{"label": 2}', (2,)),
         ("json", b'{"cls": 2}', (2,)),
+        ("json", b"[]", ()),
+        ("json", b'{"labels": []}', ()),
     ],
 )
 def test_labels_are_read_from_cls_and_json(extension: str, content: bytes, labels: tuple[int, ...]) -> None:
@@ -26,13 +28,23 @@ def test_labels_are_read_from_cls_and_json(extension: str, content: bytes, label
     ("extension", "content"),
     [
         *(("cls", content) for content in (b"-1", b"1.5", b"", b"a", b"1_0", b"3 -1", b"\xff")),
-        *(("json", content) for content in (b"-1", b"true", b"[]", b"[2, 1.5]", b"{}", b"x", b"[" * 100_000)),
+        *(
+            ("json", content)
+            for content in (b"-1", b"true", b"null", b"[2, 1.5]", b"{}", b"x", b"[" * 100_000)
+        ),
     ],
     ids=range(14),
 )
 def test_labels_that_are_not_whole_numbers_from_0_are_refused(extension: str, content: bytes) -> None:
     with pytest.raises(LabelError):
         read_labels(Choice("jpg", extension), content, DEFAULT_KEYS)
+
+
+def test_for_an_index_of_version_2_an_empty_list_remains_damage() -> None:
+    strict = SampleKeys(strict=True)
+    assert read_labels(Choice("jpg", "json"), b"[4]", strict) == (4,)
+    with pytest.raises(LabelError, match="no field labels"):
+        read_labels(Choice("jpg", "json"), b"[]", strict)
 
 
 def test_keys_end_at_the_first_dot_of_the_file_name() -> None:

@@ -14,6 +14,7 @@ EXAMPLE = """examples:
   python tools/data.py pack photos/ data/photos
   python tools/data.py pack fall11_whole/ data/in21k --format imagenet21k --short-side 256 --workers 16
   python tools/data.py pack cifar-10-binary.tar.gz data/cifar10 --format cifar10
+  python tools/data.py pack pets/ data/pets --format pets
   python tools/data.py pack vtab/dtd-r1.0.1.tar.gz data/vtab/dtd --format vtab/dtd
   python tools/data.py index "s3://bucket/in21k/train-{000000..001419}.tar" --out data/in21k.json
   python tools/data.py verify data/in21k/index.json
@@ -123,7 +124,8 @@ def _add_pack(add: Any, cores: int) -> None:
     pack.add_argument(
         "--val-labels",
         default="",
-        help="ImageNet-1k: a text file with one synset per line, in the order of the file names",
+        help="ImageNet-1k: a text file with one synset per line, in the order of the file names; "
+        "imagenet_real: real.json",
     )
     pack.add_argument(
         "--membership",

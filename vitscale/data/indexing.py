@@ -181,7 +181,7 @@ class _IndexBuilder:
 
     def index(self, chunk_samples: int, keys: SampleKeys) -> Index:
         if not self.labels:
-            why = "; ".join(commonest(self.reasons))
+            why = "; ".join(commonest(self.reasons)) or "none has a label"
             raise DataError(
                 f"no usable sample in {len(self.shards):,} shards: {why}. Say what holds images and labels: "
                 "python tools/data.py index SHARDS --image-key EXTENSION --label-key EXTENSION_OR_FIELD, "

@@ -247,6 +247,8 @@ class Augmenter:
         """Why a sample cannot be used, "" if it can."""
         if isinstance(sample, BadSample):
             return sample.why()
+        if not sample.labels:
+            return "it has no label, and training needs one"
         index = self._source.index
         if len(sample.labels) > index.max_labels:
             return f"{len(sample.labels)} labels, the index says at most {index.max_labels}"

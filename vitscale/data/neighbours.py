@@ -42,9 +42,9 @@ def compare(
 ) -> Neighbours:
     """Compare neighbours with what the class counts alone would give.
 
-    pairs: of neighbours. shared_labels: added up over them. num_samples: that have labels, at
-    most max_labels each. Two samples in random order have the label c in common with the
-    chance n_c (n_c - 1) / (n (n - 1)); the sum over c is exact for several labels, too.
+    pairs: of neighbours. shared_labels: added up over them. num_samples: that can be used, with
+    at most max_labels labels each. Two samples in random order have the label c in common with
+    the chance n_c (n_c - 1) / (n (n - 1)); the sum over c is exact for several labels, too.
     """
     pairs_of_all = max(1, num_samples * (num_samples - 1))
     chance = sum(count * (count - 1) for count in label_counts.values()) / pairs_of_all

@@ -67,9 +67,10 @@ DEFAULT_KEYS = SampleKeys()
 
 
 class RawSample(NamedTuple):
-    """An undecoded sample. labels: class indices, several for multi-label data.
+    """An undecoded sample. labels: class indices, several for multi-label data, or none.
 
-    The image may be a view of the chunk that was read, which it then keeps in memory.
+    Evaluations leave out a sample without labels, and training replaces it. The image may be a
+    view of the chunk that was read, which it then keeps in memory.
     """
 
     key: str
@@ -227,11 +228,12 @@ def read_labels(choice: Choice, data: Bytes, keys: SampleKeys) -> tuple[int, ...
         KEY.cls     3  or  3 17  or  3,17
         KEY.json    3  or  [3, 17]  or  {"labels": [3, 17]} ("label" and "cls" will do, too)
 
-    Raises LabelError if there are none, or if one is neither a whole number from 0 to MAX_LABEL
-    nor the name of a class.
+    An empty list says that the image has no label: (). An empty KEY.cls does not, as a write
+    that failed leaves one. Raises LabelError for what holds no labels, or if one is neither a
+    whole number from 0 to MAX_LABEL nor the name of a class.
     """
     if choice.label.endswith("json"):
-        labels = _json_labels(data, choice)
+        labels = _json_labels(data, choice, keys.strict)
     else:
         try:
             text = bytes(data).decode().strip()
@@ -244,8 +246,8 @@ def read_labels(choice: Choice, data: Bytes, keys: SampleKeys) -> tuple[int, ...
     return tuple(_label(label, where, keys) for label in labels)
 
 
-def _json_labels(data: Bytes, choice: Choice) -> list[Any]:
-    """The values that stand where labels are expected, at least one."""
+def _json_labels(data: Bytes, choice: Choice, strict: bool) -> list[Any]:
+    """The values that stand where labels are expected; if `strict`, at least one."""
     try:
         content = json.loads(bytes(data))
     except (ValueError, RecursionError):  # the latter where it is nested too deeply
@@ -253,7 +255,7 @@ def _json_labels(data: Bytes, choice: Choice) -> list[Any]:
     fields = choice.fields or ("json",)
     value = next((value for field in fields for value in _values(content, field)), None)
     values = value if isinstance(value, list) else [value]
-    if value is None or not values:
+    if value is None or (strict and not values):
         wanted = choice.fields or ("labels", "label", "cls")
         has = f"the fields {' '.join(content)}" if isinstance(content, dict) else _brief(content)
         raise LabelError(f"its .{choice.label} has no field {' or '.join(wanted)}", has[:200])

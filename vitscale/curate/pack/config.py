@@ -27,6 +27,7 @@ class PackConfig:
     labels          which of CIFAR-100's two labels to take
     val_images      ImageNet-1k's validation images: their tar, or the folder of the JPEGs
     val_labels      their synsets: a text file with one per line, in the order of the file names
+                    (of the format "imagenet_real": real.json)
     membership      of WITH_MEMBERSHIP: the file or folder that says which images train
     image_key, label_key, classes
                     of the format "shards": see SampleKeys; classes is a file (read_classes)
@@ -63,7 +64,12 @@ class PackConfig:
             raise ConfigError("--short-side, --workers and --seed must not be negative; 0 is the default")
         if self.seed >= 2**64:
             raise ConfigError(f"--seed {self.seed} must be below 2^64; 0 is the default")
-        if bool(self.val_images) != bool(self.val_labels):
+        if self.format == "imagenet_real" and not self.val_labels:
+            raise ConfigError(
+                "--format imagenet_real needs --val-labels real.json "
+                "(github.com/google-research/reassessed-imagenet)"
+            )
+        if self.format != "imagenet_real" and bool(self.val_images) != bool(self.val_labels):
             raise ConfigError(
                 "--val-images and --val-labels belong together: the tar or folder of the validation JPEGs, "
                 "and the text file of their synset names"

@@ -36,6 +36,8 @@ from vitscale.curate.pack.plan import (
     refuse_other_options,
     write_omissions,
 )
+from vitscale.curate.pack.transfer import imagenet as imagenet_tests
+from vitscale.curate.pack.transfer import objectnet, oxford
 from vitscale.curate.pack.vtab.formats import VTAB_FORMATS
 from vitscale.curate.pack.writer import open_shard
 from vitscale.errors import ConfigError, DataError, StoreError
@@ -50,6 +52,11 @@ FORMATS: Mapping[str, Callable[[str, PackConfig], Listing]] = {
     "imagenet1k": imagenet.list_imagenet1k,
     "cifar10": cifar.list_cifar10,
     "cifar100": cifar.list_cifar100,
+    "pets": oxford.list_pets,
+    "flowers102": oxford.list_flowers102,
+    "imagenet_real": imagenet_tests.list_imagenet_real,
+    "imagenet_v2": imagenet_tests.list_imagenet_v2,
+    "objectnet": objectnet.list_objectnet,
     "csv": tables.list_csv,
     "jsonl": tables.list_jsonl,
     "shards": shards.list_shards,

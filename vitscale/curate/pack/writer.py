@@ -12,6 +12,7 @@ from vitscale.data.samples import RawSample
 from vitscale.errors import ConfigError
 
 SAMPLES_PER_SHARD = 1000
+NO_LABELS = b'{"labels": []}'  # in KEY.json: the image has no label, which an empty KEY.cls cannot say
 
 
 def shard_name(split: str, shard_number: int) -> str:
@@ -65,6 +66,6 @@ def write_shards(
 
 
 def _add_sample(archive: TarWriter, sample: RawSample) -> None:
-    labels = " ".join(map(str, sample.labels)).encode()
-    archive.write({"__key__": sample.key, sample.extension: sample.image, "cls": labels})
+    labels = {"cls": " ".join(map(str, sample.labels)).encode()} if sample.labels else {"json": NO_LABELS}
+    archive.write({"__key__": sample.key, sample.extension: sample.image, **labels})
     archive.tarstream.members = []  # pyright: ignore[reportAttributeAccessIssue] (else it keeps all)

@@ -137,7 +137,7 @@ class Files:
         if missing:
             raise DataError(
                 f"{self.source} holds no {prefix}{missing[0]}, which {listed_in} names ({len(missing):,} of "
-                f"{len(names):,} are missing); restore them: VTAB-1k has all of them"
+                f"{len(names):,} are missing); restore them: a published split is whole or nothing"
             )
         return [self.by_name[prefix + name] for name in names]
 

@@ -89,7 +89,7 @@ class ExampleReference:
         try:
             image = self.file.read()
         except Omission as omission:
-            raise DataError(f"{omission}; restore it: a split of VTAB-1k is whole or nothing") from None
+            raise DataError(f"{omission}; restore it: a published split is whole or nothing") from None
         if not image_kind(image):
             raise DataError(f"{self.where}: is not a JPEG, PNG or WebP image; restore it")
         return image
@@ -178,6 +178,11 @@ def array_images(
 ) -> list[ArrayImage]:
     """Images of arrays in memory; `rows` are their numbers in the data set."""
     return [ArrayImage(pixels, f"image {row} of {where}") for pixels, row in zip(arrays, rows, strict=True)]
+
+
+def all_references(examples: Examples) -> list[ExampleReference]:
+    """The images of a whole TFDS split, in its order."""
+    return _references(examples, list(range(len(examples.keys))))
 
 
 def _references(examples: Examples, rows: list[int]) -> list[ExampleReference]:

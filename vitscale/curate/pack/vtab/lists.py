@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int64
@@ -18,12 +18,9 @@ from vitscale.errors import DataError
 from vitscale.vtab.tasks import TASKS
 
 _DTD_ADVICE = "vtab/dtd reads dtd-r1.0.1.tar.gz, or the folder that it unpacks to"
-_FLOWERS_ADVICE = (
-    "vtab/flowers102 reads a folder with 102flowers.tgz or its jpg/, imagelabels.mat and setid.mat"
-)
+_FLOWERS_ADVICE = "reads a folder with 102flowers.tgz or its jpg/, imagelabels.mat and setid.mat"
 _PETS_ADVICE = (
-    "vtab/pets reads a folder with images.tar.gz and annotations.tar.gz, or with the folders that they "
-    "unpack to"
+    "reads a folder with images.tar.gz and annotations.tar.gz, or with the folders that they unpack to"
 )
 # Damaged, or no JPEGs: TFDS 4.0.0 decodes these and encodes them again.
 _PETS_REENCODED = frozenset(
@@ -57,11 +54,21 @@ def list_dtd(source: str, config: PackConfig) -> Listing:
 
 
 def list_flowers102(source: str, config: PackConfig) -> Listing:
+    """The training set is the small one: trnid, of 1,020 images."""
+    return make_listing(TASKS["flowers102"], source, read_flowers102(source, config.format))
+
+
+def list_pets(source: str, config: PackConfig) -> Listing:
+    splits, classes = read_pets(source, config.format)
+    return make_listing(TASKS["pets"], source, splits, classes)
+
+
+def read_flowers102(source: str, name: str) -> dict[str, Examples]:
     """102flowers.tgz with imagelabels.mat and setid.mat; image n is jpg/image_0000n.jpg.
 
-    The training set is the small one: trnid, of 1,020 images.
+    name: of the format, for messages. Returns train (trnid), validation and test.
     """
-    files = open_files(source, _FLOWERS_ADVICE, ("102flowers",))
+    files = open_files(source, f"{name} {_FLOWERS_ADVICE}", ("102flowers",))
     labels = _numbers(files, "imagelabels.mat", "labels")
     splits = {}
     for split, variable in (("train", "trnid"), ("validation", "valid"), ("test", "tstid")):
@@ -77,23 +84,26 @@ def list_flowers102(source: str, config: PackConfig) -> Listing:
             labels=[int(labels[image - 1]) - 1 for image in ids],
             images=_lookup(files, keys, "", "setid.mat"),
         )
-    return make_listing(TASKS["flowers102"], source, splits)
+    return splits
 
 
-def list_pets(source: str, config: PackConfig) -> Listing:
+def read_pets(source: str, name: str) -> tuple[Mapping[str, Examples], tuple[str, ...]]:
     """images.tar.gz and annotations.tar.gz: lists with the lines NAME class species breed.
+
+    name: of the format, for messages. Returns train (trainval) and test, and the names of the
+    breeds by class, () if a class has none.
 
     Twelve images are decoded and encoded again, as TFDS does; their pixels may differ from
     TensorFlow's by what two JPEG decoders differ.
     """
-    files = open_files(source, _PETS_ADVICE, ("images", "annotations"))
+    files = open_files(source, f"{name} {_PETS_ADVICE}", ("images", "annotations"))
     splits, names = {}, dict[int, str]()
-    for split, name in (("train", "trainval"), ("test", "test")):
-        rows = [line.split() for line in files.lines(f"annotations/{name}.txt") if not line.startswith("#")]
+    for split, listed in (("train", "trainval.txt"), ("test", "test.txt")):
+        rows = [line.split() for line in files.lines(f"annotations/{listed}") if not line.startswith("#")]
         for row in rows:
             if len(row) != 4 or not row[1].isdecimal():
                 raise DataError(
-                    f"annotations/{name}.txt in {source} has the line {' '.join(row)!r}; a line is "
+                    f"annotations/{listed} in {source} has the line {' '.join(row)!r}; a line is "
                     "NAME CLASS SPECIES BREED, like Sphynx_158 34 1 12"
                 )
             names.setdefault(int(row[1]) - 1, row[0].rpartition("_")[0])
@@ -101,10 +111,10 @@ def list_pets(source: str, config: PackConfig) -> Listing:
         splits[split] = Examples(
             keys=keys,
             labels=[int(row[1]) - 1 for row in rows],
-            images=functools.partial(_pets_images, files, keys, f"annotations/{name}.txt"),
+            images=functools.partial(_pets_images, files, keys, f"annotations/{listed}"),
         )
     known = tuple(names[label] for label in sorted(names)) if sorted(names) == list(range(len(names))) else ()
-    return make_listing(TASKS["pets"], source, splits, known)
+    return splits, known
 
 
 def reencode_pet(image: bytes) -> bytes:
