@@ -12,6 +12,7 @@ from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError
 from vitscale.losses import LossConfig
 from vitscale.mixup import mix
+from vitscale.models.vit import ViTConfig
 from vitscale.objectives import BatchKey, ClassificationConfig, Objective, build_objective
 from vitscale.train_config import TrainConfig
 
@@ -40,8 +41,8 @@ def forward(pixels: Tensor) -> Tensor:
 
 
 def classification(augment: AugmentConfig, loss: str = "sigmoid") -> Objective:
-    sections = {"loss": LossConfig(name=loss), "augment": augment, "num_classes": CLASSES}
-    return build_objective(ClassificationConfig(), **sections)
+    model = ViTConfig(num_classes=CLASSES)
+    return build_objective(ClassificationConfig(), loss=LossConfig(name=loss), augment=augment, model=model)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])

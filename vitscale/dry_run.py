@@ -173,11 +173,12 @@ def _batch_lines(job: Job) -> list[tuple[str, str]]:
 
 def _model_lines(config: TrainConfig, num_params: int) -> list[tuple[str, str]]:
     decay = config.optim.lr * config.optim.weight_decay
+    first_loss = expected_first_loss(config)
     return [
         ("parameters", f"{num_params:,}"),
         ("training FLOPs", f"{train_flops(config.model):,} per image"),
         ("effective weight decay", f"{decay:g} per step at the peak rate, on kernels only"),
-        ("expected first loss", f"{expected_first_loss(config):.6f}"),
+        ("expected first loss", "depends on the pixels" if first_loss is None else f"{first_loss:.6f}"),
     ]
 
 

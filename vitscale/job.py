@@ -18,6 +18,7 @@ from vitscale.data.sources import (
 from vitscale.engine.batches import BatchPlan, plan_batches
 from vitscale.engine.ds_config import check_ds_config, make_ds_config
 from vitscale.errors import ConfigError
+from vitscale.objectives import COLORS, ClassificationConfig, MaskedPatchesConfig
 from vitscale.train_config import TrainConfig
 
 
@@ -56,7 +57,8 @@ def prepare(config: TrainConfig, world_size: int) -> Job:
 
 def derive(config: TrainConfig, world_size: int, sources: tuple[Source, ...]) -> Job:
     """The job of a config and of its opened sources. Raises ConfigError."""
-    check_labels(sources, config.data, config.model.num_classes)
+    if isinstance(config.objective, ClassificationConfig):
+        check_labels(sources, config.data, config.model.num_classes)
     mixture = make_mixture(
         sources,
         config.data,
@@ -97,11 +99,14 @@ def _check_pairs(config: TrainConfig, plan: BatchPlan, mixture: Mixture) -> None
         )
 
 
-def expected_first_loss(config: TrainConfig) -> float:
-    """The loss of a zero-initialised head with one positive label per image.
+def expected_first_loss(config: TrainConfig) -> float | None:
+    """The loss of a zero-initialised head, with one positive label per image.
 
-    softmax: ln C. sigmoid with bias b: C softplus(b) - b.
+    softmax: ln C. sigmoid with bias b: C softplus(b) - b. Colours of patches: the logarithm of
+    their number. None: it depends on the pixels.
     """
+    if isinstance(config.objective, MaskedPatchesConfig):
+        return None if config.objective.target == "regression" else math.log(COLORS)
     if config.loss.name == "softmax":
         return math.log(config.model.num_classes)
     bias = config.model.head_bias

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig
@@ -121,9 +122,14 @@ def activation_bytes(
 def head_bytes(config: ViTConfig, micro_batch: int) -> int:
     """Bytes of the head in fp32: logits, targets, the loss's own copy and their gradient, and
     a copy of the weights with its gradient.
+
+    A patch head counts as if all patches were corrupted.
     """
     inputs = config.representation_size or config.resolved_width
-    return config.num_classes * (16 * micro_batch + 8 * inputs)
+    of_patches = config.num_patch_outputs * (
+        16 * micro_batch * math.prod(config.grid) + 8 * config.resolved_width
+    )
+    return config.num_classes * (16 * micro_batch + 8 * inputs) + of_patches
 
 
 def buffer_bytes(num_params: int, zero_stage: int, precision: str) -> int:

@@ -97,7 +97,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 def layer_of(name: str) -> int | None:
     """The layer of a parameter: 0 = embeddings, i + 1 = block i, None = above all blocks."""
-    if name.startswith(("patch_embed.", "cls_token", "reg_token", "pos_embed")):
+    if name.startswith(("patch_embed.", "cls_token", "reg_token", "mask_token", "pos_embed")):
         return 0
     block = re.match(r"blocks\.(\d+)\.", name)
     return int(block[1]) + 1 if block else None

@@ -32,6 +32,7 @@ DOMAINS = {
     "drop_path": 18,
     "dev": 19,
     "linear": 20,
+    "corrupt": 21,
 }
 
 

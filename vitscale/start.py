@@ -92,10 +92,7 @@ def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iter
             tasks=tasks,
             engine=engine,
             objective=build_objective(
-                config.objective,
-                loss=config.loss,
-                augment=config.augment,
-                num_classes=config.model.num_classes,
+                config.objective, loss=config.loss, augment=config.augment, model=config.model
             ),
             progress=progress,
             batches=stream,

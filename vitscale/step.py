@@ -54,11 +54,13 @@ def skipped_step(run: Run) -> Tensor:
 
     They cannot be left alone in the collectives of a step that they have begun.
     """
-    job = run.job
-    size = job.config.model.image_size
-    images = torch.zeros(job.plan.micro_batch, 3, size, size, device=distributed.device())
+    job, device = run.job, distributed.device()
+    size, rows = job.config.model.image_size, job.plan.micro_batch
+    images = torch.zeros(rows, 3, size, size, dtype=torch.uint8, device=device)
+    labels = torch.full((rows, 1), -1, device=device)
     for _ in range(job.plan.grad_accum_steps):
-        loss = run.engine.forward(images).mean() * float("nan")
-        run.engine.backward(loss)
+        # The objective's own loss: each parameter that it trains takes part in collectives.
+        loss = run.objective.loss(run.engine.forward, images, labels, BatchKey(job.config.seed, 0, 0))
+        run.engine.backward(loss * float("nan"))
         run.engine.step()
     return torch.full((), float("nan"))

@@ -16,7 +16,8 @@ from vitscale.evals import ClassifyConfig, EvalConfig
 from vitscale.expect import ExpectConfig
 from vitscale.losses import LossConfig
 from vitscale.models import ModelConfig
-from vitscale.objectives import ClassificationConfig, ObjectiveConfig
+from vitscale.models.vit import ViTConfig
+from vitscale.objectives import DOWNSIZED, ClassificationConfig, MaskedPatchesConfig, ObjectiveConfig
 from vitscale.optim import OptimConfig
 from vitscale.schedule import ScheduleConfig
 
@@ -214,8 +215,61 @@ class TrainConfig:
             raise ConfigError(
                 'data.labels = "multi" needs loss.name = "sigmoid": softmax takes one class per image'
             )
+        if isinstance(self.objective, MaskedPatchesConfig):
+            self._check_masked_patches(self.objective)
+        elif isinstance(self.model, ViTConfig) and self.model.num_patch_outputs:
+            raise ConfigError(
+                f"model.num_patch_outputs {self.model.num_patch_outputs} makes a head on patches, which "
+                f'objective.kind = "{self.objective.kind}" does not train; leave it out, or set '
+                'objective.kind = "masked_patches"'
+            )
         self._check_validation()
         self._check_judge()
+
+    def _check_masked_patches(self, objective: MaskedPatchesConfig) -> None:
+        kind, model = 'objective.kind = "masked_patches"', self.model
+        if not isinstance(model, ViTConfig):
+            raise ConfigError(f'{kind} needs model.kind = "vit": a model of another kind has no patches')
+        patch = model.resolved_patch_size
+        if math.prod(model.grid) < 2:
+            raise ConfigError(
+                f"{kind} needs two patches or more, and model.image_size {model.image_size} has one of "
+                f"{patch} pixels; use a larger image or smaller patches"
+            )
+        if objective.target == "downsized_patch" and patch % DOWNSIZED:
+            raise ConfigError(
+                f'objective.target = "downsized_patch" needs a patch size that is a multiple of {DOWNSIZED}, '
+                f'not {patch}; use another variant, or target = "mean_color"'
+            )
+        outputs = objective.num_outputs(patch)
+        if model.num_patch_outputs != outputs:
+            raise ConfigError(
+                f"model.num_patch_outputs is {model.num_patch_outputs}, but objective.target = "
+                f'"{objective.target}" needs {outputs}; set model.num_patch_outputs = {outputs}'
+            )
+        for name, value in {"num_classes": 0, "representation_size": 0}.items():
+            if getattr(model, name) != value:
+                raise ConfigError(
+                    f"model.{name} {getattr(model, name)} makes a layer that {kind} does not train; "
+                    f"set model.{name} = {value}"
+                )
+        if model.pool == "map":
+            raise ConfigError(
+                f'model.pool = "map" is not trained by {kind}, which looks at patch tokens alone; use '
+                '"token" or "mean"'
+            )
+        for name in ("mixup", "cutmix"):
+            if getattr(self.augment, name):
+                raise ConfigError(f"augment.{name} mixes labels, and {kind} has none; leave it out")
+        if self.loss != LossConfig() or self.data.labels != "single":
+            key = "[loss]" if self.loss != LossConfig() else 'data.labels = "multi"'
+            raise ConfigError(f"{key} is about labels, which {kind} does not read; leave it out")
+        for name, section in self.evals.items():
+            if isinstance(section, ClassifyConfig):
+                raise ConfigError(
+                    f'evals.{name} of kind "classify" scores a classifier, and {kind} trains none; use '
+                    'kind = "fewshot" or "knn"'
+                )
 
     def _check_judge(self) -> None:
         judge = self.checkpoint.keep_best

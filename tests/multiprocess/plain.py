@@ -32,7 +32,7 @@ def plain_losses(
     freeze(model, config.optim.freeze)
     optimizer = build_optimizer(config.optim, model)
     objective = build_objective(
-        config.objective, loss=config.loss, augment=config.augment, num_classes=config.model.num_classes
+        config.objective, loss=config.loss, augment=config.augment, model=config.model
     )
     stream = Stream(
         sources=job.sources,

@@ -115,7 +115,7 @@ class Ours:
             ClassificationConfig(),
             loss=LossConfig(),
             augment=AugmentConfig(),
-            num_classes=config.model.num_classes,
+            model=config.model,
         )
 
     def step(self, images: Tensor, labels: Tensor) -> None:

@@ -21,6 +21,7 @@ from vitscale.engine.ema import Ema
 from vitscale.engine.zero import EMA, FP32, OPTIMIZER_SLOTS, Counters, Fragment, FragmentSource, Untrained
 from vitscale.errors import ConfigError
 from vitscale.models import Model
+from vitscale.models.corruption import Corruption
 from vitscale.optim import OptimConfig, build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -80,15 +81,21 @@ class Engine:
         self._ema = Ema(self._ds, optim.ema_decay) if optim.ema_decay else None
 
     def forward(
-        self, images: Float[Tensor, "B 3 H W"], *, features_only: bool = False, kept: Tensor | None = None
-    ) -> Float[Tensor, "B C"]:
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        *,
+        features_only: bool = False,
+        kept: Tensor | None = None,
+        corruption: Corruption | None = None,
+    ) -> Float[Tensor, "B *rest"]:
         """Logits in fp32, or features in the run's precision; images in [-1, 1].
 
-        kept: as Model.forward takes it.
+        kept, corruption: as the model's forward takes them.
         """
         # DeepSpeed's forward counts as part of a training step, so evaluation calls the module.
         network = self._ds if self._ds.training else self.module
-        options = {} if kept is None else {"kept": kept}
+        given = {"kept": kept, "corruption": corruption}
+        options = {name: value for name, value in given.items() if value is not None}
         return network(images.to(self._dtype), features_only=features_only, **options)
 
     def backward(self, loss: Float[Tensor, ""]) -> None:

@@ -18,7 +18,15 @@ from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel
 
 # What of the recipe's [model] counts; the rest is the checkpoint's.
-RECIPE_KEYS = ("image_size", "num_classes", "representation_size", "head_bias", "dropout", "drop_path")
+RECIPE_KEYS = (
+    "image_size",
+    "num_classes",
+    "num_patch_outputs",
+    "representation_size",
+    "head_bias",
+    "dropout",
+    "drop_path",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,7 @@ def finetuning_config(
         model,
         image_size=protocol.image_size,
         num_classes=num_classes,
+        num_patch_outputs=0,
         representation_size=0,
         head_bias=0.0,
     )

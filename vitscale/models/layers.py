@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -24,6 +24,14 @@ _KEPT_OPS = [
 _keep_matmuls = functools.partial(create_selective_checkpoint_contexts, _KEPT_OPS)
 
 
+def to_patches(images: Shaped[Tensor, "B 3 H W"], size: int) -> Shaped[Tensor, "B N X"]:
+    """The values of each patch, row by row of the grid: by channel, then row, then column."""
+    batch, channels, height, width = images.shape
+    rows, cols = height // size, width // size
+    patches = images.reshape(batch, channels, rows, size, cols, size)  # [B, C, h, P, w, P]
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * cols, channels * size**2)
+
+
 class PatchEmbed(nn.Module):
     """Patches to tokens, by a reshape and one matmul.
 
@@ -36,12 +44,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(3 * patch_size**2, width)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
-        batch, channels, height, width = images.shape
-        size = self.patch_size
-        rows, cols = height // size, width // size
-        patches = images.reshape(batch, channels, rows, size, cols, size)  # [B, C, h, P, w, P]
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * cols, channels * size**2)
-        return self.proj(patches)
+        return self.proj(to_patches(images, self.patch_size))
 
 
 class Mlp(nn.Module):

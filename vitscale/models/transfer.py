@@ -36,9 +36,9 @@ def is_backbone(name: str) -> bool:
     """Whether a model takes this tensor over.
 
     The head, both tanh layer and classifier, is left out: the target keeps its own
-    zero-initialised one (paper, section 3.2).
+    zero-initialised one (paper, section 3.2). So is what masked patch prediction alone needs.
     """
-    return not name.startswith(("pre_logits.", "head."))
+    return not name.startswith(("pre_logits.", "head.", "mask_token", "patch_head."))
 
 
 def transferred(name: str, tensor: Tensor, source: ViTConfig, target: ViTConfig) -> Tensor:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
+from vitscale.models.corruption import Corruption
 from vitscale.models.layers import Block, Checkpointing, Fp32Linear, Gelu, MapHead, PatchEmbed
 from vitscale.models.model import Model
 from vitscale.models.posemb import Grid, sincos2d
@@ -60,6 +61,8 @@ class ViTConfig:
                           tokens, or "map", multi-head attention pooling
     num_registers:        learned tokens without a position beside those of the image ("Vision
                           Transformers Need Registers"); pooling by mean leaves them out
+    num_patch_outputs:    outputs of a head on patch tokens, for masked patch prediction; with it
+                          comes the learned embedding of masked patches; 0 = neither
     representation_size:  width of the tanh layer before the head; 0 = none
     head_bias:            initial bias of the head; for a sigmoid loss about -ln(num_classes)
     dropout:              after the position embedding, each attention and each MLP layer
@@ -81,6 +84,7 @@ class ViTConfig:
     num_classes: int = 1000
     pool: Literal["token", "mean", "map"] = "token"
     num_registers: int = 0
+    num_patch_outputs: int = 0
     representation_size: int = 0
     head_bias: float = 0.0
     dropout: float = 0.0
@@ -92,7 +96,7 @@ class ViTConfig:
     def __post_init__(self) -> None:
         self._check_variant()
         sizes = ("width", "depth", "num_heads", "mlp_dim", "patch_size", "num_classes")
-        for name in (*sizes, "num_registers", "representation_size"):
+        for name in (*sizes, "num_registers", "num_patch_outputs", "representation_size"):
             if not 0 <= getattr(self, name) <= MAX_SIZE:
                 raise ConfigError(f"model.{name} {getattr(self, name)} must lie in [0, {MAX_SIZE:,}]")
         patch = self.resolved_patch_size
@@ -182,6 +186,8 @@ class ViT(Model):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.pool == "token" else None
         registers = config.num_registers
         self.reg_token = nn.Parameter(torch.empty(1, registers, width)) if registers else None
+        outputs = config.num_patch_outputs
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if outputs else None
         if config.posemb == "learned":
             self.pos_embed = nn.Parameter(torch.empty(1, config.num_positions, width))
         else:
@@ -196,6 +202,7 @@ class ViT(Model):
         size = config.representation_size
         self.pre_logits = nn.Linear(width, size) if size else None
         self.head = Fp32Linear(size or width, config.num_classes) if config.num_classes else None
+        self.patch_head = Fp32Linear(width, outputs) if outputs else None
 
     def forward(
         self,
@@ -204,22 +211,32 @@ class ViT(Model):
         tokens: bool = False,
         layers: Sequence[int] | None = None,
         kept: Float[Tensor, "L 2 B 1 1"] | None = None,
+        corruption: Corruption | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """As Model.forward; with a corruption, the outputs of the patch head for the corrupted
+        patches, [B, k, num_patch_outputs].
+        """
         wanted = layers or ()
         self._check_arguments(images, wanted)
-        x = self._embed(images)  # [B, N, D]
+        x = self._embed(images, corruption)  # [B, N, D]
         outputs: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             x = block(x) if kept is None else block(x, kept[index])
             if index in wanted:
                 outputs[index] = self._patch_tokens(self.norm(x))
         x = self.norm(x)  # [B, N, D]
+        if corruption is not None:
+            return self._predict(self._patch_tokens(x), corruption.corrupted)
         out = self._patch_tokens(x) if tokens else self._represent(x, features_only)
         return out if layers is None else (out, [outputs[index] for index in wanted])
 
-    def _embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+    def _embed(
+        self, images: Float[Tensor, "B 3 H W"], corruption: Corruption | None
+    ) -> Float[Tensor, "B N D"]:
         """The tokens: the class token, if any, the registers, and the patches, row by row."""
         x = self.patch_embed(images)  # [B, n, D]
+        if corruption is not None:
+            x = self._corrupt(x, corruption.sources)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         # A fixed table is a buffer, which DeepSpeed leaves in fp32.
@@ -228,6 +245,16 @@ class ViT(Model):
             return x
         before, patches = x.tensor_split([self.config.num_positions - math.prod(self.config.grid)], dim=1)
         return torch.cat([before, self.reg_token.expand(x.shape[0], -1, -1), patches], dim=1)
+
+    def _corrupt(self, x: Float[Tensor, "B n D"], sources: Int64[Tensor, "B n"]) -> Float[Tensor, "B n D"]:
+        assert self.mask_token is not None, "the model has no patch head"
+        num_patches = x.shape[1]
+        masked = (sources == num_patches)[:, :, None]  # [B, n, 1]
+        return torch.where(masked, self.mask_token, _rows_of(x, sources.clamp(max=num_patches - 1)))
+
+    def _predict(self, x: Float[Tensor, "B n D"], corrupted: Int64[Tensor, "B k"]) -> Float[Tensor, "B k X"]:
+        assert self.patch_head is not None, "the model has no patch head"
+        return self.patch_head(_rows_of(x, corrupted))
 
     def set_activation_checkpointing(self, mode: Checkpointing) -> None:
         for block in self._blocks():
@@ -253,7 +280,9 @@ class ViT(Model):
             learned positions     normal, deviation 0.02
             class token           0
             registers             normal, deviation 1e-6 (timm, DINOv2)
+            mask token            normal, deviation 0.02 (BERT's embeddings)
             head                  kernel 0, bias config.head_bias
+            patch head            0
         """
         generator = torch.Generator().manual_seed(seed)
         for name, module in self.named_modules():
@@ -284,6 +313,10 @@ class ViT(Model):
         if self.head is not None:
             yield "head.weight", torch.zeros(self.head.weight.shape)
             yield "head.bias", torch.full(self.head.bias.shape, self.config.head_bias)
+        if self.mask_token is not None and self.patch_head is not None:
+            yield "mask_token", _normal(self.mask_token, 0.02, generator)
+            yield "patch_head.weight", torch.zeros(self.patch_head.weight.shape)
+            yield "patch_head.bias", torch.zeros(self.patch_head.bias.shape)
 
     @torch.no_grad()
     def init_buffers(self) -> None:
@@ -323,6 +356,11 @@ class ViT(Model):
         if self.attn_pool is not None:
             return self.attn_pool(x)
         return x[:, 0] if self.cls_token is not None else self._patch_tokens(x).mean(dim=1)
+
+
+def _rows_of(x: Float[Tensor, "B n D"], indices: Int64[Tensor, "B k"]) -> Float[Tensor, "B k D"]:
+    """Some tokens of each image. On a GPU, gather's gradient would be summed in any order."""
+    return x[torch.arange(len(x), device=x.device)[:, None], indices]
 
 
 def _xavier_uniform(weight: Tensor, fan_out: int, generator: torch.Generator) -> Tensor:

@@ -12,6 +12,7 @@ from vitscale.weights.files import Dtype
 _ONLY_TOKEN = (("token",), "ViTForImageClassification reads the class token; use --format timm")
 _NO_TANH_LAYER = "has no tanh layer before its head; use --format safetensors or npz"
 _NO_REGISTERS = ((0,), "it would be another model there; use --format safetensors")
+_NO_PATCH_HEAD = ((0,), "it has no mask token and no head on patches; export a model fine-tuned from it")
 _NO_MAP_HEAD = (("token", "mean"), "only big_vision has this head; use --dialect big_vision")
 # By dialect, the keys that it limits: the allowed values, and what to do about others.
 _LIMITS: dict[Dialect, dict[str, tuple[tuple[object, ...], str]]] = {
@@ -53,7 +54,8 @@ _TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
     """Raise CheckpointError for the first key of the model that the dialect cannot express."""
-    for key, (allowed, reason) in ({"num_registers": _NO_REGISTERS} | _LIMITS.get(dialect, {})).items():
+    limits = {"num_registers": _NO_REGISTERS, "num_patch_outputs": _NO_PATCH_HEAD}
+    for key, (allowed, reason) in (limits | _LIMITS.get(dialect, {})).items():
         value = getattr(config, key)
         if value not in allowed:
             raise CheckpointError(f"model.{key} {value!r} cannot be exported to {dialect}: {reason}")
