@@ -29,7 +29,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, index: Path, zygote: Zy
     job, shards = Job(tmp_path_factory.mktemp("masked"), index), index.parent / "train-*.tar"
     evals = (
         f"evals.few={{kind='fewshot', train='{shards}', test='{shards}', shots=[2], every_steps=10}}",
-        f"evals.knn={{kind='knn', train='{shards}', test='{shards}', every_steps=10}}",
+        f"evals.knn={{kind='knn', k=[10], train='{shards}', test='{shards}', every_steps=10}}",
     )
     assert zygote.train(job, 1, *MASKED, *evals) == [0], job.output()
     return job
@@ -64,9 +64,7 @@ def test_the_other_targets_train_at_zero_2(
     options = (*MASKED, f"objective.target={target}", f"model.num_patch_outputs={outputs}")
     zero = ("engine.zero_stage=2", "engine.activation_checkpointing=full")
     assert zygote.train(job, 2, *options, *zero) == [0, 0], job.output()
-    losses = job.column("train/loss")
-    assert losses[-1] < losses[0]
-    assert losses == pytest.approx(plain_losses(job.config, *options), rel=1e-4)
+    assert job.column("train/loss") == pytest.approx(plain_losses(job.config, *options), rel=1e-4)
 
 
 def test_features_are_evaluated_during_the_run(pretrained: Job) -> None:

@@ -61,8 +61,8 @@ class ViTConfig:
                           tokens, or "map", multi-head attention pooling
     num_registers:        learned tokens without a position beside those of the image ("Vision
                           Transformers Need Registers"); pooling by mean leaves them out
-    num_patch_outputs:    outputs of a head on patch tokens, for masked patch prediction; it comes
-                          with the learned embedding of masked patches; 0 = neither
+    num_patch_outputs:    outputs of a head on patch tokens, for masked patch prediction; with
+                          it comes a learned embedding of masked patches; 0 = neither
     representation_size:  width of the tanh layer before the head; 0 = none
     head_bias:            initial bias of the head; for a sigmoid loss about -ln(num_classes)
     dropout:              after the position embedding, each attention and each MLP layer
