@@ -281,6 +281,11 @@ def test_a_head_by_hand() -> None:
     assert head_bytes(dataclasses.replace(many, representation_size=100), 1) == 21_843 * (16 + 8 * 100)
 
 
+def test_a_head_on_patches_by_hand() -> None:
+    masked = ViTConfig(variant="B/16", num_classes=0, num_patch_outputs=512)
+    assert head_bytes(masked, 64) == 512 * (16 * 64 * 196 + 8 * 768)
+
+
 def test_micro_batches_divide_a_rank_and_are_even_for_pairs() -> None:
     assert micro_batches(12, pairs=False) == [1, 2, 3, 4, 6, 12]
     assert micro_batches(12, pairs=True) == [2, 4, 6, 12]

@@ -67,11 +67,16 @@ def test_a_file_stops_the_run_once(tmp_path: Path, index: Path, zygote: Zygote) 
     assert max(job.checkpoints()) == job.rows()[-1]["step"]
 
 
+MASKED = ("model.num_classes=0", "model.representation_size=0", "model.num_patch_outputs=512")
+
+
+@pytest.mark.parametrize("options", [(), ("objective.kind=masked_patches", *MASKED)])
 def test_a_rank_without_data_stops_when_another_one_is_asked(
-    tmp_path: Path, index: Path, zygote: Zygote
+    tmp_path: Path, index: Path, zygote: Zygote, options: tuple[str, ...]
 ) -> None:
     job, whole = Job(tmp_path / "job", index), Job(tmp_path / "whole", index)
-    with job.ranks(2, "engine.num_workers=1", "total_steps=100000") as ranks:
+    endless = (*options, "total_steps=100000")
+    with job.ranks(2, "engine.num_workers=1", *endless) as ranks:
         wait_for(lambda: len(job.rows()) > 7, job)
         data_worker_of(psutil.Process(ranks[1].pid)).suspend()
         step = last_step(job)
@@ -82,8 +87,8 @@ def test_a_rank_without_data_stops_when_another_one_is_asked(
     # The last step that all have made is saved. The one after it has left no trace.
     step = job.rows()[-1]["step"]
     assert max(job.checkpoints()) == step and "rank 0" in read_status(job)["reason"]
-    assert zygote.train(job, 2, "total_steps=100000", event=KillAll(batch=5)) == [-9, -9]
-    assert zygote.train(whole, 2, "total_steps=100000", event=KillAll(batch=step + 5)) == [-9, -9]
+    assert zygote.train(job, 2, *endless, event=KillAll(batch=5)) == [-9, -9]
+    assert zygote.train(whole, 2, *endless, event=KillAll(batch=step + 5)) == [-9, -9]
     common = min(len(job.rows()), len(whole.rows()))
     assert common > step + 1
     for name in ("step", "train/loss", "train/skipped_steps", "data/digest"):

@@ -119,6 +119,12 @@ def test_what_is_not_an_export_is_never_replaced(tmp_path: Path) -> None:
         ({"representation_size": 8}, {"format": "transformers"}, "model.representation_size 8 cannot be"),
         ({"representation_size": 8}, {"format": "timm"}, "no tanh layer before its head; use"),
         ({"norm_eps": 1e-5}, {"format": "timm"}, "model.norm_eps 1e-05 cannot be exported to timm"),
+        ({"num_patch_outputs": 9}, {"format": "timm"}, "model.num_patch_outputs 9 cannot .* no mask token"),
+        (
+            {"num_patch_outputs": 9},
+            {"format": "npz"},
+            "model.num_patch_outputs 9 cannot .* fine-tuned from it",
+        ),
         ({"pool": "map"}, {"format": "npz"}, "model.pool 'map' cannot .* original: .* --dialect big_vision"),
         ({}, {"format": "safetensors", "slot": "ema"}, "holds no average of the weights"),
     ],
