@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from multiprocess.ends import data_worker_of, read_status
 from multiprocess.job import TIMEOUT_SECONDS, Job
 from multiprocess.ranks import KillAll, Stop, StopInEvaluation
