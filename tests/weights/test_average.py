@@ -14,7 +14,8 @@ from vitscale import load_model
 from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.config import to_dict
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.models import ModelConfig, build_model
+from vitscale.models import build_model
+from vitscale.models.vit import ViTConfig
 from vitscale.weights.average import average
 from vitscale.weights.export import export_safetensors
 from vitscale.weights.saved import SavedModel
@@ -100,8 +101,8 @@ def test_a_model_with_other_tensors_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_same_model_may_be_configured_and_trained_in_two_ways(tmp_path: Path) -> None:
-    config = ModelConfig(variant="mu/4", image_size=8, num_classes=3)
-    with_numbers = ModelConfig(
+    config = ViTConfig(variant="mu/4", image_size=8, num_classes=3)
+    with_numbers = ViTConfig(
         variant="B/4", width=32, depth=1, mlp_dim=128, num_heads=2, image_size=8, num_classes=3, dropout=0.1
     )
     saved_model(tmp_path / "a.safetensors", config)

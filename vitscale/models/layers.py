@@ -1,6 +1,7 @@
 """The pieces of a Vision Transformer, named as timm names them."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -16,12 +17,25 @@ Checkpointing = Literal["none", "selective", "full"]
 _KEPT_OPS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten.convolution.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 ]
 _keep_matmuls = functools.partial(create_selective_checkpoint_contexts, _KEPT_OPS)
+
+
+def recomputed(
+    function: Callable[..., Tensor],
+    *inputs: Tensor | None,
+    mode: Literal["selective", "full"],
+    has_dropout: bool,
+) -> Tensor:
+    """function(*inputs); the backward pass computes again what `mode` does not keep of it."""
+    options: dict[str, Any] = {"context_fn": _keep_matmuls} if mode == "selective" else {}
+    options["preserve_rng_state"] = has_dropout
+    return checkpoint(function, *inputs, use_reentrant=False, **options)
 
 
 class PatchEmbed(nn.Module):
@@ -113,9 +127,8 @@ class Block(nn.Module):
         # In here, not around the block, so that a compiled block holds its recomputation, too.
         if self.checkpointing == "none" or not self.training:
             return self._forward(x, kept)
-        options: dict[str, Any] = {"context_fn": _keep_matmuls} if self.checkpointing == "selective" else {}
-        options["preserve_rng_state"] = self.drop.p > 0
-        return checkpoint(self._forward, x, kept, use_reentrant=False, **options)
+        has_dropout = self.drop.p > 0
+        return recomputed(self._forward, x, kept, mode=self.checkpointing, has_dropout=has_dropout)
 
     def _forward(
         self, x: Float[Tensor, "B N D"], kept: Float[Tensor, "2 B 1 1"] | None
