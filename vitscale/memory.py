@@ -139,8 +139,7 @@ def _resnet_activations(
 
         "none"         input and its norm's ReLU: 2 s^2 I; the same of the two other norms:
                        2 s^2 M + 2 t^2 M
-        "selective"    input: s^2 I; outputs of the convolutions: s^2 M + t^2 (M + O), and of
-                       the projection: t^2 O
+        "selective"    input, and outputs of the first two convolutions: s^2 (I + M) + t^2 M
         "full"         input: s^2 I
 
     Beside the blocks, the root's padded output and where its largest values are, and the last
@@ -151,9 +150,7 @@ def _resnet_activations(
     for shape in block_shapes(config):
         s2, t2 = shape.side_in**2, shape.side_out**2
         none = 2 * s2 * (shape.inputs + shape.mid) + 2 * t2 * shape.mid
-        outputs = shape.outputs * (2 if shape.has_projection else 1)
-        selective = s2 * (shape.inputs + shape.mid) + t2 * (shape.mid + outputs)
-        kept += {"none": none, "selective": selective, "full": s2 * shape.inputs}[checkpointing]
+        kept += {"none": none, "selective": none // 2, "full": s2 * shape.inputs}[checkpointing]
         kernel = shape.inputs * shape.mid + 9 * shape.mid**2 + shape.mid * shape.outputs
         kernel += shape.inputs * shape.outputs if shape.has_projection else 0
         kernels += kernel

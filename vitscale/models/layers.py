@@ -8,22 +8,36 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Gelu = Literal["tanh", "exact"]
 Checkpointing = Literal["none", "selective", "full"]
 
 # What selective checkpointing keeps: the outputs that are expensive to compute again.
-_KEPT_OPS = [
+_KEPT_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
-    torch.ops.aten.convolution.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-]
-_keep_matmuls = functools.partial(create_selective_checkpoint_contexts, _KEPT_OPS)
+}
+
+
+def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    """What selective checkpointing does with an operation of the forward pass.
+
+    A convolution to more channels than it reads would need more memory than its input does,
+    which the backward pass needs anyway.
+    """
+    kept = operation in _KEPT_OPS
+    if operation == torch.ops.aten.convolution.default:
+        outputs, inputs = arguments[1].shape[:2]
+        kept = outputs <= inputs
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_expensive = functools.partial(create_selective_checkpoint_contexts, _policy)
 
 
 def recomputed(
@@ -33,7 +47,7 @@ def recomputed(
     has_dropout: bool,
 ) -> Tensor:
     """function(*inputs); the backward pass computes again what `mode` does not keep of it."""
-    options: dict[str, Any] = {"context_fn": _keep_matmuls} if mode == "selective" else {}
+    options: dict[str, Any] = {"context_fn": _keep_expensive} if mode == "selective" else {}
     options["preserve_rng_state"] = has_dropout
     return checkpoint(function, *inputs, use_reentrant=False, **options)
 
