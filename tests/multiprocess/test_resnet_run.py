@@ -26,6 +26,9 @@ CONFIG = ResNetConfig(width=32, stages=(1, 2), image_size=16, num_classes=5)
 def resnet_job(folder: Path, index: Path) -> Job:
     job = Job(folder, index)
     text = re.sub(r"\[model\].*?(?=\[data\])", SECTION, job.config.read_text(), flags=re.DOTALL)
+    # AdamW would raise what rounding leaves of a gradient of 0 to whole steps.
+    optim = 'name = "sgd"\nlr = 0.03\n'
+    text = text.replace("lr = 5e-3\nweight_decay = 0.1\n", optim)
     job.config.write_text(text.replace("total_steps = 20", "total_steps = 8"))
     return job
 
@@ -70,7 +73,7 @@ def test_other_world_sizes_zero_stages_and_recomputations_continue_with_the_same
 
 def test_it_trains_in_bf16_and_compiled(tmp_path: Path, index: Path, zygote: Zygote, whole: Job) -> None:
     job = resnet_job(tmp_path, index)
-    overrides = ("precision=bf16", "engine.compile=true", "engine.zero_stage=2", "optim.layer_decay=0.9")
+    overrides = ("precision=bf16", "engine.compile=true", "engine.zero_stage=2", "optim.name=adamw")
     assert zygote.train(job, 1, *overrides) == [0], job.output()
     losses = job.column("train/loss")
     assert losses[0] == pytest.approx(1.6094379, abs=1e-3) and min(losses) < losses[0] - 0.005
@@ -87,6 +90,6 @@ def test_it_is_fine_tuned_on_other_images_with_another_head(
         "total_steps=6",
     )
     assert zygote.train(job, 1, *overrides) == [0], job.output()
-    assert "initialising 31 tensors" in job.output()
+    assert "initialising 32 tensors" in job.output()
     assert zygote.train(job, 1, *overrides, f"run_dir={tmp_path}/other", "model.stages=[1,1]") == [2]
     assert "model.stages is [1, 1], but the [init] checkpoint has [1, 2]" in job.output()
