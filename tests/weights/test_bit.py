@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from foreign_models import import_timm, logits, same_weights, saved_model
 
 from vitscale import load_model
