@@ -70,7 +70,7 @@ def run(
     if test is None:
         raise ConfigError(f'{recipe} has no [evals.NAME] of kind "classify" with test shards to score')
     model = SavedModel(checkpoint).config
-    changes = {key: getattr(config.model, key) for key in _recipe_keys(config.model, model)}
+    changes = {key: getattr(config.model, key) for key in recipe_keys(config.model, model)}
     values = configs.to_dict(config) | {"evals": {}, "expect": {}}
     values["init"] = {
         "checkpoint": str(Path(checkpoint).absolute()) if "://" not in checkpoint else checkpoint
@@ -109,7 +109,7 @@ def run(
     return result
 
 
-def _recipe_keys(recipe: ModelConfig, model: ModelConfig) -> list[str]:
+def recipe_keys(recipe: ModelConfig, model: ModelConfig) -> list[str]:
     """Those of RECIPE_KEYS that both kinds of model have."""
     fields = [{field.name for field in dataclasses.fields(config)} for config in (recipe, model)]
     return [key for key in RECIPE_KEYS if all(key in names for names in fields)]
