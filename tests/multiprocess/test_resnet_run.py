@@ -10,6 +10,7 @@ from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
 from vitscale import load_model
+from vitscale.metrics import read_metrics
 from vitscale.models.resnet import ResNetConfig
 
 SECTION = """[model]
@@ -79,7 +80,7 @@ def test_it_trains_in_bf16_and_compiled(tmp_path: Path, index: Path, zygote: Zyg
     assert losses[0] == pytest.approx(1.6094379, abs=1e-3) and min(losses) < losses[0] - 0.005
 
 
-def test_it_is_fine_tuned_on_other_images_with_another_head(
+def test_it_is_fine_tuned_and_evaluated_on_other_images_with_another_head(
     tmp_path: Path, index: Path, zygote: Zygote, whole: Job
 ) -> None:
     job = resnet_job(tmp_path, index)
@@ -88,8 +89,18 @@ def test_it_is_fine_tuned_on_other_images_with_another_head(
         "model.image_size=24",
         "model.num_classes=7",
         "total_steps=6",
+        f"evals.top.test={index}",
+        "evals.top.every_steps=3",
+        "evals.few.kind=fewshot",
+        f"evals.few.train={index}",
+        f"evals.few.test={index}",
+        "evals.few.shots=[2]",
+        "evals.few.every_steps=3",
     )
     assert zygote.train(job, 1, *overrides) == [0], job.output()
     assert "initialising 32 tensors" in job.output()
+    rows = read_metrics(job.run_dir / "metrics.jsonl")
+    for score in ("eval/top/top1", "eval/few/2shot"):
+        assert [row["step"] for row in rows if 0 < row.get(score, 0) <= 1] == [0, 3, 6]
     assert zygote.train(job, 1, *overrides, f"run_dir={tmp_path}/other", "model.stages=[1,1]") == [2]
     assert "model.stages is [1, 1], but the [init] checkpoint has [1, 2]" in job.output()
