@@ -16,6 +16,7 @@ from vitscale.evals import ClassifyConfig, EvalConfig
 from vitscale.expect import ExpectConfig
 from vitscale.losses import LossConfig
 from vitscale.models import ModelConfig
+from vitscale.models.vit import ViTConfig
 from vitscale.objectives import ClassificationConfig, ObjectiveConfig
 from vitscale.optim import OptimConfig
 from vitscale.schedule import ScheduleConfig
@@ -167,7 +168,7 @@ class TrainConfig:
     total_epochs: float = 0.0
     total_samples: int = 0
     precision: Precision = "fp32"
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ViTConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ClassificationConfig)
