@@ -1,9 +1,15 @@
 """The learning rate against the formulas of Google's code."""
 
+from pathlib import Path
+
 import pytest
 
+from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.schedule import ScheduleConfig, learning_rate
+from vitscale.train_config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_warmup_multiplies_the_decay_curve() -> None:
@@ -108,3 +114,13 @@ def test_step_falls_to_a_tenth_after_each_drop() -> None:
 def test_drops_rise_within_the_run(drops: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match=r"schedule\.drops .* must rise within \(0, 1\)"):
         ScheduleConfig(drops=drops)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_bit_hyperrule_falls_where_big_transfers_code_does(name: str) -> None:
+    """bit_hyperrule.py for 50,000 images: (500, 3000, 6000, 9000, 10000), 0.003 at first."""
+    config = configs.load(TrainConfig, [ROOT / f"configs/finetune/bit_r50x1_{name}.toml"])
+    assert (config.total_steps, config.global_batch, config.augment.mixup) == (10_000, 512, 0.1)
+    rates = {250: 0.0015, 500: 3e-3, 3000: 3e-3, 3001: 3e-4, 6000: 3e-4, 6001: 3e-5, 9001: 3e-6, 10_000: 3e-6}
+    for step, rate in rates.items():
+        assert learning_rate(step, 10_000, config.optim.lr, config.schedule) == pytest.approx(rate), step

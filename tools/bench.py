@@ -194,7 +194,7 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench import suite
     from vitscale.bench.step import Case, StepBench, every_case, run
     from vitscale.errors import ConfigError
-    from vitscale.models import ModelConfig
+    from vitscale.models.vit import ViTConfig
     from vitscale.train_config import TrainConfig
 
     given = {name: value for name in STEP_SETTINGS if (value := getattr(arguments, name)) is not None}
@@ -231,7 +231,7 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
         loaded = configs.load(TrainConfig, *configs.divided(arguments.config))
         model, precision = loaded.model, loaded.precision
     else:
-        model, precision = ModelConfig(variant=given.get("variant", ModelConfig.variant)), "bf16"
+        model, precision = ViTConfig(variant=given.get("variant", ViTConfig.variant)), "bf16"
     bench = StepBench(
         model=model,
         batch=suite.DEFAULT_BATCH if arguments.batch is None else arguments.batch,

@@ -9,6 +9,7 @@ from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.zero import OPTIMIZER_SLOTS
 from vitscale.models import ModelConfig, empty_model
 from vitscale.models.layers import Checkpointing
+from vitscale.models.resnet import ResNetConfig, block_shapes, halved
 from vitscale.models.vit import ViTConfig
 from vitscale.optim import OptimConfig, freeze
 
@@ -93,18 +94,30 @@ def state_bytes(
 
 
 def activation_bytes(
-    config: ViTConfig, micro_batch: int, precision: str, checkpointing: Checkpointing
+    config: ModelConfig, micro_batch: int, precision: str, checkpointing: Checkpointing
 ) -> int:
     """Bytes of activations that the backward pass of one micro batch needs.
 
-    Per token of a block of width D and MLP width M, in 16 bit; fp32 takes twice as much:
+    What is recomputed needs the memory of "none" for one block at a time.
+    """
+    match config:
+        case ViTConfig():
+            return _vit_activations(config, micro_batch, precision, checkpointing)
+        case ResNetConfig():
+            return _resnet_activations(config, micro_batch, precision, checkpointing)
+
+
+def _vit_activations(
+    config: ViTConfig, micro_batch: int, precision: str, checkpointing: Checkpointing
+) -> int:
+    """Per token of a block of width D and MLP width M, in 16 bit; fp32 takes twice as much:
 
         "none"         two norms, qkv, attention output: 16 D; both activations of the MLP: 4 M
         "selective"    input, qkv, attention output, projections: 12 D; first MLP layer: 2 M
         "full"         input: 2 D
 
     Attention matrices are never stored. With dropout, "none" also keeps masks of a byte an
-    element: 2 D + M. What is recomputed needs the memory of "none" for one block at a time.
+    element: 2 D + M.
     """
     tokens, width, mlp = config.num_tokens, config.resolved_width, config.resolved_mlp_dim
     size = 2 if precision == "fp32" else 1
@@ -119,16 +132,50 @@ def activation_bytes(
     return micro_batch * (config.resolved_depth * kept[checkpointing] + at_once)
 
 
-def head_bytes(config: ViTConfig, micro_batch: int) -> int:
+def _resnet_activations(
+    config: ResNetConfig, micro_batch: int, precision: str, checkpointing: Checkpointing
+) -> int:
+    """For maps of s x s into and t x t out of a block of I, M and O channels, in values:
+
+        "none"         input and its norm's ReLU: 2 s^2 I; the same of the two other norms:
+                       2 s^2 M + 2 t^2 M
+        "selective"    input, and outputs of the first two convolutions: s^2 (I + M) + t^2 M
+        "full"         input: s^2 I
+
+    Beside the blocks, the root's padded output and where its largest values are, and the last
+    map and its ReLU. Each convolution also keeps its standardised kernel: "none" all of them.
+    """
+    size = 4 if precision == "fp32" else 2
+    kept = largest = kernels = largest_kernels = 0
+    for shape in block_shapes(config):
+        s2, t2 = shape.side_in**2, shape.side_out**2
+        none = 2 * s2 * (shape.inputs + shape.mid) + 2 * t2 * shape.mid
+        kept += {"none": none, "selective": none // 2, "full": s2 * shape.inputs}[checkpointing]
+        kernel = shape.inputs * shape.mid + 9 * shape.mid**2 + shape.mid * shape.outputs
+        kernel += shape.inputs * shape.outputs if shape.has_projection else 0
+        kernels += kernel
+        largest, largest_kernels = max(largest, none), max(largest_kernels, kernel)
+    ends = 2 * halved(config.image_size) ** 2 * config.resolved_width
+    ends += 2 * math.prod(config.grid) * config.num_features
+    if checkpointing == "none":
+        return size * (micro_batch * (kept + ends) + kernels)
+    return size * (micro_batch * (kept + largest + ends) + largest_kernels)
+
+
+def head_bytes(config: ModelConfig, micro_batch: int) -> int:
     """Bytes of the head in fp32: logits, targets, the loss's own copy and their gradient, and
     a copy of the weights with its gradient.
 
     A patch head counts as if all patches were corrupted.
     """
-    inputs = config.representation_size or config.resolved_width
-    of_patches = config.num_patch_outputs * (
-        16 * micro_batch * math.prod(config.grid) + 8 * config.resolved_width
-    )
+    match config:
+        case ViTConfig():
+            inputs = config.representation_size or config.resolved_width
+            of_patches = config.num_patch_outputs * (
+                16 * micro_batch * math.prod(config.grid) + 8 * config.resolved_width
+            )
+        case ResNetConfig():
+            inputs, of_patches = config.num_features, 0
     return config.num_classes * (16 * micro_batch + 8 * inputs) + of_patches
 
 

@@ -24,8 +24,8 @@ class OptimConfig:
     weight_decay:  decoupled, times the learning rate, on kernels only; 0 with SGD
     clip_norm:     largest global gradient norm; 0 = no clipping
     layer_decay:   what the learning rate of each layer is of that of the layer above it, in
-                   (0, 1]: the embeddings are the lowest layer, norm and head the highest, with
-                   the whole rate
+                   (0, 1]: the embeddings (a ResNet's root) are the lowest layer, norm and head
+                   the highest, with the whole rate
     freeze:        names of parameters to leave untrained ("patch_embed.*", "blocks.[0-3].*")
     ema_decay:     of the exponential moving average of the weights, with which evaluations
                    then run (paper, section 4.1: 0.9999); 0 = none
@@ -68,12 +68,14 @@ class OptimConfig:
 
 
 def kernels(model: nn.Module) -> set[str]:
-    """What weight decay applies to: the weights of linear layers, big_vision's */kernel.
+    """What weight decay applies to: the weights of linear layers and convolutions, which are
+    big_vision's */kernel.
 
     Biases, norms, tokens and position embeddings are left out. The kind of layer says it, not
     the shape: under ZeRO 3 a parameter's own shape is empty.
     """
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = (nn.Linear, nn.Conv2d)
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)}
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -96,8 +98,11 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a parameter: 0 = embeddings, i + 1 = block i, None = above all blocks."""
-    if name.startswith(("patch_embed.", "cls_token", "reg_token", "mask_token", "pos_embed")):
+    """The layer of a parameter: 0 = embeddings, i + 1 = block i, None = above all blocks.
+
+    A ResNet's root counts as its embeddings.
+    """
+    if name.startswith(("patch_embed.", "cls_token", "reg_token", "mask_token", "pos_embed", "root.")):
         return 0
     block = re.match(r"blocks\.(\d+)\.", name)
     return int(block[1]) + 1 if block else None

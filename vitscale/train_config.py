@@ -168,7 +168,7 @@ class TrainConfig:
     total_epochs: float = 0.0
     total_samples: int = 0
     precision: Precision = "fp32"
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ViTConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ClassificationConfig)

@@ -10,7 +10,7 @@ from tools.bench import main
 from vitscale.bench.ranks import Sharding
 from vitscale.bench.scale import Parts, ScaleBench
 from vitscale.errors import ConfigError
-from vitscale.models import ModelConfig
+from vitscale.models.vit import ViTConfig
 
 PARAMETERS = 76_712  # of mu/16 with 1000 classes
 BYTES = 12  # a master and two moments in fp32
@@ -40,7 +40,7 @@ def test_a_resume_reads_what_a_rank_owns_and_nothing_twice(
 @pytest.mark.parametrize("world_size", [1, 7, 1000])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_value_belongs_to_one_rank(world_size: int, stage: int) -> None:
-    parts = Parts.of(ModelConfig(variant="mu/16"))
+    parts = Parts.of(ViTConfig(variant="mu/16"))
     pieces = parts.cut(Sharding(world_size, stage))
     assert len(pieces) == world_size
     seen = np.concatenate(pieces)

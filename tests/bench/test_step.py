@@ -17,7 +17,7 @@ from vitscale import distributed
 from vitscale.bench import step, suite
 from vitscale.bench.step import Case, Loop, Ours, Plain, StepBench, _Peak, every_case, measure
 from vitscale.errors import ConfigError, DataError
-from vitscale.models import ModelConfig
+from vitscale.models.vit import ViTConfig
 from vitscale.train_config import TrainConfig
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "bench.py"
@@ -148,7 +148,7 @@ def test_an_end_to_end_run_that_fails_is_one_sentence(
 def test_the_baseline_computes_the_same_step() -> None:
     """The weights of both after three steps."""
     distributed.initialize()
-    model = ModelConfig(variant="mu/16", image_size=32, num_classes=10)
+    model = ViTConfig(variant="mu/16", image_size=32, num_classes=10)
     cases = Case(loop="vitscale"), Case(loop="plain")
     config = StepBench(model=model, batch=4, precision="fp32", cases=cases)
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
@@ -193,14 +193,14 @@ def test_a_case_that_runs_out_of_memory_in_a_later_round_leaves_the_others(full:
 
 
 def test_every_policy_is_a_row_with_and_without_compilation() -> None:
-    names = [str(case) for case in every_case(ModelConfig(variant="mu/16"))]
+    names = [str(case) for case in every_case(ViTConfig(variant="mu/16"))]
     assert len(names) == len(set(names)) == 8
     assert {"vitscale", "vitscale, selective recomputation, compiled", "plain, compiled"} < set(names)
 
 
 def test_the_command_chooses_among_all_cases_and_so_does_the_suite(monkeypatch) -> None:
     monkeypatch.setattr(step, "timm_has", lambda model: True)
-    cases = every_case(ModelConfig(variant="mu/16"))
+    cases = every_case(ViTConfig(variant="mu/16"))
     assert STEP_CASES["loops"] == list(dict.fromkeys(case.loop for case in cases))
     assert STEP_CASES["policies"] == list(dict.fromkeys(case.checkpointing for case in cases))
     compiled = suite.pieces(["mu/16"], 1, lambda case: case.compile)["mu/16"].cases

@@ -19,11 +19,12 @@ from vitscale.checkpoint.safetensors import SafetensorsReader, write_safetensors
 from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.config import to_dict
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.models import ModelConfig, build_model
+from vitscale.models import build_model
+from vitscale.models.vit import ViTConfig
 from vitscale.weights.export import export_safetensors
 from vitscale.weights.saved import SavedModel, locate
 
-CONFIG = ModelConfig(variant="Ti/4", width=16, depth=1, num_heads=2, mlp_dim=24, image_size=8, num_classes=5)
+CONFIG = ViTConfig(variant="Ti/4", width=16, depth=1, num_heads=2, mlp_dim=24, image_size=8, num_classes=5)
 FIRST, SECOND = "rank-00000.safetensors", "rank-00001.safetensors"
 
 

@@ -12,6 +12,13 @@ import pytest
 from finetune.commands import ROOT, TIMEOUT_SECONDS, run
 from make import write_index
 
+from vitscale import config as configs
+from vitscale.finetune.grid import RECIPE_KEYS, recipe_keys
+from vitscale.finetune.protocols import PROTOCOLS, finetuning_config
+from vitscale.models.resnet import ResNetConfig
+from vitscale.models.vit import ViTConfig
+from vitscale.train_config import TrainConfig
+
 RECIPE = """
 run_dir = "unused"
 global_batch = 8
@@ -107,3 +114,21 @@ def test_a_recipe_that_cannot_be_done_is_refused(
     ended = finetune(model, recipe, *options)
     assert ended.returncode == 2 and sentence in ended.stderr, ended.stderr
     assert ended.stderr.count("error: ") == 1 and not (recipe.parent / "out").exists()
+
+
+def test_a_resnet_takes_of_a_recipe_what_it_has() -> None:
+    vit, resnet = ViTConfig(variant="mu/16"), ResNetConfig(variant="R50x1")
+    assert recipe_keys(vit, vit) == list(RECIPE_KEYS)
+    assert recipe_keys(resnet, vit) == recipe_keys(vit, resnet) == ["image_size", "num_classes", "head_bias"]
+    values = finetuning_config(
+        PROTOCOLS["paper"],
+        PROTOCOLS["paper"].settings[0],
+        checkpoint="imported/bit",
+        model=resnet,
+        num_classes=7,
+        index="index.json",
+        run_dir="run",
+        seed=0,
+        precision="fp32",
+    )
+    assert configs.from_dict(TrainConfig, values).model == ResNetConfig(image_size=384, num_classes=7)

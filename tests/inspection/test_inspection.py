@@ -17,9 +17,9 @@ from vitscale.errors import ConfigError, DataError
 from vitscale.inspection.attention import Rollout, attention_distance, attention_maps, observe_attention
 from vitscale.inspection.run import Pictures, read_images, visualize
 from vitscale.inspection.weights import position_similarity, principal_components
-from vitscale.models import ModelConfig, build_model
+from vitscale.models import build_model
 from vitscale.models.posemb import sincos2d
-from vitscale.models.vit import ViT
+from vitscale.models.vit import ViT, ViTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTERS = {"num_registers": 2}
@@ -27,7 +27,7 @@ REGISTERS = {"num_registers": 2}
 
 def tiny(**changes: object) -> ViT:
     sizes = {"width": 32, "depth": 2, "num_heads": 4, "mlp_dim": 80, "patch_size": 4, "image_size": 12}
-    model = randomise(build_model(ModelConfig(**{**sizes, "num_classes": 5, **changes}), seed=0))
+    model = randomise(build_model(ViTConfig(**{**sizes, "num_classes": 5, **changes}), seed=0))
     assert isinstance(model, ViT)
     return model
 

@@ -1,14 +1,12 @@
 """The model is the paper's, to the parameter, the epsilon and the initialisation."""
 
-import collections
 import math
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models.ops import CountOps
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitscale.errors import ConfigError
 from vitscale.models import build_model
@@ -194,18 +192,6 @@ def test_checkpointing_recomputes_all_of_a_block_or_what_is_cheap() -> None:
     (matmuls, gelus) = counts["none"]
     assert counts["selective"] == (matmuls, gelus + depth)
     assert counts["full"] == (matmuls + 3 * depth, gelus + depth)
-
-
-class CountOps(TorchDispatchMode):
-    """Counts the operations that are carried out, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.num[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def test_logits_of_a_16_bit_model_are_not_rounded_to_16_bits() -> None:

@@ -21,12 +21,13 @@ from vitscale.checkpoint.verify import Checkpoint
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.engine import Engine
-from vitscale.models import ModelConfig, build_model
+from vitscale.models import build_model
+from vitscale.models.vit import ViTConfig
 from vitscale.optim import OptimConfig, freeze
 
 STAGES = (1, 2, 3)
 GLOBAL_BATCH = 12
-MODEL = ModelConfig(variant="Ti/4", width=12, depth=2, num_heads=3, mlp_dim=19, image_size=8, num_classes=1)
+MODEL = ViTConfig(variant="Ti/4", width=12, depth=2, num_heads=3, mlp_dim=19, image_size=8, num_classes=1)
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, clip_norm=0.5, freeze=("blocks.0.*",), ema_decay=0.9)
 MODES = {  # precision, what differs in [engine]
     "fp32": ("fp32", {}),

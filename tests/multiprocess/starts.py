@@ -21,7 +21,8 @@ from vitscale.checkpoint.store import Home
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
 from vitscale.job import prepare
-from vitscale.models import ModelConfig, build_model, empty_model
+from vitscale.models import build_model, empty_model
+from vitscale.models.vit import ViTConfig
 from vitscale.optim import freeze
 from vitscale.train_config import TrainConfig
 
@@ -120,7 +121,7 @@ def note_pieces(variant: str, out: Path) -> None:
     """OUT-STAGE-RANK.json gets the (name, start, count) of what a rank owns at each stage."""
     distributed.initialize()
     for stage in (1, 2, 3):
-        engine = ranks.make_engine(ModelConfig(variant=variant), stage)
+        engine = ranks.make_engine(ViTConfig(variant=variant), stage)
         pieces = [(fragment.name, fragment.start, fragment.count) for fragment in engine.fragments()]
         Path(f"{out}-{stage}-{distributed.rank()}.json").write_text(json.dumps(pieces))
         engine.close()

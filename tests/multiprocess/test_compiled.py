@@ -1,4 +1,4 @@
-"""Compiled blocks: the results of eager ones, from one graph made once."""
+"""Compiled blocks: the results of eager ones, from graphs made once."""
 
 from pathlib import Path
 
@@ -8,14 +8,20 @@ from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_blocks_share_one_graph_that_evaluation_does_not_touch(
-    tmp_path: Path, zygote: Zygote, mode: str
+@pytest.mark.parametrize(
+    ("kind", "mode", "graphs"),
+    [("vit", "none", 1), ("vit", "selective", 1), ("vit", "full", 1), ("resnet", "selective", 2)],
+)
+def test_blocks_share_graphs_that_evaluation_does_not_touch(
+    tmp_path: Path, zygote: Zygote, kind: str, mode: str, graphs: int
 ) -> None:
-    """Otherwise training would be compiled for the batches of evaluation, or for any size."""
+    """Otherwise training would be compiled for the batches of evaluation, or for any size.
+
+    A ResNet has one for the first block of each stage, and one for the others.
+    """
     log = tmp_path / "log"
-    assert zygote.run(1, compare, tmp_path, mode, log=log) == [0], log.read_text()
-    assert (tmp_path / "graphs").read_text() == "1"
+    assert zygote.run(1, compare, tmp_path, kind, mode, log=log) == [0], log.read_text()
+    assert (tmp_path / "graphs").read_text() == str(graphs)
     assert log.read_text() == ""
 
 

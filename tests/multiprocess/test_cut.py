@@ -9,7 +9,7 @@ from multiprocess.zygote import Zygote
 
 from vitscale.bench.ranks import Sharding
 from vitscale.bench.scale import Parts
-from vitscale.models import ModelConfig
+from vitscale.models.vit import ViTConfig
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -17,7 +17,7 @@ def test_parts_are_cut_as_deepspeed_cuts_them(tmp_path: Path, zygote: Zygote, wo
     log = tmp_path / "log"
     statuses = zygote.run(world_size, note_pieces, "mu/16", tmp_path / "pieces", log=log)
     assert statuses == [0] * world_size, log.read_text()
-    parts = Parts.of(ModelConfig(variant="mu/16"))
+    parts = Parts.of(ViTConfig(variant="mu/16"))
     names = list(parts.shapes)
     for stage in (1, 2, 3):
         for rank, rows in enumerate(parts.cut(Sharding(world_size, stage))):

@@ -18,7 +18,7 @@ from multiprocess.zygote import PATH
 from vitscale import distributed
 from vitscale.bench.step import Case, Ours, StepBench
 from vitscale.checkpoint.manifest import Manifest
-from vitscale.models import ModelConfig
+from vitscale.models.vit import ViTConfig
 
 NO_GPU = "NCCL, fused kernels and fp16 need an NVIDIA GPU, and torch sees none"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)  # all here is CUDA's alone
@@ -124,7 +124,7 @@ def test_only_the_gradient_norm_is_waited_for() -> None:
     """DeepSpeed reads it to skip the step and to clip, in one file; nothing else is read."""
     distributed.initialize()
     config = StepBench(
-        model=ModelConfig(variant="mu/16", image_size=32, num_classes=10),
+        model=ViTConfig(variant="mu/16", image_size=32, num_classes=10),
         batch=8,
         cases=(case := Case(loop="vitscale"),),
     )

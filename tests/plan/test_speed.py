@@ -10,6 +10,7 @@ from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.hardware import GPUS
 from vitscale.models.layers import Checkpointing
+from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit import ViTConfig
 from vitscale.plan.make import Cluster, make_plan
 from vitscale.plan.speed import EAGER, Speed, read_measurements
@@ -67,6 +68,29 @@ def test_guesses_go_by_width(variant: str, gpu: Any, expected: float) -> None:
     model = ViTConfig(variant=variant)
     assert Speed().efficiency(model, gpu, compiled=True) == pytest.approx(expected, abs=1e-5)
     assert Speed().efficiency(model, gpu, compiled=False) == pytest.approx(EAGER * expected, abs=1e-5)
+
+
+def test_resnets_have_guesses_of_their_own_which_measured_vits_leave_alone() -> None:
+    for variant, expected in (("R50x1", 0.08), ("R152x2", 0.14), ("R101x3", 0.18), ("R152x4", 0.22)):
+        efficiency = Speed().efficiency(ResNetConfig(variant=variant), H100, compiled=True)
+        assert efficiency == pytest.approx(expected, abs=1e-5)
+    config = configs.load(
+        TrainConfig, [ROOT / "configs/pretrain/bit_r50x1_jft.toml"], ["engine.compile=true"]
+    )
+    guessed, calibrated = (
+        make_plan(config, Cluster(gpus=8, gpu="h200"), speed) for speed in (Speed(), read_measurements(SUITE))
+    )
+    assert calibrated.options == guessed.options and guessed.best is not None
+    assert "R50x1 at 224 px on 8 x H200" in render(calibrated)
+    assert "a guess: 8.0% of the peak" in render(calibrated)
+
+
+def test_measured_resnets_are_read(tmp_path: Path) -> None:
+    piece = {**json.loads(SINGLE.read_text()), "model": "R50x1 at 224 px"}
+    (tmp_path / "r50.json").write_text(json.dumps(piece))
+    speed = read_measurements(tmp_path / "r50.json")
+    assert {row.model for row in speed.rows} == {ResNetConfig(variant="R50x1")}
+    assert speed.of_kind("vit").rows == () and speed.of_kind("resnet") == speed
 
 
 def test_recomputation_is_guessed_by_its_flops() -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vitscale.models import ModelConfig, build_model
+from vitscale.models.vit import ViTConfig
 from vitscale.weights.export import export_metadata, write_export
 
 SIZES = {"width": 32, "depth": 2, "num_heads": 4, "mlp_dim": 80, "patch_size": 4, "image_size": 12}
-TINY = ModelConfig(**SIZES, num_classes=5)
+TINY = ViTConfig(**SIZES, num_classes=5)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

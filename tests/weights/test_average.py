@@ -14,7 +14,9 @@ from vitscale import load_model
 from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.config import to_dict
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.models import ModelConfig, build_model
+from vitscale.models import build_model
+from vitscale.models.resnet import ResNetConfig
+from vitscale.models.vit import ViTConfig
 from vitscale.weights.average import average
 from vitscale.weights.export import export_safetensors
 from vitscale.weights.saved import SavedModel
@@ -100,11 +102,26 @@ def test_a_model_with_other_tensors_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_same_model_may_be_configured_and_trained_in_two_ways(tmp_path: Path) -> None:
-    config = ModelConfig(variant="mu/4", image_size=8, num_classes=3)
-    with_numbers = ModelConfig(
+    config = ViTConfig(variant="mu/4", image_size=8, num_classes=3)
+    with_numbers = ViTConfig(
         variant="B/4", width=32, depth=1, mlp_dim=128, num_heads=2, image_size=8, num_classes=3, dropout=0.1
     )
     saved_model(tmp_path / "a.safetensors", config)
     saved_model(tmp_path / "b.safetensors", with_numbers)
     out = average([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "out")
     assert SavedModel(out).config == config
+
+
+def test_resnets_are_averaged_unless_their_stages_differ(tmp_path: Path) -> None:
+    named = ResNetConfig(variant="R26x1", image_size=32, num_classes=3)
+    with_numbers = ResNetConfig(width=64, stages=(2, 2, 2, 2), image_size=32, num_classes=3, head_bias=-1.0)
+    other = ResNetConfig(width=64, stages=(2, 2, 2, 1), image_size=32, num_classes=3)
+    paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    for path, config in zip(paths, (named, with_numbers, other), strict=True):
+        saved_model(path, config)
+    assert SavedModel(average(paths[:2], tmp_path / "out")).config == named
+    with pytest.raises(CheckpointError, match=r"model.stages is \[2, 2, 2, 1\], not \[2, 2, 2, 2\]"):
+        average([paths[0], paths[2]], tmp_path / "none")
+    saved_model(tmp_path / "vit.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.kind is 'vit', not 'resnet'"):
+        average([paths[0], tmp_path / "vit.safetensors"], tmp_path / "none")

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from vitscale import load_model
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.models import ModelConfig, build_model
+from vitscale.models import build_model
 from vitscale.models.flops import forward_macs
+from vitscale.models.vit import ViTConfig
 from vitscale.weights.foreign.convert import export_model, import_model
 
 TINY_SIZES = {
@@ -99,7 +100,7 @@ def test_a_layer_scale_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_registers_take_part_in_attention_alone() -> None:
-    config = ModelConfig(**{**TINY_SIZES, "pool": "mean", "num_registers": 3})
+    config = ViTConfig(**{**TINY_SIZES, "pool": "mean", "num_registers": 3})
     model = build_model(config, seed=0)
     assert model.pos_embed.shape == (1, 9, 32) and model.reg_token.shape == (1, 3, 32)
     assert 0 < model.reg_token.std() < 1e-5
@@ -117,7 +118,7 @@ def test_registers_take_part_in_attention_alone() -> None:
 
 @pytest.mark.parametrize("format", ["timm", "transformers", "npz"])
 def test_an_export_without_registers_is_refused(tmp_path: Path, format: Any) -> None:
-    saved_model(tmp_path / "ours.safetensors", ModelConfig(**TINY_SIZES, num_registers=2))
+    saved_model(tmp_path / "ours.safetensors", ViTConfig(**TINY_SIZES, num_registers=2))
     out = tmp_path / ("a.npz" if format == "npz" else "a")
     with pytest.raises(CheckpointError, match=r"model.num_registers 2 cannot be exported to"):
         export_model(tmp_path / "ours.safetensors", out, format=format)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from vitscale import load_model
 from vitscale.data.transforms import evaluation_view, normalize
 from vitscale.errors import CheckpointError
-from vitscale.models import ModelConfig
+from vitscale.models.vit import ViTConfig
 from vitscale.weights.export import export_safetensors
 from vitscale.weights.foreign.convert import export_model, import_model
 from vitscale.weights.saved import SavedModel
@@ -117,7 +117,7 @@ def test_what_a_timm_architecture_implies_is_known(tmp_path: Path, timm: Any) ->
 
 
 def test_a_known_model_has_timms_name_for_it(tmp_path: Path) -> None:
-    config = ModelConfig(variant="Ti/16", image_size=32, num_classes=3)
+    config = ViTConfig(variant="Ti/16", image_size=32, num_classes=3)
     saved_model(tmp_path / "ours.safetensors", config)
     out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
     assert json.loads((out / "config.json").read_text())["architecture"] == "vit_tiny_patch16_224"
@@ -347,7 +347,7 @@ def test_big_vision_computes_fixed_positions_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["safetensors", "transformers"])
 def test_shards_are_hugging_faces_and_ours(tmp_path: Path, transformers: Any, format: Any) -> None:
-    config = ModelConfig(variant="Ti/16", depth=2, image_size=32, num_classes=3)
+    config = ViTConfig(variant="Ti/16", depth=2, image_size=32, num_classes=3)
     model = saved_model(tmp_path / "ours.safetensors", config)
     export_model(tmp_path / "ours.safetensors", tmp_path / "out", format=format, shard_mb=1)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

@@ -16,7 +16,7 @@ from tools.checkpoint import main
 from vitscale import load_model
 from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.models import ModelConfig
+from vitscale.models.vit import ViTConfig
 from vitscale.weights import publish
 from vitscale.weights.files import Weights, write_folder
 from vitscale.weights.foreign.convert import export_model, import_model
@@ -54,7 +54,7 @@ def test_a_shard_holds_at_most_the_limit_or_one_tensor(tmp_path: Path) -> None:
 
 
 def test_an_export_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: Any) -> None:
-    config = ModelConfig(variant="Ti/16", depth=2, image_size=32, num_classes=3)
+    config = ViTConfig(variant="Ti/16", depth=2, image_size=32, num_classes=3)
     first = saved_model(tmp_path / "a.safetensors", config, seed=1)
     second = saved_model(tmp_path / "b.safetensors", config, seed=2)
     out = tmp_path / "out"

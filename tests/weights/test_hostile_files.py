@@ -306,7 +306,7 @@ def test_damaged_and_mistaken_files_are_refused(tmp_path: Path) -> None:
     for file, format, message in (
         ("flipped.npz", "npz", "flipped.npz is damaged: .* cannot be read"),
         ("cut.npz", "npz", "cut.npz is not an .npz file of arrays, or is damaged"),
-        ("bit.npz", "npz", "bit.npz: resnet/root_block/standardized_conv2d/kernel belongs to a ResNet"),
+        ("bit.npz", "npz", "bit.npz: the shapes of its tensors are not those of a BiT ResNet"),
         ("none.npz", "npz", "none.npz does not exist"),
         ("x.safetensors", "timm", "holds no patch_embed.proj.weight.* these are not the weights of a ViT"),
         ("cut.safetensors", "safetensors", "ends inside"),

@@ -27,7 +27,7 @@ from vitscale.bench import ranks
 from vitscale.bench.ranks import Figures, Sharding
 from vitscale.config import positive
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.models import ModelConfig
+from vitscale.models.vit import ViTConfig
 from vitscale.weights.saved import SavedModel
 
 CONVERSION = "deepspeed.checkpoint.ds_to_universal"
@@ -59,8 +59,8 @@ class CheckpointBench:
             )
 
     @property
-    def model(self) -> ModelConfig:
-        return ModelConfig(variant=self.variant)
+    def model(self) -> ViTConfig:
+        return ViTConfig(variant=self.variant)
 
     @property
     def own(self) -> Sharding:

@@ -31,6 +31,7 @@ from vitscale.engine.zero import Counters, Wanted
 from vitscale.errors import ConfigError
 from vitscale.memory import state_bytes
 from vitscale.models import ModelConfig, empty_model
+from vitscale.models.vit import ViTConfig
 from vitscale.optim import kernels
 
 GATHERING = 4  # processes
@@ -56,8 +57,8 @@ class ScaleBench:
             raise ConfigError(f"--zero {', '.join(map(str, self.zero))} must be of 1, 2 and 3")
 
     @property
-    def model(self) -> ModelConfig:
-        return ModelConfig(variant=self.variant)
+    def model(self) -> ViTConfig:
+        return ViTConfig(variant=self.variant)
 
 
 def run(config: ScaleBench, progress: Callable[[str], None]) -> dict[str, Any]:

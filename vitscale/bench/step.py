@@ -76,7 +76,7 @@ class StepBench:
     rounds, steps: each figure is the median of the rounds, each of so many steps.
     """
 
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ViTConfig)
     batch: int = 256
     precision: Precision = "bf16"
     cases: tuple[Case, ...]
@@ -133,7 +133,11 @@ class Plain:
     def __init__(self, config: StepBench, case: Case) -> None:
         self.device = distributed.device()
         self.num_classes, self.dtype = config.model.num_classes, DTYPES[config.precision]
-        network = timm_model(config.model) if case.loop == "timm" else build_model(config.model, seed=0)
+        model = config.model
+        if case.loop == "timm" and isinstance(model, ViTConfig):
+            network = timm_model(model)
+        else:
+            network = build_model(model, seed=0)
         self.network: nn.Module = network.to(self.device)
         self.optimizer = build_optimizer(OPTIM, self.network)
         if case.compile:  # by block, as vitscale does it
@@ -154,6 +158,8 @@ class Plain:
 
 def timm_has(model: ModelConfig) -> bool:
     """Whether timm can be imported, and has this model under a name."""
+    if not isinstance(model, ViTConfig):
+        return False
     plain = ViTConfig(
         variant=model.variant, image_size=model.image_size, num_classes=model.num_classes, pool=model.pool
     )
@@ -161,7 +167,7 @@ def timm_has(model: ModelConfig) -> bool:
     return installed and model == plain and model.variant in TIMM_NAMES
 
 
-def timm_model(config: ModelConfig) -> nn.Module:
+def timm_model(config: ViTConfig) -> nn.Module:
     import timm
 
     pool = {"token": "token", "mean": "avg", "map": "map"}[config.pool]

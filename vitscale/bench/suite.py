@@ -20,7 +20,7 @@ from vitscale.bench import step
 from vitscale.bench.step import Case, StepBench, every_case
 from vitscale.errors import DataError
 from vitscale.metrics import FILE_NAME, read_metrics
-from vitscale.models import ModelConfig
+from vitscale.models.vit import ViTConfig
 
 # Images of a step, which fit into 80 GB without recomputation.
 BATCHES = {"S/16": 1024, "B/16": 512, "L/16": 256, "H/14": 128}
@@ -62,7 +62,7 @@ def pieces(variants: Sequence[str], batch: int, wanted: Callable[[Case], bool]) 
     """What is measured for each variant: the cases that are wanted. batch: 0 = BATCHES."""
     measured = {}
     for variant in variants:
-        model = ModelConfig(variant=variant)
+        model = ViTConfig(variant=variant)
         cases = tuple(filter(wanted, every_case(model)))
         images = batch or BATCHES.get(variant, DEFAULT_BATCH)
         measured[variant] = StepBench(model=model, batch=images, cases=cases)

@@ -26,7 +26,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_origin, get_type_hints, overload
 
 import numpy as np
 import xxhash
@@ -246,7 +246,11 @@ def read_text(directory: str | Path) -> str:
         raise CheckpointError(_NO_MANIFEST.format(path)) from None
 
 
-def saved_config(schema: type[T], values: Mapping[str, Any], where: str, place: str, writer: str) -> T:
+@overload
+def saved_config(schema: type[T], values: Mapping[str, Any], where: str, place: str, writer: str) -> T: ...
+@overload
+def saved_config(schema: Any, values: Mapping[str, Any], where: str, place: str, writer: str) -> Any: ...
+def saved_config(schema: Any, values: Mapping[str, Any], where: str, place: str, writer: str) -> Any:
     """The config, or its section `where`, that vitscale of version `writer` saved at `place`.
 
     Raises CheckpointError naming both if this version does not read it.

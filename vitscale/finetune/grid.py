@@ -14,6 +14,7 @@ from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig
 from vitscale.finetune.runs import FineTuning, Slots, several
+from vitscale.models import ModelConfig
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel
 
@@ -77,7 +78,7 @@ def run(
     if test is None:
         raise ConfigError(f'{recipe} has no [evals.NAME] of kind "classify" with test shards to score')
     model = SavedModel(checkpoint).config
-    changes = {key: getattr(config.model, key) for key in RECIPE_KEYS}
+    changes = {key: getattr(config.model, key) for key in recipe_keys(config.model, model)}
     values = configs.to_dict(config) | {"evals": {}, "expect": {}}
     values["init"] = {
         "checkpoint": str(Path(checkpoint).absolute()) if "://" not in checkpoint else checkpoint
@@ -114,3 +115,9 @@ def run(
     )
     atomic.write(out / "results.json", (json.dumps(result.to_json(), indent=2) + "\n").encode())
     return result
+
+
+def recipe_keys(recipe: ModelConfig, model: ModelConfig) -> list[str]:
+    """Those of RECIPE_KEYS that both kinds of model have."""
+    fields = [{field.name for field in dataclasses.fields(config)} for config in (recipe, model)]
+    return [key for key in RECIPE_KEYS if all(key in names for names in fields)]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from vitscale.config import to_dict
 from vitscale.models import ModelConfig
+from vitscale.models.vit import ViTConfig
 
 
 class Setting(NamedTuple):
@@ -67,13 +68,10 @@ def finetuning_config(
     model: of the checkpoint, whose head is replaced by one linear layer of zeros.
     """
     changed = dataclasses.replace(
-        model,
-        image_size=protocol.image_size,
-        num_classes=num_classes,
-        num_patch_outputs=0,
-        representation_size=0,
-        head_bias=0.0,
+        model, image_size=protocol.image_size, num_classes=num_classes, head_bias=0.0
     )
+    if isinstance(changed, ViTConfig):
+        changed = dataclasses.replace(changed, num_patch_outputs=0, representation_size=0)
     return {
         "run_dir": run_dir,
         "seed": seed,

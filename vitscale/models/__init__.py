@@ -1,18 +1,19 @@
 """Models by configuration ([model]).
 
-To add a second kind: write its config, a dataclass with `kind: Literal["resnet"] = "resnet"`,
-and its Model in a file of their own; then name the config in ModelConfig, as in
-`ViTConfig | ResNetConfig`, and the class in MODELS. What counts or converts a ViT's tensors
-(flops.py, transfer.py, names.py, vitscale/memory.py) then needs a case for it.
+To add a kind: write its config, a dataclass with `kind: Literal["resnet"] = "resnet"`, and its
+Model in a file of their own; then name the config in ModelConfig and the class in MODELS. What
+counts or converts a model's tensors (flops.py, transfer.py, names.py, vitscale/memory.py,
+vitscale/weights/) then needs a case for it.
 """
 
 import torch
 
 from vitscale.models.model import Model
+from vitscale.models.resnet import ResNet, ResNetConfig
 from vitscale.models.vit import ViT, ViTConfig
 
-ModelConfig = ViTConfig  # [model]: later a union of the kinds, the first of which is the default
-MODELS: dict[str, type[Model]] = {"vit": ViT}
+ModelConfig = ViTConfig | ResNetConfig  # [model]: the first kind is the default
+MODELS: dict[str, type[Model]] = {"vit": ViT, "resnet": ResNet}
 
 
 def empty_model(config: ModelConfig) -> Model:

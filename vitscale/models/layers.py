@@ -1,27 +1,55 @@
 """The pieces of a Vision Transformer, named as timm names them."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Gelu = Literal["tanh", "exact"]
 Checkpointing = Literal["none", "selective", "full"]
 
 # What selective checkpointing keeps: the outputs that are expensive to compute again.
-_KEPT_OPS = [
+_KEPT_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-]
-_keep_matmuls = functools.partial(create_selective_checkpoint_contexts, _KEPT_OPS)
+}
+
+
+def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    """What selective checkpointing does with an operation of the forward pass.
+
+    A convolution to more channels than it reads would need more memory than its input does,
+    which the backward pass needs anyway.
+    """
+    kept = operation in _KEPT_OPS
+    if operation == torch.ops.aten.convolution.default:
+        outputs, inputs = arguments[1].shape[:2]
+        kept = outputs <= inputs
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_expensive = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+
+def recomputed(
+    function: Callable[..., Tensor],
+    *inputs: Tensor | None,
+    mode: Literal["selective", "full"],
+    has_dropout: bool,
+) -> Tensor:
+    """function(*inputs); the backward pass computes again what `mode` does not keep of it."""
+    options: dict[str, Any] = {"context_fn": _keep_expensive} if mode == "selective" else {}
+    options["preserve_rng_state"] = has_dropout
+    return checkpoint(function, *inputs, use_reentrant=False, **options)
 
 
 def to_patches(images: Shaped[Tensor, "B 3 H W"], size: int) -> Shaped[Tensor, "B N X"]:
@@ -116,9 +144,8 @@ class Block(nn.Module):
         # In here, not around the block, so that a compiled block holds its recomputation, too.
         if self.checkpointing == "none" or not self.training:
             return self._forward(x, kept)
-        options: dict[str, Any] = {"context_fn": _keep_matmuls} if self.checkpointing == "selective" else {}
-        options["preserve_rng_state"] = self.drop.p > 0
-        return checkpoint(self._forward, x, kept, use_reentrant=False, **options)
+        has_dropout = self.drop.p > 0
+        return recomputed(self._forward, x, kept, mode=self.checkpointing, has_dropout=has_dropout)
 
     def _forward(
         self, x: Float[Tensor, "B N D"], kept: Float[Tensor, "2 B 1 1"] | None

@@ -71,7 +71,8 @@ class Model(nn.Module, abc.ABC):
         layers: also return a list of such tokens after these blocks, which count from 0; each
             went through the final norm.
 
-        Raises ValueError for other images, and for blocks that the model does not have.
+        Raises ValueError for other images, and for blocks that the model does not have. A
+        ResNet's tokens are the places of its last map; it takes no `layers`.
         """
         # Not self.forward: ZeRO 3 gathers parameters in hooks.
         return self(images, features_only=True, tokens=tokens, layers=layers)
@@ -109,10 +110,25 @@ class Model(nn.Module, abc.ABC):
     def set_activation_checkpointing(self, mode: Checkpointing) -> None:
         """What each block keeps for the backward pass, which recomputes the rest.
 
-        "none" keeps all activations, "selective" the outputs of matmuls and attention, and
-        "full" the block's input alone.
+        "none" keeps all activations, "selective" the outputs of matmuls, convolutions and
+        attention, and "full" the block's input alone.
         """
 
     @abc.abstractmethod
     def compile_blocks(self) -> None:
         """torch.compile the repeated blocks, in place, so that parameter names stay."""
+
+
+def check_images(images: Tensor, size: int) -> None:
+    """Raise ValueError for what people give: bytes, one image, another size than `size`."""
+    shape = list(images.shape)
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images are {str(images.dtype).removeprefix('torch.')}; this model takes floats in [-1, 1]: "
+            "(images.float() - 127.5) / 127.5"
+        )
+    if len(shape) != 4 or shape[1] != 3:
+        one = ": images[None] makes a batch of one image" if shape == [3, size, size] else ""
+        raise ValueError(f"images are {shape}; this model takes [B, 3, {size}, {size}]{one}")
+    if shape[2:] != [size, size]:
+        raise ValueError(f"images of {shape[2]} x {shape[3]} pixels; this model takes {size} x {size}")

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from vitscale.models import ModelConfig, empty_model
+from vitscale.models.resnet import ResNetConfig
+from vitscale.models.vit import ViTConfig
 
-Dialect = Literal["vitscale", "timm", "transformers", "original", "linen", "big_vision"]
+# "bit" is BiT's, and the only other one of ResNets; the rest are of ViTs.
+Dialect = Literal["vitscale", "timm", "transformers", "original", "linen", "big_vision", "bit"]
 FLAX_DIALECTS = ("original", "linen", "big_vision")
+BIT_ROOT = "resnet/root_block/standardized_conv2d/kernel"
 Read = Callable[[str], Tensor]  # a whole tensor by name, as TensorSource.tensor gives it
 
 
@@ -48,6 +52,9 @@ def rules(dialect: Dialect, config: ModelConfig) -> list[Rule]:
     """
     if dialect == "vitscale":
         return [_rule(name, (name,), _SAME) for name in our_shapes(config)]
+    if isinstance(config, ResNetConfig):
+        assert dialect == "bit", "callers offer a ResNet no other"
+        return list(_bit(config))
     if dialect != "big_vision":
         config = dataclasses.replace(config, posemb="learned")
     table = {"timm": _timm, "transformers": _transformers}.get(dialect)
@@ -73,17 +80,20 @@ def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def their_shapes(dialect: Dialect, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the dialect's tensors for a model, in the order of our parameters."""
-    shapes = our_shapes(config if dialect == "vitscale" else dataclasses.replace(config, posemb="learned"))
+    if isinstance(config, ViTConfig) and dialect != "vitscale":
+        shapes = our_shapes(dataclasses.replace(config, posemb="learned"))
+    else:
+        shapes = our_shapes(config)
     tensors = to_theirs(rules(dialect, config), lambda name: torch.empty(shapes[name], device="meta"))
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
 def one_to_one_names(dialect: Dialect) -> dict[str, str]:
-    """Maps each of our parameter names to the dialect's, where both keep it as one tensor.
+    """Maps each of a ViT's parameter names to the dialect's, where both keep it as one tensor.
 
     The names are those of a model with one block and every part that a model can have.
     """
-    largest = ModelConfig(variant="mu/1", image_size=1, num_classes=1, num_registers=1, representation_size=1)
+    largest = ViTConfig(variant="mu/1", image_size=1, num_classes=1, num_registers=1, representation_size=1)
     names = {}
     for pool in ("map", "token"):
         for rule in rules(dialect, dataclasses.replace(largest, pool=pool)):
@@ -130,14 +140,19 @@ _FLAX_MAP_HEAD = {
     "mlp.fc2": ("MlpBlock_0/Dense_1",),
 }
 
+# BiT, below resnet/block{STAGE}/unit{BLOCK}: where a convolution is, and the norm before it.
+_BIT_PLACES = {"conv1": "a", "norm1": "a", "conv2": "b", "norm2": "b", "conv3": "c", "norm3": "c"}
 
-def _timm(config: ModelConfig) -> Iterator[Rule]:
+_BIT_NORM = {"weight": "gamma", "bias": "beta"}
+
+
+def _timm(config: ViTConfig) -> Iterator[Rule]:
     for name in our_shapes(config):
         relayout = _conv(config.resolved_patch_size) if name == "patch_embed.proj.weight" else _SAME
         yield _rule(name, (_TIMM_NAMES.get(name, name),), relayout)
 
 
-def _transformers(config: ModelConfig) -> Iterator[Rule]:
+def _transformers(config: ViTConfig) -> Iterator[Rule]:
     yield _rule("cls_token", ("vit.embeddings.cls_token",), _SAME)
     if config.num_registers:
         yield _rule("reg_token", ("vit.embeddings.register_tokens",), _SAME)
@@ -159,7 +174,7 @@ def _transformers(config: ModelConfig) -> Iterator[Rule]:
             yield _rule(f"{ours}.{leaf}", tuple(f"{name}.{leaf}" for name in theirs), _SAME)
 
 
-def _flax(dialect: Dialect, config: ModelConfig) -> Iterator[Rule]:
+def _flax(dialect: Dialect, config: ViTConfig) -> Iterator[Rule]:
     prefix = "params/" if dialect == "big_vision" else ""
     yield from _flax_tokens(dialect, config, prefix)
     kernel, bias = f"{prefix}embedding/kernel", f"{prefix}embedding/bias"
@@ -184,7 +199,7 @@ def _flax(dialect: Dialect, config: ModelConfig) -> Iterator[Rule]:
             yield _rule(f"{ours}.{leaf}", tuple(f"{name}/{their_leaf}" for name in theirs), relayout)
 
 
-def _flax_tokens(dialect: Dialect, config: ModelConfig, prefix: str) -> Iterator[Rule]:
+def _flax_tokens(dialect: Dialect, config: ViTConfig, prefix: str) -> Iterator[Rule]:
     token, learned = config.pool == "token", config.posemb == "learned"
     if dialect == "big_vision" and token and learned:
         yield _FOLDED_CLASS_TOKEN
@@ -194,6 +209,30 @@ def _flax_tokens(dialect: Dialect, config: ModelConfig, prefix: str) -> Iterator
     if learned:
         posemb = "pos_embedding" if dialect == "big_vision" else "Transformer/posembed_input/pos_embedding"
         yield _rule("pos_embed", (prefix + posemb,), _SAME)
+
+
+def _bit(config: ResNetConfig) -> Iterator[Rule]:
+    yield _rule("root.weight", (BIT_ROOT,), _CONV_HWIO)
+    units = [
+        f"resnet/block{stage}/unit{block:02d}"
+        for stage, blocks in enumerate(config.resolved_stages, 1)
+        for block in range(1, blocks + 1)
+    ]
+    for name in our_shapes(config):
+        ours, _, leaf = name.rpartition(".")
+        if not ours.startswith("blocks."):
+            continue
+        _, index, module = ours.split(".")
+        place = f"{units[int(index)]}/{_BIT_PLACES.get(module, 'a/proj')}"
+        if module.startswith("norm"):
+            yield _rule(name, (f"{place}/group_norm/{_BIT_NORM[leaf]}",), _SAME)
+        else:
+            yield _rule(name, (f"{place}/standardized_conv2d/kernel",), _CONV_HWIO)
+    for leaf, theirs in _BIT_NORM.items():
+        yield _rule(f"norm.{leaf}", (f"resnet/group_norm/{theirs}",), _SAME)
+    if config.num_classes:
+        yield _rule("head.weight", ("resnet/head/conv2d/kernel",), _CONV_1X1)
+        yield _rule("head.bias", ("resnet/head/conv2d/bias",), _SAME)
 
 
 def _flax_leaves(module: str, num_heads: int) -> list[tuple[str, str, Relayout]]:
@@ -250,6 +289,9 @@ def _transpose(tensor: Tensor) -> Tensor:
 
 _SAME = Relayout(_itself, _itself)
 _TRANSPOSED = Relayout(_transpose, _transpose)  # [out, in] and [in, out]
+# Of convolutions ours are OIHW, theirs HWIO; a linear layer [out, in] is a 1 x 1 convolution.
+_CONV_HWIO = Relayout(lambda ours: ours.permute(2, 3, 1, 0), lambda theirs: theirs.permute(3, 2, 0, 1))
+_CONV_1X1 = Relayout(lambda ours: ours.T[None, None], lambda theirs: theirs[0, 0].T)
 
 
 def _conv(patch: int) -> Relayout:

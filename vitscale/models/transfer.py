@@ -3,28 +3,32 @@
 from torch import Tensor
 
 from vitscale.errors import ConfigError
+from vitscale.models import ModelConfig
 from vitscale.models.posemb import resize_posemb
-from vitscale.models.vit import ViTConfig
 
-# What two models must have in common to share a backbone.
-_SAME = (
-    "resolved_width",
-    "resolved_depth",
-    "resolved_num_heads",
-    "resolved_mlp_dim",
-    "resolved_patch_size",
-    "pool",
-    "num_registers",
-    "posemb",
-    "gelu",
-)
+# What two models of a kind must have in common to share a backbone.
+_SAME = {
+    "vit": (
+        "resolved_width",
+        "resolved_depth",
+        "resolved_num_heads",
+        "resolved_mlp_dim",
+        "resolved_patch_size",
+        "pool",
+        "num_registers",
+        "posemb",
+        "gelu",
+    ),
+    "resnet": ("resolved_width", "resolved_stages"),
+}
 
 
-def check_backbone(source: ViTConfig, target: ViTConfig) -> None:
+def check_backbone(source: ModelConfig, target: ModelConfig) -> None:
     """Raise ConfigError, naming the key, unless the two models have the same backbone."""
-    for name in _SAME:
+    for name in ("kind", *(_SAME[target.kind] if source.kind == target.kind else ())):
         wanted, saved = getattr(target, name), getattr(source, name)
         if wanted != saved:
+            wanted, saved = (list(v) if isinstance(v, tuple) else v for v in (wanted, saved))
             key = name.removeprefix("resolved_")
             raise ConfigError(
                 f"model.{key} is {wanted!r}, but the [init] checkpoint has {saved!r}; "
@@ -41,6 +45,6 @@ def is_backbone(name: str) -> bool:
     return not name.startswith(("pre_logits.", "head.", "mask_token", "patch_head."))
 
 
-def transferred(name: str, tensor: Tensor, source: ViTConfig, target: ViTConfig) -> Tensor:
+def transferred(name: str, tensor: Tensor, source: ModelConfig, target: ModelConfig) -> Tensor:
     """A tensor of the backbone as the target has it: position embeddings fit its grid."""
     return resize_posemb(tensor, source.grid, target.grid) if name == "pos_embed" else tensor

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
 from vitscale.models.corruption import Corruption
+from vitscale.models.initializers import lecun_normal, normal, xavier_uniform
 from vitscale.models.layers import Block, Checkpointing, Fp32Linear, Gelu, MapHead, PatchEmbed
-from vitscale.models.model import Model
+from vitscale.models.limits import MAX_IMAGE_SIZE, MAX_PATCHES, MAX_SIZE
+from vitscale.models.model import Model, check_images
 from vitscale.models.posemb import Grid, sincos2d
 
 
@@ -42,10 +44,6 @@ VARIANTS = {
     "g": Variant(1408, 40, 6144, 16),
     "G": Variant(1664, 48, 8192, 16),
 }
-
-# Above any real model. Files name models too, and a hostile one must not be able to ask for a
-# table of any size; with these, the number of bytes of every tensor fits in 64 bits.
-MAX_SIZE, MAX_IMAGE_SIZE, MAX_PATCHES = 1 << 24, 1 << 16, 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,7 +215,9 @@ class ViT(Model):
         patches, [B, k, num_patch_outputs].
         """
         wanted = layers or ()
-        self._check_arguments(images, wanted)
+        check_images(images, self.config.image_size)
+        if not all(0 <= index < len(self.blocks) for index in wanted):
+            raise ValueError(f"layers are {list(wanted)}; this model has blocks 0 to {len(self.blocks) - 1}")
         x = self._embed(images, corruption)  # [B, N, D]
         outputs: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
@@ -287,7 +287,7 @@ class ViT(Model):
         generator = torch.Generator().manual_seed(seed)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                yield f"{name}.weight", _xavier_uniform(module.weight, module.weight.shape[0], generator)
+                yield f"{name}.weight", xavier_uniform(module.weight, module.weight.shape[0], generator)
                 yield f"{name}.bias", torch.zeros(module.bias.shape)
             elif isinstance(module, nn.LayerNorm):
                 yield f"{name}.weight", torch.ones(module.weight.shape)
@@ -297,24 +297,24 @@ class ViT(Model):
                 # In Flax q, k and v are layers of fan-out D each. As one matrix of fan-out 3 D
                 # their limit would be too small.
                 width = self.config.resolved_width
-                yield f"{name}.weight", _xavier_uniform(module.weight, width, generator)
+                yield f"{name}.weight", xavier_uniform(module.weight, width, generator)
             if isinstance(module, nn.Linear) and name.endswith((".fc1", ".fc2")):
-                yield f"{name}.bias", _normal(module.bias, 1e-6, generator)
-        yield "patch_embed.proj.weight", _lecun_normal(self.patch_embed.proj.weight, generator)
+                yield f"{name}.bias", normal(module.bias, 1e-6, generator)
+        yield "patch_embed.proj.weight", lecun_normal(self.patch_embed.proj.weight, generator)
         if self.config.posemb == "learned":
-            yield "pos_embed", _normal(self.pos_embed, 0.02, generator)
+            yield "pos_embed", normal(self.pos_embed, 0.02, generator)
         if self.cls_token is not None:
             yield "cls_token", torch.zeros(self.cls_token.shape)
         if self.reg_token is not None:
-            yield "reg_token", _normal(self.reg_token, 1e-6, generator)
+            yield "reg_token", normal(self.reg_token, 1e-6, generator)
         if self.attn_pool is not None:
             probe = self.attn_pool.probe
-            yield "attn_pool.probe", _xavier_uniform(probe, probe.shape[1], generator)
+            yield "attn_pool.probe", xavier_uniform(probe, probe.shape[1], generator)
         if self.head is not None:
             yield "head.weight", torch.zeros(self.head.weight.shape)
             yield "head.bias", torch.full(self.head.bias.shape, self.config.head_bias)
         if self.mask_token is not None and self.patch_head is not None:
-            yield "mask_token", _normal(self.mask_token, 0.02, generator)
+            yield "mask_token", normal(self.mask_token, 0.02, generator)
             yield "patch_head.weight", torch.zeros(self.patch_head.weight.shape)
             yield "patch_head.bias", torch.zeros(self.patch_head.bias.shape)
 
@@ -325,22 +325,6 @@ class ViT(Model):
             # The class token, where there is one, gets no position.
             prefix = table.new_zeros(1, self.config.num_positions - table.shape[1], table.shape[2])
             self.pos_embed.copy_(torch.cat([prefix, table], dim=1))
-
-    def _check_arguments(self, images: Tensor, layers: Sequence[int]) -> None:
-        """Raise ValueError for what people give: bytes, one image, another size or block."""
-        size, shape = self.config.image_size, list(images.shape)
-        if not images.is_floating_point():
-            raise ValueError(
-                f"images are {str(images.dtype).removeprefix('torch.')}; this model takes floats in [-1, 1]: "
-                "(images.float() - 127.5) / 127.5"
-            )
-        if len(shape) != 4 or shape[1] != 3:
-            one = ": images[None] makes a batch of one image" if shape == [3, size, size] else ""
-            raise ValueError(f"images are {shape}; this model takes [B, 3, {size}, {size}]{one}")
-        if shape[2:] != [size, size]:
-            raise ValueError(f"images of {shape[2]} x {shape[3]} pixels; this model takes {size} x {size}")
-        if not all(0 <= index < len(self.blocks) for index in layers):
-            raise ValueError(f"layers are {list(layers)}; this model has blocks 0 to {len(self.blocks) - 1}")
 
     def _represent(self, x: Float[Tensor, "B N D"], features_only: bool) -> Float[Tensor, "B X"]:
         """Features [B, D] or logits [B, C] of the tokens after the final norm."""
@@ -361,22 +345,3 @@ class ViT(Model):
 def _rows_of(x: Float[Tensor, "B n D"], indices: Int64[Tensor, "B k"]) -> Float[Tensor, "B k D"]:
     """Some tokens of each image. On a GPU, gather's gradient would be summed in any order."""
     return x[torch.arange(len(x), device=x.device)[:, None], indices]
-
-
-def _xavier_uniform(weight: Tensor, fan_out: int, generator: torch.Generator) -> Tensor:
-    """Values for a weight, of which only the shape is used, as in the functions below."""
-    limit = math.sqrt(6 / (weight.shape[-1] + fan_out))
-    return torch.empty(weight.shape).uniform_(-limit, limit, generator=generator)
-
-
-def _normal(weight: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    return torch.empty(weight.shape).normal_(0.0, std, generator=generator)
-
-
-def _lecun_normal(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Flax's default: a normal of variance 1 / fan_in, cut at two standard deviations.
-
-    A unit normal cut there has a deviation of 0.8796, for which the division makes up.
-    """
-    std = math.sqrt(1 / weight.shape[1]) / 0.87962566103423978
-    return nn.init.trunc_normal_(torch.empty(weight.shape), 0.0, std, -2 * std, 2 * std, generator=generator)

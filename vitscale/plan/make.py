@@ -174,7 +174,7 @@ def make_plan(config: TrainConfig, cluster: Cluster, speed: Speed) -> Plan:
     """The plan of a config, without its data. Raises ConfigError for what cannot be trained."""
     if config.precision == "fp32":
         raise ConfigError('precision "fp32" has no estimate of speed; plan with precision=bf16')
-    batches = _check_batch(config, cluster)
+    batches, speed = _check_batch(config, cluster), speed.of_kind(config.model.kind)
     decode_rate = cluster.decode_rate or speed.decode_rate or DECODE_RATE
     planner = _Planner(config, cluster, speed, batches, decode_rate)
     options = tuple(planner.option(stage, policy) for stage in STAGES for policy in get_args(Checkpointing))

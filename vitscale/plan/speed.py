@@ -19,12 +19,16 @@ from vitscale.memory import count_params
 from vitscale.models import ModelConfig
 from vitscale.models.flops import train_flops
 from vitscale.models.layers import Checkpointing
+from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit import ViTConfig
 from vitscale.plan.formulas import FORWARD_PASSES, model_flops_utilization, update_seconds
 
 # Guesses by width: what a step in compiled blocks without recomputation reaches of the peak of
 # an H100 or H200, from the published training speeds of vision models.
 GUESSED = {192: 0.12, 384: 0.22, 768: 0.40, 1024: 0.45, 1280: 0.50, 1408: 0.50, 1664: 0.52, 6144: 0.50}
+# The same of BiT ResNets by channels of the first convolution, below what NVIDIA publishes for
+# ResNet-50: GroupNorm is not fused into the convolutions, and kernels are standardised anew.
+GUESSED_RESNETS = {64: 0.08, 128: 0.14, 192: 0.18, 256: 0.22}
 # GPUs of a lower peak reach more of it: NeMo's ViT g/14 45% on A100, 29% on H100.
 SLOW_FLOPS, SLOW_BONUS = 400e12, 0.05
 EAGER = 0.85  # without compilation; B/16 on an H200 (docs/measurements.md)
@@ -67,17 +71,22 @@ class Speed:
     def efficiency(self, model: ModelConfig, gpu: Gpu, *, compiled: bool) -> float:
         """The share of the peak of a step without recomputation, and without the update."""
         width = model.resolved_width
-        guess = _guess(width, gpu, compiled)
+        guess = _guess(model, gpu, compiled)
         rows = self._rows("none", compiled)
         if not rows:
             return guess
         factors: dict[int, list[float]] = {}
         for row in rows:
-            factor = row.efficiency / _guess(row.model.resolved_width, row.gpu, row.compiled)
+            factor = row.efficiency / _guess(row.model, row.gpu, row.compiled)
             factors.setdefault(row.model.resolved_width, []).append(factor)
         widths = sorted(factors)
         means = [sum(factors[width]) / len(factors[width]) for width in widths]
         return guess * float(np.interp(math.log(width), np.log(widths), means))
+
+    def of_kind(self, kind: str) -> "Speed":
+        """The same with rows of one kind of model alone."""
+        rows = tuple(row for row in self.rows if row.model.kind == kind)
+        return dataclasses.replace(self, rows=rows, device=self.device if rows else "")
 
     def work(self, policy: Checkpointing, *, compiled: bool) -> float:
         """How much longer the passes take with a policy than without recomputation."""
@@ -135,7 +144,8 @@ def _speed_of(results: Mapping[str, Any], path: Path) -> Speed:
 
 def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
     variant, size = piece["model"].removesuffix(" px").split(" at ")
-    model, images = ViTConfig(variant=variant, image_size=int(size)), piece["images of a step"]
+    kind = ViTConfig if "/" in variant else ResNetConfig
+    model, images = kind(variant=variant, image_size=int(size)), piece["images of a step"]
     gpu = gpu_of(piece["device"])
     if gpu is None:
         raise ConfigError(f"--calibrate {path} was measured on {piece['device']}, whose peak is not known")
@@ -154,7 +164,8 @@ def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
     ]
 
 
-def _guess(width: int, gpu: Gpu, compiled: bool) -> float:
-    """Between the widths of GUESSED, in proportion to the logarithm of the width."""
-    guess = float(np.interp(math.log(width), np.log(list(GUESSED)), list(GUESSED.values())))
+def _guess(model: ModelConfig, gpu: Gpu, compiled: bool) -> float:
+    """Between the widths of the guesses, in proportion to the logarithm of the width."""
+    guesses = GUESSED_RESNETS if isinstance(model, ResNetConfig) else GUESSED
+    guess = float(np.interp(math.log(model.resolved_width), np.log(list(guesses)), list(guesses.values())))
     return (guess + (SLOW_BONUS if gpu.flops < SLOW_FLOPS else 0.0)) * (1.0 if compiled else EAGER)

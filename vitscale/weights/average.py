@@ -11,6 +11,7 @@ from torch import Tensor
 from vitscale import config as configs
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import ModelConfig
+from vitscale.models.resnet import ResNetConfig
 from vitscale.weights.export import export_metadata, write_export
 from vitscale.weights.files import TensorSource
 from vitscale.weights.saved import SavedModel, Slot
@@ -77,6 +78,9 @@ def _check_same_model(a: SavedModel, b: SavedModel) -> None:
 
 def _with_explicit_sizes(config: ModelConfig) -> ModelConfig:
     """The same model with its sizes as numbers, however its config gives them."""
+    if isinstance(config, ResNetConfig):
+        sizes = {"width": config.resolved_width, "stages": config.resolved_stages}
+        return dataclasses.replace(config, variant="R50x1", **sizes)
     keys = ("width", "depth", "num_heads", "mlp_dim", "patch_size")
     sizes = {key: getattr(config, f"resolved_{key}") for key in keys}
     return dataclasses.replace(config, variant="B/16", **sizes)

@@ -49,7 +49,7 @@ class SavedModel:
             )
         if not isinstance(model, dict):
             raise CheckpointError(f"{self.path} names no model configuration: vitscale did not write it")
-        self.config = saved_config(ModelConfig, model, "model", self.path, writer)
+        self.config: ModelConfig = saved_config(ModelConfig, model, "model", self.path, writer)
 
     def empty_model(self) -> Model:
         """The model of the configuration, without values.

@@ -6,7 +6,8 @@ import math
 from vitscale.errors import CheckpointError
 from vitscale.models import ModelConfig
 from vitscale.models.names import Dialect
-from vitscale.models.vit import VARIANTS
+from vitscale.models.resnet import ResNetConfig
+from vitscale.models.vit import VARIANTS, ViTConfig
 from vitscale.weights.files import Dtype
 
 _ONLY_TOKEN = (("token",), "ViTForImageClassification reads the class token; use --format timm")
@@ -54,6 +55,13 @@ _TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
     """Raise CheckpointError for the first key of the model that the dialect cannot express."""
+    if isinstance(config, ResNetConfig) and dialect != "bit":
+        raise CheckpointError(
+            f"model.kind 'resnet' cannot be exported to {dialect}; use --format npz, which timm's "
+            "resnetv2_*_bit read as checkpoint_path, or --format safetensors"
+        )
+    if isinstance(config, ResNetConfig):
+        return
     limits = {"num_registers": _NO_REGISTERS, "num_patch_outputs": _NO_PATCH_HEAD}
     for key, (allowed, reason) in (limits | _LIMITS.get(dialect, {})).items():
         value = getattr(config, key)
@@ -63,11 +71,13 @@ def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
 
 def unlike_google(config: ModelConfig) -> list[str]:
     """The keys, as key = value, in which a model is not what readers of .npz files assume."""
+    if isinstance(config, ResNetConfig):
+        return []
     values = {key: getattr(config, key) for key in GOOGLE_DEFAULTS}
     return [f"model.{key} = {value!r}" for key, value in values.items() if value != GOOGLE_DEFAULTS[key]]
 
 
-def timm_config(config: ModelConfig) -> dict[str, object]:
+def timm_config(config: ViTConfig) -> dict[str, object]:
     """config.json for timm.create_model("local-dir:FOLDER", pretrained=True)."""
     size, width = config.image_size, config.resolved_width
     pool = TIMM_POOLS[config.pool]
@@ -104,7 +114,7 @@ def timm_config(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def transformers_config(config: ModelConfig, dtype: Dtype) -> dict[str, object]:
+def transformers_config(config: ViTConfig, dtype: Dtype) -> dict[str, object]:
     """config.json of transformers' ViTForImageClassification."""
     labels = {str(label): f"LABEL_{label}" for label in range(config.num_classes)}
     return {
@@ -128,7 +138,7 @@ def transformers_config(config: ModelConfig, dtype: Dtype) -> dict[str, object]:
     }
 
 
-def preprocessor_config(config: ModelConfig) -> dict[str, object]:
+def preprocessor_config(config: ViTConfig) -> dict[str, object]:
     """preprocessor_config.json of transformers: a resize to a square, and pixels in [-1, 1]."""
     return {
         "image_processor_type": "ViTImageProcessor",
@@ -143,7 +153,7 @@ def preprocessor_config(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def _variant_name(config: ModelConfig) -> str:
+def _variant_name(config: ViTConfig) -> str:
     """The variant of the model's sizes, however its config gives them; "" if there is none."""
     sizes = (
         config.resolved_width,

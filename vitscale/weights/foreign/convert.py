@@ -19,8 +19,10 @@ from vitscale import atomic
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import ModelConfig
-from vitscale.models.names import our_shapes, rules, their_shapes, to_ours, to_theirs
+from vitscale.models.names import Dialect, our_shapes, rules, their_shapes, to_ours, to_theirs
 from vitscale.models.posemb import sincos2d
+from vitscale.models.resnet import ResNetConfig
+from vitscale.models.vit import ViTConfig
 from vitscale.weights.export import export_metadata, export_safetensors, write_export
 from vitscale.weights.files import Dtype, write_folder
 from vitscale.weights.foreign import configs, deduce
@@ -105,6 +107,11 @@ def import_model(
         logger.warning(
             "its images had mean %s, but ours have 0.5: consider --pixels imagenet", source.pixel_mean
         )
+    if pixels != "half" and isinstance(config, ResNetConfig):
+        raise CheckpointError(
+            f"{file}: --pixels {pixels} cannot be folded into a ResNet, whose first convolution is "
+            "standardised; BiT's models take our pixels, so drop it"
+        )
     table, shapes = rules(source.dialect, config), our_shapes(config)
     tensors = to_ours(table, source.tensor)
     if pixels != "half":
@@ -150,7 +157,8 @@ def _step_of(source: ForeignWeights) -> int:
 
 
 def _export_npz(saved: SavedModel, out: Path, dialect: FlaxDialect, dtype: Dtype, shard_mb: int) -> Path:
-    configs.check_expressible(saved.config, dialect)
+    names = _npz_names(saved.config, dialect)
+    configs.check_expressible(saved.config, names)
     if dtype == "bf16":
         raise ConfigError("NumPy has no bfloat16, so an .npz file is fp32 or fp16; use --dtype fp16")
     if out.suffix != ".npz" or shard_mb:
@@ -158,12 +166,21 @@ def _export_npz(saved: SavedModel, out: Path, dialect: FlaxDialect, dtype: Dtype
     for key_value in configs.unlike_google(saved.config):
         logger.warning("readers of .npz files compute Google's model, but this one has %s", key_value)
     config = saved.config
-    if dialect != "big_vision":
+    if isinstance(config, ViTConfig) and names != "big_vision":
         config = dataclasses.replace(config, posemb="learned")
-    tensors = to_theirs(rules(dialect, saved.config), functools.partial(_our_tensor, saved))
+    tensors = to_theirs(rules(names, saved.config), functools.partial(_our_tensor, saved))
     with publishing(out) as temporary:
         write_npz(temporary, tensors, dtype, export_metadata(config, saved.step, dtype))
     return out
+
+
+def _npz_names(config: ModelConfig, dialect: FlaxDialect) -> Dialect:
+    """The dialect of a model's .npz file. Raises ConfigError for one that is of ViTs alone."""
+    if not isinstance(config, ResNetConfig):
+        return dialect
+    if dialect != "original":
+        raise ConfigError(f"--dialect {dialect} is of ViTs; a ResNet's .npz has BiT's names, so drop it")
+    return "bit"
 
 
 def _export_folder(
@@ -171,6 +188,7 @@ def _export_folder(
 ) -> Path:
     config = saved.config
     configs.check_expressible(config, format)
+    assert isinstance(config, ViTConfig), "these formats hold no other kind"
     if out.suffix in (".safetensors", ".npz"):
         raise ConfigError(f"{out} must be a folder: {format} reads config.json beside the weights")
     if format == "timm" and shard_bytes:
@@ -222,8 +240,9 @@ def _with_our_pixels(
 
 def _our_tensor(saved: SavedModel, name: str) -> Tensor:
     """A tensor of ours by name. A fixed position embedding, which is not saved, is computed."""
-    if name != "pos_embed" or saved.config.posemb == "learned":
+    config = saved.config
+    if name != "pos_embed" or not isinstance(config, ViTConfig) or config.posemb == "learned":
         return saved.tensor(name)
-    table = sincos2d(saved.config.grid, saved.config.resolved_width)  # [1, N, D]
-    prefix = table.new_zeros(1, saved.config.num_positions - table.shape[1], table.shape[2])
+    table = sincos2d(config.grid, config.resolved_width)  # [1, N, D]
+    prefix = table.new_zeros(1, config.num_positions - table.shape[1], table.shape[2])
     return torch.cat([prefix, table], dim=1)

@@ -16,6 +16,7 @@ from vitscale import config as configs
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import ModelConfig
 from vitscale.models.names import (
+    BIT_ROOT,
     FLAX_DIALECTS,
     Dialect,
     one_to_one_names,
@@ -23,7 +24,8 @@ from vitscale.models.names import (
     rules,
     their_shapes,
 )
-from vitscale.models.vit import VARIANTS
+from vitscale.models.resnet import ROOT_WIDTH, STAGES, ResNetConfig
+from vitscale.models.vit import VARIANTS, ViTConfig
 from vitscale.weights.files import Shapes
 from vitscale.weights.foreign.configs import GOOGLE_DEFAULTS, TIMM_POOLS
 
@@ -67,6 +69,8 @@ def deduce_config(
     config_json: empty if there is none. overrides: model.key=value, which come last. Raises
     CheckpointError for what our models cannot be, and ConfigError for what [model] refuses.
     """
+    if dialect == "bit":
+        return build_config(_bit_values(shapes), overrides)
     refuse_other_architectures(shapes)
     try:
         values = _sizes(dialect, shapes)
@@ -93,21 +97,22 @@ def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None
             f"model.depth is {config.resolved_depth:,}, but there are {len(shapes)} tensors"
         )
     expected, ours = their_shapes(dialect, config), our_shapes(config)
+    kind = "ResNet" if isinstance(config, ResNetConfig) else "ViT"
     covered = {name for rule in rules(dialect, config) for name in rule.ours}
-    if not covered <= set(ours):
+    if isinstance(config, ViTConfig) and covered - set(ours):
         raise ConfigError(
             f"model.posemb {config.posemb!r} must be 'learned': the file has position embeddings"
         )
-    if not set(ours) <= covered:
+    if isinstance(config, ViTConfig) and set(ours) - covered:
         raise ConfigError(f"model.num_registers {config.num_registers} must be 0: the file has no registers")
     for name in shapes:
         if name not in expected:
             raise CheckpointError(
-                f"{name} has no place in a ViT of vitscale; leave it out of the file if it is not needed"
+                f"{name} has no place in a {kind} of vitscale; leave it out of the file if it is not needed"
             )
     for name, shape in expected.items():
         if name not in shapes:
-            raise CheckpointError(f"there is no {name}, which is {shape} in a ViT of vitscale")
+            raise CheckpointError(f"there is no {name}, which is {shape} in a {kind} of vitscale")
         if shapes[name] != shape:
             raise CheckpointError(
                 f"{name} is {shapes[name]}, but {shape} in the model that the other tensors describe"
@@ -163,6 +168,31 @@ def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
     num_tokens = shape("pos_embed")[1]
     num_patches = num_tokens - 1 if pool == "token" and dialect != "big_vision" else num_tokens
     return values | {"image_size": values["patch_size"] * _side(num_patches, names["pos_embed"])}
+
+
+def _bit_values(shapes: Shapes) -> dict[str, object]:
+    """[model] of a ResNet with BiT's names. Its image size is in no file, and it takes any."""
+    stages: list[int] = []
+    while blocks := _count_units(len(stages) + 1, shapes):
+        stages.append(blocks)
+    root, bias = shapes[BIT_ROOT], shapes.get("resnet/head/conv2d/bias", (0,))
+    if len(root) != 4 or len(bias) != 1 or not stages:
+        raise CheckpointError("the shapes of its tensors are not those of a BiT ResNet")
+    _check_channels(BIT_ROOT, root[2])
+    values: dict[str, object] = {"kind": "resnet", "num_classes": bias[0]}
+    depth = next((depth for depth, known in STAGES.items() if known == tuple(stages)), 0)
+    factor, rest = divmod(root[3], ROOT_WIDTH)
+    if depth and factor and not rest:
+        return values | {"variant": f"R{depth}x{factor}"}
+    return values | {"width": root[3], "stages": stages}
+
+
+def _count_units(stage: int, shapes: Shapes) -> int:
+    """The number of blocks of a stage, both counted from 1."""
+    blocks = 0
+    while f"resnet/block{stage}/unit{blocks + 1:02d}/a/standardized_conv2d/kernel" in shapes:
+        blocks += 1
+    return blocks
 
 
 def _check_channels(name: str, channels: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitscale import storage
 from vitscale.errors import CheckpointError
-from vitscale.models.names import Dialect
+from vitscale.models.names import BIT_ROOT, Dialect
 from vitscale.weights.files import Shapes, Weights, find_export
 from vitscale.weights.foreign.deduce import refuse_other_architectures
 from vitscale.weights.npz import NpzReader
@@ -54,6 +54,7 @@ _OTHER_TYPES = {
     "siglip_vision_model": _SIGLIP,
 }
 _TABLES = ("model_args", "pretrained_cfg")  # of timm's config.json
+_BIT_NUMBER = re.compile(r"/(standardized_conv2d|group_norm|conv2d)_\d+/")
 _STACKED = "Transformer/encoderblock/"  # big_vision with scan: all blocks in one array
 
 
@@ -99,13 +100,15 @@ def open_safetensors(path: str, format: Literal["safetensors", "timm", "transfor
 
 
 def open_npz(path: str) -> ForeignWeights:
-    """Open one of Google's .npz files, in any dialect: a model, a whole training state, or a
-    model of images and texts. Raises as open_safetensors.
+    """Open one of Google's .npz files, in any dialect: a ViT, a BiT ResNet, a whole training
+    state, or a model of images and texts. Raises as open_safetensors.
     """
     _refuse_pickle(path)
     if not Path(path).is_file():
         raise CheckpointError(f"{path} does not exist; give the path of an .npz file on this machine")
     arrays = NpzReader(path)
+    if any(name.startswith("resnet/root_block/") for name in arrays.shapes):
+        return _open_bit(path, arrays)
     prefix = _find_prefix(path, "npz", arrays.shapes)
     others = [name for name in arrays.shapes if not name.startswith(prefix)]
     if others:
@@ -127,6 +130,29 @@ def open_npz(path: str) -> ForeignWeights:
         config_json={},
         pixel_mean=(),
         tensor=tensor,
+    )
+
+
+def _open_bit(path: str, arrays: NpzReader) -> ForeignWeights:
+    """Some of BiT's files number layers, as in standardized_conv2d_17, and some have norms of
+    shape [1, 1, 1, C].
+    """
+    stored = [name for name in arrays.shapes if name.startswith("resnet/")]
+    array_of = {_BIT_NUMBER.sub(r"/\1/", name): name for name in stored}
+    if len(array_of) < len(stored):
+        raise CheckpointError(f"{path}: some layers are there under two numbers; write one model to a file")
+    if BIT_ROOT not in array_of:
+        raise CheckpointError(f"{path} holds no {BIT_ROOT}, which every BiT ResNet has")
+    shapes = {name: arrays.shapes[array] for name, array in array_of.items()}
+    norms = {name for name, shape in shapes.items() if "/group_norm/" in name and shape[:-1] == (1, 1, 1)}
+    shapes |= {name: shapes[name][-1:] for name in norms}
+    return ForeignWeights(
+        dialect="bit",
+        shapes=shapes,
+        metadata=arrays.metadata,
+        config_json={},
+        pixel_mean=(),
+        tensor=lambda name: arrays.tensor(array_of[name]).reshape(shapes[name]),
     )
 
 
