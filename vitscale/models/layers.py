@@ -52,6 +52,12 @@ def recomputed(
     return checkpoint(function, *inputs, use_reentrant=False, **options)
 
 
+class RecomputedBlock(nn.Module):
+    """A block of a model. checkpointing: what the backward pass recomputes of it."""
+
+    checkpointing: Checkpointing = "none"
+
+
 class PatchEmbed(nn.Module):
     """Patches to tokens, by a reshape and one matmul.
 
@@ -117,10 +123,9 @@ class Fp32Linear(nn.Linear):
         return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
-class Block(nn.Module):
+class Block(RecomputedBlock):
     """Pre-norm encoder block (paper, equations 2 and 3).
 
-    checkpointing: what the backward pass recomputes of the activations.
     kept: what the outputs of attention and MLP are multiplied by for each image (drop_path.py).
     """
 
@@ -133,7 +138,6 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, mlp_dim, dropout, gelu)
-        self.checkpointing: Checkpointing = "none"
 
     def forward(
         self, x: Float[Tensor, "B N D"], kept: Float[Tensor, "2 B 1 1"] | None = None
