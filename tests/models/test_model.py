@@ -24,7 +24,7 @@ def test_a_model_that_leaves_something_out_cannot_be_built() -> None:
         def forward(self, images: Tensor, features_only: bool = False) -> Tensor:
             return images
 
-    with pytest.raises(TypeError, match=r"abstract methods.* compile_blocks, init_buffers, initial_values"):
+    with pytest.raises(TypeError, match="abstract methods init_buffers, initial_values"):
         Headless(TINY)
 
 

@@ -127,6 +127,18 @@ def test_the_forward_pass_equals_an_independent_one() -> None:
     assert expected.abs().max() > 0.3
 
 
+@pytest.mark.parametrize(("images", "kernels"), [(1e-3, 1.0), (1.0, 1e-5)])
+def test_both_epsilons_count_where_values_are_faint(images: float, kernels: float) -> None:
+    """Variances of the size of the epsilons: another epsilon would give other logits."""
+    model = randomised(TINY)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight *= kernels
+    faint = images * pixels(TINY)
+    torch.testing.assert_close(model(faint), reference_forward(model, faint), rtol=1e-4, atol=1e-5)
+
+
 def test_the_pool_of_the_root_is_padded_with_zeros() -> None:
     """Where all values are negative, a border of zeros wins; padding of -inf would not."""
     model = build_model(TINY, 0).eval()

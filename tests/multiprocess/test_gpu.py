@@ -20,8 +20,7 @@ from vitscale.bench.step import Case, Ours, StepBench
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.models.vit import ViTConfig
 
-NO_GPU = "NCCL, fused kernels and fp16 need an NVIDIA GPU, and torch sees none"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)  # all here is CUDA's alone
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL and fp16 need an NVIDIA GPU")
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 LAYOUTS = [

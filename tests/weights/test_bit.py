@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign_models import import_timm, logits, same_weights, saved_model
+from foreign_models import logits, same_weights, saved_model
 
 from vitscale import load_model
 from vitscale.errors import CheckpointError, ConfigError
@@ -74,18 +74,18 @@ def timm_bit(timm: Any, config: ResNetConfig) -> Any:
 @pytest.mark.parametrize(
     "config", [TINY, dataclasses.replace(TINY, stages=(2, 1, 1), image_size=64)], ids=["odd", "even"]
 )
-def test_timm_computes_the_logits_of_an_export(tmp_path: Path, config: ResNetConfig) -> None:
+def test_timm_computes_the_logits_of_an_export(tmp_path: Path, timm: Any, config: ResNetConfig) -> None:
     model, path = exported(tmp_path, config)
-    other = timm_bit(import_timm(), config)
+    other = timm_bit(timm, config)
     other.load_pretrained(path)
     expected = logits(model, config)
     assert (logits(other.eval(), config) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_timms_r50x1_computes_our_logits(tmp_path: Path) -> None:
+def test_timms_r50x1_computes_our_logits(tmp_path: Path, timm: Any) -> None:
     config = ResNetConfig(variant="R50x1", image_size=128, num_classes=1000)
     model, path = exported(tmp_path, config)
-    other = import_timm().create_model("resnetv2_50x1_bit", num_classes=1000)
+    other = timm.create_model("resnetv2_50x1_bit", num_classes=1000)
     other.load_pretrained(path)
     expected = logits(model, config)
     assert (logits(other.eval(), config) - expected).abs().max() < 1e-5 * expected.abs().max()

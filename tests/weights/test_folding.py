@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_models import TINY, images, import_timm, logits, randomise, saved_model
+from foreign_models import TINY, images, logits, randomise, saved_model
 from safetensors.torch import load_file, save_file
 
 from vitscale import load_model
@@ -21,17 +21,6 @@ TINY_SIZES = {
     for key in ("width", "depth", "num_heads", "mlp_dim", "patch_size", "image_size", "num_classes")
 }
 SIZES = {"img_size": 12, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.5}
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    return pytest.importorskip("transformers")  # before timm: it must not see the stub of torchvision
-
-
-@pytest.fixture(scope="module")
-def timm(transformers: Any) -> Any:
-    pytest.importorskip("huggingface_hub")
-    return import_timm()
 
 
 @pytest.mark.parametrize(

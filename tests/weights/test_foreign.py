@@ -14,7 +14,6 @@ from foreign_models import (
     TINY,
     flax_logits,
     images,
-    import_timm,
     logits,
     randomise,
     resolved,
@@ -33,17 +32,6 @@ from vitscale.weights.saved import SavedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 UPSTREAM = dataclasses.replace(TINY, representation_size=24)
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    return pytest.importorskip("transformers")  # before timm: it must not see the stub of torchvision
-
-
-@pytest.fixture(scope="module")
-def timm(transformers: Any) -> Any:
-    pytest.importorskip("huggingface_hub")
-    return import_timm()
 
 
 # timm

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Kind = Literal["filters", "posemb", "attention-distance", "attention-map"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-OF_IMAGES: tuple[Kind, ...] = ("attention-distance", "attention-map")
 DEFAULT_IMAGES = {"attention-distance": 128, "attention-map": 8}  # 128 as in the paper
 _AT_ONCE = 8
 _DPI = 200

@@ -60,6 +60,12 @@ def to_patches(images: Shaped[Tensor, "B 3 H W"], size: int) -> Shaped[Tensor, "
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * cols, channels * size**2)
 
 
+class RecomputedBlock(nn.Module):
+    """A block of a model. checkpointing: what the backward pass recomputes of it."""
+
+    checkpointing: Checkpointing = "none"
+
+
 class PatchEmbed(nn.Module):
     """Patches to tokens, by a reshape and one matmul.
 
@@ -120,10 +126,9 @@ class Fp32Linear(nn.Linear):
         return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
-class Block(nn.Module):
+class Block(RecomputedBlock):
     """Pre-norm encoder block (paper, equations 2 and 3).
 
-    checkpointing: what the backward pass recomputes of the activations.
     kept: what the outputs of attention and MLP are multiplied by for each image (drop_path.py).
     """
 
@@ -136,7 +141,6 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, mlp_dim, dropout, gelu)
-        self.checkpointing: Checkpointing = "none"
 
     def forward(
         self, x: Float[Tensor, "B N D"], kept: Float[Tensor, "2 B 1 1"] | None = None

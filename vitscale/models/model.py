@@ -1,13 +1,14 @@
 """What training, checkpoints and evaluations ask of a model of any kind."""
 
 import abc
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from vitscale.models.layers import Checkpointing
+from vitscale.models.layers import Checkpointing, RecomputedBlock
 
 
 @runtime_checkable
@@ -106,17 +107,28 @@ class Model(nn.Module, abc.ABC):
         self.init_buffers()
         return self
 
-    @abc.abstractmethod
     def set_activation_checkpointing(self, mode: Checkpointing) -> None:
         """What each block keeps for the backward pass, which recomputes the rest.
 
         "none" keeps all activations, "selective" the outputs of matmuls, convolutions and
         attention, and "full" the block's input alone.
         """
+        for block in self._blocks():
+            block.checkpointing = mode
 
-    @abc.abstractmethod
     def compile_blocks(self) -> None:
-        """torch.compile the repeated blocks, in place, so that parameter names stay."""
+        """torch.compile the repeated blocks, in place, so that parameter names stay.
+
+        Shapes are static: blocks of one shape share a graph, made for the micro batch of
+        training. A ViT has one, and each stage of a ResNet two.
+        """
+        # With recomputation, torch warns of in-place operations, which no block has.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+        for block in self._blocks():
+            block.compile(dynamic=False)
+
+    def _blocks(self) -> list[RecomputedBlock]:
+        return [block for block in self.modules() if isinstance(block, RecomputedBlock)]
 
 
 def check_images(images: Tensor, size: int) -> None:

@@ -5,7 +5,6 @@ the epsilons and the padding, so that Google's .npz files give the same logits h
 """
 
 import dataclasses
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
 from vitscale.models.initializers import lecun_normal
-from vitscale.models.layers import Checkpointing, Fp32Linear, recomputed
+from vitscale.models.layers import Fp32Linear, RecomputedBlock, recomputed
 from vitscale.models.limits import MAX_IMAGE_SIZE, MAX_SIZE
 from vitscale.models.model import Model, check_images
 from vitscale.models.posemb import Grid
@@ -170,11 +169,8 @@ class StdConv2d(nn.Conv2d):
         return F.conv2d(x, weight, None, self.stride, self.padding)
 
 
-class PreActBottleneck(nn.Module):
-    """Residual block of ResNet v2: norm and ReLU before each convolution, stride in the 3 x 3.
-
-    checkpointing: what the backward pass recomputes of the activations.
-    """
+class PreActBottleneck(RecomputedBlock):
+    """Block of ResNet v2: norm and ReLU before each convolution, the stride in the 3 x 3."""
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__()
@@ -186,7 +182,6 @@ class PreActBottleneck(nn.Module):
         self.conv2 = StdConv2d(mid, mid, 3, shape.stride)
         self.norm3 = nn.GroupNorm(GROUPS, mid, eps=NORM_EPS)
         self.conv3 = StdConv2d(mid, outputs, 1)
-        self.checkpointing: Checkpointing = "none"
 
     def forward(self, x: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O h w"]:
         # In here, not around the block, so that a compiled block holds its recomputation, too.
@@ -240,20 +235,6 @@ class ResNet(Model):
             return x.flatten(2).transpose(1, 2)  # [B, N, D]
         x = x.mean((2, 3))
         return x if features_only or self.head is None else self.head(x)
-
-    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
-        for block in self._blocks():
-            block.checkpointing = mode
-
-    def compile_blocks(self) -> None:
-        # With recomputation, torch warns of in-place operations, which no block has.
-        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        # Static shapes: a stage has two graphs, of its first block and of the others.
-        for block in self._blocks():
-            block.compile(dynamic=False)
-
-    def _blocks(self) -> list[PreActBottleneck]:
-        return [block for block in self.blocks if isinstance(block, PreActBottleneck)]
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """As big_vision models/bit_paper.py: LeCun normal kernels, and a head of 0.

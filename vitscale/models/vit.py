@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from vitscale.errors import ConfigError
 from vitscale.models.corruption import Corruption
 from vitscale.models.initializers import lecun_normal, normal, xavier_uniform
-from vitscale.models.layers import Block, Checkpointing, Fp32Linear, Gelu, MapHead, PatchEmbed
+from vitscale.models.layers import Block, Fp32Linear, Gelu, MapHead, PatchEmbed
 from vitscale.models.limits import MAX_IMAGE_SIZE, MAX_PATCHES, MAX_SIZE
 from vitscale.models.model import Model, check_images
 from vitscale.models.posemb import Grid, sincos2d
@@ -255,20 +254,6 @@ class ViT(Model):
     def _predict(self, x: Float[Tensor, "B n D"], corrupted: Int64[Tensor, "B k"]) -> Float[Tensor, "B k X"]:
         assert self.patch_head is not None, "the model has no patch head"
         return self.patch_head(_rows_of(x, corrupted))
-
-    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
-        for block in self._blocks():
-            block.checkpointing = mode
-
-    def compile_blocks(self) -> None:
-        # With recomputation, torch warns of in-place operations, which no block has.
-        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        # Static shapes: all blocks share one graph, made for the micro batch of training.
-        for block in self._blocks():
-            block.compile(dynamic=False)
-
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """As Google's code initialises (vision_transformer models_vit.py).

@@ -17,6 +17,7 @@ from vitscale.checkpoint.safetensors import SafetensorsReader, SafetensorsWriter
 from vitscale.errors import CheckpointError
 
 EXPORT_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+ONNX_NAME = "model.onnx"
 Shapes = Mapping[str, tuple[int, ...]]
 NamedTensors = Iterable[tuple[str, Tensor]]
 Dtype = Literal["fp32", "bf16", "fp16"]

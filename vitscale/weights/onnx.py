@@ -16,10 +16,10 @@ from torch import Tensor
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models.model import Model
 from vitscale.weights.export import export_metadata
+from vitscale.weights.files import ONNX_NAME
 from vitscale.weights.publish import publishing
 from vitscale.weights.saved import SavedModel, Slot, load_model
 
-FILE_NAME = "model.onnx"  # in a folder
 _LARGEST_FILE = 1.9e9  # bytes of weights; Protocol Buffers end at 2 GiB
 _CHECKED_BATCHES = (1, 3)
 _TOLERANCE = 1e-4  # of the largest output, or of 1
@@ -36,7 +36,8 @@ def export_onnx(path: str | Path, out: str | Path, *, slot: Slot = "fp32") -> Pa
     CheckpointError if onnxruntime computes other outputs than the model: nothing is written.
     """
     out = Path(out)
-    model, saved = load_model(path, slot=slot), SavedModel(path, slot=slot)
+    saved = SavedModel(path, slot=slot)
+    model = load_model(saved.path, slot=slot)  # of this step, whatever a live run saves meanwhile
     as_folder = out.suffix != ".onnx"
     size = sum(param.nbytes for param in model.parameters())
     if not as_folder and size > _LARGEST_FILE:
@@ -47,12 +48,12 @@ def export_onnx(path: str | Path, out: str | Path, *, slot: Slot = "fp32") -> Pa
     with publishing(out) as temporary:
         if as_folder:
             temporary.mkdir()
-        file = temporary / FILE_NAME if as_folder else temporary
+        file = temporary / ONNX_NAME if as_folder else temporary
         program = _to_onnx(model)
         program.model.metadata_props.update(metadata)
         program.save(file, external_data=as_folder)
         _check(file, model)
-    return out / FILE_NAME if as_folder else out
+    return out / ONNX_NAME if as_folder else out
 
 
 def _to_onnx(model: Model) -> Any:

@@ -12,17 +12,16 @@ from pathlib import Path
 
 from vitscale import atomic
 from vitscale.errors import CheckpointError
-from vitscale.weights.files import EXPORT_NAME, INDEX_NAME, Weights
+from vitscale.weights.files import EXPORT_NAME, INDEX_NAME, ONNX_NAME, Weights
 from vitscale.weights.npz import NpzReader
 
-_ONNX_NAME = "model.onnx"
 _FOLDER_FILES = (
     EXPORT_NAME,
     INDEX_NAME,
     "config.json",
     "preprocessor_config.json",
-    _ONNX_NAME,
-    f"{_ONNX_NAME}.data",
+    ONNX_NAME,
+    f"{ONNX_NAME}.data",
 )
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux
 
@@ -48,7 +47,7 @@ def _check_replaceable(out: Path) -> None:
     if out.is_dir():
         shards = {path.name for path in out.glob("model-*-of-*.safetensors")}
         strangers = sorted({path.name for path in out.iterdir()} - shards - set(_FOLDER_FILES))
-        exports = [out / name for name in (EXPORT_NAME, INDEX_NAME, _ONNX_NAME) if (out / name).is_file()]
+        exports = [out / name for name in (EXPORT_NAME, INDEX_NAME, ONNX_NAME) if (out / name).is_file()]
         if strangers:
             raise CheckpointError(f"{out} is not replaced: it also holds {strangers[0]}; name a new folder")
         if not exports or not _is_ours(exports[0]):

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from vitscale.data.transforms import normalize
 from vitscale.inspection.attention import attention_maps
 from vitscale.inspection.images import lit
 from vitscale.inspection.weights import position_similarity, principal_components
 from vitscale.models.vit import ViT
 from vitscale.report.page.html import Html, element, joined, note
-from vitscale.report.page.pictures import card, gallery, picture
+from vitscale.report.page.pictures import card, channels_last, gallery, picture
 
 NUM_FILTERS = 14
 _FILTER_SIDE = 48  # pixels of a filter on the page
@@ -22,9 +23,9 @@ _MOSAIC_SIDE = 320
 
 def learned(model: ViT, images: UInt8[Tensor, "B 3 H W"]) -> Html:
     """Pictures of the embedding layer, and of the attention to some images."""
-    maps = attention_maps(model, (images.float() - 127.5) / 127.5)
+    maps = attention_maps(model, normalize(images, torch.float32))
     attended = [
-        card(picture(_hwc(pixels), "image weighted by attention"), f"image {number + 1}")
+        card(picture(channels_last(pixels), "image weighted by attention"), f"image {number + 1}")
         for number, pixels in enumerate(lit(images, maps))
     ]
     return joined(
@@ -77,7 +78,3 @@ def _enlarged(pixels: UInt8[Tensor, "h w 3"], side: int) -> UInt8[np.ndarray, "H
     return np.ascontiguousarray(
         pixels.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1).numpy()
     )
-
-
-def _hwc(image: UInt8[Tensor, "3 H W"]) -> UInt8[np.ndarray, "H W 3"]:
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from torch import Tensor
 
 from vitscale.report.page.html import Html, element, joined
 
@@ -31,6 +32,11 @@ def picture(pixels: UInt8[np.ndarray, "h w 3"], alt: str, *, lossless: bool = Fa
     return element(
         "img", src=source, alt=alt, width=image.width, height=image.height, class_="small" * is_small
     )
+
+
+def channels_last(image: UInt8[Tensor, "3 H W"]) -> UInt8[np.ndarray, "H W 3"]:
+    """The pixels of a model input as those of a picture."""
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
 def card(shown: Html, *lines: str, class_: str = "") -> Html:

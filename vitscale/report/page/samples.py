@@ -19,7 +19,7 @@ from vitscale.job import Job, derive
 from vitscale.models.vit import ViT
 from vitscale.report.page.html import Html, element, joined, note
 from vitscale.report.page.learned import learned
-from vitscale.report.page.pictures import card, gallery, picture
+from vitscale.report.page.pictures import card, channels_last, gallery, picture
 from vitscale.report.page.records import Record
 from vitscale.report.page.scale import percent
 from vitscale.report.page.shards import Shards
@@ -40,7 +40,7 @@ def inputs(record: Record, shards: Shards) -> Html:
     batch = first_batch(job)
     names = [_named(job, batch, number) for number in range(min(NUM_INPUTS, len(batch.images)))]
     cards = [
-        card(picture(_pixels(image), f"model input of class {name}"), f"class {name}")
+        card(picture(channels_last(image), f"model input of class {name}"), f"class {name}")
         for image, name in zip(batch.images, names, strict=False)
     ]
     texts = [f"The first {len(cards)} images of step 1, in the order of the data, after augmentation."]
@@ -123,13 +123,9 @@ def _prediction(
         f"{index.named(label)}: {percent(round(score, 3))}"
         for label, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-    shown = picture(_pixels(image), f"image of class {names or 'unknown'}")
+    shown = picture(channels_last(image), f"image of class {names or 'unknown'}")
     said = element("span", verdict, class_="verdict")
     return card(shown, said, joined(["true: ", element("b", names)]), *lines, class_=class_)
-
-
-def _pixels(image: UInt8[Tensor, "3 S S"]) -> UInt8[np.ndarray, "S S 3"]:
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
 def _named(job: Job, batch: Batch, number: int) -> str:

@@ -32,8 +32,11 @@ _REGISTERS = "reg_token"  # timm's
 def fold(weights: ForeignWeights) -> ForeignWeights:
     """The same model, as far as it can be said, without what a plain ViT does not have.
 
-    Raises CheckpointError for layer scales that do not fit their layers.
+    Models of Google and of ours have none of it. Raises CheckpointError for layer scales that
+    do not fit their layers.
     """
+    if weights.dialect not in ("timm", "transformers"):
+        return weights
     return _fold_positions(_fold_layer_scales(_without_mask_token(weights)))
 
 

@@ -12,11 +12,11 @@ def read_mat(content: bytes, where: str, variable: str) -> np.ndarray:
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
-    # What scipy raises depends on which byte is damaged.
-    damage = (MatReadError, NotImplementedError, OSError, ValueError, TypeError, KeyError, IndexError)
+    newer = NotImplementedError  # what scipy raises for MATLAB 7.3, whose files are HDF5
+    damage = (MatReadError, OSError, ValueError, TypeError, KeyError, IndexError)  # by the damaged byte
     try:
         value = loadmat(io.BytesIO(content), variable_names=[variable]).get(variable)
-    except damage as error:  # the caller's data, not a bug of ours
+    except (newer, *damage) as error:
         raise DataError(
             f"{where} is no whole MATLAB file of version 5 ({error}); download it again"
         ) from None
