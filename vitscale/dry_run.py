@@ -148,14 +148,19 @@ def _class_lines(source: Source, config: TrainConfig) -> list[tuple[str, str]]:
     """How many classes a source has, and what a validation split makes of them."""
     index, fraction = source.index, config.data.validation_fraction
     num_classes, num_held_out = len(index.label_counts), len(source.held_out)
+    about = "" if num_classes else "about "
+    lines: list[tuple[str, str]] = []
+    if config.data.fraction < 1:
+        part = f"{about}{source.layout.num_drawn:,} samples, by data.fraction {config.data.fraction:g}"
+        lines.append(("  trained on", part))
     if not num_classes:
-        return [("  validate", f"about {num_held_out:,} samples")] if fraction else []
-    lines = [("  classes", f"{num_classes:,}; model.num_classes is {config.model.num_classes:,}")]
+        return [*lines, ("  validate", f"about {num_held_out:,} samples")] if fraction else lines
+    lines.append(("  classes", f"{num_classes:,}; model.num_classes is {config.model.num_classes:,}"))
     if fraction:
         lacking = split_classes(index, fraction)
         validating, training = (num_classes - len(labels) for labels in lacking)
         lines += [
-            ("  train", f"{index.num_samples - num_held_out:,} samples of {training:,} classes"),
+            ("  train", f"{source.layout.num_drawn:,} samples of {training:,} classes"),
             ("  validate", f"{num_held_out:,} samples of {validating:,} classes"),
         ]
     return lines

@@ -33,6 +33,7 @@ DOMAINS = {
     "dev": 19,
     "linear": 20,
     "corrupt": 21,
+    "fraction": 22,
 }
 
 

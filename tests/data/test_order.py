@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vitscale import rng
+from vitscale.data.id_set import IdSet
 from vitscale.data.order import DIGEST_MASK, EpochOrder, Order, ShardLayout, digest
 
 SHARDS = np.array([100, 37, 0, 260, 1, 599])
@@ -20,7 +21,7 @@ def make_order(
     stratified: bool = False,
     held_out: np.ndarray = np.empty(0, dtype=np.int64),  # noqa: B008
 ) -> Order:
-    layout = ShardLayout(SHARDS, 8, held_out)
+    layout = ShardLayout(SHARDS, 8, IdSet.of(held_out, 997))
     length = layout.num_drawn // lanes if length is None else length
     return Order(
         layout=layout,
@@ -60,7 +61,7 @@ def test_the_worked_examples_of_the_docstrings_hold() -> None:
     permuted = EpochOrder(layout, np.array([3, 0, 4, 2, 1], dtype=np.uint32), np.array([8]))
     assert permuted.sample_ids(range(8)).tolist() == [5, 6, 0, 1, 7, 4, 2, 3]
     assert permuted.sample_ids(range(3, 6)).tolist() == [1, 7, 4]
-    some = ShardLayout(np.array([5, 3]), 2, held_out=np.array([2, 5]))
+    some = ShardLayout(np.array([5, 3]), 2, IdSet.of(np.array([2, 5]), 8))
     assert some.drawn_ids(np.arange(some.num_drawn)).tolist() == [0, 1, 3, 4, 6, 7]
     permuted = EpochOrder(some, np.array([3, 0, 4, 2, 1], dtype=np.uint32), np.array([6]))
     assert permuted.sample_ids(range(6)).tolist() == [6, 0, 1, 7, 4, 3]

@@ -219,7 +219,7 @@ class Augmenter:
                         reason = str(error)
                 self._bad.append(f"{describe(self._source.index, sample_id)}: sample {sample.key}: {reason}")
             draw = rng.uniform(1, self._seed, "replace", self._first_id + drawn, attempt)[0]
-            sample_id = int(draw * self._source.index.num_samples)
+            sample_id = self._source.replacement(draw)
             sample = self._sample(sample_id)
         raise DataError(
             f"{MAX_REPLACEMENTS} samples in a row could not be used, the last for: {reason or 'exclusion'}; "

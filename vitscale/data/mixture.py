@@ -80,8 +80,8 @@ class Mixture:
         smallest = min(layout.num_drawn for layout in layouts)
         if not smallest:
             raise ConfigError(
-                "the data set has no samples to train on: all are left out by data.exclude or "
-                "data.validation_fraction; lower that"
+                "the data set has no samples to train on: all are left out by data.exclude, "
+                "data.validation_fraction or data.fraction; change that"
             )
         if smallest < distinct:
             fitting = 2 ** (smallest.bit_length() - 1) * repeats

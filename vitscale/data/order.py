@@ -16,9 +16,11 @@ import numpy as np
 from jaxtyping import Int64, UInt16, UInt32
 
 from vitscale import rng
+from vitscale.data.id_set import NO_IDS, IdSet
 
 DIGEST_MASK = (1 << 53) - 1  # a JSON reader that keeps numbers as doubles still sees the exact integer
 _BLOCK = 64  # chunks whose samples are counted together: the counts of 9.5 million chunks take 1.2 MB
+_COUNTED_CHUNKS = 1 << 20  # at a time, so that counting takes no memory
 _KEPT_EPOCHS = 2  # lanes pass from one epoch to the next within a few steps of one another
 
 
@@ -34,8 +36,8 @@ class ShardLayout:
         sample ids  0 1 | 2 3 | 4 || 5 6 | 7        first_ids     0 5 8
         chunk        0     1    2     3    4        first_chunks  0 3 5
 
-    held_out: the ids, rising, of samples that have their places in the chunks and that no epoch
-    draws. The others are numbered on, by rank. With held_out = [2, 5]:
+    held_out: samples that have their places in the chunks and that no epoch draws. The others
+    are numbered on, by rank. With 2 and 5 held out:
 
         sample ids  0 1 |   3 | 4 ||   6 | 7
         rank        0 1     2   3      4   5        num_drawn     6
@@ -43,7 +45,7 @@ class ShardLayout:
 
     shard_samples: Int64[np.ndarray, " num_shards"]
     chunk_samples: int
-    held_out: Int64[np.ndarray, " n"] = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    held_out: IdSet = NO_IDS
 
     @functools.cached_property
     def first_ids(self) -> Int64[np.ndarray, " num_shards_and_end"]:
@@ -96,17 +98,14 @@ class ShardLayout:
     ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
         """As spans, of what epochs draw: each chunk's first rank, and how many it has."""
         first_ids, counts = self.spans(chunks)
-        before, until = (np.searchsorted(self.held_out, ids) for ids in (first_ids, first_ids + counts))
+        if not self.held_out:
+            return first_ids, counts
+        before, until = (self.held_out.count_below(ids) for ids in (first_ids, first_ids + counts))
         return first_ids - before, counts - (until - before)
 
     def drawn_ids(self, ranks: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        """The samples of ranks: each is moved up by the number of held out ones before it."""
-        return ranks + np.searchsorted(self._ranks_at_held_out, ranks, side="right")
-
-    @functools.cached_property
-    def _ranks_at_held_out(self) -> Int64[np.ndarray, " n"]:
-        """How many drawn samples precede each one that is held out: [2, 4] in the example."""
-        return self.held_out - np.arange(len(self.held_out))
+        """The samples of ranks."""
+        return self.held_out.absent(ranks) if self.held_out else ranks
 
     @functools.cached_property
     def shortfalls(self) -> UInt16[np.ndarray, " num_chunks"]:
@@ -117,8 +116,9 @@ class ShardLayout:
         shortfalls = np.zeros(self.num_chunks, dtype=np.uint16)
         filled = self.shard_samples > 0  # [num_shards]; an empty shard has no last chunk
         shortfalls[self.first_chunks[1:][filled] - 1] = -self.shard_samples[filled] % self.chunk_samples
-        chunks, counts = np.unique(self.chunk_of(self.held_out), return_counts=True)
-        shortfalls[chunks] += counts.astype(np.uint16)
+        for start in range(0, self.num_chunks if self.held_out else 0, _COUNTED_CHUNKS):
+            chunks = np.arange(start, min(start + _COUNTED_CHUNKS, self.num_chunks))
+            shortfalls[chunks] += (self.spans(chunks)[1] - self.drawn_spans(chunks)[1]).astype(np.uint16)
         return shortfalls
 
 
@@ -245,7 +245,7 @@ class EpochOrder:
             chunk       3     0    4   2    1
             sample id  5 6 | 0 1 | 7 | 4 | 2 3        sample_ids(range(3, 6)) is 1 7 4
 
-        With held_out = [2, 5] it is 6 | 0 1 | 7 | 4 | 3, and sample_ids(range(3, 6)) is 7 4 3.
+        With 2 and 5 held out it is 6 | 0 1 | 7 | 4 | 3, and sample_ids(range(3, 6)) is 7 4 3.
         """
         first, last = np.searchsorted(self.block_ends, [positions.start, positions.stop - 1], side="right")
         chunks = self.chunks[first * _BLOCK : (last + 1) * _BLOCK].astype(np.int64)  # [c]

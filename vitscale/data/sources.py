@@ -1,6 +1,7 @@
 """What a run trains on ([data]): one index, or several mixed by weight into one label space."""
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -14,10 +15,11 @@ from jaxtyping import Int64
 
 from vitscale import storage
 from vitscale.data.exclusions import load_exclusions
+from vitscale.data.id_set import IdSet
 from vitscale.data.index import Index, check_shards, planned_index
 from vitscale.data.mixture import Mixture
 from vitscale.data.order import ShardLayout
-from vitscale.data.split import split_classes, validation_ids
+from vitscale.data.split import NUM_HASHES, in_fraction, split_classes, validation_ids
 from vitscale.errors import ConfigError, DataError, StoreError
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,11 @@ class DataConfig:
                        the share of a single source's samples, in [0, 1), that are not trained
                        on, but read by evaluations with split = "validation". Hashes of their
                        keys choose them (split.py). 0 = all are trained on.
+    fraction:          the part of a single source that is trained on, in (0, 1]; what the
+                       validation split has is taken from it. Hashes of the keys choose it
+                       (split.py), so that a small part lies inside every larger one. Whole
+                       chunks are read for it all the same.
+    fraction_seed:     which part of that size.
     sources:           several sources, to be mixed, instead of the keys above.
     labels:            "single" if each sample has one label, "multi" if it may have several.
     lanes:             streams that each global batch is put together from. The world size must
@@ -92,6 +99,8 @@ class DataConfig:
     label_key: str = ""
     num_samples: int = 0
     validation_fraction: float = 0.0
+    fraction: float = 1.0
+    fraction_seed: int = 0
     sources: tuple[SourceConfig, ...] = ()
     labels: Literal["single", "multi"] = "single"
     lanes: int = 0
@@ -121,6 +130,14 @@ class DataConfig:
                 "data.validation_fraction is for a single source; with several data.sources, name test "
                 "shards in [evals] instead"
             )
+        if not 1 / NUM_HASHES <= self.fraction <= 1:
+            raise ConfigError(f"data.fraction {self.fraction} must lie in [1/{NUM_HASHES}, 1], like 0.1")
+        if self.fraction < 1 and len(self.sources) > 1:
+            raise ConfigError(
+                "data.fraction is for a single source; with several data.sources, set their weights"
+            )
+        if self.fraction_seed < 0:
+            raise ConfigError(f"data.fraction_seed {self.fraction_seed} must not be negative")
         if min(source.num_samples for source in self.all_sources()) < 0:
             raise ConfigError("data.num_samples must not be negative; 0 = as many as the index has")
 
@@ -139,7 +156,9 @@ class Source:
     """An opened source. label_map: {} = labels stay.
 
     excluded: the ids, rising, of samples to leave out. They keep their places in the order,
-    where others replace them. held_out: those of the validation split, which have no places.
+    where others replace them. held_out: those of the validation split, rising, which have no
+    places. not_chosen: samples outside of data.fraction, which have none either; None = all are
+    in it.
     """
 
     name: str
@@ -147,14 +166,24 @@ class Source:
     label_map: Mapping[int, int]
     excluded: Int64[np.ndarray, " n"]
     held_out: Int64[np.ndarray, " h"] = dataclasses.field(default_factory=_no_ids)
+    not_chosen: IdSet | None = None
 
-    @property
+    @functools.cached_property
     def layout(self) -> ShardLayout:
         """The layout of the index, with what no epoch draws."""
-        return dataclasses.replace(self.index.layout, held_out=self.held_out)
+        held_out = IdSet.of(self.held_out, self.index.num_samples)
+        if self.not_chosen is not None:
+            held_out = held_out.union(self.not_chosen)
+        return dataclasses.replace(self.index.layout, held_out=held_out)
 
     def is_trained_on(self, sample_id: int) -> bool:
-        return not _is_among(sample_id, self.excluded) and not _is_among(sample_id, self.held_out)
+        return not _is_among(sample_id, self.excluded) and sample_id not in self.layout.held_out
+
+    def replacement(self, draw: float) -> int:
+        """The sample at a draw from [0, 1), which may be one that is not trained on."""
+        if self.not_chosen is None:
+            return int(draw * self.index.num_samples)
+        return int(self.layout.drawn_ids(np.array([int(draw * self.layout.num_drawn)]))[0])
 
     @property
     def max_label(self) -> int:
@@ -169,7 +198,7 @@ class Source:
         return f"{label} (from {self.index.named(own)})"
 
     def fingerprint(self, index_fingerprint: str = "") -> str:
-        """Names everything that decides what a sample is: shards, label map, exclusions, split.
+        """Names what decides what a sample is: shards, label map, exclusions, split, fraction.
 
         index_fingerprint: of another index in place of the source's own; "" = its own.
         """
@@ -180,6 +209,8 @@ class Source:
             parts.append(self.excluded.tobytes().hex())
         if len(self.held_out):
             parts.append(f"validation {xxhash.xxh3_128(self.held_out.tobytes()).hexdigest()}")
+        if self.not_chosen is not None:
+            parts.append(f"fraction {self.not_chosen.digest()}")
         return " ".join(parts)
 
 
@@ -198,9 +229,9 @@ def open_sources(config: DataConfig, missing: Sequence[SourceConfig] = ()) -> tu
     Raises DataError or ConfigError for what does not fit, StoreError for what cannot be read.
     """
     sources = tuple(
-        _planned_source(section, position, config.validation_fraction)
+        _planned_source(section, position, config)
         if section in missing
-        else _open_source(section, position, config.validation_fraction)
+        else _open_source(section, position, config)
         for position, section in enumerate(config.all_sources())
     )
     names = [source.name for source in sources]
@@ -209,17 +240,24 @@ def open_sources(config: DataConfig, missing: Sequence[SourceConfig] = ()) -> tu
     return sources
 
 
-def _planned_source(section: SourceConfig, position: int, validation_fraction: float) -> Source:
+def _planned_source(section: SourceConfig, position: int, config: DataConfig) -> Source:
+    num_samples = section.num_samples
+    num_held_out = round(config.validation_fraction * num_samples)  # about so many
+    not_chosen = None
+    if config.fraction < 1:
+        num_chosen = round(config.fraction * (num_samples - num_held_out))
+        not_chosen = IdSet.where(np.arange(num_samples) >= num_held_out + num_chosen)
     return Source(
         name=section.name or str(position),
-        index=planned_index(section.num_samples),
+        index=planned_index(num_samples),
         label_map={},
         excluded=_no_ids(),
-        held_out=np.arange(round(validation_fraction * section.num_samples)),  # about so many
+        held_out=np.arange(num_held_out),
+        not_chosen=not_chosen,
     )
 
 
-def _open_source(section: SourceConfig, position: int, validation_fraction: float) -> Source:
+def _open_source(section: SourceConfig, position: int, config: DataConfig) -> Source:
     index = Index.load(section.index)
     _check_keys(index, section)
     if section.num_samples not in (0, index.num_samples):
@@ -233,13 +271,18 @@ def _open_source(section: SourceConfig, position: int, validation_fraction: floa
             f"{section.exclude} leaves out {len(excluded):,} of {index.num_samples:,} samples, "
             "more than half; check the threshold that it was made with"
         )
-    held_out = validation_ids(index, validation_fraction, section.index) if validation_fraction else _no_ids()
+    fraction = config.validation_fraction
+    held_out = validation_ids(index, fraction, section.index) if fraction else _no_ids()
+    not_chosen = None
+    if config.fraction < 1:
+        not_chosen = IdSet.where(~in_fraction(index, config.fraction, config.fraction_seed, section.index))
     return Source(
         name=section.name or str(position),
         index=index,
         label_map=_read_label_map(section.label_map, index) if section.label_map else {},
         excluded=excluded,
         held_out=np.setdiff1d(held_out, excluded, assume_unique=True),  # what is excluded is in neither
+        not_chosen=not_chosen,
     )
 
 

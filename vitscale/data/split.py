@@ -1,4 +1,4 @@
-"""The validation split of an index: the samples whose keys have a low hash.
+"""Parts of an index that hashes of its samples' keys choose: the validation split, a fraction.
 
 A sample validates if the 16-bit hash of its key is below the fraction of 65,536. So the split
 is the same on every machine and in any order of the shards, and a larger fraction contains a
@@ -9,8 +9,9 @@ a class has samples on both sides is known without reading them.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64, UInt16
 
+from vitscale import rng
 from vitscale.data.index import Index
 from vitscale.errors import ConfigError, DataError
 
@@ -30,18 +31,23 @@ def validation_ids(index: Index, fraction: float, path: str) -> Int64[np.ndarray
     Raises DataError for an index that does not hold the hashes, and ConfigError for a fraction
     that leaves no sample on one side.
     """
-    if index.key_hashes is None:
-        raise DataError(
-            f"{path} holds no hashes of the samples' keys, which data.validation_fraction needs: an earlier "
-            f"vitscale made it; index again: python tools/data.py index SHARDS --out {path}"
-        )
-    ids = np.flatnonzero(index.key_hashes.read() < _threshold(fraction)).astype(np.int64)
+    hashes = _key_hashes(index, path, "data.validation_fraction")
+    ids = np.flatnonzero(hashes < _threshold(fraction)).astype(np.int64)
     if not 0 < len(ids) < index.num_samples:
         raise ConfigError(
             f"data.validation_fraction {fraction} leaves {len(ids):,} of {index.num_samples:,} samples for "
             "validation; choose one nearer to 0.5, or 0 to train on all samples"
         )
     return ids
+
+
+def in_fraction(index: Index, fraction: float, seed: int, path: str) -> Bool[np.ndarray, " n"]:
+    """Whether each sample is in the part of an index that `seed` chooses. path: for messages.
+
+    Raises DataError for an index that does not hold the hashes.
+    """
+    hashes = _key_hashes(index, path, "data.fraction")
+    return (rng.permutation(NUM_HASHES, seed, "fraction") < _threshold(fraction))[hashes]
 
 
 def split_classes(index: Index, fraction: float) -> SplitClasses:
@@ -52,6 +58,15 @@ def split_classes(index: Index, fraction: float) -> SplitClasses:
         only_training=[label for label, (lowest, _) in ranges if lowest >= threshold],
         only_validation=[label for label, (_, highest) in ranges if highest < threshold],
     )
+
+
+def _key_hashes(index: Index, path: str, key: str) -> UInt16[np.ndarray, " n"]:
+    if index.key_hashes is None:
+        raise DataError(
+            f"{path} holds no hashes of the samples' keys, which {key} needs: an earlier vitscale made it; "
+            f"index again: python tools/data.py index SHARDS --out {path}"
+        )
+    return index.key_hashes.read()
 
 
 def _threshold(fraction: float) -> int:
