@@ -25,7 +25,7 @@ LAYERS = [
     ["step"],
     ["train"],
     ["finetune"],
-    ["bench", "multinode"],
+    ["bench", "multinode", "study"],
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 MODULES = sorted((ROOT / "vitscale").rglob("*.py"))

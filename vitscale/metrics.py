@@ -119,9 +119,7 @@ class MetricsWriter:
 
     def best_of(self, steps: Sequence[int]) -> int | None:
         """The step that the judge finds best, the first of equals; None if it judged none."""
-        known = [step for step in sorted(steps) if math.isfinite(self._scores.get(step, math.nan))]
-        sign = -1 if self._judge.endswith("loss") else 1
-        return max(known, key=lambda step: sign * self._scores[step]) if known else None
+        return best_step({step: self._scores[step] for step in steps if step in self._scores}, self._judge)
 
     def is_best(self, step: int) -> bool:
         """Whether a step is better than all before it; the untrained model does not count."""
@@ -252,6 +250,16 @@ def remaining_time(elapsed_seconds: float, num_done: int, num_left: int) -> str:
     if num_done <= 0:
         return "?"
     return tqdm.format_interval(round(elapsed_seconds / num_done * max(0, num_left)))
+
+
+def best_step(scores: Mapping[int, float], judge: str) -> int | None:
+    """The step whose score is best, the first of equals; None if no score is finite.
+
+    judge: the name of the scores. Of a loss the lowest is best, of anything else the highest.
+    """
+    known = [step for step in sorted(scores) if math.isfinite(scores[step])]
+    sign = -1 if judge.endswith("loss") else 1
+    return max(known, key=lambda step: sign * scores[step]) if known else None
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def test_killed_in_the_midst_it_does_no_task_twice(tmp_path: Path, model: Path) 
     assert "mean of these 2, not of all 19" in second.stdout
     # Other settings are not mixed with those of before.
     other = evaluate(model, tmp_path, *small("svhn", "dtd"), "--set", "optim.lr=0.5")
-    assert other.returncode == 2 and "holds a fine-tuning with other settings (optim.lr)" in other.stderr
+    assert other.returncode == 2 and "holds a run with other settings (optim.lr)" in other.stderr
 
 
 def test_what_is_missing_is_told_before_anything_is_trained(tmp_path: Path, model: Path) -> None:

@@ -79,8 +79,11 @@ class Slots:
         for process in list(self._running):
             process.wait()
 
-    def run(self, command: Sequence[str | Path], log: Path) -> int:
-        """Run a command in a free slot, its output to `log`, and return its exit status."""
+    def run(self, command: Sequence[str | Path], log: Path, launcher: Sequence[str] = PYTHON) -> int:
+        """Run a command in a free slot, its output to `log`, and return its exit status.
+
+        launcher: what starts the program that the command begins with.
+        """
         with self._slot() as slot, open(log, "ab") as output:
             if self._stopped:
                 return PREEMPTED
@@ -88,7 +91,7 @@ class Slots:
             if self._num_gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = str(slot % self._num_gpus)
             process = subprocess.Popen(
-                [*PYTHON, *map(str, command)], env=environment, stdout=output, stderr=output
+                [*launcher, *map(str, command)], env=environment, stdout=output, stderr=output
             )
             self._running.add(process)
             try:
@@ -114,15 +117,18 @@ def finetuned(tuning: FineTuning, slots: Slots) -> float:
 
     Raises ConfigError if its folder holds another one, and UserError if a process failed.
     """
-    folder, result = tuning.folder, tuning.folder / "result.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    config = tuning.config()
-    _keep_config(folder / "config.toml", configs.to_toml(config))
-    if not result.exists():
-        _succeed(slots, [ROOT / "launch" / "train.py", folder / "config.toml"], folder)
+    folder, config = tuning.folder, tuning.config()
+    keep_config(folder, config)
+    if not (folder / "result.json").exists():
+        train(folder, slots)
     slot = ["--ema"] if config.optim.ema_decay else []
     score = [ROOT / "tools" / "evaluate.py", "classify", config.run_dir, *tuning.score, *slot]
     return scored(folder, [*score, "--batch-size", _batch_size(config)], slots)
+
+
+def train(folder: Path, slots: Slots, launcher: Sequence[str] = PYTHON) -> None:
+    """Train the run of a folder's config.toml to its end. Raises UserError if that failed."""
+    _succeed(slots, [ROOT / "launch" / "train.py", folder / "config.toml"], folder, launcher)
 
 
 def several(tunings: Sequence[FineTuning], slots: Slots, said: Callable[[str], object]) -> list[float]:
@@ -168,20 +174,25 @@ def _batch_size(config: TrainConfig) -> str:
     return str(min(256, config.engine.micro_batch or config.global_batch))
 
 
-def _keep_config(path: Path, text: str) -> None:
+def keep_config(folder: Path, config: TrainConfig) -> None:
+    """Write the config.toml of a run's folder. Raises ConfigError if it holds another run."""
+    path, text = folder / "config.toml", configs.to_toml(config)
     if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         atomic.write(path, text.encode())
         return
     old, new = (tomllib.loads(t) for t in (path.read_text(encoding="utf-8"), text))
     if keys := [key for key in configs.differing_keys(old, new) if not key.startswith("engine.")]:
         raise ConfigError(
-            f"{path.parent} holds a fine-tuning with other settings ({', '.join(keys)}); name another --out"
+            f"{path.parent} holds a run with other settings ({', '.join(keys)}); name another --out"
         )
 
 
-def _succeed(slots: Slots, command: Sequence[str | Path], folder: Path) -> None:
+def _succeed(
+    slots: Slots, command: Sequence[str | Path], folder: Path, launcher: Sequence[str] = PYTHON
+) -> None:
     log = folder / "log"
-    status = slots.run(command, log)
+    status = slots.run(command, log, launcher)
     if status:
         lines = log.read_text(errors="replace").splitlines()
         said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from vitscale import atomic
 from vitscale.errors import ConfigError
 from vitscale.inspection.images import lit
 from vitscale.inspection.weights import Components
@@ -15,13 +17,15 @@ from vitscale.inspection.weights import Components
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_DPI = 200
+
 
 def draw_filters(components: Components) -> "Figure":
     """Figure 7, left: principal components of the embedding filters, from the top left on."""
     count = len(components.filters)
     cols = min(7, count)
     rows = math.ceil(count / cols)
-    figure = _figure(cols, rows + 0.4)
+    figure = new_figure(cols, rows + 0.4)
     axes = figure.subplots(rows, cols, squeeze=False).flatten()
     for place in axes:
         place.set_axis_off()
@@ -35,7 +39,7 @@ def draw_filters(components: Components) -> "Figure":
 def draw_positions(similarity: Float[Tensor, "h w h w"]) -> "Figure":
     """Figure 7, centre: for each patch, the similarity of its position to those of all."""
     rows, cols = similarity.shape[:2]
-    figure = _figure(6, 6 * rows / cols)
+    figure = new_figure(6, 6 * rows / cols)
     axes = figure.subplots(rows, cols, squeeze=False)
     for row in range(rows):
         for col in range(cols):
@@ -59,17 +63,17 @@ def draw_distances(distances: Sequence[Float[Tensor, " K"]], uniform: float) -> 
 
     distances: of each layer, in pixels. uniform: that of attention to all patches alike.
     """
-    figure = _figure(5, 4)
+    figure = new_figure(5, 4)
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots()
     heads = len(distances[0])
-    colours = _colours(heads)
+    shades = colours(heads)
     for head in range(heads):
         layers = range(1, len(distances) + 1)
         values = [of_layer[head].item() for of_layer in distances]
         label = f"head {head + 1}" if head < 3 else "..." if head == 3 else None
-        axes.scatter(layers, values, s=14, color=colours[head], label=label)
+        axes.scatter(layers, values, s=14, color=shades[head], label=label)
     axes.axhline(uniform, color="0.6", linewidth=1, linestyle="--", label="uniform attention")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("network depth (layer)")
@@ -84,7 +88,7 @@ def draw_maps(images: UInt8[Tensor, "B 3 H W"], maps: Float[Tensor, "B h w"]) ->
     """Figures 6 and 14: each image, and beside it the same weighted by attention."""
     pairs_in_row = 1 if len(images) < 4 else 2 if len(images) < 24 else 4
     rows = math.ceil(len(images) / pairs_in_row)
-    figure = _figure(3 * pairs_in_row, 1.5 * rows)
+    figure = new_figure(3 * pairs_in_row, 1.5 * rows)
     axes = figure.subplots(rows, 2 * pairs_in_row, squeeze=False).flatten()
     for place in axes:
         place.set_axis_off()
@@ -98,8 +102,8 @@ def draw_maps(images: UInt8[Tensor, "B 3 H W"], maps: Float[Tensor, "B h w"]) ->
     return figure
 
 
-def _figure(width: float, height: float) -> "Figure":
-    """Raises ConfigError without matplotlib."""
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches. Raises ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -107,7 +111,15 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _colours(count: int) -> list[tuple[float, float, float, float]]:
+def save(figure: "Figure", out: str | Path) -> None:
+    """Write a PNG, whole or not at all."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with atomic.appearing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=_DPI)
+
+
+def colours(count: int) -> list[tuple[float, float, float, float]]:
+    """So many that differ as much as they can, RGBA."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](number / max(1, count - 1)) for number in range(count)]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from vitscale import atomic, distributed
+from vitscale import distributed
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.evalset import EvaluationSet
 from vitscale.data.transforms import evaluation_view, normalize
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Kind = Literal["filters", "posemb", "attention-distance", "attention-map"]
 DEFAULT_IMAGES = {"attention-distance": 128, "attention-map": 8}  # 128 as in the paper
 _AT_ONCE = 8
-_DPI = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,10 +49,7 @@ def visualize(kind: Kind, checkpoint: str, out: str, pictures: Pictures, *, slot
     matplotlib; nothing is written then.
     """
     model = as_vit(load_model(checkpoint, slot=slot, device=distributed.device()))
-    figure = _draw(kind, model, pictures)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with atomic.appearing(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=_DPI)
+    figures.save(_draw(kind, model, pictures), out)
 
 
 def _draw(kind: Kind, model: ViT, pictures: Pictures) -> "Figure":

@@ -1,0 +1,195 @@
+"""Studies before they are run: their files, the paper's numbers, and which runs count."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from make import write_index
+
+from vitscale import config as configs
+from vitscale.errors import ConfigError
+from vitscale.models.flops import train_flops
+from vitscale.study.cells import Cell, cells, write_result
+from vitscale.study.config import StudyConfig
+from vitscale.study.paper import FIGURE3, TABLE2, TABLE6, TARGETS
+from vitscale.study.points import chosen, points
+from vitscale.study.text import listed, table2
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted((ROOT / "configs" / "study").glob("*.toml"))
+RUN = """
+run_dir = "unused"
+global_batch = 8
+total_steps = 6
+
+[model]
+variant = "mu/4"
+image_size = 8
+num_classes = 5
+
+[data]
+index = "{index}"
+validation_fraction = 0.3
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(RUN.format(index=write_index(tmp_path / "shards", [40, 57])))
+    return path
+
+
+def study_of(base: Path, **changes: object) -> StudyConfig:
+    values: dict[str, object] = {
+        "out": str(base.parent / "out"),
+        "metric": "eval/test/top1",
+        "models": [{"name": "one", "config": str(base)}],
+    }
+    return configs.from_dict(StudyConfig, {**values, **changes})
+
+
+def finish(cell: Cell, **numbers: float) -> None:
+    """What a finished run leaves of its log: a row for each evaluation, (step, top-1)."""
+    folder = Path(cell.config.run_dir)
+    folder.mkdir(parents=True)
+    rows = [
+        {"step": int(name.removeprefix("at_")), "eval/test/top1": value} for name, value in numbers.items()
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_result(cell, study_of(Path(cell.model.config)))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_study_that_is_shipped_lists_its_runs_without_data(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    study = configs.load(StudyConfig, [path])
+    runs = cells(study)
+    assert len(runs) == len(study.models) * len(study.fractions) * len(study.seeds)
+    assert len({cell.folder for cell in runs}) == len(runs)
+    assert f"{len(runs)} runs; to do: " in listed(study, runs)
+    for model in study.models:
+        for recipe in study.recipes_of(model).values():
+            assert (ROOT / recipe).is_file()
+
+
+def test_the_models_of_table_6_cost_what_the_paper_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = cells(configs.load(StudyConfig, ["configs/study/table6.toml"]))
+    assert [cell.model.paper for cell in runs] == list(TABLE6)
+    for cell in runs:
+        row = TABLE6[cell.model.paper]
+        assert cell.config.total_samples == row.epochs * 303_000_000
+        exaflops = train_flops(cell.config.model) * cell.config.total_samples / 1e18
+        assert exaflops == pytest.approx(row.exaflops, rel=0.05), cell.model.name
+
+
+def test_the_papers_numbers_are_consistent() -> None:
+    """Table 5 has the last row of each model of Table 6 again; Table 2 is fine-tuned larger."""
+    for name, row in {"ViT-B/32": "ViT-B/32 7", "ViT-B/16": "ViT-B/16 7", "ViT-L/16": "ViT-L/16 14"}.items():
+        assert FIGURE3[name][303_000_000] == TABLE6[row].accuracy["imagenet"]
+    assert all(set(headline.accuracy) <= set(TARGETS) for headline in TABLE2.values())
+    assert sum(row.exaflops for row in TABLE6.values()) == 15_721
+
+
+def test_runs_are_all_combinations_and_each_has_its_own_folder(base: Path) -> None:
+    study = study_of(
+        base, fractions=[0.5, 1.0], seeds=[0, 7], sweep={"optim.lr": [1e-3, 0.01], "model.depth": [1, 2]}
+    )
+    runs = cells(study, overrides=["total_steps=9"])
+    assert len(runs) == 16 == len({cell.folder for cell in runs})
+    last = runs[-1]
+    assert last.folder == base.parent / "out/one/fraction-1/seed-7/optim.lr-0.01/model.depth-2"
+    assert (last.config.seed, last.config.optim.lr, last.config.model.resolved_depth) == (7, 0.01, 2)
+    assert last.config.total_steps == 9 and last.config.run_dir == str(last.folder / "run")
+    assert {cell.config.data.fraction for cell in runs} == {0.5, 1.0}
+    assert len({json.dumps(configs.to_dict(cell.config)) for cell in runs}) == 16
+
+
+def test_a_value_of_the_sweep_is_chosen_by_the_mean_over_seeds(base: Path) -> None:
+    study = study_of(base, seeds=[0, 1], sweep={"optim.lr": [0.1, 0.2]})
+    runs = cells(study)
+    for cell, value in zip(runs, (0.5, 0.3, 0.1, 0.4), strict=True):  # lr 0.1 has 0.5 and 0.1
+        assert not points(study, runs) and not chosen(study, runs)
+        finish(cell, at_6=value)
+    (point,) = points(study, runs)
+    assert point.swept == ("optim.lr=0.2",) and point.mean == pytest.approx(0.35)
+    assert point.deviation == pytest.approx(0.05) and point.num_images == round(97 * 0.7)
+    assert point.exaflops == train_flops(runs[0].config.model) * 6 * 8 / 1e18
+
+
+def test_the_best_checkpoint_counts_where_the_run_keeps_it(base: Path) -> None:
+    best = ["checkpoint.keep_best=eval/test/top1", "evals.test.kind=classify", "evals.test.test=x"]
+    for overrides, step, value in ((best, 4, 0.5), ([], 6, 0.2)):
+        study = study_of(base, out=str(base.parent / f"out{step}"))
+        (cell,) = cells(study, overrides=overrides)
+        finish(cell, at_0=0.9, at_2=0.1, at_4=0.5, at_6=0.2)  # of the untrained model nothing is kept
+        result = cell.result()
+        assert result and (result.step, result.numbers["eval/test/top1"]) == (step, value)
+
+
+def test_a_number_that_no_run_logged_is_named(base: Path) -> None:
+    (cell,) = cells(study_of(base))
+    Path(cell.config.run_dir).mkdir(parents=True)
+    (Path(cell.config.run_dir) / "metrics.jsonl").write_text('{"step": 6, "train/loss": 1.0}\n')
+    with pytest.raises(ConfigError, match=r"logged no eval/test/top1; add that evaluation to .*run\.toml"):
+        write_result(cell, study_of(base))
+
+
+def test_table_2_has_the_papers_columns_and_ours(base: Path) -> None:
+    recipes = {"cifar10": "a.toml", "other": "b.toml"}
+    study = study_of(base, recipes=recipes, metric="eval/test/top1", seeds=[0, 1])
+    runs = cells(study)
+    assert "Nothing was run here" in table2(study, runs)
+    for cell, mean in zip(runs, (0.5, 0.7), strict=True):
+        finish(cell, at_6=0.1)
+        folder = cell.folder / "finetune" / "cifar10"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"mean": mean, "std": 0.01}))
+    lines = {line.split("  ")[0]: line for line in table2(study, runs).splitlines()}
+    assert lines["CIFAR-10"].split()[-3:] == ["60.00", "±", "1.00"] and "99.50 ± 0.06" in lines["CIFAR-10"]
+    assert lines["other"].split()[-1] == "-"
+    flops = train_flops(runs[0].config.model) * 6 * 8
+    assert float(lines["TPUv3-core-days"].split()[-1]) == pytest.approx(680 * flops / 1567e18, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"models": []}, "models is empty"),
+        ({"models": [{"name": "a", "config": "x"}] * 2}, "different name"),
+        ({"models": [{"name": "a", "config": "x", "paper": "ViT-B/17"}]}, "no row of Table 6"),
+        ({"metric": "train/loss"}, 'metric "train/loss" is neither'),
+        ({"metric": "finetune/x"}, 'metric "finetune/x" names no recipe of one'),
+        ({"choose_by": "top1"}, 'choose_by "top1" is not'),
+        ({"fractions": []}, "fractions is empty"),
+        ({"sweep": {"optim.lr": []}}, "sweep.optim.lr is empty"),
+        (
+            {"metric": "finetune/x", "recipes": {"x": "y"}, "sweep": {"optim.lr": [1.0]}},
+            "choose_by is missing",
+        ),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(base: Path, changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        study_of(base, **changes)
+
+
+def test_mistakes_end_with_one_sentence(base: Path) -> None:
+    path = base.parent / "study.toml"
+    path.write_text(
+        f'out = "{base.parent}/out"\nmetric = "eval/test/top1"\n[[models]]\nname = "a"\nconfig = "{base}"\n'
+    )
+    for words, said in (
+        (["list", path, "--only", "b"], "the study has no model 'b'; it has a"),
+        (["plot", path, base.parent], "holds no finished run"),
+        (["list", base], "unknown key"),
+        (["list", path, "--set", "optim.lrr=1"], "did you mean optim.lr"),
+    ):
+        command = [sys.executable, "tools/study.py", *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr

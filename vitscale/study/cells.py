@@ -1,0 +1,160 @@
+"""The runs of a study, before and after they are done."""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vitscale import atomic
+from vitscale import config as configs
+from vitscale.data.index import Index
+from vitscale.errors import ConfigError
+from vitscale.goodput import FILE_NAME as TIME_NAME
+from vitscale.goodput import read_starts
+from vitscale.metrics import FILE_NAME, best_step, read_metrics
+from vitscale.models.flops import train_flops
+from vitscale.study.config import StudyConfig, StudyModel
+from vitscale.train_config import TrainConfig
+
+RESULT_NAME = "result.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a study, and its folder.
+
+    swept: KEY=VALUE of the sweep. config: the whole config of the run.
+    """
+
+    model: StudyModel
+    fraction: float
+    seed: int
+    swept: tuple[str, ...]
+    folder: Path
+    config: TrainConfig
+
+    def result(self) -> "Result | None":
+        """What came of the run; None before it has come to its end."""
+        try:
+            return Result(**json.loads((self.folder / RESULT_NAME).read_bytes()))
+        except FileNotFoundError:
+            return None
+
+    def last_step(self) -> int:
+        """How far the run is, by its log."""
+        path = Path(self.config.run_dir) / FILE_NAME
+        return max((row["step"] for row in read_metrics(path)), default=0) if path.is_file() else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of a run.
+
+    numbers: the logged ones that the study needs, fractions of 1. step: whose numbers and
+    checkpoint they are; with checkpoint.keep_best not the last. num_images: of the part of the
+    data set that it was trained on. exaflops: of the whole training. device_days: of all its
+    starts, on as many devices as the last one.
+    """
+
+    numbers: dict[str, float]
+    step: int
+    num_images: int
+    exaflops: float
+    device_days: float
+
+
+def cells(study: StudyConfig, only: Sequence[str] = (), overrides: Sequence[str] = ()) -> list[Cell]:
+    """The runs of a study, the models in its order. only: their names; none = all.
+
+    Raises ConfigError for a name that no model has, and for a config that does not fit.
+    """
+    names = [model.name for model in study.models]
+    if unknown := [name for name in only if name not in names]:
+        raise ConfigError(f"the study has no model {unknown[0]!r}; it has {', '.join(names)}")
+    chosen = [model for model in study.models if not only or model.name in only]
+    return [cell for model in chosen for cell in _cells_of(study, model, overrides)]
+
+
+def _cells_of(study: StudyConfig, model: StudyModel, overrides: Sequence[str]) -> Iterator[Cell]:
+    values = [[(key, value) for value in values] for key, values in study.sweep.items()]
+    for fraction, seed, swept in itertools.product(study.fractions, study.seeds, itertools.product(*values)):
+        parts = [f"fraction-{fraction:g}", f"seed-{seed}", *(f"{key}-{_text(value)}" for key, value in swept)]
+        folder = Path(study.out) / slug(model.name) / "/".join(map(slug, parts))
+        own = [f"{key}={json.dumps(value)}" for key, value in swept]
+        if fraction < 1:
+            own.append(f"data.fraction={fraction!r}")
+        run_dir = f"run_dir={json.dumps(str((folder / 'run').absolute()))}"
+        words = [*model.overrides, *study.overrides, f"seed={seed}", *own, *overrides, run_dir]
+        yield Cell(
+            model=model,
+            fraction=fraction,
+            seed=seed,
+            swept=tuple(f"{key}={_text(value)}" for key, value in swept),
+            folder=folder,
+            config=configs.load(TrainConfig, [model.config], words),
+        )
+
+
+def write_result(cell: Cell, study: StudyConfig) -> Result:
+    """Read what a finished run logged, and keep it.
+
+    Raises ConfigError for a number of the study that it did not log.
+    """
+    config = cell.config
+    rows = read_metrics(Path(config.run_dir) / FILE_NAME)
+    judge, last_step = config.checkpoint.keep_best, max(row["step"] for row in rows)
+    scores = {row["step"]: row[judge] for row in rows if judge in row and row["step"]}
+    step = best_step(scores, judge) or last_step
+    numbers = {}
+    for name in study.logged_metrics:
+        found = [row[name] for row in rows if name in row and row["step"] <= step]
+        if not found:
+            raise ConfigError(
+                f"{config.run_dir} logged no {name}; add that evaluation to {cell.model.config}, or to the "
+                "overrides of the study"
+            )
+        numbers[name] = found[-1]
+    starts = read_starts(Path(config.run_dir) / TIME_NAME)
+    seconds = sum(start.elapsed for start in starts)
+    world = [row["run/world_size"] for row in rows if "run/world_size" in row][-1:] or [1]
+    result = Result(
+        numbers=numbers,
+        step=step,
+        num_images=num_images(config),
+        exaflops=train_flops(config.model) * last_step * config.global_batch / 1e18,
+        device_days=seconds * world[0] / 86_400,
+    )
+    text = json.dumps(dataclasses.asdict(result), indent=1) + "\n"
+    atomic.write(cell.folder / RESULT_NAME, text.encode())
+    return result
+
+
+def finetune_folder(cell: Cell, recipe: str) -> Path:
+    return cell.folder / "finetune" / recipe
+
+
+def finetuned(cell: Cell, recipe: str) -> dict[str, Any] | None:
+    """What a recipe gave (finetune.grid.GridResult, as JSON); None before it is there."""
+    try:
+        return json.loads((finetune_folder(cell, recipe) / "results.json").read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def num_images(config: TrainConfig) -> int:
+    """Of the part of the data set that a run is trained on; about as many, by its fractions."""
+    sections = config.data.all_sources()
+    total = sum(section.num_samples or Index.load(section.index).num_samples for section in sections)
+    return round(total * (1 - config.data.validation_fraction) * config.data.fraction)
+
+
+def slug(name: str) -> str:
+    """A name as one of a file."""
+    return re.sub(r"[^A-Za-z0-9.+_-]+", "-", name).strip("-.")
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

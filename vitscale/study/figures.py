@@ -1,0 +1,127 @@
+"""The two plots of a study, each beside the paper's: accuracy by compute, and by data."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitscale.errors import ConfigError
+from vitscale.inspection.figures import colours, new_figure, save
+from vitscale.models.resnet import ResNetConfig
+from vitscale.study.cells import Cell
+from vitscale.study.config import StudyConfig
+from vitscale.study.paper import FIGURE3, TABLE6
+from vitscale.study.points import Point, points
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = {"ViT": "o", "ResNet": "s", "Hybrid": "P"}
+
+
+def draw(study: StudyConfig, cells: Sequence[Cell], out: Path) -> list[Path]:
+    """Both plots of what is done, as PNGs in a folder. Raises ConfigError if nothing is."""
+    found = points(study, cells)
+    if not found:
+        raise ConfigError(f"{study.out} holds no finished run; do one: python tools/study.py run STUDY.toml")
+    families = {cell.model.name: family(cell) for cell in cells}
+    plots = {
+        "compute.png": draw_compute(largest(found), families, study.metric),
+        "data.png": draw_data(found, study.metric),
+    }
+    for name, plot in plots.items():
+        save(plot, out / name)
+    return [out / name for name in plots]
+
+
+def largest(found: Sequence[Point]) -> list[Point]:
+    """Of each model the point with the most data: less of it is another question."""
+    best: dict[str, Point] = {}
+    for point in found:
+        held = best.setdefault(point.model.name, point)
+        if point.num_images > held.num_images:
+            best[point.model.name] = point
+    return list(best.values())
+
+
+def draw_compute(found: Sequence[Point], families: Mapping[str, str], metric: str) -> "Figure":
+    """Figure 5: the metric by the FLOPs of pretraining, one mark a model.
+
+    families: of our models, by name: a key of MARKERS.
+    """
+    figure, ours, paper = _pair()
+    _scatter(ours, [(families[p.model.name], p.exaflops, p.mean, p.deviation, p.model.name) for p in found])
+    rows = TABLE6.items()
+    _scatter(
+        paper, [(row.family, row.exaflops, row.accuracy["imagenet"] / 100, 0.0, name) for name, row in rows]
+    )
+    ours.set_title(f"here: {metric}", fontsize="medium")
+    paper.set_title("paper, Table 6: ImageNet top-1 after fine-tuning", fontsize="medium")
+    for axes in (ours, paper):
+        axes.set_xlabel("pretraining compute (exaFLOPs)")
+    return figure
+
+
+def draw_data(found: Sequence[Point], metric: str) -> "Figure":
+    """Figures 3 and 4: the metric by the images of the pretraining data, one line a model."""
+    figure, ours, paper = _pair()
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for point in found:
+        places = lines.setdefault(point.model.resolved_line, [])
+        places.append((point.num_images, point.mean, point.deviation))
+    _draw_lines(ours, {name: sorted(places) for name, places in lines.items()})
+    papers = FIGURE3.items()
+    _draw_lines(paper, {name: [(n, v / 100, 0.0) for n, v in values.items()] for name, values in papers})
+    ours.set_title(f"here: {metric}", fontsize="medium")
+    paper.set_title("paper, Figure 3: ImageNet top-1 after fine-tuning", fontsize="medium")
+    for axes in (ours, paper):
+        axes.set_xlabel("images of the pretraining data")
+    return figure
+
+
+def family(cell: Cell) -> str:
+    """Of a run's model: a key of MARKERS."""
+    if isinstance(cell.config.model, ResNetConfig):
+        return "ResNet"
+    return "ViT" if cell.config.model.kind == "vit" else "Hybrid"
+
+
+def _pair() -> "tuple[Figure, Axes, Axes]":
+    """A figure with room for our points, left, and for the paper's."""
+    from matplotlib.ticker import PercentFormatter
+
+    figure = new_figure(11, 4.6)
+    ours, paper = figure.subplots(1, 2)
+    for axes in (ours, paper):
+        axes.set_xscale("log")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.92", linewidth=0.8)
+        axes.set_axisbelow(True)
+    ours.set_ylabel("accuracy")
+    return figure, ours, paper
+
+
+def _scatter(axes: "Axes", marks: Iterable[tuple[str, float, float, float, str]]) -> None:
+    """marks: (family, x, y, deviation, name)."""
+    by_family: dict[str, list[tuple[float, float, float, str]]] = {}
+    for kind, *mark in marks:
+        by_family.setdefault(kind, []).append(mark)  # pyright: ignore[reportArgumentType] (a list of four)
+    for colour, (kind, found) in zip(colours(len(MARKERS)), sorted(by_family.items()), strict=False):
+        xs, ys, deviations, names = zip(*found, strict=True)
+        axes.errorbar(
+            xs, ys, deviations, fmt=MARKERS[kind], color=colour, label=kind, capsize=2, markersize=7
+        )
+        for x, y, name in zip(xs, ys, names, strict=True):
+            axes.annotate(name, (x, y), (5, 4), textcoords="offset points", fontsize=6, color="0.35")
+    if by_family:
+        axes.legend(frameon=False, fontsize="small", loc="lower right")
+
+
+def _draw_lines(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
+    """lines: (x, y, deviation) of each, x rising."""
+    for colour, (name, places) in zip(colours(len(lines)), lines.items(), strict=True):
+        xs, ys, deviations = zip(*places, strict=True)
+        axes.errorbar(xs, ys, deviations, fmt="o-", color=colour, label=name, capsize=2, markersize=5)
+    if lines:
+        axes.legend(frameon=False, fontsize="small", loc="lower right")

@@ -1,0 +1,93 @@
+"""What a study has found: for each model and each fraction of the data, one point."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from statistics import fmean, pstdev
+
+from vitscale.study.cells import Cell, Result, finetuned
+from vitscale.study.config import StudyConfig, StudyModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """The runs of one model on one fraction, with the best value of the sweep.
+
+    values: the metric of each, a fraction of 1. num_images, exaflops: of one run.
+    """
+
+    model: StudyModel
+    swept: tuple[str, ...]
+    values: tuple[float, ...]
+    num_images: int
+    exaflops: float
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Of the population, 0 for one run."""
+        return pstdev(self.values)
+
+
+def points(study: StudyConfig, cells: Sequence[Cell]) -> list[Point]:
+    """A point wherever all runs are done, and the fine-tunings that the metric needs."""
+    found = []
+    for group in _groups(chosen(study, cells), with_swept=True):
+        results = [(cell, result) for cell in group if (result := cell.result())]
+        values = [_value(study, cell, result) for cell, result in results]
+        known = [value for value in values if value is not None]
+        if len(known) == len(group):
+            found.append(
+                Point(
+                    model=group[0].model,
+                    swept=group[0].swept,
+                    values=tuple(known),
+                    num_images=results[0][1].num_images,
+                    exaflops=results[0][1].exaflops,
+                )
+            )
+    return found
+
+
+def chosen(study: StudyConfig, cells: Sequence[Cell]) -> list[Cell]:
+    """The runs with the best value of the sweep, by the mean over seeds, where all are done."""
+    return [cell for group in _groups(cells, with_swept=False) for cell in _best(study, group)]
+
+
+def _best(study: StudyConfig, cells: Sequence[Cell]) -> Sequence[Cell]:
+    if any(cell.result() is None for cell in cells):
+        return []
+    tried = _groups(cells, with_swept=True)
+    if not study.sweep:
+        return cells
+    name = study.resolved_choose_by
+    sign = -1 if name.endswith("loss") else 1
+    return max(tried, key=lambda group: sign * fmean(_number(cell, name) for cell in group))
+
+
+def _groups(cells: Sequence[Cell], *, with_swept: bool) -> Iterator[list[Cell]]:
+    """Runs that differ in their seeds alone; or in the sweep, too."""
+
+    def key(cell: Cell) -> tuple[str, float, tuple[str, ...]]:
+        return cell.model.name, cell.fraction, cell.swept if with_swept else ()
+
+    order = {key(cell): place for place, cell in reversed(list(enumerate(cells)))}
+    ordered = sorted(cells, key=lambda cell: order[key(cell)])
+    return (list(group) for _, group in itertools.groupby(ordered, key))
+
+
+def _number(cell: Cell, name: str) -> float:
+    result = cell.result()
+    assert result, "its group is done"
+    return result.numbers[name]
+
+
+def _value(study: StudyConfig, cell: Cell, result: Result) -> float | None:
+    kind, _, name = study.metric.partition("/")
+    if kind != "finetune":
+        return result.numbers[study.metric]
+    tuned = finetuned(cell, name)
+    return tuned["mean"] if tuned else None

@@ -1,0 +1,72 @@
+"""Does a study: trains its runs, chooses among the values of a sweep, and fine-tunes.
+
+Whatever is done is not done again, and a run that was killed is resumed, so the same command
+continues a study:
+
+    OUT/MODEL/fraction-1/seed-0/config.toml     of a run
+                               /run/            the run
+                               /log             what its processes printed
+                               /result.json     what came of it, written last
+                               /finetune/NAME/  by a recipe, with a results.json
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vitscale.checkpoint import store
+from vitscale.finetune import grid
+from vitscale.finetune.runs import PYTHON, Slots, in_slots, keep_config, train
+from vitscale.study.cells import Cell, cells, finetune_folder, write_result
+from vitscale.study.config import StudyConfig
+from vitscale.study.points import chosen
+
+
+def run(
+    study: StudyConfig,
+    *,
+    only: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    count: int = 0,
+    launcher: Sequence[str] = (),
+    said: Callable[[str], object] = print,
+) -> None:
+    """Do what is left of a study, or of some of its models.
+
+    only: names of models; none = all. overrides: KEY=VALUE for every run. count: processes at a
+    time; 0 = one on each GPU. launcher: starts each training in place of a single process, like
+    ["deepspeed", "--num_gpus", "8"]; then one run at a time. said: gets a line when a run is
+    done. Raises ConfigError before anything is trained, and UserError if a run failed.
+    """
+    todo = cells(study, only, overrides)
+    num_gpus = torch.cuda.device_count()
+    for cell in todo:
+        keep_config(cell.folder, cell.config)
+    with Slots(1 if launcher else count or max(1, num_gpus), 0 if launcher else num_gpus) as slots:
+        actions = {
+            str(cell.folder): functools.partial(_trained, cell, study, slots, launcher or PYTHON)
+            for cell in todo
+        }
+        in_slots(actions, slots, said)
+    for cell in chosen(study, todo):
+        for name, recipe in study.recipes_of(cell.model).items():
+            folder = finetune_folder(cell, name)
+            said(grid.run(_checkpoint(cell), recipe, folder, count=count, said=said).text())
+
+
+def _trained(cell: Cell, study: StudyConfig, slots: Slots, launcher: Sequence[str]) -> list[float]:
+    result = cell.result()
+    if result is None:
+        train(cell.folder, slots, launcher)
+        result = write_result(cell, study)
+    return list(result.numbers.values())
+
+
+def _checkpoint(cell: Cell) -> str:
+    """What is fine-tuned: the best checkpoint, where the run keeps it."""
+    if not cell.config.checkpoint.keep_best:
+        return cell.config.run_dir
+    result = cell.result()
+    assert result, "it is chosen, and so it is done"
+    return str(store.step_directory(store.directory_of(cell.config.run_dir), result.step))

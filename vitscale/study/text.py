@@ -1,0 +1,133 @@
+"""A study as text: its models before it is run, and Table 2 with what was run."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+
+from vitscale.memory import count_params
+from vitscale.models.flops import forward_macs, train_flops
+from vitscale.plan.make import num_steps
+from vitscale.report.text import table
+from vitscale.study.cells import Cell, finetuned, num_images
+from vitscale.study.config import StudyConfig
+from vitscale.study.paper import TABLE2, TABLE6, TARGETS, TPUV3_CORE_FLOPS
+from vitscale.study.points import chosen, points
+
+# What stands in a table for a number that is not there.
+NOTHING = "-"
+
+
+def listed(study: StudyConfig, cells: Sequence[Cell]) -> str:
+    """The runs of a study: size, compute and the paper's, and how far each is."""
+    header = [
+        "model",
+        "data",
+        "images",
+        "seed",
+        "params",
+        "GMACs",
+        "exaFLOPs",
+        "paper",
+        "state",
+        study.metric,
+    ]
+    rows = [
+        [
+            " ".join([cell.model.name, *cell.swept]),
+            f"{cell.fraction:g}",
+            _images(cell),
+            str(cell.seed),
+            f"{count_params(cell.config.model) / 1e6:,.3g}M",
+            f"{forward_macs(cell.config.model) / 1e9:,.3g}",
+            f"{_exaflops(cell):,.3g}",
+            f"{TABLE6[cell.model.paper].exaflops:,.0f}" if cell.model.paper else NOTHING,
+            *_state(study, cell),
+        ]
+        for cell in cells
+    ]
+    lines = table(header, rows, left=(0, 8))
+    missing = sorted(
+        {cell.model.name for cell in cells} - {point.model.name for point in points(study, cells)}
+    )
+    return "\n".join([*lines, f"{len(cells)} runs; to do: {', '.join(missing) or 'none'}"])
+
+
+def table2(study: StudyConfig, cells: Sequence[Cell]) -> str:
+    """The paper's Table 2, and beside it a column for each model that was fine-tuned here.
+
+    A cell has the mean and the deviation over the runs of the recipe of that name, in percent.
+    TPUv3-core-days of our own are by arithmetic: the run's exaFLOPs at what such a core
+    sustained for the paper's ViT-L/16. Device-days are measured, on whatever device it was.
+    """
+    ours = {_title(group): group for group in _by_model(chosen(study, cells))}
+    names = [*TARGETS, *_other_recipes(study)]
+    columns = [
+        *(_paper_column(name, names) for name in TABLE2),
+        *(_our_column(title, group, names) for title, group in ours.items()),
+    ]
+    labels = ["", *(TARGETS.get(name, name) for name in names), "TPUv3-core-days", "device-days"]
+    rows = [list(row) for row in zip(labels, *columns, strict=True)]
+    lines = table(rows[0], rows[1:], left=(0,))
+    if not ours:
+        lines.append("Nothing was run here: python tools/study.py run STUDY.toml")
+    return "\n".join(lines)
+
+
+def _other_recipes(study: StudyConfig) -> list[str]:
+    """The names of recipes whose data the paper did not use."""
+    names = [name for model in study.models for name in study.recipes_of(model)]
+    return [name for name in dict.fromkeys(names) if name not in TARGETS]
+
+
+def _paper_column(title: str, names: Sequence[str]) -> list[str]:
+    headline = TABLE2[title]
+    cells = [headline.accuracy.get(name) for name in names]
+    shown = [f"{cell[0]:.2f} ± {cell[1]:.2f}" if cell else NOTHING for cell in cells]
+    return [title, *shown, f"{headline.core_days:,.0f}", NOTHING]
+
+
+def _our_column(title: str, group: Sequence[Cell], names: Sequence[str]) -> list[str]:
+    results = [result for cell in group if (result := cell.result())]
+    core_days = fmean(result.exaflops for result in results) * 1e18 / TPUV3_CORE_FLOPS / 86_400
+    return [
+        title,
+        *(_mean_and_deviation([finetuned(cell, name) for cell in group]) for name in names),
+        f"{core_days:.3g}",
+        f"{fmean(result.device_days for result in results):.3g}",
+    ]
+
+
+def _mean_and_deviation(results: Sequence[Mapping[str, float] | None]) -> str:
+    known = [result for result in results if result]
+    if not known:
+        return NOTHING
+    mean, deviation = (100 * fmean(result[name] for result in known) for name in ("mean", "std"))
+    return f"{mean:.2f} ± {deviation:.2f}"
+
+
+def _by_model(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
+    keys = dict.fromkeys((cell.model.name, cell.fraction) for cell in cells)
+    return ([cell for cell in cells if (cell.model.name, cell.fraction) == key] for key in keys)
+
+
+def _title(group: Sequence[Cell]) -> str:
+    cell = group[0]
+    return cell.model.name + (f", {cell.fraction:.3g} of the data" if cell.fraction < 1 else "")
+
+
+def _images(cell: Cell) -> str:
+    """Of the data, where the config says how many there are."""
+    sections = cell.config.data.all_sources()
+    return f"{num_images(cell.config):,}" if all(section.num_samples for section in sections) else NOTHING
+
+
+def _exaflops(cell: Cell) -> float:
+    config = cell.config
+    return train_flops(config.model) * num_steps(config) * config.global_batch / 1e18
+
+
+def _state(study: StudyConfig, cell: Cell) -> tuple[str, str]:
+    result = cell.result()
+    if result:
+        return "done", f"{result.numbers[study.metric]:.2%}" if study.metric in result.numbers else NOTHING
+    step = cell.last_step()
+    return (f"step {step:,}" if step else NOTHING), NOTHING
