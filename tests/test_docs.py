@@ -23,6 +23,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 
 from vitscale import command
+from vitscale.study.config import StudyConfig
 from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +84,7 @@ def broken_keys(text: str) -> list[str]:
     named += [keys for keys in dotted if keys[0] in get_type_hints(TrainConfig)]
     for block in fences(text, "toml"):
         named += key_paths(tomllib.loads(block))
-    return [".".join(keys) for keys in named if not has_key(TrainConfig, keys)]
+    return [".".join(keys) for keys in named if not any(has_key(c, keys) for c in (TrainConfig, StudyConfig))]
 
 
 def full_matches(pattern: re.Pattern[str], texts: list[str]) -> Iterator[re.Match[str]]:

@@ -16,7 +16,7 @@ EXAMPLE = """examples:
 
 list     size, compute and state of each run; no data need to be there
 run      do what is left; a killed run is resumed
-plot     OUT/compute.png (Figure 5) and OUT/data.png (Figures 3 and 4), beside the paper's points
+plot     OUT/by_compute.png (Figure 5) and OUT/by_data.png (Figures 3 and 4), beside the paper's points
 table2   the paper's Table 2, with what was run here
 
 docs/studies.md has more."""

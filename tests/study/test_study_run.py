@@ -77,7 +77,7 @@ def test_a_study_is_killed_and_continued_and_its_plots_stand_beside_the_papers(t
     assert result.stat().st_mtime_ns == before and "to do: none" in second.stdout
     assert second.stdout.count(" done ") == 2
     drawn = subprocess.run(study("plot", path, out), cwd=ROOT, capture_output=True, text=True)
-    assert drawn.stdout.split() == [f"{out}/compute.png", f"{out}/data.png"], drawn.stderr
-    for name in ("compute", "data"):
+    assert drawn.stdout.split() == [f"{out}/by_compute.png", f"{out}/by_data.png"], drawn.stderr
+    for name in ("by_compute", "by_data"):
         header = (out / f"{name}.png").read_bytes()[:24]
         assert header[:4] == b"\x89PNG" and struct.unpack(">II", header[16:]) == (2200, 920)

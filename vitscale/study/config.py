@@ -50,7 +50,7 @@ class StudyConfig:
     choose_by:  the logged number by which a value of the sweep is chosen; "" = metric
     overrides:  KEY=VALUE for all models, in place of their own
     fractions:  of the data that models are trained on (data.fraction)
-    seeds:      of the runs
+    seeds:      of the runs, each of which is another run
     sweep:      values of config keys ([sweep], "optim.lr" = [1e-3, 3e-3]); all combinations
     recipes:    fine-tunings of every chosen model, by name: config files with [finetune]
     """

@@ -26,8 +26,8 @@ def draw(study: StudyConfig, cells: Sequence[Cell], out: Path) -> list[Path]:
         raise ConfigError(f"{study.out} holds no finished run; do one: python tools/study.py run STUDY.toml")
     families = {cell.model.name: family(cell) for cell in cells}
     plots = {
-        "compute.png": draw_compute(largest(found), families, study.metric),
-        "data.png": draw_data(found, study.metric),
+        "by_compute.png": draw_compute(largest(found), families, study.metric),
+        "by_data.png": draw_data(found, study.metric),
     }
     for name, plot in plots.items():
         save(plot, out / name)
