@@ -36,7 +36,7 @@ NON_FINITE = ("nan", "inf", "-inf")
 NO_EXPECTATIONS = ExpectConfig()
 HASHES = ("data/digest",)  # in metrics.jsonl only: a curve of them means nothing
 # TensorBoard sorts groups by name and opens the first two. There, their names are numbered.
-GROUPS = ("train", "eval", "data", "perf", "time", "checkpoint", "goodput", "run", "loader")
+GROUPS = ("train", "eval", "data", "perf", "time", "checkpoint", "goodput", "run", "loader", "learned")
 # The numbers that the console shows, if a step has them: name, label, format.
 CONSOLE = (
     ("epoch", "epoch", "{:.2f}"),

@@ -45,6 +45,7 @@ class Due:
     evaluate: tuple[str, ...]
     save: bool
     end: bool
+    draw: bool = False
 
     @classmethod
     def after(
@@ -56,11 +57,12 @@ class Due:
         log_every: int,
         save_every: int,
         evaluate_every: Mapping[str, int],
+        draw_every: int = 0,
     ) -> "Due":
         """What is due after `step` steps. After 0 steps: the evaluations only.
 
         stopping: the run was asked to stop, so that this step is its last for now.
-        save_every: 0 = only at the end.
+        save_every: 0 = only at the end. draw_every: 0 = never.
 
         For example, with total_steps 20, log_every 4, save_every 6 and an evaluation every 3:
 
@@ -71,6 +73,7 @@ class Due:
         last = step == total_steps
         return cls(
             log=step == 1 or last or stopping or (step > 0 and step % log_every == 0),
+            draw=draw_every > 0 and step > 0 and (last or step % draw_every == 0),
             evaluate=tuple(name for name, every in evaluate_every.items() if last or step % every == 0),
             save=last or stopping or (step > 0 and save_every > 0 and step % save_every == 0),
             end=last or stopping,

@@ -1,5 +1,6 @@
 """Training: one straight loop. Fine-tuning is the same loop with [init] (start.py)."""
 
+import functools
 import gc
 import importlib.metadata
 import logging
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from jaxtyping import UInt8
 from torch import Tensor
 
 from vitscale import config as configs
@@ -22,6 +24,8 @@ from vitscale.evals.adapters import LiveModel
 from vitscale.evals.task import run_task
 from vitscale.goodput import Ledger, summary
 from vitscale.health import Health
+from vitscale.inspection.attention import as_vit
+from vitscale.inspection.live import observe
 from vitscale.job import Job, prepare
 from vitscale.meter import Meter
 from vitscale.profiler import Profiler
@@ -163,6 +167,9 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
                 gc.collect()
         if at.step == 1:
             metrics.write_images("inputs", batch.images[:SHOWN_IMAGES], at.step)
+        if due.draw:
+            with phases("log"):
+                draw(run, batch.images)
         for cost in saver.finished():
             metrics.write(at.step, cost)
         if due.evaluate:
@@ -247,6 +254,7 @@ def due_after(step: int, job: Job, *, stopping: bool = False) -> Due:
         log_every=config.log.every_steps,
         save_every=config.checkpoint.every_steps,
         evaluate_every={name: section.every_steps for name, section in config.evals.items()},
+        draw_every=config.log.figures_every_steps,
     )
 
 
@@ -300,6 +308,17 @@ def evaluate(run: Run, names: Sequence[str], watch: Watch) -> bool:
     except BrokenOff:
         return False
     return True
+
+
+def draw(run: Run, images: UInt8[Tensor, "B 3 S S"]) -> None:
+    """Show in TensorBoard what the model has learned; every rank calls it."""
+    with run.engine.evaluating():
+        forward = functools.partial(run.engine.forward, features_only=True)
+        learned = observe(as_vit(run.engine.module), forward, images)
+    for name, pictures in learned.pictures.items():
+        run.metrics.write_images(f"learned/{name}", pictures, run.progress.step)
+    distances = {f"learned/attention_distance_{n:02d}": d for n, d in enumerate(learned.distances)}
+    run.metrics.write(run.progress.step, distances)
 
 
 def check_judge(job: Job, name: str, numbers: Mapping[str, float]) -> None:

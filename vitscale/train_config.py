@@ -30,15 +30,23 @@ class LogConfig:
     tensorboard:  whether to write TensorBoard's files
     profile:      the first and the last step of a trace of rank 0, like [100, 110]; [] = none
     norms:        whether a row has the norms of weights, gradients and updates of each layer
+    figures_every_steps:
+                  how often TensorBoard gets pictures of what a ViT has learned: filters,
+                  positions, attention to images of the batch; 0 = never
     """
 
     every_steps: int = 50
     tensorboard: bool = True
     profile: tuple[int, ...] = ()
     norms: bool = False
+    figures_every_steps: int = 0
 
     def __post_init__(self) -> None:
         configs.positive("log", every_steps=self.every_steps)
+        if self.figures_every_steps < 0:
+            raise ConfigError(
+                f"log.figures_every_steps {self.figures_every_steps} must not be negative; 0 = never"
+            )
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
             raise ConfigError(
                 f"log.profile {list(self.profile)} must name the first and the last step to trace, like "
@@ -222,6 +230,10 @@ class TrainConfig:
                 f"model.num_patch_outputs {self.model.num_patch_outputs} makes a head on patches, which "
                 f'objective.kind = "{self.objective.kind}" does not train; leave it out, or set '
                 'objective.kind = "masked_patches"'
+            )
+        if self.log.figures_every_steps and not isinstance(self.model, ViTConfig):
+            raise ConfigError(
+                f'log.figures_every_steps shows a ViT, and model.kind is "{self.model.kind}"; leave it out'
             )
         self._check_validation()
         self._check_judge()

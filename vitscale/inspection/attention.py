@@ -37,12 +37,13 @@ def observe_attention(model: ViT, images: Float[Tensor, "B 3 H W"], observe: Obs
     weights: softmax(Q K^T / sqrt(d)) in fp32, of each head; rows are queries and sum to 1.
     """
     model.eval()
-    with _hooks(model, observe):
+    with observing(model, observe):
         model.features(images)
 
 
 @contextmanager
-def _hooks(model: ViT, observe: Observe) -> Iterator[None]:
+def observing(model: ViT, observe: Observe) -> Iterator[None]:
+    """Within the block, what runs the model calls observe(layer, weights) for each layer."""
     handles = []
     for layer, block in enumerate(model.blocks):
         attention = block.get_submodule("attn")
@@ -109,8 +110,12 @@ def attention_maps(model: ViT, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor
     rollout = Rollout()
     observe_attention(model, images, rollout)
     assert rollout.product is not None
+    return mean_row(model, rollout.product)
+
+
+def mean_row(model: ViT, product: Float[Tensor, "B N N"]) -> Float[Tensor, "B h w"]:
+    """The part of a rollout that attention_maps shows."""
     grid = model.config.grid
     patches = grid[0] * grid[1]
-    has_token = model.cls_token is not None
-    row = rollout.product[:, 0] if has_token else rollout.product[:, -patches:].mean(dim=1)
+    row = product[:, 0] if model.cls_token is not None else product[:, -patches:].mean(dim=1)
     return row[:, -patches:].unflatten(1, grid)

@@ -1,0 +1,28 @@
+"""Filters, positions and attended images as pixels, without a plotting library."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+_GAP = 1  # pixels between the tiles of positions
+
+
+def position_mosaic(similarity: Float[Tensor, "h w h w"]) -> UInt8[Tensor, "y x 3"]:
+    """Tiles in rows and columns, in grey, with gaps of the middle grey between them."""
+    rows, cols = similarity.shape[:2]
+    tiles = F.pad(similarity, (0, _GAP, 0, _GAP))  # [h, w, h + 1, w + 1]
+    grey = tiles.permute(0, 2, 1, 3).reshape(rows * (rows + _GAP), cols * (cols + _GAP))
+    return (127.5 + 127.5 * grey).round().clamp(0, 255).to(torch.uint8)[..., None].expand(-1, -1, 3)
+
+
+def filter_tiles(filters: Float[Tensor, "K P P 3"]) -> UInt8[Tensor, "K P P 3"]:
+    """Filters around the middle grey, each scaled to its largest value."""
+    scale = filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (127.5 + 127.5 * filters / scale).round().to(torch.uint8)
+
+
+def enlarged(pixels: UInt8[Tensor, "*K h w 3"], side: int) -> UInt8[Tensor, "*K H W 3"]:
+    """Each pixel as a square, as large as `side` allows for the longest side."""
+    factor = max(1, side // max(pixels.shape[-3:-1]))
+    return pixels.repeat_interleave(factor, dim=-3).repeat_interleave(factor, dim=-2)
