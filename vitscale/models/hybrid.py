@@ -75,8 +75,8 @@ class HybridConfig(ViTConfig):
         patch, stride = self.resolved_patch_size, self.stem_stride
         if patch % stride:
             raise ConfigError(
-                f"model.patch_size {patch} must be a multiple of {stride}, the pixels to a side of one place of "
-                f"the stem's map; use {-(-patch // stride) * stride}"
+                f"model.patch_size {patch} must be a multiple of {stride}, the pixels to a side of a place "
+                f"of the stem's map; use {-(-patch // stride) * stride}"
             )
 
     def _check_variant(self) -> None:
@@ -215,7 +215,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResNetStem(nn.Module):
-    """Images to the ResNet's last map: the root leaves a quarter of each side, stages the rest."""
+    """Images to the ResNet's last map. Its root alone leaves a quarter of each side."""
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()

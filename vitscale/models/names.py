@@ -27,11 +27,11 @@ DIALECTS_OF: dict[str, tuple[Dialect, ...]] = {
     "resnet": ("vitscale", "bit"),
 }
 BIT_ROOT = "resnet/root_block/standardized_conv2d/kernel"
-# By dialect, the first convolution of a hybrid's stem; the other dialects have none.
-STEM_ROOTS: dict[Dialect, str] = {
-    "timm": "patch_embed.backbone.stem.conv.weight",
-    "original": "conv_root/kernel",
-    "linen": "conv_root/kernel",
+# By dialect, the first convolution of a hybrid's stem: timm has another where no stage follows.
+STEM_ROOTS: dict[Dialect, tuple[str, ...]] = {
+    "timm": ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight"),
+    "original": ("conv_root/kernel",),
+    "linen": ("conv_root/kernel",),
 }
 Read = Callable[[str], Tensor]  # a whole tensor by name, as TensorSource.tensor gives it
 
@@ -262,8 +262,8 @@ def _stem(dialect: Dialect, config: HybridConfig) -> Iterator[tuple[str, str]]:
         *block, layer = module.split(".")  # ["blocks", "3"] and "norm1", or [] and "root"
         stage, unit = units[int(block[1])] if block else (0, 0)
         if dialect == "timm":
-            place = f"stages.{stage}.blocks.{unit}" if block else "stem"
-            yield ours, f"patch_embed.backbone.{place}.{_TIMM_STEM.get(layer, layer)}.{leaf}"
+            place = f"stages.{stage}.blocks.{unit}." if block else "stem." if units else ""
+            yield ours, f"patch_embed.backbone.{place}{_TIMM_STEM.get(layer, layer)}.{leaf}"
         else:
             place = f"block{stage + 1}/unit{unit + 1}/" if block else ""
             their_leaf = "bias" if leaf == "bias" else "scale" if "norm" in layer else "kernel"

@@ -64,7 +64,7 @@ _OTHER_ARCHITECTURES = {
     r"norm_pre|pre_layrnorm": "normalises before the blocks",
     r"rel(ative)?_pos": "belongs to relative positions",
     r"mask_token|decoder": "belongs to masked image modelling",
-    r"patch_embed\.backbone\.(?!stem\.(conv|norm)\.|stages\.\d+\.blocks\.)|(^|/)resnet/": (
+    r"patch_embed\.backbone\.(?!(stem\.)?(conv|norm)\.|stages\.\d+\.blocks\.)|(^|/)resnet/": (
         "belongs to another ResNet than a hybrid has"
     ),
     r"head_drop|head\.mlp|head\.last_layer": "belongs to a projection head; leave it out of the file",
@@ -87,7 +87,7 @@ def deduce_config(
     try:
         values = _sizes(dialect, shapes)
     except (IndexError, ZeroDivisionError):
-        raise CheckpointError("the shapes of its tensors are not those of a ViT") from None
+        raise CheckpointError("the shapes of its tensors are not those of a ViT or hybrid") from None
     values |= _EXTRAS[dialect](config_json, values) if dialect in _EXTRAS else GOOGLE_DEFAULTS
     if "gelu" not in values:
         _ask("gelu", '"tanh" or "exact": such models of timm have either', overrides)
@@ -193,8 +193,8 @@ def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
 
 def _stem_values(dialect: Dialect, shapes: Shapes) -> Values:
     """The keys of [model] that only a hybrid has, and its kind; empty if there is no stem."""
-    root = STEM_ROOTS.get(dialect, "")
-    if root not in shapes:
+    root = next((name for name in STEM_ROOTS.get(dialect, ()) if name in shapes), None)
+    if root is None:
         return {}
     outputs, inputs = (0, 1) if dialect == "timm" else (3, 2)
     _check_channels(root, shapes[root][inputs])
@@ -357,7 +357,7 @@ def _with_variant(values: Values) -> Values:
 
 
 def _with_hybrid_variant(values: Values, sizes: list[str], named: list[str]) -> Values:
-    """As _with_variant. sizes: a ViT's keys. named: the name of such a one in VARIANTS, if any."""
+    """As _with_variant. sizes: a ViT's keys. named: what VARIANTS calls them, if it does."""
     stem = Stem(tuple(values["stem_stages"]), values["patch_size"])
     stems = [key for key, known in STEMS.items() if known == stem and values["stem_width"] == ROOT_WIDTH]
     if not (named and stems):
