@@ -10,7 +10,7 @@ from vitscale.engine.zero import OPTIMIZER_SLOTS
 from vitscale.models import ModelConfig, empty_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
-from vitscale.models.resnet import ResNetConfig, halved
+from vitscale.models.resnet import ROOT_KERNEL, ResNetConfig, halved
 from vitscale.models.vit import ViTConfig
 from vitscale.optim import OptimConfig, freeze
 
@@ -169,6 +169,7 @@ def _stem_activations(
     last = math.prod(config.grid) * config.patch_inputs
     ends += 2 * last if config.block_shapes else last  # no gradient needs the largest values
     indices = 8 * halved(halved(side)) ** 2 * width
+    kernels += ROOT_KERNEL**2 * 3 * width
     copies = 8 if precision == "fp32" else 10
     stays = micro_batch * (size * (kept + ends) + indices)
     if checkpointing == "none":

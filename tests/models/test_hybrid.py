@@ -166,9 +166,8 @@ def test_weights_are_initialised_as_the_source_does_and_the_seed_decides_all() -
     assert all((block.norm3.weight == 0).all() and (block.norm1.weight == 1).all() for block in stem.blocks)
     proj = model.patch_embed.proj.weight
     assert proj.std().item() == pytest.approx(math.sqrt(1 / (2 * 2 * 256)), rel=0.02)
-    assert model.blocks[0].mlp.fc1.weight.std() == pytest.approx(
-        plain.blocks[0].mlp.fc1.weight.std(), rel=0.1
-    )
+    ours, theirs = (m.blocks[0].mlp.fc1.weight.std().item() for m in (model, plain))
+    assert ours == pytest.approx(theirs, rel=0.1)
     assert model(pixels(config)).unique().tolist() == pytest.approx([-6.9])
 
 
@@ -230,7 +229,7 @@ def test_recomputation_needs_less_and_the_head_counts_its_inputs() -> None:
     none, selective, full = (
         activation_bytes(config, 64, "bf16", mode) for mode in ("none", "selective", "full")
     )
-    assert 0.2 < full / none < 0.3 and 0.45 < selective / none < 0.6
+    assert 0.2 < full / none < 0.3 and 0.55 < selective / none < 0.65
     assert head_bytes(config, 64) == 1_000 * (16 * 64 + 8 * 768)
 
 

@@ -1,4 +1,6 @@
-"""A ResNet, and a hybrid with one below it, in the training command: killed, resumed on other layouts, fine-tuned, evaluated."""
+"""ResNets and hybrids in the training command: killed, resumed on other layouts, fine-tuned,
+evaluated.
+"""
 
 import re
 from pathlib import Path
