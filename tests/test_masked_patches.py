@@ -187,6 +187,10 @@ def test_a_config_is_the_papers_by_default_and_can_be_written_and_read() -> None
         ({"objective": {"corrupted": 0.0}}, r"objective.corrupted 0.0 must lie in \(0, 1\]"),
         ({"objective": {"masked": 0.8, "replaced": 0.3}}, "nor above 1 together"),
         ({"objective": {"kind": "classification"}, "model": {"num_classes": 5}}, "leave it out, or set"),
+        (
+            {"model": {"kind": "hybrid", "variant": "R+Ti/16", "image_size": 64, "patch_size": 32}},
+            'needs model.kind = "vit": a model of another kind has no patches of pixels',
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes: dict, message: str) -> None:

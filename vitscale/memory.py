@@ -8,8 +8,9 @@ from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.zero import OPTIMIZER_SLOTS
 from vitscale.models import ModelConfig, empty_model
+from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
-from vitscale.models.resnet import ResNetConfig, block_shapes, halved
+from vitscale.models.resnet import ROOT_KERNEL, ResNetConfig, halved
 from vitscale.models.vit import ViTConfig
 from vitscale.optim import OptimConfig, freeze
 
@@ -101,6 +102,10 @@ def activation_bytes(
     What is recomputed needs the memory of "none" for one block at a time.
     """
     match config:
+        case HybridConfig():
+            # The stem's backward pass begins when that of the blocks has ended.
+            kept, at_once = _stem_activations(config, micro_batch, precision, checkpointing)
+            return kept + max(at_once, _vit_activations(config, micro_batch, precision, checkpointing))
         case ViTConfig():
             return _vit_activations(config, micro_batch, precision, checkpointing)
         case ResNetConfig():
@@ -132,6 +137,46 @@ def _vit_activations(
     return micro_batch * (config.resolved_depth * kept[checkpointing] + at_once)
 
 
+def _stem_activations(
+    config: HybridConfig, micro_batch: int, precision: str, checkpointing: Checkpointing
+) -> tuple[int, int]:
+    """Bytes that stay until the stem's backward pass, and of the block that it recomputes.
+
+    As in _resnet_activations, but norms come after the convolutions:
+
+        "none"         input, outputs of the convolutions, and two ReLUs: s^2 (I + 2 M)
+                       + t^2 (2 M + O), and t^2 O more with a projection
+        "selective"    input, and outputs of the first two convolutions: s^2 (I + M) + t^2 M
+        "full"         input: s^2 I
+
+    Where a stride pads, the padded copy stays, too. Beside the blocks: padded images, the
+    root's output, its ReLU, and where its largest values are (8 bytes each), the last map, and
+    its patches. Each convolution keeps two copies of its kernel in fp32, and in 16 bit a third.
+    """
+    size = 4 if precision == "fp32" else 2
+    kept = largest = kernels = largest_kernels = 0
+    for shape in config.block_shapes:
+        s2, t2 = shape.side_in**2, shape.side_out**2
+        none = s2 * (shape.inputs + 2 * shape.mid) + t2 * (2 * shape.mid + shape.outputs)
+        none += t2 * shape.outputs if shape.has_projection else 0
+        none += (shape.side_in + 1) ** 2 * shape.mid if shape.stride > 1 else 0
+        selective = s2 * (shape.inputs + shape.mid) + t2 * shape.mid
+        kept += {"none": none, "selective": selective, "full": s2 * shape.inputs}[checkpointing]
+        kernels += shape.num_weights
+        largest, largest_kernels = max(largest, none), max(largest_kernels, shape.num_weights)
+    width, side = config.resolved_stem_width, config.image_size
+    ends = 3 * (side + 5) ** 2 + 2 * halved(side) ** 2 * width
+    last = math.prod(config.grid) * config.patch_inputs
+    ends += 2 * last if config.block_shapes else last  # no gradient needs the largest values
+    indices = 8 * halved(halved(side)) ** 2 * width
+    kernels += ROOT_KERNEL**2 * 3 * width
+    copies = 8 if precision == "fp32" else 10
+    stays = micro_batch * (size * (kept + ends) + indices)
+    if checkpointing == "none":
+        return stays + copies * kernels, 0
+    return stays, size * micro_batch * largest + copies * largest_kernels
+
+
 def _resnet_activations(
     config: ResNetConfig, micro_batch: int, precision: str, checkpointing: Checkpointing
 ) -> int:
@@ -147,14 +192,12 @@ def _resnet_activations(
     """
     size = 4 if precision == "fp32" else 2
     kept = largest = kernels = largest_kernels = 0
-    for shape in block_shapes(config):
+    for shape in config.block_shapes:
         s2, t2 = shape.side_in**2, shape.side_out**2
         none = 2 * s2 * (shape.inputs + shape.mid) + 2 * t2 * shape.mid
         kept += {"none": none, "selective": none // 2, "full": s2 * shape.inputs}[checkpointing]
-        kernel = shape.inputs * shape.mid + 9 * shape.mid**2 + shape.mid * shape.outputs
-        kernel += shape.inputs * shape.outputs if shape.has_projection else 0
-        kernels += kernel
-        largest, largest_kernels = max(largest, none), max(largest_kernels, kernel)
+        kernels += shape.num_weights
+        largest, largest_kernels = max(largest, none), max(largest_kernels, shape.num_weights)
     ends = 2 * halved(config.image_size) ** 2 * config.resolved_width
     ends += 2 * math.prod(config.grid) * config.num_features
     if checkpointing == "none":

@@ -240,8 +240,10 @@ class TrainConfig:
 
     def _check_masked_patches(self, objective: MaskedPatchesConfig) -> None:
         kind, model = 'objective.kind = "masked_patches"', self.model
-        if not isinstance(model, ViTConfig):
-            raise ConfigError(f'{kind} needs model.kind = "vit": a model of another kind has no patches')
+        if not isinstance(model, ViTConfig) or model.kind != "vit":
+            raise ConfigError(
+                f'{kind} needs model.kind = "vit": a model of another kind has no patches of pixels'
+            )
         patch = model.resolved_patch_size
         if math.prod(model.grid) < 2:
             raise ConfigError(

@@ -18,8 +18,10 @@ from vitscale.inspection.attention import Rollout, attention_distance, attention
 from vitscale.inspection.run import Pictures, read_images, visualize
 from vitscale.inspection.weights import position_similarity, principal_components
 from vitscale.models import build_model
+from vitscale.models.hybrid import HybridConfig
 from vitscale.models.posemb import sincos2d
 from vitscale.models.vit import ViT, ViTConfig
+from vitscale.report.page.learned import learned
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTERS = {"num_registers": 2}
@@ -185,3 +187,17 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(tmp_path: Path) -> None:
         both = Pictures(data="x", files=("y",))
         visualize("attention-map", f"{tmp_path}/ours.safetensors", out, both)
     assert not Path(out).exists()
+
+
+def test_a_hybrid_shows_its_positions_and_attention_but_no_filters(tmp_path: Path) -> None:
+    config = HybridConfig(
+        variant="R+mu/16", stem_width=32, patch_size=8, num_heads=2, image_size=32, num_classes=5
+    )
+    model = saved_model(tmp_path / "hybrid.safetensors", config)
+    assert isinstance(model, ViT)
+    maps = attention_maps(model, images(config))
+    assert maps.shape == (3, 4, 4) and maps.std() > 0
+    with pytest.raises(ConfigError, match=r'of kind "hybrid" are of features.* draw posemb'):
+        visualize("filters", f"{tmp_path}/hybrid.safetensors", str(tmp_path / "none.png"), Pictures())
+    page = learned(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert "attention rollout" in str(page) and "filters" not in str(page)

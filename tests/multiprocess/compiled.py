@@ -6,12 +6,25 @@ import torch
 from torch import nn
 
 from vitscale.models import ModelConfig, build_model
+from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit import ViTConfig
 
 MODELS: dict[str, ModelConfig] = {
     "vit": ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=8, num_classes=5),
+    "hybrid": HybridConfig(
+        variant="R+Ti/16",
+        stem_width=32,
+        stem_stages=(2,),
+        patch_size=8,
+        width=32,
+        depth=2,
+        num_heads=4,
+        mlp_dim=48,
+        image_size=16,
+        num_classes=5,
+    ),
     "resnet": ResNetConfig(width=32, stages=(2,), image_size=16, num_classes=5),
 }
 

@@ -10,14 +10,21 @@ from multiprocess.zygote import Zygote
 
 @pytest.mark.parametrize(
     ("kind", "mode", "graphs"),
-    [("vit", "none", 1), ("vit", "selective", 1), ("vit", "full", 1), ("resnet", "selective", 2)],
+    [
+        ("vit", "none", 1),
+        ("vit", "selective", 1),
+        ("vit", "full", 1),
+        ("resnet", "selective", 2),
+        ("hybrid", "full", 3),
+    ],
 )
 def test_blocks_share_graphs_that_evaluation_does_not_touch(
     tmp_path: Path, zygote: Zygote, kind: str, mode: str, graphs: int
 ) -> None:
     """Otherwise training would be compiled for the batches of evaluation, or for any size.
 
-    A ResNet has one for the first block of each stage, and one for the others.
+    A ResNet has one for the first block of each stage, and one for the others; so has the stem
+    of a hybrid.
     """
     log = tmp_path / "log"
     assert zygote.run(1, compare, tmp_path, kind, mode, log=log) == [0], log.read_text()

@@ -1,4 +1,6 @@
-"""A ResNet in the training command: killed, resumed on other layouts, fine-tuned, evaluated."""
+"""ResNets and hybrids in the training command: killed, resumed on other layouts, fine-tuned,
+evaluated.
+"""
 
 import re
 from pathlib import Path
@@ -11,9 +13,11 @@ from multiprocess.zygote import Zygote
 
 from vitscale import load_model
 from vitscale.metrics import read_metrics
+from vitscale.models import ModelConfig
+from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
 
-SECTION = """[model]
+RESNET = """[model]
 kind = "resnet"
 width = 32
 stages = [1, 2]
@@ -21,37 +25,72 @@ image_size = 16
 num_classes = 5
 
 """
-CONFIG = ResNetConfig(width=32, stages=(1, 2), image_size=16, num_classes=5)
+HYBRID = """[model]
+kind = "hybrid"
+variant = "R+Ti/16"
+stem_width = 32
+stem_stages = [1, 2]
+patch_size = 8
+width = 16
+depth = 2
+num_heads = 2
+mlp_dim = 32
+image_size = 16
+num_classes = 5
+
+"""
+SECTIONS = {"resnet": RESNET, "hybrid": HYBRID}
+CONFIGS: dict[str, ModelConfig] = {
+    "resnet": ResNetConfig(width=32, stages=(1, 2), image_size=16, num_classes=5),
+    "hybrid": HybridConfig(
+        variant="R+Ti/16",
+        stem_width=32,
+        stem_stages=(1, 2),
+        patch_size=8,
+        width=16,
+        depth=2,
+        num_heads=2,
+        mlp_dim=32,
+        image_size=16,
+        num_classes=5,
+    ),
+}
+# AdamW would raise what rounding leaves of a gradient of 0 to whole steps.
+RATES = {"resnet": 0.03, "hybrid": 0.3}
 
 
-def resnet_job(folder: Path, index: Path) -> Job:
+def resnet_job(folder: Path, index: Path, kind: str) -> Job:
     job = Job(folder, index)
-    text = re.sub(r"\[model\].*?(?=\[data\])", SECTION, job.config.read_text(), flags=re.DOTALL)
-    # AdamW would raise what rounding leaves of a gradient of 0 to whole steps.
-    optim = 'name = "sgd"\nlr = 0.03\n'
+    text = re.sub(r"\[model\].*?(?=\[data\])", SECTIONS[kind], job.config.read_text(), flags=re.DOTALL)
+    optim = f'name = "sgd"\nlr = {RATES[kind]}\n'
     text = text.replace("lr = 5e-3\nweight_decay = 0.1\n", optim)
     job.config.write_text(text.replace("total_steps = 20", "total_steps = 8"))
     return job
 
 
+@pytest.fixture(scope="module", params=["resnet", "hybrid"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, index: Path, zygote: Zygote) -> Job:
-    job = resnet_job(tmp_path_factory.mktemp("resnet"), index)
+def whole(tmp_path_factory: pytest.TempPathFactory, index: Path, zygote: Zygote, kind: str) -> Job:
+    job = resnet_job(tmp_path_factory.mktemp(kind), index, kind)
     assert zygote.train(job, 2) == [0, 0], job.output()
     return job
 
 
-def test_it_learns_and_is_read_back_as_what_it_is(whole: Job) -> None:
+def test_it_learns_and_is_read_back_as_what_it_is(whole: Job, kind: str) -> None:
     losses = whole.column("train/loss")
     assert losses[0] == pytest.approx(1.6094379, abs=1e-6) and min(losses) < losses[0] - 0.01
     model = load_model(whole.run_dir)
-    assert model.config == CONFIG and model(torch.zeros(1, 3, 16, 16)).shape == (1, 5)
+    assert model.config == CONFIGS[kind] and model(torch.zeros(1, 3, 16, 16)).shape == (1, 5)
 
 
 def test_a_killed_run_continues_bit_for_bit_on_the_same_layout(
-    tmp_path: Path, index: Path, zygote: Zygote, whole: Job
+    tmp_path: Path, index: Path, zygote: Zygote, whole: Job, kind: str
 ) -> None:
-    job = resnet_job(tmp_path, index)
+    job = resnet_job(tmp_path, index, kind)
     assert zygote.train(job, 2, event=KillAll(batch=6)) == [-9, -9], job.output()
     assert zygote.train(job, 2) == [0, 0], job.output()
     for name in ("train/loss", "train/grad_norm", "data/digest"):
@@ -59,9 +98,9 @@ def test_a_killed_run_continues_bit_for_bit_on_the_same_layout(
 
 
 def test_other_world_sizes_zero_stages_and_recomputations_continue_with_the_same_losses(
-    tmp_path: Path, index: Path, zygote: Zygote, whole: Job
+    tmp_path: Path, index: Path, zygote: Zygote, whole: Job, kind: str
 ) -> None:
-    job = resnet_job(tmp_path, index)
+    job = resnet_job(tmp_path, index, kind)
     first = ("engine.zero_stage=3", "engine.activation_checkpointing=selective")
     assert zygote.train(job, 2, *first, event=KillAll(batch=5)) == [-9, -9], job.output()
     second = ("engine.zero_stage=3", "engine.activation_checkpointing=full")
@@ -72,18 +111,22 @@ def test_other_world_sizes_zero_stages_and_recomputations_continue_with_the_same
     assert job.column("train/loss") == pytest.approx(whole.column("train/loss"), abs=1e-5)
 
 
-def test_it_trains_in_bf16_and_compiled(tmp_path: Path, index: Path, zygote: Zygote, whole: Job) -> None:
-    job = resnet_job(tmp_path, index)
-    overrides = ("precision=bf16", "engine.compile=true", "engine.zero_stage=2", "optim.name=adamw")
+def test_it_trains_in_bf16_and_a_resnet_compiled(
+    tmp_path: Path, index: Path, zygote: Zygote, whole: Job, kind: str
+) -> None:
+    """The blocks of a hybrid, of four shapes, are compiled in test_compiled.py."""
+    job = resnet_job(tmp_path, index, kind)
+    overrides = ["precision=bf16", "engine.zero_stage=2", "optim.name=adamw", "optim.lr=0.03"]
+    overrides += ["engine.compile=true"] if kind == "resnet" else []
     assert zygote.train(job, 1, *overrides) == [0], job.output()
     losses = job.column("train/loss")
     assert losses[0] == pytest.approx(1.6094379, abs=1e-3) and min(losses) < losses[0] - 0.005
 
 
 def test_it_is_fine_tuned_and_evaluated_on_other_images_with_another_head(
-    tmp_path: Path, index: Path, zygote: Zygote, whole: Job
+    tmp_path: Path, index: Path, zygote: Zygote, whole: Job, kind: str
 ) -> None:
-    job = resnet_job(tmp_path, index)
+    job = resnet_job(tmp_path, index, kind)
     overrides = (
         f"init.checkpoint={whole.run_dir}",
         "model.image_size=24",
@@ -98,9 +141,11 @@ def test_it_is_fine_tuned_and_evaluated_on_other_images_with_another_head(
         "evals.few.every_steps=3",
     )
     assert zygote.train(job, 1, *overrides) == [0], job.output()
-    assert "initialising 32 tensors" in job.output()
+    count = {"resnet": 32, "hybrid": 66}[kind]
+    assert f"initialising {count} tensors" in job.output()
     rows = read_metrics(job.run_dir / "metrics.jsonl")
     for score in ("eval/top/top1", "eval/few/2shot"):
         assert [row["step"] for row in rows if 0 < row.get(score, 0) <= 1] == [0, 3, 6]
-    assert zygote.train(job, 1, *overrides, f"run_dir={tmp_path}/other", "model.stages=[1,1]") == [2]
-    assert "model.stages is [1, 1], but the [init] checkpoint has [1, 2]" in job.output()
+    key = {"resnet": "model.stages", "hybrid": "model.stem_stages"}[kind]
+    assert zygote.train(job, 1, *overrides, f"run_dir={tmp_path}/other", f"{key}=[1,1]") == [2]
+    assert f"{key} is [1, 1], but the [init] checkpoint has [1, 2]" in job.output()

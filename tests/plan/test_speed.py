@@ -9,6 +9,8 @@ import pytest
 from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.hardware import GPUS
+from vitscale.models.flops import forward_macs, stem_macs
+from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit import ViTConfig
@@ -83,6 +85,24 @@ def test_resnets_have_guesses_of_their_own_which_measured_vits_leave_alone() -> 
     assert calibrated.options == guessed.options and guessed.best is not None
     assert "R50x1 at 224 px on 8 x H200" in render(calibrated)
     assert "a guess: 8.0% of the peak" in render(calibrated)
+
+
+def test_a_hybrid_takes_the_time_of_its_parts() -> None:
+    model = HybridConfig(variant="R50+B/32")
+    share = stem_macs(model) / forward_macs(model)
+    assert 0.45 < share < 0.5
+    expected = 1 / (share / 0.08 + (1 - share) / 0.40)
+    assert Speed().efficiency(model, H100, compiled=True) == pytest.approx(expected, abs=1e-5)
+    root_only = Speed().efficiency(HybridConfig(variant="R+Ti/16"), H100, compiled=True)
+    assert 0.08 < root_only < 0.12
+
+
+def test_measured_hybrids_are_read(tmp_path: Path) -> None:
+    piece = {**json.loads(SINGLE.read_text()), "model": "R50+B/16 at 224 px"}
+    (tmp_path / "hybrid.json").write_text(json.dumps(piece))
+    speed = read_measurements(tmp_path / "hybrid.json")
+    assert {row.model for row in speed.rows} == {HybridConfig(variant="R50+B/16")}
+    assert speed.of_kind("vit").rows == () and speed.of_kind("hybrid") == speed
 
 
 def test_measured_resnets_are_read(tmp_path: Path) -> None:

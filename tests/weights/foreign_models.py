@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.machinery
+import itertools
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -101,6 +103,51 @@ def import_timm() -> Any:
     return timm
 
 
+def _same_windows(x: Tensor, kernel: int, stride: int, fill: float) -> Tensor:
+    """Windows of TensorFlow's "SAME" padding, [B, C, h, w, kernel, kernel].
+
+    Output place i reads the places i * stride ... i * stride + kernel - 1, less what is padded
+    before.
+    """
+    side = x.shape[-1]
+    total = max(0, (math.ceil(side / stride) - 1) * stride + kernel - side)
+    padded = torch.full((*x.shape[:2], side + total, side + total), fill)
+    start = total // 2
+    padded[:, :, start : start + side, start : start + side] = x
+    return padded.unfold(2, kernel, stride).unfold(3, kernel, stride)
+
+
+def flax_stem(arrays: dict[str, Tensor], images: Tensor) -> Tensor:
+    """The stem of Google's hybrids (vision_transformer models_vit.py, models_resnet.py)."""
+
+    def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        w = arrays[f"{name}/kernel"]  # HWIO
+        w = w - w.mean((0, 1, 2))
+        w = w / (w.square().mean((0, 1, 2)).sqrt() + 1e-5)
+        return torch.einsum("bihwpq,pqio->bohw", _same_windows(x, w.shape[0], stride, 0.0), w)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        groups = x.reshape(len(x), 32, -1)
+        var, mean = torch.var_mean(groups, 2, correction=0, keepdim=True)
+        x = ((groups - mean) / (var + 1e-6).sqrt()).reshape(x.shape)
+        return x * arrays[f"{name}/scale"][:, None, None] + arrays[f"{name}/bias"][:, None, None]
+
+    x = norm(conv(images, "conv_root", 2), "gn_root").relu()
+    x = _same_windows(x, 3, 2, -math.inf).amax((4, 5))
+    for stage in itertools.takewhile(lambda n: f"block{n}/unit1/conv1/kernel" in arrays, itertools.count(1)):
+        for unit in itertools.count(1):
+            name, stride = f"block{stage}/unit{unit}", 2 if stage > 1 and unit == 1 else 1
+            if f"{name}/conv1/kernel" not in arrays:
+                break
+            y = norm(conv(x, f"{name}/conv1"), f"{name}/gn1").relu()
+            y = norm(conv(y, f"{name}/conv2", stride), f"{name}/gn2").relu()
+            y = norm(conv(y, f"{name}/conv3"), f"{name}/gn3")
+            if f"{name}/conv_proj/kernel" in arrays:
+                x = norm(conv(x, f"{name}/conv_proj", stride), f"{name}/gn_proj")
+            x = (x + y).relu()
+    return x
+
+
 def flax_logits(arrays: dict[str, Tensor], images: Tensor, pool: str) -> Tensor:
     """Google's model (vision_transformer models_vit.py, big_vision models/vit.py), on arrays of
     any dialect in its own layouts: images [B, 3, H, W] in, logits [B, C] out.
@@ -108,6 +155,8 @@ def flax_logits(arrays: dict[str, Tensor], images: Tensor, pool: str) -> Tensor:
     arrays = {name.removeprefix("params/"): value for name, value in arrays.items()}
     kernel = arrays["embedding/kernel"]  # HWIO
     size = kernel.shape[0]
+    if "conv_root/kernel" in arrays:
+        images = flax_stem(arrays, images)
     patches = images.unfold(2, size, size).unfold(3, size, size)  # [B, 3, h, w, P, P]
     x = torch.einsum("bihwpq,pqid->bhwd", patches, kernel).flatten(1, 2) + arrays["embedding/bias"]
     if "pos_embedding" in arrays:  # big_vision adds positions before the class token comes

@@ -15,6 +15,7 @@ from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.config import to_dict
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import build_model
+from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit import ViTConfig
 from vitscale.weights.average import average
@@ -125,3 +126,16 @@ def test_resnets_are_averaged_unless_their_stages_differ(tmp_path: Path) -> None
     saved_model(tmp_path / "vit.safetensors")
     with pytest.raises(CheckpointError, match=r"model.kind is 'vit', not 'resnet'"):
         average([paths[0], tmp_path / "vit.safetensors"], tmp_path / "none")
+
+
+def test_a_hybrid_may_be_configured_in_two_ways_unless_its_stem_differs(tmp_path: Path) -> None:
+    sizes = {"image_size": 64, "num_classes": 3, "width": 32, "depth": 1, "mlp_dim": 128, "num_heads": 2}
+    named = HybridConfig(variant="R26+mu/32", image_size=64, num_classes=3)
+    with_numbers = HybridConfig(variant="R50+B/32", stem_stages=(2, 2, 2, 2), dropout=0.1, **sizes)
+    root_only = HybridConfig(variant="R+mu/16", image_size=64, num_classes=3)
+    paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    for path, config in zip(paths, (named, with_numbers, root_only), strict=True):
+        saved_model(path, config)
+    assert SavedModel(average(paths[:2], tmp_path / "out")).config == named
+    with pytest.raises(CheckpointError, match=r"model.stem_stages is \[\], not \[2, 2, 2, 2\]"):
+        average([paths[0], paths[2]], tmp_path / "none")

@@ -312,8 +312,9 @@ def test_transformers_weights_without_their_config_are_refused(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("conv_root/kernel", "conv_root/kernel belongs to a ResNet"),
-        ("block1/unit1/conv1/kernel", "belongs to a ResNet"),
+        ("conv_root/kernel", "the shapes of its tensors are not those of a ViT or hybrid"),
+        ("block1/unit1/conv1/kernel", "block1/unit1/conv1/kernel has no place in a ViT"),
+        ("resnet/conv1/kernel", "belongs to another ResNet than a hybrid has"),
         ("Transformer/encoderblock_1/extra/scale", "encoderblock_1/extra/scale has no place"),
         ("Transformer/encoderblock_5/LayerNorm_0/scale", "encoderblock_5/LayerNorm_0/scale has no place"),
     ],

@@ -32,6 +32,7 @@ from vitscale.losses import LossConfig, compute_loss, to_targets
 from vitscale.models import ModelConfig, build_model
 from vitscale.models.flops import train_flops
 from vitscale.models.layers import Checkpointing
+from vitscale.models.model import Model
 from vitscale.models.vit import ViTConfig
 from vitscale.objectives import BatchKey, ClassificationConfig, build_objective
 from vitscale.optim import OptimConfig, build_optimizer
@@ -140,7 +141,9 @@ class Plain:
             network = build_model(model, seed=0)
         self.network: nn.Module = network.to(self.device)
         self.optimizer = build_optimizer(OPTIM, self.network)
-        if case.compile:  # by block, as vitscale does it
+        if case.compile and isinstance(network, Model):
+            network.compile_blocks()
+        elif case.compile:  # by block, as vitscale does it
             for block in self.network.get_submodule("blocks").children():
                 block.compile(dynamic=False)
 
@@ -158,7 +161,7 @@ class Plain:
 
 def timm_has(model: ModelConfig) -> bool:
     """Whether timm can be imported, and has this model under a name."""
-    if not isinstance(model, ViTConfig):
+    if not isinstance(model, ViTConfig) or model.kind != "vit":
         return False
     plain = ViTConfig(
         variant=model.variant, image_size=model.image_size, num_classes=model.num_classes, pool=model.pool

@@ -20,7 +20,7 @@ from vitscale.inspection.attention import (
 )
 from vitscale.inspection.images import lit
 from vitscale.inspection.mosaics import enlarged, filter_tiles, position_mosaic
-from vitscale.inspection.weights import position_similarity, principal_components
+from vitscale.inspection.weights import position_similarity, principal_components, reads_pixels
 from vitscale.models.vit import ViT
 
 SHOWN_IMAGES = 8  # those that attention is observed on
@@ -69,13 +69,12 @@ def observe(
             handle.remove()
     assert rollout.product is not None
     maps = mean_row(model, rollout.product)
-    filters = filter_tiles(principal_components(weights["kernel"], patch).filters)
     positions = position_mosaic(position_similarity(weights["pos_embed"], grid))
-    return Learned(
-        pictures={
-            "filters": enlarged(filters, _FILTER_SIDE).permute(0, 3, 1, 2),
-            "positions": enlarged(positions, _MOSAIC_SIDE).permute(2, 0, 1)[None],
-            "attention": torch.cat([images, lit(images, maps)], dim=3).cpu(),
-        },
-        distances=distances,
-    )
+    pictures = {
+        "positions": enlarged(positions, _MOSAIC_SIDE).permute(2, 0, 1)[None],
+        "attention": torch.cat([images, lit(images, maps)], dim=3).cpu(),
+    }
+    if reads_pixels(model):
+        filters = filter_tiles(principal_components(weights["kernel"], patch).filters)
+        pictures["filters"] = enlarged(filters, _FILTER_SIDE).permute(0, 3, 1, 2)
+    return Learned(pictures=pictures, distances=distances)

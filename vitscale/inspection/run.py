@@ -17,7 +17,7 @@ from vitscale.data.transforms import evaluation_view, normalize
 from vitscale.errors import ConfigError, DataError
 from vitscale.inspection import figures
 from vitscale.inspection.attention import as_vit, attention_distance, attention_maps, observe_attention
-from vitscale.inspection.weights import position_similarity, principal_components
+from vitscale.inspection.weights import position_similarity, principal_components, reads_pixels
 from vitscale.models.vit import ViT
 from vitscale.weights.saved import Slot, load_model
 
@@ -55,6 +55,11 @@ def visualize(kind: Kind, checkpoint: str, out: str, pictures: Pictures, *, slot
 def _draw(kind: Kind, model: ViT, pictures: Pictures) -> "Figure":
     config = model.config
     if kind == "filters":
+        if not reads_pixels(model):
+            raise ConfigError(
+                f'the patches of a model of kind "{config.kind}" are of features, not of pixels, so its '
+                "filters are no pictures; draw posemb, attention-distance or attention-map"
+            )
         kernel = model.patch_embed.proj.weight.detach().cpu()
         return figures.draw_filters(principal_components(kernel, config.resolved_patch_size))
     if kind == "posemb":

@@ -7,12 +7,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vitscale.models.vit import ViT
+
 
 class Components(NamedTuple):
     """Principal components of filters, and the share of the variance that each explains."""
 
     filters: Float[Tensor, "K P P 3"]
     shares: Float[Tensor, " K"]
+
+
+def reads_pixels(model: ViT) -> bool:
+    """Whether the filters of the patch embedding are pictures: a hybrid's are of features."""
+    return model.config.kind == "vit"
 
 
 def principal_components(kernel: Float[Tensor, "D I"], patch_size: int, count: int = 28) -> Components:

@@ -8,12 +8,13 @@ vitscale/weights/) then needs a case for it.
 
 import torch
 
+from vitscale.models.hybrid import Hybrid, HybridConfig
 from vitscale.models.model import Model
 from vitscale.models.resnet import ResNet, ResNetConfig
 from vitscale.models.vit import ViT, ViTConfig
 
-ModelConfig = ViTConfig | ResNetConfig  # [model]: the first kind is the default
-MODELS: dict[str, type[Model]] = {"vit": ViT, "resnet": ResNet}
+ModelConfig = ViTConfig | HybridConfig | ResNetConfig  # [model]: the first kind is the default
+MODELS: dict[str, type[Model]] = {"vit": ViT, "hybrid": Hybrid, "resnet": ResNet}
 
 
 def empty_model(config: ModelConfig) -> Model:

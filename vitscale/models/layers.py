@@ -52,7 +52,7 @@ def recomputed(
     return checkpoint(function, *inputs, use_reentrant=False, **options)
 
 
-def to_patches(images: Shaped[Tensor, "B 3 H W"], size: int) -> Shaped[Tensor, "B N X"]:
+def to_patches(images: Shaped[Tensor, "B C H W"], size: int) -> Shaped[Tensor, "B N X"]:
     """The values of each patch, row by row of the grid: by channel, then row, then column."""
     batch, channels, height, width = images.shape
     rows, cols = height // size, width // size
@@ -72,12 +72,12 @@ class PatchEmbed(nn.Module):
     The weight is the kernel of the usual strided convolution, flattened from [D, C, P, P].
     """
 
-    def __init__(self, patch_size: int, width: int) -> None:
+    def __init__(self, patch_size: int, width: int, channels: int = 3) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(3 * patch_size**2, width)
+        self.proj = nn.Linear(channels * patch_size**2, width)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
         return self.proj(to_patches(images, self.patch_size))
 
 

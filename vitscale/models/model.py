@@ -30,6 +30,9 @@ class CommonConfig(Protocol):
     @property
     def resolved_depth(self) -> int: ...
 
+    @property
+    def num_blocks(self) -> int: ...
+
 
 class Model(nn.Module, abc.ABC):
     """Images to logits, and to the features before the head."""

@@ -13,13 +13,26 @@ import torch
 from torch import Tensor
 
 from vitscale.models import ModelConfig, empty_model
+from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit import ViTConfig
 
 # "bit" is BiT's, and the only other one of ResNets; the rest are of ViTs.
 Dialect = Literal["vitscale", "timm", "transformers", "original", "linen", "big_vision", "bit"]
-FLAX_DIALECTS = ("original", "linen", "big_vision")
+FLAX_DIALECTS: tuple[Dialect, ...] = ("original", "linen", "big_vision")
+# Which of them each kind of model has.
+DIALECTS_OF: dict[str, tuple[Dialect, ...]] = {
+    "vit": ("vitscale", "timm", "transformers", *FLAX_DIALECTS),
+    "hybrid": ("vitscale", "timm", "original", "linen"),
+    "resnet": ("vitscale", "bit"),
+}
 BIT_ROOT = "resnet/root_block/standardized_conv2d/kernel"
+# By dialect, the first convolution of a hybrid's stem: timm has another where no stage follows.
+STEM_ROOTS: dict[Dialect, tuple[str, ...]] = {
+    "timm": ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight"),
+    "original": ("conv_root/kernel",),
+    "linen": ("conv_root/kernel",),
+}
 Read = Callable[[str], Tensor]  # a whole tensor by name, as TensorSource.tensor gives it
 
 
@@ -145,11 +158,24 @@ _BIT_PLACES = {"conv1": "a", "norm1": "a", "conv2": "b", "norm2": "b", "conv3": 
 
 _BIT_NORM = {"weight": "gamma", "bias": "beta"}
 
+# The layers of a hybrid's stem.
+_TIMM_STEM = {"root": "conv", "downsample": "downsample.conv", "downsample_norm": "downsample.norm"}
+_FLAX_STEM = {
+    "root": "conv_root",
+    "norm": "gn_root",
+    "downsample": "conv_proj",
+    "downsample_norm": "gn_proj",
+    "norm1": "gn1",
+    "norm2": "gn2",
+    "norm3": "gn3",
+}
+
 
 def _timm(config: ViTConfig) -> Iterator[Rule]:
+    stem = dict(_stem("timm", config)) if isinstance(config, HybridConfig) else {}
     for name in our_shapes(config):
-        relayout = _conv(config.resolved_patch_size) if name == "patch_embed.proj.weight" else _SAME
-        yield _rule(name, (_TIMM_NAMES.get(name, name),), relayout)
+        relayout = _conv(*_patch_shape(config)) if name == "patch_embed.proj.weight" else _SAME
+        yield _rule(name, (stem.get(name) or _TIMM_NAMES.get(name, name),), relayout)
 
 
 def _transformers(config: ViTConfig) -> Iterator[Rule]:
@@ -158,7 +184,7 @@ def _transformers(config: ViTConfig) -> Iterator[Rule]:
         yield _rule("reg_token", ("vit.embeddings.register_tokens",), _SAME)
     yield _rule("pos_embed", ("vit.embeddings.position_embeddings",), _SAME)
     patch = "vit.embeddings.patch_embeddings.projection"
-    yield _rule("patch_embed.proj.weight", (f"{patch}.weight",), _conv(config.resolved_patch_size))
+    yield _rule("patch_embed.proj.weight", (f"{patch}.weight",), _conv(*_patch_shape(config)))
     yield _rule("patch_embed.proj.bias", (f"{patch}.bias",), _SAME)
     modules: dict[str, tuple[str, ...]] = {}
     for i in range(config.resolved_depth):
@@ -178,8 +204,12 @@ def _flax(dialect: Dialect, config: ViTConfig) -> Iterator[Rule]:
     prefix = "params/" if dialect == "big_vision" else ""
     yield from _flax_tokens(dialect, config, prefix)
     kernel, bias = f"{prefix}embedding/kernel", f"{prefix}embedding/bias"
-    yield _rule("patch_embed.proj.weight", (kernel,), _hwio(config.resolved_patch_size))
+    yield _rule("patch_embed.proj.weight", (kernel,), _hwio(*_patch_shape(config)))
     yield _rule("patch_embed.proj.bias", (bias,), _SAME)
+    if isinstance(config, HybridConfig):
+        assert not prefix, "callers offer a hybrid no big_vision"
+        for name, theirs in _stem(dialect, config):
+            yield _rule(name, (theirs,), _CONV_HWIO if theirs.endswith("/kernel") else _SAME)
     modules: dict[str, tuple[str, ...]] = {}
     for i in range(config.resolved_depth):
         block, numbers = f"{prefix}Transformer/encoderblock_{i}", _FLAX_NUMBERS[dialect]
@@ -211,12 +241,44 @@ def _flax_tokens(dialect: Dialect, config: ViTConfig, prefix: str) -> Iterator[R
         yield _rule("pos_embed", (prefix + posemb,), _SAME)
 
 
+def _patch_shape(config: ViTConfig) -> tuple[int, int]:
+    """The channels that the patch embedding reads, and the places to a side of a patch."""
+    if isinstance(config, HybridConfig):
+        return config.stem_outputs, config.patch_places
+    return 3, config.resolved_patch_size
+
+
+def _stem(dialect: Dialect, config: HybridConfig) -> Iterator[tuple[str, str]]:
+    """Our names of a stem's tensors, with the dialect's. An example in timm's and in Flax's:
+
+    ours    patch_embed.stem.blocks.3.norm1.weight
+    theirs  patch_embed.backbone.stages.1.blocks.0.norm1.weight    block2/unit1/gn1/scale
+    """
+    units = _units(config.resolved_stem_stages)
+    for ours in our_shapes(config):
+        if not ours.startswith("patch_embed.stem."):
+            continue
+        module, _, leaf = ours.removeprefix("patch_embed.stem.").rpartition(".")
+        *block, layer = module.split(".")  # ["blocks", "3"] and "norm1", or [] and "root"
+        stage, unit = units[int(block[1])] if block else (0, 0)
+        if dialect == "timm":
+            place = f"stages.{stage}.blocks.{unit}." if block else "stem." if units else ""
+            yield ours, f"patch_embed.backbone.{place}{_TIMM_STEM.get(layer, layer)}.{leaf}"
+        else:
+            place = f"block{stage + 1}/unit{unit + 1}/" if block else ""
+            their_leaf = "bias" if leaf == "bias" else "scale" if "norm" in layer else "kernel"
+            yield ours, f"{place}{_FLAX_STEM.get(layer, layer)}/{their_leaf}"
+
+
+def _units(stages: Sequence[int]) -> list[tuple[int, int]]:
+    """The stage of every block, and its place there, both counted from 0."""
+    return [(stage, block) for stage, blocks in enumerate(stages) for block in range(blocks)]
+
+
 def _bit(config: ResNetConfig) -> Iterator[Rule]:
     yield _rule("root.weight", (BIT_ROOT,), _CONV_HWIO)
     units = [
-        f"resnet/block{stage}/unit{block:02d}"
-        for stage, blocks in enumerate(config.resolved_stages, 1)
-        for block in range(1, blocks + 1)
+        f"resnet/block{stage + 1}/unit{block + 1:02d}" for stage, block in _units(config.resolved_stages)
     ]
     for name in our_shapes(config):
         ours, _, leaf = name.rpartition(".")
@@ -294,15 +356,17 @@ _CONV_HWIO = Relayout(lambda ours: ours.permute(2, 3, 1, 0), lambda theirs: thei
 _CONV_1X1 = Relayout(lambda ours: ours.T[None, None], lambda theirs: theirs[0, 0].T)
 
 
-def _conv(patch: int) -> Relayout:
-    """Ours [D, 3 P P], theirs OIHW [D, 3, P, P]."""
-    return Relayout(lambda ours: ours.unflatten(1, (3, patch, patch)), lambda theirs: theirs.flatten(1))
-
-
-def _hwio(patch: int) -> Relayout:
-    """Ours [D, 3 P P], theirs HWIO [P, P, 3, D]."""
+def _conv(channels: int, patch: int) -> Relayout:
+    """Ours [D, C P P], theirs OIHW [D, C, P, P]."""
     return Relayout(
-        lambda ours: ours.unflatten(1, (3, patch, patch)).permute(2, 3, 1, 0),
+        lambda ours: ours.unflatten(1, (channels, patch, patch)), lambda theirs: theirs.flatten(1)
+    )
+
+
+def _hwio(channels: int, patch: int) -> Relayout:
+    """Ours [D, C P P], theirs HWIO [P, P, C, D]."""
+    return Relayout(
+        lambda ours: ours.unflatten(1, (channels, patch, patch)).permute(2, 3, 1, 0),
         lambda theirs: theirs.permute(3, 2, 0, 1).flatten(1),
     )
 

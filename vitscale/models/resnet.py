@@ -52,6 +52,12 @@ class BlockShape(NamedTuple):
     def has_projection(self) -> bool:
         return self.inputs != self.outputs or self.stride > 1
 
+    @property
+    def num_weights(self) -> int:
+        """Of all convolutions of the block."""
+        projection = self.inputs * self.outputs if self.has_projection else 0
+        return self.inputs * self.mid + 9 * self.mid**2 + self.mid * self.outputs + projection
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResNetConfig:
@@ -79,18 +85,8 @@ class ResNetConfig:
             raise ConfigError(f"model.image_size {self.image_size} must lie in [1, {MAX_IMAGE_SIZE:,}]")
         if not 0 <= self.num_classes <= MAX_SIZE:
             raise ConfigError(f"model.num_classes {self.num_classes} must lie in [0, {MAX_SIZE:,}]")
-        width = self.resolved_width
-        if width < GROUPS or width % GROUPS or width > MAX_SIZE >> MAX_STAGES:
-            raise ConfigError(
-                f"model.width {width} must be a multiple of {GROUPS}, the groups of every norm, and at most "
-                f"{MAX_SIZE >> MAX_STAGES:,}"
-            )
-        stages = self.resolved_stages
-        if len(stages) > MAX_STAGES or not all(1 <= blocks <= MAX_SIZE for blocks in stages):
-            raise ConfigError(
-                f"model.stages {list(stages)} must be at most {MAX_STAGES} numbers of blocks, each above 0, "
-                "like [3, 4, 6, 3]"
-            )
+        check_width("model.width", self.resolved_width)
+        check_stages("model.stages", self.resolved_stages)
 
     def _parse_variant(self) -> tuple[int, int]:
         """The depth and the factor of the width."""
@@ -117,6 +113,14 @@ class ResNetConfig:
         return sum(self.resolved_stages)
 
     @property
+    def num_blocks(self) -> int:
+        return self.resolved_depth
+
+    @property
+    def block_shapes(self) -> list[BlockShape]:
+        return list(block_shapes(self.resolved_width, self.resolved_stages, self.image_size))
+
+    @property
     def num_features(self) -> int:
         """Channels of the last map: the width of the features."""
         return EXPANSION * self.resolved_width * 2 ** (len(self.resolved_stages) - 1)
@@ -139,16 +143,34 @@ class ResNetConfig:
         return 0.0
 
 
+def check_width(key: str, width: int) -> None:
+    """Raise ConfigError for a number of channels of a first convolution that no model has."""
+    if width < GROUPS or width % GROUPS or width > MAX_SIZE >> MAX_STAGES:
+        raise ConfigError(
+            f"{key} {width} must be a multiple of {GROUPS}, the groups of every norm, and at most "
+            f"{MAX_SIZE >> MAX_STAGES:,}"
+        )
+
+
+def check_stages(key: str, stages: Sequence[int]) -> None:
+    """Raise ConfigError for numbers of blocks that no model has."""
+    if len(stages) > MAX_STAGES or not all(1 <= blocks <= MAX_SIZE for blocks in stages):
+        raise ConfigError(
+            f"{key} {list(stages)} must be at most {MAX_STAGES} numbers of blocks, each above 0, "
+            "like [3, 4, 6, 3]"
+        )
+
+
 def halved(side: int) -> int:
     """The side of a map after a layer of stride 2, here always padded by half of its kernel."""
     return -(-side // 2)
 
 
-def block_shapes(config: ResNetConfig) -> Iterator[BlockShape]:
-    """The shape of every block, in order."""
-    side, inputs = halved(halved(config.image_size)), config.resolved_width
-    for stage, blocks in enumerate(config.resolved_stages):
-        mid = config.resolved_width * 2**stage
+def block_shapes(width: int, stages: Sequence[int], image_size: int) -> Iterator[BlockShape]:
+    """The shape of every block, in order. width: channels of the first convolution."""
+    side, inputs = halved(halved(image_size)), width
+    for stage, blocks in enumerate(stages):
+        mid = width * 2**stage
         for block in range(blocks):
             stride = 2 if stage and not block else 1
             side_out = halved(side) if stride == 2 else side
@@ -205,7 +227,7 @@ class ResNet(Model):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__(config)
         self.root = StdConv2d(3, config.resolved_width, ROOT_KERNEL, stride=2)
-        self.blocks = nn.ModuleList(map(PreActBottleneck, block_shapes(config)))
+        self.blocks = nn.ModuleList(map(PreActBottleneck, config.block_shapes))
         self.norm = nn.GroupNorm(GROUPS, config.num_features, eps=NORM_EPS)
         self.head = Fp32Linear(config.num_features, config.num_classes) if config.num_classes else None
 

@@ -6,19 +6,21 @@ from vitscale.errors import ConfigError
 from vitscale.models import ModelConfig
 from vitscale.models.posemb import resize_posemb
 
+_VIT = (
+    "resolved_width",
+    "resolved_depth",
+    "resolved_num_heads",
+    "resolved_mlp_dim",
+    "resolved_patch_size",
+    "pool",
+    "num_registers",
+    "posemb",
+    "gelu",
+)
 # What two models of a kind must have in common to share a backbone.
 _SAME = {
-    "vit": (
-        "resolved_width",
-        "resolved_depth",
-        "resolved_num_heads",
-        "resolved_mlp_dim",
-        "resolved_patch_size",
-        "pool",
-        "num_registers",
-        "posemb",
-        "gelu",
-    ),
+    "vit": _VIT,
+    "hybrid": ("resolved_stem_width", "resolved_stem_stages", *_VIT),
     "resnet": ("resolved_width", "resolved_stages"),
 }
 

@@ -142,6 +142,11 @@ class ViTConfig:
         return self.depth or self._variant.depth
 
     @property
+    def num_blocks(self) -> int:
+        """Of every kind that the model has: a hybrid's stem has some of its own."""
+        return self.resolved_depth
+
+    @property
     def resolved_num_heads(self) -> int:
         return self.num_heads or self._variant.num_heads
 
@@ -152,6 +157,11 @@ class ViTConfig:
     @property
     def resolved_patch_size(self) -> int:
         return self.patch_size or int(self.variant.partition("/")[2])
+
+    @property
+    def patch_inputs(self) -> int:
+        """Values that the patch embedding reads of a patch."""
+        return 3 * self.resolved_patch_size**2
 
     @property
     def grid(self) -> Grid:
@@ -179,7 +189,7 @@ class ViT(Model):
         super().__init__(config)
         width, gelu, eps = config.resolved_width, config.gelu, config.norm_eps
         mlp_dim, heads = config.resolved_mlp_dim, config.resolved_num_heads
-        self.patch_embed = PatchEmbed(config.resolved_patch_size, width)
+        self.patch_embed = self._make_patch_embed()
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.pool == "token" else None
         registers = config.num_registers
         self.reg_token = nn.Parameter(torch.empty(1, registers, width)) if registers else None
@@ -200,6 +210,9 @@ class ViT(Model):
         self.pre_logits = nn.Linear(width, size) if size else None
         self.head = Fp32Linear(size or width, config.num_classes) if config.num_classes else None
         self.patch_head = Fp32Linear(width, outputs) if outputs else None
+
+    def _make_patch_embed(self) -> PatchEmbed:
+        return PatchEmbed(self.config.resolved_patch_size, self.config.resolved_width)
 
     def forward(
         self,

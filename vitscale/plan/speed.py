@@ -17,7 +17,8 @@ from vitscale.errors import ConfigError
 from vitscale.hardware import Gpu, gpu_of
 from vitscale.memory import count_params
 from vitscale.models import ModelConfig
-from vitscale.models.flops import train_flops
+from vitscale.models.flops import forward_macs, stem_macs, train_flops
+from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit import ViTConfig
@@ -144,7 +145,7 @@ def _speed_of(results: Mapping[str, Any], path: Path) -> Speed:
 
 def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
     variant, size = piece["model"].removesuffix(" px").split(" at ")
-    kind = ViTConfig if "/" in variant else ResNetConfig
+    kind = HybridConfig if "+" in variant else ViTConfig if "/" in variant else ResNetConfig
     model, images = kind(variant=variant, image_size=int(size)), piece["images of a step"]
     gpu = gpu_of(piece["device"])
     if gpu is None:
@@ -165,7 +166,16 @@ def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
 
 
 def _guess(model: ModelConfig, gpu: Gpu, compiled: bool) -> float:
-    """Between the widths of the guesses, in proportion to the logarithm of the width."""
-    guesses = GUESSED_RESNETS if isinstance(model, ResNetConfig) else GUESSED
-    guess = float(np.interp(math.log(model.resolved_width), np.log(list(guesses)), list(guesses.values())))
+    """Between the widths of the guesses, in proportion to the logarithm of the width.
+
+    A hybrid takes the time of a ResNet for its stem, and that of a ViT for the rest.
+    """
+    guess = _between(model.resolved_width, GUESSED_RESNETS if isinstance(model, ResNetConfig) else GUESSED)
+    if isinstance(model, HybridConfig):
+        share = stem_macs(model) / forward_macs(model)
+        guess = 1 / (share / _between(model.resolved_stem_width, GUESSED_RESNETS) + (1 - share) / guess)
     return (guess + (SLOW_BONUS if gpu.flops < SLOW_FLOPS else 0.0)) * (1.0 if compiled else EAGER)
+
+
+def _between(width: int, guesses: Mapping[int, float]) -> float:
+    return float(np.interp(math.log(width), np.log(list(guesses)), list(guesses.values())))

@@ -11,6 +11,7 @@ from torch import Tensor
 from vitscale import config as configs
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import ModelConfig
+from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.weights.export import export_metadata, write_export
 from vitscale.weights.files import TensorSource
@@ -83,4 +84,7 @@ def _with_explicit_sizes(config: ModelConfig) -> ModelConfig:
         return dataclasses.replace(config, variant="R50x1", **sizes)
     keys = ("width", "depth", "num_heads", "mlp_dim", "patch_size")
     sizes = {key: getattr(config, f"resolved_{key}") for key in keys}
+    if isinstance(config, HybridConfig):
+        sizes |= {"stem_width": config.resolved_stem_width, "stem_stages": config.resolved_stem_stages}
+        return dataclasses.replace(config, variant="R+B/16", **sizes)
     return dataclasses.replace(config, variant="B/16", **sizes)

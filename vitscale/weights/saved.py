@@ -57,7 +57,7 @@ class SavedModel:
         Raises CheckpointError unless the tensors here are those of the model.
         """
         problem = f"{self.path} does not hold the model that it names"
-        depth = self.config.resolved_depth
+        depth = self.config.num_blocks
         if depth > len(self.shapes):  # counted first: even empty, a hostile number of blocks never ends
             raise CheckpointError(f"{problem}: {depth:,} blocks in {len(self.shapes):,} tensors")
         model = empty_model(self.config)

@@ -8,7 +8,7 @@ from vitscale.data.transforms import normalize
 from vitscale.inspection.attention import attention_maps
 from vitscale.inspection.images import lit
 from vitscale.inspection.mosaics import enlarged, filter_tiles, position_mosaic
-from vitscale.inspection.weights import position_similarity, principal_components
+from vitscale.inspection.weights import position_similarity, principal_components, reads_pixels
 from vitscale.models.vit import ViT
 from vitscale.report.page.html import Html, element, joined, note
 from vitscale.report.page.pictures import card, channels_last, gallery, picture
@@ -29,8 +29,7 @@ def learned(model: ViT, images: UInt8[Tensor, "B 3 H W"]) -> Html:
     return joined(
         [
             element("h3", "What the model has learned"),
-            note("The first principal components of the patch embedding's filters:"),
-            gallery(_filters(model)),
+            *_filters(model),
             *_positions(model),
             note("The images of the predictions, as bright as they are attended to (attention rollout):"),
             gallery(attended),
@@ -39,13 +38,15 @@ def learned(model: ViT, images: UInt8[Tensor, "B 3 H W"]) -> Html:
 
 
 def _filters(model: ViT) -> list[Html]:
+    if not reads_pixels(model):
+        return []
     patch = model.config.resolved_patch_size
     filters, shares = principal_components(model.patch_embed.proj.weight.detach(), patch, NUM_FILTERS)
     cards = []
     tiles = enlarged(filter_tiles(filters), _FILTER_SIDE).numpy()
     for shown, share in zip(tiles, shares.tolist(), strict=True):
         cards.append(card(picture(shown, "filter"), f"{share:.1%}"))
-    return cards
+    return [note("The first principal components of the patch embedding's filters:"), gallery(cards)]
 
 
 def _positions(model: ViT) -> list[Html]:

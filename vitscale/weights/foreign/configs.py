@@ -5,6 +5,7 @@ import math
 
 from vitscale.errors import CheckpointError
 from vitscale.models import ModelConfig
+from vitscale.models.hybrid import HybridConfig
 from vitscale.models.names import Dialect
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit import VARIANTS, ViTConfig
@@ -62,6 +63,11 @@ def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
         )
     if isinstance(config, ResNetConfig):
         return
+    if isinstance(config, HybridConfig) and dialect not in ("original", "linen"):
+        raise CheckpointError(
+            f"model.kind 'hybrid' cannot be exported to {dialect}, which has no such model or one with other "
+            "epsilons; use --format npz (of dialect original or linen), which timm reads, or safetensors"
+        )
     limits = {"num_registers": _NO_REGISTERS, "num_patch_outputs": _NO_PATCH_HEAD}
     for key, (allowed, reason) in (limits | _LIMITS.get(dialect, {})).items():
         value = getattr(config, key)

@@ -107,10 +107,14 @@ def import_model(
         logger.warning(
             "its images had mean %s, but ours have 0.5: consider --pixels imagenet", source.pixel_mean
         )
-    if pixels != "half" and isinstance(config, ResNetConfig):
+    if pixels != "half" and config.kind != "vit":
         raise CheckpointError(
             f"{file}: --pixels {pixels} cannot be folded into a ResNet, whose first convolution is "
-            "standardised; BiT's models take our pixels, so drop it"
+            "standardised; Google's models take our pixels, so drop it"
+        )
+    if source.dialect == "timm" and config.kind == "hybrid":
+        logger.warning(
+            "timm computes hybrids with other epsilons than Google and vitscale: logits differ a little"
         )
     table, shapes = rules(source.dialect, config), our_shapes(config)
     tensors = to_ours(table, source.tensor)

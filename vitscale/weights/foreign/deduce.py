@@ -15,24 +15,34 @@ from typing import Any
 from vitscale import config as configs
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import ModelConfig
+from vitscale.models.hybrid import STEMS, Stem, stem_stride
 from vitscale.models.names import (
     BIT_ROOT,
+    DIALECTS_OF,
     FLAX_DIALECTS,
+    STEM_ROOTS,
     Dialect,
     one_to_one_names,
     our_shapes,
     rules,
     their_shapes,
 )
-from vitscale.models.resnet import ROOT_WIDTH, STAGES, ResNetConfig
+from vitscale.models.resnet import MAX_STAGES, ROOT_WIDTH, STAGES
 from vitscale.models.vit import VARIANTS, ViTConfig
 from vitscale.weights.files import Shapes
 from vitscale.weights.foreign.configs import GOOGLE_DEFAULTS, TIMM_POOLS
 
 logger = logging.getLogger(__name__)
-Values = dict[str, int | float | str]
+Values = dict[str, Any]
 
 _GELUS = {"gelu": "exact", "gelu_tanh": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
+# By dialect, a tensor of each block of a ResNet, and the number of the first one.
+_UNITS: dict[Dialect, tuple[str, int]] = {
+    "timm": ("patch_embed.backbone.stages.{stage}.blocks.{unit}.conv1.weight", 0),
+    "original": ("block{stage}/unit{unit}/conv1/kernel", 1),
+    "linen": ("block{stage}/unit{unit}/conv1/kernel", 1),
+    "bit": ("resnet/block{stage}/unit{unit:02d}/a/standardized_conv2d/kernel", 1),
+}
 # What the name of a timm architecture implies, by patterns: its config.json does not repeat it.
 _TIMM_IMPLIED: dict[str, dict[str, object]] = {
     r"^vit_(base_patch32|large_patch16(?=.*_512)|so400m_patch16|giantopt_patch16)_siglip_": {
@@ -54,7 +64,9 @@ _OTHER_ARCHITECTURES = {
     r"norm_pre|pre_layrnorm": "normalises before the blocks",
     r"rel(ative)?_pos": "belongs to relative positions",
     r"mask_token|decoder": "belongs to masked image modelling",
-    r"patch_embed\.backbone|(^|/)(conv_root|gn_root|resnet|block\d+/unit)": "belongs to a ResNet",
+    r"patch_embed\.backbone\.(?!(stem\.)?(conv|norm)\.|stages\.\d+\.blocks\.)|(^|/)resnet/": (
+        "belongs to another ResNet than a hybrid has"
+    ),
     r"head_drop|head\.mlp|head\.last_layer": "belongs to a projection head; leave it out of the file",
     r"(^|\.)vision_model\.": "is of SigLIP or CLIP in transformers; timm has SigLIP in another form",
     r"^(data2vec_vision|beit)\.": "is BEiT's, which has relative positions and a layer scale",
@@ -75,7 +87,7 @@ def deduce_config(
     try:
         values = _sizes(dialect, shapes)
     except (IndexError, ZeroDivisionError):
-        raise CheckpointError("the shapes of its tensors are not those of a ViT") from None
+        raise CheckpointError("the shapes of its tensors are not those of a ViT or hybrid") from None
     values |= _EXTRAS[dialect](config_json, values) if dialect in _EXTRAS else GOOGLE_DEFAULTS
     if "gelu" not in values:
         _ask("gelu", '"tanh" or "exact": such models of timm have either', overrides)
@@ -92,12 +104,15 @@ def build_config(values: Mapping[str, object], overrides: Sequence[str]) -> Mode
 
 def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None:
     """Raise CheckpointError unless these are exactly the tensors of the model."""
-    if config.resolved_depth > len(shapes):  # counted first: the table of a hostile depth never ends
+    if config.num_blocks > len(shapes):  # counted first: the table of a hostile depth never ends
+        raise CheckpointError(f"model.depth is {config.num_blocks:,}, but there are {len(shapes)} tensors")
+    if dialect not in DIALECTS_OF[config.kind]:
         raise CheckpointError(
-            f"model.depth is {config.resolved_depth:,}, but there are {len(shapes)} tensors"
+            f"model.kind is {config.kind!r}, but the tensors have names of a "
+            f"{'ResNet' if dialect == 'bit' else 'ViT'}"
         )
     expected, ours = their_shapes(dialect, config), our_shapes(config)
-    kind = "ResNet" if isinstance(config, ResNetConfig) else "ViT"
+    kind = {"vit": "ViT", "hybrid": "hybrid", "resnet": "ResNet"}[config.kind]
     covered = {name for rule in rules(dialect, config) for name in rule.ours}
     if isinstance(config, ViTConfig) and covered - set(ours):
         raise ConfigError(
@@ -148,13 +163,19 @@ def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
     has_probe, has_token = (names.get(ours) in shapes for ours in ("attn_pool.probe", "cls_token"))
     pool = "map" if has_probe else "token" if has_token else "mean"
     kernel, width = shape("patch_embed.proj.weight"), shape("patch_embed.proj.bias")[0]
+    stem, channels, stride = _stem_values(dialect, shapes), 3, 1
     if len(kernel) == 4:
-        _check_channels(names["patch_embed.proj.weight"], kernel[2 if dialect in FLAX_DIALECTS else 1])
+        channels = kernel[2 if dialect in FLAX_DIALECTS else 1]
+    if stem:
+        stride = stem_stride(stem["stem_stages"])
+    else:
+        _check_channels(names["patch_embed.proj.weight"], channels)
     values: Values = {
+        **stem,
         "width": width,
         "mlp_dim": shape("blocks.0.mlp.fc1.bias")[0],
         "depth": _count_blocks(names["blocks.0.mlp.fc1.bias"], shapes),
-        "patch_size": math.isqrt(math.prod(kernel) // (3 * width)),
+        "patch_size": stride * math.isqrt(math.prod(kernel) // (channels * width)),
         "num_classes": length("head.bias"),
         "num_registers": shape("reg_token")[1] if names.get("reg_token") in shapes else 0,
         "representation_size": length("pre_logits.bias"),
@@ -170,11 +191,19 @@ def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
     return values | {"image_size": values["patch_size"] * _side(num_patches, names["pos_embed"])}
 
 
+def _stem_values(dialect: Dialect, shapes: Shapes) -> Values:
+    """The keys of [model] that only a hybrid has, and its kind; empty if there is no stem."""
+    root = next((name for name in STEM_ROOTS.get(dialect, ()) if name in shapes), None)
+    if root is None:
+        return {}
+    outputs, inputs = (0, 1) if dialect == "timm" else (3, 2)
+    _check_channels(root, shapes[root][inputs])
+    return {"kind": "hybrid", "stem_width": shapes[root][outputs], "stem_stages": _stages(dialect, shapes)}
+
+
 def _bit_values(shapes: Shapes) -> dict[str, object]:
     """[model] of a ResNet with BiT's names. Its image size is in no file, and it takes any."""
-    stages: list[int] = []
-    while blocks := _count_units(len(stages) + 1, shapes):
-        stages.append(blocks)
+    stages = _stages("bit", shapes)
     root, bias = shapes[BIT_ROOT], shapes.get("resnet/head/conv2d/bias", (0,))
     if len(root) != 4 or len(bias) != 1 or not stages:
         raise CheckpointError("the shapes of its tensors are not those of a BiT ResNet")
@@ -187,12 +216,18 @@ def _bit_values(shapes: Shapes) -> dict[str, object]:
     return values | {"width": root[3], "stages": stages}
 
 
-def _count_units(stage: int, shapes: Shapes) -> int:
-    """The number of blocks of a stage, both counted from 1."""
-    blocks = 0
-    while f"resnet/block{stage}/unit{blocks + 1:02d}/a/standardized_conv2d/kernel" in shapes:
-        blocks += 1
-    return blocks
+def _stages(dialect: Dialect, shapes: Shapes) -> list[int]:
+    """The number of blocks of each stage of a ResNet; of the first ones, if it has too many."""
+    name, first = _UNITS[dialect]
+    stages: list[int] = []
+    while len(stages) <= MAX_STAGES:  # one too many is enough to be refused
+        blocks = 0
+        while name.format(stage=first + len(stages), unit=first + blocks) in shapes:
+            blocks += 1
+        if not blocks:
+            break
+        stages.append(blocks)
+    return stages
 
 
 def _check_channels(name: str, channels: int) -> None:
@@ -313,7 +348,20 @@ def _with_variant(values: Values) -> Values:
     """The same values with the sizes as one of our variants, if one has them."""
     sizes = {key: values[key] for key in ("width", "depth", "mlp_dim", "num_heads")}
     named = [name for name, variant in VARIANTS.items() if dataclasses.asdict(variant) == sizes]
+    if values.get("kind") == "hybrid":
+        return _with_hybrid_variant(values, [*sizes, "patch_size"], named)
     rest = {key: value for key, value in values.items() if key not in (*sizes, "patch_size")}
     if named:
         return {"variant": f"{named[0]}/{values['patch_size']}", **rest}
     return {"variant": f"B/{values['patch_size']}", **sizes, **rest}
+
+
+def _with_hybrid_variant(values: Values, sizes: list[str], named: list[str]) -> Values:
+    """As _with_variant. sizes: a ViT's keys. named: what VARIANTS calls them, if it does."""
+    stem = Stem(tuple(values["stem_stages"]), values["patch_size"])
+    stems = [key for key, known in STEMS.items() if known == stem and values["stem_width"] == ROOT_WIDTH]
+    if not (named and stems):
+        return {"variant": "R+B/16", **values}
+    name, number = stems[0].split("/")
+    rest = {key: value for key, value in values.items() if key not in (*sizes, "stem_width", "stem_stages")}
+    return {"variant": f"{name}+{named[0]}/{number}", **rest}

@@ -55,6 +55,7 @@ _OTHER_TYPES = {
 }
 _TABLES = ("model_args", "pretrained_cfg")  # of timm's config.json
 _BIT_NUMBER = re.compile(r"/(standardized_conv2d|group_norm|conv2d)_\d+/")
+_GROUP_NORM = re.compile(r"(^|/)gn(_root|_proj|\d)/(scale|bias)$")  # of a hybrid
 _STACKED = "Transformer/encoderblock/"  # big_vision with scan: all blocks in one array
 
 
@@ -100,8 +101,10 @@ def open_safetensors(path: str, format: Literal["safetensors", "timm", "transfor
 
 
 def open_npz(path: str) -> ForeignWeights:
-    """Open one of Google's .npz files, in any dialect: a ViT, a BiT ResNet, a whole training
-    state, or a model of images and texts. Raises as open_safetensors.
+    """Open one of Google's .npz files, in any dialect: a ViT, a hybrid, a BiT ResNet, a whole
+    training state, or a model of images and texts. Raises as open_safetensors.
+
+    In some files the norms of a hybrid have shape [1, 1, 1, C].
     """
     _refuse_pickle(path)
     if not Path(path).is_file():
@@ -115,17 +118,21 @@ def open_npz(path: str) -> ForeignWeights:
         logger.info("%d arrays outside %s are not of this model: %s, ...", len(others), prefix, others[0])
     dialect = _flax_dialect(name.removeprefix(prefix) for name in arrays.shapes if name.startswith(prefix))
     places = _places(arrays.shapes, prefix, "params/" if dialect == "big_vision" else "")
+    shapes = {
+        name: arrays.shapes[array] if row is None else arrays.shapes[array][1:]
+        for name, (array, row) in places.items()
+    }
+    norms = [name for name, shape in shapes.items() if _GROUP_NORM.search(name) and shape[:-1] == (1, 1, 1)]
+    shapes |= {name: shapes[name][-1:] for name in norms}
 
     def tensor(name: str) -> Tensor:
         array, row = places[name]
-        return arrays.tensor(array) if row is None else arrays.row(array, row)
+        value = arrays.tensor(array) if row is None else arrays.row(array, row)
+        return value.reshape(shapes[name])
 
     return ForeignWeights(
         dialect=dialect,
-        shapes={
-            name: arrays.shapes[array] if row is None else arrays.shapes[array][1:]
-            for name, (array, row) in places.items()
-        },
+        shapes=shapes,
         metadata=arrays.metadata,
         config_json={},
         pixel_mean=(),
