@@ -38,7 +38,7 @@ def listed(study: StudyConfig, cells: Sequence[Cell]) -> str:
             str(cell.seed),
             f"{count_params(cell.config.model) / 1e6:,.3g}M",
             f"{forward_macs(cell.config.model) / 1e9:,.3g}",
-            f"{_exaflops(cell):,.3g}",
+            _exaflops(cell),
             f"{TABLE6[cell.model.paper].exaflops:,.0f}" if cell.model.paper else NOTHING,
             *_state(study, cell),
         ]
@@ -120,9 +120,10 @@ def _images(cell: Cell) -> str:
     return f"{num_images(cell.config):,}" if all(section.num_samples for section in sections) else NOTHING
 
 
-def _exaflops(cell: Cell) -> float:
+def _exaflops(cell: Cell) -> str:
     config = cell.config
-    return train_flops(config.model) * num_steps(config) * config.global_batch / 1e18
+    exaflops = train_flops(config.model) * num_steps(config) * config.global_batch / 1e18
+    return f"{exaflops:,.0f}" if exaflops >= 100 else f"{exaflops:,.3g}"
 
 
 def _state(study: StudyConfig, cell: Cell) -> tuple[str, str]:
