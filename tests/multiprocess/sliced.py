@@ -1,0 +1,45 @@
+"""What ranks run to look at an optimizer of whole matrices: steps that are skipped."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitscale import distributed
+from vitscale.engine.batches import plan_batches
+from vitscale.engine.ds_config import EngineConfig
+from vitscale.engine.engine import Engine
+from vitscale.models import build_model
+from vitscale.models.vit import ViTConfig
+from vitscale.optim import OptimConfig
+
+MODEL = ViTConfig(variant="Ti/4", width=48, depth=2, num_heads=3, mlp_dim=40, image_size=8, num_classes=5)
+
+
+def skip(config: OptimConfig, precision: str, stage: int, result: Path) -> None:
+    """Train, with NaN in one step. `result` gets whether that changed any state of any rank."""
+    distributed.initialize()
+    plan = plan_batches(4, 0, distributed.world_size())
+    engine = Engine(build_model(MODEL, 0), config, EngineConfig(zero_stage=stage), plan, precision)
+    states, factors = [state_of(engine)], (1.0, 1.0, float("nan"), 1.0)
+    for step, factor in enumerate(factors):
+        images = torch.randn(plan.per_rank, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        engine.backward((engine.forward(images).float() - 1).square().mean() * factor)
+        engine.step()
+        states.append(state_of(engine))
+    same = [
+        before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        for before, after in zip(states[1:-1], states[2:], strict=True)
+    ]
+    changed = distributed.gather_json(same)
+    if distributed.is_main():
+        result.write_text(json.dumps(changed))
+    distributed.barrier()
+    engine.close()
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    held = {f"{slot}/{name}": values for slot, part in engine.owned().items() for name, values in part.items()}
+    held |= {statistic.name: statistic.held for statistic in engine.statistics()}
+    return {name: values.clone() for name, values in held.items()}
