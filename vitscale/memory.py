@@ -77,8 +77,9 @@ def count_params(model: ModelConfig) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerBytes:
-    """What an optimizer needs: bytes a parameter that ZeRO cuts, on average, and bytes of what
-    every rank has whole.
+    """What an optimizer needs on average.
+
+    per_param: bytes for each parameter, which ZeRO cuts. whole: bytes that every rank has.
     """
 
     per_param: float = 12.0
@@ -92,10 +93,10 @@ ADAMW = OptimizerBytes()
 def optimizer_bytes(model: ModelConfig, name: str) -> OptimizerBytes:
     """Of fp32 masters and the moments of the optimizer `name`, if all of the model is trained.
 
-        AdamW        4 + 4 + 4 bytes a parameter
-        SGD          4 + 4
-        Adafactor    4 + 2; the second moments of rows and columns are on every rank
-        Muon         4 + 4 of the kernels of the blocks, 4 + 4 + 4 of the others
+    AdamW        4 + 4 + 4 bytes a parameter
+    SGD          4 + 4
+    Adafactor    4 + 2; the second moments of rows and columns are on every rank
+    Muon         4 + 4 of the kernels of the blocks, 4 + 4 + 4 of the others
     """
     built = empty_model(model)
     shapes = {param_name: tuple(param.shape) for param_name, param in built.named_parameters()}
@@ -271,9 +272,10 @@ def explain_too_small(
     states = state_bytes(num_params, engine.zero_stage, plan.world_size, precision, offload, needed)
     available = f"{device_bytes / 2**30:,.2f} GiB"
     if starting:
+        way_out = _more_room(engine, plan, optimizer, activations=False)
         return (
             "CUDA is out of memory at the start, while the model is made: by plan parameters and state take "
-            f"{states / 2**30:,.2f} GiB of {available}; use {_more_room(engine, plan, optimizer, activations=False)}"
+            f"{states / 2**30:,.2f} GiB of {available}; use {way_out}"
         )
 
     def activations(micro_batch: int) -> int:
@@ -299,10 +301,11 @@ def explain_too_small(
 
 def _more_room(engine: EngineConfig, plan: BatchPlan, optimizer: str, *, activations: bool) -> str:
     """What would leave more memory, for a message. activations: whether it may be theirs."""
+    has_stages = optimizer != "muon"  # which runs at ZeRO 1 and 2, without offload
     others = {
-        "engine.zero_stage = 3": optimizer != "muon" and engine.zero_stage < 3 and plan.world_size > 1,
+        "engine.zero_stage = 3": has_stages and engine.zero_stage < 3 and plan.world_size > 1,
         'engine.activation_checkpointing = "full"': activations and engine.activation_checkpointing != "full",
-        "engine.offload_optimizer = true": optimizer != "muon" and not engine.offload_optimizer,
+        "engine.offload_optimizer = true": has_stages and not engine.offload_optimizer,
         "more devices": True,
     }
     return " or ".join(name for name in others if others[name])

@@ -170,7 +170,7 @@ def build_optimizer(
     dtype: of the run's matmuls. Adafactor and Muon wait for Sliced.place, which the engine
     calls.
 
-    Torch's are fused: they update in one pass over memory instead of about ten, also on the CPU.
+    Torch's are fused: one pass over memory instead of about ten, also on the CPU.
     """
     matrices = block_kernels(model) if config.name == "muon" else ()
     groups = parameter_groups(model, config.weight_decay, config.layer_decay, matrices)

@@ -73,7 +73,7 @@ class PlainMuon(Plain):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Muon's update of a matrix by its singular values: Newton and Schulz without iterations."""
+    """Muon's update of a matrix by its singular values, without Newton and Schulz."""
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     values = values / (values.norm() + 1e-7)
     for _ in range(5):
@@ -88,7 +88,7 @@ def split(name: str, tensor: Tensor) -> Sequence[Tensor]:
 
 
 def average(state: dict, key: str, value: Tensor, beta: float, start: float | None = None) -> Tensor:
-    """Update an exponential moving average, which starts at its first value or at `start`."""
+    """Update a moving average, which starts at its first value, or at `start`."""
     before = state.get(key, value if start is None else torch.full_like(value, start))
     state[key] = beta * before + (1 - beta) * value
     return state[key]

@@ -100,6 +100,17 @@ def test_a_step_that_is_not_finite_leaves_all_state_as_it_was(
     assert json.loads(result.read_text()) == [[False, True, False]] * 2
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_each_matrix_is_made_orthogonal_once_and_no_rank_does_it_all(
+    tmp_path: Path, zygote: Zygote, ranks: int
+) -> None:
+    """Two blocks have q, k, v, the projection, and two layers of the MLP: 12 matrices."""
+    result, log = tmp_path / "result", tmp_path / "log"
+    assert zygote.run(ranks, sliced.count, result, log=log) == [0] * ranks, log.read_text()[-3000:]
+    counts = json.loads(result.read_text())
+    assert sum(counts) == 12 and max(counts) <= -(-12 // ranks) + 1
+
+
 def test_moments_of_adafactor_can_be_offloaded(tmp_path: Path, index: Path, zygote: Zygote) -> None:
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "job", index)
     options = (*MODEL, "optim.name=adafactor", "total_steps=8")

@@ -58,7 +58,7 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update the flat buffers that have gradients; every rank calls it for the same ones."""
+        """Update the flat buffers; every rank calls it for those of the same groups."""
         for group in self.param_groups:
             for flat in group["params"]:
                 self._update(flat, group)

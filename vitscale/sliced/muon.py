@@ -85,7 +85,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update the flat buffers that have gradients; every rank calls it for the same ones."""
+        """Update the flat buffers; every rank calls it for those of the same groups."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if group["name"] != MATRICES]
         super().step()

@@ -26,7 +26,7 @@ class Slice(NamedTuple):
 
 
 class Part(NamedTuple):
-    """flat[offset : offset + count] is values [start, start + count) of a parameter's matrix."""
+    """flat[offset : offset + count] has values from `start` on of a matrix of a parameter."""
 
     name: str
     matrix: int
