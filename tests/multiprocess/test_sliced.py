@@ -19,13 +19,10 @@ from vitscale.optim import OptimConfig
 MODEL = ("model.width=48", "model.mlp_dim=40", "optim.momentum=0.9", "optim.lr=2e-3")
 LAYOUTS = [
     ("adafactor", 1, 1),
-    ("adafactor", 2, 1),
     ("adafactor", 2, 2),
     ("adafactor", 2, 3),
-    ("adafactor", 4, 3),
     ("muon", 1, 2),
     ("muon", 2, 1),
-    ("muon", 4, 2),
 ]
 OPTIONS = ("optim.clip_norm=0.1", "optim.layer_decay=0.7", 'optim.freeze=["blocks.0.mlp.*"]')
 
@@ -54,32 +51,28 @@ def test_other_world_sizes_and_zero_stages_continue_with_the_same_losses(
     tmp_path: Path, index: Path, zygote: Zygote, name: str, stages: tuple[int, ...]
 ) -> None:
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "job", index)
-    options = (*MODEL, f"optim.name={name}", "total_steps=14")
+    options = (*MODEL, f"optim.name={name}", "total_steps=10")
     assert zygote.train(whole, 2, *options) == [0, 0], whole.output()
     first, second, third = ((*options, f"engine.zero_stage={stage}") for stage in stages)
     assert zygote.train(job, 2, *first, event=KillAll(batch=5)) == [-9, -9], job.output()
     assert zygote.train(job, 1, *second, event=KillAll(batch=5)) == [-9], job.output()
-    assert zygote.train(job, 4, *third) == [0] * 4, job.output()
+    assert zygote.train(job, 2, *third) == [0, 0], job.output()
     assert job.column("train/loss") == pytest.approx(whole.column("train/loss"), abs=1e-5)
-    assert len(job.rows()) == 14
+    assert len(job.rows()) == 10
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "precision", "stage"), [("adafactor", "bf16", 3), ("muon", "fp32", 2)])
 def test_the_same_layout_and_a_resharded_checkpoint_resume_bit_for_bit(
-    tmp_path: Path, index: Path, zygote: Zygote, name: str, precision: str
+    tmp_path: Path, index: Path, zygote: Zygote, name: str, precision: str, stage: int
 ) -> None:
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "job", index)
-    options = (*MODEL, f"optim.name={name}", f"precision={precision}", "total_steps=9")
-    assert zygote.train(whole, 2, *options, "checkpoint.keep_last=9") == [0, 0], whole.output()
-    for step, files in ((3, "3"), (6, "")):
-        source, out = (run / "checkpoints" / f"step-00000000{step}" for run in (whole.run_dir, job.run_dir))
-        if files:
-            assert main(["reshard", str(source), str(out), "--world", files]) == 0
-            assert main(["diff", str(source), str(out), "--states"]) == 0
-            assert zygote.train(job, 2, *options, event=KillAll(batch=5)) == [-9, -9], job.output()
-        else:
-            assert main(["diff", str(source), str(out), "--states"]) == 0
+    options = [*MODEL, f"optim.name={name}", f"precision={precision}", f"engine.zero_stage={stage}"]
+    options += ["total_steps=9", "checkpoint.keep_last=9"]
+    assert zygote.train(whole, 2, *options) == [0, 0], whole.output()
+    step = Path("checkpoints", "step-000000003")
+    assert main(["reshard", str(whole.run_dir / step), str(job.run_dir / step), "--world", "3"]) == 0
+    assert main(["diff", str(whole.run_dir / step), str(job.run_dir / step), "--states"]) == 0
+    assert zygote.train(job, 2, *options, event=KillAll(batch=5)) == [-9, -9], job.output()
     assert zygote.train(job, 2, *options) == [0, 0], job.output()
     assert job.column("train/loss") == whole.column("train/loss")[3:]
     assert main(["diff", str(whole.run_dir), str(job.run_dir), "--states"]) == 0

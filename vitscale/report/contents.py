@@ -59,17 +59,15 @@ def open_contents(path: str) -> Contents:
         return _open_export(export)
     checkpoint = open_directory(path)
     folder, manifest = checkpoint.folder, checkpoint.manifest
-    reader = FragmentReader(folder, manifest)
+    reader, of_model = FragmentReader(folder, manifest), manifest.of_model
     return Contents(
         path=folder,
         is_export=False,
         facts=facts_of(manifest),
         config=manifest.train.config,
-        shapes={name: info.shape for name, info in manifest.of_model.items()},
-        statistics={
-            name: info.shape for name, info in manifest.tensors.items() if name not in manifest.of_model
-        },
-        untrained=frozenset(name for name, info in manifest.of_model.items() if info.untrained),
+        shapes={name: info.shape for name, info in of_model.items()},
+        statistics={name: info.shape for name, info in manifest.tensors.items() if name not in of_model},
+        untrained=frozenset(name for name, info in of_model.items() if info.untrained),
         slots=manifest.slots,
         num_bytes=manifest.num_bytes,
         num_files=len(manifest.files),
