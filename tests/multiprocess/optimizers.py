@@ -32,7 +32,8 @@ class Plain(torch.optim.Optimizer):
                 name, state = self.names[id(param)], self.state[param]
                 state["step"] = state.get("step", 0) + 1
                 update = self.update(name, param.grad, state)
-                param -= group["lr"] * (update + group["weight_decay"] * param)
+                param *= 1 - group["lr"] * group["weight_decay"]
+                param -= group["lr"] * update
 
     def update(self, name: str, gradient: Tensor, state: dict) -> Tensor:
         raise NotImplementedError
