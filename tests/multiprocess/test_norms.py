@@ -69,7 +69,9 @@ def test_adafactor_has_norms_of_weights_and_updates_alone(
             if kind == "grad_norm":
                 assert f"{kind}/{layer}" not in row
             else:
-                assert row[f"{kind}/{layer}"] == pytest.approx(value, rel=1e-4, abs=1e-7), (kind, layer)
+                # A bias of k has gradients of rounding errors alone, which Adafactor scales up.
+                rel = 1e-2 if kind == "update_norm" else 1e-4
+                assert row[f"{kind}/{layer}"] == pytest.approx(value, rel=rel, abs=1e-7), (kind, layer)
 
 
 def test_rows_have_norms_only_if_asked(uninterrupted: Job) -> None:
