@@ -1,5 +1,6 @@
 """Adafactor and Muon are those of whole matrices, however ZeRO cuts them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from multiprocess.zygote import Zygote
 
 from tools.checkpoint import main
 from vitscale import load_model
+from vitscale.checkpoint.manifest import MANIFEST, Manifest
 from vitscale.optim import OptimConfig
 
 # Wide enough that the matrices of the blocks are factored, and no multiple of what ranks own.
@@ -123,6 +125,17 @@ def test_another_optimizer_cannot_resume_from_their_state(
     assert zygote.train(job, 1, *start, "init.full_state=true") == [2]
     assert 'holds the state of optim.name = "adafactor", not of "adamw"' in job.output()
     assert zygote.train(job, 1, *start, "optim.name=muon") == [0], job.output()
+
+
+def test_a_checkpoint_without_statistics_is_refused(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 1, "optim.name=adafactor", "total_steps=6") == [0], job.output()
+    folder = job.checkpoints()[6]
+    manifest = Manifest.load(folder)
+    assert len(manifest.tensors) == 2 * len(manifest.of_model)
+    dataclasses.replace(manifest, tensors=manifest.of_model).save(folder / MANIFEST)
+    assert zygote.train(job, 1, "optim.name=adafactor", "total_steps=8") == [2]
+    assert f"{folder} lacks the optimizer's exp_avg_sq/" in job.output()
 
 
 @pytest.mark.parametrize("key", ["zero_stage=3", "offload_optimizer=true"])

@@ -266,9 +266,10 @@ def owned(ds: DeepSpeed, slots: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     check_mapping(ds)
     owned: dict[str, dict[str, Tensor]] = {slot: {} for slot in slots}
     for fragment in fragments(ds):
-        held = {FP32: fragment.flat, **ds.basic_optimizer.state.get(fragment.flat, {})}
+        state = ds.basic_optimizer.state.get(fragment.flat, {})
+        held = {FP32: fragment.flat, **state}
         for slot in slots:
-            if slot in held:  # Muon has no second moment of matrices
+            if slot in held or not state:  # Muon has no second moment of matrices
                 owned[slot][fragment.name] = fragment.of(held[slot])
     return owned
 
@@ -339,8 +340,9 @@ def restore(
     for fragment in fragments(ds):
         wanted.append(Wanted(fragment.of(fragment.flat), FP32, fragment.name, fragment.start))
         held = ds.basic_optimizer.state[fragment.flat] if updates > 0 else {}
-        for slot in slots.keys() & held.keys():
-            wanted.append(Wanted(fragment.of(held[slot]), slot, fragment.name, fragment.start))
+        for slot in slots:
+            if slot in held:
+                wanted.append(Wanted(fragment.of(held[slot]), slot, fragment.name, fragment.start))
     for tensor in untrained(ds):
         if len(tensor.held):
             wanted.append(Wanted(tensor.held, UNTRAINED, tensor.name, tensor.held_start))
