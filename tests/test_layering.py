@@ -14,6 +14,7 @@ LAYERS = [
     ["open_files", "vtab"],
     ["config", "distributed", "rng", "atomic", "attempts", "hardware", "hostfile"],
     ["storage", "processes", "command", "ending", "watch", "goodput"],
+    ["sliced"],
     ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace", "expect"],
     ["metrics", "spikes", "engine", "evals", "objectives", "curate"],
     ["checkpoint", "health", "memory"],

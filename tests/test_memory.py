@@ -12,15 +12,18 @@ from vitscale.engine.ds_config import EngineConfig
 from vitscale.memory import (
     activation_bytes,
     buffer_bytes,
+    checkpoint_bytes,
     count_params,
     estimate,
     explain_too_small,
     head_bytes,
     micro_batches,
+    optimizer_bytes,
     state_bytes,
 )
 from vitscale.models.layers import Checkpointing
 from vitscale.models.vit import ViTConfig
+from vitscale.optim import OptimConfig
 
 GB = 1e9
 B16 = ViTConfig(variant="B/16")  # 197 tokens, 12 blocks, D = 768, M = 3072
@@ -290,3 +293,38 @@ def test_micro_batches_divide_a_rank_and_are_even_for_pairs() -> None:
     assert micro_batches(12, pairs=False) == [1, 2, 3, 4, 6, 12]
     assert micro_batches(12, pairs=True) == [2, 4, 6, 12]
     assert micro_batches(9, pairs=True) == []
+
+
+def test_other_optimizers_need_less_than_adamw() -> None:
+    """B/16 on 8 devices: the kernels of its blocks are 12 x 12 x 768^2 values."""
+    matrices = 12 * 12 * 768**2
+    adamw = estimate(B16, EngineConfig(), 32, 8, "bf16").state
+    saved = {
+        name: adamw - estimate(B16, EngineConfig(), 32, 8, "bf16", optimizer=name).state
+        for name in ("sgd", "muon", "adafactor")
+    }
+    assert saved["sgd"] == 4 * 86_567_656 // 8
+    assert saved["muon"] == pytest.approx(4 * matrices / 8, abs=1)
+    # Of what has rows and columns: of each block 4 matrices of the attention and 2 of the MLP,
+    # of the embeddings, the positions and the head one each. Of what has not, every value.
+    rows_and_columns = 12 * (4 * 1536 + 2 * 3840) + 1536 + 965 + 1768
+    values = 12 * (4 * 768 + 3 * 768 + 768 + 3072 + 768) + 768 + 2 * 768 + 768 + 1000
+    assert saved["adafactor"] == 6 * 86_567_656 // 8 - 4 * (rows_and_columns + values)
+    assert 4 * (rows_and_columns + values) < 0.02 * adamw
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "muon"])
+def test_a_checkpoint_has_the_bytes_that_are_planned(name: str) -> None:
+    slots = {"adamw": 12, "sgd": 8, "adafactor": 6, "muon": 12}
+    planned = checkpoint_bytes(B16, OptimConfig(name=name))  # type: ignore[arg-type]
+    saved = 4 * 12 * 12 * 768**2 if name == "muon" else 0
+    whole = optimizer_bytes(B16, name).whole
+    assert planned == slots[name] * 86_567_656 - saved + whole
+    frozen = OptimConfig(name=name, freeze=("blocks.*",))  # type: ignore[arg-type]
+    assert 4 * 86_567_656 < checkpoint_bytes(B16, frozen) < planned / 1.2
+
+
+def test_what_muon_refuses_is_not_advised() -> None:
+    plan = plan_batches(64, 32, 2)
+    message = explain_too_small(B16, EngineConfig(), plan, "bf16", 2**30, "muon", pairs=False, starting=True)
+    assert message.endswith("; use more devices")

@@ -210,6 +210,12 @@ def all_reduce_max(values: list[float]) -> list[float]:
     return _reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX)
 
 
+def add_up(tensor: Tensor) -> None:
+    """Set a tensor, on any device, to its sum over the ranks; every rank calls it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
 def any_of(flag: bool) -> bool:
     """Whether the flag is set on any rank; every rank calls it."""
     return bool(all_reduce_max([float(flag)])[0])

@@ -190,7 +190,12 @@ def _model_lines(config: TrainConfig, num_params: int) -> list[tuple[str, str]]:
 def _memory_lines(job: Job, num_params: int) -> list[tuple[str, str]]:
     config, engine = job.config, job.config.engine
     states = memory.state_bytes(
-        num_params, engine.zero_stage, job.plan.world_size, config.precision, engine.offload_optimizer
+        num_params,
+        engine.zero_stage,
+        job.plan.world_size,
+        config.precision,
+        engine.offload_optimizer,
+        memory.optimizer_bytes(config.model, config.optim.name),
     )
     activations = memory.activation_bytes(
         config.model, job.plan.micro_batch, config.precision, engine.activation_checkpointing

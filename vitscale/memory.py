@@ -12,7 +12,8 @@ from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ROOT_KERNEL, ResNetConfig, halved
 from vitscale.models.vit import ViTConfig
-from vitscale.optim import OptimConfig, freeze
+from vitscale.optim import OptimConfig, block_kernels, freeze
+from vitscale.sliced.adafactor import second_size
 
 # Defaults of DeepSpeed's runtime/zero/config.py, in elements: gradients that are reduced at a
 # time, and parameters that stage 3 leaves gathered.
@@ -52,11 +53,16 @@ def estimate(
     precision: str,
     *,
     average: bool = False,
+    optimizer: str = "adamw",
 ) -> Memory:
-    """What a device needs to train. average: whether one of the weights is kept (ema_decay)."""
+    """What a device needs to train.
+
+    average: whether one of the weights is kept (ema_decay). optimizer: optim.name.
+    """
     num_params = count_params(model)
     stage = engine.zero_stage
-    state = state_bytes(num_params, stage, world_size, precision, engine.offload_optimizer)
+    needed = optimizer_bytes(model, optimizer)
+    state = state_bytes(num_params, stage, world_size, precision, engine.offload_optimizer, needed)
     state += 4 * num_params // world_size if average else 0  # each rank averages what it owns
     activations = activation_bytes(model, micro_batch, precision, engine.activation_checkpointing)
     activations += head_bytes(model, micro_batch)
@@ -70,17 +76,57 @@ def count_params(model: ModelConfig) -> int:
     return sum(param.numel() for param in empty_model(model).parameters())
 
 
+@dataclasses.dataclass(frozen=True)
+class OptimizerBytes:
+    """What an optimizer needs on average.
+
+    per_param: bytes for each parameter, which ZeRO cuts. whole: bytes that every rank has.
+    """
+
+    per_param: float = 12.0
+    whole: int = 0
+
+
+ADAMW = OptimizerBytes()
+
+
+@functools.cache
+def optimizer_bytes(model: ModelConfig, name: str) -> OptimizerBytes:
+    """Of fp32 masters and the moments of the optimizer `name`, if all of the model is trained.
+
+    AdamW        4 + 4 + 4 bytes a parameter
+    SGD          4 + 4
+    Adafactor    4 + 2; the second moments of rows and columns are on every rank
+    Muon         4 + 4 of the kernels of the blocks, 4 + 4 + 4 of the others
+    """
+    built = empty_model(model)
+    shapes = {param_name: tuple(param.shape) for param_name, param in built.named_parameters()}
+    per_param = 4.0 + sum(dtype.itemsize for dtype in OPTIMIZER_SLOTS[name].values())
+    whole = 0
+    if name == "adafactor":
+        whole = 4 * sum(second_size(*item) for item in shapes.items())
+    if name == "muon":
+        saved = 4 * sum(math.prod(shapes[kernel]) for kernel in block_kernels(built))
+        per_param -= saved / count_params(model)
+    return OptimizerBytes(per_param, whole)
+
+
 def state_bytes(
-    num_params: int, zero_stage: int, world_size: int, precision: str, offload: bool = False
+    num_params: int,
+    zero_stage: int,
+    world_size: int,
+    precision: str,
+    offload: bool = False,
+    optimizer: OptimizerBytes = ADAMW,
 ) -> int:
-    """Bytes per device of parameters, gradients and AdamW's state.
+    """Bytes per device of parameters, gradients and the optimizer's state.
 
     From a stage on, ZeRO cuts them by the world size (arXiv 1910.02054, section 3):
 
         bytes per parameter    fp32    16 bit    cut from stage
         parameters                4         2    3
         gradients                 4         2    2    (and 4 in bf16 at stage 1, never cut)
-        optimizer                12        12    1    (fp32 master, two moments)
+        optimizer                12        12    1    (AdamW: fp32 master, two moments)
 
     In bf16 at stage 1 DeepSpeed accumulates gradients in fp32, in a buffer that is never cut.
     With offload the optimizer's part is in the memory of the host.
@@ -88,10 +134,10 @@ def state_bytes(
     param, grad = (4, 4) if precision == "fp32" else (2, 2)
     if precision == "bf16" and zero_stage == 1:
         grad += 4
-    optimizer = 0 if offload else 12
-    shared = {1: (param + grad, optimizer), 2: (param, grad + optimizer), 3: (0, param + grad + optimizer)}
-    whole, sharded = shared[zero_stage]
-    return num_params * whole + num_params * sharded // world_size
+    whole, sharded = {1: (param + grad, 0), 2: (param, grad), 3: (0, param + grad)}[zero_stage]
+    needed = OptimizerBytes(0.0) if offload else optimizer
+    cut = num_params * sharded + round(num_params * needed.per_param)
+    return num_params * whole + cut // world_size + needed.whole
 
 
 def activation_bytes(
@@ -251,26 +297,28 @@ def explain_too_small(
     plan: BatchPlan,
     precision: str,
     device_bytes: int,
+    optimizer: str = "adamw",
     *,
     pairs: bool,
     starting: bool,
 ) -> str:
     """What to say where a device runs out of memory: what needs it, and what fits by plan.
 
-    device_bytes: what this process can have of the device. pairs: micro batches must be even.
-    starting: while the model was made, and not yet trained.
+    device_bytes: what this process can have of the device. optimizer: optim.name. pairs: micro
+    batches must be even. starting: while the model was made, and not yet trained.
 
     Fragmentation and kernels take more than is planned, so a micro batch that ran out is never
     advised, even if it fits by plan.
     """
     num_params = count_params(model)
-    offload = engine.offload_optimizer
-    states = state_bytes(num_params, engine.zero_stage, plan.world_size, precision, offload)
+    offload, needed = engine.offload_optimizer, optimizer_bytes(model, optimizer)
+    states = state_bytes(num_params, engine.zero_stage, plan.world_size, precision, offload, needed)
     available = f"{device_bytes / 2**30:,.2f} GiB"
     if starting:
+        way_out = _more_room(engine, plan, optimizer, activations=False)
         return (
             "CUDA is out of memory at the start, while the model is made: by plan parameters and state take "
-            f"{states / 2**30:,.2f} GiB of {available}; use {_more_room(engine, plan, activations=False)}"
+            f"{states / 2**30:,.2f} GiB of {available}; use {way_out}"
         )
 
     def activations(micro_batch: int) -> int:
@@ -286,7 +334,7 @@ def explain_too_small(
     way_out = (
         f"set engine.micro_batch = {fitting[-1]}, the largest below it that fits by plan"
         if fitting
-        else f"no smaller one fits by plan: use {_more_room(engine, plan, activations=True)}"
+        else f"no smaller one fits by plan: use {_more_room(engine, plan, optimizer, activations=True)}"
     )
     return (
         f"CUDA is out of memory with engine.micro_batch {plan.micro_batch}: by plan it needs {texts[0]} (the "
@@ -294,12 +342,13 @@ def explain_too_small(
     )
 
 
-def _more_room(engine: EngineConfig, plan: BatchPlan, *, activations: bool) -> str:
+def _more_room(engine: EngineConfig, plan: BatchPlan, optimizer: str, *, activations: bool) -> str:
     """What would leave more memory, for a message. activations: whether it may be theirs."""
+    has_stages = optimizer != "muon"  # which runs at ZeRO 1 and 2, without offload
     others = {
-        "engine.zero_stage = 3": engine.zero_stage < 3 and plan.world_size > 1,
+        "engine.zero_stage = 3": has_stages and engine.zero_stage < 3 and plan.world_size > 1,
         'engine.activation_checkpointing = "full"': activations and engine.activation_checkpointing != "full",
-        "engine.offload_optimizer = true": not engine.offload_optimizer,
+        "engine.offload_optimizer = true": has_stages and not engine.offload_optimizer,
         "more devices": True,
     }
     return " or ".join(name for name in others if others[name])
@@ -309,5 +358,13 @@ def checkpoint_bytes(config: ModelConfig, optim: OptimConfig) -> int:
     """Bytes of a checkpoint: fp32 weights and, of what is trained, the other slots."""
     model = empty_model(config)
     freeze(model, optim.freeze)
-    slots = 1 + len(OPTIMIZER_SLOTS[optim.name]) + (optim.ema_decay > 0)
-    return sum(4 * param.numel() * (slots if param.requires_grad else 1) for param in model.parameters())
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    moments = sum(dtype.itemsize for dtype in OPTIMIZER_SLOTS[optim.name].values())
+    moments += 4 * (optim.ema_decay > 0)
+    num_bytes = 4 * sum(param.numel() for param in model.parameters())
+    num_bytes += moments * sum(param.numel() for param in trained.values())
+    if optim.name == "adafactor":
+        num_bytes += 4 * sum(second_size(name, tuple(param.shape)) for name, param in trained.items())
+    if optim.name == "muon":
+        num_bytes -= 4 * sum(trained[name].numel() for name in block_kernels(model) & trained.keys())
+    return num_bytes

@@ -1,9 +1,13 @@
-"""The paper's optimizers: AdamW with decay on kernels, SGD with momentum for fine-tuning."""
+"""The paper's optimizers, AdamW with decay on kernels and SGD for fine-tuning, and two more.
+
+Adafactor is what "Scaling Vision Transformers" trains with; Muon is newer. Both need whole
+matrices, so they are in vitscale/sliced/.
+"""
 
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,16 +15,19 @@ from torch import nn
 
 from vitscale.config import positive
 from vitscale.errors import ConfigError
+from vitscale.sliced.adafactor import Adafactor
+from vitscale.sliced.muon import MATRICES, Muon
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer ([optim]).
 
-    name:          "adamw" or "sgd"
-    lr:            the peak rate, which [schedule] multiplies
-    betas, eps:    of AdamW
-    momentum:      of SGD
+    name:          "adamw", "sgd", "adafactor" (half of AdamW's memory, at any ZeRO stage), or
+                   "muon" (at ZeRO 1 and 2; AdamW for all but the kernels of the blocks)
+    lr:            the peak rate, which [schedule] multiplies; Adafactor and Muon take AdamW's
+    betas, eps:    of AdamW; the second of betas is also the most that Adafactor's grows to
+    momentum:      of SGD, Adafactor and Muon; with Muon, 0.95 is usual
     weight_decay:  decoupled, times the learning rate, on kernels only; 0 with SGD
     clip_norm:     largest global gradient norm; 0 = no clipping
     layer_decay:   what the learning rate of each layer is of that of the layer above it, in
@@ -31,7 +38,7 @@ class OptimConfig:
                    then run (paper, section 4.1: 0.9999); 0 = none
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "adafactor", "muon"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -114,8 +121,18 @@ def layer_name(name: str) -> str:
     return "head" if layer is None else f"blocks.{layer - 1}" if layer else "embeddings"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+def block_kernels(model: nn.Module) -> set[str]:
+    """What Muon makes orthogonal: kernels of the blocks, not of the embedding or the head."""
+    return {name for name in kernels(model) if name.startswith("blocks.")}
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, matrices: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """The trained parameters in groups "decay" and "no_decay", and with layer_decay by layer.
+
+    matrices: names of kernels that are in groups "matrices" of their own, for Muon, which keeps
+    no second moment of them.
 
     A group's lr_share is its share of the learning rate: layer_decay to the power of the number
     of layers above it (BEiT, MAE). An empty group is left out.
@@ -123,7 +140,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     named, decayed = dict(model.named_parameters()), kernels(model)
     layers = {name: layer_of(name) for name in named}
     top = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
-    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
     for decays in (True, False):
         for name, param in named.items():
             if not param.requires_grad or (name in decayed) != decays:
@@ -131,7 +148,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
             layer = layers[name]
             share = layer_decay ** (0 if layer is None else top - layer)
             group = groups.setdefault(
-                (decays, share),
+                (decays, name in matrices, share),
                 {
                     "name": "decay" if decays else "no_decay",
                     "params": [],
@@ -139,16 +156,36 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
                     "lr_share": share,
                 },
             )
+            if name in matrices:
+                group |= {"name": MATRICES, "slots": ("exp_avg",)}
             group["params"].append(param)
     return list(groups.values())
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimConfig, model: nn.Module, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
     """The torch optimizer over the parameter groups; the rate is set before every step.
 
-    It is fused: it updates in one pass over memory instead of about ten, also on the CPU.
+    dtype: of the run's matmuls. Adafactor and Muon wait for Sliced.place, which the engine
+    calls.
+
+    Torch's are fused: one pass over memory instead of about ten, also on the CPU.
     """
-    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    matrices = block_kernels(model) if config.name == "muon" else ()
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay, matrices)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    if config.name == "adafactor":
+        return Adafactor(groups, lr=config.lr, momentum=config.momentum, decay_limit=config.betas[1])
+    if config.name == "muon":
+        return Muon(
+            groups,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            momentum=config.momentum,
+            # fp16 would overflow: the matrices have the size of gradients.
+            dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16,
+        )
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

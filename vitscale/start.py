@@ -230,6 +230,13 @@ def enough_memory(job: Job, *, starting: bool = False) -> Iterator[None]:
         own = distributed.device_bytes()
         config, pairs = job.config, bool(job.config.augment.mixup or job.config.augment.cutmix)
         message = memory.explain_too_small(
-            config.model, config.engine, job.plan, config.precision, own, pairs=pairs, starting=starting
+            config.model,
+            config.engine,
+            job.plan,
+            config.precision,
+            own,
+            config.optim.name,
+            pairs=pairs,
+            starting=starting,
         )
         raise ConfigError(message) from None

@@ -237,6 +237,18 @@ class TrainConfig:
             )
         self._check_validation()
         self._check_judge()
+        self._check_muon()
+
+    def _check_muon(self) -> None:
+        if self.optim.name != "muon":
+            return
+        if self.engine.zero_stage == 3 or self.engine.offload_optimizer:
+            key = "zero_stage = 3" if self.engine.zero_stage == 3 else "offload_optimizer = true"
+            raise ConfigError(
+                f'optim.name = "muon" does not run with engine.{key}, which leaves no rank a whole matrix or '
+                "no GPU to make it orthogonal; use engine.zero_stage = 1 or 2 without offload, or "
+                'optim.name = "adafactor" to save memory'
+            )
 
     def _check_masked_patches(self, objective: MaskedPatchesConfig) -> None:
         kind, model = 'objective.kind = "masked_patches"', self.model

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from multiprocess.optimizers import plain_optimizer
 
 from vitscale import config as configs
 from vitscale.data.lane import ViewConfig
@@ -13,7 +14,7 @@ from vitscale.job import prepare
 from vitscale.models import build_model
 from vitscale.models.drop_path import draw_kept
 from vitscale.objectives import BatchKey, build_objective
-from vitscale.optim import build_optimizer, freeze
+from vitscale.optim import freeze
 from vitscale.rng import derive_seed
 from vitscale.schedule import learning_rate
 from vitscale.train_config import TrainConfig
@@ -30,7 +31,7 @@ def plain_losses(
     job = prepare(config, world_size=1)
     model = build_model(config.model, derive_seed(config.seed, "init"))
     freeze(model, config.optim.freeze)
-    optimizer = build_optimizer(config.optim, model)
+    optimizer = plain_optimizer(config.optim, model)
     objective = build_objective(
         config.objective, loss=config.loss, augment=config.augment, model=config.model
     )

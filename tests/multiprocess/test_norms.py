@@ -22,6 +22,7 @@ LAYOUTS = [
     (3, ("engine.zero_stage=3", "data.lanes=6", "global_batch=6")),
     (2, ("engine.zero_stage=2", "engine.offload_optimizer=true")),
     (2, SGD),
+    (2, ("optim.name=muon", "engine.zero_stage=2")),
 ]
 
 
@@ -55,6 +56,22 @@ def test_in_bf16_the_layers_together_have_the_norm_of_the_whole(
     for row in job.rows():
         whole = math.sqrt(sum(row[f"grad_norm/{layer}"] ** 2 for layer in LAYERS))
         assert whole == pytest.approx(row["train/grad_norm"], rel=1e-4)
+
+
+def test_adafactor_has_norms_of_weights_and_updates_alone(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    options = ("log.norms=true", "schedule.decay=constant", f"total_steps={STEPS}", "optim.name=adafactor")
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 2, *options) == [0, 0], job.output()
+    for row, by_layer in zip(job.rows(), plain_norms(job.config, *options), strict=True):
+        for (kind, layer), value in by_layer.items():
+            if kind == "grad_norm":
+                assert f"{kind}/{layer}" not in row
+            else:
+                # A bias of k has gradients of rounding errors alone, which Adafactor scales up.
+                rel = 1e-2 if kind == "update_norm" else 1e-4
+                assert row[f"{kind}/{layer}"] == pytest.approx(value, rel=rel, abs=1e-7), (kind, layer)
 
 
 def test_rows_have_norms_only_if_asked(uninterrupted: Job) -> None:

@@ -13,7 +13,7 @@ from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, good, newest_good, together
 from vitscale.engine.engine import Engine
-from vitscale.engine.zero import UNTRAINED, Wanted
+from vitscale.engine.zero import FP32, UNTRAINED, Wanted
 from vitscale.errors import CheckpointError
 
 
@@ -63,6 +63,13 @@ class FragmentReader:
                 "values"
             )
         return ranges
+
+    def has(self, name: str, slot: str) -> bool:
+        """Whether a slot is kept of a tensor: Muon has no second moment of matrices."""
+        tensor = self._manifest.tensors[name]
+        if tensor.untrained or not tensor.fragments:
+            return slot == FP32
+        return f"{slot}/{name}" in self._open(self._manifest.file_names[tensor.fragments[0].file]).header
 
     def whole(self, name: str, slot: str = "fp32") -> Tensor:
         """One whole tensor in fp32; a buffer of integers or booleans keeps its dtype."""
@@ -124,6 +131,14 @@ def resume(engine: Engine, checkpoint: Checkpoint) -> None:
     with distributed.alike():
         untrained = {tensor.name for tensor in engine.untrained()}
         check_fits(checkpoint, engine.shapes(), untrained, engine.optimizer_name)
+        if manifest.counters.updates:
+            for statistic in engine.statistics():
+                info = manifest.tensors.get(statistic.name)
+                if info is None or not info.untrained or info.shape != (len(statistic.held),):
+                    raise CheckpointError(
+                        f"{checkpoint.folder} lacks the optimizer's {statistic.name}, or has it in another "
+                        "form; start from its weights alone: [init] checkpoint without full_state"
+                    )
     reader = FragmentReader(checkpoint.folder, manifest)
     engine.restore(reader, manifest.slots, manifest.counters, manifest.loss_scaler)
 
@@ -137,14 +152,14 @@ def check_fits(
     are the buffers and the frozen parameters. The same must be frozen in both.
     """
     folder, manifest = checkpoint.folder, checkpoint.manifest
-    saved = {name: info.shape for name, info in manifest.tensors.items()}
+    saved = {name: info.shape for name, info in manifest.of_model.items()}
     if saved != ours:
         name = min(name for name in {*saved, *ours} if saved.get(name) != ours.get(name))
         raise CheckpointError(
             f"{folder} is of another model: {name} is {saved.get(name)} in it "
             f"and {ours.get(name)} in this run"
         )
-    for name, info in manifest.tensors.items():
+    for name, info in manifest.of_model.items():
         if info.untrained != (name in untrained):  # the moments would be missing, or have no place
             before, now = ("frozen", "trained") if info.untrained else ("trained", "frozen")
             raise CheckpointError(

@@ -131,7 +131,8 @@ def joined(pieces: np.ndarray) -> tuple[Fragments, ...]:
 class TensorInfo:
     """A parameter or buffer: its shape, and the fragments of its flattened values.
 
-    untrained: a frozen parameter or a buffer, whose only slot is "fixed".
+    untrained: a frozen parameter, a buffer or a statistic of the optimizer, whose only slot is
+        "fixed".
     """
 
     shape: tuple[int, ...]
@@ -174,6 +175,14 @@ class Manifest:
     def file_names(self) -> list[str]:
         """The files by number."""
         return list(numbered(self.files))
+
+    @property
+    def of_model(self) -> dict[str, TensorInfo]:
+        """The parameters and buffers, without the statistics that an optimizer keeps of them.
+
+        Adafactor's of norm.bias is called exp_avg_sq/norm.bias.
+        """
+        return {name: info for name, info in self.tensors.items() if "/" not in name}
 
     def overlapping(self, name: str, start: int, end: int) -> Iterator[tuple[str, int, int]]:
         """(file, start, count) of each fragment of a tensor that has values of [start, end)."""

@@ -18,7 +18,7 @@ from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import MANIFEST, Manifest, joined, numbered
 from vitscale.checkpoint.safetensors import FileInfo, SafetensorsReader, SafetensorsWriter
 from vitscale.checkpoint.verify import open_directory
-from vitscale.engine.zero import UNTRAINED
+from vitscale.engine.zero import FP32, UNTRAINED
 from vitscale.errors import CheckpointError
 
 
@@ -107,5 +107,6 @@ def _dtypes(source: str, manifest: Manifest) -> dict[tuple[str, str], torch.dtyp
                 file = manifest.file_names[info.fragments[0].file]
                 if file not in readers:
                     readers[file] = SafetensorsReader(storage.child(source, file))
-                dtypes[slot, name] = readers[file].dtype(f"{slot}/{name}")
+                if slot in (FP32, UNTRAINED) or f"{slot}/{name}" in readers[file].header:
+                    dtypes[slot, name] = readers[file].dtype(f"{slot}/{name}")
     return dtypes

@@ -63,7 +63,7 @@ class HostBuffer:
 class Snapshot:
     """What this rank writes, and what the manifest will say about it.
 
-    shapes: the whole shape of every tensor.
+    shapes: the whole shape of every tensor, statistics of the optimizer among them.
     untrained: the names of the tensors that are not trained.
     pieces: (name, start, count) of each fragment that this rank has.
     tensors: the 1-D values of these fragments, by SLOT/NAME.
@@ -89,7 +89,8 @@ def take(engine: Engine, train: TrainState, buffer: HostBuffer | None) -> Snapsh
     owned = engine.owned()
     tensors = {f"{slot}/{name}": tensor for slot, part in owned.items() for name, tensor in part.items()}
     pieces = [(fragment.name, fragment.start, fragment.count) for fragment in engine.fragments()]
-    untrained = list(engine.untrained())
+    statistics = list(engine.statistics())
+    untrained = [*engine.untrained(), *statistics]
     for tensor in untrained:
         if len(tensor.mine):
             tensors[f"{UNTRAINED}/{tensor.name}"] = tensor.mine.detach()
@@ -101,7 +102,7 @@ def take(engine: Engine, train: TrainState, buffer: HostBuffer | None) -> Snapsh
         counters=engine.counters,
         loss_scaler=engine.loss_scaler,
         zero_stage=engine.zero_stage,
-        shapes=engine.shapes(),
+        shapes={**engine.shapes(), **{each.name: (len(each.held),) for each in statistics}},
         untrained=frozenset(tensor.name for tensor in untrained),
         pieces=pieces,
         tensors=buffer.copy(tensors) if buffer else tensors,

@@ -14,11 +14,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitscale import distributed
-from vitscale.engine import zero
+from vitscale.engine import sliced, zero
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig, Precision, make_ds_config
 from vitscale.engine.ema import Ema
-from vitscale.engine.zero import EMA, FP32, OPTIMIZER_SLOTS, Counters, Fragment, FragmentSource, Untrained
+from vitscale.engine.zero import (
+    EMA,
+    FP32,
+    OPTIMIZER_SLOTS,
+    UNTRAINED,
+    Counters,
+    Fragment,
+    FragmentSource,
+    Untrained,
+    Wanted,
+)
 from vitscale.errors import ConfigError
 from vitscale.models import Model
 from vitscale.models.corruption import Corruption
@@ -69,10 +79,11 @@ class Engine:
         with _debug_prints():
             self._ds, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=build_optimizer(optim, module),
+                optimizer=build_optimizer(optim, module, self._dtype),
                 config=make_ds_config(config, plan, precision, optim.clip_norm),
             )
         distributed.wait_longer(self._ds.data_parallel_group)
+        sliced.place(self._ds)
         if config.offload_folder:
             zero.map_moments(self._ds, OPTIMIZER_SLOTS[optim.name], config.offload_folder)
         if config.activation_checkpointing == "selective":
@@ -167,8 +178,14 @@ class Engine:
         """The frozen parameters and persistent buffers."""
         return zero.untrained(self._ds)
 
+    def statistics(self) -> Iterator[Untrained]:
+        """What the optimizer keeps of whole parameters: Adafactor's second moments."""
+        return sliced.statistics(self._ds)
+
     def owned(self) -> dict[str, dict[str, Tensor]]:
         """{slot: {parameter: 1-D fragment}} of this rank, as views of the live state.
+
+        A slot of the optimizer may lack parameters of which it keeps nothing so.
 
         Raises RuntimeError on every rank if the map of fragments does not fit the live weights.
         """
@@ -204,12 +221,18 @@ class Engine:
 
         Parameter groups are not restored: learning rate and weight decay come from the config.
         """
-        optimizer = [slot for slot in slots if slot not in (FP32, EMA)]
+        known = OPTIMIZER_SLOTS[self.optimizer_name]
+        optimizer = {slot: dtype for slot, dtype in known.items() if slot in slots}
         average = self._ema.wanted(self._ds) if self._ema and EMA in slots else None
-        zero.restore(self._ds, source, optimizer, counters.updates, average or ())
+        others = [*(average or ()), *self._wanted_statistics(counters.updates)]
+        zero.restore(self._ds, source, optimizer, counters.updates, others)
         zero.restore_counters(self._ds, counters, loss_scaler or {})
         if self._ema:  # after the counters: it notes how many updates were made
             self._ema.start(self._ds, at_weights=average is None)
+
+    def _wanted_statistics(self, updates: int) -> Iterator[Wanted]:
+        for statistic in self.statistics() if updates else ():
+            yield Wanted(statistic.held, UNTRAINED, statistic.name, statistic.held_start)
 
     def forget_step(self, counters: Counters, loss_scaler: Mapping[str, int | float | bool]) -> None:
         """Undo a step that was skipped: it has changed nothing but these, from before it."""

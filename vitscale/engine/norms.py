@@ -8,7 +8,7 @@ from torch import Tensor
 from vitscale import distributed
 from vitscale.engine.engine import Engine
 from vitscale.engine.zero import FP32
-from vitscale.optim import OptimConfig, layer_name
+from vitscale.optim import OptimConfig, block_kernels, layer_name
 
 _KINDS = ("weight", "grad", "update")
 
@@ -22,20 +22,22 @@ class StepNorms:
 
         AdamW   m' = beta1 m + (1 - beta1) g      g = (m' - beta1 m) / (1 - beta1)
         SGD     m' = momentum m + g               g = m' - momentum m
+        Muon    as AdamW, with momentum as the beta1 of matrices
+
+    Adafactor's moments are given updates, not gradients, so it has no norms of gradients.
     """
 
     def __init__(self, engine: Engine, config: OptimConfig) -> None:
         """Take the copy; every rank calls it, before the step."""
         self._engine, self._config = engine, config
-        self._slot, self._decay, self._share = (
-            ("exp_avg", config.betas[0], 1 - config.betas[0])
-            if config.name == "adamw"
-            else ("momentum_buffer", config.momentum, 1.0)
-        )
+        self._slot = "momentum_buffer" if config.name == "sgd" else "exp_avg"
+        self._matrices = block_kernels(engine.module) if config.name == "muon" else set[str]()
+        self._kinds = [kind for kind in _KINDS if kind != "grad" or config.name != "adafactor"]
         self._updates = engine.counters.updates
         owned = engine.owned()
         self._masters = _copied(owned[FP32])
-        self._moments = _copied(owned.get(self._slot, {}))  # none before the first update
+        moments = owned.get(self._slot, {})  # none before the first update
+        self._moments = _copied(moments if "grad" in self._kinds else {})
 
     def read(self) -> dict[str, float]:
         """{"weight_norm/blocks.0": 7.1, "grad_norm/blocks.0": 0.2, "update_norm/blocks.0": ...}
@@ -48,20 +50,26 @@ class StepNorms:
         owned = self._engine.owned()
         # The same layers on every rank: a rank may own nothing of some.
         layers = list(dict.fromkeys(map(layer_name, self._engine.shapes())))
-        squares = {(kind, layer): 0.0 for kind in _KINDS for layer in layers}
+        squares = {(kind, layer): 0.0 for kind in self._kinds for layer in layers}
         for name, master in owned[FP32].items():
-            moment = owned[self._slot][name]
-            before = self._moments.get(name)
-            given = moment if before is None else moment - self._decay * before
             layer = layer_name(name)
             squares["weight", layer] += _square(master)
-            squares["grad", layer] += _square(given) * (self._unclipped() / self._share) ** 2
             squares["update", layer] += _square(master - self._masters[name])
+            if "grad" in self._kinds:
+                squares["grad", layer] += _square(self._gradient(name, owned[self._slot][name]))
         total = distributed.all_reduce_sum(list(squares.values()))
         return {
             f"{kind}_norm/{layer}": math.sqrt(square)
             for (kind, layer), square in zip(squares, total, strict=True)
         }
+
+    def _gradient(self, name: str, moment: Tensor) -> Tensor:
+        """The gradient, before clipping, that a moment was given."""
+        decays = self._config.name == "sgd" or name in self._matrices
+        decay = self._config.momentum if decays else self._config.betas[0]
+        before = self._moments.get(name)
+        given = moment if before is None else moment - decay * before
+        return given * (self._unclipped() / (1.0 if self._config.name == "sgd" else 1 - decay))
 
     def _unclipped(self) -> float:
         """By how much the gradients were divided for clipping, as DeepSpeed does it."""

@@ -25,7 +25,13 @@ DeepSpeed = Any
 # A slot is something that training keeps of every parameter: the fp32 master weights, a state
 # of the optimizer (exp_avg, ...), the average.
 FP32, EMA = "fp32", "ema"
-OPTIMIZER_SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+# Of the optimizer, with the dtype of each. Muon has no exp_avg_sq of what it makes orthogonal.
+OPTIMIZER_SLOTS: Mapping[str, Mapping[str, torch.dtype]] = {
+    "adamw": {"exp_avg": torch.float32, "exp_avg_sq": torch.float32},
+    "sgd": {"momentum_buffer": torch.float32},
+    "adafactor": {"exp_avg": torch.bfloat16},
+    "muon": {"exp_avg": torch.float32, "exp_avg_sq": torch.float32},
+}
 UNTRAINED = "fixed"  # the only slot of an untrained tensor, as checkpoint files name it
 
 
@@ -92,7 +98,7 @@ class Fragment:
 
 @dataclasses.dataclass(frozen=True)
 class Untrained:
-    """A frozen parameter or a persistent buffer, flattened.
+    """A frozen parameter, a persistent buffer or a statistic of the optimizer, flattened.
 
     mine: what this rank saves, from `start` on: its share, so that all ranks save it once.
     held: what this rank restores, from `held_start` on: all of it, unless ZeRO cuts it.
@@ -185,7 +191,7 @@ def drop_gradients(ds: DeepSpeed) -> None:
             ds.optimizer.averaged_gradients[group] = None
 
 
-def map_moments(ds: DeepSpeed, slots: Sequence[str], folder: str) -> None:
+def map_moments(ds: DeepSpeed, slots: Mapping[str, torch.dtype], folder: str) -> None:
     """Make the optimizer's slots as files of `folder`; every rank calls it, before any step.
 
     Raises StoreError on every rank if they cannot be made on one.
@@ -193,8 +199,8 @@ def map_moments(ds: DeepSpeed, slots: Sequence[str], folder: str) -> None:
 
     def make() -> None:
         for flat in flats(ds):
-            for slot in slots:
-                ds.basic_optimizer.state[flat][slot] = mapped_zeros(len(flat), folder)
+            for slot, dtype in slots.items():
+                ds.basic_optimizer.state[flat][slot] = mapped_zeros(len(flat), folder, dtype)
 
     distributed.together(make)
     _create_optimizer_state(ds, slots, updates=0)
@@ -226,7 +232,6 @@ def untrained(ds: DeepSpeed) -> Iterator[Untrained]:
     persistent = module.state_dict(keep_vars=True)
     named = [(name, param) for name, param in module.named_parameters() if not param.requires_grad]
     named += [(name, buffer) for name, buffer in module.named_buffers() if name in persistent]
-    rank, world = distributed.rank(), distributed.world_size()
     for name, tensor in named:
         if hasattr(tensor, "ds_id"):  # ZeRO 3 cuts frozen parameters too
             held, each = tensor.ds_tensor.data.view(-1), tensor.ds_tensor.ds_numel
@@ -234,10 +239,15 @@ def untrained(ds: DeepSpeed) -> Iterator[Untrained]:
             held = held[: max(0, min(each, tensor.ds_numel - start))]
             yield Untrained(name, held, start, held, start)
         else:
-            held = tensor.data.view(-1)
-            each = -(-len(held) // world)  # 10 values on 4 ranks: 3, 3, 3, 1
-            start = min(rank * each, len(held))
-            yield Untrained(name, held[start : start + each], start, held, 0)
+            yield alike_on_all(name, tensor)
+
+
+def alike_on_all(name: str, tensor: Tensor) -> Untrained:
+    """A tensor that every rank holds whole."""
+    held = tensor.data.view(-1)
+    each = -(-len(held) // distributed.world_size())  # 10 values on 4 ranks: 3, 3, 3, 1
+    start = min(distributed.rank() * each, len(held))
+    return Untrained(name, held[start : start + each], start, held, 0)
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -256,9 +266,11 @@ def owned(ds: DeepSpeed, slots: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     check_mapping(ds)
     owned: dict[str, dict[str, Tensor]] = {slot: {} for slot in slots}
     for fragment in fragments(ds):
-        held = {FP32: fragment.flat, **ds.basic_optimizer.state.get(fragment.flat, {})}
+        state = ds.basic_optimizer.state.get(fragment.flat, {})
+        held = {FP32: fragment.flat, **state}
         for slot in slots:
-            owned[slot][fragment.name] = fragment.of(held[slot])
+            if slot in held or not state:  # Muon has no second moment of matrices
+                owned[slot][fragment.name] = fragment.of(held[slot])
     return owned
 
 
@@ -311,7 +323,11 @@ def fill(ds: DeepSpeed, values: Iterable[tuple[str, Tensor]]) -> None:
 
 @torch.no_grad()
 def restore(
-    ds: DeepSpeed, source: FragmentSource, slots: Sequence[str], updates: int, others: Sequence[Wanted] = ()
+    ds: DeepSpeed,
+    source: FragmentSource,
+    slots: Mapping[str, torch.dtype],
+    updates: int,
+    others: Sequence[Wanted] = (),
 ) -> None:
     """Fill masters, optimizer slots and untrained tensors from `source`; every rank calls it.
 
@@ -323,9 +339,10 @@ def restore(
         _create_optimizer_state(ds, slots, updates)
     for fragment in fragments(ds):
         wanted.append(Wanted(fragment.of(fragment.flat), FP32, fragment.name, fragment.start))
-        for slot in slots if updates > 0 else ():
-            held = ds.basic_optimizer.state[fragment.flat][slot]
-            wanted.append(Wanted(fragment.of(held), slot, fragment.name, fragment.start))
+        held = ds.basic_optimizer.state[fragment.flat] if updates > 0 else {}
+        for slot in slots:
+            if slot in held:
+                wanted.append(Wanted(fragment.of(held[slot]), slot, fragment.name, fragment.start))
     for tensor in untrained(ds):
         if len(tensor.held):
             wanted.append(Wanted(tensor.held, UNTRAINED, tensor.name, tensor.held_start))
@@ -355,28 +372,41 @@ def restore_counters(ds: DeepSpeed, saved: Counters, scaler: Mapping[str, int | 
         vars(ds.optimizer.loss_scaler).update(scaler)
 
 
+# What names the flat master buffers, and the parameters of each, in every class of DeepSpeed.
+_FLATS_AND_PARAMS = (
+    ("fp32_partitioned_groups_flat", "fp16_groups"),  # ZeRO 3
+    ("single_partition_of_fp32_groups", "bit16_groups"),  # ZeRO 1 and 2
+    ("fp32_groups_flat_partition", "bf16_groups"),  # ZeRO 1 in bf16 with fp32 accumulation
+)
+
+
 def flats(ds: DeepSpeed) -> list[Tensor]:
     """The flat fp32 master buffers: one per group, or one per sub-group under ZeRO 3."""
-    for name in (
-        "fp32_partitioned_groups_flat",  # ZeRO 3
-        "single_partition_of_fp32_groups",  # ZeRO 1 and 2
-        "fp32_groups_flat_partition",  # ZeRO 1 in bf16 with fp32 accumulation
-    ):
+    return _first_attribute(ds, [flats for flats, _ in _FLATS_AND_PARAMS])
+
+
+def params_of_flats(ds: DeepSpeed) -> list[list[nn.Parameter]]:
+    """The parameters of each flat buffer, also those that this rank has nothing of."""
+    return _first_attribute(ds, [params for _, params in _FLATS_AND_PARAMS])
+
+
+def _first_attribute(ds: DeepSpeed, names: Iterable[str]) -> Any:
+    for name in names:
         if hasattr(ds.optimizer, name):
             return getattr(ds.optimizer, name)
     raise RuntimeError(f"{type(ds.optimizer).__name__} keeps no fp32 masters that can be checkpointed")
 
 
-def _create_optimizer_state(ds: DeepSpeed, slots: Sequence[str], updates: int) -> None:
+def _create_optimizer_state(ds: DeepSpeed, slots: Mapping[str, torch.dtype], updates: int) -> None:
     """Create the optimizer's state, which DeepSpeed does only in the first step."""
     optimizer, base = ds.optimizer, ds.basic_optimizer
     for index, flat in enumerate(flats(ds)):
         zero_3 = ds.zero_optimization_stage() == 3
         group = base.param_groups[optimizer.sub_group_to_group_id[index] if zero_3 else index]
         held = base.state[flat]
-        for slot in slots:
+        for slot in group.get("slots", slots):
             if held.get(slot) is None:
-                held[slot] = torch.zeros_like(flat)
+                held[slot] = torch.zeros_like(flat, dtype=slots[slot])
         if type(base).__module__.startswith("deepspeed"):
             held["step"] = updates
         elif "exp_avg" in slots:

@@ -177,7 +177,8 @@ def make_plan(config: TrainConfig, cluster: Cluster, speed: Speed) -> Plan:
     batches, speed = _check_batch(config, cluster), speed.of_kind(config.model.kind)
     decode_rate = cluster.decode_rate or speed.decode_rate or DECODE_RATE
     planner = _Planner(config, cluster, speed, batches, decode_rate)
-    options = tuple(planner.option(stage, policy) for stage in STAGES for policy in get_args(Checkpointing))
+    stages = [stage for stage in STAGES if stage < 3 or config.optim.name != "muon"]  # which is refused
+    options = tuple(planner.option(stage, policy) for stage in stages for policy in get_args(Checkpointing))
     plan = Plan(
         config=config,
         cluster=cluster,
@@ -284,7 +285,13 @@ class _Planner:
         engine = dataclasses.replace(config.engine, zero_stage=stage, activation_checkpointing=policy)
         average, world_size = config.optim.ema_decay > 0, self.cluster.gpus
         return memory.estimate(
-            config.model, engine, micro_batch, world_size, config.precision, average=average
+            config.model,
+            engine,
+            micro_batch,
+            world_size,
+            config.precision,
+            average=average,
+            optimizer=config.optim.name,
         )
 
     def _exposed_seconds(self, stage: int, accumulation: int, compute_seconds: float) -> float:

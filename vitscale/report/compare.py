@@ -79,15 +79,17 @@ def compare(a: Contents, b: Contents, *, all_slots: bool = False) -> Comparison:
     export, which has only [model] and a few facts, only what both have is compared.
     """
     slots = tuple(slot for slot in a.slots if slot in b.slots and (all_slots or slot == "fp32"))
-    names = [name for name in a.shapes if a.shapes[name] == b.shapes.get(name)]
+    shapes_a = a.shapes | (a.statistics if all_slots else {})
+    shapes_b = b.shapes | (b.statistics if all_slots else {})
+    names = [name for name in shapes_a if shapes_a[name] == shapes_b.get(name)]
     different, num_identical = _compare_tensors(a, b, slots, names)
     other_shape = tuple(
-        (name, a.shapes[name], b.shapes[name])
-        for name in a.shapes
-        if name in b.shapes and a.shapes[name] != b.shapes[name]
+        (name, shapes_a[name], shapes_b[name])
+        for name in shapes_a
+        if name in shapes_b and shapes_a[name] != shapes_b[name]
     )
-    only_in_a = tuple(name for name in a.shapes if name not in b.shapes)
-    only_in_b = tuple(name for name in b.shapes if name not in a.shapes)
+    only_in_a = tuple(name for name in shapes_a if name not in shapes_b)
+    only_in_b = tuple(name for name in shapes_b if name not in shapes_a)
     has_export = a.is_export or b.is_export
     config = tuple(_differing(a.config, b.config, INCIDENTAL_CONFIG, shared_alone=has_export))
     facts = tuple(_differing(a.facts, b.facts, INCIDENTAL_FACTS, shared_alone=has_export))
@@ -176,7 +178,7 @@ def _compare_tensors(
         (slot, name)
         for slot in slots
         for name in names
-        if slot == "fp32" or name not in a.untrained | b.untrained  # what is untrained has one slot
+        if slot == "fp32" or (a.has(name, slot) and b.has(name, slot))
     ]
     bar = tqdm(pairs, unit="tensor", desc="comparing", leave=False, disable=None)
     outcomes = [compare_tensors(name, slot, a.tensor(name, slot), b.tensor(name, slot)) for slot, name in bar]

@@ -25,10 +25,11 @@ class Contents:
     """A checkpoint whose files were verified, or an export.
 
     facts: of the manifest, or of the export's metadata. config: the sections as nested plain
-    values; an export has [model] alone, another library's file nothing. untrained: the names of
-    frozen parameters and buffers. slots: "fp32" is the weights. passed_over: the run's newer
-    steps, which do not verify. tensor: one whole tensor by name and slot, in the dtype that it
-    is stored in.
+    values; an export has [model] alone, another library's file nothing. statistics: shapes of
+    what the optimizer keeps of whole parameters. untrained: the names of frozen parameters and
+    buffers. slots: "fp32" is the weights. passed_over: the run's newer steps, which do not
+    verify. has: whether a slot is kept of a tensor. tensor: one whole tensor by name and slot,
+    in the dtype that it is stored in.
     """
 
     path: str
@@ -36,11 +37,13 @@ class Contents:
     facts: dict[str, Any]
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
+    statistics: dict[str, tuple[int, ...]]
     untrained: frozenset[str]
     slots: tuple[str, ...]
     num_bytes: int
     num_files: int
     passed_over: tuple[int, ...]
+    has: Callable[[str, str], bool]
     tensor: Callable[[str, str], Tensor]
 
 
@@ -56,18 +59,21 @@ def open_contents(path: str) -> Contents:
         return _open_export(export)
     checkpoint = open_directory(path)
     folder, manifest = checkpoint.folder, checkpoint.manifest
+    reader, of_model = FragmentReader(folder, manifest), manifest.of_model
     return Contents(
         path=folder,
         is_export=False,
         facts=facts_of(manifest),
         config=manifest.train.config,
-        shapes={name: info.shape for name, info in manifest.tensors.items()},
-        untrained=frozenset(name for name, info in manifest.tensors.items() if info.untrained),
+        shapes={name: info.shape for name, info in of_model.items()},
+        statistics={name: info.shape for name, info in manifest.tensors.items() if name not in of_model},
+        untrained=frozenset(name for name, info in of_model.items() if info.untrained),
         slots=manifest.slots,
         num_bytes=manifest.num_bytes,
         num_files=len(manifest.files),
         passed_over=tuple(step for step in checkpoint.passed_over if step > manifest.step),
-        tensor=FragmentReader(folder, manifest).whole,
+        has=reader.has,
+        tensor=reader.whole,
     )
 
 
@@ -127,11 +133,13 @@ def _open_export(path: str) -> Contents:
         facts=facts,
         config={"model": model} if model else {},
         shapes=shapes,
+        statistics={},
         untrained=frozenset(),
         slots=("fp32",),
         num_bytes=sum(size or 0 for size in storage.sizes(files)),
         num_files=len(files),
         passed_over=(),
+        has=lambda name, slot: slot == "fp32",
         tensor=tensor,
     )
 

@@ -111,7 +111,7 @@ class _CheckpointWeights:
 
     def __init__(self, folder: str, manifest: Manifest, slot: Slot) -> None:
         self._reader, self._slot = FragmentReader(folder, manifest), slot
-        self.shapes = {name: info.shape for name, info in manifest.tensors.items()}
+        self.shapes = {name: info.shape for name, info in manifest.of_model.items()}
 
     def tensor(self, name: str) -> Tensor:
         return self._reader.whole(name, self._slot)
