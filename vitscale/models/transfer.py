@@ -16,6 +16,7 @@ _SAME = {
         "resolved_patch_size",
         "pool",
         "num_registers",
+        "distilled",
         "posemb",
         "gelu",
     ),
