@@ -18,6 +18,8 @@ from vitscale.models.limits import MAX_IMAGE_SIZE, MAX_PATCHES, MAX_SIZE
 from vitscale.models.model import Model, check_images
 from vitscale.models.posemb import Grid, sincos2d
 
+Pool = Literal["token", "mean", "map"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -82,7 +84,7 @@ class ViTConfig:
     patch_size: int = 0
     image_size: int = 224
     num_classes: int = 1000
-    pool: Literal["token", "mean", "map"] = "token"
+    pool: Pool = "token"
     num_registers: int = 0
     num_patch_outputs: int = 0
     distilled: bool = False
@@ -334,7 +336,7 @@ class ViT(Model):
     def init_buffers(self) -> None:
         if self.config.posemb == "sincos2d":
             table = sincos2d(self.config.grid, self.config.resolved_width)  # [1, n, D]
-            # The class token, where there is one, gets no position, nor does that for distillation.
+            # The class token and the distillation token, where there are such, get no position.
             prefix = table.new_zeros(1, self.config.num_positions - table.shape[1], table.shape[2])
             self.pos_embed.copy_(torch.cat([prefix, table], dim=1))
 
