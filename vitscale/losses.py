@@ -71,7 +71,7 @@ def distillation_loss(
     teacher: Float[Tensor, "B C"],
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """How far a student's logits are from its teacher's, on average of a batch (DeiT losses.py).
+    """How far a student's logits are from its teacher's, on average (DeiT losses.py).
 
         "hard"    cross-entropy with the class that is the teacher's first
         "soft"    T^2 KL(softmax(teacher / T) || softmax(logits / T)) / C

@@ -119,16 +119,17 @@ def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iter
 
 def open_teacher(config: TrainConfig) -> Teacher | None:
     """The teacher of a distillation; every rank calls it, and has the whole model."""
-    section = config.objective
-    if not isinstance(section, DistillationConfig):
+    objective = config.objective
+    if not isinstance(objective, DistillationConfig):
         return None
-    if not section.is_timms:  # of a live run, all ranks take the checkpoint that rank 0 finds
-        path, _ = distributed.on_main(lambda: locate(section.teacher))
-        section = dataclasses.replace(section, teacher=path)
+    path = objective.teacher
+    if not objective.is_timms:  # of a live run, all ranks take the checkpoint that rank 0 finds
+        path, _ = distributed.on_main(lambda: locate(objective.teacher))
+    section = dataclasses.replace(objective, teacher=path)
     device, dtype = distributed.device(), DTYPES[config.precision]
     teacher = distributed.together(lambda: load_teacher(section, config.model, device, dtype))
     if distributed.is_main():
-        logger.info("the teacher is %s, of weights %s", section.teacher, teacher.digest)
+        logger.info("the teacher is %s, of weights %s", path, teacher.digest)
     return teacher
 
 
