@@ -161,7 +161,7 @@ def test_a_fine_tuning_takes_both_heads_along_if_it_is_asked_to(
         "optim.lr=1e-9",
     )
     assert zygote.train(job, 2, *options, "init.head=true", "engine.zero_stage=3") == [0, 0], job.output()
-    assert job.column("train/loss")[0] < np.log(5) - 0.01
+    assert abs(job.column("train/loss")[0] - np.log(5)) > 0.05  # not that of a head of zeros
     tuned = dict(load_model(job.run_dir).named_parameters())
     for name, param in source.named_parameters():
         if name != "pos_embed":
