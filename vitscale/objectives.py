@@ -137,7 +137,8 @@ class DistillationConfig:
     function matching of "a good teacher is patient and consistent" (arXiv 2106.05237). The
     teacher sees the student's images, augmented and mixed.
 
-    teacher:          a run, a step directory or an export of vitscale; or timm:NAME
+    teacher:          a run, a step directory, an export of vitscale, or one of Google's .npz
+                      files; or timm:NAME
     teacher_weights:  a safetensors file for timm:NAME; "" = timm's pretrained ones
     target:           "hard", the teacher's first class, or "soft", its softmax
     alpha:            the share of the teacher's loss; the rest is that of [loss]
@@ -154,7 +155,7 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         if not self.teacher or self.teacher == TIMM:
             raise ConfigError(
-                "objective.teacher is missing: name a run, a step directory or an export of vitscale, or a "
+                "objective.teacher is missing: name a run, a step directory, an export or an .npz file, or a "
                 'model of timm, like "timm:regnety_160"'
             )
         if self.teacher_weights and not self.is_timms:

@@ -42,7 +42,7 @@ from vitscale.rng import derive_seed
 from vitscale.run_dir import check_continuation, check_new_length, check_teacher
 from vitscale.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.spikes import Spikes
-from vitscale.teacher import Teacher, load_teacher
+from vitscale.teacher import Teacher, load_teacher, place_of
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel, Slot, locate
 
@@ -122,9 +122,7 @@ def open_teacher(config: TrainConfig) -> Teacher | None:
     objective = config.objective
     if not isinstance(objective, DistillationConfig):
         return None
-    path = objective.teacher
-    if not objective.is_timms:  # of a live run, all ranks take the checkpoint that rank 0 finds
-        path, _ = distributed.on_main(lambda: locate(objective.teacher))
+    path = distributed.on_main(lambda: place_of(objective))
     section = dataclasses.replace(objective, teacher=path)
     device, dtype = distributed.device(), DTYPES[config.precision]
     teacher = distributed.together(lambda: load_teacher(section, config.model, device, dtype))

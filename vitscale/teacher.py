@@ -19,7 +19,10 @@ from vitscale.evals.store import digest_of
 from vitscale.models import Model, ModelConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.objectives import TIMM, DistillationConfig
-from vitscale.weights.saved import SavedModel, load_model
+from vitscale.weights.foreign.convert import load_npz
+from vitscale.weights.saved import load_model, locate
+
+_NPZ = ".npz"
 
 
 class Teacher:
@@ -44,6 +47,12 @@ class Teacher:
             return self._module(pixels).float()
 
 
+def place_of(config: DistillationConfig) -> str:
+    """What objective.teacher means at this moment: of a live run, its newest checkpoint."""
+    is_place = config.is_timms or config.teacher.endswith(_NPZ)
+    return config.teacher if is_place else locate(config.teacher)[0]
+
+
 def load_teacher(
     config: DistillationConfig, student: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> Teacher:
@@ -57,14 +66,13 @@ def load_teacher(
 
 
 def _ours(path: str, student: ModelConfig) -> Model:
-    saved = SavedModel(path)
-    size = saved.config.image_size
-    _check_classes(path, saved.config.num_classes, student)
-    if not isinstance(saved.config, ResNetConfig):
-        _check_size(path, size, student)
-    module = load_model(saved.path)
-    if isinstance(saved.config, ResNetConfig):  # it takes images of any size
-        module.config = dataclasses.replace(saved.config, image_size=student.image_size)
+    module = load_npz(path) if path.endswith(_NPZ) else load_model(path)
+    config = module.config
+    _check_classes(path, config.num_classes, student)
+    if isinstance(config, ResNetConfig):  # it takes images of any size
+        module.config = dataclasses.replace(config, image_size=student.image_size)
+    else:
+        _check_size(path, config.image_size, student)
     return module
 
 

@@ -17,6 +17,7 @@ from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.store import Home, directory_of
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit import ViTConfig
+from vitscale.weights.foreign.convert import export_model
 
 TEACHER = ViTConfig(variant="Ti/4", width=32, depth=1, num_heads=2, mlp_dim=32, image_size=8, num_classes=5)
 DISTILLED = ("model.distilled=true", "model.representation_size=0", "augment.mixup=0.4")
@@ -93,8 +94,11 @@ def test_a_student_without_the_token_learns_from_its_only_head(
     """A ResNet is a teacher for images of any size, here in bf16 as the student."""
     config = ResNetConfig(width=32, stages=(1, 1), image_size=32, num_classes=5)
     saved_model(tmp_path / "resnet", config)
+    npz = export_model(tmp_path / "resnet", tmp_path / "resnet.npz")
     alone = ("model.distilled=false", "objective.target=soft", "objective.alpha=1", "precision=bf16")
-    job, options = Job(tmp_path / "job", index), by(tmp_path / "resnet", *alone)
+    job, options = Job(tmp_path / "job", index), by(npz, *alone)
+    assert zygote.train(job, 1, *options, event=KillAll(batch=8)) == [-9], job.output()
+    options = by(tmp_path / "resnet", *alone)  # the same weights
     assert zygote.train(job, 1, *options) == [0], job.output()
     losses = job.column("train/loss")
     assert losses[0] > 0 and losses[-1] < 0.9 * losses[0]
