@@ -40,10 +40,11 @@ def test_timms_deit_tiny_distilled_is_imported(tmp_path: Path, timm: Any) -> Non
     assert sum(param.numel() for param in model.parameters()) == 5_910_800
     shown = images(expected, 2)
     with torch.no_grad():
-        assert (model(shown) - other(shown)).abs().max() < 1e-4
+        mean = other(shown)
+        assert (model(shown) - mean).abs().max() < 3e-5 * mean.abs().max()
         other.set_distilled_training(True)
         both = torch.stack(other.train()(shown), dim=1)  # [B, 2, C]
-        assert (model(shown, separate_heads=True) - both).abs().max() < 1e-4
+        assert (model(shown, separate_heads=True) - both).abs().max() < 3e-5 * both.abs().max()
     again = export_model(tmp_path / "ours", tmp_path / "again", format="timm")
     assert (
         json.loads((again / "config.json").read_text())["architecture"] == other.default_cfg["architecture"]
