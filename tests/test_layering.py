@@ -19,7 +19,7 @@ LAYERS = [
     ["metrics", "spikes", "engine", "evals", "objectives", "curate"],
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],
-    ["job", "plan"],
+    ["job", "plan", "teacher"],
     ["meter", "evaluate", "cooldown", "history", "profiler", "inspection"],
     ["run_dir"],
     ["start", "dry_run", "preflight", "restarts", "report"],

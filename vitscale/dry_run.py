@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable, Sequence
 
+import torch
+
 from vitscale import config as configs
 from vitscale import distributed, memory
 from vitscale.checkpoint import load, room
@@ -11,15 +13,18 @@ from vitscale.checkpoint.verify import Checkpoint
 from vitscale.data.sources import Source, SourceConfig, check_sources, missing_sources, open_sources
 from vitscale.data.split import split_classes
 from vitscale.engine import zero
+from vitscale.engine.engine import DTYPES
 from vitscale.errors import UserError
 from vitscale.evals import open_task
 from vitscale.job import Job, derive, expected_first_loss
 from vitscale.models import Model, empty_model
 from vitscale.models.flops import train_flops
-from vitscale.models.transfer import check_backbone
+from vitscale.models.transfer import check_backbone, check_head
+from vitscale.objectives import DistillationConfig
 from vitscale.optim import freeze
 from vitscale.redaction import redact
-from vitscale.run_dir import check_continuation, check_new_length, check_run_dir
+from vitscale.run_dir import check_continuation, check_new_length, check_run_dir, check_teacher
+from vitscale.teacher import Teacher, load_teacher
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel
 
@@ -35,12 +40,14 @@ def describe(config: TrainConfig, world_size: int) -> str:
     model = empty_model(config.model)
     num_params = sum(param.numel() for param in model.parameters())
     freeze(model, config.optim.freeze)
+    teacher = None
     if missing:
         notes = _missing_lines(job, model, missing)
     else:
         check_sources(job.sources)
         _check_evaluations(job)
-        _check_start(job, model)
+        teacher = _open_teacher(config)
+        _check_start(job, model, teacher)
         notes = []
     text = "\n\n".join(
         (
@@ -49,7 +56,7 @@ def describe(config: TrainConfig, world_size: int) -> str:
             _section("data", _data_lines(job)),
             _section("batch plan", _batch_lines(job)),
             _section("model and optimizer", _model_lines(config, num_params)),
-            _section("memory per device (estimate)", _memory_lines(job, num_params)),
+            _section("memory per device (estimate)", _memory_lines(job, num_params, teacher)),
             f"# DeepSpeed JSON\n{json.dumps(job.deepspeed_config, indent=2)}",
         )
     )
@@ -61,7 +68,15 @@ def _check_evaluations(job: Job) -> None:
         open_task(name, section, job.config.model.image_size, job.sources[0])
 
 
-def _check_start(job: Job, model: Model) -> None:
+def _open_teacher(config: TrainConfig) -> Teacher | None:
+    """The teacher of a distillation on the CPU; None where timm would have to fetch it."""
+    section = config.objective
+    if not isinstance(section, DistillationConfig) or (section.is_timms and not section.teacher_weights):
+        return None
+    return load_teacher(section, config.model, torch.device("cpu"), DTYPES[config.precision])
+
+
+def _check_start(job: Job, model: Model, teacher: Teacher | None) -> None:
     """Check what train() would start from: the run's own checkpoint, or that of [init]."""
     config = job.config
     home = Home.of(config.run_dir, config.checkpoint)
@@ -71,6 +86,8 @@ def _check_start(job: Job, model: Model) -> None:
     checkpoint = load.find(home)
     if checkpoint:
         check_continuation(job, checkpoint)
+        if teacher:
+            check_teacher(checkpoint, teacher.digest)
         _check_state(checkpoint, config, model)
     else:
         _check_init(job, model)
@@ -85,6 +102,8 @@ def _check_init(job: Job, model: Model) -> None:
     elif config.init.checkpoint:
         saved = SavedModel(config.init.checkpoint, slot="ema" if config.init.ema else "fp32")
         check_backbone(saved.config, config.model)
+        if config.init.head:
+            check_head(saved.config, config.model)
 
 
 def _check_state(checkpoint: Checkpoint, config: TrainConfig, model: Model) -> None:
@@ -104,6 +123,7 @@ def _missing_lines(job: Job, model: Model, missing: Sequence[SourceConfig]) -> l
     ]
     checks: list[tuple[str, Callable[[], object]]] = [
         ("evaluations", lambda: _check_evaluations(job)),
+        ("teacher", lambda: _open_teacher(job.config)),
         ("init", lambda: _check_init(job, model)),
     ]
     for name, check in checks:
@@ -187,7 +207,7 @@ def _model_lines(config: TrainConfig, num_params: int) -> list[tuple[str, str]]:
     ]
 
 
-def _memory_lines(job: Job, num_params: int) -> list[tuple[str, str]]:
+def _memory_lines(job: Job, num_params: int, teacher: Teacher | None) -> list[tuple[str, str]]:
     config, engine = job.config, job.config.engine
     states = memory.state_bytes(
         num_params,
@@ -203,5 +223,6 @@ def _memory_lines(job: Job, num_params: int) -> list[tuple[str, str]]:
     return [
         ("parameters and state", f"{states / 2**30:,.2f} GiB"),
         ("activations", f"{activations / 2**30:,.2f} GiB"),
+        *([("teacher", f"{teacher.num_bytes / 2**30:,.2f} GiB of weights")] if teacher else []),
         ("host", f"{engine.num_workers} data workers per rank on {distributed.num_cores()} cores"),
     ]

@@ -18,7 +18,7 @@ from vitscale.data.sources import (
 from vitscale.engine.batches import BatchPlan, plan_batches
 from vitscale.engine.ds_config import check_ds_config, make_ds_config
 from vitscale.errors import ConfigError
-from vitscale.objectives import COLORS, ClassificationConfig, MaskedPatchesConfig
+from vitscale.objectives import COLORS, DistillationConfig, MaskedPatchesConfig
 from vitscale.train_config import TrainConfig
 
 
@@ -57,7 +57,7 @@ def prepare(config: TrainConfig, world_size: int) -> Job:
 
 def derive(config: TrainConfig, world_size: int, sources: tuple[Source, ...]) -> Job:
     """The job of a config and of its opened sources. Raises ConfigError."""
-    if isinstance(config.objective, ClassificationConfig):
+    if not isinstance(config.objective, MaskedPatchesConfig):
         check_labels(sources, config.data, config.model.num_classes)
     mixture = make_mixture(
         sources,
@@ -103,10 +103,12 @@ def expected_first_loss(config: TrainConfig) -> float | None:
     """The loss of a zero-initialised head, with one positive label per image.
 
     softmax: ln C. sigmoid with bias b: C softplus(b) - b. Colours of patches: the logarithm of
-    their number. None: it depends on the pixels.
+    their number. A teacher's class is one more label. None: it depends on the pixels.
     """
     if isinstance(config.objective, MaskedPatchesConfig):
         return None if config.objective.target == "regression" else math.log(COLORS)
+    if isinstance(config.objective, DistillationConfig) and config.objective.target == "soft":
+        return None
     if config.loss.name == "softmax":
         return math.log(config.model.num_classes)
     bias = config.model.head_bias

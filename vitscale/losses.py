@@ -1,4 +1,4 @@
-"""Classification losses on soft or multi-hot targets, in fp32."""
+"""Losses of logits in fp32: on soft or multi-hot targets, and on a teacher's logits."""
 
 import dataclasses
 from typing import Literal
@@ -27,6 +27,9 @@ class LossConfig:
             raise ConfigError(
                 f"loss.label_smoothing {self.label_smoothing} must lie in [0, 1); 0.1 is usual, 0 is none"
             )
+
+
+DistillationTarget = Literal["hard", "soft"]
 
 
 def to_targets(labels: Int64[Tensor, "B M"], num_classes: int) -> Float[Tensor, "B C"]:
@@ -60,3 +63,23 @@ def sample_losses(
     # Not binary_cross_entropy_with_logits, which in fp32 is 1% off at a logit of -10, where the
     # head for ImageNet-21k starts.
     return (F.softplus(logits) - logits * targets).sum(-1)
+
+
+def distillation_loss(
+    target: DistillationTarget,
+    logits: Float[Tensor, "B C"],
+    teacher: Float[Tensor, "B C"],
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """How far a student's logits are from its teacher's, on average (DeiT losses.py).
+
+        "hard"    cross-entropy with the class that is the teacher's first
+        "soft"    T^2 KL(softmax(teacher / T) || softmax(logits / T)) / C
+
+    The division by C is that of DeiT's code, which divides the batch's sum by all B C values.
+    """
+    if target == "hard":
+        return F.cross_entropy(logits.float(), teacher.argmax(dim=-1))
+    log_student, log_teacher = (F.log_softmax(z.float() / temperature, dim=-1) for z in (logits, teacher))
+    divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return divergence * temperature**2 / logits.numel()

@@ -252,20 +252,20 @@ def _resnet_activations(
 
 
 def head_bytes(config: ModelConfig, micro_batch: int) -> int:
-    """Bytes of the head in fp32: logits, targets, the loss's own copy and their gradient, and
+    """Bytes of the heads in fp32: logits, targets, the loss's own copy and their gradient, and
     a copy of the weights with its gradient.
 
     A patch head counts as if all patches were corrupted.
     """
     match config:
         case ViTConfig():
-            inputs = config.representation_size or config.resolved_width
+            inputs, num_heads = config.representation_size or config.resolved_width, 1 + config.distilled
             of_patches = config.num_patch_outputs * (
                 16 * micro_batch * math.prod(config.grid) + 8 * config.resolved_width
             )
         case ResNetConfig():
-            inputs, of_patches = config.num_features, 0
-    return config.num_classes * (16 * micro_batch + 8 * inputs) + of_patches
+            inputs, num_heads, of_patches = config.num_features, 1, 0
+    return num_heads * config.num_classes * (16 * micro_batch + 8 * inputs) + of_patches
 
 
 def buffer_bytes(num_params: int, zero_stage: int, precision: str) -> int:

@@ -8,6 +8,7 @@ and build the objective in build_objective.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.errors import ConfigError
-from vitscale.losses import LossConfig, compute_loss, to_targets
+from vitscale.losses import DistillationTarget, LossConfig, compute_loss, distillation_loss, to_targets
 from vitscale.mixup import mix
 from vitscale.models import ModelConfig
 from vitscale.models.corruption import Corruption, draw_corruption
@@ -26,17 +27,25 @@ from vitscale.models.vit import ViTConfig
 
 COLORS = 512  # of 3 bits for each of three channels
 DOWNSIZED = 4  # side in pixels of a downsized patch
+TIMM = "timm:"  # before the name of a teacher that timm has
+Teaching = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B C"]]  # pixels in [-1, 1] to logits
 
 
 @runtime_checkable
 class Forward(Protocol):
     """From fp32 pixels to logits [B, C]; it casts to the engine's dtype itself.
 
-    With a corruption, to the outputs of the patch head for the corrupted patches [B, k, X].
+    With a corruption, to the outputs of the patch head for the corrupted patches [B, k, X];
+    with separate_heads, to the logits of a distilled model's two heads [B, 2, C].
     """
 
     def __call__(
-        self, pixels: Float[Tensor, "B 3 H W"], /, *, corruption: Corruption | None = None
+        self,
+        pixels: Float[Tensor, "B 3 H W"],
+        /,
+        *,
+        corruption: Corruption | None = None,
+        separate_heads: bool = False,
     ) -> Float[Tensor, "B *rest"]: ...
 
 
@@ -119,8 +128,58 @@ class MaskedPatchesConfig:
         return max(1, round(self.corrupted * num_patches))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Predict the labels and what a teacher says ([objective] with kind = "distillation").
+
+    Sources: DeiT (arXiv 2012.12877) with model.distilled, whose second head learns from the
+    teacher; without, the one head learns from both, and with alpha = 1 and "soft" this is the
+    function matching of "a good teacher is patient and consistent" (arXiv 2106.05237). The
+    teacher sees the student's images, augmented and mixed.
+
+    teacher:          a run, a step directory, an export of vitscale, or one of Google's .npz
+                      files; or timm:NAME
+    teacher_weights:  a safetensors file for timm:NAME; "" = timm's pretrained ones
+    target:           "hard", the teacher's first class, or "soft", its softmax
+    alpha:            the share of the teacher's loss; the rest is that of [loss]
+    temperature:      divides both logits of a "soft" target
+    """
+
+    kind: Literal["distillation"] = "distillation"
+    teacher: str = ""
+    teacher_weights: str = ""
+    target: DistillationTarget = "hard"
+    alpha: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.teacher or self.teacher == TIMM:
+            raise ConfigError(
+                "objective.teacher is missing: name a run, a step directory, an export or an .npz file, or a "
+                'model of timm, like "timm:regnety_160"'
+            )
+        if self.teacher_weights and not self.is_timms:
+            raise ConfigError(
+                f"objective.teacher_weights is for a model of timm, and objective.teacher {self.teacher} "
+                "has its own; leave it out"
+            )
+        if not 0 < self.alpha <= 1:
+            raise ConfigError(f"objective.alpha {self.alpha} must lie in (0, 1]; DeiT has 0.5")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"objective.temperature {self.temperature} must be above 0; DeiT has 1 to 3")
+        if self.target == "hard" and self.temperature != 1:
+            raise ConfigError(
+                f'objective.temperature {self.temperature} changes no class, and target = "hard" takes the '
+                'teacher\'s first; leave it out, or set objective.target = "soft"'
+            )
+
+    @property
+    def is_timms(self) -> bool:
+        return self.teacher.startswith(TIMM)
+
+
 # [objective]: the first is the default.
-ObjectiveConfig = ClassificationConfig | MaskedPatchesConfig
+ObjectiveConfig = ClassificationConfig | MaskedPatchesConfig | DistillationConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,17 +197,41 @@ class Classification:
         labels: Int64[Tensor, "B M"],
         key: BatchKey,
     ) -> Float[Tensor, ""]:
-        pixels, targets = mix(
-            normalize(images, torch.float32),
-            to_targets(labels, self.num_classes),
-            mixup=self.augment.mixup,
-            cutmix=self.augment.cutmix,
-            switch=self.augment.cutmix_share,
-            seed=key.seed,
-            step=key.step,
-            first_position=key.first_position,
-        )
+        pixels, targets = _mixed(images, labels, self.augment, self.num_classes, key)
         return compute_loss(self.loss_config, forward(pixels), targets)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """(1 - alpha) times the loss of the labels plus alpha times that of the teacher's logits.
+
+    separate_heads: each has a head of its own; else both judge the same logits.
+    """
+
+    config: DistillationConfig
+    loss_config: LossConfig
+    augment: AugmentConfig
+    num_classes: int
+    separate_heads: bool
+    teacher: Teaching
+
+    def loss(
+        self,
+        forward: Forward,
+        images: UInt8[Tensor, "B 3 H W"],
+        labels: Int64[Tensor, "B M"],
+        key: BatchKey,
+    ) -> Float[Tensor, ""]:
+        config = self.config
+        pixels, targets = _mixed(images, labels, self.augment, self.num_classes, key)
+        taught = self.teacher(pixels)  # first: what it needs is free before the student's activations
+        if self.separate_heads:
+            logits, of_teacher = forward(pixels, separate_heads=True).unbind(1)  # [B, C] each
+        else:
+            logits = of_teacher = forward(pixels)
+        base = compute_loss(self.loss_config, logits, targets)
+        distilled = distillation_loss(config.target, of_teacher, taught, config.temperature)
+        return (1 - config.alpha) * base + config.alpha * distilled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,6 +274,26 @@ class MaskedPatches:
         return F.cross_entropy(outputs.reshape(-1, COLORS), colors.flatten())
 
 
+def _mixed(
+    images: UInt8[Tensor, "B 3 H W"],
+    labels: Int64[Tensor, "B M"],
+    augment: AugmentConfig,
+    num_classes: int,
+    key: BatchKey,
+) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B C"]]:
+    """Pixels in [-1, 1] and targets, after mixup and cutmix."""
+    return mix(
+        normalize(images, torch.float32),
+        to_targets(labels, num_classes),
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        switch=augment.cutmix_share,
+        seed=key.seed,
+        step=key.step,
+        first_position=key.first_position,
+    )
+
+
 def patch_colors(images: UInt8[Tensor, "B 3 H W"], patch_size: int, side: int) -> Int64[Tensor, "B n cells"]:
     """The colour of each patch at side x side pixels, row by row, as one of 512.
 
@@ -209,12 +312,30 @@ def patch_colors(images: UInt8[Tensor, "B 3 H W"], patch_size: int, side: int) -
 
 
 def build_objective(
-    config: ObjectiveConfig, *, loss: LossConfig, augment: AugmentConfig, model: ModelConfig
+    config: ObjectiveConfig,
+    *,
+    loss: LossConfig,
+    augment: AugmentConfig,
+    model: ModelConfig,
+    teacher: Teaching | None = None,
 ) -> Objective:
-    """The objective of a config. loss, augment: the sections that classification also reads."""
+    """The objective of a config. loss, augment: the sections that classification also reads.
+
+    teacher: of a distillation.
+    """
     match config:
         case ClassificationConfig():
             return Classification(loss_config=loss, augment=augment, num_classes=model.num_classes)
         case MaskedPatchesConfig():
             assert isinstance(model, ViTConfig), "TrainConfig refuses the others"
             return MaskedPatches(config=config, patch_size=model.resolved_patch_size)
+        case DistillationConfig():
+            assert teacher is not None, "a distillation has a teacher"
+            return Distillation(
+                config=config,
+                loss_config=loss,
+                augment=augment,
+                num_classes=model.num_classes,
+                separate_heads=isinstance(model, ViTConfig) and model.distilled,
+                teacher=teacher,
+            )

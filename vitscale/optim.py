@@ -74,6 +74,10 @@ class OptimConfig:
             )
 
 
+# How the names of a model's embeddings begin; a ResNet's is its root.
+EMBEDDINGS = ("patch_embed.", "cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "root.")
+
+
 def kernels(model: nn.Module) -> set[str]:
     """What weight decay applies to: the weights of linear layers and convolutions, which are
     big_vision's */kernel.
@@ -105,11 +109,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a parameter: 0 = embeddings, i + 1 = block i, None = above all blocks.
-
-    A ResNet's root counts as its embeddings.
-    """
-    if name.startswith(("patch_embed.", "cls_token", "reg_token", "mask_token", "pos_embed", "root.")):
+    """The layer of a parameter: 0 = embeddings, i + 1 = block i, None = above all blocks."""
+    if name.startswith(EMBEDDINGS):
         return 0
     block = re.match(r"blocks\.(\d+)\.", name)
     return int(block[1]) + 1 if block else None

@@ -37,7 +37,8 @@ REPLACED = (
     SPIKES_NAME,
 )  # fmt: skip
 # What may change at a resume: place, speed, logging, saving, evaluation, checks, expectations,
-# and a longer total. check_continuation compares the JPEG decoder that is in use.
+# and a longer total. check_continuation compares the JPEG decoder that is in use, and
+# check_teacher the weights of the teacher.
 CHANGEABLE = (
     "run_dir",
     "engine",
@@ -53,6 +54,8 @@ CHANGEABLE = (
     "data.decoder",
     "data.max_bad_fraction",
     "data.num_samples",
+    "objective.teacher",
+    "objective.teacher_weights",
 )
 # What a run that continues the full state of another must have in common with it.
 SAME_STATE = ("model", "optim.name", "optim.freeze")
@@ -235,6 +238,20 @@ def check_continuation(job: Job, checkpoint: Checkpoint) -> None:
     if train.step > job.total_steps:
         raise ConfigError(
             f"{folder} is beyond the run's {job.total_steps:,} steps; raise the total or use another run_dir"
+        )
+
+
+def check_teacher(checkpoint: Checkpoint, digest: str) -> None:
+    """Raise ConfigError if a checkpoint was distilled from a teacher of other weights.
+
+    digest: of the teacher now. Where its files are may change.
+    """
+    before = checkpoint.manifest.train.teacher
+    if before != digest:
+        raise ConfigError(
+            f"{checkpoint.folder} was distilled from another teacher, of weights {before}, and objective."
+            f"teacher has the weights {digest}; name that teacher, or choose another run_dir with [init] "
+            f'checkpoint = "{checkpoint.folder}", full_state = true, which continues it with the change'
         )
 
 

@@ -33,15 +33,16 @@ from vitscale.evals.task import Task
 from vitscale.job import Job
 from vitscale.metrics import MetricsWriter, SilentWriter, trim_metrics
 from vitscale.models import empty_model
-from vitscale.models.transfer import check_backbone, is_backbone, transferred
-from vitscale.objectives import Objective, build_objective
+from vitscale.models.transfer import check_backbone, check_head, is_backbone, is_head, transferred
+from vitscale.objectives import DistillationConfig, Objective, build_objective
 from vitscale.optim import freeze
 from vitscale.pace import Pace
 from vitscale.progress import Progress
 from vitscale.rng import derive_seed
-from vitscale.run_dir import check_continuation, check_new_length
+from vitscale.run_dir import check_continuation, check_new_length, check_teacher
 from vitscale.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.spikes import Spikes
+from vitscale.teacher import Teacher, load_teacher, place_of
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel, Slot, locate
 
@@ -57,6 +58,7 @@ class Run:
     tasks: Tasks
     engine: Engine
     objective: Objective
+    teacher: Teacher | None
     progress: Progress
     batches: Iterator[Batch]
     quarantine: Quarantine
@@ -78,7 +80,8 @@ def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iter
         save_bytes = memory.checkpoint_bytes(config.model, config.optim)
     room.check(home, config.checkpoint, save_bytes)
     with enough_memory(job, starting=True):
-        engine, progress, passed_over = start(job, home)
+        teacher = open_teacher(config)
+        engine, progress, passed_over = start(job, home, teacher)
     if rolled_back:
         progress.pass_over(rolled_back)
     with (
@@ -92,8 +95,13 @@ def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iter
             tasks=tasks,
             engine=engine,
             objective=build_objective(
-                config.objective, loss=config.loss, augment=config.augment, model=config.model
+                config.objective,
+                loss=config.loss,
+                augment=config.augment,
+                model=config.model,
+                teacher=teacher,
             ),
+            teacher=teacher,
             progress=progress,
             batches=stream,
             quarantine=Quarantine(
@@ -109,7 +117,21 @@ def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iter
         )
 
 
-def start(job: Job, home: Home) -> tuple[Engine, Progress, tuple[int, ...]]:
+def open_teacher(config: TrainConfig) -> Teacher | None:
+    """The teacher of a distillation; every rank calls it, and has the whole model."""
+    objective = config.objective
+    if not isinstance(objective, DistillationConfig):
+        return None
+    path = distributed.on_main(lambda: place_of(objective))
+    section = dataclasses.replace(objective, teacher=path)
+    device, dtype = distributed.device(), DTYPES[config.precision]
+    teacher = distributed.together(lambda: load_teacher(section, config.model, device, dtype))
+    if distributed.is_main():
+        logger.info("the teacher is %s, of weights %s", path, teacher.digest)
+    return teacher
+
+
+def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine, Progress, tuple[int, ...]]:
     """Start the engine in the order of the module's list; every rank calls it.
 
     Returns the engine, where the run is, and the steps whose checkpoints did not verify.
@@ -120,6 +142,8 @@ def start(job: Job, home: Home) -> tuple[Engine, Progress, tuple[int, ...]]:
     if checkpoint:
         with distributed.alike():
             check_continuation(job, checkpoint)
+            if teacher:
+                check_teacher(checkpoint, teacher.digest)
     elif config.init.full_state:
         checkpoint = load.find_other(config.init.checkpoint)
         with distributed.alike():
@@ -171,7 +195,10 @@ def _open_backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedMod
     saved = SavedModel(path, slot=slot)
     saved.empty_model()  # refuses tensors that are not those of the model
     check_backbone(saved.config, config.model)
-    return saved, [name for name in saved.shapes if is_backbone(name)]
+    if config.init.head:
+        check_head(saved.config, config.model)
+    names = [name for name in saved.shapes if is_backbone(name) or (config.init.head and is_head(name))]
+    return saved, names
 
 
 def open_tasks(job: Job) -> Tasks:

@@ -34,6 +34,7 @@ from vitscale.run_dir import claimed, note_refusal, write_config
 from vitscale.schedule import learning_rate
 from vitscale.start import Run, enough_memory, open_tasks, started
 from vitscale.step import skipped_step, train_step
+from vitscale.teacher import Teacher
 from vitscale.train_config import TrainConfig
 from vitscale.watch import Watch
 from vitscale.watchdog import Watchdog
@@ -126,7 +127,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
         with phases("save"):
             at.bad_samples += run.quarantine.flush(at.step)
             at.healthy = health.since_last_save()
-            saver.save(engine, train_state(job, at))
+            saver.save(engine, train_state(job, at, run.teacher))
         ledger.mark()
         saved_step = at.step
 
@@ -258,7 +259,7 @@ def due_after(step: int, job: Job, *, stopping: bool = False) -> Due:
     )
 
 
-def train_state(job: Job, progress: Progress) -> TrainState:
+def train_state(job: Job, progress: Progress, teacher: Teacher | None) -> TrainState:
     """The trainer's part of a checkpoint's manifest."""
     config = job.config
     return TrainState(
@@ -274,6 +275,7 @@ def train_state(job: Job, progress: Progress) -> TrainState:
         config=configs.to_dict(config),
         versions=versions(),
         healthy=progress.healthy,
+        teacher=teacher.digest if teacher else "",
     )
 
 

@@ -17,7 +17,13 @@ from vitscale.expect import ExpectConfig
 from vitscale.losses import LossConfig
 from vitscale.models import ModelConfig
 from vitscale.models.vit import ViTConfig
-from vitscale.objectives import DOWNSIZED, ClassificationConfig, MaskedPatchesConfig, ObjectiveConfig
+from vitscale.objectives import (
+    DOWNSIZED,
+    ClassificationConfig,
+    DistillationConfig,
+    MaskedPatchesConfig,
+    ObjectiveConfig,
+)
 from vitscale.optim import OptimConfig
 from vitscale.schedule import ScheduleConfig
 
@@ -62,18 +68,22 @@ class InitConfig:
     full_state:  continue at that run's step with its optimizer state, under this config (other
                  data, another learning rate, a longer schedule); else take its weights alone
     ema:         take the average of its weights over training
+    head:        take its head along, for the same classes; else the head starts anew
     """
 
     checkpoint: str = ""
     full_state: bool = False
     ema: bool = False
+    head: bool = False
 
     def __post_init__(self) -> None:
-        if (self.full_state or self.ema) and not self.checkpoint:
-            key = "full_state" if self.full_state else "ema"
-            raise ConfigError(f"init.{key} = true needs init.checkpoint: the run to start from")
+        given = [key for key in ("full_state", "ema", "head") if getattr(self, key)]
+        if given and not self.checkpoint:
+            raise ConfigError(f"init.{given[0]} = true needs init.checkpoint: the run to start from")
         if self.full_state and self.ema:
             raise ConfigError("init.full_state takes the average along; leave out init.ema")
+        if self.full_state and self.head:
+            raise ConfigError("init.full_state takes the head along; leave out init.head")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,6 +245,8 @@ class TrainConfig:
             raise ConfigError(
                 f'log.figures_every_steps shows a ViT, and model.kind is "{self.model.kind}"; leave it out'
             )
+        if isinstance(self.objective, DistillationConfig):
+            self._check_distillation(self.objective)
         self._check_validation()
         self._check_judge()
         self._check_muon()
@@ -248,6 +260,22 @@ class TrainConfig:
                 f'optim.name = "muon" does not run with engine.{key}, which leaves no rank a whole matrix or '
                 "no GPU to make it orthogonal; use engine.zero_stage = 1 or 2 without offload, or "
                 'optim.name = "adafactor" to save memory'
+            )
+
+    def _check_distillation(self, objective: DistillationConfig) -> None:
+        kind, model = 'objective.kind = "distillation"', self.model
+        if not model.num_classes:
+            raise ConfigError(
+                f"model.num_classes 0 leaves nothing for {kind} to train; set it to the teacher's number"
+            )
+        if self.loss.name != "softmax":
+            raise ConfigError(
+                f'{kind} compares softmaxes, and loss.name is "{self.loss.name}"; set loss.name = "softmax"'
+            )
+        if isinstance(model, ViTConfig) and model.distilled and objective.alpha == 1:
+            raise ConfigError(
+                "objective.alpha 1.0 leaves the head of the class token untrained; use less, like 0.5, or "
+                "model.distilled = false"
             )
 
     def _check_masked_patches(self, objective: MaskedPatchesConfig) -> None:
@@ -279,6 +307,8 @@ class TrainConfig:
                     f"model.{name} {getattr(model, name)} makes a layer that {kind} does not train; "
                     f"set model.{name} = {value}"
                 )
+        if model.distilled:
+            raise ConfigError(f"model.distilled = true makes a token for a teacher, and {kind} has none")
         if model.pool == "map":
             raise ConfigError(
                 f'model.pool = "map" is not trained by {kind}, which looks at patch tokens alone; use '

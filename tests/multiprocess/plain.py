@@ -17,6 +17,7 @@ from vitscale.objectives import BatchKey, build_objective
 from vitscale.optim import freeze
 from vitscale.rng import derive_seed
 from vitscale.schedule import learning_rate
+from vitscale.start import open_teacher
 from vitscale.train_config import TrainConfig
 
 
@@ -33,7 +34,11 @@ def plain_losses(
     freeze(model, config.optim.freeze)
     optimizer = plain_optimizer(config.optim, model)
     objective = build_objective(
-        config.objective, loss=config.loss, augment=config.augment, model=config.model
+        config.objective,
+        loss=config.loss,
+        augment=config.augment,
+        model=config.model,
+        teacher=open_teacher(config),
     )
     stream = Stream(
         sources=job.sources,

@@ -10,8 +10,10 @@ from multiprocess.ends import data_worker_of, read_status
 from multiprocess.job import TIMEOUT_SECONDS, Job
 from multiprocess.ranks import KillAll, Stop, StopInEvaluation
 from multiprocess.zygote import Zygote
+from weights.foreign_models import saved_model
 
 from vitscale.metrics import read_metrics
+from vitscale.models.vit import ViTConfig
 
 
 def evaluations(job: Job) -> list[tuple[int, float]]:
@@ -71,12 +73,20 @@ def test_a_file_stops_the_run_once(tmp_path: Path, index: Path, zygote: Zygote) 
 MASKED = ("model.num_classes=0", "model.representation_size=0", "model.num_patch_outputs=512")
 
 
-@pytest.mark.parametrize("options", [(), ("objective.kind=masked_patches", *MASKED)])
+TEACHER = ViTConfig(variant="Ti/4", width=16, depth=1, num_heads=2, mlp_dim=16, image_size=8, num_classes=5)
+DISTILLED = ("objective.teacher={folder}/teacher", "model.distilled=true", "model.representation_size=0")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("objective.kind=masked_patches", *MASKED), ("objective.kind=distillation", *DISTILLED)],
+)
 def test_a_rank_without_data_stops_when_another_one_is_asked(
     tmp_path: Path, index: Path, zygote: Zygote, options: tuple[str, ...]
 ) -> None:
     job, whole = Job(tmp_path / "job", index), Job(tmp_path / "whole", index)
-    endless = (*options, "total_steps=100000")
+    saved_model(tmp_path / "teacher", TEACHER)
+    endless = (*(option.format(folder=tmp_path) for option in options), "total_steps=100000")
     with job.ranks(2, "engine.num_workers=1", *endless) as ranks:
         wait_for(lambda: len(job.rows()) > 7, job)
         data_worker_of(psutil.Process(ranks[1].pid)).suspend()

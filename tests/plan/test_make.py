@@ -241,6 +241,13 @@ def test_what_the_config_says_already_is_not_to_be_set() -> None:
     )
 
 
+def test_a_teacher_is_not_counted_and_this_is_said() -> None:
+    pretrain = ROOT / "configs/pretrain"
+    distilled = render(plan(load(pretrain / "deit_s16_distilled_imagenet.toml"), 8))
+    assert "not counted" in distilled and "22,436,432" in distilled
+    assert "not counted" not in render(plan(load(pretrain / "deit_s16_imagenet.toml"), 8))
+
+
 def test_a_cluster_may_be_smaller_than_a_node() -> None:
     assert Cluster(gpus=3).nodes == 1 and Cluster(gpus=16).nodes == 2 and Cluster(gpus=8).nodes == 1
     assert Cluster(gpus=6, gpus_per_node=2).nodes == 3

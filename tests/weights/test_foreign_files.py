@@ -200,7 +200,8 @@ def timm_tensors(tmp_path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("added", "removed", "message"),
     [
-        ({"dist_token": (1, 1, 32)}, "", "dist_token belongs to DeiT's distillation token"),
+        ({"head_dist.bias": (5,)}, "", "head_dist.bias has no place in a ViT"),
+        ({"dist_token": (1, 1, 32)}, "", "pos_embed is for 8 patches, which make no square"),
         ({"blocks.0.gamma_1": (32,)}, "", "blocks.0.gamma_1 is a layer scale"),
         ({"blocks.0.mlp.w12.weight": (9, 32)}, "", "mlp.w12.weight belongs to a gated MLP"),
         ({"blocks.1.attn.q_norm.weight": (8,)}, "", "q_norm.weight normalises queries and keys"),
@@ -273,12 +274,12 @@ def test_other_architectures_are_refused_by_timms_config(tmp_path: Path, values:
         (
             {"model_type": "dinov3_vit"},
             CheckpointError,
-            "model_type 'dinov3_vit'; only 'vit' and DINOv2 can be imported$",
+            "model_type 'dinov3_vit'; only 'vit', 'deit' and DINOv2 can be imported$",
         ),
         (
             {"model_type": "beit"},
             CheckpointError,
-            "only 'vit' and DINOv2 can be imported .BEiT has relative positions",
+            "only 'vit', 'deit' and DINOv2 can be imported .BEiT has relative positions",
         ),
         ({"model_type": "siglip_vision_model"}, CheckpointError, r"imported \(timm's vit_\*_siglip_\*"),
         ({"image_size": [4, 36]}, CheckpointError, r"image_size \[4, 36\], but vitscale takes square images"),

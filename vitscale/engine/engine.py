@@ -98,14 +98,15 @@ class Engine:
         features_only: bool = False,
         kept: Tensor | None = None,
         corruption: Corruption | None = None,
+        separate_heads: bool = False,
     ) -> Float[Tensor, "B *rest"]:
         """Logits in fp32, or features in the run's precision; images in [-1, 1].
 
-        kept, corruption: as the model's forward takes them.
+        kept, corruption, separate_heads: as the model's forward takes them.
         """
         # DeepSpeed's forward counts as part of a training step, so evaluation calls the module.
         network = self._ds if self._ds.training else self.module
-        given = {"kept": kept, "corruption": corruption}
+        given = {"kept": kept, "corruption": corruption, "separate_heads": separate_heads or None}
         options = {name: value for name, value in given.items() if value is not None}
         return network(images.to(self._dtype), features_only=features_only, **options)
 

@@ -81,7 +81,8 @@ def run(
     changes = {key: getattr(config.model, key) for key in recipe_keys(config.model, model)}
     values = configs.to_dict(config) | {"evals": {}, "expect": {}}
     values["init"] = {
-        "checkpoint": str(Path(checkpoint).absolute()) if "://" not in checkpoint else checkpoint
+        "checkpoint": str(Path(checkpoint).absolute()) if "://" not in checkpoint else checkpoint,
+        "head": config.init.head,
     }
     values["model"] = configs.to_dict(dataclasses.replace(model, **changes))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vitscale.models import ModelConfig, empty_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit import Pool, ViTConfig
 
 # "bit" is BiT's, and the only other one of ResNets; the rest are of ViTs.
 Dialect = Literal["vitscale", "timm", "transformers", "original", "linen", "big_vision", "bit"]
@@ -101,15 +101,21 @@ def their_shapes(dialect: Dialect, config: ModelConfig) -> dict[str, tuple[int, 
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
-def one_to_one_names(dialect: Dialect) -> dict[str, str]:
+def one_to_one_names(dialect: Dialect, *, distilled: bool = False) -> dict[str, str]:
     """Maps each of a ViT's parameter names to the dialect's, where both keep it as one tensor.
 
     The names are those of a model with one block and every part that a model can have.
+    distilled: those of one with a distillation token, whose heads have other names.
     """
-    largest = ViTConfig(variant="mu/1", image_size=1, num_classes=1, num_registers=1, representation_size=1)
+    largest = ViTConfig(variant="mu/1", image_size=1, num_classes=1, num_registers=1)
+    if distilled:
+        configs = [dataclasses.replace(largest, distilled=True)]
+    else:
+        pools: tuple[Pool, ...] = ("map", "token")
+        configs = [dataclasses.replace(largest, representation_size=1, pool=pool) for pool in pools]
     names = {}
-    for pool in ("map", "token"):
-        for rule in rules(dialect, dataclasses.replace(largest, pool=pool)):
+    for config in configs:
+        for rule in rules(dialect, config):
             if len(rule.ours) == len(rule.theirs):
                 names |= dict(zip(rule.ours, rule.theirs, strict=True))
     return names
@@ -180,6 +186,8 @@ def _timm(config: ViTConfig) -> Iterator[Rule]:
 
 def _transformers(config: ViTConfig) -> Iterator[Rule]:
     yield _rule("cls_token", ("vit.embeddings.cls_token",), _SAME)
+    if config.distilled:
+        yield _rule("dist_token", ("vit.embeddings.distillation_token",), _SAME)
     if config.num_registers:
         yield _rule("reg_token", ("vit.embeddings.register_tokens",), _SAME)
     yield _rule("pos_embed", ("vit.embeddings.position_embeddings",), _SAME)
@@ -193,7 +201,9 @@ def _transformers(config: ViTConfig) -> Iterator[Rule]:
     modules["norm"] = ("vit.layernorm",)
     if config.representation_size:
         modules["pre_logits"] = ("vit.pooler.dense",)
-    if config.num_classes:
+    if config.num_classes and config.distilled:
+        modules |= {"head": ("cls_classifier",), "head_dist": ("distillation_classifier",)}
+    elif config.num_classes:
         modules["head"] = ("classifier",)
     for ours, theirs in modules.items():
         for leaf in ("weight", "bias"):

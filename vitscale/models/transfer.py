@@ -14,6 +14,7 @@ _VIT = (
     "resolved_patch_size",
     "pool",
     "num_registers",
+    "distilled",
     "posemb",
     "gelu",
 )
@@ -38,13 +39,29 @@ def check_backbone(source: ModelConfig, target: ModelConfig) -> None:
             )
 
 
+def check_head(source: ModelConfig, target: ModelConfig) -> None:
+    """Raise ConfigError, naming the key, unless two models of one backbone have like heads."""
+    for name in ("num_classes", "representation_size"):
+        wanted, saved = getattr(target, name, 0), getattr(source, name, 0)
+        if wanted != saved:
+            raise ConfigError(
+                f"model.{name} is {wanted}, but the [init] checkpoint, whose head init.head takes along, has "
+                f"{saved}; leave out init.head for a new one, or set model.{name} = {saved}"
+            )
+
+
 def is_backbone(name: str) -> bool:
     """Whether a model takes this tensor over.
 
     The head, both tanh layer and classifier, is left out: the target keeps its own
     zero-initialised one (paper, section 3.2). So is what masked patch prediction alone needs.
     """
-    return not name.startswith(("pre_logits.", "head.", "mask_token", "patch_head."))
+    return not is_head(name) and not name.startswith(("mask_token", "patch_head."))
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is of the head, which a model takes over only if it is asked to."""
+    return name.startswith(("pre_logits.", "head.", "head_dist."))
 
 
 def transferred(name: str, tensor: Tensor, source: ModelConfig, target: ModelConfig) -> Tensor:

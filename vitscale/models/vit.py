@@ -18,6 +18,8 @@ from vitscale.models.limits import MAX_IMAGE_SIZE, MAX_PATCHES, MAX_SIZE
 from vitscale.models.model import Model, check_images
 from vitscale.models.posemb import Grid, sincos2d
 
+Pool = Literal["token", "mean", "map"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -60,6 +62,9 @@ class ViTConfig:
                           Transformers Need Registers"); pooling by mean leaves them out
     num_patch_outputs:    outputs of a head on patch tokens, for masked patch prediction; with
                           it comes a learned embedding of masked patches; 0 = neither
+    distilled:            whether there is a distillation token after the class token, with a
+                          position and a head of its own (DeiT, arXiv 2012.12877); logits are
+                          the mean of both heads, features those of the class token
     representation_size:  width of the tanh layer before the head; 0 = none
     head_bias:            initial bias of the head; for a sigmoid loss about -ln(num_classes)
     dropout:              after the position embedding, each attention and each MLP layer
@@ -79,9 +84,10 @@ class ViTConfig:
     patch_size: int = 0
     image_size: int = 224
     num_classes: int = 1000
-    pool: Literal["token", "mean", "map"] = "token"
+    pool: Pool = "token"
     num_registers: int = 0
     num_patch_outputs: int = 0
+    distilled: bool = False
     representation_size: int = 0
     head_bias: float = 0.0
     dropout: float = 0.0
@@ -113,6 +119,12 @@ class ViTConfig:
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} {getattr(self, name)} must lie in [0, 1)")
+        if self.distilled and (self.pool != "token" or self.representation_size):
+            key, value = ("pool", "token") if self.pool != "token" else ("representation_size", 0)
+            raise ConfigError(
+                "model.distilled = true has two linear heads, on the class token and on the distillation "
+                f"token, so model.{key} {getattr(self, key)!r} must be {value!r}"
+            )
         if not self.norm_eps > 0:
             raise ConfigError(f"model.norm_eps {self.norm_eps} must be above 0; Google's models have 1e-6")
         if self.posemb == "sincos2d" and (width % 4 or width < 8):
@@ -171,8 +183,8 @@ class ViTConfig:
 
     @property
     def num_positions(self) -> int:
-        """Patches, plus the class token where there is one."""
-        return self.grid[0] * self.grid[1] + (self.pool == "token")
+        """Patches, plus the class token and the distillation token where there are such."""
+        return self.grid[0] * self.grid[1] + (self.pool == "token") + self.distilled
 
     @property
     def num_tokens(self) -> int:
@@ -191,6 +203,7 @@ class ViT(Model):
         mlp_dim, heads = config.resolved_mlp_dim, config.resolved_num_heads
         self.patch_embed = self._make_patch_embed()
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.pool == "token" else None
+        self.dist_token = nn.Parameter(torch.empty(1, 1, width)) if config.distilled else None
         registers = config.num_registers
         self.reg_token = nn.Parameter(torch.empty(1, registers, width)) if registers else None
         outputs = config.num_patch_outputs
@@ -209,6 +222,8 @@ class ViT(Model):
         size = config.representation_size
         self.pre_logits = nn.Linear(width, size) if size else None
         self.head = Fp32Linear(size or width, config.num_classes) if config.num_classes else None
+        has_dist_head = config.distilled and config.num_classes
+        self.head_dist = Fp32Linear(width, config.num_classes) if has_dist_head else None
         self.patch_head = Fp32Linear(width, outputs) if outputs else None
 
     def _make_patch_embed(self) -> PatchEmbed:
@@ -222,9 +237,14 @@ class ViT(Model):
         layers: Sequence[int] | None = None,
         kept: Float[Tensor, "L 2 B 1 1"] | None = None,
         corruption: Corruption | None = None,
+        separate_heads: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """As Model.forward; with a corruption, the outputs of the patch head for the corrupted
-        patches, [B, k, num_patch_outputs].
+        """As Model.forward, with two more ways that objectives use.
+
+        corruption: gives the outputs of the patch head for the corrupted patches,
+            [B, k, num_patch_outputs].
+        separate_heads: of a distilled model, gives the logits of the class token's head and of
+            the distillation token's, [B, 2, num_classes], in place of their mean.
         """
         wanted = layers or ()
         check_images(images, self.config.image_size)
@@ -239,18 +259,23 @@ class ViT(Model):
         x = self.norm(x)  # [B, N, D]
         if corruption is not None:
             return self._predict(self._patch_tokens(x), corruption.corrupted)
+        if separate_heads:
+            return self._both_heads(x)
         out = self._patch_tokens(x) if tokens else self._represent(x, features_only)
         return out if layers is None else (out, [outputs[index] for index in wanted])
 
     def _embed(
         self, images: Float[Tensor, "B 3 H W"], corruption: Corruption | None
     ) -> Float[Tensor, "B N D"]:
-        """The tokens: the class token, if any, the registers, and the patches, row by row."""
+        """The tokens: class and distillation token and registers, if any, then the patches, row
+        by row.
+        """
         x = self.patch_embed(images)  # [B, n, D]
         if corruption is not None:
             x = self._corrupt(x, corruption.sources)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        for token in (self.dist_token, self.cls_token):
+            if token is not None:
+                x = torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)
         # A fixed table is a buffer, which DeepSpeed leaves in fp32.
         x = self.drop(x + self.pos_embed.to(x.dtype))
         if self.reg_token is None:
@@ -277,9 +302,10 @@ class ViT(Model):
             patch embedding       LeCun normal
             learned positions     normal, deviation 0.02
             class token           0
+            distillation token    normal, deviation 0.02 (DeiT)
             registers             normal, deviation 1e-6 (timm, DINOv2)
             mask token            normal, deviation 0.02 (BERT's embeddings)
-            head                  kernel 0, bias config.head_bias
+            heads                 kernel 0, bias config.head_bias
             patch head            0
         """
         generator = torch.Generator().manual_seed(seed)
@@ -308,9 +334,12 @@ class ViT(Model):
         if self.attn_pool is not None:
             probe = self.attn_pool.probe
             yield "attn_pool.probe", xavier_uniform(probe, probe.shape[1], generator)
-        if self.head is not None:
-            yield "head.weight", torch.zeros(self.head.weight.shape)
-            yield "head.bias", torch.full(self.head.bias.shape, self.config.head_bias)
+        if self.dist_token is not None:
+            yield "dist_token", normal(self.dist_token, 0.02, generator)
+        for name, head in {"head": self.head, "head_dist": self.head_dist}.items():
+            if head is not None:
+                yield f"{name}.weight", torch.zeros(head.weight.shape)
+                yield f"{name}.bias", torch.full(head.bias.shape, self.config.head_bias)
         if self.mask_token is not None and self.patch_head is not None:
             yield "mask_token", normal(self.mask_token, 0.02, generator)
             yield "patch_head.weight", torch.zeros(self.patch_head.weight.shape)
@@ -320,16 +349,22 @@ class ViT(Model):
     def init_buffers(self) -> None:
         if self.config.posemb == "sincos2d":
             table = sincos2d(self.config.grid, self.config.resolved_width)  # [1, n, D]
-            # The class token, where there is one, gets no position.
+            # The class token and the distillation token, where there are such, get no position.
             prefix = table.new_zeros(1, self.config.num_positions - table.shape[1], table.shape[2])
             self.pos_embed.copy_(torch.cat([prefix, table], dim=1))
 
     def _represent(self, x: Float[Tensor, "B N D"], features_only: bool) -> Float[Tensor, "B X"]:
         """Features [B, D] or logits [B, C] of the tokens after the final norm."""
+        if self.head_dist is not None and not features_only:
+            return self._both_heads(x).mean(dim=1)
         x = self._pool(x)  # [B, D]
         if self.pre_logits is not None:
             x = torch.tanh(self.pre_logits(x))
         return x if features_only or self.head is None else self.head(x)
+
+    def _both_heads(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B 2 C"]:
+        assert self.head is not None and self.head_dist is not None, "the model is not a distilled one"
+        return torch.stack([self.head(x[:, 0]), self.head_dist(x[:, 1])], dim=1)
 
     def _patch_tokens(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B n D"]:
         return x[:, self.config.num_tokens - math.prod(self.config.grid) :]

@@ -4,6 +4,7 @@ import dataclasses
 import textwrap
 from typing import Any
 
+from vitscale.objectives import DistillationConfig
 from vitscale.plan import formulas
 from vitscale.plan.make import Option, Plan, Saving
 from vitscale.plan.speed import DECODE_RATE, EAGER, Speed
@@ -69,6 +70,8 @@ def _head(plan: Plan) -> str:
         ("run", f"{plan.num_images:,} images in {plan.total_steps:,} steps of {batch:,}"),
         ("of a GPU", f"{plan.per_gpu:,} images of a step, {cluster.memory_bytes / 1e9:,.0f} GB"),
     ]
+    if isinstance(plan.config.objective, DistillationConfig):
+        lines.append(("not counted", "the forward pass of the teacher, and its memory"))
     return _section(f"{_model_name(plan)} on {where}: estimates, nothing was run", lines)
 
 

@@ -15,6 +15,8 @@ _ONLY_TOKEN = (("token",), "ViTForImageClassification reads the class token; use
 _NO_TANH_LAYER = "has no tanh layer before its head; use --format safetensors or npz"
 _NO_REGISTERS = ((0,), "it would be another model there; use --format safetensors")
 _NO_PATCH_HEAD = ((0,), "it has no mask token and no head on patches; export a model fine-tuned from it")
+_NO_DISTILLATION = "has no distillation token; use --format timm or safetensors"
+_NO_GOOGLE_DISTILLATION = ((False,), f"Google's ViT {_NO_DISTILLATION}")
 _NO_MAP_HEAD = (("token", "mean"), "only big_vision has this head; use --dialect big_vision")
 # By dialect, the keys that it limits: the allowed values, and what to do about others.
 _LIMITS: dict[Dialect, dict[str, tuple[tuple[object, ...], str]]] = {
@@ -25,14 +27,17 @@ _LIMITS: dict[Dialect, dict[str, tuple[tuple[object, ...], str]]] = {
     "transformers": {
         "pool": _ONLY_TOKEN,
         "representation_size": ((0,), f"ViTForImageClassification {_NO_TANH_LAYER}"),
+        "distilled": ((False,), f"ViTForImageClassification {_NO_DISTILLATION}"),
     },
-    "original": {"pool": _NO_MAP_HEAD},
-    "linen": {"pool": _NO_MAP_HEAD},
+    "original": {"pool": _NO_MAP_HEAD, "distilled": _NO_GOOGLE_DISTILLATION},
+    "linen": {"pool": _NO_MAP_HEAD, "distilled": _NO_GOOGLE_DISTILLATION},
+    "big_vision": {"distilled": _NO_GOOGLE_DISTILLATION},
 }
 # What Google's code computes; an .npz file does not say it.
 GOOGLE_DEFAULTS = {"gelu": "tanh", "norm_eps": 1e-6}
 
 # timm's architectures by (variant, patch size): all are one class; model_args says the rest.
+# Those with a distillation token are of another class.
 _TIMM_NAMES = {
     ("Ti", 16): "vit_tiny_patch16_224",
     ("S", 8): "vit_small_patch8_224",
@@ -47,6 +52,11 @@ _TIMM_NAMES = {
     ("H", 14): "vit_huge_patch14_224",
     ("g", 14): "vit_giant_patch14_224",
     ("G", 14): "vit_gigantic_patch14_224",
+}
+_TIMM_DISTILLED_NAMES = {
+    ("Ti", 16): "deit_tiny_distilled_patch16_224",
+    ("S", 16): "deit_small_distilled_patch16_224",
+    ("B", 16): "deit_base_distilled_patch16_224",
 }
 TIMM_POOLS = {"token": "token", "mean": "avg", "map": "map"}
 _TIMM_GELUS = {"tanh": "gelu_tanh", "exact": "gelu"}
@@ -87,9 +97,10 @@ def timm_config(config: ViTConfig) -> dict[str, object]:
     """config.json for timm.create_model("local-dir:FOLDER", pretrained=True)."""
     size, width = config.image_size, config.resolved_width
     pool = TIMM_POOLS[config.pool]
+    names = _TIMM_DISTILLED_NAMES if config.distilled else _TIMM_NAMES
     variant, patch = _variant_name(config), config.resolved_patch_size
     return {
-        "architecture": _TIMM_NAMES.get((variant, patch), "vit_base_patch16_224"),
+        "architecture": names.get((variant, patch), names["B", 16]),
         "num_classes": config.num_classes,
         "num_features": width,
         "global_pool": pool,
@@ -115,7 +126,7 @@ def timm_config(config: ViTConfig) -> dict[str, object]:
             "mean": [0.5, 0.5, 0.5],
             "std": [0.5, 0.5, 0.5],
             "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "classifier": ["head", "head_dist"] if config.distilled else "head",
         },
     }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from vitscale import atomic
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.models import ModelConfig
+from vitscale.models import Model, ModelConfig, empty_model
 from vitscale.models.names import Dialect, our_shapes, rules, their_shapes, to_ours, to_theirs
 from vitscale.models.posemb import sincos2d
 from vitscale.models.resnet import ResNetConfig
@@ -97,12 +97,7 @@ def import_model(
     take our pixels. out: as in write_export. Before anything is written, raises CheckpointError
     for weights that none of our models has, and ConfigError for wrong overrides.
     """
-    source = open_npz(str(file)) if format == "npz" else open_safetensors(str(file), format)
-    try:
-        source = fold(source)
-        config, step = _config_of(source, overrides), _step_of(source)
-    except (ConfigError, CheckpointError) as error:
-        raise type(error)(f"{file}: {error}") from None
+    source, config, step = _open_foreign(file, format, overrides)
     if pixels == "half" and any(abs(mean - 0.5) > 0.01 for mean in source.pixel_mean):
         logger.warning(
             "its images had mean %s, but ours have 0.5: consider --pixels imagenet", source.pixel_mean
@@ -125,6 +120,32 @@ def import_model(
     written = write_export(Path(out), tensors, shapes, metadata)
     logger.info("imported %d tensors as %s", len(shapes), config)
     return written
+
+
+def load_npz(path: str | Path) -> Model:
+    """The model of an .npz file of Google's or of ours, fp32 on the CPU, in eval mode.
+
+    As import_model without options, but nothing is written.
+    """
+    source, config, _ = _open_foreign(path, "npz")
+    model = empty_model(config).allocate("cpu")
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in to_ours(rules(source.dialect, config), source.tensor):
+            params[name].copy_(tensor)
+    return model.eval()
+
+
+def _open_foreign(
+    file: str | Path, format: Format, overrides: Sequence[str] = ()
+) -> tuple[ForeignWeights, ModelConfig, int]:
+    """Another library's weights, the model that has exactly these, and its step."""
+    source = open_npz(str(file)) if format == "npz" else open_safetensors(str(file), format)
+    try:
+        source = fold(source)
+        return source, _config_of(source, overrides), _step_of(source)
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"{file}: {error}") from None
 
 
 def _config_of(source: ForeignWeights, overrides: Sequence[str]) -> ModelConfig:

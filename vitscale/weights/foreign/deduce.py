@@ -56,7 +56,6 @@ _TIMM_LAYERS = ("norm_layer", "embed_layer", "embed_norm_layer", "mlp_layer", "a
 
 # Tensors of other architectures, by patterns in their names.
 _OTHER_ARCHITECTURES = {
-    r"dist(illation)?_token|head_dist": "belongs to DeiT's distillation token",
     r"(^|\.)(ls\d\.gamma|gamma_\d|layer_scale\d)": "is a layer scale",
     r"[qk]_norm|(query|key)_norm": "normalises queries and keys",
     r"mlp\.(w12|weights_in)\.": "belongs to a gated MLP (SwiGLU)",
@@ -118,6 +117,8 @@ def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None
         raise ConfigError(
             f"model.posemb {config.posemb!r} must be 'learned': the file has position embeddings"
         )
+    if isinstance(config, ViTConfig) and config.distilled and "dist_token" not in covered:
+        raise ConfigError("model.distilled must be false: the file has no distillation token")
     if isinstance(config, ViTConfig) and set(ours) - covered:
         raise ConfigError(f"model.num_registers {config.num_registers} must be 0: the file has no registers")
     for name in shapes:
@@ -149,7 +150,9 @@ class _Sections:
 
 def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
     """The keys of [model] that follow from the shapes."""
-    names = one_to_one_names(dialect)
+    names = one_to_one_names(dialect, distilled=True)
+    distilled = names.get("dist_token") in shapes
+    names = names if distilled else one_to_one_names(dialect)
 
     def shape(ours: str) -> tuple[int, ...]:
         if names[ours] not in shapes:
@@ -181,13 +184,15 @@ def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
         "representation_size": length("pre_logits.bias"),
         "pool": pool,
     }
+    if distilled:
+        values["distilled"] = True
     if dialect in FLAX_DIALECTS:
         values["num_heads"] = shape("blocks.0.attn.proj.weight")[0]
     if dialect == "big_vision" and names["pos_embed"] not in shapes:
         logger.warning("no position embedding: assuming sincos2d; give model.image_size=N if it is not 224")
         return values | {"posemb": "sincos2d"}
     num_tokens = shape("pos_embed")[1]
-    num_patches = num_tokens - 1 if pool == "token" and dialect != "big_vision" else num_tokens
+    num_patches = num_tokens - (pool == "token" and dialect != "big_vision") - distilled
     return values | {"image_size": values["patch_size"] * _side(num_patches, names["pos_embed"])}
 
 

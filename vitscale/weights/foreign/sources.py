@@ -35,9 +35,11 @@ _LANDMARKS = {
 _PREFIXES = {
     "safetensors": ("module.", ""),
     "timm": ("module.backbone.", "backbone.", "module.", ""),  # DINO's, and DistributedDataParallel's
-    "transformers": ("vit.", "dinov2.", "dinov2_with_registers.", ""),  # "": ViTModel's own
+    "transformers": ("vit.", "deit.", "dinov2.", "dinov2_with_registers.", ""),  # "": ViTModel's own
     "npz": ("opt/target/img/", "params/img/", "img/", "opt/target/", "params/", ""),
 }
+# transformers' heads, whose names have no prefix; a model with a distillation token has two.
+_HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
 # transformers' DINOv2 is its ViT under other names, by patterns.
 _DINOV2_TYPES = ("dinov2", "dinov2_with_registers")
 _DINOV2_NAMES = {
@@ -209,10 +211,11 @@ def _refuse_pickle(path: str) -> None:
 def _check_model_type(path: str, config_json: Mapping[str, Any]) -> None:
     """Raise CheckpointError for another model of transformers than its ViT."""
     model_type = config_json.get("model_type", "vit")  # timm's config.json has none
-    if model_type not in ("vit", *_DINOV2_TYPES):
+    if model_type not in ("vit", "deit", *_DINOV2_TYPES):
         hint = _OTHER_TYPES.get(str(model_type), "")
         raise CheckpointError(
-            f"{path}: config.json has model_type {model_type!r}; only 'vit' and DINOv2 can be imported{hint}"
+            f"{path}: config.json has model_type {model_type!r}; only 'vit', 'deit' and DINOv2 can be "
+            f"imported{hint}"
         )
 
 
@@ -237,7 +240,7 @@ def _dialect_name(stored: str, format: str, prefix: str) -> str:
     """The dialect's name of a tensor that the file has under the name `stored`."""
     if format != "transformers":
         return stored.removeprefix(prefix)
-    if stored.startswith("classifier.") or not stored.startswith(prefix):
+    if stored.startswith(_HEADS) or not stored.startswith(prefix):
         return stored
     name = f"vit.{stored.removeprefix(prefix)}"
     for pattern, vit_name in _DINOV2_NAMES.items():
