@@ -16,7 +16,7 @@ MODELS: dict[str, ModelConfig] = {
     "hybrid": HybridConfig(
         variant="R+Ti/16",
         stem_width=32,
-        stem_stages=(2,),
+        stem_stages=(1,),
         patch_size=8,
         width=32,
         depth=2,

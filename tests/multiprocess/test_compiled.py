@@ -15,7 +15,7 @@ from multiprocess.zygote import Zygote
         ("vit", "selective", 1),
         ("vit", "full", 1),
         ("resnet", "selective", 2),
-        ("hybrid", "full", 3),
+        ("hybrid", "full", 2),
     ],
 )
 def test_blocks_share_graphs_that_evaluation_does_not_touch(

@@ -172,8 +172,9 @@ class SameStdConv2d(nn.Conv2d):
 
     def forward(self, x: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O h w"]:
         kernel, stride = self.kernel_size[0], self.stride[0]
-        deviation, mean = torch.std_mean(self.weight.float(), (1, 2, 3), correction=0, keepdim=True)
-        weight = ((self.weight - mean) / (deviation + WEIGHT_EPS)).to(x.dtype)
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        deviation, mean = torch.std_mean(weight, (1, 2, 3), correction=0, keepdim=True)
+        weight = ((weight - mean) / (deviation + WEIGHT_EPS)).to(x.dtype)
         before, after = same_padding(x.shape[-1], kernel, stride)
         if before == after:
             return F.conv2d(x, weight, None, stride, before)
