@@ -298,7 +298,7 @@ def test_damaged_and_mistaken_files_are_refused(tmp_path: Path) -> None:
     data = bytearray(npz.read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "flipped.npz").write_bytes(data)
-    (tmp_path / "cut.npz").write_bytes(data[:-500])
+    (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
     np.savez(tmp_path / "bit.npz", **{"resnet/root_block/standardized_conv2d/kernel": np.ones(3)})
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "ours.safetensors").read_bytes()[:-8])
