@@ -11,6 +11,7 @@ from PIL import Image
 
 from vitscale import rng
 from vitscale.data import decode as decoding
+from vitscale.data.crops import inception_crop
 from vitscale.data.decode import DamagedImage, decode, resolve_decoder
 from vitscale.data.transforms import (
     AugmentConfig,
@@ -18,11 +19,12 @@ from vitscale.data.transforms import (
     augment,
     evaluation_view,
     finish_views,
-    inception_crop,
     normalize,
     resize,
 )
 from vitscale.errors import ConfigError
+
+ASPECTS = (0.75, 4 / 3)
 
 
 def encoded(image: Image.Image, form: str) -> bytes:
@@ -77,10 +79,11 @@ def test_resize_is_antialiased_bilinear() -> None:
 
 
 def test_inception_crops_keep_to_area_and_aspect() -> None:
-    config = AugmentConfig(crop_area=(0.2, 0.5))
     areas = []
     for sample in range(300):
-        top, left, height, width = inception_crop(90, 120, config, rng.uniform(40, 0, "crop", 0, sample))
+        top, left, height, width = inception_crop(
+            90, 120, (0.2, 0.5), ASPECTS, rng.uniform(40, 0, "crop", 0, sample)
+        )
         assert 0 <= top <= 90 - height and 0 <= left <= 120 - width
         assert 0.73 < width / height < 1.36
         areas.append(height * width / (90 * 120))
@@ -88,8 +91,8 @@ def test_inception_crops_keep_to_area_and_aspect() -> None:
 
 
 def test_an_image_that_no_crop_fits_is_taken_whole() -> None:
-    config, draws = AugmentConfig(crop_area=(0.9, 1.0)), rng.uniform(40, 0, "crop", 0, 0)
-    assert inception_crop(10, 1000, config, draws) == (0, 0, 10, 1000)
+    draws = rng.uniform(40, 0, "crop", 0, 0)
+    assert inception_crop(10, 1000, (0.9, 1.0), ASPECTS, draws) == (0, 0, 10, 1000)
 
 
 def test_the_view_belongs_to_seed_epoch_and_sample() -> None:
@@ -161,7 +164,7 @@ def test_evaluation_views_and_normalisation() -> None:
 
 
 def box_of(sample: int):
-    return lambda h, w: inception_crop(h, w, AugmentConfig(), rng.uniform(40, 0, "crop", 0, sample))
+    return lambda h, w: inception_crop(h, w, (0.05, 1.0), ASPECTS, rng.uniform(40, 0, "crop", 0, sample))
 
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "keep_grey"])

@@ -5,7 +5,6 @@ cross to the device as uint8, a quarter of the bytes of float32.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from vitscale import rng
 from vitscale.config import positive
+from vitscale.data.crops import CROP_ATTEMPTS, RANDOM_CROPS
 from vitscale.data.decode import cut
 from vitscale.data.distortions import (
     COLOR_JITTER_DRAWS,
@@ -30,7 +30,6 @@ from vitscale.data.distortions import (
 from vitscale.data.turbojpeg import Box
 from vitscale.errors import ConfigError
 
-CROP_ATTEMPTS = 10
 PAD_FILLS = {"black": 0, "grey": 128}  # normalize() makes it -1 and 0.004
 
 
@@ -38,10 +37,11 @@ PAD_FILLS = {"black": 0, "grey": 128}  # normalize() makes it -1 and 0.004
 class AugmentConfig:
     """Training augmentation ([augment]). Every crop ends at model.image_size.
 
-    crop:            "inception" takes a random area and aspect ratio; "pad" resizes, pads and
-                     crops at random (the CIFAR recipe); "resize" takes the whole image.
-    crop_area:       of an inception crop, as a share of the image: lowest, highest.
-    crop_aspect:     of an inception crop, width / height: lowest, highest.
+    crop:            "inception", "tensorflow" and "torchvision" take a random area and aspect
+                     ratio, each in its own way (crops.py); "pad" resizes, pads and crops at
+                     random (the CIFAR recipe); "resize" takes the whole image.
+    crop_area:       of such a crop, as a share of the image: lowest, highest.
+    crop_aspect:     of such a crop, width / height: lowest, highest.
     pad:             pixels added on each side, for "pad".
     pad_fill:        their colour: "black", or "grey" (128), which the model sees as 0.
     flip:            mirror half of the images.
@@ -56,7 +56,7 @@ class AugmentConfig:
                      al. 2020); an epoch then has `repeats` times as many images.
     """
 
-    crop: Literal["inception", "pad", "resize"] = "inception"
+    crop: Literal["inception", "tensorflow", "torchvision", "pad", "resize"] = "inception"
     crop_area: tuple[float, float] = (0.05, 1.0)
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
     pad: int = 4
@@ -124,9 +124,11 @@ def augment(
 
 def choose_box(config: AugmentConfig, key: ViewKey, height: int, width: int) -> Box:
     """The part of an image that a view is made of, known before the image is decoded."""
-    if config.crop != "inception":
+    random_crop = RANDOM_CROPS.get(config.crop)
+    if random_crop is None:
         return 0, 0, height, width
-    return inception_crop(height, width, config, key.uniform(4 * CROP_ATTEMPTS, "crop"))
+    draws = key.uniform(4 * CROP_ATTEMPTS, "crop")
+    return random_crop(height, width, config.crop_area, config.crop_aspect, draws)
 
 
 def finish_views(
@@ -193,25 +195,6 @@ def _distort_image(image: Image.Image, config: AugmentConfig, key: ViewKey) -> I
             key.uniform(num_draws, "randaugment"),
         )
     return image
-
-
-def inception_crop(height: int, width: int, config: AugmentConfig, draws: np.ndarray) -> Box:
-    """A random crop (top, left, height, width), uniform in area and in aspect ratio.
-
-    draws: uniform in [0, 1), four for each attempt; if no attempt fits the image, all of it is
-    taken. Source: "Going deeper with convolutions", as in TensorFlow's
-    sample_distorted_bounding_box. Deviation: that draws the height uniformly, not the area.
-    """
-    (low_area, high_area), (low_aspect, high_aspect) = config.crop_area, config.crop_aspect
-    for area_draw, aspect_draw, top_draw, left_draw in draws.reshape(-1, 4):
-        area = height * width * (low_area + area_draw * (high_area - low_area))
-        aspect = low_aspect + aspect_draw * (high_aspect - low_aspect)
-        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(top_draw * (height - crop_height + 1))
-            left = int(left_draw * (width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    return 0, 0, height, width
 
 
 def evaluation_view(
