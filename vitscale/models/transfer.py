@@ -4,7 +4,8 @@ from torch import Tensor
 
 from vitscale.errors import ConfigError
 from vitscale.models import ModelConfig
-from vitscale.models.posemb import resize_posemb
+from vitscale.models.posemb import resize_axis, resize_posemb
+from vitscale.models.resnet import ResNetConfig
 
 _VIT = (
     "resolved_width",
@@ -15,6 +16,7 @@ _VIT = (
     "pool",
     "num_registers",
     "posemb",
+    "posemb_at",
     "gelu",
 )
 # What two models of a kind must have in common to share a backbone.
@@ -36,6 +38,14 @@ def check_backbone(source: ModelConfig, target: ModelConfig) -> None:
                 f"model.{key} is {wanted!r}, but the [init] checkpoint has {saved!r}; "
                 f"set model.{key} = {saved!r}"
             )
+    if isinstance(source, ResNetConfig) or isinstance(target, ResNetConfig) or source.posemb != "relative":
+        return
+    if source.grid != target.grid:
+        raise ConfigError(
+            f"model.image_size {target.image_size} makes another grid of patches than the [init] checkpoint, "
+            f'of {source.image_size} px, for which its "relative" position embeddings, of offsets in raster order, '
+            f"have no meaning; set model.image_size = {source.image_size}"
+        )
 
 
 def is_backbone(name: str) -> bool:
@@ -49,4 +59,11 @@ def is_backbone(name: str) -> bool:
 
 def transferred(name: str, tensor: Tensor, source: ModelConfig, target: ModelConfig) -> Tensor:
     """A tensor of the backbone as the target has it: position embeddings fit its grid."""
-    return resize_posemb(tensor, source.grid, target.grid) if name == "pos_embed" else tensor
+    match name:
+        case "pos_embed":
+            return resize_posemb(tensor, source.grid, target.grid)
+        case "pos_embed_x":
+            return resize_axis(tensor, target.grid[1])
+        case "pos_embed_y":
+            return resize_axis(tensor, target.grid[0])
+    return tensor

@@ -16,6 +16,8 @@ _NO_TANH_LAYER = "has no tanh layer before its head; use --format safetensors or
 _NO_REGISTERS = ((0,), "it would be another model there; use --format safetensors")
 _NO_PATCH_HEAD = ((0,), "it has no mask token and no head on patches; export a model fine-tuned from it")
 _NO_MAP_HEAD = (("token", "mean"), "only big_vision has this head; use --dialect big_vision")
+_NO_POSEMB = (("learned", "sincos2d"), "it knows no other position embeddings; use --format safetensors")
+_NO_PLACEMENT = (("input",), "it adds positions to the input alone; use --format safetensors")
 # By dialect, the keys that it limits: the allowed values, and what to do about others.
 _LIMITS: dict[Dialect, dict[str, tuple[tuple[object, ...], str]]] = {
     "timm": {
@@ -68,7 +70,12 @@ def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
             f"model.kind 'hybrid' cannot be exported to {dialect}, which has no such model or one with other "
             "epsilons; use --format npz (of dialect original or linen), which timm reads, or safetensors"
         )
-    limits = {"num_registers": _NO_REGISTERS, "num_patch_outputs": _NO_PATCH_HEAD}
+    limits = {
+        "num_registers": _NO_REGISTERS,
+        "num_patch_outputs": _NO_PATCH_HEAD,
+        "posemb": _NO_POSEMB,
+        "posemb_at": _NO_PLACEMENT,
+    }
     for key, (allowed, reason) in (limits | _LIMITS.get(dialect, {})).items():
         value = getattr(config, key)
         if value not in allowed:
