@@ -83,7 +83,8 @@ class RelativeBias(nn.Module):
     A pair of patches has the offset q - k of their places in raster order, from 1 - n to n - 1,
     and each offset an embedding, with which the query of patch q is multiplied. It is as wide
     as the keys of all heads: each head has its own part. Tokens before the patches, the class
-    token and registers, have no place: pairs with one get 0.
+    token and registers, have no place: pairs with one get 0. So the embeddings of the last
+    layer stay without effect where the class token alone is read.
 
     Of patches in different rows, the same offset can be of different directions.
     """

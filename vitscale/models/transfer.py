@@ -42,9 +42,9 @@ def check_backbone(source: ModelConfig, target: ModelConfig) -> None:
         return
     if source.grid != target.grid:
         raise ConfigError(
-            f"model.image_size {target.image_size} makes another grid of patches than the [init] checkpoint, "
-            f'of {source.image_size} px, for which its "relative" position embeddings, of offsets in raster order, '
-            f"have no meaning; set model.image_size = {source.image_size}"
+            f"model.image_size {target.image_size} makes another grid of patches than the [init] checkpoint "
+            f'has, whose "relative" position embeddings are of offsets in raster order, without a meaning '
+            f"there; set model.image_size = {source.image_size}"
         )
 
 
