@@ -47,7 +47,7 @@ def test_a_killed_run_continues_on_other_layouts_and_is_fine_tuned(
         assert torch.equal(ours, theirs) and ours.shape == initial[name].shape
 
     tuned = Job(tmp_path / "tuned", index)
-    larger = (*KINDS[kind], f"init.checkpoint={job.run_dir}", "model.image_size=12", "total_steps=2")
+    larger = (*KINDS[kind], f"init.checkpoint={job.run_dir}", "model.image_size=12", "total_steps=6")
     if kind == "relative":
         assert zygote.train(tuned, 1, *larger) == [2]
         assert "set model.image_size = 8" in tuned.output()
