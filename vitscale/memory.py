@@ -167,13 +167,15 @@ def _vit_activations(
         "selective"    input, qkv, attention output, projections: 12 D; first MLP layer: 2 M
         "full"         input: 2 D
 
-    Attention matrices are never stored. With dropout, "none" also keeps masks of a byte an
-    element: 2 D + M.
+    Attention matrices are never stored, but of relative positions "none" keeps the logits that
+    they add: N^2 for each head. With dropout, "none" also keeps masks of a byte an element:
+    2 D + M.
     """
     tokens, width, mlp = config.num_tokens, config.resolved_width, config.resolved_mlp_dim
     size = 2 if precision == "fp32" else 1
     masks = tokens * (2 * width + mlp) if config.dropout else 0
-    whole = size * tokens * (16 * width + 4 * mlp) + masks
+    biases = 2 * size * config.resolved_num_heads * tokens**2 if config.posemb == "relative" else 0
+    whole = size * tokens * (16 * width + 4 * mlp) + masks + biases
     kept = {
         "none": whole,
         "selective": size * tokens * (12 * width + 2 * mlp),

@@ -1,5 +1,6 @@
 """What a ViT has learned: known answers, and attention as the model itself computes it."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from weights.foreign_models import TINY, images, randomise, saved_model
 
 from vitscale.errors import ConfigError, DataError
 from vitscale.inspection.attention import Rollout, attention_distance, attention_maps, observe_attention
+from vitscale.inspection.live import observe
+from vitscale.inspection.mosaics import enlarged, position_mosaic
 from vitscale.inspection.run import Pictures, read_images, visualize
-from vitscale.inspection.weights import position_similarity, principal_components
+from vitscale.inspection.weights import input_positions, position_similarity, principal_components
 from vitscale.models import build_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.posemb import sincos2d
@@ -78,7 +81,7 @@ def test_distances_are_those_of_patches_whatever_goes_to_other_tokens() -> None:
     assert found.tolist() == pytest.approx([0, 10 * sum(to_first) / 6], abs=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"pool": "mean"}, REGISTERS])
+@pytest.mark.parametrize("changes", [{}, {"pool": "mean"}, REGISTERS, {"posemb": "relative"}])
 def test_observed_attention_is_what_the_model_computes(changes: dict[str, object]) -> None:
     model, seen = tiny(**changes), dict[int, Tensor]()
     before = model.features(images(TINY))
@@ -187,6 +190,34 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(tmp_path: Path) -> None:
         both = Pictures(data="x", files=("y",))
         visualize("attention-map", f"{tmp_path}/ours.safetensors", out, both)
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("posemb", ["none", "relative"])
+def test_a_model_without_positions_of_tokens_shows_the_rest(tmp_path: Path, posemb: str) -> None:
+    path = tmp_path / "ours.safetensors"
+    model = saved_model(path, dataclasses.replace(TINY, posemb=posemb))
+    assert isinstance(model, ViT)
+    with pytest.raises(ConfigError, match=rf'model.posemb = "{posemb}" adds no position embeddings'):
+        visualize("posemb", str(path), str(tmp_path / "none.png"), Pictures())
+    page = str(learned(model, torch.zeros(1, 3, *images(TINY).shape[2:], dtype=torch.uint8)))
+    assert "attention rollout" in page and "filter" in page and "position" not in page
+    seen = observe(model, lambda pixels: model(pixels), torch.zeros(1, 3, 12, 12, dtype=torch.uint8))
+    assert set(seen.pictures) == {"filters", "attention"} and len(seen.distances) == 2
+
+
+def test_the_positions_of_two_axes_are_shown_joined() -> None:
+    model = tiny(posemb="learned2d", posemb_at="every_layer")
+    with torch.no_grad():
+        model.pos_embed_x.normal_()
+        model.pos_embed_y.normal_()
+    positions = input_positions(model)
+    assert positions is not None
+    x, y = model.pos_embed_x[0].detach(), model.pos_embed_y[0].detach()
+    assert torch.equal(positions[1 + 5], torch.cat([x[2], y[1]]))  # row 1, column 2, of 3 x 3
+    observed = observe(model, lambda pixels: model(pixels), torch.zeros(1, 3, 12, 12, dtype=torch.uint8))
+    mosaic = position_mosaic(position_similarity(positions, (3, 3)))
+    shown = enlarged(mosaic, 448).permute(2, 0, 1)[None]
+    assert torch.equal(observed.pictures["positions"], shown)
 
 
 def test_a_hybrid_shows_its_positions_and_attention_but_no_filters(tmp_path: Path) -> None:

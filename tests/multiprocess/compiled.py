@@ -13,6 +13,17 @@ from vitscale.models.vit import ViTConfig
 
 MODELS: dict[str, ModelConfig] = {
     "vit": ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=8, num_classes=5),
+    "relative": ViTConfig(
+        variant="Ti/4",
+        width=32,
+        depth=2,
+        num_heads=4,
+        mlp_dim=48,
+        image_size=8,
+        num_classes=5,
+        pool="mean",
+        posemb="relative",
+    ),
     "hybrid": HybridConfig(
         variant="R+Ti/16",
         stem_width=32,

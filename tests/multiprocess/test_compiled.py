@@ -14,6 +14,7 @@ from multiprocess.zygote import Zygote
         ("vit", "none", 1),
         ("vit", "selective", 1),
         ("vit", "full", 1),
+        ("relative", "selective", 1),
         ("resnet", "selective", 2),
         ("hybrid", "full", 2),
     ],

@@ -1,6 +1,7 @@
 """Studies before they are run: their files, the paper's numbers, and which runs count."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,8 @@ def test_every_study_that_is_shipped_lists_its_runs_without_data(
     monkeypatch.chdir(ROOT)
     study = configs.load(StudyConfig, [path])
     runs = cells(study)
-    assert len(runs) == len(study.models) * len(study.fractions) * len(study.seeds)
+    swept = math.prod(map(len, study.sweep.values()))
+    assert len(runs) == len(study.models) * len(study.fractions) * len(study.seeds) * swept
     assert len({cell.folder for cell in runs}) == len(runs)
     assert f"{len(runs)} runs; to do: " in listed(study, runs)
     for model in study.models:

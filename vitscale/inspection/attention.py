@@ -4,6 +4,7 @@ The weights are computed again from the inputs of each attention layer, beside t
 that the model itself uses, and layer by layer, since those of all layers may not fit in memory.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vitscale.errors import ConfigError
 from vitscale.models.layers import Attention
@@ -34,7 +36,8 @@ def as_vit(model: Model) -> ViT:
 def observe_attention(model: ViT, images: Float[Tensor, "B 3 H W"], observe: Observe) -> None:
     """Run the model on images, and call observe(layer, weights) for each layer from the first.
 
-    weights: softmax(Q K^T / sqrt(d)) in fp32, of each head; rows are queries and sum to 1.
+    weights: softmax(Q K^T / sqrt(d)) in fp32, of each head, with what relative positions add;
+    rows are queries and sum to 1.
     """
     model.eval()
     with observing(model, observe):
@@ -49,12 +52,7 @@ def observing(model: ViT, observe: Observe) -> Iterator[None]:
         attention = block.get_submodule("attn")
         assert isinstance(attention, Attention)
 
-        def hook(
-            _: nn.Module, __: Any, qkv: Tensor, layer: int = layer, num_heads: int = attention.num_heads
-        ) -> None:
-            observe(layer, _weights(qkv, num_heads))
-
-        handles.append(attention.qkv.register_forward_hook(hook))
+        handles += _observe_layer(attention, functools.partial(observe, layer))
     try:
         yield
     finally:
@@ -62,9 +60,34 @@ def observing(model: ViT, observe: Observe) -> Iterator[None]:
             handle.remove()
 
 
-def _weights(qkv: Float[Tensor, "B N D3"], num_heads: int) -> Float[Tensor, "B K N N"]:
+def _observe_layer(attention: Attention, observe: Callable[[Tensor], None]) -> list[RemovableHandle]:
+    """Hooks that call observe(weights) in the attention's forward pass."""
+    if attention.relative is None:
+
+        def hook(_: nn.Module, __: Any, qkv: Tensor) -> None:
+            observe(_weights(qkv, attention.num_heads))
+
+        return [attention.qkv.register_forward_hook(hook)]
+    held: list[Tensor] = []
+
+    def hold(_: nn.Module, __: Any, qkv: Tensor) -> None:
+        held.append(qkv)
+
+    def hook_of_bias(_: nn.Module, __: Any, bias: Tensor) -> None:
+        observe(_weights(held.pop(), attention.num_heads, bias))
+
+    return [
+        attention.qkv.register_forward_hook(hold),
+        attention.relative.register_forward_hook(hook_of_bias),
+    ]
+
+
+def _weights(
+    qkv: Float[Tensor, "B N D3"], num_heads: int, bias: Float[Tensor, "B K N N"] | None = None
+) -> Float[Tensor, "B K N N"]:
     query, key, _ = qkv.float().unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, K, N, d]
-    return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1)
+    logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    return (logits if bias is None else logits + bias.float()).softmax(dim=-1)
 
 
 def attention_distance(

@@ -20,7 +20,12 @@ from vitscale.inspection.attention import (
 )
 from vitscale.inspection.images import lit
 from vitscale.inspection.mosaics import enlarged, filter_tiles, position_mosaic
-from vitscale.inspection.weights import position_similarity, principal_components, reads_pixels
+from vitscale.inspection.weights import (
+    input_positions,
+    position_similarity,
+    principal_components,
+    reads_pixels,
+)
 from vitscale.models.vit import ViT
 
 SHOWN_IMAGES = 8  # those that attention is observed on
@@ -42,7 +47,7 @@ def observe(
 
     forward: runs the model, within which its hooks are called; every rank calls it.
     """
-    config, device = model.config, model.pos_embed.device
+    config, device = model.config, model.norm.weight.device
     images = images[:SHOWN_IMAGES].to(device)
     patch, grid = config.resolved_patch_size, config.grid
     rollout, distances, weights = Rollout(), list[float](), dict[str, Tensor]()
@@ -52,7 +57,9 @@ def observe(
         distances.append(attention_distance(attention, grid, patch).mean().item())
 
     def keep(_: object, __: object) -> None:
-        weights.setdefault("pos_embed", model.pos_embed[0].detach().float().cpu())
+        positions = input_positions(model)
+        if positions is not None:
+            weights.setdefault("positions", positions)
 
     def keep_kernel(_: object, __: object) -> None:
         weights["kernel"] = model.patch_embed.proj.weight.detach().float().cpu()
@@ -69,11 +76,10 @@ def observe(
             handle.remove()
     assert rollout.product is not None
     maps = mean_row(model, rollout.product)
-    positions = position_mosaic(position_similarity(weights["pos_embed"], grid))
-    pictures = {
-        "positions": enlarged(positions, _MOSAIC_SIDE).permute(2, 0, 1)[None],
-        "attention": torch.cat([images, lit(images, maps)], dim=3).cpu(),
-    }
+    pictures = {"attention": torch.cat([images, lit(images, maps)], dim=3).cpu()}
+    if "positions" in weights:
+        positions = position_mosaic(position_similarity(weights["positions"], grid))
+        pictures["positions"] = enlarged(positions, _MOSAIC_SIDE).permute(2, 0, 1)[None]
     if reads_pixels(model):
         filters = filter_tiles(principal_components(weights["kernel"], patch).filters)
         pictures["filters"] = enlarged(filters, _FILTER_SIDE).permute(0, 3, 1, 2)

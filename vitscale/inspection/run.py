@@ -17,7 +17,12 @@ from vitscale.data.transforms import evaluation_view, normalize
 from vitscale.errors import ConfigError, DataError
 from vitscale.inspection import figures
 from vitscale.inspection.attention import as_vit, attention_distance, attention_maps, observe_attention
-from vitscale.inspection.weights import position_similarity, principal_components, reads_pixels
+from vitscale.inspection.weights import (
+    input_positions,
+    position_similarity,
+    principal_components,
+    reads_pixels,
+)
 from vitscale.models.vit import ViT
 from vitscale.weights.saved import Slot, load_model
 
@@ -63,7 +68,13 @@ def _draw(kind: Kind, model: ViT, pictures: Pictures) -> "Figure":
         kernel = model.patch_embed.proj.weight.detach().cpu()
         return figures.draw_filters(principal_components(kernel, config.resolved_patch_size))
     if kind == "posemb":
-        return figures.draw_positions(position_similarity(model.pos_embed[0].detach().cpu(), config.grid))
+        positions = input_positions(model)
+        if positions is None:
+            raise ConfigError(
+                f'a model with model.posemb = "{config.posemb}" adds no position embeddings to its tokens; '
+                "draw filters, attention-distance or attention-map"
+            )
+        return figures.draw_positions(position_similarity(positions, config.grid))
     images = read_images(pictures, config.image_size, pictures.count or DEFAULT_IMAGES[kind])
     if kind == "attention-map":
         maps = [attention_maps(model, batch) for batch in _batches(model, images)]
@@ -105,5 +116,5 @@ def _read_file(path: str, size: int) -> UInt8[Tensor, "3 size size"]:
 
 
 def _batches(model: ViT, images: UInt8[Tensor, "B 3 H W"]) -> list[Float[Tensor, "b 3 H W"]]:
-    device = model.pos_embed.device
+    device = model.norm.weight.device
     return [normalize(part.to(device), torch.float32) for part in images.split(_AT_ONCE)]

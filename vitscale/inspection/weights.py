@@ -39,6 +39,12 @@ def principal_components(kernel: Float[Tensor, "D I"], patch_size: int, count: i
     return Components(top.float(), shares[:count].float())
 
 
+def input_positions(model: ViT) -> Float[Tensor, "N D"] | None:
+    """The position embeddings of the first layer's tokens; None if none are added to them."""
+    positions = model.position_embeddings()
+    return None if positions is None else positions[0].detach().float().cpu()
+
+
 def position_similarity(pos_embed: Float[Tensor, "N D"], grid: tuple[int, int]) -> Float[Tensor, "h w h w"]:
     """Cosine similarity of each patch's position embedding, [row, column], to that of all.
 

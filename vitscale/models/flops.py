@@ -34,10 +34,13 @@ def _vit_macs(config: ViTConfig) -> int:
     patch embedding    n * X * D              X = 3 P^2 for P x P pixels
     each block         N * (4 D^2 + 2 D M)    qkv, output projection, MLP
                        + 2 N^2 * D            attention scores, sum of the values
+                       + n * (2 n - 1) * D    logits of relative positions, if any
     """
     width, tokens = config.resolved_width, config.num_tokens
     patches = config.grid[0] * config.grid[1]
     block = tokens * (4 * width**2 + 2 * width * config.resolved_mlp_dim) + 2 * tokens**2 * width
+    if config.posemb == "relative":
+        block += patches * (2 * patches - 1) * width
     return patches * config.patch_inputs * width + config.resolved_depth * block
 
 

@@ -10,6 +10,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from vitscale.models.posemb import RelativeBias
+
 Gelu = Literal["tanh", "exact"]
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -100,11 +102,13 @@ class Attention(nn.Module):
     """Multi-head self-attention (paper, appendix A).
 
     qkv.weight holds the rows of q, then of k, then of v; within each, head by head.
+    relative: what relative positions add to the logits.
     """
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, relative: RelativeBias | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.relative = relative
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -112,7 +116,8 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, K, N, D / K]
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        bias = None if self.relative is None else self.relative(query)
+        mixed = F.scaled_dot_product_attention(query, key, value, bias)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -133,11 +138,18 @@ class Block(RecomputedBlock):
     """
 
     def __init__(
-        self, width: int, mlp_dim: int, num_heads: int, dropout: float, gelu: Gelu, norm_eps: float
+        self,
+        width: int,
+        mlp_dim: int,
+        num_heads: int,
+        dropout: float,
+        gelu: Gelu,
+        norm_eps: float,
+        relative: RelativeBias | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, num_heads)
+        self.attn = Attention(width, num_heads, relative)
         self.drop = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, mlp_dim, dropout, gelu)

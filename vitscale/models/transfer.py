@@ -4,7 +4,8 @@ from torch import Tensor
 
 from vitscale.errors import ConfigError
 from vitscale.models import ModelConfig
-from vitscale.models.posemb import resize_posemb
+from vitscale.models.posemb import resize_axis, resize_posemb
+from vitscale.models.resnet import ResNetConfig
 
 _VIT = (
     "resolved_width",
@@ -16,6 +17,7 @@ _VIT = (
     "num_registers",
     "distilled",
     "posemb",
+    "posemb_at",
     "gelu",
 )
 # What two models of a kind must have in common to share a backbone.
@@ -37,6 +39,14 @@ def check_backbone(source: ModelConfig, target: ModelConfig) -> None:
                 f"model.{key} is {wanted!r}, but the [init] checkpoint has {saved!r}; "
                 f"set model.{key} = {saved!r}"
             )
+    if isinstance(source, ResNetConfig) or isinstance(target, ResNetConfig) or source.posemb != "relative":
+        return
+    if source.grid != target.grid:
+        raise ConfigError(
+            f"model.image_size {target.image_size} makes another grid of patches than the [init] checkpoint "
+            f'has, whose "relative" position embeddings are of offsets in raster order, without a meaning '
+            f"there; set model.image_size = {source.image_size}"
+        )
 
 
 def check_head(source: ModelConfig, target: ModelConfig) -> None:
@@ -66,4 +76,11 @@ def is_head(name: str) -> bool:
 
 def transferred(name: str, tensor: Tensor, source: ModelConfig, target: ModelConfig) -> Tensor:
     """A tensor of the backbone as the target has it: position embeddings fit its grid."""
-    return resize_posemb(tensor, source.grid, target.grid) if name == "pos_embed" else tensor
+    match name:
+        case "pos_embed":
+            return resize_posemb(tensor, source.grid, target.grid)
+        case "pos_embed_x":
+            return resize_axis(tensor, target.grid[1])
+        case "pos_embed_y":
+            return resize_axis(tensor, target.grid[0])
+    return tensor

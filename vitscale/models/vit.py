@@ -16,7 +16,7 @@ from vitscale.models.initializers import lecun_normal, normal, xavier_uniform
 from vitscale.models.layers import Block, Fp32Linear, Gelu, MapHead, PatchEmbed
 from vitscale.models.limits import MAX_IMAGE_SIZE, MAX_PATCHES, MAX_SIZE
 from vitscale.models.model import Model, check_images
-from vitscale.models.posemb import Grid, sincos2d
+from vitscale.models.posemb import Grid, Placement, Posemb, RelativeBias, check_posemb, sincos2d, table2d
 
 Pool = Literal["token", "mean", "map"]
 
@@ -70,7 +70,14 @@ class ViTConfig:
     dropout:              after the position embedding, each attention and each MLP layer
     drop_path:            the share of images whose attention, and whose MLP, the last block
                           leaves out in training; it rises evenly from 0 in the first block
-    posemb:               "learned", or the fixed "sincos2d"
+    posemb:               position embeddings (paper, appendix D.4): "learned", for each place
+                          in raster order and for the class token; "learned2d", for each column
+                          and each row, of half the width; "relative", for each difference of
+                          two places in raster order, in the attention of every layer; the
+                          fixed "sincos2d"; or "none". The class token has a position with
+                          "learned" alone, and registers never have one
+    posemb_at:            where learned ones are added: to the "input" of the first layer; to
+                          that of "every_layer", which has its own; or "shared" by all layers
     gelu:                 "tanh", Google's approximation, or "exact"
     norm_eps:             epsilon of every LayerNorm
     """
@@ -92,7 +99,8 @@ class ViTConfig:
     head_bias: float = 0.0
     dropout: float = 0.0
     drop_path: float = 0.0
-    posemb: Literal["learned", "sincos2d"] = "learned"
+    posemb: Posemb = "learned"
+    posemb_at: Placement = "input"
     gelu: Gelu = "tanh"
     norm_eps: float = 1e-6  # Flax's default, and so Google's; torch's 1e-5 is another model
 
@@ -127,10 +135,7 @@ class ViTConfig:
             )
         if not self.norm_eps > 0:
             raise ConfigError(f"model.norm_eps {self.norm_eps} must be above 0; Google's models have 1e-6")
-        if self.posemb == "sincos2d" and (width % 4 or width < 8):
-            raise ConfigError(
-                f'model.posemb "sincos2d" needs a width that is a multiple of 4 from 8 on, not {width}'
-            )
+        check_posemb(self.posemb, self.posemb_at, width)
 
     def _check_variant(self) -> None:
         name, slash, patch = self.variant.partition("/")
@@ -208,14 +213,21 @@ class ViT(Model):
         self.reg_token = nn.Parameter(torch.empty(1, registers, width)) if registers else None
         outputs = config.num_patch_outputs
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if outputs else None
-        if config.posemb == "learned":
-            self.pos_embed = nn.Parameter(torch.empty(1, config.num_positions, width))
-        else:
-            self.register_buffer("pos_embed", torch.empty(1, config.num_positions, width), persistent=False)
+        self._make_posemb()
         self.drop = nn.Dropout(config.dropout)
-        depth = config.resolved_depth
+        depth, patches = config.resolved_depth, math.prod(config.grid)
+        relative = config.posemb == "relative"
         self.blocks = nn.ModuleList(
-            Block(width, mlp_dim, heads, config.dropout, gelu, eps) for _ in range(depth)
+            Block(
+                width,
+                mlp_dim,
+                heads,
+                config.dropout,
+                gelu,
+                eps,
+                RelativeBias(patches, width) if relative else None,
+            )
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=eps)
         self.attn_pool = MapHead(width, mlp_dim, heads, gelu, eps) if config.pool == "map" else None
@@ -228,6 +240,35 @@ class ViT(Model):
 
     def _make_patch_embed(self) -> PatchEmbed:
         return PatchEmbed(self.config.resolved_patch_size, self.config.resolved_width)
+
+    def _make_posemb(self) -> None:
+        config = self.config
+        self.pos_embed = self.pos_embed_x = self.pos_embed_y = None
+        width, (rows, cols) = config.resolved_width, config.grid
+        layers = config.resolved_depth if config.posemb_at == "every_layer" else 1
+        if config.posemb == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(layers, config.num_positions, width))
+        elif config.posemb == "learned2d":
+            self.pos_embed_x = nn.Parameter(torch.empty(layers, cols, width // 2))
+            self.pos_embed_y = nn.Parameter(torch.empty(layers, rows, width // 2))
+        elif config.posemb == "sincos2d":
+            del self.pos_embed
+            self.register_buffer("pos_embed", torch.empty(1, config.num_positions, width), persistent=False)
+
+    def position_embeddings(self) -> Float[Tensor, "L N D"] | None:
+        """What is added to the tokens: to the class token, if any, and to the patches.
+
+        L is the depth with posemb_at "every_layer", and else 1. None if nothing is added:
+        without position embeddings, and with relative ones.
+        """
+        if self.pos_embed_x is None or self.pos_embed_y is None:
+            return self.pos_embed
+        return self._after_no_position(table2d(self.pos_embed_x, self.pos_embed_y))
+
+    def _after_no_position(self, table: Float[Tensor, "L n D"]) -> Float[Tensor, "L N D"]:
+        """The positions of patches after 0 for the class and the distillation token, if any."""
+        zeros = table.new_zeros(len(table), self.config.num_positions - table.shape[1], table.shape[2])
+        return torch.cat([zeros, table], dim=1)
 
     def forward(
         self,
@@ -251,8 +292,11 @@ class ViT(Model):
         if not all(0 <= index < len(self.blocks) for index in wanted):
             raise ValueError(f"layers are {list(wanted)}; this model has blocks 0 to {len(self.blocks) - 1}")
         x = self._embed(images, corruption)  # [B, N, D]
+        positions = self._positions_by_layer()
         outputs: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
+            if positions is not None:
+                x = x + positions[index]
             x = block(x) if kept is None else block(x, kept[index])
             if index in wanted:
                 outputs[index] = self._patch_tokens(self.norm(x))
@@ -276,12 +320,31 @@ class ViT(Model):
         for token in (self.dist_token, self.cls_token):
             if token is not None:
                 x = torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)
-        # A fixed table is a buffer, which DeepSpeed leaves in fp32.
-        x = self.drop(x + self.pos_embed.to(x.dtype))
+        positions = self.position_embeddings() if self.config.posemb_at == "input" else None
+        if positions is not None:
+            # A fixed table is a buffer, which DeepSpeed leaves in fp32.
+            x = x + positions.to(x.dtype)
+        x = self.drop(x)
         if self.reg_token is None:
             return x
+        return self._with_registers(x, self.reg_token.expand(x.shape[0], -1, -1))
+
+    def _positions_by_layer(self) -> Sequence[Float[Tensor, "N D"]] | None:
+        """What is added to the tokens before each block; None if it was added to the input."""
+        if self.config.posemb_at == "input":
+            return None
+        positions = self.position_embeddings()  # [L or 1, N, D]
+        assert positions is not None, "the config has no other"
+        if self.reg_token is not None:
+            zeros = positions.new_zeros(len(positions), self.config.num_registers, positions.shape[2])
+            positions = self._with_registers(positions, zeros)
+        return positions.expand(len(self.blocks), -1, -1).unbind()
+
+    def _with_registers(
+        self, x: Float[Tensor, "B N D"], registers: Float[Tensor, "B R D"]
+    ) -> Float[Tensor, "B M D"]:
         before, patches = x.tensor_split([self.config.num_positions - math.prod(self.config.grid)], dim=1)
-        return torch.cat([before, self.reg_token.expand(x.shape[0], -1, -1), patches], dim=1)
+        return torch.cat([before, registers, patches], dim=1)
 
     def _corrupt(self, x: Float[Tensor, "B n D"], sources: Int64[Tensor, "B n"]) -> Float[Tensor, "B n D"]:
         assert self.mask_token is not None, "the model has no patch head"
@@ -300,7 +363,7 @@ class ViT(Model):
 
             biases of MLPs        normal, deviation 1e-6
             patch embedding       LeCun normal
-            learned positions     normal, deviation 0.02
+            learned positions     normal, deviation 0.02, also those of axes and of offsets
             class token           0
             distillation token    normal, deviation 0.02 (DeiT)
             registers             normal, deviation 1e-6 (timm, DINOv2)
@@ -325,8 +388,9 @@ class ViT(Model):
             if isinstance(module, nn.Linear) and name.endswith((".fc1", ".fc2")):
                 yield f"{name}.bias", normal(module.bias, 1e-6, generator)
         yield "patch_embed.proj.weight", lecun_normal(self.patch_embed.proj.weight, generator)
-        if self.config.posemb == "learned":
-            yield "pos_embed", normal(self.pos_embed, 0.02, generator)
+        for name, param in self.named_parameters():
+            if name.startswith("pos_embed") or name.endswith(".attn.relative.embed"):
+                yield name, normal(param, 0.02, generator)
         if self.cls_token is not None:
             yield "cls_token", torch.zeros(self.cls_token.shape)
         if self.reg_token is not None:
@@ -347,11 +411,9 @@ class ViT(Model):
 
     @torch.no_grad()
     def init_buffers(self) -> None:
-        if self.config.posemb == "sincos2d":
+        if self.config.posemb == "sincos2d" and self.pos_embed is not None:
             table = sincos2d(self.config.grid, self.config.resolved_width)  # [1, n, D]
-            # The class token and the distillation token, where there are such, get no position.
-            prefix = table.new_zeros(1, self.config.num_positions - table.shape[1], table.shape[2])
-            self.pos_embed.copy_(torch.cat([prefix, table], dim=1))
+            self.pos_embed.copy_(self._after_no_position(table))
 
     def _represent(self, x: Float[Tensor, "B N D"], features_only: bool) -> Float[Tensor, "B X"]:
         """Features [B, D] or logits [B, C] of the tokens after the final norm."""

@@ -65,7 +65,8 @@ def _to_onnx(model: Model) -> Any:
         raise ConfigError(
             "ONNX needs onnxscript and onnxruntime; install them: bash tools/setup.sh onnx"
         ) from None
-    with _quiet():
+    # With gradients, torch traces relative positions for a kernel that it does not export.
+    with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             model,
             (_images(model, 2),),

@@ -8,7 +8,12 @@ from vitscale.data.transforms import normalize
 from vitscale.inspection.attention import attention_maps
 from vitscale.inspection.images import lit
 from vitscale.inspection.mosaics import enlarged, filter_tiles, position_mosaic
-from vitscale.inspection.weights import position_similarity, principal_components, reads_pixels
+from vitscale.inspection.weights import (
+    input_positions,
+    position_similarity,
+    principal_components,
+    reads_pixels,
+)
 from vitscale.models.vit import ViT
 from vitscale.report.page.html import Html, element, joined, note
 from vitscale.report.page.pictures import card, channels_last, gallery, picture
@@ -51,9 +56,10 @@ def _filters(model: ViT) -> list[Html]:
 
 def _positions(model: ViT) -> list[Html]:
     grid = model.config.grid
-    if max(grid) > _LARGEST_GRID:
+    positions = input_positions(model)
+    if positions is None or max(grid) > _LARGEST_GRID:
         return []
-    pixels = position_mosaic(position_similarity(model.pos_embed[0].detach(), grid))
+    pixels = position_mosaic(position_similarity(positions, grid))
     shown = picture(enlarged(pixels, _MOSAIC_SIDE).numpy(), "position embedding similarity", lossless=True)
     text = (
         "The position embeddings: for each patch, at its place, the cosine similarity to those of all "

@@ -18,6 +18,8 @@ _NO_PATCH_HEAD = ((0,), "it has no mask token and no head on patches; export a m
 _NO_DISTILLATION = "has no distillation token; use --format timm or safetensors"
 _NO_GOOGLE_DISTILLATION = ((False,), f"Google's ViT {_NO_DISTILLATION}")
 _NO_MAP_HEAD = (("token", "mean"), "only big_vision has this head; use --dialect big_vision")
+_NO_POSEMB = (("learned", "sincos2d"), "it knows no other position embeddings; use --format safetensors")
+_NO_PLACEMENT = (("input",), "it adds positions to the input alone; use --format safetensors")
 # By dialect, the keys that it limits: the allowed values, and what to do about others.
 _LIMITS: dict[Dialect, dict[str, tuple[tuple[object, ...], str]]] = {
     "timm": {
@@ -78,7 +80,12 @@ def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
             f"model.kind 'hybrid' cannot be exported to {dialect}, which has no such model or one with other "
             "epsilons; use --format npz (of dialect original or linen), which timm reads, or safetensors"
         )
-    limits = {"num_registers": _NO_REGISTERS, "num_patch_outputs": _NO_PATCH_HEAD}
+    limits = {
+        "num_registers": _NO_REGISTERS,
+        "num_patch_outputs": _NO_PATCH_HEAD,
+        "posemb": _NO_POSEMB,
+        "posemb_at": _NO_PLACEMENT,
+    }
     for key, (allowed, reason) in (limits | _LIMITS.get(dialect, {})).items():
         value = getattr(config, key)
         if value not in allowed:

@@ -110,6 +110,12 @@ def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None
             f"model.kind is {config.kind!r}, but the tensors have names of a "
             f"{'ResNet' if dialect == 'bit' else 'ViT'}"
         )
+    if isinstance(config, ViTConfig) and dialect != "vitscale":
+        for key, allowed in (("posemb", ("learned", "sincos2d")), ("posemb_at", ("input",))):
+            if (value := getattr(config, key)) not in allowed:
+                raise ConfigError(
+                    f"model.{key} {value!r} must be {allowed[0]!r}: models of {dialect} have no other"
+                )
     expected, ours = their_shapes(dialect, config), our_shapes(config)
     kind = {"vit": "ViT", "hybrid": "hybrid", "resnet": "ResNet"}[config.kind]
     covered = {name for rule in rules(dialect, config) for name in rule.ours}
