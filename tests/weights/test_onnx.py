@@ -24,7 +24,7 @@ def session(path: Path) -> Any:
     ("config", "name"),
     [
         (dataclasses.replace(ONE_BLOCK, representation_size=24), "a.onnx"),
-        (dataclasses.replace(ONE_BLOCK, pool="map", posemb="sincos2d"), "a.onnx"),
+        (dataclasses.replace(ONE_BLOCK, pool="map", posemb="sincos2d", image_size=(8, 12)), "a.onnx"),
         (dataclasses.replace(ONE_BLOCK, num_classes=0, pool="mean", num_registers=2), "folder"),
     ],
 )

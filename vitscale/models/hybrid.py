@@ -174,10 +174,11 @@ class SameStdConv2d(nn.Conv2d):
         kernel, stride = self.kernel_size[0], self.stride[0]
         deviation, mean = torch.std_mean(self.weight.float(), (1, 2, 3), correction=0, keepdim=True)
         weight = ((self.weight - mean) / (deviation + WEIGHT_EPS)).to(x.dtype)
-        before, after = same_padding(x.shape[-1], kernel, stride)
-        if before == after:
-            return F.conv2d(x, weight, None, stride, before)
-        return F.conv2d(F.pad(x, (before, after, before, after)), weight, None, stride)
+        top, bottom = same_padding(x.shape[-2], kernel, stride)
+        left, right = same_padding(x.shape[-1], kernel, stride)
+        if (top, left) == (bottom, right):
+            return F.conv2d(x, weight, None, stride, (top, left))
+        return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride)
 
 
 class PostActBottleneck(RecomputedBlock):
