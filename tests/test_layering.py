@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Units of one layer do not import one another; a unit is a file or folder of vitscale/ itself.
 LAYERS = [
     ["redaction", "launch_environment"],
-    ["errors", "progress", "hang", "slurm", "rendezvous"],
+    ["errors", "image_size", "progress", "hang", "slurm", "rendezvous"],
     ["open_files", "vtab"],
     ["config", "distributed", "rng", "atomic", "attempts", "hardware", "hostfile"],
     ["storage", "processes", "command", "ending", "watch", "goodput"],

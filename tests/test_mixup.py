@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from vitscale.mixup import cutmix_boxes, draw_mixes, mix
+from vitscale.mixup import cutmix_boxes, draw_mixes, mix, pixel_weights
 
 SIZE = 16
 KINDS = [
@@ -149,6 +149,23 @@ def test_cutmix_boxes_have_the_right_side_centre_and_edge() -> None:
     centres = np.array([[0.5, 0.5], [0.0, 0.999], [0.5, 0.5], [0.5, 0.5]])
     boxes = cutmix_boxes(lam, centres, 100)
     assert boxes.tolist() == [[25, 75, 25, 75], [0, 25, 74, 100], [0, 100, 0, 100], [50, 50, 50, 50]]
+
+
+def test_cutmix_boxes_have_the_aspect_ratio_of_the_image() -> None:
+    lam, centres = np.array([0.75, 0.75]), np.array([[0.5, 0.5], [0.0, 0.999]])
+    assert cutmix_boxes(lam, centres, (40, 100)).tolist() == [[10, 30, 25, 75], [0, 10, 74, 100]]
+    weights = pixel_weights(torch.tensor([[0.7, 1.0, 2.0, 3.0, 5.0]]), (2, 5))
+    assert torch.equal(weights, torch.tensor([[[0.7, 0.7, 0.7, 0.7, 0.7], [0.7, 0.7, 0.7, 0.0, 0.0]]]))
+
+
+def test_mixing_images_that_are_no_squares_counts_their_pixels() -> None:
+    """An image of ones and one of zeros: its mean is the weight of its target."""
+    images = torch.tensor([1.0, 0.0]).repeat(32)[:, None, None, None].expand(64, 3, 6, 10)
+    targets = torch.eye(2).repeat(32, 1)
+    for kind in ({"mixup": 0.0, "cutmix": 1.0}, {"mixup": 0.8, "cutmix": 0.0}):
+        mixed, weights = mix(images, targets, **kind, switch=0.5, seed=1, step=5, first_position=0)
+        assert torch.allclose(mixed.mean((1, 2, 3)), weights[:, 0], atol=1e-6)
+        assert 0 < weights[0, 0] < 1 or len(weights[:, 0].unique()) > 10
 
 
 def test_cutmix_boxes_are_placed_uniformly() -> None:

@@ -26,6 +26,7 @@ from typing import (
 )
 
 from vitscale.errors import ConfigError
+from vitscale.image_size import ImageSize, image_size
 
 T = TypeVar("T")
 
@@ -244,6 +245,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if _are_sections(hint):
         return from_dict(hint, _expect(value, Mapping, where, "a table"), where)
+    if hint == ImageSize:
+        return _convert_image_size(value, where)
     if origin in (Union, types.UnionType):
         raise TypeError(f"{where}: a config field has one type, or is a union of dataclasses")
     if hint is Any:
@@ -275,6 +278,14 @@ def _convert_tuple(args: tuple[Any, ...], items: Sequence[Any], where: str) -> t
     return tuple(
         _convert(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(args, items, strict=True))
     )
+
+
+def _convert_image_size(value: Any, where: str) -> ImageSize:
+    """A number, or [height, width]; a square given so becomes a number, too."""
+    if not isinstance(value, list | tuple):
+        return _convert_scalar(int, value, where)
+    height, width = _convert_tuple((int, int), value, where)
+    return image_size(height, width)
 
 
 def _convert_scalar(hint: type, value: Any, where: str) -> Any:

@@ -7,6 +7,7 @@ import math
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.zero import OPTIMIZER_SLOTS
+from vitscale.image_size import sides
 from vitscale.models import ModelConfig, empty_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
@@ -204,19 +205,20 @@ def _stem_activations(
     size = 4 if precision == "fp32" else 2
     kept = largest = kernels = largest_kernels = 0
     for shape in config.block_shapes:
-        s2, t2 = shape.side_in**2, shape.side_out**2
+        s2, t2 = math.prod(shape.grid_in), math.prod(shape.grid_out)
         none = s2 * (shape.inputs + 2 * shape.mid) + t2 * (2 * shape.mid + shape.outputs)
         none += t2 * shape.outputs if shape.has_projection else 0
-        none += (shape.side_in + 1) ** 2 * shape.mid if shape.stride > 1 else 0
+        none += math.prod(side + 1 for side in shape.grid_in) * shape.mid if shape.stride > 1 else 0
         selective = s2 * (shape.inputs + shape.mid) + t2 * shape.mid
         kept += {"none": none, "selective": selective, "full": s2 * shape.inputs}[checkpointing]
         kernels += shape.num_weights
         largest, largest_kernels = max(largest, none), max(largest_kernels, shape.num_weights)
-    width, side = config.resolved_stem_width, config.image_size
-    ends = 3 * (side + 5) ** 2 + 2 * halved(side) ** 2 * width
+    width, root_input = config.resolved_stem_width, sides(config.image_size)
+    ends = 3 * math.prod(side + 5 for side in root_input)
+    ends += 2 * math.prod(halved(root_input)) * width
     last = math.prod(config.grid) * config.patch_inputs
     ends += 2 * last if config.block_shapes else last  # no gradient needs the largest values
-    indices = 8 * halved(halved(side)) ** 2 * width
+    indices = 8 * math.prod(halved(halved(root_input))) * width
     kernels += ROOT_KERNEL**2 * 3 * width
     copies = 8 if precision == "fp32" else 10
     stays = micro_batch * (size * (kept + ends) + indices)
@@ -228,7 +230,7 @@ def _stem_activations(
 def _resnet_activations(
     config: ResNetConfig, micro_batch: int, precision: str, checkpointing: Checkpointing
 ) -> int:
-    """For maps of s x s into and t x t out of a block of I, M and O channels, in values:
+    """For maps of s^2 places into and t^2 out of a block of I, M and O channels, in values:
 
         "none"         input and its norm's ReLU: 2 s^2 I; the same of the two other norms:
                        2 s^2 M + 2 t^2 M
@@ -241,12 +243,12 @@ def _resnet_activations(
     size = 4 if precision == "fp32" else 2
     kept = largest = kernels = largest_kernels = 0
     for shape in config.block_shapes:
-        s2, t2 = shape.side_in**2, shape.side_out**2
+        s2, t2 = math.prod(shape.grid_in), math.prod(shape.grid_out)
         none = 2 * s2 * (shape.inputs + shape.mid) + 2 * t2 * shape.mid
         kept += {"none": none, "selective": none // 2, "full": s2 * shape.inputs}[checkpointing]
         kernels += shape.num_weights
         largest, largest_kernels = max(largest, none), max(largest_kernels, shape.num_weights)
-    ends = 2 * halved(config.image_size) ** 2 * config.resolved_width
+    ends = 2 * math.prod(halved(sides(config.image_size))) * config.resolved_width
     ends += 2 * math.prod(config.grid) * config.num_features
     if checkpointing == "none":
         return size * (micro_batch * (kept + ends) + kernels)

@@ -12,10 +12,11 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vitscale import rng
+from vitscale.image_size import ImageSize, sides
 
 
 def mix(
-    images: Float[Tensor, "B 3 S S"],
+    images: Float[Tensor, "B 3 H W"],
     targets: Float[Tensor, "B C"],
     *,
     mixup: float,
@@ -24,7 +25,7 @@ def mix(
     seed: int,
     step: int,
     first_position: int,
-) -> tuple[Float[Tensor, "B 3 S S"], Float[Tensor, "B C"]]:
+) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B C"]]:
     """`images` and `targets`, mixed within pairs of neighbours.
 
     mixup, cutmix: the alpha of each one's lambda ~ Beta(alpha, alpha); 0 = off. If both are
@@ -37,20 +38,20 @@ def mix(
     if not mixup and not cutmix:
         return images, targets
     assert first_position % 2 == 0 and len(images) % 2 == 0, "a pair lies within one micro batch"
-    size, first_pair = images.shape[-1], first_position // 2
+    size, first_pair = (images.shape[-2], images.shape[-1]), first_position // 2
     pairs = range(first_pair, first_pair + len(images) // 2)
     mixes = draw_mixes(pairs, size, mixup=mixup, cutmix=cutmix, switch=switch, seed=seed, step=step)
     # One copy, and non_blocking: training never waits for the device here.
     columns = torch.from_numpy(mixes.astype(np.float32)).to(images.device, non_blocking=True)
     target_weights = columns[:, 0, None]  # [P, 1]
-    image_weights = pixel_weights(columns[:, 1:], size)[:, None]  # [P, 1, S, S]
+    image_weights = pixel_weights(columns[:, 1:], size)[:, None]  # [P, 1, H, W]
     return _mix_pairs(images, image_weights), _mix_pairs(targets, target_weights)
 
 
 def draw_mixes(
-    pairs: range, size: int, *, mixup: float, cutmix: float, switch: float, seed: int, step: int
+    pairs: range, size: ImageSize, *, mixup: float, cutmix: float, switch: float, seed: int, step: int
 ) -> Float64[np.ndarray, "P 6"]:
-    """How each pair mixes. pairs: numbered through the global batch. size: the images' side.
+    """How each pair mixes. pairs: numbered through the global batch. size: of the images.
 
     The columns are the weight of a sample's own target, the weight of its own pixels outside
     the box, and the box: top, bottom, left, right. Inside the box, pixels are the partner's.
@@ -63,31 +64,33 @@ def draw_mixes(
     alpha = np.where(is_cutmix, cutmix, mixup)
     lam = scipy.special.betaincinv(alpha, alpha, kinds[:, 1])  # [P]
     boxes = cutmix_boxes(lam, centres, size) * is_cutmix[:, None]  # [P, 4]
-    areas = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
-    lam = np.where(is_cutmix, 1 - areas / size**2, np.maximum(lam, 1 - lam))
+    areas, (height, width) = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]), sides(size)
+    lam = np.where(is_cutmix, 1 - areas / (height * width), np.maximum(lam, 1 - lam))
     return np.column_stack([lam, np.where(is_cutmix, 1, lam), boxes])
 
 
 def cutmix_boxes(
-    lam: Float64[np.ndarray, " P"], centres: Float64[np.ndarray, "P 2"], size: int
+    lam: Float64[np.ndarray, " P"], centres: Float64[np.ndarray, "P 2"], size: ImageSize
 ) -> Float64[np.ndarray, "P 4"]:
     """Boxes (top, bottom, left, right) of about 1 - lam of an image, cut off at its edge.
 
-    centres: (row, column), uniform in [0, 1). The side is rounded down to an even number of
-    pixels, as in the authors' code. Since the edge may cut it, measure the area afterwards.
+    centres: (row, column), uniform in [0, 1). A box has the image's aspect ratio; its sides are
+    rounded down to an even number of pixels, as in the authors' code. Since the edge may cut
+    it, measure the area afterwards.
     """
-    half_side = (size * np.sqrt(1 - lam)).astype(np.int64)[:, None] // 2
-    middle = (centres * size).astype(np.int64)
-    low, high = np.clip(middle - half_side, 0, size), np.clip(middle + half_side, 0, size)  # [P, 2]
+    height_width = np.array(sides(size))  # [2]
+    half_sides = (height_width * np.sqrt(1 - lam)[:, None]).astype(np.int64) // 2  # [P, 2]
+    middle = (centres * height_width).astype(np.int64)
+    low, high = np.clip(middle - half_sides, 0, height_width), np.clip(middle + half_sides, 0, height_width)
     return np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], axis=1).astype(np.float64)
 
 
-def pixel_weights(columns: Float[Tensor, "P 5"], size: int) -> Float[Tensor, "P S S"]:
+def pixel_weights(columns: Float[Tensor, "P 5"], size: ImageSize) -> Float[Tensor, "P H W"]:
     """The weight of a sample's own pixels: 0 inside the box, the first of `columns` outside."""
     outside, top, bottom, left, right = columns[:, :, None].unbind(1)  # [P, 1] each
-    pixel = torch.arange(size, device=columns.device)  # [S]
-    box_rows, box_columns = (pixel >= top) & (pixel < bottom), (pixel >= left) & (pixel < right)  # [P, S]
-    box = box_rows[:, :, None] & box_columns[:, None, :]  # [P, S, S]
+    row, column = (torch.arange(side, device=columns.device) for side in sides(size))  # [H], [W]
+    box_rows, box_columns = (row >= top) & (row < bottom), (column >= left) & (column < right)
+    box = box_rows[:, :, None] & box_columns[:, None, :]  # [P, H, W]
     return torch.where(box, 0.0, outside[:, :, None])
 
 

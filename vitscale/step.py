@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vitscale import distributed
 from vitscale.data.loader import Batch
+from vitscale.image_size import sides
 from vitscale.job import Job
 from vitscale.models.drop_path import draw_kept
 from vitscale.objectives import BatchKey
@@ -55,8 +56,8 @@ def skipped_step(run: Run) -> Tensor:
     They cannot be left alone in the collectives of a step that they have begun.
     """
     job, device = run.job, distributed.device()
-    size, rows = job.config.model.image_size, job.plan.micro_batch
-    images = torch.zeros(rows, 3, size, size, dtype=torch.uint8, device=device)
+    size, rows = sides(job.config.model.image_size), job.plan.micro_batch
+    images = torch.zeros(rows, 3, *size, dtype=torch.uint8, device=device)
     labels = torch.full((rows, 1), -1, device=device)
     for _ in range(job.plan.grad_accum_steps):
         # The objective's own loss: each parameter that it trains takes part in collectives.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.evals.store import digest_of
+from vitscale.image_size import ImageSize, pixels, written
 from vitscale.models import Model, ModelConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.objectives import TIMM, DistillationConfig
@@ -153,12 +154,12 @@ def _check_classes(teacher: str, num_classes: int, student: ModelConfig) -> None
         )
 
 
-def _check_size(teacher: str, size: int, student: ModelConfig) -> None:
+def _check_size(teacher: str, size: ImageSize, student: ModelConfig) -> None:
     if size != student.image_size:
+        wanted = written(student.image_size)
         raise ConfigError(
-            f"objective.teacher {teacher} takes images of {size} x {size}, and model.image_size is "
-            f"{student.image_size}; fine-tune the teacher at {student.image_size}, or set model.image_size = "
-            f"{size}"
+            f"objective.teacher {teacher} takes images of {pixels(size)}, and model.image_size is {wanted}; "
+            f"fine-tune the teacher at {wanted}, or set model.image_size = {written(size)}"
         )
 
 

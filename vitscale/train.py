@@ -312,7 +312,7 @@ def evaluate(run: Run, names: Sequence[str], watch: Watch) -> bool:
     return True
 
 
-def draw(run: Run, images: UInt8[Tensor, "B 3 S S"]) -> None:
+def draw(run: Run, images: UInt8[Tensor, "B 3 H W"]) -> None:
     """Show in TensorBoard what the model has learned; every rank calls it."""
     with run.engine.evaluating():
         forward = functools.partial(run.engine.forward, features_only=True)

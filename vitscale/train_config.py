@@ -14,6 +14,7 @@ from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig, EvalConfig
 from vitscale.expect import ExpectConfig
+from vitscale.image_size import written
 from vitscale.losses import LossConfig
 from vitscale.models import ModelConfig
 from vitscale.models.vit import ViTConfig
@@ -287,8 +288,8 @@ class TrainConfig:
         patch = model.resolved_patch_size
         if math.prod(model.grid) < 2:
             raise ConfigError(
-                f"{kind} needs two patches or more, and model.image_size {model.image_size} has one of "
-                f"{patch} pixels; use a larger image or smaller patches"
+                f"{kind} needs two patches or more, and model.image_size {written(model.image_size)} has one "
+                f"of {patch} pixels; use a larger image or smaller patches"
             )
         if objective.target == "downsized_patch" and patch % DOWNSIZED:
             raise ConfigError(

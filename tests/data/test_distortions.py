@@ -330,6 +330,17 @@ def test_erased_boxes_keep_to_their_areas_and_aspects() -> None:
     assert abs(places.mean() - 0.5) < 0.02 and abs(places.std() - 12**-0.5) < 0.02
 
 
+def test_erased_boxes_of_images_that_are_no_squares_lie_within_them() -> None:
+    draws = rng.uniform(3000 * 40, 4, "erase").reshape(3000, 40)
+    top, left, height, width = np.array([distortions.erasing_box((40, 100), draw) for draw in draws]).T
+    assert ((top + height <= 40) & (left + width <= 100) & (height < 40)).all()
+    assert (width > 40).any() and left.max() > 80 and 0 < top.max() < 40
+    assert (height * width)[height > 0].min() > 0.015 * 4000 and (height * width).max() < 0.34 * 4000
+    view = torch.full((3, 4, 10), 7, dtype=torch.uint8)
+    erased = random_erasing(view, 1.0, np.array([0.0, *draws[0]]), 1)
+    assert erased.shape == view.shape and not torch.equal(erased, view)
+
+
 def test_a_box_that_does_not_fit_is_tried_again() -> None:
     tall = [1 - 2**-53, 1 - 2**-53, 0.0, 0.0]  # a third of the square, 1.05 times its height
     assert distortions.erasing_box(100, np.array([*tall, 0.0, 0.5, 0.0, 1 - 2**-53])) == (0, 86, 14, 14)

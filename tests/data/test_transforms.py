@@ -17,6 +17,7 @@ from vitscale.data.transforms import (
     AugmentConfig,
     ViewKey,
     augment,
+    choose_box,
     evaluation_view,
     finish_views,
     normalize,
@@ -139,6 +140,31 @@ def test_many_views_at_once_are_those_of_each_sample_alone(pad: int, flip: bool,
         assert torch.equal(view, finish_views([square], config, [key])[0])
 
 
+def test_views_that_are_no_squares_are_shifted_and_flipped_within_their_own_sides() -> None:
+    """Of 2 x 3 pixels, padded by 1 pixel: each of the 3 x 3 shifts, and its mirror image."""
+    box = np.arange(1, 7, dtype=np.uint8).reshape(2, 3, 1).repeat(3, 2)
+    config = AugmentConfig(crop="pad", pad=1)
+    views = finish_views([box] * 300, config, [ViewKey(0, 0, sample) for sample in range(300)])
+    assert views.shape == (300, 3, 2, 3)
+    rows = [[0, 0, 0, 0, 0], [0, 1, 2, 3, 0], [0, 4, 5, 6, 0], [0, 0, 0, 0, 0]]
+    windows = [[row[left : left + 3] for row in rows[top : top + 2]] for top in range(3) for left in range(3)]
+    expected = {str(window) for window in windows} | {str([row[::-1] for row in w]) for w in windows}
+    assert {str(view[0].tolist()) for view in views} == expected and len(expected) == 18
+
+
+def test_a_crop_is_chosen_as_for_a_square_and_resized_to_both_sides() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    config = AugmentConfig(flip=False)
+    for sample in range(5):
+        key = ViewKey(0, 0, sample)
+        top, left, height, width = choose_box(config, key, 40, 60)
+        expected = resize(pixels[top : top + height, left : left + width], 6, 9)
+        assert torch.equal(augment(pixels, config, (6, 9), key), expected)
+    assert torch.equal(
+        augment(pixels, AugmentConfig(crop="resize", flip=False), (6, 9), key), resize(pixels, 6, 9)
+    )
+
+
 def test_a_config_that_does_not_say_pads_black() -> None:
     pixels = np.full((8, 8, 3), 255, dtype=np.uint8)
     corners = {}
@@ -161,6 +187,20 @@ def test_evaluation_views_and_normalisation() -> None:
     assert (evaluation_view(pixels, "center", 14) == 255).all()
     levels = normalize(torch.tensor([0, 255, 127], dtype=torch.uint8).reshape(1, 3, 1, 1), torch.float32)
     assert levels.flatten().tolist() == pytest.approx([-1.0, 1.0, -0.5 / 127.5])
+
+
+def test_evaluation_views_that_are_no_squares() -> None:
+    """By hand. 14 x 7 of an image of 32 x 32: it is resized to cover 16 x 8, so to 16 x 16, and
+    rows 1 to 15 and columns 4 to 11 are kept. 7 x 14 of 20 x 32 (8 x 16 to cover): 10 x 16.
+    """
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert torch.equal(evaluation_view(pixels, "resize", (14, 7)), resize(pixels, 14, 7))
+    tall = evaluation_view(pixels, "center", (14, 7))
+    assert torch.equal(tall, resize(pixels, 16, 16)[:, 1:15, 4:11])
+    wide = evaluation_view(pixels[:20], "center", (7, 14))
+    assert torch.equal(wide, resize(pixels[:20], 10, 16)[:, 1:8, 1:15])
+    square = evaluation_view(pixels[:20], "center", (14, 14))
+    assert torch.equal(square, evaluation_view(pixels[:20], "center", 14))
 
 
 def box_of(sample: int):

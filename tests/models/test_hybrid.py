@@ -13,6 +13,7 @@ from models.ops import CountOps
 from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
+from vitscale.image_size import ImageSize, sides
 from vitscale.memory import activation_bytes, count_params, head_bytes
 from vitscale.models import build_model
 from vitscale.models.flops import forward_macs, stem_macs, train_flops
@@ -38,8 +39,7 @@ def randomised(config: HybridConfig, seed: int = 0) -> Hybrid:
 
 
 def pixels(config: HybridConfig, count: int = 3) -> Tensor:
-    size = config.image_size
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return torch.rand(count, 3, *sides(config.image_size), generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 # In millions, with 1,000 classes: timm's results.csv, to all of its digits.
@@ -75,23 +75,27 @@ def test_flops_are_those_of_table_6(variant: str, epochs: int, exaflops: float, 
     assert total == pytest.approx(exaflops, rel=tolerance)
 
 
-def test_macs_are_those_of_an_operator_count() -> None:
+@pytest.mark.parametrize("size", [TINY.image_size, (32, 80)])
+def test_macs_are_those_of_an_operator_count(size: ImageSize) -> None:
+    config = dataclasses.replace(TINY, image_size=size)
     counts: list[int] = []
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
         counts.append(output[0].numel() * module.weight[0].numel())
 
-    model = build_model(TINY, 0)
+    model = build_model(config, 0)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(hook)
-    model(pixels(TINY, 1))
-    assert len(counts) == 1 + 3 * 3 + 2 and stem_macs(TINY) == sum(counts)
-    plain = ViTConfig(variant="mu/16", image_size=32, num_classes=5)
-    embedding = 4 * 32  # patches and width: here of 2 x 2 x 256 values each, there of 16 x 16 x 3
+    model(pixels(config, 1))
+    assert len(counts) == 1 + 3 * 3 + 2 and stem_macs(config) == sum(counts)
+    plain = ViTConfig(variant="mu/16", image_size=size, num_classes=5)
+    embedding = (
+        math.prod(config.grid) * 32
+    )  # patches and width: here of 2 x 2 x 256 values each, there of 16 x 16 x 3
     expected = sum(counts) + forward_macs(plain) + embedding * (1024 - 768)
-    assert forward_macs(TINY) == expected
+    assert forward_macs(config) == expected
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,19 @@ def test_a_stride_begins_at_the_first_place_of_an_even_side() -> None:
     x = torch.tensor([[[[1.0, 2.0], [3.0, 5.0]]]])
     # Rows and columns 0 and 1 of the kernel meet the map: 8 x 5 - (1 + 2 + 3).
     assert conv(x).item() == pytest.approx((8 * 5 - 6) / (math.sqrt(8) + 1e-5), rel=1e-6)
+
+
+def test_each_side_is_padded_by_itself() -> None:
+    """A 3 x 3 kernel at stride 2 pads 4 rows by (0, 1) and 5 columns by (1, 1)."""
+    conv = SameStdConv2d(2, 3, 3, stride=2)
+    x = torch.randn(1, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    flat = conv.weight.flatten(1)
+    weight = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, correction=0, keepdim=True) + 1e-5)
+    padded = torch.zeros(1, 2, 5, 7)
+    padded[:, :, :4, 1:6] = x
+    expected = nn.functional.conv2d(padded, weight.reshape(conv.weight.shape), stride=2)
+    torch.testing.assert_close(conv(x), expected)
+    assert conv(x).shape == (1, 3, 2, 3)
 
 
 def test_the_pool_reaches_over_the_end_alone_and_ignores_what_is_there() -> None:
@@ -202,11 +219,11 @@ def test_checkpointing_recomputes_all_of_a_block_or_what_is_cheap_and_changes_no
     assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 64), ("bf16", 64), ("bf16", (32, 96))])
 @pytest.mark.parametrize("variant", ["R26+mu/32", "R+mu/16"])
-def test_activations_are_what_the_backward_pass_keeps(variant: str, precision: str) -> None:
+def test_activations_are_what_the_backward_pass_keeps(variant: str, precision: str, size: ImageSize) -> None:
     """Counted as the bytes of the storages that autograd holds, beside weights and images."""
-    config = HybridConfig(variant=variant, image_size=64, num_classes=0)
+    config = HybridConfig(variant=variant, image_size=size, num_classes=0)
     model, images = build_model(config, 0), pixels(config, 4)
     if precision == "bf16":
         model, images = model.bfloat16(), images.bfloat16()

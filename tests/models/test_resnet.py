@@ -11,6 +11,7 @@ from models.ops import CountOps
 from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
+from vitscale.image_size import ImageSize, sides
 from vitscale.memory import activation_bytes, count_params, head_bytes
 from vitscale.models import build_model
 from vitscale.models.flops import forward_macs, train_flops
@@ -34,8 +35,7 @@ def randomised(config: ResNetConfig, seed: int = 0) -> ResNet:
 
 
 def pixels(config: ResNetConfig, count: int = 3) -> Tensor:
-    size = config.image_size
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return torch.rand(count, 3, *sides(config.image_size), generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 # In millions, with 1,000 classes: timm's results.csv, to all of its digits.
@@ -73,19 +73,21 @@ def test_flops_are_3_to_4_percent_above_those_of_table_6(variant: str, epochs: i
     assert 1.03 <= total / exaflops <= 1.041
 
 
-def test_macs_are_those_of_an_operator_count() -> None:
+@pytest.mark.parametrize("size", [TINY.image_size, (32, 80)])
+def test_macs_are_those_of_an_operator_count(size: ImageSize) -> None:
+    config = dataclasses.replace(TINY, image_size=size)
     counts: dict[str, int] = {}
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
         counts[str(len(counts))] = output[0].numel() * module.weight[0].numel()
 
-    model = build_model(TINY, 0)
+    model = build_model(config, 0)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(hook)
-    model(pixels(TINY, 1))
-    assert len(counts) == 1 + 3 * 3 + 2 and forward_macs(TINY) == sum(counts.values())
+    model(pixels(config, 1))
+    assert len(counts) == 1 + 3 * 3 + 2 and forward_macs(config) == sum(counts.values())
 
 
 def reference_forward(model: ResNet, images: Tensor) -> Tensor:
@@ -97,8 +99,8 @@ def reference_forward(model: ResNet, images: Tensor) -> Tensor:
         flat = w.flatten(1)
         mean, var = flat.mean(1, keepdim=True), flat.var(1, unbiased=False, keepdim=True)
         w, k = ((flat - mean) / torch.sqrt(var + 1e-10)), w.shape[-1]
-        side = (x.shape[-1] + 2 * (k // 2) - k) // stride + 1
-        return (w @ F.unfold(x, k, padding=k // 2, stride=stride)).unflatten(2, (side, side))
+        sides = [(side + 2 * (k // 2) - k) // stride + 1 for side in x.shape[2:]]
+        return (w @ F.unfold(x, k, padding=k // 2, stride=stride)).unflatten(2, sides)
 
     def norm(x: Tensor, name: str) -> Tensor:
         groups = x.unflatten(1, (32, -1)).flatten(2)
@@ -120,10 +122,12 @@ def reference_forward(model: ResNet, images: Tensor) -> Tensor:
     return norm(x, "norm").relu().mean((2, 3)) @ state["head.weight"].T + state["head.bias"]
 
 
-def test_the_forward_pass_equals_an_independent_one() -> None:
-    model = randomised(TINY)
-    expected = reference_forward(model, pixels(TINY))
-    torch.testing.assert_close(model(pixels(TINY)), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("size", [TINY.image_size, (13, 30)])
+def test_the_forward_pass_equals_an_independent_one(size: ImageSize) -> None:
+    config = dataclasses.replace(TINY, image_size=size)
+    model = randomised(config)
+    expected = reference_forward(model, pixels(config))
+    torch.testing.assert_close(model(pixels(config)), expected, rtol=1e-5, atol=1e-5)
     assert expected.abs().max() > 0.3
 
 
@@ -212,10 +216,10 @@ def test_checkpointing_recomputes_all_of_a_block_or_what_is_cheap_and_changes_no
     assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_are_what_the_backward_pass_keeps(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 64), ("bf16", 64), ("bf16", (32, 96))])
+def test_activations_are_what_the_backward_pass_keeps(precision: str, size: ImageSize) -> None:
     """Counted as the bytes of the storages that autograd holds, beside weights and images."""
-    config = ResNetConfig(variant="R26x1", image_size=64, num_classes=0)
+    config = ResNetConfig(variant="R26x1", image_size=size, num_classes=0)
     model, images = build_model(config, 0), pixels(config, 4)
     if precision == "bf16":
         model, images = model.bfloat16(), images.bfloat16()

@@ -36,6 +36,25 @@ def test_resize_keeps_what_it_must_on_grids_of_any_shape() -> None:
     assert torch.allclose(wide, torch.arange(5.0)[:, None] / 2 + 5 * torch.arange(9.0)[None], atol=1e-5)
 
 
+def interpolation(old: int, new: int) -> np.ndarray:
+    """The matrix of linear interpolation with aligned ends, [new, old]."""
+    places = np.linspace(0, old - 1, new) if new > 1 else np.zeros(1)
+    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)[None]))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((4, 4), (2, 6)), ((2, 6), (4, 4)), ((4, 4), (8, 1)), ((3, 5), (5, 3))]
+)
+def test_resizing_is_linear_by_rows_and_by_columns(old: tuple[int, int], new: tuple[int, int]) -> None:
+    posemb = torch.randn(1, 1 + old[0] * old[1], 6, generator=torch.Generator().manual_seed(2))
+    grid = posemb[0, 1:].reshape(*old, 6).double().numpy()
+    rows, columns = (interpolation(*pair) for pair in zip(old, new, strict=True))
+    expected = np.einsum("ri,cj,ijd->rcd", rows, columns, grid).reshape(-1, 6)
+    resized = resize_posemb(posemb, old, new)
+    assert np.abs(resized[0, 1:].numpy() - expected).max() < 1e-6
+    assert torch.equal(resized[:, 0], posemb[:, 0])
+
+
 def test_sincos_is_big_visions() -> None:
     """posemb_sincos_2d(h, w, width), written out for one position."""
     row, col, width = 2, 1, 16
@@ -59,6 +78,17 @@ def test_the_backbone_moves_to_another_resolution_and_the_head_does_not() -> Non
     assert missing == ["head.weight", "head.bias"] and unexpected == []
     assert torch.equal(target.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
     assert target.pos_embed.shape == (1, 37, 32) and target.head.weight.abs().max() == 0
+
+
+def test_the_backbone_moves_to_images_that_are_no_squares_and_back() -> None:
+    square, wide = TINY, ViTConfig(**{**vars(TINY), "image_size": (8, 40)})
+    check_backbone(square, wide)
+    posemb = build_model(square, 1).pos_embed.detach()
+    moved = transferred("pos_embed", posemb, square, wide)
+    assert torch.equal(moved, resize_posemb(posemb, (4, 4), (2, 10)))
+    back = transferred("pos_embed", moved, wide, square)
+    assert back.shape == posemb.shape and not torch.equal(back, posemb)
+    assert torch.equal(back, resize_posemb(moved, (2, 10), (4, 4)))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from models.ops import CountOps
 from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
+from vitscale.image_size import ImageSize, sides
 from vitscale.models import build_model
 from vitscale.models.flops import forward_flops, forward_macs, train_flops
 from vitscale.models.vit import ViT, ViTConfig
@@ -98,12 +99,14 @@ def reference_forward(model: ViT, images: Tensor) -> Tensor:
     return dense(x, "head")
 
 
-def test_the_forward_pass_equals_an_independent_one() -> None:
-    model = build_model(ViTConfig(**{**vars(TINY), "representation_size": 16}), seed=0)
+@pytest.mark.parametrize("size", [8, (4, 12)])
+def test_the_forward_pass_equals_an_independent_one(size: ImageSize) -> None:
+    changes = {"representation_size": 16, "image_size": size}
+    model = build_model(ViTConfig(**{**vars(TINY), **changes}), seed=0)
     with torch.no_grad():
         for param in model.parameters():
             param.normal_(0, 0.3, generator=torch.Generator().manual_seed(param.numel()))
-    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(3, 3, *sides(size), generator=torch.Generator().manual_seed(1))
     assert torch.allclose(model(images), reference_forward(model, images), atol=1e-5)
     assert torch.allclose(
         model.features(images) @ model.head.weight.T + model.head.bias, model(images), atol=1e-6
@@ -237,3 +240,8 @@ def test_models_that_cannot_be_are_refused(values: dict, message: str) -> None:
 def test_an_image_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="images of 12 x 12 pixels; this model takes 8 x 8"):
         build_model(TINY, 0)(torch.zeros(1, 3, 12, 12))
+    wide = build_model(ViTConfig(**{**vars(TINY), "image_size": (4, 12)}), 0)
+    with pytest.raises(ValueError, match="images of 12 x 4 pixels; this model takes 4 x 12"):
+        wide(torch.zeros(1, 3, 12, 4))
+    with pytest.raises(ValueError, match=r"takes \[B, 3, 4, 12\]: images\[None\] makes a batch"):
+        wide(torch.zeros(3, 4, 12))

@@ -16,7 +16,7 @@ from vitscale.weights.export import export_safetensors
 
 MASKED = (
     "objective.kind=masked_patches",
-    "model.image_size=16",
+    "model.image_size=[12,20]",
     "model.num_classes=0",
     "model.representation_size=0",
     "model.num_patch_outputs=512",
@@ -81,11 +81,11 @@ def test_a_fine_tuning_takes_the_backbone_alone(
     exported = export_safetensors(pretrained.run_dir, tmp_path / "masked.safetensors")
     source = load_model(exported)
     assert source.mask_token.std() > 0 and source.patch_head.weight.abs().max() > 0
-    assert source(torch.zeros(1, 3, 16, 16)).shape == (1, 16)  # features: it has no head
+    assert source(torch.zeros(1, 3, 12, 20)).shape == (1, 16)  # features: it has no head
     job = Job(tmp_path / "job", index)
     options = (
         f"init.checkpoint={exported}",
-        "model.image_size=16",
+        "model.image_size=[12,20]",
         "total_steps=2",
         "schedule.warmup_steps=1",
         "optim.lr=1e-9",

@@ -1,4 +1,6 @@
-"""Mixed sources, several labels, every augmentation: a resumed run sees the same data."""
+"""Mixed sources, several labels, every augmentation, images that are no squares: a resumed run
+sees the same data.
+"""
 
 from pathlib import Path
 
@@ -31,6 +33,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f'label_map = "{folder}/map.json", name = "two"}}]'
     )
     return [
+        "model.image_size=[16,24]",
         "data.index=",
         sources,
         "data.labels=multi",

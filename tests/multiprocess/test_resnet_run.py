@@ -35,7 +35,7 @@ width = 16
 depth = 2
 num_heads = 2
 mlp_dim = 32
-image_size = 16
+image_size = [16, 24]
 num_classes = 5
 
 """
@@ -51,10 +51,11 @@ CONFIGS: dict[str, ModelConfig] = {
         depth=2,
         num_heads=2,
         mlp_dim=32,
-        image_size=16,
+        image_size=(16, 24),
         num_classes=5,
     ),
 }
+IMAGES = {"resnet": (16, 16), "hybrid": (16, 24)}
 # AdamW would raise what rounding leaves of a gradient of 0 to whole steps.
 RATES = {"resnet": 0.03, "hybrid": 0.3}
 
@@ -84,7 +85,7 @@ def test_it_learns_and_is_read_back_as_what_it_is(whole: Job, kind: str) -> None
     losses = whole.column("train/loss")
     assert losses[0] == pytest.approx(1.6094379, abs=1e-6) and min(losses) < losses[0] - 0.01
     model = load_model(whole.run_dir)
-    assert model.config == CONFIGS[kind] and model(torch.zeros(1, 3, 16, 16)).shape == (1, 5)
+    assert model.config == CONFIGS[kind] and model(torch.zeros(1, 3, *IMAGES[kind])).shape == (1, 5)
 
 
 def test_a_killed_run_continues_bit_for_bit_on_the_same_layout(
@@ -129,7 +130,7 @@ def test_it_is_fine_tuned_and_evaluated_on_other_images_with_another_head(
     job = resnet_job(tmp_path, index, kind)
     overrides = (
         f"init.checkpoint={whole.run_dir}",
-        "model.image_size=24",
+        f"model.image_size={[24, 16]}",
         "model.num_classes=7",
         "total_steps=6",
         f"evals.top.test={index}",

@@ -9,6 +9,7 @@ import pytest
 from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.hardware import GPUS
+from vitscale.image_size import pixels
 from vitscale.models.flops import forward_macs, stem_macs
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
@@ -103,6 +104,13 @@ def test_measured_hybrids_are_read(tmp_path: Path) -> None:
     speed = read_measurements(tmp_path / "hybrid.json")
     assert {row.model for row in speed.rows} == {HybridConfig(variant="R50+B/16")}
     assert speed.of_kind("vit").rows == () and speed.of_kind("hybrid") == speed
+
+
+def test_a_model_of_images_that_are_no_squares_is_read_by_its_name(tmp_path: Path) -> None:
+    piece = {**json.loads(SINGLE.read_text()), "model": f"B/16 at {pixels((384, 128))}"}
+    (tmp_path / "tall.json").write_text(json.dumps(piece))
+    speed = read_measurements(tmp_path / "tall.json")
+    assert {row.model for row in speed.rows} == {ViTConfig(variant="B/16", image_size=(384, 128))}
 
 
 def test_measured_resnets_are_read(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitscale.image_size import sides
 from vitscale.models import ModelConfig, build_model
 from vitscale.models.vit import ViTConfig
 from vitscale.weights.export import export_metadata, write_export
@@ -43,8 +44,7 @@ def saved_model(path: Path, config: ModelConfig = TINY, seed: int = 0, step: int
 
 def images(config: ModelConfig, count: int = 3) -> Tensor:
     """Pixels in [-1, 1], [B, 3, H, W]."""
-    size = config.image_size
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(9)) * 2 - 1
+    return torch.rand(count, 3, *sides(config.image_size), generator=torch.Generator().manual_seed(9)) * 2 - 1
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from vitscale import load_model
 from vitscale.data.transforms import evaluation_view, normalize
 from vitscale.errors import CheckpointError
+from vitscale.image_size import ImageSize
 from vitscale.models.vit import ViTConfig
 from vitscale.weights.export import export_safetensors
 from vitscale.weights.foreign.convert import export_model, import_model
@@ -38,10 +39,20 @@ UPSTREAM = dataclasses.replace(TINY, representation_size=24)
 
 
 @pytest.mark.parametrize(
-    ("pool", "gelu"), [("token", "tanh"), ("token", "exact"), ("mean", "tanh"), ("map", "exact")]
+    ("pool", "gelu", "size"),
+    [
+        ("token", "tanh", 12),
+        ("token", "exact", (8, 16)),  # with the token, 9 positions: no square of patches
+        ("token", "exact", (20, 8)),
+        ("mean", "tanh", 12),
+        ("mean", "tanh", (16, 4)),
+        ("map", "exact", (4, 8)),
+    ],
 )
-def test_timm_computes_the_logits_of_an_export(tmp_path: Path, timm: Any, pool: str, gelu: str) -> None:
-    config = dataclasses.replace(TINY, pool=pool, gelu=gelu)
+def test_timm_computes_the_logits_of_an_export(
+    tmp_path: Path, timm: Any, pool: str, gelu: str, size: ImageSize
+) -> None:
+    config = dataclasses.replace(TINY, pool=pool, gelu=gelu, image_size=size)
     model = saved_model(tmp_path / "ours.safetensors", config)
     out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
     other = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
@@ -146,6 +157,24 @@ def test_dino_imports_without_a_config_and_with_its_prefix(tmp_path: Path) -> No
         import_model(tmp_path / "dino.safetensors", tmp_path / "guessed", format="timm")
 
 
+def test_the_size_of_images_that_are_no_squares_is_asked_for_where_no_file_says_it(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, image_size=(8, 12), gelu="exact")
+    model = saved_model(tmp_path / "ours.safetensors", config)
+    out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
+    (out / "config.json").unlink()
+    heads = "model.num_heads=4"
+    message = r"pos_embed is for 6 patches, .* add model.image_size=\[HEIGHT,WIDTH\], .* of 4 x 4 pixels"
+    with pytest.raises(CheckpointError, match=message):
+        import_model(out, tmp_path / "back", format="timm", overrides=[heads])
+    with pytest.raises(CheckpointError, match=r"make no square nor images of 12 x 12 pixels"):
+        wrong = [heads, "model.image_size=[12,12]"]
+        import_model(out, tmp_path / "back", format="timm", overrides=wrong)
+    right = [heads, "model.image_size=[8,12]"]
+    back = load_model(import_model(out, tmp_path / "back", format="timm", overrides=right))
+    assert back.config.image_size == (8, 12)
+    assert torch.equal(logits(back, config), logits(model, config))
+
+
 def test_imagenets_pixels_go_into_the_patch_embedding(tmp_path: Path, caplog: Any) -> None:
     model = saved_model(tmp_path / "ours.safetensors", dataclasses.replace(TINY, gelu="exact"))
     out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
@@ -165,9 +194,12 @@ def test_imagenets_pixels_go_into_the_patch_embedding(tmp_path: Path, caplog: An
 # transformers
 
 
-@pytest.mark.parametrize("gelu", ["tanh", "exact"])
-def test_transformers_computes_the_logits_of_an_export(tmp_path: Path, transformers: Any, gelu: str) -> None:
-    config = dataclasses.replace(TINY, gelu=gelu, norm_eps=1e-3)  # large enough to change the logits
+@pytest.mark.parametrize(("gelu", "size"), [("tanh", 12), ("exact", (8, 16)), ("exact", (36, 4))])
+def test_transformers_computes_the_logits_of_an_export(
+    tmp_path: Path, transformers: Any, gelu: str, size: ImageSize
+) -> None:
+    # An epsilon that is large enough to change the logits.
+    config = dataclasses.replace(TINY, gelu=gelu, norm_eps=1e-3, image_size=size)
     model = saved_model(tmp_path / "ours.safetensors", config)
     out = export_model(tmp_path / "ours.safetensors", tmp_path / "hf", format="transformers")
     other, info = transformers.ViTForImageClassification.from_pretrained(out, output_loading_info=True)
@@ -178,12 +210,15 @@ def test_transformers_computes_the_logits_of_an_export(tmp_path: Path, transform
     assert same_weights(back, model) and resolved(back.config) == resolved(config)
 
 
-def test_transformers_prepares_images_as_our_evaluations_do(tmp_path: Path, transformers: Any) -> None:
-    saved_model(tmp_path / "ours.safetensors")
+@pytest.mark.parametrize("size", [12, (8, 16)])
+def test_transformers_prepares_images_as_our_evaluations_do(
+    tmp_path: Path, transformers: Any, size: ImageSize
+) -> None:
+    saved_model(tmp_path / "ours.safetensors", dataclasses.replace(TINY, image_size=size))
     out = export_model(tmp_path / "ours.safetensors", tmp_path / "hf", format="transformers")
     pixels = np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8)
     theirs = transformers.AutoImageProcessor.from_pretrained(out)(images=pixels, return_tensors="pt")
-    ours = normalize(evaluation_view(pixels, "resize", 12)[None], torch.float32)
+    ours = normalize(evaluation_view(pixels, "resize", size)[None], torch.float32)
     assert (theirs["pixel_values"] - ours).abs().max() < 2.1 / 127.5  # rounding of resized pixels
 
 
@@ -240,6 +275,15 @@ def test_npz_files_hold_googles_model_to_the_bit(tmp_path: Path, dialect: Any, p
     with np.load(again, allow_pickle=False) as file:
         assert set(file.files) == set(arrays)
         assert all(np.array_equal(file[name], arrays[name].numpy()) for name in file.files)
+
+
+@pytest.mark.parametrize("dialect", ["original", "linen", "big_vision"])
+def test_positions_of_another_shape_are_no_npz_file_of_googles(tmp_path: Path, dialect: Any) -> None:
+    saved_model(tmp_path / "ours.safetensors", dataclasses.replace(TINY, image_size=(4, 16), pool="mean"))
+    message = rf"model.image_size \[4, 16\] cannot be exported to {dialect}: Google's code takes positions"
+    with pytest.raises(CheckpointError, match=message):
+        export_model(tmp_path / "ours.safetensors", tmp_path / "a.npz", format="npz", dialect=dialect)
+    assert not (tmp_path / "a.npz").exists()
 
 
 def test_equal_weights_make_equal_npz_files(tmp_path: Path) -> None:

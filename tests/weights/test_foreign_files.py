@@ -211,7 +211,11 @@ def timm_tensors(tmp_path: Path) -> dict[str, Tensor]:
         ({"blocks.7.norm1.weight": (32,)}, "", "blocks.7.norm1.weight has no place in a ViT of vitscale"),
         ({}, "blocks.1.attn.qkv.bias", r"there is no blocks.1.attn.qkv.bias, which is \(96,\) in a ViT"),
         ({}, "patch_embed.proj.bias", "there is no patch_embed.proj.bias"),
-        ({"pos_embed": (1, 13, 32)}, "", "pos_embed is for 12 patches, which make no square"),
+        (
+            {"pos_embed": (1, 13, 32)},
+            "",
+            "pos_embed is for 12 patches, which make no square; add model.image_size=",
+        ),
         (
             {"patch_embed.proj.weight": (32, 1, 4, 4)},
             "",
@@ -244,11 +248,11 @@ def test_other_architectures_are_refused_by_the_tensor(
         ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "act_layer 'quick_gelu'"),
         ({"model_args": {"norm_layer": "rmsnorm"}}, "norm_layer 'rmsnorm'"),
         ({"global_pool": "avg"}, "global_pool 'avg', but the tensors are those of 'token'"),
-        ({"model_args": {"img_size": [4, 36]}}, r"has img_size \[4, 36\], but vitscale takes square images"),
+        ({"model_args": {"img_size": [4, 44]}}, r"has img_size \[4, 44\], but .* those of 12 x 12$"),
         ({"model_args": {"img_size": 16}}, "has img_size 16, but .* would be those of 12 x 12"),
         (
-            {"pretrained_cfg": {"input_size": [3, 4, 36]}},
-            r"has input_size \[4, 36\], but vitscale takes square",
+            {"pretrained_cfg": {"input_size": [3, 6, 24]}},  # no multiples of the patch size
+            r"has input_size \[6, 24\], but .* those of 12 x 12$",
         ),
         ({"model_args": 3}, "is not a configuration in JSON"),
         ([], "is not a configuration in JSON"),
@@ -282,7 +286,7 @@ def test_other_architectures_are_refused_by_timms_config(tmp_path: Path, values:
             "only 'vit', 'deit' and DINOv2 can be imported .BEiT has relative positions",
         ),
         ({"model_type": "siglip_vision_model"}, CheckpointError, r"imported \(timm's vit_\*_siglip_\*"),
-        ({"image_size": [4, 36]}, CheckpointError, r"image_size \[4, 36\], but vitscale takes square images"),
+        ({"image_size": [4, 40]}, CheckpointError, r"image_size \[4, 40\], but .* those of 12 x 12$"),
         ({"image_size": 16}, CheckpointError, "image_size 16, but .* would be those of 12 x 12"),
         ({"hidden_act": "relu"}, CheckpointError, "hidden_act 'relu'"),
         ({"num_attention_heads": 5}, ConfigError, "model.num_heads 5"),

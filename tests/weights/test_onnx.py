@@ -25,7 +25,7 @@ def session(path: Path) -> Any:
     [
         (dataclasses.replace(ONE_BLOCK, representation_size=24), "a.onnx"),
         (dataclasses.replace(ONE_BLOCK, distilled=True), "a.onnx"),
-        (dataclasses.replace(ONE_BLOCK, pool="map", posemb="sincos2d"), "a.onnx"),
+        (dataclasses.replace(ONE_BLOCK, pool="map", posemb="sincos2d", image_size=(8, 12)), "a.onnx"),
         (dataclasses.replace(ONE_BLOCK, posemb="relative"), "a.onnx"),
         (dataclasses.replace(ONE_BLOCK, num_classes=0, pool="mean", num_registers=2), "folder"),
     ],

@@ -35,7 +35,7 @@ from vitscale.data.transforms import (
     choose_box,
     finish_views,
     resize,
-    resize_to_square,
+    resize_box,
 )
 
 BATCH, LANES = 64, 16
@@ -159,7 +159,7 @@ def _webdataset(urls: Sequence[str], augment: AugmentConfig, size: int, decoder:
         key = ViewKey(0, epoch, hash(sample["__key__"]) & 0xFFFFFFFF)
         image = next(value for name, value in sample.items() if name in ("jpg", "jpeg", "png", "webp"))
         box = functools.partial(choose_box, augment, key)
-        return finish_views([resize_to_square(decode(image, box, decoder), size)], augment, [key])[0], int(
+        return finish_views([resize_box(decode(image, box, decoder), size)], augment, [key])[0], int(
             sample["cls"]
         )
 
@@ -222,14 +222,14 @@ def _shares(
         decode(sample.image, functools.partial(choose_box, augment, key), decoder)
         for sample, key in zip(images, keys, strict=True)
     ]
-    squares = [resize_to_square(crop, size) for crop in crops]
+    squares = [resize_box(crop, size) for crop in crops]
     parts: dict[str, Callable[[], Any]] = {
         "reading and checking the tar": lambda: [
             read_chunk(index, chunk) for chunk in range(len(index.chunks))
         ],
         "choosing the crop": lambda: [choose_box(augment, key, 375, 500) for key in keys],
         "decoding the crop": lambda: _decode_crops(images, augment, decoder, 1),
-        "resize": lambda: [resize_to_square(crop, size) for crop in crops],
+        "resize": lambda: [resize_box(crop, size) for crop in crops],
         "flip and batching": lambda: [
             (
                 finish_views(squares[at : at + BATCH], augment, keys[at : at + BATCH]),

@@ -28,6 +28,7 @@ from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.engine.engine import DTYPES, Engine
 from vitscale.hardware import peak_flops
+from vitscale.image_size import pixels, sides
 from vitscale.losses import LossConfig, compute_loss, to_targets
 from vitscale.models import ModelConfig, build_model
 from vitscale.models.flops import train_flops
@@ -189,10 +190,8 @@ def run(config: StepBench, progress: Callable[[str], None]) -> dict[str, Any]:
     torch._dynamo.reset()
     device = distributed.device()
     generator = torch.Generator().manual_seed(0)
-    side = config.model.image_size
-    images = torch.randint(256, (config.batch, 3, side, side), dtype=torch.uint8, generator=generator).to(
-        device
-    )
+    shape = (config.batch, 3, *sides(config.model.image_size))
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
     labels = torch.randint(config.model.num_classes, (config.batch, 1), generator=generator).to(device)
     trainees: dict[Case, Trainee] = {}
     rows: dict[Case, dict[str, Any]] = {}
@@ -286,7 +285,7 @@ def _results(
     """The table: each case beside the plain loop that is compiled, or not, as it is."""
     peak = peak_flops() if config.precision != "fp32" else 0.0
     results: dict[str, Any] = {
-        "model": f"{config.model.variant} at {config.model.image_size} px",
+        "model": f"{config.model.variant} at {pixels(config.model.image_size)}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "precision": config.precision,
         "images of a step": config.batch,

@@ -18,6 +18,7 @@ from vitscale.data.loader import Batch, Stream, batches
 from vitscale.data.sources import DataConfig, Source, make_mixture
 from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError
+from vitscale.image_size import ImageSize, sides
 
 logger = logging.getLogger(__name__)
 INCEPTION = AugmentConfig()  # Inception crop and flip
@@ -42,7 +43,8 @@ class BatchDataset(IterableDataset[Batch]):
     another one, and named in the batch's `bad` and in a warning.
 
     index: an index.json, or shards by glob, brace pattern or URL, which are indexed in memory.
-    global_batch: images in a step on all ranks together. image_size: of the views, in pixels.
+    global_batch: images in a step on all ranks together. image_size: of the views, in
+    pixels: a square's side, or (height, width).
     augment: its mixup and cutmix are the loop's to apply, so they must be 0 here. first_step:
     how many global batches to pass over. Raises ConfigError for numbers that do not fit, and
     DataError or StoreError for data that cannot be read.
@@ -53,7 +55,7 @@ class BatchDataset(IterableDataset[Batch]):
         index: str | Path,
         *,
         global_batch: int,
-        image_size: int,
+        image_size: ImageSize,
         rank: int = 0,
         world_size: int = 1,
         augment: AugmentConfig = INCEPTION,
@@ -61,7 +63,7 @@ class BatchDataset(IterableDataset[Batch]):
         first_step: int = 0,
         num_workers: int = 0,
     ) -> None:
-        positive("", global_batch=global_batch, image_size=image_size, world_size=world_size)
+        positive("", global_batch=global_batch, image_size=min(sides(image_size)), world_size=world_size)
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} must be from 0 to world_size - 1 = {world_size - 1}")
         if min(seed, first_step, num_workers) < 0:
@@ -139,7 +141,7 @@ def load(
     index: str | Path,
     *,
     global_batch: int,
-    image_size: int,
+    image_size: ImageSize,
     rank: int = 0,
     world_size: int = 1,
     augment: AugmentConfig = INCEPTION,

@@ -20,6 +20,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from vitscale import rng
+from vitscale.image_size import ImageSize, sides
 
 RAND_AUGMENT_DRAWS_PER_OP = 4
 COLOR_JITTER_DRAWS = 4
@@ -241,8 +242,8 @@ def color_jitter(image: Image.Image, strength: float, draws: Float64[np.ndarray,
 
 
 def random_erasing(
-    view: UInt8[Tensor, "3 S S"], probability: float, draws: Float64[np.ndarray, " n"], noise_seed: int
-) -> UInt8[Tensor, "3 S S"]:
+    view: UInt8[Tensor, "3 H W"], probability: float, draws: Float64[np.ndarray, " n"], noise_seed: int
+) -> UInt8[Tensor, "3 H W"]:
     """With `probability`, a copy of `view` with a rectangle of noise; otherwise `view` itself.
 
     draws: RANDOM_ERASING_DRAWS: whether to erase, then (area, aspect, top, left) per attempt.
@@ -253,25 +254,27 @@ def random_erasing(
     assert draws.shape == (RANDOM_ERASING_DRAWS,)
     if draws[0] >= probability:
         return view
-    top, left, height, width = erasing_box(view.shape[1], draws[1:])
+    top, left, height, width = erasing_box((view.shape[1], view.shape[2]), draws[1:])
     erased = view.clone()
     erased[:, top : top + height, left : left + width] = _pixel_noise(height, width, noise_seed)
     return erased
 
 
-def erasing_box(size: int, draws: Float64[np.ndarray, " n"]) -> tuple[int, int, int, int]:
-    """The rectangle (top, left, height, width) to erase in a square of side `size`.
+def erasing_box(size: ImageSize, draws: Float64[np.ndarray, " n"]) -> tuple[int, int, int, int]:
+    """The rectangle (top, left, height, width) to erase in an image of that size.
 
-    Its area is uniform in 0.02 to 1/3 of the square, its aspect (height / width) log-uniform in
-    0.3 to 1 / 0.3. draws: four for each attempt. If no attempt fits into the square, the
+    Its area is uniform in 0.02 to 1/3 of the image, its aspect (height / width) log-uniform in
+    0.3 to 1 / 0.3. draws: four for each attempt. If no attempt fits into the image, the
     rectangle is empty.
     """
+    rows, columns = sides(size)
     for area_draw, aspect_draw, top_draw, left_draw in draws.reshape(-1, 4).tolist():
-        area = size**2 * (0.02 + area_draw * (1 / 3 - 0.02))
+        area = rows * columns * (0.02 + area_draw * (1 / 3 - 0.02))
         aspect = math.exp((1 - 2 * aspect_draw) * math.log(0.3))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if height < size and width < size:
-            return int(top_draw * (size - height + 1)), int(left_draw * (size - width + 1)), height, width
+        if height < rows and width < columns:
+            top, left = int(top_draw * (rows - height + 1)), int(left_draw * (columns - width + 1))
+            return top, left, height, width
     return 0, 0, 0, 0
 
 

@@ -23,6 +23,7 @@ from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import Source, label_problem
 from vitscale.data.transforms import evaluation_view
 from vitscale.errors import DataError
+from vitscale.image_size import ImageSize, sides
 
 logger = logging.getLogger(__name__)
 Crop = Literal["resize", "center"]
@@ -41,7 +42,7 @@ class EvaluationSet:
         self,
         index: Index,
         *,
-        image_size: int,
+        image_size: ImageSize,
         crop: Crop = "resize",
         num_workers: int = 0,
         source: Source | None = None,
@@ -55,7 +56,7 @@ class EvaluationSet:
 
     @classmethod
     def open(
-        cls, pattern: str, *, image_size: int, crop: Crop = "resize", num_workers: int = 0
+        cls, pattern: str, *, image_size: ImageSize, crop: Crop = "resize", num_workers: int = 0
     ) -> "EvaluationSet":
         """Open an index.json, or plain shards by glob, brace pattern or URL (open_index)."""
         return cls(open_index(pattern), image_size=image_size, crop=crop, num_workers=num_workers)
@@ -84,7 +85,7 @@ class EvaluationSet:
 
     def batches(
         self, indices: Int64[np.ndarray, " n"], batch_size: int, *, num_classes: int = 0
-    ) -> Iterator[tuple[UInt8[Tensor, "B 3 S S"], Int64[Tensor, "B M"]]]:
+    ) -> Iterator[tuple[UInt8[Tensor, "B 3 H W"], Int64[Tensor, "B M"]]]:
         """Batches of images and labels of `indices`, in that order.
 
         num_classes: of the model; a sample with a higher label cannot be used. 0 = any label.
@@ -125,14 +126,14 @@ class _Views(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
 
     index: Index
     ids: Int64[np.ndarray, " n"]
-    image_size: int
+    image_size: ImageSize
     crop: Crop
     label_map: Mapping[int, int]
     num_classes: int = 0
 
     def __getitem__(
         self, indices: list[int]
-    ) -> tuple[UInt8[Tensor, "B 3 S S"], Int64[Tensor, "B M"], dict[int, str]]:
+    ) -> tuple[UInt8[Tensor, "B 3 H W"], Int64[Tensor, "B M"], dict[int, str]]:
         """Images and labels of several samples, in the order of `indices`.
 
         The last item says by sample id which of them cannot be used, and why. These are black,
@@ -145,12 +146,12 @@ class _Views(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
                 view, labels = self._usable(sample)
             except DamagedImage as error:
                 problems[sample_id] = f"{describe(self.index, sample_id)}: sample {sample.key}: {error}"
-                view, labels = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), ()
+                view, labels = torch.zeros(3, *sides(self.image_size), dtype=torch.uint8), ()
             views.append(view)
             rows.append(labels)
         return torch.stack(views), pad_labels(rows, self.index.max_labels), problems
 
-    def _usable(self, sample: RawSample | BadSample) -> tuple[UInt8[Tensor, "3 S S"], tuple[int, ...]]:
+    def _usable(self, sample: RawSample | BadSample) -> tuple[UInt8[Tensor, "3 H W"], tuple[int, ...]]:
         """The input and the labels of a sample. Raises DamagedImage if it cannot be used."""
         if isinstance(sample, BadSample):
             raise DamagedImage(sample.why())

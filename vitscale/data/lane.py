@@ -18,8 +18,9 @@ from vitscale.data.order import Order, Window
 from vitscale.data.reader import Chunk, describe
 from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import Source, label_problem
-from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box, resize_to_square
+from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box, resize_box
 from vitscale.errors import DataError
+from vitscale.image_size import ImageSize
 
 MAX_REPLACEMENTS = 100
 READ_AHEAD = 1 / 8  # the part of a window that is still to come when the next one is requested
@@ -32,18 +33,18 @@ class ViewConfig(NamedTuple):
 
     augment: AugmentConfig
     decoder: Decoder
-    image_size: int
+    image_size: ImageSize
     num_classes: int
 
 
-class Square(NamedTuple):
+class ResizedBox(NamedTuple):
     """The box of a decoded sample that a training view shows, resized: for finish_views.
 
     key: of the view; its sample is numbered through all sources.
     """
 
     key: ViewKey
-    pixels: UInt8[np.ndarray, "S S 3"]
+    pixels: UInt8[np.ndarray, "H W 3"]
     labels: tuple[int, ...]
 
 
@@ -79,8 +80,8 @@ class Lane:
             for source, first_id, read in zip(sources, mixture.first_ids, readers, strict=True)
         ]
 
-    def take_step(self) -> list[Square]:
-        """The squares of a step, in batch order: those of each draw's first view come first."""
+    def take_step(self) -> list[ResizedBox]:
+        """The boxes of a step, in batch order: those of each draw's first view come first."""
         by_draw = []
         for _ in range(self._draws_per_step):
             source, _ = self._mixture.source_of(self._number, self._draw)
@@ -89,7 +90,7 @@ class Lane:
             drawn = self._readers[source].take()
             self.read_seconds += time.perf_counter() - began
             by_draw.append(self._augmenters[source].make(*drawn))
-        return [squares[number] for number in range(self._mixture.repeats) for squares in by_draw]
+        return [boxes[number] for number in range(self._mixture.repeats) for boxes in by_draw]
 
     def take_bad(self) -> list[str]:
         """One sentence for each sample that was replaced since the last call."""
@@ -203,7 +204,7 @@ class Augmenter:
         self._source, self._first_id, self._read = source, first_id, read
         self._config, self._seed, self._bad = view_config, seed, bad
 
-    def make(self, epoch: int, sample_id: int, sample: RawSample | BadSample) -> list[Square]:
+    def make(self, epoch: int, sample_id: int, sample: RawSample | BadSample) -> list[ResizedBox]:
         """What the `repeats` views of a sample, or of its replacement, in an epoch are made of.
 
         Raises DataError if 100 samples in a row cannot be used.
@@ -214,7 +215,7 @@ class Augmenter:
                 reason = self._unusable(sample)
                 if isinstance(sample, RawSample) and not reason:
                     try:
-                        return self._squares(sample, epoch, sample_id)
+                        return self._boxes(sample, epoch, sample_id)
                     except DamagedImage as error:
                         reason = str(error)
                 self._bad.append(f"{describe(self._source.index, sample_id)}: sample {sample.key}: {reason}")
@@ -226,7 +227,7 @@ class Augmenter:
             "see what is left with: python tools/data.py verify INDEX"
         )
 
-    def _squares(self, sample: RawSample, epoch: int, sample_id: int) -> list[Square]:
+    def _boxes(self, sample: RawSample, epoch: int, sample_id: int) -> list[ResizedBox]:
         config, decoder, size, _ = self._config
         run_id = self._first_id + sample_id  # through all sources
         mapping = self._source.label_map
@@ -234,14 +235,12 @@ class Augmenter:
         if config.repeats == 1:
             key = ViewKey(self._seed, epoch, run_id)
             box = decode(sample.image, functools.partial(choose_box, config, key), decoder)
-            return [Square(key, resize_to_square(box, size), labels)]
+            return [ResizedBox(key, resize_box(box, size), labels)]
         # Most of the work is to decode the JPEG: once for all views.
         pixels = decode(sample.image, decoder=decoder)
         keys = [ViewKey(self._seed, epoch, run_id, view) for view in range(config.repeats)]
         boxes = [cut(pixels, choose_box(config, key, *pixels.shape[:2])) for key in keys]
-        return [
-            Square(key, resize_to_square(box, size), labels) for key, box in zip(keys, boxes, strict=True)
-        ]
+        return [ResizedBox(key, resize_box(box, size), labels) for key, box in zip(keys, boxes, strict=True)]
 
     def _unusable(self, sample: RawSample | BadSample) -> str:
         """Why a sample cannot be used, "" if it can."""

@@ -52,7 +52,7 @@ class Batch:
     stages: what the workers that made it have spent on it.
     """
 
-    images: UInt8[Tensor, "n 3 S S"]
+    images: UInt8[Tensor, "n 3 H W"]
     labels: Int64[Tensor, "n M"]
     ids: Int64[np.ndarray, " n"]
     bad: list[str]
@@ -238,12 +238,10 @@ class _WorkerStream(IterableDataset[dict[str, Any]]):
         read, idle = 0.0, 0.0
         for _ in range(stream.first_step, stream.last_step):
             began = time.perf_counter()
-            keys, squares, labels = zip(
-                *(square for lane in lanes for square in lane.take_step()), strict=True
-            )
+            keys, boxes, labels = zip(*(box for lane in lanes for box in lane.take_step()), strict=True)
             decoded = time.perf_counter()
             part = {
-                "images": finish_views(squares, stream.view_config.augment, keys),
+                "images": finish_views(boxes, stream.view_config.augment, keys),
                 "labels": pad_labels(labels, stream.max_labels),
                 "ids": torch.tensor([key.sample for key in keys]),
                 "bad": [sentence for lane in lanes for sentence in lane.take_bad()],

@@ -29,19 +29,20 @@ from vitscale.data.distortions import (
 )
 from vitscale.data.turbojpeg import Box
 from vitscale.errors import ConfigError
+from vitscale.image_size import ImageSize, sides
 
 PAD_FILLS = {"black": 0, "grey": 128}  # normalize() makes it -1 and 0.004
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Training augmentation ([augment]). Every crop ends at model.image_size.
+    """Training augmentation ([augment]). Every crop is resized to model.image_size.
 
     crop:            "inception", "tensorflow" and "torchvision" take a random area and aspect
                      ratio, each in its own way (crops.py); "pad" resizes, pads and crops at
                      random (the CIFAR recipe); "resize" takes the whole image.
     crop_area:       of such a crop, as a share of the image: lowest, highest.
-    crop_aspect:     of such a crop, width / height: lowest, highest.
+    crop_aspect:     of such a crop, width / height before it is resized.
     pad:             pixels added on each side, for "pad".
     pad_fill:        their colour: "black", or "grey" (128), which the model sees as 0.
     flip:            mirror half of the images.
@@ -115,11 +116,11 @@ class ViewKey(NamedTuple):
 
 
 def augment(
-    pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, size: int, key: ViewKey
-) -> UInt8[Tensor, "3 size size"]:
+    pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, size: ImageSize, key: ViewKey
+) -> UInt8[Tensor, "3 H W"]:
     """A training view of a decoded image."""
-    square = resize_to_square(cut(pixels, choose_box(config, key, *pixels.shape[:2])), size)
-    return finish_views([square], config, [key])[0]
+    box = resize_box(cut(pixels, choose_box(config, key, *pixels.shape[:2])), size)
+    return finish_views([box], config, [key])[0]
 
 
 def choose_box(config: AugmentConfig, key: ViewKey, height: int, width: int) -> Box:
@@ -132,33 +133,33 @@ def choose_box(config: AugmentConfig, key: ViewKey, height: int, width: int) -> 
 
 
 def finish_views(
-    squares: Sequence[UInt8[np.ndarray, "S S 3"]], config: AugmentConfig, keys: Sequence[ViewKey]
-) -> UInt8[Tensor, "n 3 S S"]:
+    boxes: Sequence[UInt8[np.ndarray, "H W 3"]], config: AugmentConfig, keys: Sequence[ViewKey]
+) -> UInt8[Tensor, "n 3 H W"]:
     """Training views of the n boxes that choose_box took, resized: shifted, flipped, distorted.
 
     A view is the same whatever others are made with it; many at once take less time. A shift by
-    (1, -1) and a flip, for S = 4, where . is config.pad_fill:
+    (1, -1) and a flip, of 4 x 4 pixels, where . is config.pad_fill:
 
         a b c d      . e f g      g f e .
         e f g h      . i j k      k j i .
         i j k l      . m n o      o n m .
         m n o p      . . . .      . . . .
     """
-    size, pad = len(squares[0]), config.pad if config.crop == "pad" else 0
+    (height, width), pad = boxes[0].shape[:2], config.pad if config.crop == "pad" else 0
     ids = np.array([(key.epoch, key.sample, key.view) for key in keys])  # [n, 3]
     shift_draws, flip_draws = rng.uniform_rows(2, keys[0].seed, ("crop", "flip"), ids)  # [n, 2] each
     shifts = ((2 * pad + 1) * shift_draws).astype(np.int64) - pad if pad else np.zeros_like(ids[:, :2])
     flips = (flip_draws[:, 0] < 0.5) & config.flip  # [n]
-    # Of the part of a square that its shifted window sees, in the window: [n, 2] for y and x.
+    # Of the part of a box that its shifted window sees, in the window: [n, 2] for y and x.
     starts = np.maximum(0, -shifts)
-    stops = np.maximum(starts, np.minimum(size, size - shifts))
+    stops = np.maximum(starts, np.minimum((height, width), (height, width) - shifts))
     edges = np.concatenate([starts, stops, starts + shifts, stops + shifts], axis=1)
-    views = np.full((len(squares), 3, size, size), PAD_FILLS[config.pad_fill], dtype=np.uint8)
-    for view, square, flip, edge in zip(views, squares, flips.tolist(), edges.tolist(), strict=True):
+    views = np.full((len(boxes), 3, height, width), PAD_FILLS[config.pad_fill], dtype=np.uint8)
+    for view, box, flip, edge in zip(views, boxes, flips.tolist(), edges.tolist(), strict=True):
         top, left, bottom, right, source_top, source_left, source_bottom, source_right = edge
-        part = square[source_top:source_bottom, source_left:source_right]
+        part = box[source_top:source_bottom, source_left:source_right]
         if flip:
-            part, left, right = part[:, ::-1], size - right, size - left
+            part, left, right = part[:, ::-1], width - right, width - left
         view[:, top:bottom, left:right] = part.transpose(2, 0, 1)
     finished = torch.from_numpy(views)
     if config.randaugment != "none" or config.color_jitter or config.random_erasing:
@@ -167,9 +168,9 @@ def finish_views(
     return finished
 
 
-def _distort(view: UInt8[Tensor, "3 S S"], config: AugmentConfig, key: ViewKey) -> UInt8[Tensor, "3 S S"]:
+def _distort(view: UInt8[Tensor, "3 H W"], config: AugmentConfig, key: ViewKey) -> UInt8[Tensor, "3 H W"]:
     if config.randaugment != "none" or config.color_jitter:
-        image = Image.fromarray(view.permute(1, 2, 0).numpy())  # [S, S, 3]
+        image = Image.fromarray(view.permute(1, 2, 0).numpy())  # [H, W, 3]
         view = torch.from_numpy(np.array(_distort_image(image, config, key))).permute(2, 0, 1)
     if config.random_erasing:
         view = random_erasing(
@@ -198,20 +199,22 @@ def _distort_image(image: Image.Image, config: AugmentConfig, key: ViewKey) -> I
 
 
 def evaluation_view(
-    pixels: UInt8[np.ndarray, "h w 3"], crop: Literal["resize", "center"], size: int
-) -> UInt8[Tensor, "3 size size"]:
+    pixels: UInt8[np.ndarray, "h w 3"], crop: Literal["resize", "center"], size: ImageSize
+) -> UInt8[Tensor, "3 H W"]:
     """The evaluation view of a decoded image.
 
-    "resize" squeezes it to the square. "center" resizes the short side to size x 256 / 224, and
-    takes the central square.
+    "resize" squeezes it to the size. "center" keeps its aspect ratio: it makes the image as
+    small as covers size x 256 / 224, and takes the centre. For a square, the short side then
+    has size x 256 / 224 pixels.
     """
+    rows, columns = sides(size)
     if crop == "resize":
-        return resize(pixels, size, size).contiguous()
+        return resize(pixels, rows, columns).contiguous()
     height, width = pixels.shape[:2]
-    scale = size * 256 / 224 / min(height, width)
-    resized = resize(pixels, max(size, round(height * scale)), max(size, round(width * scale)))
-    top, left = (resized.shape[1] - size) // 2, (resized.shape[2] - size) // 2
-    return resized[:, top : top + size, left : left + size].contiguous()
+    scale = max(rows * 256 / 224 / height, columns * 256 / 224 / width)
+    resized = resize(pixels, max(rows, round(height * scale)), max(columns, round(width * scale)))
+    top, left = (resized.shape[1] - rows) // 2, (resized.shape[2] - columns) // 2
+    return resized[:, top : top + rows, left : left + columns].contiguous()
 
 
 def resize(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[Tensor, "3 H W"]:
@@ -223,11 +226,11 @@ def resize(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8
     return image[0]
 
 
-def resize_to_square(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+def resize_box(pixels: UInt8[np.ndarray, "h w 3"], size: ImageSize) -> UInt8[np.ndarray, "H W 3"]:
     """`resize` as an array with channels last; pixels of that size are not copied."""
-    if pixels.shape[:2] == (size, size):
+    if pixels.shape[:2] == sides(size):
         return pixels
-    return resize(pixels, size, size).permute(1, 2, 0).numpy()
+    return resize(pixels, *sides(size)).permute(1, 2, 0).numpy()
 
 
 def normalize(images: UInt8[Tensor, "B 3 H W"], dtype: torch.dtype) -> Float[Tensor, "B 3 H W"]:

@@ -12,6 +12,7 @@ from vitscale.evals.knn import KnnConfig, KnnTask
 from vitscale.evals.linear import LinearConfig, LinearTask
 from vitscale.evals.logistic import LogisticConfig, LogisticTask
 from vitscale.evals.task import Task
+from vitscale.image_size import ImageSize
 from vitscale.losses import LossConfig
 
 # [evals.NAME] without a kind is the first one.
@@ -21,7 +22,7 @@ EvalConfig = ClassifyConfig | FewShotConfig | KnnConfig | LogisticConfig | Linea
 def open_task(
     name: str,
     config: EvalConfig,
-    image_size: int,
+    image_size: ImageSize,
     source: Source | None = None,
     loss: LossConfig | None = None,
 ) -> Task:

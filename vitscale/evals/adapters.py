@@ -9,6 +9,7 @@ from torch import Tensor
 from vitscale import distributed
 from vitscale.data.transforms import normalize
 from vitscale.evals.store import FeatureStore
+from vitscale.image_size import ImageSize
 from vitscale.models import Model
 
 
@@ -50,7 +51,7 @@ class LiveModel:
     caller keeps the engine in evaluation mode while the task runs.
     """
 
-    def __init__(self, forward: Forward, *, image_size: int, num_classes: int) -> None:
+    def __init__(self, forward: Forward, *, image_size: ImageSize, num_classes: int) -> None:
         self._forward, self.image_size, self.num_classes = forward, image_size, num_classes
         self.stored = FeatureStore()  # for the evaluations of one step: the next has other weights
 

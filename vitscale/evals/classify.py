@@ -15,6 +15,7 @@ from vitscale.data.sources import Source
 from vitscale.errors import ConfigError, DataError
 from vitscale.evals.features import own_indices
 from vitscale.evals.task import EvalModel, TaskConfig, open_shards, open_split
+from vitscale.image_size import ImageSize
 from vitscale.losses import LossConfig, sample_losses, to_targets
 
 _FEWSHOT_KEYS = ("train", "shots", "seeds", "l2_reg")
@@ -82,7 +83,7 @@ class ClassifyTask:
         cls,
         name: str,
         config: ClassifyConfig,
-        image_size: int,
+        image_size: ImageSize,
         source: Source | None = None,
         loss: LossConfig | None = None,
     ) -> "ClassifyTask":

@@ -21,6 +21,7 @@ from vitscale.errors import DataError
 from vitscale.evals.features import extract
 from vitscale.evals.probe import ProbeConfig, known_labels, open_sets, single_labels
 from vitscale.evals.task import EvalModel
+from vitscale.image_size import ImageSize
 
 BIAS_CONSTANT = 100.0  # a constant feature so large that the bias is almost unregularised
 L2_REG = 2.0**10
@@ -58,7 +59,7 @@ class FewShotTask:
     test: EvaluationSet
 
     @classmethod
-    def open(cls, name: str, config: FewShotConfig, image_size: int) -> "FewShotTask":
+    def open(cls, name: str, config: FewShotConfig, image_size: ImageSize) -> "FewShotTask":
         train, test = open_sets(config, image_size)
         return cls(name=name, config=config, train=train, test=test)
 

@@ -14,6 +14,7 @@ from vitscale.errors import ConfigError
 from vitscale.evals.features import extract
 from vitscale.evals.probe import single_labels
 from vitscale.evals.task import EvalModel, TaskConfig, open_shards
+from vitscale.image_size import ImageSize
 
 STARTS = 10  # of which the one with the smallest distances counts
 
@@ -48,7 +49,7 @@ class KMeansTask:
     test: EvaluationSet
 
     @classmethod
-    def open(cls, name: str, config: KMeansConfig, image_size: int) -> "KMeansTask":
+    def open(cls, name: str, config: KMeansConfig, image_size: ImageSize) -> "KMeansTask":
         return cls(name=name, config=config, test=open_shards(config.test, config, image_size))
 
     def run(self, model: EvalModel) -> dict[str, float]:

@@ -15,6 +15,7 @@ from vitscale.data.evalset import EvaluationSet
 from vitscale.errors import DataError
 from vitscale.evals.probe import ProbeConfig, accuracies, extract_pair, open_sets, own_rows
 from vitscale.evals.task import EvalModel
+from vitscale.image_size import ImageSize
 
 _SIMILARITIES = 1 << 26  # that are computed at a time: 256 MiB
 
@@ -47,7 +48,7 @@ class KnnTask:
     test: EvaluationSet
 
     @classmethod
-    def open(cls, name: str, config: KnnConfig, image_size: int) -> "KnnTask":
+    def open(cls, name: str, config: KnnConfig, image_size: ImageSize) -> "KnnTask":
         train, test = open_sets(config, image_size)
         if max(config.k) > train.num_samples:
             raise DataError(

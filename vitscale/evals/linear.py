@@ -21,6 +21,7 @@ from vitscale.evals.probe import (
     own_rows,
 )
 from vitscale.evals.task import EvalModel
+from vitscale.image_size import ImageSize
 from vitscale.schedule import ScheduleConfig, learning_rate
 
 MOMENTUM = 0.9
@@ -66,7 +67,7 @@ class LinearTask:
     test: EvaluationSet
 
     @classmethod
-    def open(cls, name: str, config: LinearConfig, image_size: int) -> "LinearTask":
+    def open(cls, name: str, config: LinearConfig, image_size: ImageSize) -> "LinearTask":
         train, test = open_sets(config, image_size)
         return cls(name=name, config=config, train=train, test=test)
 

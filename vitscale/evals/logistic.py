@@ -24,6 +24,7 @@ from vitscale.evals.probe import (
     own_rows,
 )
 from vitscale.evals.task import EvalModel
+from vitscale.image_size import ImageSize
 
 MAX_ITERATIONS = 1000
 GRADIENT_TOLERANCE = 1e-6
@@ -60,7 +61,7 @@ class LogisticTask:
     test: EvaluationSet
 
     @classmethod
-    def open(cls, name: str, config: LogisticConfig, image_size: int) -> "LogisticTask":
+    def open(cls, name: str, config: LogisticConfig, image_size: ImageSize) -> "LogisticTask":
         train, test = open_sets(config, image_size)
         return cls(name=name, config=config, train=train, test=test)
 

@@ -14,6 +14,7 @@ from vitscale.data.evalset import EvaluationSet
 from vitscale.errors import ConfigError, DataError
 from vitscale.evals.features import extract, rank_block
 from vitscale.evals.task import EvalModel, TaskConfig, open_shards
+from vitscale.image_size import ImageSize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def extract_pair(
     )
 
 
-def open_sets(config: ProbeConfig, image_size: int) -> tuple[EvaluationSet, EvaluationSet]:
+def open_sets(config: ProbeConfig, image_size: ImageSize) -> tuple[EvaluationSet, EvaluationSet]:
     """The training and the test set. Raises DataError for missing shards."""
     train, test = (open_shards(pattern, config, image_size) for pattern in (config.train, config.test))
     return train, test

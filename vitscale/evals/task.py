@@ -17,6 +17,7 @@ from vitscale.data.evalset import Crop, EvaluationSet
 from vitscale.data.sources import Source
 from vitscale.errors import ConfigError
 from vitscale.evals.store import FeatureStore
+from vitscale.image_size import ImageSize
 
 T = TypeVar("T")
 
@@ -28,8 +29,8 @@ class TaskConfig:
     kind:         each kind's own class sets it
     test:         the shards to score (a glob, brace pattern or URL), or an index.json
     every_steps:  how often it runs in training, besides before and after all steps
-    crop:         "resize" squeezes the image to a square; "center" resizes the short side to
-                  image_size * 256 / 224 and crops the centre
+    crop:         "resize" squeezes the image to image_size; "center" keeps its aspect ratio:
+                  it resizes the image to cover image_size * 256 / 224, and crops the centre
     batch_size:   images in a forward pass of one rank
     num_workers:  decoding processes per rank; 0 decodes in the main process
     """
@@ -65,7 +66,7 @@ class EvalModel(Protocol):
     """What a task needs of a model. Images come on the CPU; results may be on any device."""
 
     @property
-    def image_size(self) -> int: ...
+    def image_size(self) -> ImageSize: ...
 
     @property
     def num_classes(self) -> int: ...
@@ -112,14 +113,14 @@ def within_memory(task: Task, run: Callable[[], T], where: str = "") -> T:
         raise ConfigError(f"{task.name}: CUDA is out of memory with {key} {size}; {way_out}") from None
 
 
-def open_shards(pattern: str, config: TaskConfig, image_size: int) -> EvaluationSet:
+def open_shards(pattern: str, config: TaskConfig, image_size: ImageSize) -> EvaluationSet:
     """The samples of `pattern`, decoded by `config`. Raises DataError for missing shards."""
     return EvaluationSet.open(
         pattern, image_size=image_size, crop=config.crop, num_workers=config.num_workers
     )
 
 
-def open_split(source: Source, config: TaskConfig, image_size: int) -> EvaluationSet:
+def open_split(source: Source, config: TaskConfig, image_size: ImageSize) -> EvaluationSet:
     """The validation split of the training data, decoded by `config`."""
     return EvaluationSet(
         source.index,

@@ -41,7 +41,7 @@ class Learned:
 
 
 def observe(
-    model: ViT, forward: Callable[[Float[Tensor, "B 3 S S"]], object], images: UInt8[Tensor, "B 3 S S"]
+    model: ViT, forward: Callable[[Float[Tensor, "B 3 H W"]], object], images: UInt8[Tensor, "B 3 H W"]
 ) -> Learned:
     """Run the model once on a few images, and look.
 

@@ -15,6 +15,7 @@ from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.evalset import EvaluationSet
 from vitscale.data.transforms import evaluation_view, normalize
 from vitscale.errors import ConfigError, DataError
+from vitscale.image_size import ImageSize
 from vitscale.inspection import figures
 from vitscale.inspection.attention import as_vit, attention_distance, attention_maps, observe_attention
 from vitscale.inspection.weights import (
@@ -97,7 +98,7 @@ def distances(model: ViT, images: UInt8[Tensor, "B 3 H W"]) -> tuple[list[Float[
     return [total / len(images) for total in sums], uniform.item()
 
 
-def read_images(pictures: Pictures, size: int, count: int) -> UInt8[Tensor, "B 3 size size"]:
+def read_images(pictures: Pictures, size: ImageSize, count: int) -> UInt8[Tensor, "B 3 H W"]:
     """The images as model input. Raises ConfigError if none are named, DataError for damage."""
     if bool(pictures.data) == bool(pictures.files):
         raise ConfigError("attention is of images: give --data SHARDS or --images FILE ..., one of them")
@@ -108,7 +109,7 @@ def read_images(pictures: Pictures, size: int, count: int) -> UInt8[Tensor, "B 3
     return torch.cat([images for images, _ in held.batches(chosen, _AT_ONCE)])
 
 
-def _read_file(path: str, size: int) -> UInt8[Tensor, "3 size size"]:
+def _read_file(path: str, size: ImageSize) -> UInt8[Tensor, "3 H W"]:
     try:
         return evaluation_view(decode(Path(path).read_bytes()), "resize", size)
     except (OSError, DamagedImage) as error:

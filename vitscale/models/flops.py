@@ -4,8 +4,10 @@ A multiply-add is 2 FLOPs. Matmuls and convolutions count, attention's among the
 softmax, activations and the head do not.
 """
 
+import math
 from collections.abc import Sequence
 
+from vitscale.image_size import ImageSize, sides
 from vitscale.models import ModelConfig
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ROOT_KERNEL, BlockShape, ResNetConfig, halved
@@ -44,19 +46,20 @@ def _vit_macs(config: ViTConfig) -> int:
     return patches * config.patch_inputs * width + config.resolved_depth * block
 
 
-def _resnet_macs(width: int, shapes: Sequence[BlockShape], image_size: int) -> int:
-    """For I channels into a block, M in it and O out of it, and maps of s x s and t x t:
+def _resnet_macs(width: int, shapes: Sequence[BlockShape], image_size: ImageSize) -> int:
+    """For I channels into a block, M in it and O out of it, and maps of s^2 and t^2 places:
 
     root convolution    t^2 * 49 * 3 * W    W is `width`
     each block          s^2 * I M + t^2 * (9 M^2 + M O)
     its projection      t^2 * I O
     """
-    macs = halved(image_size) ** 2 * ROOT_KERNEL**2 * 3 * width
+    macs = math.prod(halved(sides(image_size))) * ROOT_KERNEL**2 * 3 * width
     for shape in shapes:
-        macs += shape.side_in**2 * shape.inputs * shape.mid
-        macs += shape.side_out**2 * (9 * shape.mid**2 + shape.mid * shape.outputs)
+        places_out = math.prod(shape.grid_out)
+        macs += math.prod(shape.grid_in) * shape.inputs * shape.mid
+        macs += places_out * (9 * shape.mid**2 + shape.mid * shape.outputs)
         if shape.has_projection:
-            macs += shape.side_out**2 * shape.inputs * shape.outputs
+            macs += places_out * shape.inputs * shape.outputs
     return macs
 
 

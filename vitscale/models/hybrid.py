@@ -175,10 +175,11 @@ class SameStdConv2d(nn.Conv2d):
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         deviation, mean = torch.std_mean(weight, (1, 2, 3), correction=0, keepdim=True)
         weight = ((weight - mean) / (deviation + WEIGHT_EPS)).to(x.dtype)
-        before, after = same_padding(x.shape[-1], kernel, stride)
-        if before == after:
-            return F.conv2d(x, weight, None, stride, before)
-        return F.conv2d(F.pad(x, (before, after, before, after)), weight, None, stride)
+        top, bottom = same_padding(x.shape[-2], kernel, stride)
+        left, right = same_padding(x.shape[-1], kernel, stride)
+        if (top, left) == (bottom, right):
+            return F.conv2d(x, weight, None, stride, (top, left))
+        return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride)
 
 
 class PostActBottleneck(RecomputedBlock):

@@ -8,6 +8,7 @@ from typing import Protocol, overload, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from vitscale.image_size import ImageSize, sides
 from vitscale.models.layers import Checkpointing, RecomputedBlock
 
 
@@ -16,7 +17,7 @@ class CommonConfig(Protocol):
     """What the config of every kind of model says."""
 
     @property
-    def image_size(self) -> int: ...
+    def image_size(self) -> ImageSize: ...
 
     @property
     def num_classes(self) -> int: ...
@@ -134,16 +135,16 @@ class Model(nn.Module, abc.ABC):
         return [block for block in self.modules() if isinstance(block, RecomputedBlock)]
 
 
-def check_images(images: Tensor, size: int) -> None:
+def check_images(images: Tensor, size: ImageSize) -> None:
     """Raise ValueError for what people give: bytes, one image, another size than `size`."""
-    shape = list(images.shape)
+    shape, (height, width) = list(images.shape), sides(size)
     if not images.is_floating_point():
         raise ValueError(
             f"images are {str(images.dtype).removeprefix('torch.')}; this model takes floats in [-1, 1]: "
             "(images.float() - 127.5) / 127.5"
         )
     if len(shape) != 4 or shape[1] != 3:
-        one = ": images[None] makes a batch of one image" if shape == [3, size, size] else ""
-        raise ValueError(f"images are {shape}; this model takes [B, 3, {size}, {size}]{one}")
-    if shape[2:] != [size, size]:
-        raise ValueError(f"images of {shape[2]} x {shape[3]} pixels; this model takes {size} x {size}")
+        one = ": images[None] makes a batch of one image" if shape == [3, height, width] else ""
+        raise ValueError(f"images are {shape}; this model takes [B, 3, {height}, {width}]{one}")
+    if shape[2:] != [height, width]:
+        raise ValueError(f"images of {shape[2]} x {shape[3]} pixels; this model takes {height} x {width}")

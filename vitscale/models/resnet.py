@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
+from vitscale.image_size import ImageSize, sides, written
 from vitscale.models.initializers import lecun_normal
 from vitscale.models.layers import Fp32Linear, RecomputedBlock, recomputed
 from vitscale.models.limits import MAX_IMAGE_SIZE, MAX_SIZE
@@ -39,14 +40,14 @@ MAX_STAGES = 8
 
 
 class BlockShape(NamedTuple):
-    """Channels into a block, of its 3 x 3 convolution, and out of it; and the map's sides."""
+    """Channels into a block, of its 3 x 3 convolution, and out of it; and the maps' grids."""
 
     inputs: int
     mid: int
     outputs: int
     stride: int
-    side_in: int
-    side_out: int
+    grid_in: Grid
+    grid_out: Grid
 
     @property
     def has_projection(self) -> bool:
@@ -66,7 +67,7 @@ class ResNetConfig:
     variant:      R{DEPTH}x{FACTOR}: a depth of STAGES, and what multiplies 64 channels
     width:        channels of the first convolution, a multiple of 32; 0 = the variant's
     stages:       blocks of each stage; [] = the variant's
-    image_size:   side of the square input in pixels
+    image_size:   side of the square input in pixels, or [height, width]
     num_classes:  outputs of the head; 0 = no head
     head_bias:    initial bias of the head; for a sigmoid loss about -ln(num_classes)
     """
@@ -75,14 +76,16 @@ class ResNetConfig:
     variant: str = "R50x1"
     width: int = 0
     stages: tuple[int, ...] = ()
-    image_size: int = 224
+    image_size: ImageSize = 224
     num_classes: int = 1000
     head_bias: float = 0.0
 
     def __post_init__(self) -> None:
         self._parse_variant()
-        if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
-            raise ConfigError(f"model.image_size {self.image_size} must lie in [1, {MAX_IMAGE_SIZE:,}]")
+        if not all(1 <= side <= MAX_IMAGE_SIZE for side in sides(self.image_size)):
+            raise ConfigError(
+                f"model.image_size {written(self.image_size)} must lie in [1, {MAX_IMAGE_SIZE:,}]"
+            )
         if not 0 <= self.num_classes <= MAX_SIZE:
             raise ConfigError(f"model.num_classes {self.num_classes} must lie in [0, {MAX_SIZE:,}]")
         check_width("model.width", self.resolved_width)
@@ -128,10 +131,10 @@ class ResNetConfig:
     @property
     def grid(self) -> Grid:
         """Rows and columns of the last map."""
-        side = self.image_size
+        grid = sides(self.image_size)
         for _ in range(1 + len(self.resolved_stages)):
-            side = halved(side)
-        return side, side
+            grid = halved(grid)
+        return grid
 
     # BiT has neither; these say so to what asks every kind of model.
     @property
@@ -161,21 +164,21 @@ def check_stages(key: str, stages: Sequence[int]) -> None:
         )
 
 
-def halved(side: int) -> int:
-    """The side of a map after a layer of stride 2, here always padded by half of its kernel."""
-    return -(-side // 2)
+def halved(grid: Grid) -> Grid:
+    """A map's grid after a layer of stride 2, here always padded by half of its kernel."""
+    return -(-grid[0] // 2), -(-grid[1] // 2)
 
 
-def block_shapes(width: int, stages: Sequence[int], image_size: int) -> Iterator[BlockShape]:
+def block_shapes(width: int, stages: Sequence[int], image_size: ImageSize) -> Iterator[BlockShape]:
     """The shape of every block, in order. width: channels of the first convolution."""
-    side, inputs = halved(halved(image_size)), width
+    grid, inputs = halved(halved(sides(image_size))), width
     for stage, blocks in enumerate(stages):
         mid = width * 2**stage
         for block in range(blocks):
             stride = 2 if stage and not block else 1
-            side_out = halved(side) if stride == 2 else side
-            yield BlockShape(inputs, mid, EXPANSION * mid, stride, side, side_out)
-            side, inputs = side_out, EXPANSION * mid
+            grid_out = halved(grid) if stride == 2 else grid
+            yield BlockShape(inputs, mid, EXPANSION * mid, stride, grid, grid_out)
+            grid, inputs = grid_out, EXPANSION * mid
 
 
 class StdConv2d(nn.Conv2d):

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
+from vitscale.image_size import ImageSize, image_size, sides, written
 from vitscale.models.corruption import Corruption
 from vitscale.models.initializers import lecun_normal, normal, xavier_uniform
 from vitscale.models.layers import Block, Fp32Linear, Gelu, MapHead, PatchEmbed
@@ -54,7 +55,8 @@ class ViTConfig:
     variant:              NAME/PATCH: a name of VARIANTS, and a patch's side in pixels
     width, depth, num_heads, mlp_dim, patch_size:
                           each overrides the variant's; 0 = the variant's
-    image_size:           side of the square input in pixels, a multiple of the patch size
+    image_size:           side of the square input in pixels, or [height, width]; multiples of
+                          the patch size
     num_classes:          outputs of the head; 0 = no head
     pool:                 what represents the image: the class "token", the "mean" of the patch
                           tokens, or "map", multi-head attention pooling
@@ -89,7 +91,7 @@ class ViTConfig:
     num_heads: int = 0
     mlp_dim: int = 0
     patch_size: int = 0
-    image_size: int = 224
+    image_size: ImageSize = 224
     num_classes: int = 1000
     pool: Pool = "token"
     num_registers: int = 0
@@ -110,17 +112,7 @@ class ViTConfig:
         for name in (*sizes, "num_registers", "num_patch_outputs", "representation_size"):
             if not 0 <= getattr(self, name) <= MAX_SIZE:
                 raise ConfigError(f"model.{name} {getattr(self, name)} must lie in [0, {MAX_SIZE:,}]")
-        patch = self.resolved_patch_size
-        if self.image_size < 1 or self.image_size % patch:
-            near = max(1, round(self.image_size / patch)) * patch
-            raise ConfigError(
-                f"model.image_size {self.image_size} is not a multiple of the patch size {patch}; use {near}"
-            )
-        if self.image_size > MAX_IMAGE_SIZE or math.prod(self.grid) > MAX_PATCHES:
-            raise ConfigError(
-                f"model.image_size {self.image_size} must be at most {MAX_IMAGE_SIZE:,}, and make at most "
-                f"{MAX_PATCHES:,} patches, not {math.prod(self.grid):,}"
-            )
+        self._check_image_size()
         width, heads = self.resolved_width, self.resolved_num_heads
         if width % heads:
             raise ConfigError(f"model.width {width} is not a multiple of model.num_heads {heads}")
@@ -144,6 +136,18 @@ class ViTConfig:
             raise ConfigError(
                 f'model.variant "{self.variant}" is not NAME/PATCH with a name of {", ".join(VARIANTS)}; '
                 f'for example "{near[0] if near else "B"}/16"'
+            )
+
+    def _check_image_size(self) -> None:
+        patch, height_width, size = self.resolved_patch_size, sides(self.image_size), written(self.image_size)
+        if any(side < 1 or side % patch for side in height_width):
+            near = written(image_size(*(max(1, round(side / patch)) * patch for side in height_width)))
+            rule = "a multiple" if isinstance(self.image_size, int) else "two multiples"
+            raise ConfigError(f"model.image_size {size} is not {rule} of the patch size {patch}; use {near}")
+        if max(height_width) > MAX_IMAGE_SIZE or math.prod(self.grid) > MAX_PATCHES:
+            raise ConfigError(
+                f"model.image_size {size} must be at most {MAX_IMAGE_SIZE:,}, and make at most "
+                f"{MAX_PATCHES:,} patches, not {math.prod(self.grid):,}"
             )
 
     @property
@@ -183,8 +187,8 @@ class ViTConfig:
     @property
     def grid(self) -> Grid:
         """Patches per column and per row."""
-        side = self.image_size // self.resolved_patch_size
-        return side, side
+        height, width = sides(self.image_size)
+        return height // self.resolved_patch_size, width // self.resolved_patch_size
 
     @property
     def num_positions(self) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 
 from vitscale.errors import ConfigError
 from vitscale.hardware import Gpu, gpu_of
+from vitscale.image_size import image_size
 from vitscale.memory import count_params
 from vitscale.models import ModelConfig
 from vitscale.models.flops import forward_macs, stem_macs, train_flops
@@ -145,8 +146,10 @@ def _speed_of(results: Mapping[str, Any], path: Path) -> Speed:
 
 def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
     variant, size = piece["model"].removesuffix(" px").split(" at ")
+    height_width = tuple(map(int, size.split(" x ")))  # of a square, one number
     kind = HybridConfig if "+" in variant else ViTConfig if "/" in variant else ResNetConfig
-    model, images = kind(variant=variant, image_size=int(size)), piece["images of a step"]
+    model = kind(variant=variant, image_size=image_size(height_width[0], height_width[-1]))
+    images = piece["images of a step"]
     gpu = gpu_of(piece["device"])
     if gpu is None:
         raise ConfigError(f"--calibrate {path} was measured on {piece['device']}, whose peak is not known")

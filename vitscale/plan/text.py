@@ -4,6 +4,7 @@ import dataclasses
 import textwrap
 from typing import Any
 
+from vitscale.image_size import pixels
 from vitscale.objectives import DistillationConfig
 from vitscale.plan import formulas
 from vitscale.plan.make import Option, Plan, Saving
@@ -59,7 +60,7 @@ def _numbers(option: Option) -> dict[str, Any]:
 
 
 def _model_name(plan: Plan) -> str:
-    return f"{plan.config.model.variant} at {plan.config.model.image_size} px"
+    return f"{plan.config.model.variant} at {pixels(plan.config.model.image_size)}"
 
 
 def _head(plan: Plan) -> str:

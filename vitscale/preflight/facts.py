@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 import resource
@@ -23,6 +24,7 @@ from vitscale.checkpoint.store import Home
 from vitscale.data.loader import PREFETCHED_STEPS
 from vitscale.data.sources import check_sources, open_sources
 from vitscale.errors import UserError
+from vitscale.image_size import sides
 from vitscale.job import derive
 from vitscale.preflight import speed
 from vitscale.preflight.compare import Facts
@@ -127,7 +129,7 @@ def _shm_needed(config: TrainConfig, world_size: int) -> int:
     """Bytes of the batches that the data workers of one process hold ready for it, at most."""
     if not config.engine.num_workers:
         return 0
-    image_bytes = 3 * config.model.image_size**2
+    image_bytes = 3 * math.prod(sides(config.model.image_size))
     return (PREFETCHED_STEPS + 1) * (config.global_batch // world_size) * image_bytes
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.image_size import sides
 from vitscale.models.model import Model
 from vitscale.weights.export import export_metadata
 from vitscale.weights.files import ONNX_NAME
@@ -100,8 +101,8 @@ def _check(file: Path, model: Model) -> None:
 
 
 def _images(model: Model, batch: int) -> Tensor:
-    size = model.config.image_size
-    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    size = sides(model.config.image_size)
+    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 @contextlib.contextmanager

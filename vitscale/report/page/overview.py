@@ -11,6 +11,7 @@ import numpy as np
 from vitscale import config as configs
 from vitscale import goodput
 from vitscale.data.sources import DataConfig
+from vitscale.image_size import pixels
 from vitscale.models import empty_model
 from vitscale.report.compare import flatten
 from vitscale.report.page.html import Html, details, element, escaped, joined, note, table
@@ -147,7 +148,7 @@ def _on_track(record: Record) -> dict[str, str]:
 
 def _model(config: TrainConfig) -> str:
     model = config.model
-    return f"{model.kind} {model.variant}, {model.image_size} px"
+    return f"{model.kind} {model.variant}, {pixels(model.image_size)}"
 
 
 def duration(seconds: float) -> str:

@@ -106,7 +106,7 @@ def probabilities(logits: Float[Tensor, "B C"], config: TrainConfig) -> Float[Te
 
 
 def _prediction(
-    image: UInt8[Tensor, "3 S S"],
+    image: UInt8[Tensor, "3 H W"],
     true: Collection[int],
     scores: Float[Tensor, " C"],
     is_right: bool,

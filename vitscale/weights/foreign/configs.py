@@ -4,9 +4,10 @@ import dataclasses
 import math
 
 from vitscale.errors import CheckpointError
+from vitscale.image_size import sides, written
 from vitscale.models import ModelConfig
 from vitscale.models.hybrid import HybridConfig
-from vitscale.models.names import Dialect
+from vitscale.models.names import FLAX_DIALECTS, Dialect
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit import VARIANTS, ViTConfig
 from vitscale.weights.files import Dtype
@@ -80,6 +81,11 @@ def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
             f"model.kind 'hybrid' cannot be exported to {dialect}, which has no such model or one with other "
             "epsilons; use --format npz (of dialect original or linen), which timm reads, or safetensors"
         )
+    if isinstance(config.image_size, tuple) and dialect in FLAX_DIALECTS:
+        raise CheckpointError(
+            f"model.image_size {written(config.image_size)} cannot be exported to {dialect}: Google's code "
+            "takes positions for those of a square; use another --format"
+        )
     limits = {
         "num_registers": _NO_REGISTERS,
         "num_patch_outputs": _NO_PATCH_HEAD,
@@ -102,7 +108,7 @@ def unlike_google(config: ModelConfig) -> list[str]:
 
 def timm_config(config: ViTConfig) -> dict[str, object]:
     """config.json for timm.create_model("local-dir:FOLDER", pretrained=True)."""
-    size, width = config.image_size, config.resolved_width
+    size, width = config.image_size, config.resolved_width  # timm, too, takes (height, width)
     pool = TIMM_POOLS[config.pool]
     names = _TIMM_DISTILLED_NAMES if config.distilled else _TIMM_NAMES
     variant, patch = _variant_name(config), config.resolved_patch_size
@@ -125,7 +131,7 @@ def timm_config(config: ViTConfig) -> dict[str, object]:
         },
         "pretrained_cfg": {
             "num_classes": config.num_classes,
-            "input_size": [3, size, size],
+            "input_size": [3, *sides(size)],
             "fixed_input_size": True,
             "interpolation": "bilinear",
             "crop_pct": 1.0,
@@ -163,11 +169,12 @@ def transformers_config(config: ViTConfig, dtype: Dtype) -> dict[str, object]:
 
 
 def preprocessor_config(config: ViTConfig) -> dict[str, object]:
-    """preprocessor_config.json of transformers: a resize to a square, and pixels in [-1, 1]."""
+    """preprocessor_config.json of transformers: a resize, and pixels in [-1, 1]."""
+    height, width = sides(config.image_size)
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": config.image_size, "width": config.image_size},
+        "size": {"height": height, "width": width},
         "resample": 2,  # bilinear
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -14,6 +14,7 @@ from typing import Any
 
 from vitscale import config as configs
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.image_size import ImageSize, sides
 from vitscale.models import ModelConfig
 from vitscale.models.hybrid import STEMS, Stem, stem_stride
 from vitscale.models.names import (
@@ -30,6 +31,7 @@ from vitscale.models.names import (
 from vitscale.models.resnet import MAX_STAGES, ROOT_WIDTH, STAGES
 from vitscale.models.vit import VARIANTS, ViTConfig
 from vitscale.weights.files import Shapes
+from vitscale.weights.foreign import sizes
 from vitscale.weights.foreign.configs import GOOGLE_DEFAULTS, TIMM_POOLS
 
 logger = logging.getLogger(__name__)
@@ -83,11 +85,13 @@ def deduce_config(
     if dialect == "bit":
         return build_config(_bit_values(shapes), overrides)
     refuse_other_architectures(shapes)
+    given = _given_size(overrides) or _stated_size(dialect, config_json)
     try:
-        values = _sizes(dialect, shapes)
+        values = _sizes(dialect, shapes, given)
     except (IndexError, ZeroDivisionError):
         raise CheckpointError("the shapes of its tensors are not those of a ViT or hybrid") from None
     values |= _EXTRAS[dialect](config_json, values) if dialect in _EXTRAS else GOOGLE_DEFAULTS
+    _check_image_size(dialect, config_json, values)
     if "gelu" not in values:
         _ask("gelu", '"tanh" or "exact": such models of timm have either', overrides)
     if "num_heads" not in values:
@@ -154,8 +158,30 @@ class _Sections:
     model: ModelConfig
 
 
-def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
-    """The keys of [model] that follow from the shapes."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _GivenSize:
+    image_size: ImageSize = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _GivenSections:
+    model: _GivenSize = dataclasses.field(default_factory=_GivenSize)
+
+
+def _given_size(overrides: Sequence[str]) -> ImageSize:
+    """model.image_size of the overrides; 0 if none has it."""
+    given = [override for override in overrides if override.startswith("model.image_size=")]
+    return configs.load(_GivenSections, (), given).model.image_size
+
+
+def _stated_size(dialect: Dialect, config_json: Mapping[str, Any]) -> ImageSize:
+    """The image size of config.json; 0 if it has none."""
+    stated = sizes.stated(dialect, config_json)
+    return (sizes.parsed(stated[1]) if stated else None) or 0
+
+
+def _sizes(dialect: Dialect, shapes: Shapes, given: ImageSize) -> Values:
+    """The keys of [model] that follow from the shapes. given: the image size; 0 = unknown."""
     names = one_to_one_names(dialect, distilled=True)
     distilled = names.get("dist_token") in shapes
     names = names if distilled else one_to_one_names(dialect)
@@ -199,7 +225,8 @@ def _sizes(dialect: Dialect, shapes: Shapes) -> Values:
         return values | {"posemb": "sincos2d"}
     num_tokens = shape("pos_embed")[1]
     num_patches = num_tokens - (pool == "token" and dialect != "big_vision") - distilled
-    return values | {"image_size": values["patch_size"] * _side(num_patches, names["pos_embed"])}
+    size = _image_size(num_patches, values["patch_size"], names["pos_embed"], given)
+    return values | {"image_size": size}
 
 
 def _stem_values(dialect: Dialect, shapes: Shapes) -> Values:
@@ -259,13 +286,18 @@ def _count_blocks(first: str, shapes: Shapes) -> int:
     return num_blocks
 
 
-def _side(num_patches: int, name: str) -> int:
+def _image_size(num_patches: int, patch_size: int, name: str, given: ImageSize) -> ImageSize:
+    """That of so many patches: as given, if it is no square and has as many; else a square."""
+    if isinstance(given, tuple) and sizes.num_patches(given, patch_size) == num_patches:
+        return given
     side = math.isqrt(max(0, num_patches))
     if side * side != num_patches:
+        others = f" nor images of {_pixels(given)} pixels" if given else ""
         raise CheckpointError(
-            f"{name} is for {num_patches} patches, which make no square: vitscale takes square images"
+            f"{name} is for {num_patches} patches, which make no square{others}; add "
+            f"model.image_size=[HEIGHT,WIDTH], of so many patches of {patch_size} x {patch_size} pixels"
         )
-    return side
+    return patch_size * side
 
 
 def _timm_extras(config_json: Mapping[str, Any], values: Values) -> Values:
@@ -284,11 +316,6 @@ def _timm_extras(config_json: Mapping[str, Any], values: Values) -> Values:
         raise CheckpointError(
             f"config.json has global_pool {pool!r}, but the tensors are those of {expected!r}"
         )
-    size, input_size = arguments.get("img_size"), (config_json.get("pretrained_cfg") or {}).get("input_size")
-    if size is not None:
-        _check_image_size("img_size", size, values)
-    elif isinstance(input_size, list) and len(set(input_size[1:])) > 1:
-        _check_image_size("input_size", input_size[1:], values)
     extras: Values = {"norm_eps": 1e-6}
     act = arguments.get("act_layer") or ("gelu" if config_json.get("architecture") else None)
     if act or values["pool"] == "token":  # of timm's ViTs without a class token, some have the other GELU
@@ -309,7 +336,6 @@ def _transformers_extras(config_json: Mapping[str, Any], values: Values) -> Valu
         raise CheckpointError(
             f"config.json has pooler_act {config_json['pooler_act']!r}; vitscale's models have tanh"
         )
-    _check_image_size("image_size", config_json.get("image_size", 224), values)
     return {
         "num_heads": config_json.get("num_attention_heads", 12),
         "gelu": _gelu("hidden_act", config_json.get("hidden_act", "gelu")),
@@ -329,14 +355,19 @@ def _gelu(key: str, value: str) -> str:
     return _GELUS[value]
 
 
-def _check_image_size(key: str, size: Any, values: Values) -> None:
-    """Raise CheckpointError unless images are the squares that the position embeddings make."""
-    sides = size if isinstance(size, list) else [size, size]
-    if sides != [values["image_size"]] * 2:
+def _check_image_size(dialect: Dialect, config_json: Mapping[str, Any], values: Values) -> None:
+    """Raise CheckpointError if config.json states another image size than that of `values`."""
+    stated = sizes.stated(dialect, config_json)
+    if stated and sizes.parsed(stated[1]) != values["image_size"]:
+        key, size = stated
         raise CheckpointError(
-            f"config.json has {key} {size!r}, but vitscale takes square images, and the position embeddings "
-            f"would be those of {values['image_size']} x {values['image_size']}"
+            f"config.json has {key} {size!r}, but the position embeddings would be those of "
+            f"{_pixels(values['image_size'])}"
         )
+
+
+def _pixels(size: ImageSize) -> str:
+    return " x ".join(map(str, sides(size)))
 
 
 def _num_heads(values: Values, config_json: Mapping[str, Any], overrides: Sequence[str]) -> int:

@@ -11,11 +11,13 @@ Each value that changes is one product or one sum, rounded once to fp32.
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from vitscale.errors import CheckpointError
+from vitscale.weights.foreign import sizes
 from vitscale.weights.foreign.sources import ForeignWeights
 
 # A layer scale, and the layer beside it whose outputs it multiplies.
@@ -26,7 +28,7 @@ _LAYER_SCALES = {
     r"(vit\.encoder\.layer\.\d+\.)layer_scale2\.lambda1": "output.dense",
 }
 _MASK_TOKENS = ("mask_token", "vit.embeddings.mask_token")
-_REGISTERS = "reg_token"  # timm's
+_REGISTERS, _KERNEL = "reg_token", "patch_embed.proj.weight"  # timm's
 
 
 def fold(weights: ForeignWeights) -> ForeignWeights:
@@ -77,8 +79,9 @@ def _fold_positions(weights: ForeignWeights) -> ForeignWeights:
     if weights.dialect != "timm" or "cls_token" not in shapes or len(posemb) != 3:
         return weights
     count = posemb[1]
-    of_patches = _is_square(count)  # alone
-    extra = 0 if of_patches or _is_square(count - 1) else registers
+    has_grid = _stated_grid(weights) or _is_square
+    of_patches = has_grid(count)  # alone
+    extra = 0 if of_patches or has_grid(count - 1) else registers
     shapes["pos_embed"] = (1, count + of_patches - extra, posemb[2])
 
     def tensor(name: str) -> Tensor:
@@ -91,6 +94,16 @@ def _fold_positions(weights: ForeignWeights) -> ForeignWeights:
         return value
 
     return dataclasses.replace(weights, shapes=shapes, tensor=tensor)
+
+
+def _stated_grid(weights: ForeignWeights) -> Callable[[int], bool] | None:
+    """Whether so many patches are those of the images that config.json states, no squares."""
+    stated, kernel = sizes.stated("timm", weights.config_json), weights.shapes.get(_KERNEL, ())
+    size = sizes.parsed(stated[1]) if stated else None
+    if not isinstance(size, tuple) or len(kernel) != 4:
+        return None
+    patches = sizes.num_patches(size, kernel[-1])
+    return lambda count: 0 < count == patches
 
 
 def _is_square(count: int) -> bool:
