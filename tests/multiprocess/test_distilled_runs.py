@@ -132,7 +132,7 @@ def test_a_resume_with_another_teacher_is_refused_in_one_sentence(
     ("change", "message"),
     [
         ({"num_classes": 7}, "has 7 classes, and model.num_classes is 5"),
-        ({"image_size": 16}, "takes images of 16 x 16, and model.image_size is 8; fine-tune the teacher"),
+        ({"image_size": 16}, "takes images of 16 px, and model.image_size is 8; fine-tune the teacher"),
         ({"num_classes": 0}, "has 0 classes"),
         (None, "nowhere"),
     ],

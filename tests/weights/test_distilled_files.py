@@ -150,7 +150,7 @@ def test_a_teacher_of_timm_that_does_not_fit_is_refused(tmp_path: Path, timm: An
     sized = DistillationConfig(
         teacher="timm:vit_tiny_patch16_224", teacher_weights=str(tmp_path / "vit.safetensors")
     )
-    with pytest.raises(ConfigError, match=r"takes images of 224 x 224, and model\.image_size is 64"):
+    with pytest.raises(ConfigError, match=r"takes images of 224 px, and model\.image_size is 64"):
         load_teacher(sized, STUDENT, device, torch.float32)
 
 
