@@ -94,7 +94,7 @@ def _pair() -> "tuple[Figure, Axes, Axes]":
     ours, paper = figure.subplots(1, 2)
     for axes in (ours, paper):
         axes.set_xscale("log")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.92", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -113,9 +113,13 @@ def _scatter(axes: "Axes", marks: Iterable[tuple[str, float, float, float, str]]
             xs, ys, deviations, fmt=MARKERS[kind], color=colour, label=kind, capsize=2, markersize=7
         )
         for x, y, name in zip(xs, ys, names, strict=True):
-            axes.annotate(name, (x, y), (5, 4), textcoords="offset points", fontsize=6, color="0.35")
+            # Hybrids lie close to ViTs: their names stand on the other side.
+            side, align = (-6, "right") if kind == "Hybrid" else (6, "left")
+            axes.annotate(
+                name, (x, y), (side, 3), textcoords="offset points", fontsize=6, color="0.35", ha=align
+            )
     if by_family:
-        axes.legend(frameon=False, fontsize="small", loc="lower right")
+        axes.legend(frameon=False, fontsize="small", loc="best")
 
 
 def _draw_lines(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
@@ -124,4 +128,4 @@ def _draw_lines(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float, f
         xs, ys, deviations = zip(*places, strict=True)
         axes.errorbar(xs, ys, deviations, fmt="o-", color=colour, label=name, capsize=2, markersize=5)
     if lines:
-        axes.legend(frameon=False, fontsize="small", loc="lower right")
+        axes.legend(frameon=False, fontsize="small", loc="best")
