@@ -33,13 +33,12 @@ from vitscale.schedule import ScheduleConfig
 class LogConfig:
     """What is written while training ([log]).
 
-    every_steps:  how often a row goes to the console, TensorBoard and metrics.jsonl
-    tensorboard:  whether to write TensorBoard's files
-    profile:      the first and the last step of a trace of rank 0, like [100, 110]; [] = none
-    norms:        whether a row has the norms of weights, gradients and updates of each layer
-    figures_every_steps:
-                  how often TensorBoard gets pictures of what a ViT has learned: filters,
-                  positions, attention to images of the batch; 0 = never
+    every_steps: how often a row goes to the console, TensorBoard and metrics.jsonl
+    tensorboard: whether to write TensorBoard's files
+    profile: the first and the last step of a trace of rank 0, like [100, 110]; [] = none
+    norms: whether a row has the norms of weights, gradients and updates of each layer
+    figures_every_steps: how often TensorBoard gets pictures of what a ViT has learned, of its
+        filters, positions and attention to images of the batch; 0 = never
     """
 
     every_steps: int = 50

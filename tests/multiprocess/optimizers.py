@@ -1,7 +1,8 @@
 """The optimizers of a run in plain PyTorch, parameter by parameter, in the simplest form."""
 
-from collections.abc import Sequence
+import abc
 
+from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +18,8 @@ def plain_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     return build_optimizer(config, model)
 
 
-class Plain(torch.optim.Optimizer):
-    """Calls update(name, parameter, gradient, state, group) for every trained parameter."""
+class Plain(torch.optim.Optimizer, abc.ABC):
+    """Decoupled weight decay, and the rate times update(...), for every trained parameter."""
 
     def __init__(self, config: OptimConfig, model: nn.Module) -> None:
         self.config = config
@@ -35,8 +36,9 @@ class Plain(torch.optim.Optimizer):
                 param *= 1 - group["lr"] * group["weight_decay"]
                 param -= group["lr"] * update
 
+    @abc.abstractmethod
     def update(self, name: str, gradient: Tensor, state: dict) -> Tensor:
-        raise NotImplementedError
+        """What is subtracted of a parameter at a rate of 1. state: its own, kept."""
 
 
 class PlainAdafactor(Plain):
