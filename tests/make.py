@@ -21,7 +21,7 @@ from vitscale.checkpoint.safetensors import write_safetensors
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, alone, good, newest_good
 from vitscale.data.indexing import build_index
-from vitscale.engine.zero import Counters
+from vitscale.engine.fragments import Counters
 
 # A checkpoint's tensors. Every trained one has all states; the sizes fall oddly between ranks.
 STATES = ("fp32", "exp_avg", "exp_avg_sq", "ema")

@@ -15,7 +15,7 @@ from vitscale.errors import ConfigError
 from vitscale.job import expected_first_loss
 from vitscale.losses import LossConfig, distillation_loss
 from vitscale.mixup import mix
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import BatchKey, DistillationConfig, Objective, build_objective
 from vitscale.train_config import TrainConfig
 

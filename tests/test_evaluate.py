@@ -19,7 +19,7 @@ from vitscale.config import to_dict
 from vitscale.evals import ClassifyConfig
 from vitscale.evaluate import evaluate
 from vitscale.models import build_model
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.saved import load_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ from vitscale.errors import ConfigError
 from vitscale.image_size import ImageSize, image_size, pixels, sides, written
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.train_config import TrainConfig
 
 BASE = {"run_dir": "run", "global_batch": 8, "total_steps": 4, "data": {"index": "x"}}

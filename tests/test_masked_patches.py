@@ -11,7 +11,7 @@ from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError
 from vitscale.losses import LossConfig
 from vitscale.models.corruption import Corruption, draw_corruption
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import BatchKey, MaskedPatchesConfig, Objective, build_objective, patch_colors
 from vitscale.train_config import TrainConfig
 

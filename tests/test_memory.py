@@ -22,7 +22,7 @@ from vitscale.memory import (
     state_bytes,
 )
 from vitscale.models.layers import Checkpointing
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.optim import OptimConfig
 
 GB = 1e9

@@ -12,7 +12,7 @@ from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError
 from vitscale.losses import LossConfig
 from vitscale.mixup import mix
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import BatchKey, ClassificationConfig, Objective, build_objective
 from vitscale.train_config import TrainConfig
 

@@ -97,7 +97,8 @@ from vitscale.data.index import Index
 from vitscale.data.loader import Stream, batches
 from vitscale.data.lane import ViewConfig
 from vitscale.data.transforms import AugmentConfig
-from vitscale.data.sources import DataConfig, make_mixture, open_sources
+from vitscale.data.data_config import DataConfig
+from vitscale.data.sources import make_mixture, open_sources
 sources = open_sources(DataConfig(index=sys.argv[1]))
 mixture = make_mixture(sources, DataConfig(index=sys.argv[1], lanes=4), seed=0, global_batch=8, repeats=1)
 stream = Stream(sources=sources, mixture=mixture, view_config=ViewConfig(AugmentConfig(), "pillow", 8, 5),

@@ -10,8 +10,9 @@ import pytest
 import torch
 from make import write_index
 
+from vitscale.data.data_config import DataConfig
 from vitscale.data.index import Index
-from vitscale.data.sources import DataConfig, open_sources
+from vitscale.data.sources import open_sources
 from vitscale.spikes import NEEDED, Normal, Spikes
 
 

@@ -194,7 +194,7 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench import suite
     from vitscale.bench.step import Case, StepBench, every_case, run
     from vitscale.errors import ConfigError
-    from vitscale.models.vit import ViTConfig
+    from vitscale.models.vit_config import ViTConfig
     from vitscale.train_config import TrainConfig
 
     given = {name: value for name in STEP_SETTINGS if (value := getattr(arguments, name)) is not None}

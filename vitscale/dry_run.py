@@ -10,7 +10,8 @@ from vitscale import distributed, memory
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint
-from vitscale.data.sources import Source, SourceConfig, check_sources, missing_sources, open_sources
+from vitscale.data.data_config import SourceConfig
+from vitscale.data.sources import Source, check_sources, missing_sources, open_sources
 from vitscale.data.split import split_classes
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES

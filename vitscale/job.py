@@ -8,13 +8,7 @@ from typing import Any
 from vitscale import distributed
 from vitscale.data.decode import Decoder, resolve_decoder
 from vitscale.data.mixture import Mixture
-from vitscale.data.sources import (
-    Source,
-    check_labels,
-    check_sources,
-    make_mixture,
-    open_sources,
-)
+from vitscale.data.sources import Source, check_labels, check_sources, make_mixture, open_sources
 from vitscale.engine.batches import BatchPlan, plan_batches
 from vitscale.engine.ds_config import check_ds_config, make_ds_config
 from vitscale.errors import ConfigError

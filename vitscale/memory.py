@@ -6,13 +6,13 @@ import math
 
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig
-from vitscale.engine.zero import OPTIMIZER_SLOTS
+from vitscale.engine.fragments import OPTIMIZER_SLOTS
 from vitscale.image_size import sides
 from vitscale.models import ModelConfig, empty_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ROOT_KERNEL, ResNetConfig, halved
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.optim import OptimConfig, block_kernels, freeze
 from vitscale.sliced.adafactor import second_size
 

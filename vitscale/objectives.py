@@ -23,7 +23,7 @@ from vitscale.mixup import mix
 from vitscale.models import ModelConfig
 from vitscale.models.corruption import Corruption, draw_corruption
 from vitscale.models.layers import to_patches
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 COLORS = 512  # of 3 bits for each of three channels
 DOWNSIZED = 4  # side in pixels of a downsized patch

@@ -8,7 +8,7 @@ import math
 
 from vitscale import config as configs
 from vitscale.checkpoint.store import CheckpointConfig
-from vitscale.data.sources import DataConfig
+from vitscale.data.data_config import DataConfig
 from vitscale.data.transforms import AugmentConfig
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.errors import ConfigError
@@ -17,7 +17,7 @@ from vitscale.expect import ExpectConfig
 from vitscale.image_size import written
 from vitscale.losses import LossConfig
 from vitscale.models import ModelConfig
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import (
     DOWNSIZED,
     ClassificationConfig,

@@ -10,7 +10,7 @@ from tools.bench import main
 from vitscale.bench.ranks import Sharding
 from vitscale.bench.scale import Parts, ScaleBench
 from vitscale.errors import ConfigError
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 PARAMETERS = 76_712  # of mu/16 with 1000 classes
 BYTES = 12  # a master and two moments in fp32

@@ -17,7 +17,7 @@ from vitscale import distributed
 from vitscale.bench import step, suite
 from vitscale.bench.step import Case, Loop, Ours, Plain, StepBench, _Peak, every_case, measure
 from vitscale.errors import ConfigError, DataError
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.train_config import TrainConfig
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "bench.py"

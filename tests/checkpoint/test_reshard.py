@@ -13,7 +13,7 @@ from tools.checkpoint import main
 from vitscale.checkpoint import reshard as resharding
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.reshard import piece, reshard
-from vitscale.engine.zero import UNTRAINED
+from vitscale.engine.fragments import UNTRAINED
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 7, 100])

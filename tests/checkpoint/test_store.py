@@ -20,7 +20,7 @@ from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.config import to_dict
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import build_model
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.export import export_safetensors
 from vitscale.weights.saved import SavedModel, locate
 

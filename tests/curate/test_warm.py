@@ -10,10 +10,11 @@ from tools import data
 from vitscale import storage
 from vitscale.curate.warm import warm_cache
 from vitscale.data.cache import NodeCache
+from vitscale.data.data_config import DataConfig
 from vitscale.data.index import Index
 from vitscale.data.reader import read_chunk
 from vitscale.data.samples import RawSample
-from vitscale.data.sources import DataConfig, open_sources
+from vitscale.data.sources import open_sources
 
 CONFIG = """
 run_dir = "run"

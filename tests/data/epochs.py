@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from vitscale.data.cache import NodeCache
+from vitscale.data.data_config import DataConfig
 from vitscale.data.index import Index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches
 from vitscale.data.order import digest
-from vitscale.data.sources import DataConfig, Source, make_mixture
+from vitscale.data.sources import Source, make_mixture
 from vitscale.data.transforms import AugmentConfig
 
 CONFIG = DataConfig(index="index.json", lanes=4, window_chunks=2)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from make import jpeg, write_shards, write_tar
 
+from vitscale.data.data_config import DataConfig, SourceConfig
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Stream, batches
 from vitscale.data.reader import read_samples
-from vitscale.data.sources import DataConfig, Source, SourceConfig, make_mixture, open_sources
+from vitscale.data.sources import Source, make_mixture, open_sources
 from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError
 

@@ -18,19 +18,13 @@ import torch
 from make import jpeg, write_index, write_tar
 from torch.utils.data import DataLoader, IterableDataset
 
+from vitscale.data.data_config import DataConfig, SourceConfig
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
 from vitscale.data.lane import Lane, ViewConfig
 from vitscale.data.loader import Stream, batches, in_thread, prepare_worker
 from vitscale.data.reader import Chunk, read_chunk
-from vitscale.data.sources import (
-    DataConfig,
-    Source,
-    SourceConfig,
-    check_labels,
-    make_mixture,
-    open_sources,
-)
+from vitscale.data.sources import Source, check_labels, make_mixture, open_sources
 from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError, DataError
 from vitscale.processes import no_garbage_collection

@@ -10,9 +10,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from vitscale.data.data_config import SourceConfig
 from vitscale.data.mixture import Mixture, default_lanes
 from vitscale.data.order import ShardLayout
-from vitscale.data.sources import SourceConfig
 from vitscale.errors import ConfigError
 
 LAYOUTS = [

@@ -12,11 +12,12 @@ import pytest
 from make import jpeg, write_tar
 
 from tools.data import main
+from vitscale.data.data_config import DataConfig, SourceConfig
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
 from vitscale.data.reader import read_chunk, read_samples
 from vitscale.data.samples import BadSample, SampleKeys
-from vitscale.data.sources import DataConfig, SourceConfig, open_sources
+from vitscale.data.sources import open_sources
 from vitscale.errors import ConfigError
 
 COUNT = 12

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vitscale.data.data_config import DataConfig, SourceConfig
 from vitscale.data.index import Index
-from vitscale.data.sources import DataConfig, Source, SourceConfig, check_labels, open_sources
+from vitscale.data.sources import Source, check_labels, open_sources
 from vitscale.errors import ConfigError, DataError, StoreError
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from make import jpeg, write_index, write_shards, write_tar
 
+from vitscale.data.data_config import DataConfig
 from vitscale.data.evalset import EvaluationSet
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
@@ -20,7 +21,7 @@ from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Stream, batches
 from vitscale.data.reader import read_samples
 from vitscale.data.scan import key_hash
-from vitscale.data.sources import DataConfig, Source, check_labels, make_mixture, open_sources
+from vitscale.data.sources import Source, check_labels, make_mixture, open_sources
 from vitscale.data.split import split_classes, validation_ids
 from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError, DataError

@@ -13,12 +13,13 @@ from data.servers import SECRET, faulty_proxy, s3_server, use_s3
 
 from vitscale import attempts, storage
 from vitscale.data.cache import NodeCache
+from vitscale.data.data_config import DataConfig
 from vitscale.data.exclusions import load_exclusions
 from vitscale.data.index import Index, check_shards
 from vitscale.data.indexing import build_index
 from vitscale.data.reader import read_chunk
 from vitscale.data.samples import BadSample, RawSample
-from vitscale.data.sources import DataConfig, open_sources
+from vitscale.data.sources import open_sources
 from vitscale.errors import ConfigError, DataError, StoreError
 
 pytestmark = pytest.mark.usefixtures("impatient")

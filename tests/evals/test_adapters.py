@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vitscale.evals.adapters import FrozenModel, LiveModel
 from vitscale.models import build_model
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 
 def test_the_frozen_model_normalises_and_keeps_dropout_off():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vitscale.models import build_model
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.export import export_metadata, write_export
 
 

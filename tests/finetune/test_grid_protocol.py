@@ -16,7 +16,7 @@ from vitscale import config as configs
 from vitscale.finetune.grid import RECIPE_KEYS, recipe_keys
 from vitscale.finetune.protocols import PROTOCOLS, finetuning_config
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.train_config import TrainConfig
 
 RECIPE = """

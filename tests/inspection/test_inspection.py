@@ -23,7 +23,8 @@ from vitscale.inspection.weights import input_positions, position_similarity, pr
 from vitscale.models import build_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.posemb import sincos2d
-from vitscale.models.vit import ViT, ViTConfig
+from vitscale.models.vit import ViT
+from vitscale.models.vit_config import ViTConfig
 from vitscale.report.page.learned import learned
 
 ROOT = Path(__file__).resolve().parents[2]

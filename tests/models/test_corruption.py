@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from vitscale.models import build_model
 from vitscale.models.corruption import Corruption, draw_corruption
 from vitscale.models.transfer import is_backbone
-from vitscale.models.vit import ViT, ViTConfig
+from vitscale.models.vit import ViT
+from vitscale.models.vit_config import ViTConfig
 from vitscale.optim import kernels, layer_of
 
 TINY = ViTConfig(

@@ -9,7 +9,8 @@ from weights.foreign_models import randomise
 from vitscale.memory import head_bytes
 from vitscale.models import build_model, empty_model
 from vitscale.models.transfer import check_backbone, is_backbone, is_head
-from vitscale.models.vit import ViT, ViTConfig
+from vitscale.models.vit import ViT
+from vitscale.models.vit_config import ViTConfig
 from vitscale.optim import kernels, layer_of
 
 TINY = ViTConfig(

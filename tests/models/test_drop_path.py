@@ -8,7 +8,7 @@ import torch
 from vitscale.errors import ConfigError
 from vitscale.models import build_model
 from vitscale.models.drop_path import draw_kept
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 CONFIG = ViTConfig(
     variant="Ti/4", width=32, depth=3, num_heads=4, mlp_dim=48, image_size=8, num_classes=0, drop_path=0.5

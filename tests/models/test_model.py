@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vitscale.models import MODELS, Model, ModelConfig, build_model
-from vitscale.models.vit import ViT, ViTConfig
+from vitscale.models.vit import ViT
+from vitscale.models.vit_config import ViTConfig
 
 TINY = ViTConfig(variant="mu/4", image_size=8, num_classes=3)
 

@@ -17,7 +17,7 @@ from vitscale.models.names import (
     to_ours,
     to_theirs,
 )
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 # Width 12, 3 heads of width 4, MLP width 20, 2 x 2 pixels a patch on a 3 x 3 grid, one block.
 CONFIG = ViTConfig(width=12, depth=1, num_heads=3, mlp_dim=20, patch_size=2, image_size=6, num_classes=5)

@@ -9,7 +9,7 @@ from vitscale.errors import ConfigError
 from vitscale.models import build_model
 from vitscale.models.posemb import resize_posemb, sincos2d
 from vitscale.models.transfer import check_backbone, is_backbone, transferred
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 TINY = ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=16, num_classes=5)
 

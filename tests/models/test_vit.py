@@ -12,7 +12,8 @@ from vitscale.errors import ConfigError
 from vitscale.image_size import ImageSize, sides
 from vitscale.models import build_model
 from vitscale.models.flops import forward_flops, forward_macs, train_flops
-from vitscale.models.vit import ViT, ViTConfig
+from vitscale.models.vit import ViT
+from vitscale.models.vit_config import ViTConfig
 
 TINY = ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=8, num_classes=5)
 

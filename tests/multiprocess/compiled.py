@@ -9,7 +9,7 @@ from vitscale.models import ModelConfig, build_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 MODELS: dict[str, ModelConfig] = {
     "vit": ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=8, num_classes=5),

@@ -22,7 +22,7 @@ from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.engine import Engine
 from vitscale.models import build_model
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.optim import OptimConfig, freeze
 
 STAGES = (1, 2, 3)

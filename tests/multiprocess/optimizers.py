@@ -1,8 +1,8 @@
 """The optimizers of a run in plain PyTorch, parameter by parameter, in the simplest form."""
 
 import abc
-
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 

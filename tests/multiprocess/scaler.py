@@ -8,7 +8,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from vitscale import distributed
 from vitscale.engine import zero
-from vitscale.engine.zero import Counters
+from vitscale.engine.fragments import Counters
 
 # Whether each step overflows: first the scale is too high, later there is a step now and then.
 OVERFLOWS = [True, True, True, *[False] * 7, True, *[False] * 5, True, False, False]

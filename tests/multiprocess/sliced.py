@@ -12,7 +12,7 @@ from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.engine.engine import Engine
 from vitscale.models import build_model
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.optim import OptimConfig
 from vitscale.sliced import muon
 

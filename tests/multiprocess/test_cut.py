@@ -9,7 +9,7 @@ from multiprocess.zygote import Zygote
 
 from vitscale.bench.ranks import Sharding
 from vitscale.bench.scale import Parts
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

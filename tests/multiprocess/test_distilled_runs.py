@@ -16,7 +16,7 @@ from vitscale import load_model
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.store import Home, directory_of
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.foreign.convert import export_model
 
 TEACHER = ViTConfig(variant="Ti/4", width=32, depth=1, num_heads=2, mlp_dim=32, image_size=8, num_classes=5)

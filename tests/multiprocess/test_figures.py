@@ -16,7 +16,8 @@ from vitscale.inspection.live import observe
 from vitscale.inspection.mosaics import enlarged, filter_tiles
 from vitscale.inspection.weights import principal_components
 from vitscale.metrics import read_metrics
-from vitscale.models.vit import ViT, ViTConfig
+from vitscale.models.vit import ViT
+from vitscale.models.vit_config import ViTConfig
 
 FIGURES = ("log.figures_every_steps=8", "log.tensorboard=true", "total_steps=20")
 

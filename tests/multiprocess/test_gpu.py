@@ -18,7 +18,7 @@ from multiprocess.zygote import PATH
 from vitscale import distributed
 from vitscale.bench.step import Case, Ours, StepBench
 from vitscale.checkpoint.manifest import Manifest
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL and fp16 need an NVIDIA GPU")
 

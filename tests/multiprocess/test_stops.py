@@ -13,7 +13,7 @@ from multiprocess.zygote import Zygote
 from weights.foreign_models import saved_model
 
 from vitscale.metrics import read_metrics
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 
 def evaluations(job: Job) -> list[tuple[int, float]]:

@@ -8,7 +8,7 @@ DeepSpeed's ZeRO 1 in bf16 takes 3 N and does not overlap: test_make.py has what
 import pytest
 
 from vitscale.models.flops import train_flops
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.plan import formulas
 
 PEAK, MEMORY_TB_PER_S = 989e12, 3.35  # of an H100

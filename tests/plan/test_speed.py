@@ -14,7 +14,7 @@ from vitscale.models.flops import forward_macs, stem_macs
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.plan.make import Cluster, make_plan
 from vitscale.plan.speed import EAGER, Speed, read_measurements
 from vitscale.plan.text import render

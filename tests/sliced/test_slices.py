@@ -3,7 +3,7 @@
 import pytest
 
 from vitscale.models import empty_model
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.sliced.adafactor import second_size
 from vitscale.sliced.slices import Layout, Part, Slice, matrices
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitscale.image_size import sides
 from vitscale.models import ModelConfig, build_model
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.export import export_metadata, write_export
 
 SIZES = {"width": 32, "depth": 2, "num_heads": 4, "mlp_dim": 80, "patch_size": 4, "image_size": 12}

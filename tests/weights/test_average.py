@@ -17,7 +17,7 @@ from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import build_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.average import average
 from vitscale.weights.export import export_safetensors
 from vitscale.weights.saved import SavedModel

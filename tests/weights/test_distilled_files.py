@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from vitscale import load_model
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import DistillationConfig
 from vitscale.teacher import load_teacher
 from vitscale.weights.foreign.convert import export_model, import_model

@@ -13,7 +13,7 @@ from vitscale import load_model
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import build_model
 from vitscale.models.flops import forward_macs
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.foreign.convert import export_model, import_model
 
 TINY_SIZES = {

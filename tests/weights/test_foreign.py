@@ -26,7 +26,7 @@ from vitscale import load_model
 from vitscale.data.transforms import evaluation_view, normalize
 from vitscale.errors import CheckpointError
 from vitscale.image_size import ImageSize
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.export import export_safetensors
 from vitscale.weights.foreign.convert import export_model, import_model
 from vitscale.weights.saved import SavedModel

@@ -16,7 +16,7 @@ from tools.checkpoint import main
 from vitscale import load_model
 from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights import publish
 from vitscale.weights.files import Weights, write_folder
 from vitscale.weights.foreign.convert import export_model, import_model

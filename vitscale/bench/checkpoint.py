@@ -27,7 +27,7 @@ from vitscale.bench import ranks
 from vitscale.bench.ranks import Figures, Sharding
 from vitscale.config import positive
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.saved import SavedModel
 
 CONVERSION = "deepspeed.checkpoint.ds_to_universal"

@@ -21,6 +21,7 @@ from webdataset.compat import WebDataset
 
 from vitscale import storage
 from vitscale.config import positive
+from vitscale.data.data_config import DataConfig
 from vitscale.data.decode import Decoder, decode, resolve_decoder
 from vitscale.data.index import Index
 from vitscale.data.indexing import open_index
@@ -28,7 +29,7 @@ from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Stream, batches, pad_labels, reuse_memory
 from vitscale.data.reader import read_chunk
 from vitscale.data.samples import RawSample
-from vitscale.data.sources import DataConfig, Source, make_mixture
+from vitscale.data.sources import Source, make_mixture
 from vitscale.data.transforms import (
     AugmentConfig,
     ViewKey,

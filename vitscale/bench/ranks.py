@@ -32,7 +32,7 @@ from vitscale.checkpoint.store import CheckpointConfig, Home, directory_of
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.engine import Engine
-from vitscale.engine.zero import FP32, OPTIMIZER_SLOTS, Counters, Wanted
+from vitscale.engine.fragments import FP32, OPTIMIZER_SLOTS, Counters, Wanted
 from vitscale.errors import CheckpointError
 from vitscale.models import ModelConfig, build_model
 from vitscale.optim import OptimConfig

@@ -27,11 +27,11 @@ from vitscale.checkpoint.reshard import piece
 from vitscale.checkpoint.safetensors import RANGE_BYTES, Part, together
 from vitscale.checkpoint.snapshot import Snapshot, assemble
 from vitscale.checkpoint.verify import check_manifest
-from vitscale.engine.zero import Counters, Wanted
+from vitscale.engine.fragments import Counters, Wanted
 from vitscale.errors import ConfigError
 from vitscale.memory import state_bytes
 from vitscale.models import ModelConfig, empty_model
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.optim import kernels
 
 GATHERING = 4  # processes

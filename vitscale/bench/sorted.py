@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from vitscale import rng
+from vitscale.data.data_config import DataConfig
 from vitscale.data.index import CHUNK_SAMPLES
 from vitscale.data.mixture import Mixture, default_lanes
 from vitscale.data.order import ShardLayout
-from vitscale.data.sources import DataConfig
 from vitscale.errors import ConfigError
 
 SHARD_SAMPLES = 1000

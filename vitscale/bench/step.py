@@ -34,7 +34,7 @@ from vitscale.models import ModelConfig, build_model
 from vitscale.models.flops import train_flops
 from vitscale.models.layers import Checkpointing
 from vitscale.models.model import Model
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import BatchKey, ClassificationConfig, build_objective
 from vitscale.optim import OptimConfig, build_optimizer
 

@@ -20,7 +20,7 @@ from vitscale.bench import step
 from vitscale.bench.step import Case, StepBench, every_case
 from vitscale.errors import DataError
 from vitscale.metrics import FILE_NAME, read_metrics
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 # Images of a step, which fit into 80 GB without recomputation.
 BATCHES = {"S/16": 1024, "B/16": 512, "L/16": 256, "H/14": 128}

@@ -13,12 +13,12 @@ from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, good, newest_good, together
 from vitscale.engine.engine import Engine
-from vitscale.engine.zero import FP32, UNTRAINED, Wanted
+from vitscale.engine.fragments import FP32, UNTRAINED, Wanted
 from vitscale.errors import CheckpointError
 
 
 class FragmentReader:
-    """A zero.FragmentSource that reads a committed checkpoint, in a folder or a store."""
+    """A FragmentSource that reads a committed checkpoint, in a folder or a store."""
 
     def __init__(self, folder: str | Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest

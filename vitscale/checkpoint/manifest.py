@@ -34,7 +34,7 @@ import xxhash
 from vitscale import atomic, storage
 from vitscale import config as configs
 from vitscale.checkpoint.safetensors import FileInfo, check_regular, sizes
-from vitscale.engine.zero import UNTRAINED, Counters
+from vitscale.engine.fragments import UNTRAINED, Counters
 from vitscale.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import MANIFEST, Manifest, joined, numbered
 from vitscale.checkpoint.safetensors import FileInfo, SafetensorsReader, SafetensorsWriter
 from vitscale.checkpoint.verify import open_directory
-from vitscale.engine.zero import FP32, UNTRAINED
+from vitscale.engine.fragments import FP32, UNTRAINED
 from vitscale.errors import CheckpointError
 
 

@@ -24,7 +24,7 @@ from vitscale.checkpoint.manifest import Fragments, Manifest, TensorInfo, TrainS
 from vitscale.checkpoint.safetensors import FileInfo, write_safetensors
 from vitscale.checkpoint.store import TEMPORARY, Home
 from vitscale.engine.engine import Engine
-from vitscale.engine.zero import UNTRAINED, Counters
+from vitscale.engine.fragments import UNTRAINED, Counters
 from vitscale.errors import StoreError, UserError
 
 T = TypeVar("T")

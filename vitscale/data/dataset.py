@@ -10,12 +10,13 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vitscale.config import positive
+from vitscale.data.data_config import DataConfig
 from vitscale.data.decode import resolve_decoder
 from vitscale.data.index import check_shards
 from vitscale.data.indexing import open_index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches
-from vitscale.data.sources import DataConfig, Source, make_mixture
+from vitscale.data.sources import Source, make_mixture
 from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError
 from vitscale.image_size import ImageSize, sides

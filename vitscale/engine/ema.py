@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitscale.engine import zero
+from vitscale.engine.fragments import EMA, Wanted
 
 
 class Ema:
@@ -34,10 +35,10 @@ class Ema:
         """This rank's part of the average of every parameter, as views."""
         return {fragment.name: fragment.of(self._flats[fragment.group]) for fragment in zero.fragments(ds)}
 
-    def wanted(self, ds: zero.DeepSpeed) -> list[zero.Wanted]:
+    def wanted(self, ds: zero.DeepSpeed) -> list[Wanted]:
         """What a restore has to read; start comes after it."""
         return [
-            zero.Wanted(fragment.of(self._flats[fragment.group]), zero.EMA, fragment.name, fragment.start)
+            Wanted(fragment.of(self._flats[fragment.group]), EMA, fragment.name, fragment.start)
             for fragment in zero.fragments(ds)
         ]
 

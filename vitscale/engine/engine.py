@@ -18,7 +18,7 @@ from vitscale.engine import sliced, zero
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig, Precision, make_ds_config
 from vitscale.engine.ema import Ema
-from vitscale.engine.zero import (
+from vitscale.engine.fragments import (
     EMA,
     FP32,
     OPTIMIZER_SLOTS,

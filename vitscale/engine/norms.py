@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitscale import distributed
 from vitscale.engine.engine import Engine
-from vitscale.engine.zero import FP32
+from vitscale.engine.fragments import FP32
 from vitscale.optim import OptimConfig, block_kernels, layer_name
 
 _KINDS = ("weight", "grad", "update")

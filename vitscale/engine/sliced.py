@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from vitscale.engine import zero
-from vitscale.engine.zero import Untrained
+from vitscale.engine.fragments import Untrained
 from vitscale.sliced.adafactor import Adafactor
 from vitscale.sliced.slices import Layout, Slice, Sliced
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from vitscale.config import to_dict
 from vitscale.models import ModelConfig
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 
 class Setting(NamedTuple):

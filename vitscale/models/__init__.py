@@ -11,7 +11,8 @@ import torch
 from vitscale.models.hybrid import Hybrid, HybridConfig
 from vitscale.models.model import Model
 from vitscale.models.resnet import ResNet, ResNetConfig
-from vitscale.models.vit import ViT, ViTConfig
+from vitscale.models.vit import ViT
+from vitscale.models.vit_config import ViTConfig
 
 ModelConfig = ViTConfig | HybridConfig | ResNetConfig  # [model]: the first kind is the default
 MODELS: dict[str, type[Model]] = {"vit": ViT, "hybrid": Hybrid, "resnet": ResNet}

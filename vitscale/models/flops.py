@@ -11,7 +11,7 @@ from vitscale.image_size import ImageSize, sides
 from vitscale.models import ModelConfig
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ROOT_KERNEL, BlockShape, ResNetConfig, halved
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 
 
 def forward_macs(config: ModelConfig) -> int:

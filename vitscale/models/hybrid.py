@@ -27,7 +27,8 @@ from vitscale.models.resnet import (
     check_stages,
     check_width,
 )
-from vitscale.models.vit import VARIANTS, Variant, ViT, ViTConfig
+from vitscale.models.vit import ViT
+from vitscale.models.vit_config import VARIANTS, Variant, ViTConfig
 from vitscale.rng import derive_seed
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vitscale.models import ModelConfig, empty_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit import Pool, ViTConfig
+from vitscale.models.vit_config import Pool, ViTConfig
 
 # "bit" is BiT's, and the only other one of ResNets; the rest are of ViTs.
 Dialect = Literal["vitscale", "timm", "transformers", "original", "linen", "big_vision", "bit"]

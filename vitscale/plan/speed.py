@@ -22,7 +22,7 @@ from vitscale.models.flops import forward_macs, stem_macs, train_flops
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.plan.formulas import FORWARD_PASSES, model_flops_utilization, update_seconds
 
 # Guesses by width: what a step in compiled blocks without recomputation reaches of the peak of

@@ -17,7 +17,7 @@ from tools.evaluate import main as evaluate_main
 from vitscale.checkpoint.safetensors import write_safetensors
 from vitscale.config import to_dict
 from vitscale.models import build_model
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.saved import load_model
 
 SIZE = 8

@@ -10,7 +10,7 @@ import numpy as np
 
 from vitscale import config as configs
 from vitscale import goodput
-from vitscale.data.sources import DataConfig
+from vitscale.data.data_config import DataConfig
 from vitscale.image_size import pixels
 from vitscale.models import empty_model
 from vitscale.report.compare import flatten

@@ -9,7 +9,7 @@ from vitscale.models import ModelConfig
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.names import FLAX_DIALECTS, Dialect
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit import VARIANTS, ViTConfig
+from vitscale.models.vit_config import VARIANTS, ViTConfig
 from vitscale.weights.files import Dtype
 
 _ONLY_TOKEN = (("token",), "ViTForImageClassification reads the class token; use --format timm")

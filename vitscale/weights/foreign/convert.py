@@ -22,7 +22,7 @@ from vitscale.models import Model, ModelConfig, empty_model
 from vitscale.models.names import Dialect, our_shapes, rules, their_shapes, to_ours, to_theirs
 from vitscale.models.posemb import sincos2d
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit import ViTConfig
+from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.export import export_metadata, export_safetensors, write_export
 from vitscale.weights.files import Dtype, write_folder
 from vitscale.weights.foreign import configs, deduce

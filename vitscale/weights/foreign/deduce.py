@@ -29,7 +29,7 @@ from vitscale.models.names import (
     their_shapes,
 )
 from vitscale.models.resnet import MAX_STAGES, ROOT_WIDTH, STAGES
-from vitscale.models.vit import VARIANTS, ViTConfig
+from vitscale.models.vit_config import VARIANTS, ViTConfig
 from vitscale.weights.files import Shapes
 from vitscale.weights.foreign import sizes
 from vitscale.weights.foreign.configs import GOOGLE_DEFAULTS, TIMM_POOLS
