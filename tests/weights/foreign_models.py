@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscale import load_model
 from vitscale.image_size import sides
 from vitscale.models import ModelConfig, build_model
 from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.export import export_metadata, write_export
+from vitscale.weights.foreign.convert import import_model
 
 SIZES = {"width": 32, "depth": 2, "num_heads": 4, "mlp_dim": 80, "patch_size": 4, "image_size": 12}
 TINY = ViTConfig(**SIZES, num_classes=5)
@@ -216,3 +219,19 @@ def _flax_norm(arrays: dict[str, Tensor], x: Tensor) -> Tensor:
 def _below(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The arrays whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+Arrays = dict[str, np.ndarray]
+
+
+def arrays_of(path: Path) -> Arrays:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def imported(folder: Path, arrays: Arrays, *overrides: str) -> Any:
+    """The model of a file with these arrays and, as in Google's, no metadata of vitscale."""
+    np.savez(folder / "google.npz", **arrays)
+    return load_model(
+        import_model(folder / "google.npz", folder / "back.safetensors", format="npz", overrides=overrides)
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign_models import logits, same_weights, saved_model
+from foreign_models import Arrays, arrays_of, imported, logits, same_weights, saved_model
 
 from vitscale import load_model
 from vitscale.errors import CheckpointError, ConfigError
@@ -34,28 +34,12 @@ SHAPES = {
     "resnet/head/conv2d/kernel": (1, 1, 256, 5),
     "resnet/head/conv2d/bias": (5,),
 }
-Arrays = dict[str, np.ndarray]
 
 
 def exported(folder: Path, config: ResNetConfig = TINY) -> tuple[Any, Path]:
     """A random model, and its .npz file."""
     model = saved_model(folder / "ours.safetensors", config)
     return model, export_model(folder / "ours.safetensors", folder / "ours.npz")
-
-
-def arrays_of(path: Path) -> Arrays:
-    with np.load(path) as file:
-        return dict(file)
-
-
-def imported(folder: Path, arrays: Arrays, *overrides: str) -> Any:
-    """The model of a file with these arrays and, as in Google's, no metadata of vitscale."""
-    np.savez(folder / "google.npz", **arrays)
-    return load_model(
-        import_model(
-            folder / "google.npz", folder / "back.safetensors", format="npz", overrides=list(overrides)
-        )
-    )
 
 
 def timm_bit(timm: Any, config: ResNetConfig) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_models import flax_logits, images, logits, same_weights, saved_model
+from foreign_models import arrays_of, flax_logits, images, imported, logits, same_weights, saved_model
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,26 +35,12 @@ TINY = HybridConfig(
 )
 ROOT_ONLY = dataclasses.replace(TINY, stem_stages=(), patch_size=8, image_size=24)
 EVERY_STAGE = dataclasses.replace(TINY, stem_stages=(2, 1, 1), image_size=32)
-Arrays = dict[str, np.ndarray]
 
 
 def exported(folder: Path, config: ModelConfig = TINY, **options: Any) -> tuple[Any, Path]:
     """A random model, and its .npz file."""
     model = saved_model(folder / "ours.safetensors", config)
     return model, export_model(folder / "ours.safetensors", folder / "ours.npz", **options)
-
-
-def arrays_of(path: Path) -> Arrays:
-    with np.load(path) as file:
-        return dict(file)
-
-
-def imported(folder: Path, arrays: Arrays, *overrides: str) -> Any:
-    """The model of a file with these arrays and, as in Google's, no metadata of vitscale."""
-    np.savez(folder / "google.npz", **arrays)
-    return load_model(
-        import_model(folder / "google.npz", folder / "back.st", format="npz", overrides=overrides)
-    )
 
 
 class GooglesConv(torch.nn.Conv2d):
@@ -195,7 +181,7 @@ def test_a_round_trip_changes_no_bit(tmp_path: Path, config: HybridConfig, diale
     assert load_model(import_model(path, tmp_path / "named", format="npz")).config == config
     back = imported(tmp_path, arrays_of(path))
     assert back.config == config and same_weights(back, model)
-    again = arrays_of(export_model(tmp_path / "back.st", tmp_path / "again.npz", dialect=dialect))
+    again = arrays_of(export_model(tmp_path / "back.safetensors", tmp_path / "again.npz", dialect=dialect))
     first = arrays_of(path)
     assert again.keys() == first.keys() and all(np.array_equal(again[name], first[name]) for name in again)
 
