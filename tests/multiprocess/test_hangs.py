@@ -56,7 +56,9 @@ def test_under_a_launcher_a_stopped_rank_ends_the_job(
     if launcher == "torchrun" and not sweep:
         pytest.skip("with --sweep: the default run does it under deepspeed")
     job = Job(tmp_path, index)
-    with launched(job, launcher, overrides=(*LIMITS, "engine.num_workers=1")) as command:
+    # No saves: a rank that is stopped in one is waited for as long as a save may take.
+    overrides = (*LIMITS, "engine.num_workers=1", "checkpoint.every_steps=100000")
+    with launched(job, launcher, overrides=overrides) as command:
         wait_until(lambda: reached(job, 5), command, job)
         processes = psutil.Process(command.pid).children(recursive=True)
         ranks_of([psutil.Process(command.pid), *processes])[1].suspend()
