@@ -1,5 +1,6 @@
 """A recipe from its learning rates to mean and deviation, killed and continued."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,11 +14,11 @@ from finetune.commands import ROOT, TIMEOUT_SECONDS, run
 from make import write_index
 
 from vitscale import config as configs
-from vitscale.finetune.grid import RECIPE_KEYS, recipe_keys
+from vitscale.finetune.grid import RECIPE_KEYS, recipe_keys, values_for
 from vitscale.finetune.protocols import PROTOCOLS, finetuning_config
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
-from vitscale.train_config import TrainConfig
+from vitscale.train_config import InitConfig, TrainConfig
 
 RECIPE = """
 run_dir = "unused"
@@ -105,6 +106,10 @@ def test_a_recipe_is_done_once_whole(model: Path, recipe: Path, sweep: bool) -> 
         ),
         (["--set", "finetune.seeds=[]"], "finetune.seeds [] must list different numbers"),
         (["--set", "finetune.learning_rates=[0]"], "finetune.learning_rates [0.0] must be above 0"),
+        (
+            ["--set", "init.checkpoint=x", "--set", "init.full_state=true"],
+            "init.full_state continues a run, and a fine-tuning begins anew",
+        ),
         (["--set", "evals.test=false"], 'has no [evals.NAME] of kind "classify" with test shards to score'),
     ],
 )
@@ -114,6 +119,15 @@ def test_a_recipe_that_cannot_be_done_is_refused(
     ended = finetune(model, recipe, *options)
     assert ended.returncode == 2 and sentence in ended.stderr, ended.stderr
     assert ended.stderr.count("error: ") == 1 and not (recipe.parent / "out").exists()
+
+
+def test_a_recipe_says_what_is_taken_along_of_a_checkpoint() -> None:
+    recipe = configs.load(TrainConfig, [ROOT / "configs/finetune/deit_b16_384.toml"])
+    model = ViTConfig(variant="Ti/16", image_size=224, num_classes=1000, distilled=True)
+    tuned = configs.from_dict(TrainConfig, values_for(recipe, "s3://bucket/run", model))
+    assert tuned.init == InitConfig(checkpoint="s3://bucket/run", ema=True, head=True)
+    assert tuned.model == dataclasses.replace(model, image_size=384, drop_path=0.1)
+    assert not tuned.evals and tuned.augment == recipe.augment
 
 
 def test_a_resnet_takes_of_a_recipe_what_it_has() -> None:

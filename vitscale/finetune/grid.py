@@ -77,14 +77,11 @@ def run(
     test = next((e for e in config.evals.values() if isinstance(e, ClassifyConfig) and e.test), None)
     if test is None:
         raise ConfigError(f'{recipe} has no [evals.NAME] of kind "classify" with test shards to score')
-    model = SavedModel(checkpoint).config
-    changes = {key: getattr(config.model, key) for key in recipe_keys(config.model, model)}
-    values = configs.to_dict(config) | {"evals": {}, "expect": {}}
-    values["init"] = {
-        "checkpoint": str(Path(checkpoint).absolute()) if "://" not in checkpoint else checkpoint,
-        "head": config.init.head,
-    }
-    values["model"] = configs.to_dict(dataclasses.replace(model, **changes))
+    if config.init.full_state:
+        raise ConfigError(
+            f"{recipe}: init.full_state continues a run, and a fine-tuning begins anew: leave it out"
+        )
+    values = values_for(config, checkpoint, SavedModel(checkpoint).config)
 
     def tuning(name: str, rate: float, seed: int, dev_fraction: float) -> FineTuning:
         folder = out / name
@@ -116,6 +113,19 @@ def run(
     )
     atomic.write(out / "results.json", (json.dumps(result.to_json(), indent=2) + "\n").encode())
     return result
+
+
+def values_for(recipe: TrainConfig, checkpoint: str, model: ModelConfig) -> dict[str, Any]:
+    """The config of a training by a recipe that starts from a checkpoint with this model."""
+    changes = {key: getattr(recipe.model, key) for key in recipe_keys(recipe.model, model)}
+    values = configs.to_dict(recipe) | {"evals": {}, "expect": {}}
+    values["init"] = {
+        "checkpoint": str(Path(checkpoint).absolute()) if "://" not in checkpoint else checkpoint,
+        "ema": recipe.init.ema,
+        "head": recipe.init.head,
+    }
+    values["model"] = configs.to_dict(dataclasses.replace(model, **changes))
+    return values
 
 
 def recipe_keys(recipe: ModelConfig, model: ModelConfig) -> list[str]:
