@@ -82,10 +82,12 @@ def _timms(config: DistillationConfig, student: ModelConfig) -> nn.Module:
     name = config.teacher.removeprefix(TIMM)
     try:
         import timm
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision is for another torch
         raise ConfigError(
-            f"objective.teacher {config.teacher} needs timm, which cannot be imported ({error}); install it: "
-            "pip install timm torchvision"
+            f"objective.teacher {config.teacher} needs timm, which cannot be imported "
+            f"({_first_line(error)}); install it with the torchvision for torch {torch.__version__}: "
+            "pip install timm torchvision, for torch without CUDA with --extra-index-url "
+            "https://download.pytorch.org/whl/cpu"
         ) from None
     module: Any
     try:

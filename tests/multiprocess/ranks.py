@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from weights.foreign_models import import_timm
 
 from launch.train import main
 from tools.evaluate import main as evaluate_main
@@ -168,6 +169,18 @@ class OutOfMemory:
 
     def _fail(self) -> dict[str, float]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+@dataclasses.dataclass(frozen=True)
+class HasTimm:
+    """timm can be imported, with torchvision or without it. And then another event."""
+
+    event: Event | None = None
+
+    def arm(self) -> None:
+        import_timm()
+        if self.event:
+            self.event.arm()
 
 
 @dataclasses.dataclass(frozen=True)

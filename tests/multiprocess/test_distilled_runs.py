@@ -8,9 +8,10 @@ import pytest
 import torch
 from multiprocess.job import Job
 from multiprocess.plain import plain_losses
-from multiprocess.ranks import KillAll
+from multiprocess.ranks import HasTimm, KillAll
 from multiprocess.zygote import Zygote
-from weights.foreign_models import saved_model
+from safetensors.torch import save_file
+from weights.foreign_models import import_timm, saved_model
 
 from vitscale import load_model
 from vitscale.checkpoint.manifest import Manifest
@@ -24,7 +25,7 @@ DISTILLED = ("model.distilled=true", "model.representation_size=0", "augment.mix
 SOFT = ("objective.target=soft", "objective.temperature=3", "objective.alpha=0.7")
 
 
-def by(teacher: Path, *options: str) -> tuple[str, ...]:
+def by(teacher: Path | str, *options: str) -> tuple[str, ...]:
     return ("objective.kind=distillation", f"objective.teacher={teacher}", *DISTILLED, *options)
 
 
@@ -102,6 +103,18 @@ def test_a_student_without_the_token_learns_from_its_only_head(
     assert zygote.train(job, 1, *options) == [0], job.output()
     losses = job.column("train/loss")
     assert losses[0] > 0 and losses[-1] < 0.9 * losses[0]
+
+
+def test_a_regnet_of_timm_teaches_on_any_layout(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    """A network of the kind of DeiT's own teacher: timm's smallest, with random weights."""
+    pytest.importorskip("huggingface_hub")
+    regnet = import_timm().create_model("regnety_002", num_classes=5)
+    save_file(regnet.state_dict(), tmp_path / "regnet.safetensors")
+    job, weights = Job(tmp_path / "job", index), f"objective.teacher_weights={tmp_path}/regnet.safetensors"
+    common = (*by("timm:regnety_002", weights, *SOFT), "model.image_size=32", "total_steps=6")
+    assert zygote.train(job, 2, *common, event=HasTimm(KillAll(batch=5))) == [-9, -9], job.output()
+    assert zygote.train(job, 1, *common, "engine.zero_stage=3", event=HasTimm()) == [0], job.output()
+    assert job.column("train/loss") == pytest.approx(plain_losses(job.config, *common), abs=1e-5)
 
 
 def test_a_checkpoint_knows_its_teacher_but_does_not_hold_it(distilled: Job) -> None:

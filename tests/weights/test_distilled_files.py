@@ -158,3 +158,14 @@ def test_without_timm_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match=r"needs timm, which cannot be imported .* pip install timm"):
         teacher_of("")
+
+
+def test_a_timm_whose_torchvision_is_for_another_torch_is_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "operator torchvision::nms does not exist"
+    (tmp_path / "timm.py").write_text(f'raise RuntimeError("{reason}")\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(ConfigError, match=rf"\({reason}\); install it with the torchvision for torch 2"):
+        teacher_of("")
