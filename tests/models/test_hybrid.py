@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from models.ops import CountOps
+from models.random_models import pixels, randomised
 from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
-from vitscale.image_size import ImageSize, sides
+from vitscale.image_size import ImageSize
 from vitscale.memory import activation_bytes, count_params, head_bytes
 from vitscale.models import build_model
 from vitscale.models.flops import forward_macs, stem_macs, train_flops
@@ -26,20 +27,6 @@ from vitscale.optim import kernels, layer_name
 TINY = HybridConfig(
     variant="R+mu/16", stem_width=32, stem_stages=(1, 2), patch_size=16, image_size=32, num_classes=5
 )
-
-
-def randomised(config: HybridConfig, seed: int = 0) -> Hybrid:
-    model = build_model(config, seed)
-    assert isinstance(model, Hybrid)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.normal_(0.1, 0.3, generator=generator)
-    return model
-
-
-def pixels(config: HybridConfig, count: int = 3) -> Tensor:
-    return torch.rand(count, 3, *sides(config.image_size), generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 # In millions, with 1,000 classes: timm's results.csv, to all of its digits.

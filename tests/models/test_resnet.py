@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models.ops import CountOps
+from models.random_models import pixels, randomised
 from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
-from vitscale.image_size import ImageSize, sides
+from vitscale.image_size import ImageSize
 from vitscale.memory import activation_bytes, count_params, head_bytes
 from vitscale.models import build_model
 from vitscale.models.flops import forward_macs, train_flops
@@ -22,20 +23,6 @@ from vitscale.optim import kernels, layer_name
 
 # Maps of 10 x 10, 10 x 10, 5 x 5 and 5 x 5: odd sides and both kinds of block.
 TINY = ResNetConfig(width=32, stages=(1, 2), image_size=40, num_classes=5)
-
-
-def randomised(config: ResNetConfig, seed: int = 0) -> ResNet:
-    model = build_model(config, seed)
-    assert isinstance(model, ResNet)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.normal_(0.1, 0.3, generator=generator)
-    return model
-
-
-def pixels(config: ResNetConfig, count: int = 3) -> Tensor:
-    return torch.rand(count, 3, *sides(config.image_size), generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 # In millions, with 1,000 classes: timm's results.csv, to all of its digits.

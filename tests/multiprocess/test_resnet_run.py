@@ -56,9 +56,9 @@ CONFIGS: dict[str, ModelConfig] = {
     ),
 }
 IMAGES = {"resnet": (16, 16), "hybrid": (16, 24)}
-# AdamW would raise what rounding leaves of a gradient of 0 to whole steps. In plain PyTorch and on
-# one layout, weights moved by 6e-8 change the losses of this ResNet by up to 8e-4 in 8 steps, by
-# 4e-6 in fp64, and with SGD by 2e-7.
+# AdamW would raise what rounding leaves of a gradient of 0 to whole steps. In plain PyTorch, on
+# one layout, weights moved by 6e-8 change the losses of this ResNet by 8e-4 within 8 steps; by
+# 4e-6 in fp64; and with SGD by 2e-7.
 RATES = {"resnet": 0.03, "hybrid": 0.3}
 
 
