@@ -186,3 +186,14 @@ def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     edit(values)
     text = json.dumps(values, sort_keys=True).encode()
     path.write_text(json.dumps({**values, "checksum": xxhash.xxh3_128(text).hexdigest()}))
+
+
+def write_partly_broken(folder: Path) -> Path:
+    """The index of a shard of 64 samples, every fourth of which is no image."""
+    members = []
+    for sample in range(64):
+        image = b"a text file" if sample % 4 == 0 else jpeg(sample)
+        members += [(f"s{sample:03d}.jpg", image), (f"s{sample:03d}.cls", str(sample % 5).encode())]
+    index = build_index([str(write_tar(folder / "x.tar", members))], chunk_samples=4)
+    index.save(folder / "index.json")
+    return folder / "index.json"

@@ -50,7 +50,7 @@ def spikes_of(tmp_path: Path, deviations: float) -> list[dict]:
     sources = open_sources(DataConfig(index=str(path)))
     spikes = Spikes(str(tmp_path), sources, [0], deviations)
     for step, loss in enumerate([*losses(60), 7.5, 2.0, math.nan], 1):
-        spikes.add(step, torch.tensor(loss), np.arange(step, step + 4))
+        spikes.add(step, step + 7, torch.tensor(loss), np.arange(step, step + 4))
         if step % 10 == 0:
             spikes.write()
     spikes.write()
@@ -63,6 +63,7 @@ def test_a_step_is_written_down_with_the_places_of_its_samples(tmp_path: Path) -
     assert (spike["step"], spike["loss"], not_finite["step"], not_finite["loss"]) == (61, 7.5, 63, "nan")
     assert 1.8 < spike["median"] < 2.2 and 0.05 < spike["deviation"] < 0.2
     index = Index.load(str(tmp_path / "shards" / "index.json"))
+    assert spike["data_step"] == 68
     assert len(spike["samples"]) == 4 and spike["samples"][0].startswith(f"{index.shards[1].url}, bytes ")
     assert spike["samples"][0].endswith("sample number 61")
 

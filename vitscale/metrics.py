@@ -273,20 +273,27 @@ def each_row(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         yield from (row for row in map(_parse_row, file) if row is not None)
 
 
-def trim_metrics(path: Path, resume_step: int) -> list[dict[str, Any]]:
+def trim_metrics(path: Path, resume_step: int, key: str = "step") -> list[dict[str, Any]]:
     """Drop rows past `resume_step` and torn ones, atomically; 0, a fresh start, drops all.
 
-    Returns the whole rows that were dropped.
+    key: what of a row counts; "step" where it has no other. Returns the whole rows that were
+    dropped.
     """
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
-    rows = [(line, _parse_row(line)) for line in lines]
-    kept = [line for line, row in rows if row is not None and row["step"] <= resume_step and resume_step > 0]
+    kept: list[bytes] = []
+    dropped: list[dict[str, Any]] = []
+    for line in lines:
+        row = _parse_row(line)
+        if row is not None and 0 < resume_step >= row.get(key, row["step"]):
+            kept.append(line)
+        elif row is not None:
+            dropped.append(row)
     if len(kept) < len(lines):
         logger.info("%s: dropped %d rows past step %d", path, len(lines) - len(kept), resume_step)
         atomic.write(path, b"".join(kept))
-    return [row for _, row in rows if row is not None and not 0 < row["step"] <= resume_step]
+    return dropped
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:

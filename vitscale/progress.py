@@ -35,6 +35,7 @@ class Progress:
     def pass_over(self, before: "Progress") -> None:
         """Roll back `before`, which was further on: what it read is not read again."""
         self.data_step, self.rollbacks = before.data_step, before.rollbacks + 1
+        self.bad_samples = before.bad_samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Steps whose loss stands out, with the samples that they trained on: RUN/spikes.jsonl.
 
-    {"step": 8123, "loss": 9.7, "median": 2.31, "deviation": 0.04,
+    {"step": 8123, "data_step": 8123, "loss": 9.7, "median": 2.31, "deviation": 0.04,
      "samples": ["s3://in21k/train-000812.tar, bytes 1,024 to 98,304, sample number 512,033",
                  ...]}
 
@@ -65,12 +65,12 @@ class Spikes:
         self._path, self._sources, self._first_ids = Path(run_dir) / FILE_NAME, sources, first_ids
         self._normal = Normal(deviations)
         self._on = deviations > 0
-        self._steps: list[tuple[int, Tensor, Int64[np.ndarray, " n"]]] = []
+        self._steps: list[tuple[dict[str, int], Tensor, Int64[np.ndarray, " n"]]] = []
 
-    def add(self, step: int, loss: Tensor, ids: Int64[np.ndarray, " n"]) -> None:
+    def add(self, step: int, data_step: int, loss: Tensor, ids: Int64[np.ndarray, " n"]) -> None:
         """Note this rank's part of a step: its mean loss, and the samples."""
         if self._on:
-            self._steps.append((step, loss, ids))
+            self._steps.append(({"step": step, "data_step": data_step}, loss, ids))
 
     def write(self) -> None:
         """Write down which steps since the last call stand out; every rank calls it."""
@@ -79,22 +79,24 @@ class Spikes:
         own = torch.stack([loss for _, loss, _ in self._steps]).double().cpu()
         world = distributed.world_size()
         losses = [total / world for total in distributed.all_reduce_sum(own.tolist())]
-        for (step, _, ids), loss in zip(self._steps, losses, strict=True):
+        for (steps, _, ids), loss in zip(self._steps, losses, strict=True):
             median, deviation = self._normal.median_and_deviation()
             if self._normal.stands_out(loss):
                 parts = distributed.gather_rows_to_main(torch.from_numpy(ids))
                 if distributed.is_main():
-                    self._write(step, loss, median, deviation, torch.cat(parts).tolist())
+                    self._write(steps, loss, median, deviation, torch.cat(parts).tolist())
         self._steps = []
 
-    def _write(self, step: int, loss: float, median: float, deviation: float, ids: Sequence[int]) -> None:
+    def _write(
+        self, steps: dict[str, int], loss: float, median: float, deviation: float, ids: Sequence[int]
+    ) -> None:
         numbers = {"loss": loss, "median": median, "deviation": deviation}
         row = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
         with atomic.named(self._path), open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **row, "samples": [self._place(id) for id in ids]}) + "\n")
+            file.write(json.dumps({**steps, **row, "samples": [self._place(id) for id in ids]}) + "\n")
         logger.warning(
             "the loss of step %d, %.4g, stands out (median before it: %.4g); %s names its samples",
-            step,
+            steps["step"],
             loss,
             median,
             self._path,

@@ -86,7 +86,7 @@ def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iter
         progress.pass_over(rolled_back)
     with (
         contextlib.closing(engine),
-        open_metrics(job, progress.step, same_data=not rolled_back) as metrics,
+        open_metrics(job, progress, same_data=not rolled_back) as metrics,
         contextlib.closing(open_stream(job, progress)) as stream,
         Saver(home, config.checkpoint, passed_over, metrics.best_of) as saver,
     ):
@@ -209,19 +209,19 @@ def open_tasks(job: Job) -> Tasks:
     }
 
 
-def open_metrics(job: Job, step: int, *, same_data: bool) -> MetricsWriter | SilentWriter:
-    """On rank 0 a writer, after dropping the rows past `step`; on other ranks a silent one.
+def open_metrics(job: Job, progress: Progress, *, same_data: bool) -> MetricsWriter | SilentWriter:
+    """On rank 0 a writer, after dropping the rows past `progress`; on other ranks a silent one.
 
     same_data: the steps that are done again read what they read before.
     """
     config = job.config
     if not distributed.is_main():
         return SilentWriter()
-    for name in (QUARANTINE_NAME, SPIKES_NAME):
-        trim_metrics(Path(config.run_dir) / name, step)
+    for name in (QUARANTINE_NAME, SPIKES_NAME):  # not by step: a roll-back repeats steps with other data
+        trim_metrics(Path(config.run_dir) / name, progress.data_step, "data_step")
     return MetricsWriter(
         config.run_dir,
-        resume_step=step,
+        resume_step=progress.step,
         total_steps=job.total_steps,
         tensorboard=config.log.tensorboard,
         expect=config.expect,

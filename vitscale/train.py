@@ -125,7 +125,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
     def save() -> None:
         nonlocal saved_step
         with phases("save"):
-            at.bad_samples += run.quarantine.flush(at.step)
+            at.bad_samples += run.quarantine.flush(at.step, at.data_step)
             at.healthy = health.since_last_save()
             saver.save(engine, train_state(job, at, run.teacher))
         ledger.mark()
@@ -152,7 +152,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
         meter.add(batch, loss)
         health.add(loss)
         run.quarantine.add(batch.bad)
-        run.spikes.add(at.step, loss, batch.ids)
+        run.spikes.add(at.step, at.data_step, loss, batch.ids)
         if health.diverged:
             roll_back(run)
         stopping, save_failed = agreed(watch.asked, saver.failed)  # of the step before
@@ -162,7 +162,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
         due = due_after(at.step, job, stopping=stopping)
         if due.log:
             with phases("log"):
-                at.bad_samples += run.quarantine.flush(at.step)
+                at.bad_samples += run.quarantine.flush(at.step, at.data_step)
                 run.spikes.write()
                 metrics.write(at.step, {**meter.read(engine, loss, lr, at), **ledger.write()})
                 gc.collect()
@@ -212,6 +212,9 @@ def roll_back(run: Run) -> NoReturn:
     finding = f"the gradients of {guard.skipped_steps} steps in a row were not finite"
     if at.rollbacks:
         finding += f" again, after {at.rollbacks} roll-backs"
+    # What these batches showed: they are not read again.
+    at.bad_samples += run.quarantine.flush(at.step, at.data_step)
+    run.spikes.write()
     run.saver.wait()
     healthy = distributed.on_main(run.saver.newest_healthy)
     if not healthy or at.rollbacks >= guard.rollbacks:

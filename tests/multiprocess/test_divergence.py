@@ -2,15 +2,20 @@
 
 import json
 import math
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from make import write_partly_broken
 from multiprocess.ends import read_status
 from multiprocess.job import Job
 from multiprocess.ranks import NotFinite, watch_health
 from multiprocess.zygote import Zygote
 
+from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import Manifest
+from vitscale.metrics import read_metrics
 
 DIVERGE = ("optim.lr=1e30", "schedule.warmup_steps=0", "checkpoint.every_steps=2")
 
@@ -42,6 +47,26 @@ def test_ten_skipped_steps_in_a_row_roll_the_run_back_and_their_data_are_passed_
     assert job.column("data/digest")[20:] == longer.column("data/digest")[32:]
 
 
+def test_samples_of_a_roll_back_that_could_not_be_used_are_written_down(
+    tmp_path: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path / "job", write_partly_broken(tmp_path))
+    options = ("log.every_steps=100", "checkpoint.every_steps=4", "data.max_bad_fraction=1")
+    spoiled = NotFinite(rank=1, batches=range(6, 16))
+    assert zygote.train(job, 2, *options, event=spoiled) == [0, 0], job.output()
+    assert "going back to the healthy checkpoint of step 4 and passing over the 11 batches" in job.output()
+    replaced = Counter(row["step"] for row in read_metrics(job.run_dir / "quarantine.jsonl"))
+    assert set(replaced) == {1, 4, 8, 12, 15, 16, 20}, replaced  # at each row, save and roll-back
+    assert job.column("data/bad_samples") == [replaced[1], replaced.total()]
+    assert Manifest.load(job.checkpoints()[20]).train.bad_samples == replaced.total()
+    # A resume forgets what it does again, and keeps what is not read again.
+    rows = (job.run_dir / "quarantine.jsonl").read_text()
+    last = store.step_directory(store.directory_of(job.run_dir), 20)
+    shutil.rmtree(last)
+    assert zygote.train(job, 1, *options) == [0], job.output()
+    assert Counter(rows.splitlines()) == Counter((job.run_dir / "quarantine.jsonl").read_text().splitlines())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("offload", ["false", "true"])
@@ -71,7 +96,8 @@ def test_without_a_healthy_checkpoint_ten_skipped_steps_in_a_row_end_the_run(
     tmp_path: Path, index: Path, zygote: Zygote
 ) -> None:
     job = Job(tmp_path, index)
-    assert zygote.train(job, 2, *DIVERGE) == [2, 2], job.output()
+    assert zygote.train(job, 2, *DIVERGE, "log.every_steps=100") == [2, 2], job.output()
+    assert [row["step"] for row in read_metrics(job.run_dir / "spikes.jsonl")] == list(range(2, 12))
     assert job.output().count("error: ") == 1, job.output()
     assert "step 11: the gradients of 10 steps in a row were not finite" in job.output()
     assert "start again in a new run_dir with a lower optim.lr" in job.output()

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from make import jpeg, newest, write_tar
+from make import jpeg, newest, write_partly_broken, write_tar
 from multiprocess import ranks
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
@@ -103,13 +103,7 @@ def test_other_data_behind_the_same_path_are_refused(
 def test_too_many_bad_samples_end_the_run_with_a_count_and_a_checkpoint(
     tmp_path: Path, zygote: Zygote
 ) -> None:
-    members = []
-    for sample in range(64):
-        image = b"a text file" if sample % 4 == 0 else jpeg(sample)
-        members += [(f"s{sample:03d}.jpg", image), (f"s{sample:03d}.cls", str(sample % 5).encode())]
-    index = build_index([str(write_tar(tmp_path / "x.tar", members))], chunk_samples=4)
-    index.save(tmp_path / "index.json")
-    job = Job(tmp_path / "job", tmp_path / "index.json")
+    job = Job(tmp_path / "job", write_partly_broken(tmp_path))
     assert 2 in zygote.train(job, 2), job.output()
     assert "more than data.max_bad_fraction 0.01 allows" in sentence(job)
     assert job.column("data/bad_samples")[-1] > 10

@@ -13,7 +13,11 @@ MIN_SAMPLES = 1000  # a fraction is taken of at least as many: one bad sample ea
 
 
 class Quarantine:
-    """RUN/quarantine.jsonl: a line {"step": ..., "sample": ...} for every replaced sample.
+    """RUN/quarantine.jsonl: a line for every replaced sample.
+
+        {"step": 8, "data_step": 8, "sample": "..."}
+
+    The steps are those of the row, save or roll-back at which it was written.
 
     bad_samples, samples_seen: the run's counts at this start. The limit is for what comes after
     it: damage that was fixed between two starts no longer counts.
@@ -31,7 +35,7 @@ class Quarantine:
         """Note what this rank could not use: a sentence for each sample."""
         self._sentences += sentences
 
-    def flush(self, step: int) -> int:
+    def flush(self, step: int, data_step: int) -> int:
         """Write what all ranks have noted since the last call, and return their number.
 
         Every rank calls it.
@@ -41,7 +45,8 @@ class Quarantine:
             everyone = distributed.gather_json_to_main(self._sentences)
             self._sentences = []
             if distributed.is_main():
-                self._write(step, [sentence for sentences in everyone for sentence in sentences])
+                steps = {"step": step, "data_step": data_step}
+                self._write(steps, [sentence for sentences in everyone for sentence in sentences])
         return count
 
     def is_over(self, bad_samples: int, samples_seen: int) -> bool:
@@ -59,9 +64,9 @@ class Quarantine:
             "data.max_bad_fraction"
         )
 
-    def _write(self, step: int, sentences: list[str]) -> None:
+    def _write(self, steps: dict[str, int], sentences: list[str]) -> None:
         logger.warning(
             "%d samples could not be used and were replaced, the first: %s", len(sentences), sentences[0]
         )
         with atomic.named(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, "sample": sentence}) + "\n" for sentence in sentences)
+            file.writelines(json.dumps({**steps, "sample": sentence}) + "\n" for sentence in sentences)
