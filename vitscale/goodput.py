@@ -5,8 +5,8 @@
                  "marks": [{"step": 12000, "elapsed": 3480.0, "seconds": {...}}]}, ...]}
 
 A mark is what a start had spent at a checkpoint. If the next start resumes from it, what was
-spent after it is lost work, whatever it was spent on. The file is written with every logged
-row: if a start is killed, what it did after the last row counts as idle.
+spent after it is lost work, whatever it was spent on. The file is written when the loop begins
+and with every logged row: if a start is killed, what it did after that counts as idle.
 """
 
 import dataclasses
@@ -100,6 +100,7 @@ class Ledger:
         self._now.seconds["start"] = time.time() - self._now.began
         self._now.step = step
         self.mark()
+        self.write()
 
     def rolled_back(self) -> None:
         """The run starts again, in this process."""
