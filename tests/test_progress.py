@@ -53,7 +53,7 @@ def test_a_step_consumes_one_batch() -> None:
 def test_what_a_run_has_read_before_it_was_rolled_back_is_passed_over() -> None:
     progress = Progress(step=3, data_step=5, bad_samples=2, rollbacks=1)
     progress.pass_over(Progress(step=14, data_step=16, bad_samples=4, rollbacks=1, healthy=False))
-    assert progress == Progress(step=3, data_step=16, bad_samples=2, rollbacks=2)
+    assert progress == Progress(step=3, data_step=16, bad_samples=4, rollbacks=2)
 
 
 class Recorder:
