@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vitscale.goodput import FILE_NAME, KINDS, Ledger, Mark, Start, fractions, summary
+from vitscale.goodput import FILE_NAME, KINDS, MAX_MARKS, Ledger, Mark, Start, fractions, summary
 from vitscale.progress import Listener
 
 NOTHING = dict.fromkeys(KINDS, 0.0)
@@ -90,3 +90,18 @@ def test_the_line_names_what_is_worth_it() -> None:
 
 def test_it_listens_to_the_loop(tmp_path: Path) -> None:
     assert isinstance(Ledger(str(tmp_path), 0.0, writes=False), Listener)
+
+
+def test_phases_of_a_kind_add_up_and_few_marks_are_kept(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path), time.time(), writes=True)
+    ledger.ready(0)
+    for seconds in (0.5, 0.25):
+        ledger.ended("step", seconds)
+    for _ in range(MAX_MARKS + 4):
+        ledger.mark()
+        ledger.ended("step", 0.0)
+    ledger.write()
+    (start,) = map(Start.parse, json.loads((tmp_path / FILE_NAME).read_text())["starts"])
+    assert start.seconds["step"] == 0.75
+    # That of its own beginning, and the newest.
+    assert [mark.step for mark in start.marks] == [0, *range(6, MAX_MARKS + 6)]
