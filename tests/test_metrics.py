@@ -269,6 +269,18 @@ def test_a_resumed_run_takes_its_pace_from_its_own_steps(
     assert [record.getMessage().rpartition("  ")[2] for record in caplog.records] == ["eta ?", "eta 00:40"]
 
 
+def test_an_evaluation_is_missing_unless_its_numbers_are_at_the_step_of_the_resume(tmp_path: Path):
+    writer = MetricsWriter(tmp_path, resume_step=0, total_steps=8, tensorboard=False)
+    assert writer.without(["first", "second"]) == ["first", "second"]
+    writer.write(4, {"eval/first/top1": 0.5})
+    writer.write(8, {"eval/second/top1": 0.5})
+    writer.close()
+    for resume_step, missing in ((8, ["first"]), (4, ["second"])):
+        writer = MetricsWriter(tmp_path, resume_step=resume_step, total_steps=8, tensorboard=False)
+        assert writer.without(["first", "second"]) == missing
+        writer.close()
+
+
 def test_the_console_says_when_a_verdict_changes_and_at_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
