@@ -53,6 +53,7 @@ CASES = [
     ),
     ("flowers102", cut("setid.mat"), "no whole MATLAB file|no array of integers"),
     ("flowers102", write("imagelabels.mat", b"x" * 200), "no whole MATLAB file"),
+    ("flowers102", write("imagelabels.mat", b"MATLAB 7.3".ljust(124) + b"\0\2IM"), "it is of version 7.3"),
     ("flowers102", remove("setid.mat"), "holds no setid.mat; vtab/flowers102 reads a folder"),
     (
         "flowers102",

@@ -10,13 +10,15 @@ from vitscale.errors import DataError
 def read_mat(content: bytes, where: str, variable: str) -> np.ndarray:
     """A variable of integers. Raises DataError for a damaged file, or one without it."""
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
+    from scipy.io.matlab import MatReadError, matfile_version
 
-    newer = NotImplementedError  # what scipy raises for MATLAB 7.3, whose files are HDF5
     damage = (MatReadError, OSError, ValueError, TypeError, KeyError, IndexError)  # by the damaged byte
+    file = io.BytesIO(content)
     try:
-        value = loadmat(io.BytesIO(content), variable_names=[variable]).get(variable)
-    except (newer, *damage) as error:
+        if matfile_version(file)[0] > 1:
+            raise MatReadError("it is of version 7.3, which is HDF5")
+        value = loadmat(file, variable_names=[variable]).get(variable)
+    except damage as error:
         raise DataError(
             f"{where} is no whole MATLAB file of version 5 ({error}); download it again"
         ) from None
