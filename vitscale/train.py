@@ -282,6 +282,7 @@ def train_state(job: Job, progress: Progress, teacher: Teacher | None) -> TrainS
     )
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The packages whose versions may change results."""
     return {name: importlib.metadata.version(name) for name in ("vitscale", "torch", "deepspeed", "numpy")}
