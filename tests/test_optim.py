@@ -90,6 +90,21 @@ def test_the_optimizer_is_the_one_that_is_named() -> None:
         assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.03, 0.7, 0.0)
 
 
+def test_sgd_without_momentum_subtracts_gradients_bit_for_bit() -> None:
+    model = nn.Linear(50, 40)
+    weight = model.weight.detach().clone()
+    sgd = build_optimizer(OptimConfig(name="sgd", lr=0.3, momentum=0.0), model)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        gradient = torch.randn(40, 50, generator=generator) * torch.logspace(-20, 2, 50)
+        model.weight.grad = gradient.clone()
+        sgd.step()
+        plain = torch.optim.SGD([weight], lr=0.3)
+        weight.grad = gradient
+        plain.step()
+        assert torch.equal(model.weight, weight)
+
+
 def test_layer_decay_gives_each_layer_its_share_of_the_rate() -> None:
     model = build_model(dataclasses.replace(CONFIG, depth=3), 0)
     freeze(model, ["blocks.[02].*"])  # what is frozen still counts as a layer

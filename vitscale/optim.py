@@ -176,7 +176,10 @@ def build_optimizer(
     matrices = block_kernels(model) if config.name == "muon" else ()
     groups = parameter_groups(model, config.weight_decay, config.layer_decay, matrices)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        # With 0 torch keeps no buffer, which checkpoints hold. The least number leaves it the
+        # gradient, bit for bit.
+        momentum = config.momentum or torch.finfo(torch.float32).tiny
+        return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, fused=True)
     if config.name == "adafactor":
         return Adafactor(groups, lr=config.lr, momentum=config.momentum, decay_limit=config.betas[1])
     if config.name == "muon":

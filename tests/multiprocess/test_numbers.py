@@ -83,8 +83,11 @@ def test_16_bit_follows_fp32_and_resumes_bit_for_bit(
     assert whole.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=0.05)
 
 
-def test_sgd_resumes_bit_for_bit_with_its_momentum(tmp_path: Path, index: Path, zygote: Zygote) -> None:
-    overrides = ("optim.name=sgd", "optim.weight_decay=0", "optim.lr=0.02")
+@pytest.mark.parametrize(("momentum", "lr"), [(0.9, 0.02), (0, 0.2)])
+def test_sgd_resumes_bit_for_bit(
+    tmp_path: Path, index: Path, zygote: Zygote, momentum: float, lr: float
+) -> None:
+    overrides = ("optim.name=sgd", "optim.weight_decay=0", f"optim.lr={lr}", f"optim.momentum={momentum}")
     whole = check_bit_for_bit_resume(tmp_path, index, zygote, *overrides)
     assert min(whole.column("train/loss")) < whole.column("train/loss")[0] - 0.01
 
