@@ -263,18 +263,24 @@ def test_an_average_and_a_policy_count_and_an_offloaded_optimizer_does_not() -> 
 
 
 @pytest.mark.parametrize(
-    ("num_params", "stage", "precision", "expected"),
+    ("num_params", "stage", "precision", "reduced_in", "expected"),
     [
-        (600_000_000, 1, "bf16", 0),
-        (600_000_000, 1, "fp16", 1e9),  # a bucket of 5e8 gradients of 2 bytes
-        (600_000_000, 2, "bf16", 1e9),
-        (600_000_000, 2, "fp32", 2e9),
-        (600_000_000, 3, "bf16", 2.2e9),  # 0.6e9 parameters beside it
-        (4_000_000_000, 3, "bf16", 3e9),  # 1e9 of them
+        (600_000_000, 1, "bf16", "fp32", 0),
+        (600_000_000, 1, "bf16", "bf16", 0),
+        (600_000_000, 1, "fp16", "fp16", 1e9),  # a bucket of 5e8 gradients of 2 bytes
+        (600_000_000, 2, "bf16", "bf16", 1e9),
+        (600_000_000, 2, "bf16", "fp32", 3e9),  # and of 4
+        (100_000_000, 2, "bf16", "fp32", 1.4e9),
+        (600_000_000, 2, "fp32", "fp32", 2e9),
+        (600_000_000, 3, "bf16", "bf16", 2.2e9),  # 0.6e9 parameters beside it
+        (4_000_000_000, 3, "bf16", "bf16", 3e9),  # 1e9 of them
+        (4_000_000_000, 3, "bf16", "fp32", 5e9),
     ],
 )
-def test_buffers_by_hand(num_params: int, stage: int, precision: str, expected: float) -> None:
-    assert buffer_bytes(num_params, stage, precision) == expected
+def test_buffers_by_hand(
+    num_params: int, stage: int, precision: str, reduced_in: str, expected: float
+) -> None:
+    assert buffer_bytes(num_params, stage, precision, reduced_in) == expected
 
 
 def test_a_head_by_hand() -> None:

@@ -67,7 +67,7 @@ def estimate(
     state += 4 * num_params // world_size if average else 0  # each rank averages what it owns
     activations = activation_bytes(model, micro_batch, precision, engine.activation_checkpointing)
     activations += head_bytes(model, micro_batch)
-    buffers = buffer_bytes(num_params, stage, precision)
+    buffers = buffer_bytes(num_params, stage, precision, engine.reduce_precision)
     overhead = CONTEXT_BYTES + int(FRAGMENTED * (state + activations + buffers))
     return Memory(state, activations, buffers, overhead)
 
@@ -272,18 +272,20 @@ def head_bytes(config: ModelConfig, micro_batch: int) -> int:
     return num_heads * config.num_classes * (16 * micro_batch + 8 * inputs) + of_patches
 
 
-def buffer_bytes(num_params: int, zero_stage: int, precision: str) -> int:
-    """Bytes of DeepSpeed's own buffers, which hold values in the precision of the model.
+def buffer_bytes(num_params: int, zero_stage: int, precision: str, reduce_precision: str) -> int:
+    """Bytes of DeepSpeed's own buffers, in the precision of the model but for a copy.
 
         gradients to be reduced    a bucket; none in bf16 at stage 1, which reduces after the
                                    backward pass, when the activations are gone
+        their copy in fp32         of what is in the bucket, if they are reduced so
         gathered parameters        at stage 3, as many as it leaves gathered
 
     Sources: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py, stage3.py and config.py.
     """
     bucket = 0 if precision == "bf16" and zero_stage == 1 else REDUCE_BUCKET
+    copied = min(num_params, bucket) if reduce_precision != precision else 0
     gathered = min(num_params, MAX_LIVE_PARAMETERS) if zero_stage == 3 else 0
-    return (bucket + gathered) * (4 if precision == "fp32" else 2)
+    return (bucket + gathered) * (4 if precision == "fp32" else 2) + 4 * copied
 
 
 def micro_batches(per_rank: int, *, pairs: bool) -> list[int]:

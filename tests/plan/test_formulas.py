@@ -1,8 +1,9 @@
 """The arithmetic of a plan: single formulas by hand, and rows that were worked out before.
 
 The rows assume nodes of 8 H100s with links of 450 GB/s, a network of 400 Gbit/s a GPU, an
-efficiency of 0.5, and ZeRO 1 whose communication takes 2 N and overlaps with the backward pass.
-DeepSpeed's ZeRO 1 in bf16 takes 3 N and does not overlap: test_make.py has what this costs.
+efficiency of 0.5, and ZeRO as in its paper, in bf16: stage 1 sends N gradients and N weights,
+stage 3 N and 2 N, all of it beside the backward pass. DeepSpeed sends more, and at stage 1 not
+beside it: test_make.py has what this costs.
 """
 
 import pytest
@@ -14,6 +15,8 @@ from vitscale.plan import formulas
 PEAK, MEMORY_TB_PER_S = 989e12, 3.35  # of an H100
 JFT_14_EPOCHS = 14 * 303_000_000
 VIT_22B = ViTConfig(variant="G/14", width=6144, depth=48, mlp_dim=24_576, num_heads=48)
+# Of the paper, by stage, in units of N.
+PAPER = {1: formulas.Communication(1, 1), 3: formulas.Communication(1, 2)}
 NUM_PARAMS = {"H/14": 630_800_000, "g/14": 1_011_000_000, "G/14": 1_843_000_000, "22B": 21_752_000_000}
 
 
@@ -24,12 +27,16 @@ def worked_step(
     gpus = 8 * nodes
     model = VIT_22B if name == "22B" else ViTConfig(variant=name)
     compute = formulas.compute_seconds(images, train_flops(model), 0.5, PEAK, work)
-    elements = formulas.communication_elements(NUM_PARAMS[name], stage, 1, whole_gradients=False)
-    bus = formulas.bus_gb_per_s(gpus, 8, 450.0, 400.0)
-    communication = formulas.communication_seconds(elements, gpus, bus)
+    communication = paper_seconds(name, stage, gpus)
     exposed = formulas.exposed_seconds(communication, compute, overlapped=True)
     update = formulas.update_seconds(NUM_PARAMS[name], gpus, MEMORY_TB_PER_S)
     return formulas.step_seconds(compute, exposed, update, nodes if doubling else 1)
+
+
+def paper_seconds(name: str, stage: int, gpus: int) -> float:
+    of_one, num_params = PAPER[stage], NUM_PARAMS[name]
+    elements = formulas.Communication(of_one.gradients * num_params, of_one.weights * num_params)
+    return formulas.communication_seconds(elements, 2, gpus, formulas.bus_gb_per_s(gpus, 8, 450.0, 400.0))
 
 
 @pytest.mark.parametrize(
@@ -73,11 +80,8 @@ def test_sixteen_nodes_are_as_fast_as_in_their_row(
 )
 def test_communication_is_that_of_its_row(name: str, stage: int, one_node: int, sixteen_nodes: int) -> None:
     """In ms; the rows have no time for each bucket, which is 0.2 to 20 ms here."""
-    elements = formulas.communication_elements(NUM_PARAMS[name], stage, 1, whole_gradients=False)
     for gpus, expected in ((8, one_node), (128, sixteen_nodes)):
-        bus = formulas.bus_gb_per_s(gpus, 8, 450.0, 400.0)
-        seconds = formulas.communication_seconds(elements, gpus, bus)
-        assert 1e3 * seconds == pytest.approx(expected, rel=0.05, abs=0.6)
+        assert 1e3 * paper_seconds(name, stage, gpus) == pytest.approx(expected, rel=0.05, abs=0.6)
 
 
 @pytest.mark.parametrize(
@@ -151,27 +155,34 @@ def test_the_bus_by_hand(gpus: int, link: float, nic_gbit: float, expected: floa
 
 
 @pytest.mark.parametrize(
-    ("stage", "accumulation", "whole", "expected"),
+    ("num_params", "stage", "accumulation", "gradients", "weights"),
     [
-        (1, 1, False, 20),
-        (1, 4, False, 20),
-        (1, 4, True, 30),
-        (2, 1, False, 20),
-        (2, 4, True, 50),
-        (3, 1, True, 30),
-        (3, 4, False, 120),
+        (10, 1, 1, 20, 10),
+        (10, 1, 4, 20, 10),
+        (10, 2, 1, 20, 10),
+        (10, 2, 4, 80, 10),
+        (10, 3, 1, 10, 20),
+        (10, 3, 4, 40, 50),
+        (10**9, 3, 4, 4 * 10**9, 5 * 10**9),
+        (10**9 + 1, 3, 4, 4 * 10**9 + 4, 8 * 10**9 + 8),
     ],
 )
-def test_elements_by_hand(stage: int, accumulation: int, whole: bool, expected: int) -> None:
-    """Of 10 parameters."""
-    assert formulas.communication_elements(10, stage, accumulation, whole_gradients=whole) == expected
+def test_elements_by_hand(
+    num_params: int, stage: int, accumulation: int, gradients: int, weights: int
+) -> None:
+    """test_reduction.py counts them on real ranks."""
+    expected = formulas.Communication(gradients, weights)
+    assert formulas.communication(num_params, stage, accumulation) == expected
 
 
 def test_communication_by_hand() -> None:
     """2e9 elements on 4 GPUs: 4e9 bytes * 3/4 at 100 GB/s, and 4 buckets of 20 us * 2 each."""
-    assert formulas.communication_seconds(2_000_000_000, 4, 100.0) == pytest.approx(0.03 + 160e-6)
-    assert formulas.communication_seconds(2_000_000_001, 4, 100.0) == pytest.approx(0.03 + 200e-6)
-    assert formulas.communication_seconds(2_000_000_000, 1, 100.0) == 0
+    elements = formulas.Communication(1_500_000_000, 500_000_000)
+    more = formulas.Communication(1_500_000_000, 500_000_001)
+    assert formulas.communication_seconds(elements, 2, 4, 100.0) == pytest.approx(0.03 + 160e-6)
+    assert formulas.communication_seconds(more, 2, 4, 100.0) == pytest.approx(0.03 + 200e-6)
+    assert formulas.communication_seconds(elements, 4, 4, 100.0) == pytest.approx(0.0525 + 160e-6)
+    assert formulas.communication_seconds(elements, 2, 1, 100.0) == 0
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ class EngineConfig:
 
     micro_batch: images per device and forward pass; 0 = all of a rank's share, undivided.
     zero_stage: what DeepSpeed shards: 1 optimizer state, 2 gradients too, 3 parameters too.
+    reduce_precision: in which gradients are sent and summed over ranks: "fp32", or the run's
+        own, which sends half as much, and whose error grows with the number of ranks.
     activation_checkpointing: what the backward pass recomputes of each block: "none",
         "selective" (norms and GELU; matmuls and attention are kept) or "full".
     compile: compile each block with torch.compile, for training; evaluations run eagerly.
@@ -35,6 +37,7 @@ class EngineConfig:
 
     micro_batch: int = 0
     zero_stage: int = 1
+    reduce_precision: Precision = "fp32"
     activation_checkpointing: Checkpointing = "none"
     compile: bool = False
     tf32: bool = False
@@ -82,6 +85,11 @@ def make_ds_config(
             "parameters make torch.compile give up on each block in silence; use stage 1 or 2, or "
             "compile = false"
         )
+    if config.reduce_precision not in ("fp32", precision):
+        raise ConfigError(
+            f'engine.reduce_precision = "{config.reduce_precision}" does not fit precision = "{precision}": '
+            'use "fp32"' + (f' or "{precision}"' if precision != "fp32" else "")
+        )
     zero = config.deepspeed_extra.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):
         if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
@@ -95,6 +103,7 @@ def make_ds_config(
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.grad_accum_steps,
         "gradient_clipping": clip_norm,
+        "communication_data_type": config.reduce_precision,
         "steps_per_print": 10**9,  # never: the loop logs for itself
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice in a micro step
         "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list

@@ -4,7 +4,10 @@ Pure functions of numbers, whose units are in their names. What a function guess
 constant above it. Bytes are counted in 10^9 (GB), and N is the number of parameters.
 """
 
+import dataclasses
 import math
+
+from vitscale.memory import MAX_LIVE_PARAMETERS, REDUCE_BUCKET
 
 # What a training step computes, in units of the forward pass: 3 without recomputation. The
 # matmuls that selective recomputation keeps are nearly all of it; full recomputation does the
@@ -16,8 +19,7 @@ STAGE_WORK = {1: 1.0, 2: 1.09, 3: 1.09}
 # Share of the links' bandwidth that NCCL's large collectives reach, and seconds that a bucket
 # takes for each doubling of the ranks.
 LINK_SHARE, BUCKET_LATENCY_SECONDS = 0.8, 20e-6
-BUCKET_ELEMENTS = 500_000_000  # of DeepSpeed
-BYTES_PER_ELEMENT = 2  # gradients and parameters travel in bf16
+WEIGHT_BYTES = 2  # parameters travel in bf16 or fp16
 # Communication hides behind so much of the backward pass, which is two thirds of the compute,
 # and slows it down by so much of its own time.
 HIDING_SHARE, BACKWARD_SHARE, DISTURBANCE = 0.7, 2 / 3, 0.1
@@ -41,30 +43,46 @@ def bus_gb_per_s(gpus: int, gpus_per_node: int, link_gb_per_s: float, nic_gbit: 
     return LINK_SHARE * min(link_gb_per_s, gpus_per_node * nic_gbit / 8)
 
 
-def communication_elements(
-    num_params: int, zero_stage: int, accumulation: int, *, whole_gradients: bool
-) -> int:
-    """Elements that a GPU sends in an optimizer step, before the factor (n - 1) / n.
+@dataclasses.dataclass(frozen=True)
+class Communication:
+    """Elements that a GPU sends in an optimizer step, before the factor (n - 1) / n."""
 
-        stage 1    2 N        gradients are reduced to their owners, and weights gathered
-                   3 N        whole_gradients: they are reduced to every rank
-        stage 2    N a + N    they are reduced in each of the a micro steps
-        stage 3    3 N a      weights are gathered for the forward and for the backward pass
+    gradients: int
+    weights: int
 
-    Source: the ZeRO paper, arXiv 1910.02054, section 7. DeepSpeed 0.19 reduces whole gradients
-    in bf16 at stage 1 with fp32 accumulation (runtime/engine.py, buffered_allreduce_fallback).
+
+def communication(num_params: int, zero_stage: int, accumulation: int) -> Communication:
+    """What DeepSpeed 0.19 sends, for a micro steps.
+
+                   gradients  weights
+        stage 1    2 N        N            every rank gets all gradients, at the end of a step
+        stage 2    2 N a      N            the same in each micro step
+        stage 3    N a        N (a + 1)    gradients to their owner alone; weights are gathered
+                                           once in each micro step, and once more
+                              2 N a        above MAX_LIVE_PARAMETERS, for each pass
+
+    ZeRO's paper (arXiv 1910.02054, section 7) has N gradients where this has 2 N; DeepSpeed
+    takes all-reduces for stages 1 and 2 (use_multi_rank_bucket_allreduce).
     """
-    per_params = {1: 3 if whole_gradients else 2, 2: accumulation + 1, 3: 3 * accumulation}
-    return num_params * per_params[zero_stage]
+    if zero_stage < 3:
+        return Communication(2 * num_params * (accumulation if zero_stage == 2 else 1), num_params)
+    gathers = accumulation + 1 if num_params <= MAX_LIVE_PARAMETERS else 2 * accumulation
+    return Communication(num_params * accumulation, num_params * gathers)
 
 
-def communication_seconds(elements: int, gpus: int, bus_gb_per_s: float) -> float:
-    """Seconds to send so many elements in rings of all GPUs, bucket by bucket."""
+def communication_seconds(
+    elements: Communication, gradient_bytes: int, gpus: int, bus_gb_per_s: float
+) -> float:
+    """Seconds to send them in rings of all GPUs, bucket by bucket.
+
+    gradient_bytes: of one gradient, as it travels.
+    """
     if gpus == 1:
         return 0.0
-    num_bytes = elements * BYTES_PER_ELEMENT * (gpus - 1) / gpus
-    buckets = math.ceil(elements / BUCKET_ELEMENTS)
-    return num_bytes / (bus_gb_per_s * 1e9) + buckets * BUCKET_LATENCY_SECONDS * math.log2(gpus)
+    num_bytes = elements.gradients * gradient_bytes + elements.weights * WEIGHT_BYTES
+    buckets = math.ceil((elements.gradients + elements.weights) / REDUCE_BUCKET)
+    seconds = num_bytes * (gpus - 1) / gpus / (bus_gb_per_s * 1e9)
+    return seconds + buckets * BUCKET_LATENCY_SECONDS * math.log2(gpus)
 
 
 def exposed_seconds(communication_seconds: float, compute_seconds: float, *, overlapped: bool) -> float:

@@ -296,13 +296,11 @@ class _Planner:
 
     def _exposed_seconds(self, stage: int, accumulation: int, compute_seconds: float) -> float:
         config, cluster = self.config, self.cluster
-        whole_gradients = config.precision == "bf16" and not config.engine.offload_optimizer
-        elements = formulas.communication_elements(
-            memory.count_params(config.model), stage, accumulation, whole_gradients=whole_gradients
-        )
+        elements = formulas.communication(memory.count_params(config.model), stage, accumulation)
+        gradient_bytes = 4 if config.engine.reduce_precision == "fp32" else 2
         link, nic = cluster.kind.link_gb_per_s, cluster.nic_gbit
         bus = formulas.bus_gb_per_s(cluster.gpus, cluster.gpus_per_node, link, nic)
-        seconds = formulas.communication_seconds(elements, cluster.gpus, bus)
+        seconds = formulas.communication_seconds(elements, gradient_bytes, cluster.gpus, bus)
         return formulas.exposed_seconds(seconds, compute_seconds, overlapped=stage == 3)
 
 

@@ -145,6 +145,9 @@ def _advice(plan: Plan, best: Option, saving: Saving) -> list[Line]:
     share = best.exposed_seconds / best.step_seconds
     if share > SLOW_SHARE:
         text = f"communication is {share:.0%} of a step: fewer GPUs or a larger global_batch waste less"
+        if config.engine.reduce_precision != config.precision:
+            cheaper = f"engine.reduce_precision={config.precision}"
+            text += f", and half the bytes of gradients go, less exactly, with {cheaper}"
         lines.append(("batch", text))
     if best.loader_bound:
         cores = _counted(plan.cluster.cores_per_node, "core")

@@ -1,0 +1,109 @@
+"""One step in bf16 on several ranks: how exact its mean gradient is, and what is sent."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from vitscale import distributed
+from vitscale.engine.batches import plan_batches
+from vitscale.engine.ds_config import EngineConfig
+from vitscale.engine.engine import Engine
+from vitscale.models import Model, build_model
+from vitscale.models.vit_config import ViTConfig
+from vitscale.optim import OptimConfig
+
+MODEL = ViTConfig(variant="Ti/4", width=48, depth=2, num_heads=3, mlp_dim=96, image_size=8, num_classes=10)
+NUM_PARAMS = 41_146
+# The first step of SGD at a rate of 1 subtracts the gradient.
+OPTIM = OptimConfig(name="sgd", lr=1.0, clip_norm=0.0)
+MICRO_BATCH = 4
+# How often what a collective is given crosses a GPU's link, times (n - 1) / n.
+CROSSINGS = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
+
+
+def measure(folder: Path, accumulation: int, engines: Mapping[str, dict[str, Any]]) -> None:
+    """One step of every engine, by name; NAME.json gets the error of its gradient and elements.
+
+    The error is relative to the norm of the exact mean. The elements are counted by precision,
+    as in formulas.Communication.
+    """
+    distributed.initialize()
+    sent = count_collectives()
+    world_size = distributed.world_size()
+    plan = plan_batches(world_size * accumulation * MICRO_BATCH, MICRO_BATCH, world_size)
+    exact = mean_gradient(world_size, accumulation)
+    for name, options in engines.items():
+        engine = Engine(made(), OPTIM, EngineConfig(**options), plan, "bf16")
+        before = {param: master.clone() for param, master in engine.owned()["fp32"].items()}
+        sent.clear()
+        step(engine, accumulation)
+        num_sent = dict(sent)
+        after, squares = engine.owned()["fp32"], [0.0, 0.0]
+        for fragment in engine.fragments():
+            moved = before[fragment.name] - after[fragment.name]
+            expected = exact[fragment.name].flatten()[fragment.start : fragment.start + fragment.count]
+            squares[0] += (moved.double() - expected).square().sum().item()
+            squares[1] += expected.square().sum().item()
+        error, whole = distributed.all_reduce_sum(squares)
+        if distributed.is_main():
+            (folder / f"{name}.json").write_text(json.dumps([(error / whole) ** 0.5, num_sent]))
+        engine.close()
+
+
+def made() -> Model:
+    model = build_model(MODEL, 1)
+    with torch.no_grad():  # a head of zeros would hide what is behind it
+        model.head.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def micro_batch(rank: int, micro_step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * rank + micro_step)
+    images = torch.randn(MICRO_BATCH, 3, 8, 8, generator=generator)
+    return images, torch.randint(0, 10, (MICRO_BATCH,), generator=generator)
+
+
+def mean_gradient(world_size: int, accumulation: int) -> dict[str, Tensor]:
+    """Of the gradients that plain PyTorch has in bf16 for each micro batch, summed in fp64."""
+    total: dict[str, Tensor] = {}
+    for rank in range(world_size):
+        for micro_step in range(accumulation):
+            model = made().to(torch.bfloat16)
+            images, labels = micro_batch(rank, micro_step)
+            (cross_entropy(model(images.bfloat16()).float(), labels) / accumulation).backward()
+            for name, param in model.named_parameters():
+                assert param.grad is not None
+                total[name] = total.get(name, 0) + param.grad.double() / world_size
+    return total
+
+
+def step(engine: Engine, accumulation: int) -> None:
+    for micro_step in range(accumulation):
+        images, labels = micro_batch(distributed.rank(), micro_step)
+        engine.backward(cross_entropy(engine.forward(images).float(), labels))
+        engine.step()
+
+
+def count_collectives() -> Counter[str]:
+    """Elements that this process sends from now on, by precision.
+
+    DeepSpeed, which keeps some of these functions, must not have been set up yet.
+    """
+    sent: Counter[str] = Counter()
+    for name, crossings in CROSSINGS.items():
+        real = getattr(torch.distributed, name)
+
+        def counted(*arguments: Any, real: Any = real, crossings: int = crossings, **options: Any) -> Any:
+            tensors = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
+            largest = max(tensors, key=Tensor.numel)
+            sent[str(largest.dtype)] += crossings * largest.numel()
+            return real(*arguments, **options)
+
+        setattr(torch.distributed, name, counted)
+    return sent
