@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from weights.foreign_models import import_timm
 
 from launch.train import main
@@ -184,6 +185,21 @@ class HasTimm:
 
 
 @dataclasses.dataclass(frozen=True)
+class HasFp16:
+    """DeepSpeed trains in fp16, which it refuses on a CPU without instructions for it.
+
+    Torch computes in fp16 there as well, if slowly. And then other events.
+    """
+
+    events: tuple[Event, ...] = ()
+
+    def arm(self) -> None:
+        type(get_accelerator()).is_fp16_supported = lambda accelerator: True
+        for event in self.events:
+            event.arm()
+
+
+@dataclasses.dataclass(frozen=True)
 class NotFinite:
     """A loss that is not finite on one rank, in these of its batches (from 1)."""
 
@@ -336,9 +352,12 @@ def at_steps(act: Callable[[int], object]) -> None:
 
 
 def at_frames(function: Callable[..., Any], act: Callable[[FrameType], object]) -> None:
-    """Call act(frame) as this rank begins a call of a function."""
+    """Call act(frame) as this rank begins a call of a function, after what others call then."""
+    earlier = sys.getprofile()
 
-    def profile(frame: FrameType, event: str, _: Any) -> None:
+    def profile(frame: FrameType, event: str, value: Any) -> None:
+        if earlier:
+            earlier(frame, event, value)
         if event == "call" and frame.f_code is function.__code__:
             act(frame)
 

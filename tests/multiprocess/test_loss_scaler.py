@@ -1,6 +1,6 @@
 """The fp16 loss scaler goes on after a resume as if there had been none.
 
-Whole runs in fp16 need hardware for it (test_gpu.py). The scaler itself does not.
+Here the scaler by itself, at every step; whole runs are in test_fp16.py.
 """
 
 from collections.abc import Callable
