@@ -64,6 +64,20 @@ def test_the_next_start_drops_what_lies_beyond_its_checkpoint(tmp_path: Path) ->
     assert sum(numbers[f"goodput/{kind}"] for kind in KINDS) == pytest.approx(1)
 
 
+def test_a_start_that_is_long_over_keeps_two_marks(tmp_path: Path) -> None:
+    for number in range(4):
+        ledger = Ledger(str(tmp_path), time.time(), writes=True)
+        ledger.ready(3 * number)
+        for _ in range(3):
+            ledger.ended("step", 0.01)
+            ledger.mark()
+        ledger.write()
+    starts = [Start.parse(values) for values in json.loads((tmp_path / FILE_NAME).read_text())["starts"]]
+    assert [[mark.step for mark in start.marks] for start in starts] == [
+        [0, 3], [3, 6], [6, 7, 8, 9], [9, 10, 11, 12],
+    ]  # fmt: skip
+
+
 def test_of_a_start_beyond_the_checkpoint_its_own_start_remains(tmp_path: Path) -> None:
     marks = [{"step": s, "elapsed": 10.0 * s, "seconds": {"start": 10.0}} for s in (5, 6)]
     values = {"began": 0.0, "elapsed": 90.0, "step": 9, "seconds": {}, "marks": marks}

@@ -5,8 +5,9 @@
                  "marks": [{"step": 12000, "elapsed": 3480.0, "seconds": {...}}]}, ...]}
 
 A mark is what a start had spent at a checkpoint. If the next start resumes from it, what was
-spent after it is lost work, whatever it was spent on. The file is written when the loop begins
-and with every logged row: if a start is killed, what it did after that counts as idle.
+spent after it is lost work, whatever it was spent on. Of starts before the last two, only their
+first and last marks are kept. The file is written when the loop begins and with every logged
+row: if a start is killed, what it did after that counts as idle.
 """
 
 import dataclasses
@@ -97,6 +98,8 @@ class Ledger:
         """The loop begins, after `step` steps. What earlier starts did beyond them is lost."""
         for start in self._starts[:-1]:
             start.marks = [mark for mark in start.marks if mark.step <= step] or start.marks[:1]
+        for start in self._starts[:-2]:
+            del start.marks[1:-1]
         self._now.seconds["start"] = time.time() - self._now.began
         self._now.step = step
         self.mark()

@@ -202,11 +202,12 @@ def _open_backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedMod
 
 
 def open_tasks(job: Job) -> Tasks:
-    config = job.config
-    return {
-        name: open_task(name, section, config.model.image_size, job.sources[0], config.loss)
-        for name, section in config.evals.items()
-    }
+    config, tasks = job.config, {}
+    for name, section in config.evals.items():
+        if section.num_workers < 0:
+            section = dataclasses.replace(section, num_workers=config.engine.num_workers)
+        tasks[name] = open_task(name, section, config.model.image_size, job.sources[0], config.loss)
+    return tasks
 
 
 def open_metrics(job: Job, progress: Progress, *, same_data: bool) -> MetricsWriter | SilentWriter:

@@ -173,7 +173,7 @@ def test_missing_shards_show_when_the_task_is_opened(tmp_path: Path):
         ({"l2_reg": 0}, "evals.digits.l2_reg 0.0 must be above 0"),
         ({"batch_size": 0}, "evals.digits.batch_size 0 must be above 0"),
         ({"every_steps": 0}, "evals.digits.every_steps 0 must be above 0"),
-        ({"num_workers": -1}, "evals.digits.num_workers -1 must not be negative"),
+        ({"num_workers": -2}, "evals.digits.num_workers -2 must be 0, which decodes in the main process, or"),
         ({"kind": "fewshots"}, "evals.digits.kind 'fewshots' is not one of .* did you mean \"fewshot\""),
         (
             {"kind": "classify"},

@@ -6,9 +6,14 @@ import pytest
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
+from vitscale import config as configs
 from vitscale.evals import KMeansConfig, KnnConfig, LinearConfig, LogisticConfig
+from vitscale.evals.classify import ClassifyTask
 from vitscale.evaluate import evaluate
+from vitscale.job import prepare
 from vitscale.metrics import read_metrics
+from vitscale.start import open_tasks
+from vitscale.train_config import TrainConfig
 
 
 def sections(index: Path) -> list[str]:
@@ -49,6 +54,18 @@ def test_evaluations_are_equal_on_1_2_and_3_ranks_and_leave_the_losses_alone(
     assert zygote.train(with_them, 2, *common, *sections(index)) == [0, 0], with_them.output()
     assert zygote.train(without, 2, *common) == [0, 0], without.output()
     assert with_them.column("train/loss") == without.column("train/loss")
+
+
+@pytest.mark.parametrize(
+    ("section", "num_workers"), [("", 3), (", num_workers=0", 0), (", num_workers=1", 1)]
+)
+def test_they_decode_with_as_many_processes_as_training_unless_they_say(
+    tmp_path: Path, index: Path, section: str, num_workers: int
+) -> None:
+    top = f"evals.top={{test='{index.parent}/train-*.tar'{section}}}"
+    config = configs.load(TrainConfig, [Job(tmp_path, index).config], ["engine.num_workers=3", top])
+    task = open_tasks(prepare(config, world_size=1))["top"]
+    assert isinstance(task, ClassifyTask) and task.test.num_workers == num_workers
 
 
 def test_by_hand_they_are_those_in_training_and_the_features_are_kept(

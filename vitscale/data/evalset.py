@@ -97,6 +97,7 @@ class EvaluationSet:
             batch_size=None,
             sampler=parts,
             num_workers=min(self.num_workers, len(parts)),
+            pin_memory=torch.cuda.is_available(),
             worker_init_fn=prepare_worker,
         )
         with processes.kill_at_exit():

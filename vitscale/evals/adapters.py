@@ -34,7 +34,7 @@ class FrozenModel:
         return self._module(self._pixels(images)).float()
 
     def _pixels(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        return normalize(images.to(self._device), torch.float32)
+        return normalize(images.to(self._device, non_blocking=True), torch.float32)
 
 
 @runtime_checkable
@@ -63,5 +63,5 @@ class LiveModel:
 
     @torch.no_grad()
     def _run(self, images: UInt8[Tensor, "B 3 H W"], *, features_only: bool) -> Float[Tensor, "B D"]:
-        pixels = normalize(images.to(distributed.device()), torch.float32)
+        pixels = normalize(images.to(distributed.device(), non_blocking=True), torch.float32)
         return self._forward(pixels, features_only=features_only).float()

@@ -32,7 +32,8 @@ class TaskConfig:
     crop:         "resize" squeezes the image to image_size; "center" keeps its aspect ratio:
                   it resizes the image to cover image_size * 256 / 224, and crops the centre
     batch_size:   images in a forward pass of one rank
-    num_workers:  decoding processes per rank; 0 decodes in the main process
+    num_workers:  decoding processes per rank; 0 decodes in the main process; -1 = as many as
+                  training has (engine.num_workers), none in an evaluation by hand
     """
 
     kind: str = ""
@@ -40,16 +41,16 @@ class TaskConfig:
     every_steps: int = 1000
     crop: Crop = "resize"
     batch_size: int = 256
-    num_workers: int = 0
+    num_workers: int = -1
 
     def check(self, where: str) -> None:
         """Raise ConfigError for a value that does not fit. where: the section's dotted name."""
         self.check_test(where)
         positive(where, every_steps=self.every_steps, batch_size=self.batch_size)
-        if self.num_workers < 0:
+        if self.num_workers < -1:
             raise ConfigError(
-                f"{dotted(where, 'num_workers')} {self.num_workers} must not be negative; "
-                "0 decodes in the main process"
+                f"{dotted(where, 'num_workers')} {self.num_workers} must be 0, which decodes in the main "
+                "process, or more; -1 takes engine.num_workers"
             )
 
     def check_test(self, where: str) -> None:
@@ -116,7 +117,7 @@ def within_memory(task: Task, run: Callable[[], T], where: str = "") -> T:
 def open_shards(pattern: str, config: TaskConfig, image_size: ImageSize) -> EvaluationSet:
     """The samples of `pattern`, decoded by `config`. Raises DataError for missing shards."""
     return EvaluationSet.open(
-        pattern, image_size=image_size, crop=config.crop, num_workers=config.num_workers
+        pattern, image_size=image_size, crop=config.crop, num_workers=max(0, config.num_workers)
     )
 
 
@@ -126,6 +127,6 @@ def open_split(source: Source, config: TaskConfig, image_size: ImageSize) -> Eva
         source.index,
         image_size=image_size,
         crop=config.crop,
-        num_workers=config.num_workers,
+        num_workers=max(0, config.num_workers),
         source=source,
     )
