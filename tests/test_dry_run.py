@@ -201,7 +201,10 @@ tensorboard = false
             "engine.deepspeed_extra.zero_optimization.foo=1",
             "engine.deepspeed_extra holds what DeepSpeed refuses",
         ),
-        ("engine.deepspeed_extra.communication_data_type=fp17", "Invalid communication_data_type"),
+        (
+            "engine.deepspeed_extra.seq_parallel_communication_data_type=fp17",
+            "Invalid communication_data_type",
+        ),
     ],
 )
 def test_what_training_refuses_a_dry_run_refuses(
