@@ -196,7 +196,7 @@ tensorboard = false
         ("evals.x.test=nowhere/index.json", "index nowhere/index.json is missing"),
         ("optim.freeze=['no_such.*']", "optim.freeze 'no_such.*' matches no parameter"),
         ("init.checkpoint=nowhere", "nowhere is not a checkpoint"),
-        ("init={checkpoint='nowhere', full_state=true}", "nowhere holds no checkpoint with training state"),
+        ("init={checkpoint='nowhere',full_state=true}", "nowhere holds no checkpoint with training state"),
         (
             "engine.deepspeed_extra.zero_optimization.foo=1",
             "engine.deepspeed_extra holds what DeepSpeed refuses",
@@ -204,6 +204,14 @@ tensorboard = false
         (
             "engine.deepspeed_extra.seq_parallel_communication_data_type=fp17",
             "Invalid communication_data_type",
+        ),
+        (
+            "engine.reduce_precision=bf16",
+            'engine.reduce_precision = "bf16" does not fit precision = "fp32"; use "fp32"\n',
+        ),
+        (
+            "precision=bf16 engine.reduce_precision=fp16",
+            'engine.reduce_precision = "fp16" does not fit precision = "bf16"; use "fp32" or "bf16"\n',
         ),
     ],
 )
@@ -214,7 +222,7 @@ def test_what_training_refuses_a_dry_run_refuses(
     capsys.readouterr()
     sentences = []
     for dry in (["--dry-run"], []):
-        assert main([*run, override, *dry]) == 2
+        assert main([*run, *override.split(), *dry]) == 2
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
         sentences += [line for line in error.splitlines() if line.startswith("error: ")]

@@ -65,6 +65,15 @@ def test_the_first_repeated_step_is_compared_with_what_it_was(
     assert len(said) == 1 and sentence in said[0]
 
 
+def test_steps_that_read_other_data_are_not_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    for resume_step, digest in ((0, 7), (1, 8)):
+        writer = MetricsWriter(tmp_path, resume_step=resume_step, total_steps=9, tensorboard=False)
+        writer.write(2, {"train/loss": 1.0, "data/digest": digest})
+        writer.close()
+    assert "was done before" not in caplog.text
+
+
 def test_a_row_torn_by_a_kill_is_dropped(tmp_path: Path):
     write_rows(tmp_path, range(1, 5))
     path = tmp_path / "metrics.jsonl"
@@ -288,7 +297,7 @@ def test_the_console_says_when_a_verdict_changes_and_at_the_end(
     expect = ExpectConfig(source="here", bands={"train/loss": ((0, 0.0, 1.0), (20, 0.0, 1.0))})
     for resume_step, losses in ((0, (0.5, 0.5, 3.0, 3.0)), (2, (0.5, 0.5, 2.0))):
         writer = MetricsWriter(
-            tmp_path, resume_step=resume_step, total_steps=9, tensorboard=False, compares=False, expect=expect
+            tmp_path, resume_step=resume_step, total_steps=9, tensorboard=False, expect=expect
         )
         for step, loss in enumerate(losses, start=resume_step + 1):
             writer.write(step, {"train/loss": loss})

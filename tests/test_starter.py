@@ -22,7 +22,7 @@ CLASSES = ("cat", "dog", "owl")
 # What makes the run of the page small.
 SMALL = (
     "model.variant=mu/16 model.image_size=32 total_epochs=2 global_batch=16 engine.num_workers=0 "
-    "evals.validation.num_workers=0 log.tensorboard=false"
+    "log.tensorboard=false"
 )
 
 

@@ -5,9 +5,11 @@
                  "marks": [{"step": 12000, "elapsed": 3480.0, "seconds": {...}}]}, ...]}
 
 A mark is what a start had spent at a checkpoint. If the next start resumes from it, what was
-spent after it is lost work, whatever it was spent on. Of starts before the last two, only their
-first and last marks are kept. The file is written when the loop begins and with every logged
-row: if a start is killed, what it did after that counts as idle.
+spent after it is lost work, whatever it was spent on. Starts before the last two keep their
+first and last marks: going back beyond the last one counts all after the first as lost.
+
+The file is written when the loop begins and with every logged row: if a start is killed, what
+it did after that counts as idle.
 """
 
 import dataclasses

@@ -17,8 +17,8 @@ from vitscale.optim import OptimConfig, block_kernels, freeze
 from vitscale.sliced.adafactor import second_size
 
 # Defaults of DeepSpeed's runtime/zero/config.py, in elements: gradients that are reduced at a
-# time, and parameters that stage 3 leaves gathered.
-REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
+# time, and how soon stage 3 must need a parameter again to leave it gathered.
+REDUCE_BUCKET, MAX_REUSE_DISTANCE = 500_000_000, 1_000_000_000
 # A guess: CUDA's context, NCCL's buffers and the kernels take so much, and fragmentation so
 # large a share of what is allocated.
 CONTEXT_BYTES, FRAGMENTED = 2_000_000_000, 0.05
@@ -67,7 +67,9 @@ def estimate(
     state += 4 * num_params // world_size if average else 0  # each rank averages what it owns
     activations = activation_bytes(model, micro_batch, precision, engine.activation_checkpointing)
     activations += head_bytes(model, micro_batch)
-    buffers = buffer_bytes(num_params, stage, precision, engine.reduce_precision)
+    buffers = buffer_bytes(
+        num_params, stage, precision, engine.reduce_precision, offload=engine.offload_optimizer
+    )
     overhead = CONTEXT_BYTES + int(FRAGMENTED * (state + activations + buffers))
     return Memory(state, activations, buffers, overhead)
 
@@ -126,15 +128,14 @@ def state_bytes(
 
         bytes per parameter    fp32    16 bit    cut from stage
         parameters                4         2    3
-        gradients                 4         2    2    (and 4 in bf16 at stage 1, never cut)
+        gradients                 4         4    2    (their sum; in 16 bits at stage 1 2 more)
         optimizer                12        12    1    (AdamW: fp32 master, two moments)
 
-    In bf16 at stage 1 DeepSpeed accumulates gradients in fp32, in a buffer that is never cut.
     With offload the optimizer's part is in the memory of the host.
     """
-    param, grad = (4, 4) if precision == "fp32" else (2, 2)
-    if precision == "bf16" and zero_stage == 1:
-        grad += 4
+    param, grad = (4, 4) if precision == "fp32" else (2, 4)
+    if precision != "fp32" and zero_stage == 1:
+        grad += 2
     whole, sharded = {1: (param + grad, 0), 2: (param, grad), 3: (0, param + grad)}[zero_stage]
     needed = OptimizerBytes(0.0) if offload else optimizer
     cut = num_params * sharded + round(num_params * needed.per_param)
@@ -272,20 +273,29 @@ def head_bytes(config: ModelConfig, micro_batch: int) -> int:
     return num_heads * config.num_classes * (16 * micro_batch + 8 * inputs) + of_patches
 
 
-def buffer_bytes(num_params: int, zero_stage: int, precision: str, reduce_precision: str) -> int:
-    """Bytes of DeepSpeed's own buffers, in the precision of the model but for a copy.
+def buffer_bytes(
+    num_params: int, zero_stage: int, precision: str, reduce_precision: str, *, offload: bool = False
+) -> int:
+    """Bytes of DeepSpeed's own buffers beside the activations.
 
-        gradients to be reduced    a bucket; none in bf16 at stage 1, which reduces after the
-                                   backward pass, when the activations are gone
-        their copy in fp32         of what is in the bucket, if they are reduced so
-        gathered parameters        at stage 3, as many as it leaves gathered
+        gradients to be reduced    a bucket: in fp32 at stage 1, in the run's precision at stage
+                                   2, in that of the reduction at stage 3
+        their copy                 for the reduction, if it is in another precision, and always
+                                   at stage 3
+        gathered parameters        at stage 3, those that it leaves gathered
+
+    In bf16 at stage 1 without offload, gradients are reduced after the backward pass, when the
+    activations are gone. So it is elsewhere with a bucket that is never full, and its copy.
 
     Sources: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py, stage3.py and config.py.
     """
-    bucket = 0 if precision == "bf16" and zero_stage == 1 else REDUCE_BUCKET
-    copied = min(num_params, bucket) if reduce_precision != precision else 0
-    gathered = min(num_params, MAX_LIVE_PARAMETERS) if zero_stage == 3 else 0
-    return (bucket + gathered) * (4 if precision == "fp32" else 2) + 4 * copied
+    if zero_stage == 1 and precision == "bf16" and not offload:
+        return 0
+    size, reduced = (4 if each == "fp32" else 2 for each in (precision, reduce_precision))
+    bucket = {1: 4, 2: size, 3: reduced}[zero_stage]
+    copied = REDUCE_BUCKET if num_params > REDUCE_BUCKET and (reduced != bucket or zero_stage == 3) else 0
+    gathered = min(num_params, MAX_REUSE_DISTANCE // 2) if zero_stage == 3 else 0
+    return bucket * REDUCE_BUCKET + reduced * copied + size * gathered
 
 
 def micro_batches(per_rank: int, *, pairs: bool) -> list[int]:

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "metrics.jsonl"
 NON_FINITE = ("nan", "inf", "-inf")
 NO_EXPECTATIONS = ExpectConfig()
-HASHES = ("data/digest",)  # in metrics.jsonl only: a curve of them means nothing
+DIGEST = "data/digest"
+HASHES = (DIGEST,)  # in metrics.jsonl only: a curve of them means nothing
 # TensorBoard sorts groups by name and opens the first two. There, their names are numbered.
 GROUPS = ("train", "eval", "data", "perf", "time", "checkpoint", "goodput", "run", "loader", "learned")
 # The numbers that the console shows, if a step has them: name, label, format.
@@ -54,8 +55,8 @@ class MetricsWriter:
 
     resume_step: the step of the checkpoint that training continues from, 0 for a fresh start.
     Rows that an earlier process wrote past it are dropped, and so is a last row torn by a kill,
-    so that each step appears once.
-    compares: say whether the first step that is done again has the loss of the dropped row.
+    so that each step appears once. If the first step that is done again reads the same data, a
+    line says whether it has the loss of the dropped row.
     judge: the number of an evaluation by which steps are compared (best_of); "" = none.
     expect: when the verdict on one of its metrics changes, a line says so.
     """
@@ -67,15 +68,14 @@ class MetricsWriter:
         resume_step: int,
         total_steps: int,
         tensorboard: bool = True,
-        compares: bool = True,
         judge: str = "",
         expect: ExpectConfig = NO_EXPECTATIONS,
     ) -> None:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         dropped = trim_metrics(folder / FILE_NAME, resume_step)
-        # By step: the losses of rows that this process will write again.
-        self._before = {row["step"]: row["train/loss"] for row in dropped if "train/loss" in row and compares}
+        # By step: rows that this process will write again.
+        self._before = {row["step"]: row for row in dropped if "train/loss" in row}
         self._path = folder / FILE_NAME
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = _open_tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
@@ -106,7 +106,7 @@ class MetricsWriter:
                     self._tensorboard.add_scalar(tensorboard_tag(name), value, step)
             self._tensorboard.flush()
         if step in self._before and "train/loss" in numbers:
-            self._compare(step, numbers["train/loss"])
+            self._compare(step, numbers)
         self._evaluations |= dict.fromkeys(name for name in numbers if name.startswith("eval/"))
         self._show(step, numbers)
         for sentence in self._expectations.add(step, numbers):
@@ -171,9 +171,12 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _compare(self, step: int, loss: float) -> None:
+    def _compare(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Say once whether the first repeated step has the loss that it had before."""
-        before, self._before = self._before[step], {}
+        row, self._before = self._before[step], {}
+        before, loss = row["train/loss"], numbers["train/loss"]
+        if row.get(DIGEST) != numbers.get(DIGEST):
+            return  # a roll-back has passed over these data, or a kill made the run forget that it had
         if loss == before or (math.isnan(loss) and math.isnan(before)):
             logger.info("step %d was done before, with the same loss", step)
         else:

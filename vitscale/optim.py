@@ -176,8 +176,8 @@ def build_optimizer(
     matrices = block_kernels(model) if config.name == "muon" else ()
     groups = parameter_groups(model, config.weight_decay, config.layer_decay, matrices)
     if config.name == "sgd":
-        # With 0 torch keeps no buffer, which checkpoints hold. The least number leaves it the
-        # gradient, bit for bit.
+        # With momentum 0 torch keeps no buffer, and checkpoints need one. So small a momentum
+        # adds nothing to a gradient.
         momentum = config.momentum or torch.finfo(torch.float32).tiny
         return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, fused=True)
     if config.name == "adafactor":

@@ -86,7 +86,7 @@ def started(job: Job, tasks: Tasks, rolled_back: Progress | None = None) -> Iter
         progress.pass_over(rolled_back)
     with (
         contextlib.closing(engine),
-        open_metrics(job, progress, same_data=not rolled_back) as metrics,
+        open_metrics(job, progress) as metrics,
         contextlib.closing(open_stream(job, progress)) as stream,
         Saver(home, config.checkpoint, passed_over, metrics.best_of) as saver,
     ):
@@ -204,17 +204,14 @@ def _open_backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedMod
 def open_tasks(job: Job) -> Tasks:
     config, tasks = job.config, {}
     for name, section in config.evals.items():
-        if section.num_workers < 0:
-            section = dataclasses.replace(section, num_workers=config.engine.num_workers)
+        num_workers = section.resolved_num_workers(config.engine.num_workers)
+        section = dataclasses.replace(section, num_workers=num_workers)
         tasks[name] = open_task(name, section, config.model.image_size, job.sources[0], config.loss)
     return tasks
 
 
-def open_metrics(job: Job, progress: Progress, *, same_data: bool) -> MetricsWriter | SilentWriter:
-    """On rank 0 a writer, after dropping the rows past `progress`; on other ranks a silent one.
-
-    same_data: the steps that are done again read what they read before.
-    """
+def open_metrics(job: Job, progress: Progress) -> MetricsWriter | SilentWriter:
+    """On rank 0 a writer, without the rows past `progress`; on other ranks a silent one."""
     config = job.config
     if not distributed.is_main():
         return SilentWriter()
@@ -226,7 +223,6 @@ def open_metrics(job: Job, progress: Progress, *, same_data: bool) -> MetricsWri
         total_steps=job.total_steps,
         tensorboard=config.log.tensorboard,
         expect=config.expect,
-        compares=same_data,
         judge=config.checkpoint.keep_best,
     )
 

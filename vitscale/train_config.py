@@ -250,6 +250,12 @@ class TrainConfig:
         self._check_validation()
         self._check_judge()
         self._check_muon()
+        reduced = self.engine.reduce_precision
+        if reduced not in ("fp32", self.precision):
+            raise ConfigError(
+                f'engine.reduce_precision = "{reduced}" does not fit precision = "{self.precision}"; '
+                + ('use "fp32"' if self.precision == "fp32" else f'use "fp32" or "{self.precision}"')
+            )
 
     def _check_muon(self) -> None:
         if self.optim.name != "muon":

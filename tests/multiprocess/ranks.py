@@ -188,7 +188,7 @@ class HasTimm:
 class HasFp16:
     """DeepSpeed trains in fp16, which it refuses on a CPU without instructions for it.
 
-    Torch computes in fp16 there as well, if slowly. And then other events.
+    Torch computes in fp16 there as well, if slowly. events: armed after it.
     """
 
     events: tuple[Event, ...] = ()

@@ -1,4 +1,4 @@
-"""One step in bf16 on several ranks: how exact its mean gradient is, and what is sent."""
+"""Steps in 16 bits on several ranks: how exact the mean gradient is, and what is sent."""
 
 import json
 from collections import Counter
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from multiprocess.ranks import HasFp16
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vitscale import distributed
 from vitscale.engine.batches import plan_batches
-from vitscale.engine.ds_config import EngineConfig
-from vitscale.engine.engine import Engine
+from vitscale.engine.ds_config import EngineConfig, Precision
+from vitscale.engine.engine import DTYPES, Engine
 from vitscale.models import Model, build_model
 from vitscale.models.vit_config import ViTConfig
 from vitscale.optim import OptimConfig
@@ -23,27 +24,29 @@ NUM_PARAMS = 41_146
 # The first step of SGD at a rate of 1 subtracts the gradient.
 OPTIM = OptimConfig(name="sgd", lr=1.0, clip_norm=0.0)
 MICRO_BATCH = 4
+LOSS_SCALE = 2.0**16  # with which fp16 begins; it changes no bit of what bf16 rounds
 # How often what a collective is given crosses a GPU's link, times (n - 1) / n.
 CROSSINGS = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
 
 
-def measure(folder: Path, accumulation: int, engines: Mapping[str, dict[str, Any]]) -> None:
-    """One step of every engine, by name; NAME.json gets the error of its gradient and elements.
+def measure(
+    folder: Path, precision: Precision, accumulation: int, engines: Mapping[str, dict[str, Any]]
+) -> None:
+    """Steps of every engine, by name; NAME.json gets the error of its gradient, and elements.
 
-    The error is relative to the norm of the exact mean. The elements are counted by precision,
-    as in formulas.Communication.
+    The error is that of the first step, relative to the norm of the exact mean. The elements
+    are those that the second sends, by precision, as in formulas.Communication.
     """
+    HasFp16().arm()
     distributed.initialize()
     sent = count_collectives()
     world_size = distributed.world_size()
     plan = plan_batches(world_size * accumulation * MICRO_BATCH, MICRO_BATCH, world_size)
-    exact = mean_gradient(world_size, accumulation)
+    exact = mean_gradient(precision, world_size, accumulation)
     for name, options in engines.items():
-        engine = Engine(made(), OPTIM, EngineConfig(**options), plan, "bf16")
+        engine = Engine(made(), OPTIM, EngineConfig(**options), plan, precision)
         before = {param: master.clone() for param, master in engine.owned()["fp32"].items()}
-        sent.clear()
         step(engine, accumulation)
-        num_sent = dict(sent)
         after, squares = engine.owned()["fp32"], [0.0, 0.0]
         for fragment in engine.fragments():
             moved = before[fragment.name] - after[fragment.name]
@@ -51,15 +54,17 @@ def measure(folder: Path, accumulation: int, engines: Mapping[str, dict[str, Any
             squares[0] += (moved.double() - expected).square().sum().item()
             squares[1] += expected.square().sum().item()
         error, whole = distributed.all_reduce_sum(squares)
+        sent.clear()
+        step(engine, accumulation)
         if distributed.is_main():
-            (folder / f"{name}.json").write_text(json.dumps([(error / whole) ** 0.5, num_sent]))
+            (folder / f"{name}.json").write_text(json.dumps([(error / whole) ** 0.5, sent]))
         engine.close()
 
 
 def made() -> Model:
     model = build_model(MODEL, 1)
     with torch.no_grad():  # a head of zeros would hide what is behind it
-        model.head.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+        model.head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
     return model
 
 
@@ -69,17 +74,19 @@ def micro_batch(rank: int, micro_step: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, 10, (MICRO_BATCH,), generator=generator)
 
 
-def mean_gradient(world_size: int, accumulation: int) -> dict[str, Tensor]:
-    """Of the gradients that plain PyTorch has in bf16 for each micro batch, summed in fp64."""
+def mean_gradient(precision: Precision, world_size: int, accumulation: int) -> dict[str, Tensor]:
+    """Of the gradients that plain PyTorch has for each micro batch, summed in fp64."""
+    dtype = DTYPES[precision]
     total: dict[str, Tensor] = {}
     for rank in range(world_size):
         for micro_step in range(accumulation):
-            model = made().to(torch.bfloat16)
+            model = made().to(dtype)
             images, labels = micro_batch(rank, micro_step)
-            (cross_entropy(model(images.bfloat16()).float(), labels) / accumulation).backward()
+            loss = cross_entropy(model(images.to(dtype)).float(), labels)
+            (LOSS_SCALE / accumulation * loss).backward()
             for name, param in model.named_parameters():
                 assert param.grad is not None
-                total[name] = total.get(name, 0) + param.grad.double() / world_size
+                total[name] = total.get(name, 0) + param.grad.double() / LOSS_SCALE / world_size
     return total
 
 

@@ -42,6 +42,18 @@ def measure(config: Path, overrides: Sequence[str], out: Path) -> None:
     Path(f"{out}-{distributed.rank()}.json").write_text(json.dumps([model_bytes, held.peak]))
 
 
+def note_programs(config: Path, out: Path) -> None:
+    """Start a run; OUT gets the other programs that were started meanwhile."""
+    programs: list[str] = []
+    sys.addaudithook(
+        lambda event, values: programs.append(str(values[0])) if event == "subprocess.Popen" else None
+    )
+    distributed.initialize()
+    job = prepare(configs.load(TrainConfig, [config]), distributed.world_size())
+    start.start(job, Home.of(job.config.run_dir, job.config.checkpoint))
+    out.write_text(json.dumps(programs))
+
+
 def count_reads(config: Path, overrides: Sequence[str], out: Path) -> None:
     """Start a run; OUT-RANK.json gets how often the rank read values of a checkpoint."""
     distributed.initialize()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from multiprocess.job import Job
 from multiprocess.ranks import Stop
-from multiprocess.starts import check_values, count_reads, measure
+from multiprocess.starts import check_values, count_reads, measure, note_programs
 from multiprocess.zygote import Zygote
 
 # 12 blocks, so that a tensor is small beside the model. DeepSpeed keeps small parameters whole,
@@ -46,6 +46,12 @@ def test_a_new_run_starts_in_the_memory_of_what_it_keeps(
     job = Job(tmp_path, index)
     overrides = (f"engine.zero_stage={stage}", f"precision={precision}")
     assert start_peak(zygote, job, world_size, *overrides) < most
+
+
+def test_a_start_asks_no_compiler(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job, out = Job(tmp_path, index), tmp_path / "programs"
+    assert zygote.run(1, note_programs, job.config, out, log=job.log) == [0], job.output()
+    assert json.loads(out.read_text()) == []
 
 
 def test_a_resumed_and_a_fine_tuned_run_never_have_the_whole_model(

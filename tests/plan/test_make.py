@@ -275,7 +275,7 @@ def test_where_communication_is_slow_the_plan_says_what_sends_less(precision: st
     of_run, rounded = f"precision={precision}", f"engine.reduce_precision={precision}"
     shown = " ".join(render(plan(load(H14, of_run), 128)).split())
     assert "communication is 23% of a step: fewer GPUs or a larger global_batch waste less" in shown
-    assert f"half the bytes of gradients go, less exactly, with {rounded}" in shown
+    assert f"waste less; {rounded} halves the bytes of gradients, inexactly" in shown
     shown = " ".join(render(plan(load(H14, of_run, rounded), 128)).split())
     assert "communication is 16% of a step: fewer GPUs or a larger global_batch waste less" in shown
     assert "reduce_precision" not in shown

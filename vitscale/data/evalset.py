@@ -27,6 +27,7 @@ from vitscale.image_size import ImageSize, sides
 
 logger = logging.getLogger(__name__)
 Crop = Literal["resize", "center"]
+PREFETCHED_BATCHES = 2  # that each data worker holds ready
 
 
 class EvaluationSet:
@@ -92,12 +93,14 @@ class EvaluationSet:
         Raises DataError at a sample that cannot be used, unless it is of a validation split.
         """
         parts = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
+        num_workers = min(self.num_workers, len(parts))
         loader = DataLoader(
             dataclasses.replace(self._views, num_classes=num_classes),
             batch_size=None,
             sampler=parts,
-            num_workers=min(self.num_workers, len(parts)),
-            pin_memory=torch.cuda.is_available(),
+            num_workers=num_workers,
+            prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
+            pin_memory=distributed.device().type == "cuda",
             worker_init_fn=prepare_worker,
         )
         with processes.kill_at_exit():

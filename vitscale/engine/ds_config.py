@@ -85,11 +85,6 @@ def make_ds_config(
             "parameters make torch.compile give up on each block in silence; use stage 1 or 2, or "
             "compile = false"
         )
-    if config.reduce_precision not in ("fp32", precision):
-        raise ConfigError(
-            f'engine.reduce_precision = "{config.reduce_precision}" does not fit precision = "{precision}": '
-            'use "fp32"' + (f' or "{precision}"' if precision != "fp32" else "")
-        )
     zero = config.deepspeed_extra.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):
         if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
@@ -113,16 +108,22 @@ def make_ds_config(
             "memory_efficient_linear": False,
         },
     }
+    if config.zero_stage < 3:
+        # True would divide by the number of ranks in the run's precision, and then sum. All
+        # gradients are sent to all ranks either way.
+        derived["zero_optimization"]["reduce_scatter"] = False
     if config.offload_optimizer:
         derived["zero_optimization"]["offload_optimizer"] = {
             "device": "cpu",
             "pin_memory": torch.cuda.is_available(),
         }
         derived["zero_force_ds_cpu_optimizer"] = False  # keep torch's optimizer, for the same results
+    if precision != "fp32":
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
     if precision == "bf16":
-        derived |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        derived["bf16"] = {"enabled": True}
     if precision == "fp16":
-        derived |= {"fp16": {"enabled": True, "initial_scale_power": 16}}
+        derived["fp16"] = {"enabled": True, "initial_scale_power": 16}
     return _with_extra(derived, config.deepspeed_extra, "engine.deepspeed_extra")
 
 

@@ -36,8 +36,8 @@ def set_up() -> None:
     if distributed.device().type == "cpu":
         # DeepSpeed's shared-memory kernel is for inference, yet it is compiled at start,
         # which takes 30 s and a compiler, and leaves 66 MB per rank in /dev/shm. Training
-        # on CPU communicates through gloo. Without the list of what could be compiled, which
-        # it makes with a compiler when it is first read, nothing is.
+        # on CPU communicates through gloo. DeepSpeed asks a compiler what it could build when
+        # this list is first read; an empty list asks nothing, and nothing is built.
         ops: Any = deepspeed.ops
         ops.__compatible_ops__ = {}
     deepspeed.init_distributed(verbose=False)

@@ -43,6 +43,10 @@ class TaskConfig:
     batch_size: int = 256
     num_workers: int = -1
 
+    def resolved_num_workers(self, of_training: int) -> int:
+        """of_training: engine.num_workers, or 0 by hand."""
+        return of_training if self.num_workers < 0 else self.num_workers
+
     def check(self, where: str) -> None:
         """Raise ConfigError for a value that does not fit. where: the section's dotted name."""
         self.check_test(where)
@@ -117,7 +121,10 @@ def within_memory(task: Task, run: Callable[[], T], where: str = "") -> T:
 def open_shards(pattern: str, config: TaskConfig, image_size: ImageSize) -> EvaluationSet:
     """The samples of `pattern`, decoded by `config`. Raises DataError for missing shards."""
     return EvaluationSet.open(
-        pattern, image_size=image_size, crop=config.crop, num_workers=max(0, config.num_workers)
+        pattern,
+        image_size=image_size,
+        crop=config.crop,
+        num_workers=config.resolved_num_workers(0),
     )
 
 
@@ -127,6 +134,6 @@ def open_split(source: Source, config: TaskConfig, image_size: ImageSize) -> Eva
         source.index,
         image_size=image_size,
         crop=config.crop,
-        num_workers=max(0, config.num_workers),
+        num_workers=config.resolved_num_workers(0),
         source=source,
     )

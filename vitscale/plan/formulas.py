@@ -7,7 +7,7 @@ constant above it. Bytes are counted in 10^9 (GB), and N is the number of parame
 import dataclasses
 import math
 
-from vitscale.memory import MAX_LIVE_PARAMETERS, REDUCE_BUCKET
+from vitscale.memory import MAX_REUSE_DISTANCE, REDUCE_BUCKET
 
 # What a training step computes, in units of the forward pass: 3 without recomputation. The
 # matmuls that selective recomputation keeps are nearly all of it; full recomputation does the
@@ -52,22 +52,23 @@ class Communication:
 
 
 def communication(num_params: int, zero_stage: int, accumulation: int) -> Communication:
-    """What DeepSpeed 0.19 sends, for a micro steps.
+    """What DeepSpeed 0.19 sends, for a = accumulation micro steps.
 
                    gradients  weights
         stage 1    2 N        N            every rank gets all gradients, at the end of a step
         stage 2    2 N a      N            the same in each micro step
-        stage 3    N a        N (a + 1)    gradients to their owner alone; weights are gathered
-                                           once in each micro step, and once more
-                              2 N a        above MAX_LIVE_PARAMETERS, for each pass
+        stage 3    N a        (N + R) a    gradients to their owner alone; weights are gathered
+                                           for the forward pass, and R again for the backward
+
+    R is N but for the last 5e8, which the backward pass needs within MAX_REUSE_DISTANCE.
 
     ZeRO's paper (arXiv 1910.02054, section 7) has N gradients where this has 2 N; DeepSpeed
     takes all-reduces for stages 1 and 2 (use_multi_rank_bucket_allreduce).
     """
     if zero_stage < 3:
         return Communication(2 * num_params * (accumulation if zero_stage == 2 else 1), num_params)
-    gathers = accumulation + 1 if num_params <= MAX_LIVE_PARAMETERS else 2 * accumulation
-    return Communication(num_params * accumulation, num_params * gathers)
+    again = max(0, num_params - MAX_REUSE_DISTANCE // 2)
+    return Communication(num_params * accumulation, (num_params + again) * accumulation)
 
 
 def communication_seconds(

@@ -146,8 +146,7 @@ def _advice(plan: Plan, best: Option, saving: Saving) -> list[Line]:
     if share > SLOW_SHARE:
         text = f"communication is {share:.0%} of a step: fewer GPUs or a larger global_batch waste less"
         if config.engine.reduce_precision != config.precision:
-            cheaper = f"engine.reduce_precision={config.precision}"
-            text += f", and half the bytes of gradients go, less exactly, with {cheaper}"
+            text += f"; engine.reduce_precision={config.precision} halves the bytes of gradients, inexactly"
         lines.append(("batch", text))
     if best.loader_bound:
         cores = _counted(plan.cluster.cores_per_node, "core")

@@ -21,6 +21,7 @@ from vitscale import config as configs
 from vitscale import distributed, memory
 from vitscale.checkpoint import room
 from vitscale.checkpoint.store import Home
+from vitscale.data.evalset import PREFETCHED_BATCHES
 from vitscale.data.loader import PREFETCHED_STEPS
 from vitscale.data.sources import check_sources, open_sources
 from vitscale.errors import UserError
@@ -94,7 +95,7 @@ def _own(paths: Sequence[str], overrides: Sequence[str], world_size: int) -> tup
         errors=tuple(errors),
         cores=distributed.num_cores(),
         shm_free=shutil.disk_usage(SHM).free if os.path.isdir(SHM) else 0,
-        shm_needed=_shm_needed(config, world_size) if config else 0,
+        shm_needed=shm_bytes(config, world_size) if config else 0,
         open_files=hard if hard != resource.RLIM_INFINITY else -1,
         gpus=_gpus(),
     )
@@ -125,12 +126,18 @@ def _gpus() -> tuple[str, ...]:
     return tuple(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
 
 
-def _shm_needed(config: TrainConfig, world_size: int) -> int:
-    """Bytes of the batches that the data workers of one process hold ready for it, at most."""
-    if not config.engine.num_workers:
-        return 0
-    image_bytes = 3 * math.prod(sides(config.model.image_size))
-    return (PREFETCHED_STEPS + 1) * (config.global_batch // world_size) * image_bytes
+def shm_bytes(config: TrainConfig, world_size: int) -> int:
+    """Bytes of the batches that the data workers of one process hold ready for it, at most.
+
+    Those of training stay while an evaluation has its own.
+    """
+    image_bytes, of_training = 3 * math.prod(sides(config.model.image_size)), config.engine.num_workers
+    steps = PREFETCHED_STEPS + 1 if of_training else 0
+    evaluations = [
+        PREFETCHED_BATCHES * section.resolved_num_workers(of_training) * section.batch_size
+        for section in config.evals.values()
+    ]
+    return (steps * (config.global_batch // world_size) + max(evaluations, default=0)) * image_bytes
 
 
 @dataclasses.dataclass(frozen=True)
