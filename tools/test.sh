@@ -33,6 +33,6 @@ if [ $# -eq 0 ]; then
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/pyright vitscale
-    set -- -n 2 --dist loadfile --no-loadscope-reorder  # most tests keep one core busy
+    set -- -n 4 --dist loadfile --no-loadscope-reorder  # two cores: many tests wait most of the time
 fi
 exec .venv/bin/python -m pytest "$@"
