@@ -89,7 +89,7 @@ def main(descriptor: int) -> None:
     for module in IMPORTS:
         importlib.import_module(module)
     torch.set_num_threads(1)
-    # Ranks wait for one another many times in a step, and each time for whatever computes beside
+    # Ranks wait for one another many times in a step, and each time for what computes beside
     # them: with two busy cores, a run takes five times as long without priority.
     with contextlib.suppress(PermissionError):
         os.nice(-10)
