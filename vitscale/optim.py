@@ -178,7 +178,7 @@ def build_optimizer(
     if config.name == "sgd":
         # With momentum 0 torch keeps no buffer, and checkpoints need one. So small a momentum
         # adds nothing to a gradient.
-        momentum = config.momentum or torch.finfo(torch.float32).tiny
+        momentum = config.momentum or 1e-20
         return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, fused=True)
     if config.name == "adafactor":
         return Adafactor(groups, lr=config.lr, momentum=config.momentum, decay_limit=config.betas[1])
