@@ -33,6 +33,6 @@ if [ $# -eq 0 ]; then
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/pyright vitscale
-    set -- -n 4 --dist loadfile --no-loadscope-reorder  # two cores: many tests wait most of the time
+    set -- -n 3 --dist loadfile --no-loadscope-reorder  # many tests wait for something most of the time
 fi
 exec .venv/bin/python -m pytest "$@"

@@ -69,7 +69,8 @@ def test_the_json_follows_from_the_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "tables"), [("fp32", set()), ("bf16", {"bf16", "data_types"}), ("fp16", {"fp16"})]
+    ("precision", "tables"),
+    [("fp32", set()), ("bf16", {"bf16", "data_types"}), ("fp16", {"fp16", "data_types"})],
 )
 def test_each_precision_has_its_own_tables(precision: Precision, tables: set[str]) -> None:
     config = make_ds_config(EngineConfig(), plan_batches(8, 0, 1), precision, 0.0)

@@ -25,7 +25,7 @@ def test_hosts_that_fit_and_hosts_that_do_not(tmp_path: Path, index: Path, hosts
     assert [line.split()[0] for line in table] == ["host", "node1", "node2", "ok:"]
     assert all("B/s" in line for line in table[1:3]), table
     print(f"{time.monotonic() - began:.1f} s")
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 30  # 15 where nothing runs beside it
     assert not job.run_dir.exists()  # it leaves nothing
 
     # node2 gets another config, another index, another torch and a run_dir of its own.
