@@ -62,8 +62,8 @@ def communication(num_params: int, zero_stage: int, accumulation: int) -> Commun
 
     R is N but for the last 5e8, which the backward pass needs within MAX_REUSE_DISTANCE.
 
-    ZeRO's paper (arXiv 1910.02054, section 7) has N gradients where this has 2 N; DeepSpeed
-    takes all-reduces for stages 1 and 2 (use_multi_rank_bucket_allreduce).
+    ZeRO's paper (arXiv 1910.02054, section 7) has N gradients where this has 2 N: at stages 1
+    and 2 DeepSpeed takes all-reduces (runtime/zero/stage_1_and_2.py, runtime/engine.py).
     """
     if zero_stage < 3:
         return Communication(2 * num_params * (accumulation if zero_stage == 2 else 1), num_params)
