@@ -33,6 +33,6 @@ if [ $# -eq 0 ]; then
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/pyright vitscale
-    set -- -n 3 --dist loadfile --no-loadscope-reorder  # many tests wait for something most of the time
+    set -- -n 2 --dist loadfile --no-loadscope-reorder  # most tests keep one core busy
 fi
 exec .venv/bin/python -m pytest "$@"
