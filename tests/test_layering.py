@@ -19,7 +19,7 @@ LAYERS = [
     ["metrics", "spikes", "engine", "evals", "objectives", "curate"],
     ["checkpoint", "health", "memory"],
     ["weights", "train_config"],
-    ["job", "plan", "teacher"],
+    ["job", "plan", "teacher", "shared_memory"],
     ["meter", "evaluate", "cooldown", "history", "profiler", "inspection"],
     ["run_dir"],
     ["start", "dry_run", "preflight", "restarts", "report"],

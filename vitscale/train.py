@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vitscale import config as configs
-from vitscale import distributed, history, processes
+from vitscale import distributed, history, processes, shared_memory
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.store import step_of
 from vitscale.ending import Ending
@@ -59,6 +59,7 @@ def train(config: TrainConfig, began: float | None = None) -> int:
     try:
         job = prepare(config, distributed.world_size())
         tasks = distributed.together(lambda: open_tasks(job))
+        distributed.together(lambda: shared_memory.check(config))
     except UserError as error:
         message = str(error)
         distributed.on_main(lambda: note_refusal(config.run_dir, message))

@@ -51,6 +51,20 @@ def test_a_node_that_does_not_share_the_run_directory_is_refused(tmp_path: Path,
     assert job.output().count("error: ") == 1 and not job.rows(), job.output()
 
 
+def test_shared_memory_that_data_workers_would_fill_is_refused(tmp_path: Path, index: Path) -> None:
+    """As in a container, with 1 MB: three steps of 8 images of 128 px are ready at most."""
+    job = Job(tmp_path, index)
+    small = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", small, "sh", sys.executable, PROGRAM]
+    options = ("model.image_size=128", "model.patch_size=32", "total_steps=6", "engine.num_workers=1")
+    rank = job.popen([*command, job.config, *options], {"OMP_NUM_THREADS": 1})
+    assert rank.wait(TIMEOUT_SECONDS) == 2, job.output()
+    said = "/dev/shm has 1.05MB free, and the data workers of 1 processes fill 1.18MB; enlarge it"
+    assert job.output().count(said) == job.output().count("error: ") == 1, job.output()
+    rank = job.popen([*command, job.config, *options[:-1], "engine.num_workers=0"], {"OMP_NUM_THREADS": 1})
+    assert rank.wait(TIMEOUT_SECONDS) == 0, job.output()
+
+
 def test_a_port_that_is_taken_is_named(tmp_path: Path, index: Path) -> None:
     job = Job(tmp_path, index)
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vitscale import open_files
+from vitscale import open_files, shared_memory
 
 CLOCK_SECONDS = 30.0  # stores refuse requests that are signed minutes away from their own time
 
@@ -172,12 +172,8 @@ def _lacking(answer: Answer, facts: Facts, world_size: int) -> list[str]:
             f"{answer.name}: each of {world_size:,} ranks needs {needed:,} open files, and the hard limit "
             f"there is {facts.open_files:,}; raise it (nofile in /etc/security/limits.conf)"
         )
-    if facts.shm_free < answer.slots * facts.shm_needed:
-        found.append(
-            f"{answer.name}: /dev/shm has {size(facts.shm_free)} free, and the data workers of its "
-            f"{answer.slots} processes fill {size(answer.slots * facts.shm_needed)}; enlarge it (docker "
-            "--shm-size, in Kubernetes an emptyDir of medium Memory), or set engine.num_workers = 0"
-        )
+    if sentence := shared_memory.shortage(facts.shm_free, answer.slots, facts.shm_needed):
+        found.append(f"{answer.name}: {sentence}")
     return found
 
 

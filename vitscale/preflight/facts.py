@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import math
 import os
 import platform
 import resource
@@ -18,14 +17,11 @@ from typing import Any
 import xxhash
 
 from vitscale import config as configs
-from vitscale import distributed, memory
+from vitscale import distributed, memory, shared_memory
 from vitscale.checkpoint import room
 from vitscale.checkpoint.store import Home
-from vitscale.data.evalset import PREFETCHED_BATCHES
-from vitscale.data.loader import PREFETCHED_STEPS
 from vitscale.data.sources import check_sources, open_sources
 from vitscale.errors import UserError
-from vitscale.image_size import sides
 from vitscale.job import derive
 from vitscale.preflight import speed
 from vitscale.preflight.compare import Facts
@@ -34,7 +30,6 @@ from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = ".preflight-"
-SHM = "/dev/shm"
 # Every host calls it with a value, and gets those of all hosts; None for one that is gone.
 Gather = Callable[[Any], list[Any]]
 
@@ -94,8 +89,8 @@ def _own(paths: Sequence[str], overrides: Sequence[str], world_size: int) -> tup
         index=index,
         errors=tuple(errors),
         cores=distributed.num_cores(),
-        shm_free=shutil.disk_usage(SHM).free if os.path.isdir(SHM) else 0,
-        shm_needed=shm_bytes(config, world_size) if config else 0,
+        shm_free=shared_memory.free(),
+        shm_needed=shared_memory.needed(config, world_size) if config else 0,
         open_files=hard if hard != resource.RLIM_INFINITY else -1,
         gpus=_gpus(),
     )
@@ -124,20 +119,6 @@ def _gpus() -> tuple[str, ...]:
     import torch
 
     return tuple(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
-
-
-def shm_bytes(config: TrainConfig, world_size: int) -> int:
-    """Bytes of the batches that the data workers of one process hold ready for it, at most.
-
-    Those of training stay while an evaluation has its own.
-    """
-    image_bytes, of_training = 3 * math.prod(sides(config.model.image_size)), config.engine.num_workers
-    steps = PREFETCHED_STEPS + 1 if of_training else 0
-    evaluations = [
-        PREFETCHED_BATCHES * section.resolved_num_workers(of_training) * section.batch_size
-        for section in config.evals.values()
-    ]
-    return (steps * (config.global_batch // world_size) + max(evaluations, default=0)) * image_bytes
 
 
 @dataclasses.dataclass(frozen=True)

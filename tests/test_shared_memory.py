@@ -1,4 +1,4 @@
-"""What a host finds out by itself."""
+"""Room in /dev/shm for what data workers hold ready."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import pytest
 
 from vitscale import config as configs
 from vitscale.data.loader import PREFETCHED_STEPS
-from vitscale.preflight.facts import shm_bytes
+from vitscale.shared_memory import needed
 from vitscale.train_config import TrainConfig
 
-PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "vit_b16_in21k.toml"
+PRETRAIN = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "vit_b16_in21k.toml"
 IMAGE = 3 * 224 * 224
 TRAINING = (PREFETCHED_STEPS + 1) * 512 * IMAGE
 
@@ -35,4 +35,4 @@ TRAINING = (PREFETCHED_STEPS + 1) * 512 * IMAGE
 )
 def test_shared_memory_is_that_of_training_and_of_an_evaluation(overrides: list[str], expected: int) -> None:
     config = configs.load(TrainConfig, [PRETRAIN], ["global_batch=4096", *overrides])
-    assert shm_bytes(config, 8) == expected
+    assert needed(config, 8) == expected

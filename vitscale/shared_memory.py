@@ -1,0 +1,62 @@
+"""Room in /dev/shm, through which data workers hand their batches over.
+
+A container often has 64 MB of it. What a worker cannot write there never arrives, and training
+would wait for it.
+"""
+
+import math
+import os
+import shutil
+import socket
+
+from vitscale import distributed
+from vitscale.data.evalset import PREFETCHED_BATCHES
+from vitscale.data.loader import PREFETCHED_STEPS
+from vitscale.errors import ConfigError
+from vitscale.image_size import sides
+from vitscale.storage import size_text
+from vitscale.train_config import TrainConfig
+
+FOLDER = "/dev/shm"
+
+
+def needed(config: TrainConfig, world_size: int) -> int:
+    """Bytes of the batches that the data workers of one process hold ready for it, at most.
+
+    Those of training stay while an evaluation has its own.
+    """
+    image_bytes, of_training = 3 * math.prod(sides(config.model.image_size)), config.engine.num_workers
+    steps = PREFETCHED_STEPS + 1 if of_training else 0
+    evaluations = [
+        PREFETCHED_BATCHES * section.resolved_num_workers(of_training) * section.batch_size
+        for section in config.evals.values()
+    ]
+    return (steps * (config.global_batch // world_size) + max(evaluations, default=0)) * image_bytes
+
+
+def free() -> int:
+    """Bytes; 0 where there is no such folder."""
+    return shutil.disk_usage(FOLDER).free if os.path.isdir(FOLDER) else 0
+
+
+def shortage(available: int, num_processes: int, each: int) -> str:
+    """What to say where so many processes need more than there is; "" = they do not."""
+    if available >= num_processes * each:
+        return ""
+    return (
+        f"{FOLDER} has {size_text(available)} free, and the data workers of {num_processes:,} processes "
+        f"fill {size_text(num_processes * each)}; enlarge it (docker --shm-size, in Kubernetes an emptyDir "
+        "of medium Memory), or set engine.num_workers = 0"
+    )
+
+
+def check(config: TrainConfig) -> None:
+    """Raise ConfigError if the workers of this machine's ranks would run out of it.
+
+    Every rank calls it, and one of each machine looks.
+    """
+    if distributed.local_rank() or not os.path.isdir(FOLDER):
+        return
+    each = needed(config, distributed.world_size())
+    if sentence := shortage(free(), distributed.local_world_size(), each):
+        raise ConfigError(f"{socket.gethostname()}: {sentence}")
