@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from multiprocess.job import Job
 from multiprocess.reduction import NUM_PARAMS, measure
 from multiprocess.zygote import Zygote
 
@@ -77,3 +78,17 @@ def test_a_rank_alone_keeps_what_it_accumulates(tmp_path: Path, zygote: Zygote) 
     found = measured(zygote, tmp_path, "bf16", 1, 4, engines)
     assert found["fp32"][0] < 1e-6
     assert found["bf16"][0] > 1e-3  # DeepSpeed casts there, too
+
+
+def test_losses_in_bf16_are_those_of_any_number_of_ranks(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    """Of 2 and 4, each with a thread for its matmuls; the control reduces in bf16."""
+    jobs = {}
+    for precision in ("fp32", "bf16"):
+        for world_size in (2, 4):
+            job = jobs[precision, world_size] = Job(tmp_path / f"{precision}-{world_size}", index)
+            options = ("precision=bf16", f"engine.reduce_precision={precision}")
+            assert zygote.train(job, world_size, *options) == [0] * world_size, job.output()
+    two, four = (jobs["fp32", world_size].column("train/loss") for world_size in (2, 4))
+    assert two == pytest.approx(four, abs=1e-5)
+    two, four = (jobs["bf16", world_size].column("train/loss") for world_size in (2, 4))
+    assert max(abs(a - b) for a, b in zip(two, four, strict=True)) > 1e-4
