@@ -40,13 +40,13 @@ def free() -> int:
 
 
 def shortage(available: int, num_processes: int, each: int) -> str:
-    """What to say where so many processes need more than there is; "" = they do not."""
+    """What to say where the processes of a machine need more than it has; "" = they do not."""
     if available >= num_processes * each:
         return ""
     return (
-        f"{FOLDER} has {size_text(available)} free, and the data workers of {num_processes:,} processes "
-        f"fill {size_text(num_processes * each)}; enlarge it (docker --shm-size, in Kubernetes an emptyDir "
-        "of medium Memory), or set engine.num_workers = 0"
+        f"{FOLDER} has {size_text(available)} free, and the machine's data workers fill "
+        f"{size_text(num_processes * each)}; enlarge it (docker --shm-size, in Kubernetes an emptyDir of "
+        "medium Memory), or set num_workers = 0 in [engine] and in each [evals.NAME] that has its own"
     )
 
 

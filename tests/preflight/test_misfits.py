@@ -68,7 +68,7 @@ def test_hosts_that_fit_together_have_no_problems() -> None:
         ),
         (
             {"shm_free": 64 << 20},
-            "node3: /dev/shm has 67.1MB free, and the data workers of 8 processes fill 800",
+            "node3: /dev/shm has 67.1MB free, and the machine's data workers fill 800",
         ),
         ({"loopback": True}, "node3: its own name c3 leads to a loopback address"),
         ({"errors": ("the index i is gone",)}, "node3: the index i is gone"),
