@@ -20,7 +20,7 @@ from vitscale.bench.step import Case, Ours, StepBench
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.models.vit_config import ViTConfig
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: all of it is CUDA and NCCL")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, for CUDA and NCCL")
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 LAYOUTS = [
