@@ -153,14 +153,14 @@ def activation_bytes(
         case HybridConfig():
             # The stem's backward pass begins when that of the blocks has ended.
             kept, at_once = _stem_activations(config, micro_batch, precision, checkpointing)
-            return kept + max(at_once, _vit_activations(config, micro_batch, precision, checkpointing))
+            return kept + max(at_once, vit_activation_bytes(config, micro_batch, precision, checkpointing))
         case ViTConfig():
-            return _vit_activations(config, micro_batch, precision, checkpointing)
+            return vit_activation_bytes(config, micro_batch, precision, checkpointing)
         case ResNetConfig():
             return _resnet_activations(config, micro_batch, precision, checkpointing)
 
 
-def _vit_activations(
+def vit_activation_bytes(
     config: ViTConfig, micro_batch: int, precision: str, checkpointing: Checkpointing
 ) -> int:
     """Per token of a block of width D and MLP width M, in 16 bit; fp32 takes twice as much:

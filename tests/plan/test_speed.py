@@ -8,9 +8,10 @@ import pytest
 
 from vitscale import config as configs
 from vitscale.errors import ConfigError
-from vitscale.hardware import GPUS
+from vitscale.hardware import GPUS, Gpu
 from vitscale.image_size import pixels
-from vitscale.models.flops import forward_macs, stem_macs
+from vitscale.memory import activation_bytes
+from vitscale.models.flops import train_flops
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ResNetConfig
@@ -56,27 +57,51 @@ def without(path: Path, tmp_path: Path, *names: str) -> Speed:
 @pytest.mark.parametrize(
     ("variant", "gpu", "expected"),
     [
-        ("Ti/16", H100, 0.12),
-        ("S/16", H200, 0.22),
-        ("B/16", H100, 0.40),
-        ("L/16", H100, 0.45),
-        ("H/14", H100, 0.50),
-        ("G/14", H100, 0.52),
-        ("mu/16", H100, 0.12),  # below the narrowest
-        ("H/14", A100, 0.55),
-        ("M/16", H100, 0.22 + 0.18 * 0.41504),  # log2(512 / 384) = 0.41504 of the way to 768
+        ("Ti/16", H100, 0.1418),
+        ("S/16", H200, 0.2840),
+        ("B/16", H100, 0.3357),
+        ("B/16", H200, 0.4020),
+        ("L/16", H100, 0.3862),
+        ("H/14", H100, 0.4270),
+        ("H/14", A100, 0.5334),
+        ("G/14", H100, 0.4770),
     ],
 )
-def test_guesses_go_by_width(variant: str, gpu: Any, expected: float) -> None:
+def test_guesses_go_by_matmuls_and_memory(variant: str, gpu: Gpu, expected: float) -> None:
     model = ViTConfig(variant=variant)
-    assert Speed().efficiency(model, gpu, compiled=True) == pytest.approx(expected, abs=1e-5)
-    assert Speed().efficiency(model, gpu, compiled=False) == pytest.approx(EAGER * expected, abs=1e-5)
+    assert Speed().efficiency(model, gpu, compiled=True) == pytest.approx(expected, abs=1e-4)
+    assert Speed().efficiency(model, gpu, compiled=False) == pytest.approx(EAGER * expected, abs=1e-4)
+
+
+def test_a_guess_by_hand() -> None:
+    """B/16 on an H100: 105.378 GFLOP at 0.74 * 989 TFLOP/s take 143.99 us, and 10 times the
+    197 * 12 * (16 * 768 + 4 * 3,072) = 58,097,664 bytes at 3.35 TB/s 173.43 us."""
+    expected = 105.378361344 / 989e3 / (143.99e-6 + 173.43e-6)
+    efficiency = Speed().efficiency(ViTConfig(variant="B/16"), H100, compiled=True)
+    assert efficiency == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "batch", "measured", "error"),
+    [
+        ("S/16", 1_024, 10_544.0, -0.04),
+        ("B/16", 512, 3_859.8, -0.03),
+        ("B/16", 256, 3_646.3, 0.02),
+        ("L/16", 256, 1_259.0, -0.05),
+        ("H/14", 256, 452.0, 0.06),
+    ],
+)
+def test_guesses_are_within_6_percent_of_what_was_measured(
+    variant: str, batch: int, measured: float, error: float
+) -> None:
+    """Images/s on one H200. The constants were chosen by these figures."""
+    assert images_per_second(Speed(), variant, batch) / measured - 1 == pytest.approx(error, abs=0.006)
 
 
 def test_resnets_have_guesses_of_their_own_which_measured_vits_leave_alone() -> None:
-    for variant, expected in (("R50x1", 0.08), ("R152x2", 0.14), ("R101x3", 0.18), ("R152x4", 0.22)):
+    for variant, expected in (("R50x1", 0.079), ("R50x2", 0.141), ("R101x3", 0.228), ("R152x4", 0.282)):
         efficiency = Speed().efficiency(ResNetConfig(variant=variant), H100, compiled=True)
-        assert efficiency == pytest.approx(expected, abs=1e-5)
+        assert efficiency == pytest.approx(expected, abs=1e-3)
     config = configs.load(
         TrainConfig, [ROOT / "configs/pretrain/bit_r50x1_jft.toml"], ["engine.compile=true"]
     )
@@ -85,17 +110,22 @@ def test_resnets_have_guesses_of_their_own_which_measured_vits_leave_alone() -> 
     )
     assert calibrated.options == guessed.options and guessed.best is not None
     assert "R50x1 at 224 px on 8 x H200" in render(calibrated)
-    assert "a guess: 8.0% of the peak" in render(calibrated)
+    assert "a guess: 10.8% of the peak" in render(calibrated)
 
 
 def test_a_hybrid_takes_the_time_of_its_parts() -> None:
-    model = HybridConfig(variant="R50+B/32")
-    share = stem_macs(model) / forward_macs(model)
-    assert 0.45 < share < 0.5
-    expected = 1 / (share / 0.08 + (1 - share) / 0.40)
-    assert Speed().efficiency(model, H100, compiled=True) == pytest.approx(expected, abs=1e-5)
-    root_only = Speed().efficiency(HybridConfig(variant="R+Ti/16"), H100, compiled=True)
-    assert 0.08 < root_only < 0.12
+    """Its stem moves as much memory as a ResNet for what it keeps, and its blocks as a ViT."""
+    hybrid, vit = HybridConfig(variant="R50+B/32"), ViTConfig(variant="B/16")
+    assert hybrid.num_tokens == 50 and hybrid.resolved_depth == vit.resolved_depth
+    of_blocks = 58_097_664 * 50 // 197  # of B/16, above
+    of_stem = (
+        activation_bytes(hybrid, 2, "bf16", "none") - activation_bytes(hybrid, 1, "bf16", "none") - of_blocks
+    )
+    assert of_stem > of_blocks
+    flops = train_flops(hybrid)
+    seconds = flops / (0.74 * 989e12) + (10 * of_blocks + 24 * of_stem) / 3.35e12
+    efficiency = Speed().efficiency(hybrid, H100, compiled=True)
+    assert efficiency == pytest.approx(flops / 989e12 / seconds, rel=1e-5)
 
 
 def test_measured_hybrids_are_read(tmp_path: Path) -> None:
@@ -155,20 +185,20 @@ def test_another_micro_batch_is_predicted_within_6_percent() -> None:
 
 
 def test_a_model_between_two_that_were_measured_is_predicted_within_15_percent(tmp_path: Path) -> None:
-    """B/16 from S/16 and H/14: 5% more than the 3,860 images/s that were measured."""
+    """B/16 from S/16 and H/14: 5% less than the 3,860 images/s that were measured."""
     planned = images_per_second(without(SUITE, tmp_path, "B/16"), "B/16", 512)
-    assert planned / 3_859.8 - 1 == pytest.approx(0.054, abs=0.003)
+    assert planned / 3_859.8 - 1 == pytest.approx(-0.054, abs=0.003)
 
 
 @pytest.mark.parametrize(
-    ("variant", "batch", "measured", "error"), [("H/14", 128, 438.6, 0.14), ("S/16", 1024, 10_544.0, -0.23)]
+    ("variant", "batch", "measured", "error"), [("H/14", 128, 438.6, 0.11), ("S/16", 1024, 10_544.0, -0.01)]
 )
-def test_a_model_beyond_those_that_were_measured_is_predicted_less_well(
+def test_a_model_beyond_those_that_were_measured_is_predicted_within_15_percent(
     variant: str, batch: int, measured: float, error: float, tmp_path: Path
 ) -> None:
     """From the nearest of the others, by the guesses of both."""
     planned = images_per_second(without(SUITE, tmp_path, variant), variant, batch)
-    assert planned / measured - 1 == pytest.approx(error, abs=0.012)
+    assert planned / measured - 1 == pytest.approx(error, abs=0.006)
 
 
 def test_a_mode_that_was_not_measured_goes_by_the_other() -> None:

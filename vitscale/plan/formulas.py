@@ -9,6 +9,15 @@ import math
 
 from vitscale.memory import MAX_REUSE_DISTANCE, REDUCE_BUCKET
 
+# The share of the peak that matmuls reach: 732 of 989 TFLOP/s in a trace of H/14 on an H200.
+MATMUL_SHARE = 0.74
+# Bytes that compiled blocks read and write for each byte of activations that the backward pass
+# needs, if memory reaches its bandwidth. On an H200 (docs/measurements.md) S/16 and B/16 take
+# 9.4, L/16 8.7, and H/14 12.4, whose heads of 80 channels fill the attention's tiles badly.
+VIT_TRAFFIC = 10
+# A guess for BiT ResNets, which gives R50x1 a little less than NVIDIA publishes for ResNet-50:
+# GroupNorm is not fused into the convolutions, and kernels are standardised anew.
+RESNET_TRAFFIC = 24
 # What a training step computes, in units of the forward pass: 3 without recomputation. The
 # matmuls that selective recomputation keeps are nearly all of it; full recomputation does the
 # forward pass twice.
@@ -96,6 +105,15 @@ def exposed_seconds(communication_seconds: float, compute_seconds: float, *, ove
         return communication_seconds
     hidden = HIDING_SHARE * BACKWARD_SHARE * compute_seconds
     return max(0.0, communication_seconds - hidden) + DISTURBANCE * communication_seconds
+
+
+def pass_seconds(train_flops: int, memory_traffic: int, peak_flops: float, memory_tb_per_s: float) -> float:
+    """Seconds of an image's forward and backward pass: matmuls, and then all the rest.
+
+    memory_traffic: bytes that norms, activations, attention and residuals read and write, which
+    takes all their time.
+    """
+    return train_flops / (MATMUL_SHARE * peak_flops) + memory_traffic / (memory_tb_per_s * 1e12)
 
 
 def compute_seconds(

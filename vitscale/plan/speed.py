@@ -1,4 +1,4 @@
-"""What share of a GPU's peak a training step reaches: guesses, and measurements in their place.
+"""What share of a GPU's peak a training step reaches: by arithmetic, and by measurements.
 
 A measurement is a file of `tools/bench.py step`. It has a few models on one GPU; for a model
 between two of them in width, the factor between measurement and guess is interpolated.
@@ -7,7 +7,7 @@ between two of them in width, the factor between measurement and guess is interp
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,22 @@ import numpy as np
 from vitscale.errors import ConfigError
 from vitscale.hardware import Gpu, gpu_of
 from vitscale.image_size import image_size
-from vitscale.memory import count_params
+from vitscale.memory import activation_bytes, count_params, vit_activation_bytes
 from vitscale.models import ModelConfig
-from vitscale.models.flops import forward_macs, stem_macs, train_flops
+from vitscale.models.flops import train_flops
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
-from vitscale.plan.formulas import FORWARD_PASSES, model_flops_utilization, update_seconds
+from vitscale.plan.formulas import (
+    FORWARD_PASSES,
+    RESNET_TRAFFIC,
+    VIT_TRAFFIC,
+    model_flops_utilization,
+    pass_seconds,
+    update_seconds,
+)
 
-# Guesses by width: what a step in compiled blocks without recomputation reaches of the peak of
-# an H100 or H200, from the published training speeds of vision models.
-GUESSED = {192: 0.12, 384: 0.22, 768: 0.40, 1024: 0.45, 1280: 0.50, 1408: 0.50, 1664: 0.52, 6144: 0.50}
-# The same of BiT ResNets by channels of the first convolution, below what NVIDIA publishes for
-# ResNet-50: GroupNorm is not fused into the convolutions, and kernels are standardised anew.
-GUESSED_RESNETS = {64: 0.08, 128: 0.14, 192: 0.18, 256: 0.22}
-# GPUs of a lower peak reach more of it: NeMo's ViT g/14 45% on A100, 29% on H100.
-SLOW_FLOPS, SLOW_BONUS = 400e12, 0.05
 EAGER = 0.85  # without compilation; B/16 on an H200 (docs/measurements.md)
 DECODE_RATE = 500.0  # a guess: images/s of a core, of photographs of 110 kB (docs/measurements.md)
 POLICIES: dict[str, Checkpointing] = {
@@ -169,16 +168,21 @@ def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
 
 
 def _guess(model: ModelConfig, gpu: Gpu, compiled: bool) -> float:
-    """Between the widths of the guesses, in proportion to the logarithm of the width.
-
-    A hybrid takes the time of a ResNet for its stem, and that of a ViT for the rest.
-    """
-    guess = _between(model.resolved_width, GUESSED_RESNETS if isinstance(model, ResNetConfig) else GUESSED)
-    if isinstance(model, HybridConfig):
-        share = stem_macs(model) / forward_macs(model)
-        guess = 1 / (share / _between(model.resolved_stem_width, GUESSED_RESNETS) + (1 - share) / guess)
-    return (guess + (SLOW_BONUS if gpu.flops < SLOW_FLOPS else 0.0)) * (1.0 if compiled else EAGER)
+    """From what an image's passes compute, and move to and from memory."""
+    flops = train_flops(model)
+    seconds = pass_seconds(flops, _memory_traffic(model), gpu.flops, gpu.memory_tb_per_s)
+    return flops / gpu.flops / seconds * (1.0 if compiled else EAGER)
 
 
-def _between(width: int, guesses: Mapping[int, float]) -> float:
-    return float(np.interp(math.log(width), np.log(list(guesses)), list(guesses.values())))
+def _memory_traffic(model: ModelConfig) -> int:
+    """Bytes of an image in 16 bit, without recomputation."""
+    kept = _kept_bytes(activation_bytes, model)
+    if isinstance(model, ResNetConfig):
+        return RESNET_TRAFFIC * kept
+    of_blocks = _kept_bytes(vit_activation_bytes, model)
+    return VIT_TRAFFIC * of_blocks + RESNET_TRAFFIC * (kept - of_blocks)
+
+
+def _kept_bytes(count: Callable[[Any, int, str, Checkpointing], int], model: ModelConfig) -> int:
+    """What one more image adds to the activations."""
+    return count(model, 2, "bf16", "none") - count(model, 1, "bf16", "none")
