@@ -208,9 +208,11 @@ def sizes(urls: Sequence[str]) -> list[int | None]:
         return list(pool.map(_size, urls))
 
 
-def size_text(num_bytes: int) -> str:
-    """For example "1.04GB" or "512kB", in powers of 1,000."""
-    return f"{tqdm.format_sizeof(num_bytes)}B"
+def size_text(num_bytes: int | float) -> str:
+    """For example "1.04 GB" or "512 kB", in powers of 1,000."""
+    text = tqdm.format_sizeof(num_bytes)
+    number = text.rstrip("kMGTPEZY")
+    return f"{number} {text[len(number) :]}B"
 
 
 class _RangeFile(io.RawIOBase):

@@ -59,7 +59,7 @@ def test_shared_memory_that_data_workers_would_fill_is_refused(tmp_path: Path, i
     options = ("model.image_size=128", "model.patch_size=32", "total_steps=6", "engine.num_workers=1")
     rank = job.popen([*command, job.config, *options], {"OMP_NUM_THREADS": 1})
     assert rank.wait(TIMEOUT_SECONDS) == 2, job.output()
-    said = "/dev/shm has 1.05MB free, and the machine's data workers fill 1.18MB; enlarge it"
+    said = "/dev/shm has 1.05 MB free, and the machine's data workers fill 1.18 MB; enlarge it"
     assert job.output().count(said) == job.output().count("error: ") == 1, job.output()
     rank = job.popen([*command, job.config, *options[:-1], "engine.num_workers=0"], {"OMP_NUM_THREADS": 1})
     assert rank.wait(TIMEOUT_SECONDS) == 0, job.output()

@@ -68,7 +68,7 @@ def test_hosts_that_fit_together_have_no_problems() -> None:
         ),
         (
             {"shm_free": 64 << 20},
-            "node3: /dev/shm has 67.1MB free, and the machine's data workers fill 800",
+            "node3: /dev/shm has 67.1 MB free, and the machine's data workers fill 800",
         ),
         ({"loopback": True}, "node3: its own name c3 leads to a loopback address"),
         ({"errors": ("the index i is gone",)}, "node3: the index i is gone"),
@@ -95,7 +95,7 @@ def test_a_host_without_an_answer_has_a_row_and_its_sentence() -> None:
     assert problems(hosts) == ["node2 cannot be reached"]
     lines = table(hosts).splitlines()
     assert len(lines) == 5 and lines[2].split() == ["node2", "8", "no", "answer"]
-    assert "8 H100" in lines[1] and "1 GB/s" in lines[1]
+    assert "8 H100" in lines[1] and "1.00 GB/s" in lines[1]
 
 
 def test_run_directories_need_not_be_shared_with_a_store() -> None:

@@ -78,7 +78,7 @@ def test_leftovers_and_a_wrong_latest_are_mentioned(run: Path, capsys: Capture) 
     (leftover / "rank-00000.safetensors").write_bytes(bytes(2500))
     (run / "checkpoints" / "latest").write_text("step-000000020\n")
     out = call(capsys, "list", run)[1]
-    assert ".tmp-step-000000040 (2.50kB) is a save in progress" in out
+    assert ".tmp-step-000000040 (2.50 kB) is a save in progress" in out
     assert 'the file "latest" names step-000000020, but the newest here is step-000000030' in out
     values = call_json(capsys, "list", run)
     assert len(values["notes"]) == 2

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vitscale import open_files, shared_memory
+from vitscale.storage import size_text
 
 CLOCK_SECONDS = 30.0  # stores refuse requests that are signed minutes away from their own time
 
@@ -192,22 +193,13 @@ def table(answers: Sequence[Answer]) -> str:
         rows.append(
             [
                 answer.name, str(answer.slots), facts.python, facts.versions.get("torch", "none"),
-                facts.versions.get("deepspeed", "none"), gpus, str(facts.cores), size(facts.shm_free),
-                f"{facts.open_files:,}" if facts.open_files > 0 else "any", size(facts.free),
-                f"{facts.clock:+.2f} s", f"{size(facts.speed)}/s" if facts.speed else "",
+                facts.versions.get("deepspeed", "none"), gpus, str(facts.cores), size_text(facts.shm_free),
+                f"{facts.open_files:,}" if facts.open_files > 0 else "any", size_text(facts.free),
+                f"{facts.clock:+.2f} s", f"{size_text(facts.speed)}/s" if facts.speed else "",
             ]
         )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def size(num_bytes: int | float) -> str:
-    """Like "1.5 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} TB"
 
 
 def _names(names: Sequence[str]) -> str:
