@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 EXAMPLE = """example:
-  srun python launch/train.py CONFIG.toml; python launch/ended.py CONFIG.toml --launcher-status $?
+  since=$(date +%s); srun python launch/train.py CONFIG.toml
+  python launch/ended.py CONFIG.toml --since $since --launcher-status $?
 
 exit status: 0 the run is done; 75 start it again; 2 stop, the line that is printed says why"""
 
@@ -25,6 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="stop after so many starts in a row without a new checkpoint (default: 5)",
     )
+    parser.add_argument(
+        "--since",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="when the start began (date +%%s): what was written before is of another one",
+    )
+    parser.add_argument(
+        "--node", type=int, default=0, metavar="N", help="of several that ask, 0 counts starts (default: 0)"
+    )
     arguments = parser.parse_intermixed_args(argv)
     from vitscale import command
 
@@ -32,12 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(arguments: argparse.Namespace) -> int:
-    from vitscale import config, restarts
+    from vitscale import config, ending, restarts
     from vitscale.train_config import TrainConfig
 
     paths, overrides = config.divided(arguments.configs)
     loaded = config.load(TrainConfig, paths, overrides)
-    decision = restarts.after(loaded, arguments.launcher_status, arguments.max_vain)
+    status = ending.read(loaded.run_dir)
+    vain = restarts.count(loaded.run_dir, restarts.newest_step(loaded), adds=not arguments.node)
+    decision = restarts.decide(
+        status,
+        arguments.launcher_status,
+        vain.starts,
+        arguments.max_vain,
+        is_old=bool(status) and ending.written_at(status) < arguments.since,
+    )
+    if decision.kind != "again":
+        restarts.forget(loaded.run_dir)
     print(f"{decision.kind}: {decision.reason}", flush=True)
     return restarts.EXIT_STATUS[decision.kind]
 

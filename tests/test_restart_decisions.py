@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from vitscale import history, restarts
-from vitscale.restarts import decide
+from vitscale.restarts import Vain, decide
 
 PREEMPTED = {"state": "preempted", "total_steps": 9, "reason": "SIGTERM (rank 3)", "exit_status": 75}
 LOST = {"state": "failed", "total_steps": 9, "reason": "rank 1 has died", "exit_status": 1}
 MISTAKE = {"state": "failed", "total_steps": 9, "reason": "the index is gone", "exit_status": 2}
 OLDER = {"state": "failed", "total_steps": 9, "reason": "rank 1 has died"}
+STOPPED = {"state": "stopped", "total_steps": 9, "reason": "the file run/stop (rank 0)", "exit_status": 75}
 RUNNING = {"state": "running", "total_steps": 9, "reason": "", "exit_status": None}
 DONE = {"state": "done", "total_steps": 9, "reason": "", "exit_status": 0}
 
@@ -22,6 +23,7 @@ DONE = {"state": "done", "total_steps": 9, "reason": "", "exit_status": 0}
     [
         (DONE, 1, 9, "done", "all 9 steps are done"),
         (PREEMPTED, 0, 1, "again", "preempted: SIGTERM (rank 3)"),
+        (STOPPED, 75, 0, "stop", "the file run/stop (rank 0) asked it to; the same command goes on"),
         (RUNNING, 255, 1, "again", "running: it was killed"),
         (LOST, 247, 1, "again", "failed: rank 1 has died"),
         (MISTAKE, 1, 1, "stop", "the index is gone"),
@@ -42,11 +44,39 @@ def test_what_is_done_after_an_end(
 
 
 @pytest.mark.parametrize(
-    ("steps", "newest", "count"),
-    [([], 0, 0), ([0], 0, 1), ([0, 0, 0], 0, 3), ([0, 500, 700, 700, 700], 700, 3), ([0, 500, 700], 900, 0)],
+    ("launcher", "kind", "reason"),
+    [
+        (0, "again", "not begun: the launcher ended with status 0"),  # deepspeed's, after a kill
+        (1, "again", "not begun: the launcher ended with status 1"),
+        (2, "stop", "it was refused; the line above says why"),
+    ],
 )
-def test_starts_that_brought_no_checkpoint_are_counted(steps: list[int], newest: int, count: int) -> None:
-    assert restarts.num_vain(steps, newest) == count
+@pytest.mark.parametrize("status", [DONE, MISTAKE, PREEMPTED, STOPPED, RUNNING])
+def test_what_an_earlier_start_wrote_does_not_decide(
+    status: dict[str, Any], launcher: int, kind: str, reason: str
+) -> None:
+    decision = decide(status, launcher, 1, max_vain=5, is_old=True)
+    assert (decision.kind, decision.reason) == (kind, reason)
+
+
+def test_starts_that_brought_no_checkpoint_are_counted() -> None:
+    vain, counts = Vain(0), []
+    for newest in (0, 0, 500, 500, 500, 700):
+        vain = vain.and_one(newest)
+        counts.append(vain.starts)
+    assert counts == [1, 2, 0, 1, 2, 0]
+
+
+def test_the_count_lasts_from_one_process_to_the_next(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"  # the launcher failed before there was any
+    assert [restarts.count(run_dir, 0).starts for _ in range(3)] == [1, 2, 3]
+    assert restarts.count(run_dir, 0, adds=False).starts == 3  # another machine asks after the same start
+    assert restarts.count(run_dir, 500).starts == 0 and restarts.count(run_dir, 500).starts == 1
+    restarts.forget(run_dir)
+    (run_dir / history.FILE_NAME).write_text(json.dumps({"step": 500}) + "\n")
+    assert restarts.count(run_dir, 500).starts == 1, "the last start began there"
+    restarts.forget(run_dir)
+    assert restarts.count(run_dir, 700).starts == 0
 
 
 def test_the_steps_of_the_starts_are_read_from_the_history(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def initialize() -> None:
     """
     if dist.is_initialized():
         return
-    is_alone = "WORLD_SIZE" not in _launched()
+    is_alone = not is_launched()
     if is_alone:
         # For DeepSpeed. With more, what this process starts would take itself for a rank.
         os.environ["LOCAL_RANK"] = "0"
@@ -82,6 +82,11 @@ def _launched() -> Mapping[str, str]:
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(slurm.variables(os.environ))
     return os.environ
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process, which ends with a status of its own."""
+    return "WORLD_SIZE" in _launched()
 
 
 def num_cores() -> int:

@@ -6,7 +6,8 @@
     state       meaning
     running     it has begun; if no process runs any more, it was killed
     done        all of its steps are done
-    preempted   it was asked to stop and has saved: start it again
+    preempted   a signal asked it to stop, and it has saved: start it again
+    stopped     the file RUN/stop asked it to stop, and it has saved: its end is wanted
     failed      `reason` says why
 
 exit_status is that of the rank, before a launcher makes another of it; null while it runs. Of a
@@ -16,11 +17,12 @@ Schedulers decide by this file: launchers return 0, 1, 143 and others for the sa
 """
 
 import contextlib
+import datetime
 import json
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,16 +31,18 @@ from vitscale.errors import BusyError, RankLost, Told, UserError
 from vitscale.progress import Progress
 
 STATUS_NAME = "status.json"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 PREEMPTED = 75
 FAILED = 1
 _CAUSE = ".cause-"
 # For how long to look for a dead rank once a connection is lost.
 DEATH_SECONDS = 1.0
-State = Literal["running", "done", "preempted", "failed"]
+State = Literal["running", "done", "preempted", "stopped", "failed"]
 _EXIT_STATUS: dict[State, int | None] = {
     "running": None,
     "done": 0,
     "preempted": PREEMPTED,
+    "stopped": PREEMPTED,
     "failed": FAILED,
 }
 
@@ -122,9 +126,14 @@ def read(run_dir: str | Path) -> dict[str, Any] | None:
     """The content of RUN/status.json; None if there is none that can be read."""
     try:
         status = json.loads((Path(run_dir) / STATUS_NAME).read_bytes())
-        return status if {"state", "step", "total_steps"} <= status.keys() else None
+        return status if {"state", "step", "total_steps", "time"} <= status.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def written_at(status: Mapping[str, Any]) -> float:
+    """When a status was written, in seconds since the epoch, cut to whole ones."""
+    return datetime.datetime.strptime(status["time"], TIME_FORMAT).timestamp()
 
 
 def write(
@@ -140,7 +149,7 @@ def write(
         "total_steps": total_steps,
         "reason": reason,
         "exit_status": _EXIT_STATUS[state] if exit_status is None else exit_status,
-        "time": time.strftime("%FT%T%z"),
+        "time": time.strftime(TIME_FORMAT),
     }
     atomic.write(folder / STATUS_NAME, json.dumps(values, indent=1).encode() + b"\n")
 

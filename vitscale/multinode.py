@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from vitscale import command, hostfile, launch_environment, restarts
+from vitscale import command, ending, hostfile, launch_environment, restarts
 from vitscale import config as configs
 from vitscale.data.sources import make_mixture, open_sources
 from vitscale.errors import BusyError, ConfigError
@@ -97,22 +97,20 @@ class Launch:
         restarts.check_free(self._config.run_dir)
         for number in SIGNALS:
             signal.signal(number, self._stop)
-        failed_starts = 0  # in a row, that did not come as far as a row of the run's history
+        vain = restarts.Vain(restarts.newest_step(self._config))
         while True:
-            before = restarts.starting_steps(self._config.run_dir)
+            before = ending.read(self._config.run_dir)
             status = self._start()
             if status is None:
                 self._sleep(self._arguments.pause)
                 if self._stopped:
                     return restarts.EXIT_STATUS["again"]
                 continue
-            decision = restarts.after(self._config, status, self._arguments.max_vain)
-            began = len(restarts.starting_steps(self._config.run_dir)) > len(before)
-            failed_starts = 0 if began else failed_starts + 1
-            if decision.kind == "again" and failed_starts >= self._arguments.max_vain:
-                decision = restarts.Decision(
-                    "stop", f"{failed_starts} starts in a row failed: {decision.reason}"
-                )
+            vain = vain.and_one(restarts.newest_step(self._config))
+            written = ending.read(self._config.run_dir)
+            decision = restarts.decide(
+                written, status, vain.starts, self._arguments.max_vain, is_old=written == before
+            )
             if decision.kind != "again" or self._stopped:
                 _say(f"{decision.kind}: {decision.reason}")
                 return restarts.EXIT_STATUS[decision.kind]

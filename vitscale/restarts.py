@@ -4,13 +4,14 @@ What decides is RUN/status.json, and how far the last starts came: launchers ret
 and others for the same end.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from vitscale import ending, history
+from vitscale import atomic, ending, history
 from vitscale.checkpoint.store import Home
 from vitscale.run_dir import RunLock
 from vitscale.train_config import TrainConfig
@@ -18,6 +19,7 @@ from vitscale.train_config import TrainConfig
 Kind = Literal["done", "again", "stop"]
 EXIT_STATUS: dict[Kind, int] = {"done": 0, "again": ending.PREEMPTED, "stop": 2}
 MISTAKE = 2
+FILE_NAME = "restarts.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,25 +29,33 @@ class Decision:
 
 
 def decide(
-    status: Mapping[str, Any] | None, launcher_status: int | None, num_vain: int, max_vain: int
+    status: Mapping[str, Any] | None,
+    launcher_status: int | None,
+    num_vain: int,
+    max_vain: int,
+    *,
+    is_old: bool = False,
 ) -> Decision:
     """What to do after a start.
 
-    status: the content of status.json; None = there is none. launcher_status: what the launcher
-    returned, which is believed where there is no status.json, or where it says that the user
-    must fix something; None = not known. num_vain: how many of the last starts, this one
-    included, brought no new checkpoint; at max_vain it ends.
+    status: the content of status.json; None = there is none. is_old: it is that of another
+    start, before this one. launcher_status: what the launcher returned, which is believed where
+    this start wrote no status, or where it says that the user must fix something; None = not
+    known. num_vain: how many of the last starts, this one included, brought no new checkpoint;
+    at max_vain it ends.
 
-        status.json              num_vain    what to do
-        done                     any         done
-        failed, exit_status 2    any         stop: the same would happen again
-        failed, exit_status 1    below max   again: a rank was lost, or a bug of ours
-        preempted                below max   again
-        running                  below max   again: all processes were killed
-        any but done             max         stop
+        status.json                num_vain    what to do
+        done                       any         done
+        failed, exit_status 2      any         stop: the same would happen again
+        stopped                    any         stop: somebody wants it to end
+        failed, exit_status 1      below max   again: a rank was lost, or a bug of ours
+        preempted                  below max   again
+        running                    below max   again: all processes were killed
+        any but done               max         stop
     """
-    if not status:
-        if launcher_status == 0:
+    if not status or is_old:
+        # A launcher may return 0 after a kill, and a run whose folder can be seen tells its end.
+        if launcher_status == 0 and not status:
             return Decision("done", "the launcher ended with status 0")
         if launcher_status == MISTAKE:
             return Decision("stop", "it was refused; the line above says why")
@@ -59,6 +69,8 @@ def decide(
             return Decision("stop", reason)
         if launcher_status == MISTAKE and state != "failed":
             return Decision("stop", "it was refused; the line above says why")
+        if state == "stopped":
+            return Decision("stop", f"{reason} asked it to; the same command goes on")
         if state == "running":
             reason = "it was killed"
     if num_vain >= max_vain:
@@ -70,24 +82,46 @@ def decide(
     return Decision("again", f"{state}: {reason}" if reason else state)
 
 
-def after(config: TrainConfig, launcher_status: int | None, max_vain: int) -> Decision:
-    """What to do after a start of this run has ended."""
-    home = Home.of(config.run_dir, config.checkpoint)
-    committed = home.committed()
-    newest = committed[0][0] if committed else 0
-    vain = num_vain(starting_steps(config.run_dir), newest)
-    return decide(ending.read(config.run_dir), launcher_status, vain, max_vain)
+class Vain(NamedTuple):
+    """How many starts in a row brought no new checkpoint. step: of the newest one, 0 = none."""
+
+    step: int
+    starts: int = 0
+
+    def and_one(self, newest: int) -> "Vain":
+        """With a start after which the newest checkpoint is of that step."""
+        return Vain(newest, self.starts + 1 if newest == self.step else 0)
 
 
-def num_vain(steps: Sequence[int], newest: int) -> int:
-    """How many of the last starts began at the newest checkpoint, and so brought no newer one.
+def newest_step(config: TrainConfig) -> int:
+    """Of the run's newest checkpoint; 0 if it has none."""
+    committed = Home.of(config.run_dir, config.checkpoint).committed()
+    return committed[0][0] if committed else 0
 
-    steps: where each start began. For example, 0, 500, 700, 700, 700 with the newest at 700: 3.
+
+def count(run_dir: str | Path, newest: int, *, adds: bool = True) -> Vain:
+    """The vain starts of a run by RUN/restarts.json, which it keeps.
+
+    newest: the step of the newest checkpoint. adds: whether a start has ended since; of several
+    machines that ask after the same start, one says so.
     """
-    count = 0
-    while count < len(steps) and steps[-1 - count] == newest:
-        count += 1
-    return count
+    path = Path(run_dir) / FILE_NAME
+    try:
+        vain = Vain(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        vain = Vain(([0, *starting_steps(run_dir)])[-1])
+    if adds:
+        vain = vain.and_one(newest)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write(path, json.dumps(vain._asdict()).encode())
+    return vain
+
+
+def forget(run_dir: str | Path) -> None:
+    """Count from 0 again: whoever starts the run now has dealt with what ended it."""
+    with contextlib.suppress(OSError):
+        (Path(run_dir) / FILE_NAME).unlink(missing_ok=True)
 
 
 def starting_steps(run_dir: str | Path) -> list[int]:

@@ -160,14 +160,16 @@ def claimed(job: Job) -> Iterator[None]:
 
 
 def note_refusal(run_dir: str, reason: str) -> None:
-    """Let the status of a run that is not done say why it was not started again.
+    """Let the status of a run that is not done say why it was not started.
 
-    Rank 0 calls it. It does nothing where no run was started yet, or one is under way.
+    Rank 0 calls it. It does nothing where one is under way, or where no run was started yet
+    and no launcher hides the exit status.
     """
-    status = ending.read(run_dir)
-    if not status or status["state"] == "done":
+    status = ending.read(run_dir) or {"state": "", "step": 0, "total_steps": 0}
+    if status["state"] == "done" or not (status["state"] or distributed.is_launched()):
         return
     with contextlib.suppress(OSError, BusyError):
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
         lock = RunLock(run_dir)
         ending.write(Path(run_dir), "failed", status["step"], status["total_steps"], reason, UserError.status)
         lock.release()

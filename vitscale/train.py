@@ -87,7 +87,8 @@ def train(config: TrainConfig, began: float | None = None) -> int:
                 ledger.rolled_back()
         # A launcher may kill all ranks when the first ends with status 75.
         reasons = [reason for reason in distributed.gather_json(watch.reason) if reason]
-        ending.ended("done" if done else "preempted", "" if done else reasons[0])
+        state = "done" if done else "stopped" if watch.by_file else "preempted"
+        ending.ended(state, "" if done else reasons[0])
         if not done:
             distributed.on_main(lambda: stop_file.unlink(missing_ok=True))
     return 0 if done else PREEMPTED

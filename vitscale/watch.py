@@ -37,8 +37,8 @@ class Watch:
 
     identities: of the processes of all ranks.
     asked: whether to save and end. SIGTERM, SIGUSR1 and Ctrl-C ask for it, and so do the
-    disappearance of a launcher and a file stop_file, which rank 0 looks for. A second Ctrl-C
-    ends the process at once.
+    disappearance of a launcher and a file stop_file, which rank 0 looks for (by_file). A second
+    Ctrl-C ends the process at once.
 
     If another rank of this machine dies, this one ends too: by the failure of a collective or,
     GRACE_SECONDS later, from here. failed(error) then says whether this rank tells the cause.
@@ -47,6 +47,7 @@ class Watch:
     def __init__(self, failed: Callable[[BaseException], bool], stop_file: Path | None = None) -> None:
         self.asked = False
         self.reason = ""
+        self.by_file = False
         self._stop_file = stop_file if distributed.is_main() else None
         self._waiting_since, self._interrupting = 0.0, False
         self._waiter = threading.get_ident()
@@ -136,6 +137,7 @@ class Watch:
             if not self.asked and not intact(self._ancestry):
                 self._ask("the launcher is gone")
             if not self.asked and self._stop_file and self._stop_file.exists():
+                self.by_file = True
                 self._ask(f"the file {self._stop_file}")
             since = self._waiting_since
             if self.asked and since and time.monotonic() - since > LOOK_SECONDS:

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 from make import jpeg, write_tar
+from multiprocess.hosts import ROOT
 from multiprocess.job import PROGRAM, TIMEOUT_SECONDS, Job, reserved_port
 from multiprocess.zygote import Zygote
+
+ENDED = ROOT / "launch" / "ended.py"
 
 
 def test_a_mistake_that_an_evaluation_finds_before_the_first_step_binds_nobody(
@@ -19,6 +22,20 @@ def test_a_mistake_that_an_evaluation_finds_before_the_first_step_binds_nobody(
     assert "test.tar" in job.output() and job.output().count("error: ") == 1, job.output()
     assert not (job.run_dir / "config.toml").exists() and not job.rows()
     assert zygote.train(job, 1, "optim.lr=1e-4", "total_steps=6") == [0], job.output()
+
+
+def test_a_launcher_that_hides_the_exit_status_does_not_hide_a_mistake(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.train(job, 2, "data.index=gone.json") == [2, 2], job.output()
+    assert not (job.run_dir / "config.toml").exists()
+    ended = subprocess.run(
+        [sys.executable, ENDED, job.config, "--launcher-status", "1"], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout[:6]) == (2, "stop: "), ended
+    assert "gone.json" in ended.stdout
+    assert zygote.train(job, 1, "total_steps=6") == [0], job.output()
 
 
 def test_a_node_that_does_not_share_the_run_directory_is_refused(tmp_path: Path, index: Path) -> None:

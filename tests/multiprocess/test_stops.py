@@ -65,7 +65,8 @@ def test_a_file_stops_the_run_once(tmp_path: Path, index: Path, zygote: Zygote) 
     assert zygote.train(job, 2, event=Stop(batch=4)) == [75, 75], job.output()
     (job.run_dir / "stop").touch()  # before a start: it stops after a step or two
     assert zygote.train(job, 2, "total_steps=100000") == [75, 75], job.output()
-    assert read_status(job)["reason"] == f"the file {job.run_dir}/stop (rank 0)"
+    status = read_status(job)
+    assert (status["state"], status["reason"]) == ("stopped", f"the file {job.run_dir}/stop (rank 0)")
     assert not (job.run_dir / "stop").exists() and max(job.checkpoints()) > 5
     assert max(job.checkpoints()) == job.rows()[-1]["step"]
 

@@ -23,6 +23,7 @@ from vitscale.train_config import TrainConfig
 STATES = {
     "done": "all of its steps are done",
     "preempted": "it was asked to stop and has saved: the same command continues",
+    "stopped": "the file stop asked it to stop, and it has saved: the same command continues",
     "failed": "it has failed",
     "running": "no end is written: it runs, or was killed",
 }

@@ -34,7 +34,7 @@ nav ul, .legend { list-style: none; padding: 0; margin: 8px 0; display: flex; fl
   background: var(--live-back); color: var(--accent); white-space: nowrap; }
 .state.done, .state.good { background: var(--good-back); color: var(--good); }
 .state.failed, .state.bad { background: var(--bad-back); color: var(--bad); }
-.state.preempted, .state.warn { background: var(--warn-back); color: var(--warn); }
+.state.preempted, .state.stopped, .state.warn { background: var(--warn-back); color: var(--warn); }
 .tiles { display: grid; gap: 10px; margin: 14px 0;
   grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); }
 .tile, figure, .box { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
