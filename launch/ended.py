@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="when the start began (date +%%s): what was written before is of another one",
+        help="when the start began (date +%%s): what was written before is of another one, and the start is "
+        "counted; without it nothing is",
     )
     parser.add_argument(
         "--node", type=int, default=0, metavar="N", help="of several that ask, 0 counts starts (default: 0)"
@@ -49,7 +50,8 @@ def start(arguments: argparse.Namespace) -> int:
     paths, overrides = config.divided(arguments.configs)
     loaded = config.load(TrainConfig, paths, overrides)
     status = ending.read(loaded.run_dir)
-    vain = restarts.count(loaded.run_dir, restarts.newest_step(loaded), adds=not arguments.node)
+    counts = bool(arguments.since) and not arguments.node
+    vain = restarts.count(loaded.run_dir, restarts.newest_step(loaded), adds=counts)
     decision = restarts.decide(
         status,
         arguments.launcher_status,
@@ -57,7 +59,7 @@ def start(arguments: argparse.Namespace) -> int:
         arguments.max_vain,
         is_old=bool(status) and ending.written_at(status) < arguments.since,
     )
-    if decision.kind != "again":
+    if counts and decision.kind != "again":
         restarts.forget(loaded.run_dir)
     print(f"{decision.kind}: {decision.reason}", flush=True)
     return restarts.EXIT_STATUS[decision.kind]

@@ -13,7 +13,7 @@ LAYERS = [
     ["errors", "image_size", "progress", "hang", "slurm", "rendezvous"],
     ["open_files", "vtab"],
     ["config", "distributed", "rng", "atomic", "attempts", "hardware", "hostfile"],
-    ["storage", "processes", "command", "ending", "watch", "goodput"],
+    ["storage", "processes", "command", "ending", "watch", "goodput", "run_lock"],
     ["sliced"],
     ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace", "expect"],
     ["metrics", "spikes", "engine", "evals", "objectives", "curate"],

@@ -34,10 +34,11 @@ DONE = {"state": "done", "total_steps": 9, "reason": "", "exit_status": 0}
         (None, 0, 0, "done", "the launcher ended with status 0"),
         (None, 2, 0, "stop", "it was refused"),
         (None, 1, 0, "again", "not begun: the launcher ended with status 1"),
+        (None, None, 0, "again", "not begun: there is no status.json"),
     ],
 )
 def test_what_is_done_after_an_end(
-    status: dict[str, Any] | None, launcher: int, vain: int, kind: str, reason: str
+    status: dict[str, Any] | None, launcher: int | None, vain: int, kind: str, reason: str
 ) -> None:
     decision = decide(status, launcher, vain, max_vain=5)
     assert decision.kind == kind and decision.reason.startswith(reason)

@@ -30,10 +30,11 @@ JOIN_TIMEOUT = datetime.timedelta(minutes=10)  # for all ranks to start
 TIMEOUT = datetime.timedelta(hours=3)  # in training, the watchdog ends what hangs long before
 
 
-def initialize() -> None:
+def initialize(*, gpu: bool = True) -> None:
     """Join the process group: NCCL with a GPU, gloo without. Every process calls it.
 
-    A second call does nothing. Raises ConfigError for a launch that cannot work.
+    gpu: whether a GPU is used if there is one. A second call does nothing. Raises ConfigError
+    for a launch that cannot work.
     """
     if dist.is_initialized():
         return
@@ -41,7 +42,8 @@ def initialize() -> None:
     if is_alone:
         # For DeepSpeed. With more, what this process starts would take itself for a rank.
         os.environ["LOCAL_RANK"] = "0"
-    if torch.cuda.is_available():
+    uses_gpu = gpu and torch.cuda.is_available()
+    if uses_gpu:
         torch.cuda.set_device(device())
     else:
         # Without it, DeepSpeed warns in every process that it has to guess.
@@ -57,7 +59,7 @@ def initialize() -> None:
             where = {"store": TCPStore("127.0.0.1", 0, is_master=True), "rank": 0, "world_size": 1}
         elif store := rendezvous.own_store(JOIN_TIMEOUT):
             where = {"store": store, "rank": launched_rank(), "world_size": launched_world_size()}
-        if torch.cuda.is_available():
+        if uses_gpu:
             dist.init_process_group("cuda:nccl,cpu:gloo", timeout=JOIN_TIMEOUT, device_id=device(), **where)
         else:
             dist.init_process_group("gloo", timeout=JOIN_TIMEOUT, **where)

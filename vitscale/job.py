@@ -53,13 +53,7 @@ def derive(config: TrainConfig, world_size: int, sources: tuple[Source, ...]) ->
     """The job of a config and of its opened sources. Raises ConfigError."""
     if not isinstance(config.objective, MaskedPatchesConfig):
         check_labels(sources, config.data, config.model.num_classes)
-    mixture = make_mixture(
-        sources,
-        config.data,
-        seed=config.seed,
-        global_batch=config.global_batch,
-        repeats=config.augment.repeats,
-    )
+    mixture = _mixture_of(config, sources)
     mixture.rank_lanes(0, world_size)
     plan = plan_batches(config.global_batch, config.engine.micro_batch, world_size)
     _check_pairs(config, plan, mixture)
@@ -74,6 +68,31 @@ def derive(config: TrainConfig, world_size: int, sources: tuple[Source, ...]) ->
         plan=plan,
         total_steps=config.num_steps(mixture.steps_per_epoch),
         deepspeed_config=deepspeed_config,
+    )
+
+
+def worlds(config: TrainConfig, sources: tuple[Source, ...]) -> list[int]:
+    """The numbers of processes that can share the work of a config."""
+    mixture = _mixture_of(config, sources)
+
+    def can_share(world_size: int) -> bool:
+        try:
+            plan = plan_batches(config.global_batch, config.engine.micro_batch, world_size)
+            _check_pairs(config, plan, mixture)
+        except ConfigError:
+            return False
+        return True
+
+    return [world_size for world_size in mixture.worlds() if can_share(world_size)]
+
+
+def _mixture_of(config: TrainConfig, sources: tuple[Source, ...]) -> Mixture:
+    return make_mixture(
+        sources,
+        config.data,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        repeats=config.augment.repeats,
     )
 
 

@@ -18,9 +18,11 @@ from types import FrameType
 
 from vitscale import command, ending, hostfile, launch_environment, restarts
 from vitscale import config as configs
-from vitscale.data.sources import make_mixture, open_sources
+from vitscale.data.sources import open_sources
 from vitscale.errors import BusyError, ConfigError
+from vitscale.job import worlds
 from vitscale.preflight import compare, rounds
+from vitscale.run_lock import RunLock
 from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +30,8 @@ PROGRAM = "launch/train.py"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Until the ranks have saved after their launcher has ended, which may kill them itself by then.
 SAVING_SECONDS = 300.0
+# For which hosts that answer, but cannot run the job, are waited for after the first start.
+REPAIR_SECONDS = 1800.0
 # Without them, pdsh waits for ever for a host that was switched off.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 EXAMPLE = """examples:
@@ -85,6 +89,7 @@ class Launch:
         os.chdir(ROOT)  # where ranks run, so that relative paths mean the same
         self._config = configs.load(TrainConfig, *configs.divided(self._given))
         self._environment = launch_environment.forwarded(os.environ)
+        self._broken_since = 0.0  # on the monotonic clock; 0 = it is not
         self._launcher: subprocess.Popen[bytes] | None = None
         self._stopped = False
         if arguments.no_ssh and not 0 <= arguments.node_rank < len(self._slots):
@@ -94,7 +99,10 @@ class Launch:
             )
 
     def run(self) -> int:
-        restarts.check_free(self._config.run_dir)
+        if self._arguments.no_ssh:
+            self._await_ranks()  # of the other hosts, where this one has lost its own
+        else:
+            RunLock.check(self._config.run_dir)
         for number in SIGNALS:
             signal.signal(number, self._stop)
         vain = restarts.Vain(restarts.newest_step(self._config))
@@ -145,7 +153,8 @@ class Launch:
     def _asked(self) -> tuple[dict[str, int], str]:
         """The hosts to use, and the first one's address; no hosts if there are too few now.
 
-        Raises ConfigError for what no waiting would change, and at the first start for all.
+        Raises ConfigError for what is wrong at the first start, or later for REPAIR_SECONDS: a
+        host that is just back may still lack its file systems, its GPUs or the time.
         """
         answers = rounds.ask(self._slots, self._given, self._environment)
         print(compare.table(answers), flush=True)
@@ -160,33 +169,31 @@ class Launch:
                 raise ConfigError(missing)
             _say(missing)
             return {}, ""
-        if found := compare.problems(here):
+        found = compare.problems(here)
+        if found and self._can_wait():
+            _say("; ".join(found))
+            return {}, ""
+        if found:
             for sentence in found[:-1]:
                 print(f"error: {sentence}", file=sys.stderr)
             raise ConfigError(found[-1])
         slots = {answer.name: answer.slots for answer in here}
         if len(here) < len(answers):
-            slots = hostfile.most_usable(slots, self._worlds())
+            numbers = worlds(self._config, open_sources(self._config.data))
+            slots = hostfile.most_usable(slots, numbers)
             if len(slots) < least:
-                worlds = ", ".join(map(str, self._worlds()))
                 raise ConfigError(
                     f"of the hosts that answer, fewer than {least} can share the run's work: it runs on "
-                    f"{worlds} processes; change the slots in the hostfile"
+                    f"{', '.join(map(str, numbers))} processes; change the slots in the hostfile"
                 )
+        self._broken_since = 0.0
         addresses = {answer.name: answer.facts.address for answer in here if answer.facts}
         return slots, self._arguments.master_addr or addresses[next(iter(slots))]
 
-    def _worlds(self) -> list[int]:
-        """The numbers of processes that can share the run's work."""
-        config = self._config
-        mixture = make_mixture(
-            open_sources(config.data),
-            config.data,
-            seed=config.seed,
-            global_batch=config.global_batch,
-            repeats=config.augment.repeats,
-        )
-        return [world for world in mixture.worlds() if config.global_batch % world == 0]
+    def _can_wait(self) -> bool:
+        """Whether a run that has been started before may wait for its hosts to be repaired."""
+        self._broken_since = self._broken_since or time.monotonic()
+        return bool(self._launcher) and time.monotonic() - self._broken_since < REPAIR_SECONDS
 
     def _for_launcher(self, folder: Path) -> dict[str, str]:
         """The launcher's environment; what ranks need is in a file for its owner alone."""
@@ -212,7 +219,7 @@ class Launch:
         deadline = time.monotonic() + SAVING_SECONDS
         while True:
             try:
-                restarts.check_free(self._config.run_dir)
+                RunLock.check(self._config.run_dir)
                 return
             except BusyError:
                 if time.monotonic() > deadline:

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 from vitscale import atomic, ending, history
 from vitscale.checkpoint.store import Home
-from vitscale.run_dir import RunLock
 from vitscale.train_config import TrainConfig
 
 Kind = Literal["done", "again", "stop"]
@@ -54,12 +53,14 @@ def decide(
         any but done               max         stop
     """
     if not status or is_old:
-        # A launcher may return 0 after a kill, and a run whose folder can be seen tells its end.
+        # A launcher may return 0 after a kill; a run whose folder can be seen tells its end.
         if launcher_status == 0 and not status:
             return Decision("done", "the launcher ended with status 0")
         if launcher_status == MISTAKE:
             return Decision("stop", "it was refused; the line above says why")
         state, reason = "not begun", f"the launcher ended with status {launcher_status}"
+        if launcher_status is None:
+            reason = f"there is no {ending.STATUS_NAME}"
     else:
         state, reason = status["state"], str(status.get("reason", ""))
         if state == "done":
@@ -134,9 +135,3 @@ def starting_steps(run_dir: str | Path) -> list[int]:
         except (ValueError, KeyError, TypeError):  # torn by a kill
             continue
     return steps
-
-
-def check_free(run_dir: str | Path) -> None:
-    """Raise BusyError if a job holds the run directory, naming it."""
-    if Path(run_dir).is_dir():
-        RunLock(run_dir).release()

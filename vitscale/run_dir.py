@@ -1,17 +1,11 @@
 """A run directory: its lock, its config.toml, and whether a job may continue its run."""
 
 import contextlib
-import errno
-import fcntl
 import importlib.metadata
-import json
 import logging
-import os
-import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from vitscale import atomic, distributed, ending, goodput, history
 from vitscale import config as configs
@@ -26,11 +20,12 @@ from vitscale.job import Job
 from vitscale.metrics import FILE_NAME as METRICS_NAME
 from vitscale.metrics import read_metrics
 from vitscale.progress import Progress
+from vitscale.run_lock import RunLock
 from vitscale.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
-CONFIG_NAME, LOCK_NAME = "config.toml", ".lock"
+CONFIG_NAME = "config.toml"
 # The files that a run replaces as a whole.
 REPLACED = (
     CONFIG_NAME, ending.STATUS_NAME, goodput.FILE_NAME, METRICS_NAME, QUARANTINE_NAME, RECORD_NAME,
@@ -60,69 +55,6 @@ CHANGEABLE = (
 # What a run that continues the full state of another must have in common with it.
 SAME_STATE = ("model", "optim.name", "optim.freeze")
 STATELESS = ("model.dropout", "model.drop_path")
-_HELD = (errno.EACCES, errno.EAGAIN)
-
-
-class RunLock:
-    """Held by rank 0 from the start of a job to its end.
-
-    A POSIX record lock: it works over NFS, child processes do not inherit it, and it is free
-    again when its process dies (or its node, once the file server notices). The content of the
-    file only says who holds it.
-    """
-
-    def __init__(self, run_dir: str | Path) -> None:
-        """Take the lock.
-
-        Raises BusyError naming the holder if there is one, and OSError if it cannot be written.
-        """
-        self._path = Path(run_dir) / LOCK_NAME
-        self._file: IO[str] | None = None
-        while not self._file:
-            self._file = self._open()
-
-    def release(self) -> None:
-        if self._file:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> IO[str] | None:
-        """The locked file, or None if somebody removed it before it was locked."""
-        file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the lock is held)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read()
-            file.close()
-            if error.errno in _HELD:
-                raise BusyError(self._refusal(holder)) from None
-            logger.warning(
-                "%s is on a file system without locks (%s): "
-                "make sure that no second job uses this run directory",
-                self._path,
-                error.strerror,
-            )
-            return open(self._path, "a+", encoding="utf-8")
-        if not self._path.exists() or os.fstat(file.fileno()).st_ino != self._path.stat().st_ino:
-            file.close()
-            return None
-        file.truncate(0)
-        holder = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T %z")}
-        file.write(json.dumps(holder) + "\n")
-        file.flush()
-        return file
-
-    def _refusal(self, holder: str) -> str:
-        try:
-            values = json.loads(holder)
-            who = f"process {values['process']} on {values['host']} since {values['since']}"
-        except (ValueError, KeyError, TypeError):
-            who = "another process"
-        return (
-            f"run_dir {self._path.parent} is in use by {who}; end that job first or choose another run_dir "
-            f"(if its machine is gone for good, delete {self._path})"
-        )
 
 
 @contextlib.contextmanager

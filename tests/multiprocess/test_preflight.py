@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from multiprocess.clocks import compare
 from multiprocess.hosts import ROOT, Hosts, two_hosts
 from multiprocess.job import Job
+from multiprocess.zygote import Zygote
 
 PYTHON = ROOT / ".venv" / "bin" / "python"
 
@@ -56,6 +58,13 @@ def test_hosts_that_fit_and_hosts_that_do_not(tmp_path: Path, index: Path, hosts
         errors[0] == f"node2 has no checkout of vitscale at {ROOT}; it must be at the same path on all hosts"
     )
     assert errors[1].startswith("node9 cannot be reached by ssh: ") and "`ssh node9 hostname`" in errors[1]
+
+
+def test_a_long_look_at_the_shards_is_not_taken_for_clocks_that_differ(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    log = tmp_path / "log"
+    assert zygote.run(2, compare, str(Job(tmp_path, index).config), log=log) == [0, 0], log.read_text()
 
 
 def preflight(hosts: Hosts, job: Job, *names: str) -> tuple[int, list[str], list[str]]:

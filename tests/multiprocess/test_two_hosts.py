@@ -62,8 +62,12 @@ def test_a_run_outlives_a_host_and_takes_it_back(tmp_path: Path, index: Path, ho
     wait_until(job.reached(max(job.checkpoints()) + 6), command, job)
     assert world_size(job) == 1
     hosts.switch_on(2)
+    # It is back before its file systems are.
+    assert hosts.run(2, "mount", "-t", "tmpfs", "tmpfs", ROOT / "launch").returncode == 0
     (rank,) = hosts.ranks(1)
     rank.send_signal(signal.SIGTERM)
+    wait_until(lambda: "multinode: node2 has no checkout" in job.output(), command, job)
+    assert hosts.run(2, "umount", ROOT / "launch").returncode == 0
     assert command.wait(DEADLINE_SECONDS) == 0, job.output()
     status = ending.read(job.run_dir)
     assert status and status["state"] == "done"

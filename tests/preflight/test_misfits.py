@@ -61,6 +61,7 @@ def test_hosts_that_fit_together_have_no_problems() -> None:
         ({"clock": -95.0}, "node3: its clock is 95 s behind, and 30 s are allowed; start a time service"),
         ({"saw": 1}, "run_dir /shared/run is not one folder on all hosts: node3 cannot see"),
         ({"gpus": ("H100",) * 7}, "node3: it has 7 GPUs and slots=8"),
+        ({"gpus": ()}, "node3: it has 0 GPUs and slots=8"),
         ({"gpus": ("H100",) * 7 + ("A100",)}, "node3: its GPUs differ (A100, H100)"),
         (
             {"open_files": 512},

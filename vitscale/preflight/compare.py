@@ -11,6 +11,7 @@ from typing import Any
 from vitscale import open_files, shared_memory
 from vitscale.storage import size_text
 
+CHECKING = "checking"  # the first host looks for all shards next
 CLOCK_SECONDS = 30.0  # stores refuse requests that are signed minutes away from their own time
 
 
@@ -84,8 +85,9 @@ def problems(answers: Sequence[Answer]) -> list[str]:
     for what, value, way_out in _MUST_BE_EQUAL:
         found += _differing(known, what, value, way_out)
     found += _not_shared(known)
+    needs_gpus = any(facts.gpus for _, facts in known)
     for answer, facts in known:
-        found += _lacking(answer, facts, world_size)
+        found += _lacking(answer, facts, world_size, needs_gpus=needs_gpus)
         if facts.loopback and len(answers) > 1:
             found.append(
                 f"{answer.name}: its own name {facts.host} leads to a loopback address, where other hosts "
@@ -155,10 +157,10 @@ def _not_shared(known: _Known) -> list[str]:
     ]
 
 
-def _lacking(answer: Answer, facts: Facts, world_size: int) -> list[str]:
-    """What a single host has too little of."""
+def _lacking(answer: Answer, facts: Facts, world_size: int, *, needs_gpus: bool) -> list[str]:
+    """What a single host has too little of. needs_gpus: others have some."""
     found = []
-    if facts.gpus and len(facts.gpus) != answer.slots:
+    if needs_gpus and len(facts.gpus) != answer.slots:
         found.append(
             f"{answer.name}: it has {len(facts.gpus)} GPUs and slots={answer.slots}; start one process per "
             "GPU"

@@ -24,7 +24,7 @@ from vitscale.data.sources import check_sources, open_sources
 from vitscale.errors import UserError
 from vitscale.job import derive
 from vitscale.preflight import speed
-from vitscale.preflight.compare import Facts
+from vitscale.preflight.compare import CHECKING, Facts
 from vitscale.run_dir import check_run_dir
 from vitscale.train_config import TrainConfig
 
@@ -47,8 +47,10 @@ def collect(
     with _probed(config) as probe:
         facts = _looked(facts, probe, gather)
         facts = speed.measured(facts, place, gather)
+    gather(CHECKING)
     if place == 0 and config and not facts.errors:
         facts = dataclasses.replace(facts, errors=tuple(_at_start(config, world_size)))
+    gather("checked")  # so that all look at their clocks at the same time
     return gather(dataclasses.asdict(dataclasses.replace(facts, clock=time.time())))
 
 

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from vitscale import config as configs
-from vitscale.preflight.compare import Answer, facts_of
+from vitscale.preflight.compare import CHECKING, Answer, facts_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "vitscale-preflight "
 ROUND_SECONDS = 60.0
+CHECK_SECONDS = 1800.0  # to ask for hundreds of thousands of shards
 NO_CHECKOUT, NO_PYTHON, SSH_FAILED = 101, 102, 255
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5"]
 
@@ -51,7 +52,8 @@ def ask(slots: Mapping[str, int], words: Sequence[str], environment: Mapping[str
             )
         values: list[Any] = []
         while any(host.asked for host in hosts):
-            values = [host.read() for host in hosts]
+            limit = CHECK_SECONDS if CHECKING in values else ROUND_SECONDS
+            values = [host.read(limit) for host in hosts]
             for host in hosts:
                 host.write(values)
         return [
@@ -105,15 +107,15 @@ class _Host:
         except OSError:  # it is gone: the next read says why
             pass
 
-    def read(self) -> Any:
-        """Its value of this round; None if it has none any more."""
+    def read(self, limit: float) -> Any:
+        """Its value of this round; None if it has no more, or none in limit seconds."""
         if not self.asked:
             return None
         try:
-            self.heard, line = self._lines.get(timeout=ROUND_SECONDS)
+            self.heard, line = self._lines.get(timeout=limit)
         except queue.Empty:
             self.unreachable = True
-            self._fail(f"{self.name} did not answer for {ROUND_SECONDS:.0f} s; look at what keeps it busy")
+            self._fail(f"{self.name} did not answer for {limit:.0f} s; look at what keeps it busy")
             return None
         if not line:
             self._ended()
@@ -192,7 +194,7 @@ def among_ranks(words: Sequence[str]) -> list[Answer]:
     from vitscale import distributed
     from vitscale.preflight.facts import collect
 
-    distributed.initialize()
+    distributed.initialize(gpu=False)  # with NCCL, a host without its GPUs would be waited for
     paths, overrides = configs.divided(words)
     rows = collect(paths, overrides, distributed.rank(), distributed.world_size(), distributed.gather_json)
     now, firsts = time.time(), distributed.gather_json(distributed.local_rank() == 0)
