@@ -104,7 +104,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
     meter, health = Meter(job, run.pace), Health(engine, job.config.guard.skipped_steps)
     agreed = distributed.Agreement(2)
     phases.listen(meter)
-    ledger.ready(at.step)
+    ledger.ready(at)
     saved_step = at.step
     # At step 0, what an untrained model gives: the line to beat. Later, what was broken off.
     missing = distributed.on_main(lambda: metrics.without(due_after(at.step, job).evaluate))
