@@ -110,7 +110,8 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
     missing = distributed.on_main(lambda: metrics.without(due_after(at.step, job).evaluate))
     with phases("evaluate"):
         going_on = evaluate(run, missing, watch)
-    if at.step == 0:
+    # A run that begins with another's full state has no step 0.
+    if at.step == 0 or not (Path(job.config.run_dir) / history.FILE_NAME).exists():
         metrics.write_hparams(configs.to_dict(job.config))
     # Not before: a mistake that shows in the evaluation binds nobody.
     row = write_config(job, at, versions())
@@ -149,7 +150,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
                 save()
             break
         assert batch
-        at.advance()
+        at.advance(job.config.global_batch)
         meter.add(batch, loss)
         health.add(loss)
         run.quarantine.add(batch.bad)
@@ -180,12 +181,11 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
             if not going_on:
                 due = due_after(at.step, job, stopping=True)
         is_best = best_so_far(run, due.evaluate)
-        seen = at.step * job.config.global_batch
-        damaged = run.quarantine.is_over(at.bad_samples, seen)
+        damaged = run.quarantine.is_over(at.bad_samples, at.samples_seen)
         if due.save or damaged or is_best:
             save()
         if damaged:
-            raise DataError(run.quarantine.verdict(at.bad_samples, seen, at.step), shared=True)
+            raise DataError(run.quarantine.verdict(at.bad_samples, at.samples_seen, at.step), shared=True)
         if due.end:
             break
     with phases("save"):
@@ -269,7 +269,7 @@ def train_state(job: Job, progress: Progress, teacher: Teacher | None) -> TrainS
     return TrainState(
         step=progress.step,
         data_step=progress.data_step,
-        samples_seen=progress.step * config.global_batch,
+        samples_seen=progress.samples_seen,
         bad_samples=progress.bad_samples,
         rollbacks=progress.rollbacks,
         steps_per_epoch=job.mixture.steps_per_epoch,
