@@ -173,8 +173,8 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
         if due.draw:
             with phases("log"):
                 draw(run, batch.images)
-        for cost in saver.finished():
-            metrics.write(at.step, cost)
+        for step, cost in saver.finished():
+            metrics.write(step, cost)
         if due.evaluate:
             with phases("evaluate"):
                 going_on = evaluate(run, due.evaluate, watch)
@@ -190,8 +190,8 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
             break
     with phases("save"):
         saver.wait()
-    for cost in saver.finished():
-        metrics.write(at.step, cost)
+    for step, cost in saver.finished():
+        metrics.write(step, cost)
     metrics.conclude()
     logger.info("wall time since the first start: %s", summary(ledger.write()))
     if at.step == job.total_steps and not at.healthy:
