@@ -75,10 +75,13 @@ def train(config: TrainConfig, began: float | None = None) -> int:
         while True:
             watchdog.starting()
             try:
-                with started(job, tasks, rolled_back) as run:
+                with (
+                    started(job, tasks, rolled_back) as run,
+                    Profiler(config, run.progress) as profiler,
+                ):
                     ending.progress = run.progress
                     watchdog.ready(run.progress)
-                    phases = Phases(watchdog, ledger, Profiler(config, run.progress))
+                    phases = Phases(watchdog, ledger, profiler)
                     with processes.no_garbage_collection():
                         done = loop(run, watch, phases, ledger)
                 break
@@ -171,7 +174,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
         if at.step == 1:
             metrics.write_images("inputs", batch.images[:SHOWN_IMAGES], at.step)
         if due.draw:
-            with phases("log"):
+            with phases("evaluate"):
                 draw(run, batch.images)
         for step, cost in saver.finished():
             metrics.write(step, cost)
