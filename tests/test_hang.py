@@ -129,7 +129,7 @@ def test_until_the_first_step_is_done_there_is_the_time_of_a_start() -> None:
     assert watchdog.place()[:2] == (0, "start") and watchdog.place().limit == 1800.0
     watchdog.ready(progress := Progress(step=7, data_step=7))
     assert limits_of("evaluate", "data", "step", "log") == [3600.0, 1800.0, 1800.0, 300.0]
-    progress.advance()
+    progress.advance(8)
     assert limits_of("data", "step", "save") == [600.0, 300.0, 3600.0] and watchdog.place().step == 8
     watchdog.starting()  # rolled back: whoever is in the loop already waits for this rank
     assert watchdog.place()[:2] == (0, "start")

@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import resource
+import time
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -167,6 +169,55 @@ def test_tensorboard_holds_the_same_numbers_after_a_resume(tmp_path: Path):
     scalars = [(event.step, event.value) for event in events.Scalars("1_train/loss")]
     assert scalars == [(row["step"], float(np.float32(row["train/loss"]))) for row in rows]
     assert [step for step, _ in scalars] == list(range(1, 11))
+
+
+def test_the_cost_of_a_save_stays_with_its_step_after_a_resume_from_it(tmp_path: Path):
+    """It is known some steps later, as the save is written in the background."""
+    for resume_step, saves in ((0, {6: 4, 8: 7}), (4, {6: 5, 9: 8})):
+        writer = MetricsWriter(tmp_path, resume_step=resume_step, total_steps=10)
+        for step in range(resume_step + 1, 10):
+            writer.write(step, {"train/loss": 1 / step})
+            if step in saves:
+                writer.write(saves[step], {"checkpoint/seconds": float(step)})
+        writer.close()
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "checkpoint/seconds" in row]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    scalars = [(event.step, event.value) for event in events.Scalars("6_checkpoint/seconds")]
+    assert [(row["step"], row["checkpoint/seconds"]) for row in rows] == scalars
+    assert scalars == [(4, 6.0), (5, 6.0), (8, 9.0)]
+    assert [event.step for event in events.Scalars("1_train/loss")] == list(range(1, 10))
+
+
+def test_tensorboard_follows_a_start_whose_clock_is_behind_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now = time.time()
+    # Three starts within a second, then two by clocks that are behind.
+    for resume_step, clock in ((0, now), (2, now), (4, now), (6, now - 3600), (8, now - 7200)):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        writer = MetricsWriter(tmp_path, resume_step=resume_step, total_steps=12)
+        for step in range(resume_step + 1, resume_step + 5):
+            writer.write(step, {"train/loss": float(10 * resume_step + step)})
+        writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(event.step, event.value) for event in events.Scalars("1_train/loss")] == [
+        (row["step"], row["train/loss"]) for row in rows
+    ]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+
+
+def test_a_start_does_not_hold_the_rows_of_a_long_run_in_memory(tmp_path: Path):
+    row = {f"loader/number_{n}": n / 7 for n in range(20)}
+    lines = [json.dumps({"step": step, "train/loss": 1 / step, **row}) + "\n" for step in range(1, 1001)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    num_bytes = len("".join(lines))
+    tracemalloc.start()
+    writer = MetricsWriter(tmp_path, resume_step=990, total_steps=4000, tensorboard=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    writer.close()
+    assert steps_of(tmp_path) == list(range(1, 991)) and peak < num_bytes / 4
 
 
 def test_images_and_hyperparameters_reach_tensorboard(tmp_path: Path):

@@ -45,15 +45,16 @@ def test_a_period_of_one_step_is_every_step() -> None:
 
 
 def test_a_step_consumes_one_batch() -> None:
-    progress = Progress(step=3, data_step=5, bad_samples=2)
-    progress.advance()
-    assert progress == Progress(step=4, data_step=6, bad_samples=2)
+    progress = Progress(step=3, data_step=5, samples_seen=48, bad_samples=2)
+    progress.advance(8)
+    assert progress == Progress(step=4, data_step=6, samples_seen=56, bad_samples=2)
 
 
 def test_what_a_run_has_read_before_it_was_rolled_back_is_passed_over() -> None:
-    progress = Progress(step=3, data_step=5, bad_samples=2, rollbacks=1)
-    progress.pass_over(Progress(step=14, data_step=16, bad_samples=4, rollbacks=1, healthy=False))
-    assert progress == Progress(step=3, data_step=16, bad_samples=4, rollbacks=2)
+    progress = Progress(step=3, data_step=5, samples_seen=24, bad_samples=2, rollbacks=1)
+    before = Progress(step=14, data_step=16, samples_seen=112, bad_samples=4, rollbacks=1, healthy=False)
+    progress.pass_over(before)
+    assert progress == Progress(step=3, data_step=16, samples_seen=24, bad_samples=4, rollbacks=2)
 
 
 class Recorder:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale import atomic
+from vitscale.progress import Progress
 
 FILE_NAME = "time.json"
 # Steps are the goodput. Then: the other phases of the loop, a start until its first step, work
@@ -49,11 +50,10 @@ class Start:
 
     def spent(self, *, is_last: bool) -> dict[str, float]:
         """The seconds of each kind. is_last: no other start has gone on from its last mark."""
-        kept = Mark(self.step, self.elapsed, self.seconds) if is_last else self.marks[-1]
-        after, unnamed = self.elapsed - kept.elapsed, kept.elapsed - sum(kept.seconds.values())
-        if self.step > kept.step:
-            return {**kept.seconds, "lost": after, "other": unnamed}
-        return {**kept.seconds, "other": unnamed + after}  # it ended with its checkpoint
+        whole = is_last or self.marks[-1].step >= self.step  # it ended with its checkpoint
+        kept = self if whole else self.marks[-1]
+        unnamed = kept.elapsed - sum(kept.seconds.values())
+        return {**kept.seconds, "lost": self.elapsed - kept.elapsed, "other": unnamed}
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> "Start":
@@ -94,16 +94,23 @@ class Ledger:
         """A start of the run, since `began`; call it within the run's lock."""
         self._path, self._writes = Path(run_dir) / FILE_NAME, writes
         self._starts = read_starts(self._path) if writes else []
+        self._progress = Progress()
         self._begin(began)
 
-    def ready(self, step: int) -> None:
-        """The loop begins, after `step` steps. What earlier starts did beyond them is lost."""
+    def ready(self, progress: Progress) -> None:
+        """The loop begins, and counts its steps in `progress`. What is beyond them is lost."""
+        step = progress.step
+        for before in self._starts[-2:-1]:
+            # A kill may come between a save and the row that would have written its mark.
+            if before.marks[-1].step < before.step <= step:
+                before.marks.append(Mark(before.step, before.elapsed, before.seconds))
         for start in self._starts[:-1]:
             start.marks = [mark for mark in start.marks if mark.step <= step] or start.marks[:1]
         for start in self._starts[:-2]:
             del start.marks[1:-1]
-        self._now.seconds["start"] = time.time() - self._now.began
-        self._now.step = step
+        self._progress = progress
+        self._touch()
+        self._now.seconds["start"] = self._now.elapsed
         self.mark()
         self.write()
 
@@ -117,7 +124,6 @@ class Ledger:
 
     def ended(self, phase: str, seconds: float) -> None:
         self._now.seconds[phase] = self._now.seconds.get(phase, 0.0) + seconds
-        self._now.step += phase == "step"
 
     def mark(self) -> None:
         """A checkpoint has been made of what was done until now."""
@@ -135,8 +141,11 @@ class Ledger:
         return {**parts, "run/starts": len(self._starts)}
 
     def _begin(self, at: float) -> None:
+        # From here on by the clock of the phases, which nobody sets.
+        self._since = time.perf_counter() - max(0.0, time.time() - at)
         self._now = Start(at)
         self._starts.append(self._now)
 
     def _touch(self) -> None:
-        self._now.elapsed = time.time() - self._now.began
+        self._now.elapsed = time.perf_counter() - self._since
+        self._now.step = self._progress.step

@@ -78,7 +78,7 @@ class Meter:
         (total_digest,) = distributed.all_reduce_sum_int([self._digest])
         speed = self._steps * config.global_batch / elapsed
         numbers = {
-            "samples_seen": progress.step * config.global_batch,
+            "samples_seen": progress.samples_seen,
             **self._epochs(progress.data_step),
             "train/loss": float(np.float32(loss_sum / world)),
             "train/loss_mean": mean_sum / world,

@@ -35,6 +35,7 @@ FILE_NAME = "metrics.jsonl"
 NON_FINITE = ("nan", "inf", "-inf")
 NO_EXPECTATIONS = ExpectConfig()
 DIGEST = "data/digest"
+EVENTS = "events.out.tfevents."  # then the time in seconds, the host and the process
 HASHES = (DIGEST,)  # in metrics.jsonl only: a curve of them means nothing
 # TensorBoard sorts groups by name and opens the first two. There, their names are numbered.
 GROUPS = ("train", "eval", "data", "perf", "time", "checkpoint", "goodput", "run", "loader", "learned")
@@ -82,14 +83,16 @@ class MetricsWriter:
         # Only on a terminal: in a log file, a bar is one long line full of carriage returns.
         self._bar = _open_bar(resume_step, total_steps) if sys.stderr.isatty() else None
         self._resume_step, self._total_steps = resume_step, total_steps
+        self._newest = resume_step  # of the steps written: the row of a save comes after later ones
         self._start_seconds = time.monotonic()
         self._evaluations: dict[str, None] = {}  # the names of their numbers, in order
-        rows = read_metrics(folder / FILE_NAME)
-        self._at_resume = {name for row in rows if row["step"] == resume_step for name in row}
-        self._judge = judge
-        self._scores = {row["step"]: row[judge] for row in rows if judge in row}
+        self._at_resume, self._judge = set[str](), judge
+        self._scores: dict[int, float] = {}  # of the judge, by step
         self._expectations = Expectations(expect)
-        for row in rows:
+        for row in each_row(self._path):
+            self._at_resume |= row.keys() if row["step"] == resume_step else set()
+            if judge in row:
+                self._scores[row["step"]] = row[judge]
             self._expectations.add(row["step"], row)
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
@@ -189,9 +192,11 @@ class MetricsWriter:
 
     def _show(self, step: int, numbers: Mapping[str, float | int]) -> None:
         text = _console_text(numbers)
+        self._newest = max(self._newest, step)
         if self._bar is None:
             elapsed_seconds = time.monotonic() - self._start_seconds
-            eta = remaining_time(elapsed_seconds, step - self._resume_step, self._total_steps - step)
+            num_done, num_left = self._newest - self._resume_step, self._total_steps - self._newest
+            eta = remaining_time(elapsed_seconds, num_done, num_left)
             logger.info("step %d/%d  %s  eta %s", step, self._total_steps, text, eta)
         elif any(name in numbers for name, _, _ in CONSOLE):
             self._bar.set_postfix_str(text, refresh=False)
@@ -284,19 +289,21 @@ def trim_metrics(path: Path, resume_step: int, key: str = "step") -> list[dict[s
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept: list[bytes] = []
-    dropped: list[dict[str, Any]] = []
-    for line in lines:
-        row = _parse_row(line)
-        if row is not None and 0 < resume_step >= row.get(key, row["step"]):
-            kept.append(line)
-        elif row is not None:
-            dropped.append(row)
-    if len(kept) < len(lines):
-        logger.info("%s: dropped %d rows past step %d", path, len(lines) - len(kept), resume_step)
-        atomic.write(path, b"".join(kept))
-    return dropped
+    beyond: dict[int, dict[str, Any] | None] = {}  # by number of the line; None = torn
+    with open(path, "rb") as file:
+        for number, row in enumerate(map(_parse_row, file)):
+            if row is None or not 0 < resume_step >= row.get(key, row["step"]):
+                beyond[number] = row
+    if beyond:
+        logger.info("%s: dropped %d rows past step %d", path, len(beyond), resume_step)
+        with (
+            atomic.named(path),
+            atomic.appearing(path) as temporary,
+            open(path, "rb") as old,
+            open(temporary, "wb") as new,
+        ):
+            new.writelines(line for number, line in enumerate(old) if number not in beyond)
+    return [row for row in beyond.values() if row is not None]
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
@@ -323,7 +330,17 @@ def _console_text(numbers: Mapping[str, float | int]) -> str:
 
 
 def _open_tensorboard(folder: Path, resume_step: int) -> SummaryWriter:
-    """With purge_step, TensorBoard ignores what earlier processes wrote from that step on."""
+    """With purge_step, TensorBoard ignores what earlier processes wrote from that step on.
+
+    It reads files by rising name, and so by the time at which each was begun: those of a clock
+    that was ahead of this one get an earlier time, in the same order.
+    """
+    limit = int(time.time())
+    for path in sorted(folder.glob(f"{EVENTS}{'[0-9]' * 10}.*"), reverse=True):
+        stamp, _, rest = path.name.removeprefix(EVENTS).partition(".")
+        if int(stamp) >= limit:
+            path.rename(path.with_name(f"{EVENTS}{limit - 1:010d}.{rest}"))
+        limit = min(int(stamp), limit - 1)
     return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
 
 

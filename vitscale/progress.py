@@ -16,6 +16,8 @@ class Progress:
 
     step: optimizer steps done.
     data_step: global batches consumed; equal to `step` until a run skips data.
+    samples_seen: images trained on; global_batch times `step` unless the run was begun from
+        the full state of one with another global_batch.
     bad_samples: samples that could not be used and were replaced.
     rollbacks: how often the run went back to an earlier checkpoint.
     healthy: whether the newest checkpoint is.
@@ -23,14 +25,16 @@ class Progress:
 
     step: int = 0
     data_step: int = 0
+    samples_seen: int = 0
     bad_samples: int = 0
     rollbacks: int = 0
     healthy: bool = True
 
-    def advance(self) -> None:
-        """Count a step, which trained on one global batch."""
+    def advance(self, global_batch: int) -> None:
+        """Count a step, which trained on one global batch of so many samples."""
         self.step += 1
         self.data_step += 1
+        self.samples_seen += global_batch
 
     def pass_over(self, before: "Progress") -> None:
         """Roll back `before`, which was further on: what it read is not read again."""

@@ -75,10 +75,13 @@ def train(config: TrainConfig, began: float | None = None) -> int:
         while True:
             watchdog.starting()
             try:
-                with started(job, tasks, rolled_back) as run:
+                with (
+                    started(job, tasks, rolled_back) as run,
+                    Profiler(config, run.progress) as profiler,
+                ):
                     ending.progress = run.progress
                     watchdog.ready(run.progress)
-                    phases = Phases(watchdog, ledger, Profiler(config, run.progress))
+                    phases = Phases(watchdog, ledger, profiler)
                     with processes.no_garbage_collection():
                         done = loop(run, watch, phases, ledger)
                 break
@@ -105,13 +108,14 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
     meter, health = Meter(job, run.pace), Health(engine, job.config.guard.skipped_steps)
     agreed = distributed.Agreement(2)
     phases.listen(meter)
-    ledger.ready(at.step)
+    ledger.ready(at)
     saved_step = at.step
     # At step 0, what an untrained model gives: the line to beat. Later, what was broken off.
     missing = distributed.on_main(lambda: metrics.without(due_after(at.step, job).evaluate))
     with phases("evaluate"):
         going_on = evaluate(run, missing, watch)
-    if at.step == 0:
+    # A run that begins with another's full state has no step 0.
+    if at.step == 0 or not (Path(job.config.run_dir) / history.FILE_NAME).exists():
         metrics.write_hparams(configs.to_dict(job.config))
     # Not before: a mistake that shows in the evaluation binds nobody.
     row = write_config(job, at, versions())
@@ -150,7 +154,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
                 save()
             break
         assert batch
-        at.advance()
+        at.advance(job.config.global_batch)
         meter.add(batch, loss)
         health.add(loss)
         run.quarantine.add(batch.bad)
@@ -171,28 +175,27 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
         if at.step == 1:
             metrics.write_images("inputs", batch.images[:SHOWN_IMAGES], at.step)
         if due.draw:
-            with phases("log"):
+            with phases("evaluate"):
                 draw(run, batch.images)
-        for cost in saver.finished():
-            metrics.write(at.step, cost)
+        for step, cost in saver.finished():
+            metrics.write(step, cost)
         if due.evaluate:
             with phases("evaluate"):
                 going_on = evaluate(run, due.evaluate, watch)
             if not going_on:
                 due = due_after(at.step, job, stopping=True)
         is_best = best_so_far(run, due.evaluate)
-        seen = at.step * job.config.global_batch
-        damaged = run.quarantine.is_over(at.bad_samples, seen)
+        damaged = run.quarantine.is_over(at.bad_samples, at.samples_seen)
         if due.save or damaged or is_best:
             save()
         if damaged:
-            raise DataError(run.quarantine.verdict(at.bad_samples, seen, at.step), shared=True)
+            raise DataError(run.quarantine.verdict(at.bad_samples, at.samples_seen, at.step), shared=True)
         if due.end:
             break
     with phases("save"):
         saver.wait()
-    for cost in saver.finished():
-        metrics.write(at.step, cost)
+    for step, cost in saver.finished():
+        metrics.write(step, cost)
     metrics.conclude()
     logger.info("wall time since the first start: %s", summary(ledger.write()))
     if at.step == job.total_steps and not at.healthy:
@@ -270,7 +273,7 @@ def train_state(job: Job, progress: Progress, teacher: Teacher | None) -> TrainS
     return TrainState(
         step=progress.step,
         data_step=progress.data_step,
-        samples_seen=progress.step * config.global_batch,
+        samples_seen=progress.samples_seen,
         bad_samples=progress.bad_samples,
         rollbacks=progress.rollbacks,
         steps_per_epoch=job.mixture.steps_per_epoch,

@@ -14,6 +14,7 @@ from make import edit_manifest, verified
 from multiprocess.job import Job
 from multiprocess.ranks import FileLimit, Kill, Stop, train_apart
 from multiprocess.zygote import Zygote
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vitscale import config as configs
 from vitscale.checkpoint import store
@@ -43,7 +44,8 @@ def test_saving_in_the_background_writes_the_same_bytes(tmp_path: Path, index: P
             assert (folder / name).read_bytes() == (foreground.checkpoints()[step] / name).read_bytes()
     rows = [json.loads(line) for line in (background.run_dir / "metrics.jsonl").read_text().splitlines()]
     saves = [row for row in rows if "checkpoint/seconds" in row]
-    assert len(saves) >= 10 and all(row["checkpoint/blocked_seconds"] >= 0 for row in saves)
+    assert [row["step"] for row in saves] == list(range(1, 21))
+    assert all(row["checkpoint/blocked_seconds"] >= 0 for row in saves)
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
@@ -173,8 +175,8 @@ def test_options_that_cannot_work_are_refused(
 def test_a_new_run_continues_from_the_full_state_of_another(
     tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job
 ) -> None:
-    names = ("first", "same", "other", "sgd", "done")
-    first, same, other, sgd, done = (Job(tmp_path / name, index) for name in names)
+    names = ("first", "same", "other", "larger", "sgd", "done")
+    first, same, other, larger, sgd, done = (Job(tmp_path / name, index) for name in names)
     assert zygote.train(first, 2, event=Stop()) == [75, 75], first.output()
     stopped = first.rows()[-1]["step"]
     options = [f"init.checkpoint={first.run_dir}", "init.full_state=true"]
@@ -187,6 +189,14 @@ def test_a_new_run_continues_from_the_full_state_of_another(
     assert other.column("train/lr") == pytest.approx(expected)
     first_loss = uninterrupted.column("train/loss")[stopped]
     assert other.column("train/loss")[0] == pytest.approx(first_loss, abs=1e-6)
+    few = ("global_batch=16", "log.tensorboard=true", "checkpoint.every_steps=1")
+    for last in (stopped + 1, stopped + 2):  # a start and a resume
+        assert zygote.train(larger, 1, *options, *few, f"total_steps={last}") == [0], larger.output()
+    assert larger.column("samples_seen") == [8 * stopped + 16, 8 * stopped + 32]
+    assert Manifest.load(larger.checkpoints()[stopped + 2]).train.samples_seen == 8 * stopped + 32
+    events = EventAccumulator(str(larger.run_dir / "tensorboard")).Reload()
+    hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"global_batch" in hparams
     assert zygote.train(sgd, 1, *options, "optim.name=sgd", "optim.weight_decay=0") == [2]
     assert 'holds the state of optim.name = "adamw"' in sgd.output()
     assert zygote.train(done, 1, *options, f"total_steps={stopped}") == [2]

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from vitscale.data.transforms import normalize
+from vitscale.goodput import read_starts
 from vitscale.inspection.attention import attention_distance, attention_maps, observe_attention
 from vitscale.inspection.live import observe
 from vitscale.inspection.mosaics import enlarged, filter_tiles
@@ -38,6 +39,8 @@ def test_figures_are_drawn_at_any_stage_and_change_no_loss(
     assert zygote.train(job, 2, *FIGURES, *options) == [0, 0], job.output()
     assert job.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=1e-5)
     assert list(distances(job)) == [8, 16, 20]
+    (start,) = read_starts(job.run_dir / "time.json")
+    assert start.seconds["evaluate"] > 0.001  # and so they are not in a row's images per second
     assert all(0 < distance < 12 for values in distances(job).values() for distance in values)
     events = EventAccumulator(str(job.run_dir / "tensorboard"), size_guidance={"images": 0})
     events.Reload()

@@ -1,14 +1,19 @@
 """`list`: the checkpoints of a run, with metrics, damage and leftovers."""
 
+import inspect
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from checkpoint_tool import NOW, Capture, call, call_json, damage
 from data.servers import s3_server, use_s3
 from make import state_of, write_step
 
+from vitscale.checkpoint.verify import check_all
 from vitscale.report import listing
 
 
@@ -70,6 +75,20 @@ def test_a_file_of_another_size_is_found_without_reading_it(run: Path) -> None:
         file.write(b"x")
     first = listing.list_run(str(run), checksums=False).checkpoints[0]
     assert first.status == "DAMAGED" and re.search(r"has [\d,]+ bytes, the manifest says", first.problem)
+
+
+def test_a_checkpoint_that_is_deleted_while_the_others_are_checked_is_left_out(run: Path) -> None:
+    def delete_oldest(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is inspect.unwrap(check_all).__code__:
+            shutil.rmtree(run / "checkpoints" / "step-000000010")
+
+    (run / "checkpoints" / "step-000000020" / "rank-00002.safetensors").unlink()
+    sys.setprofile(delete_oldest)
+    try:
+        rows = listing.list_run(str(run)).checkpoints
+    finally:
+        sys.setprofile(None)
+    assert [(row.step, row.status) for row in rows] == [(20, "DAMAGED"), (30, "verified")]
 
 
 def test_leftovers_and_a_wrong_latest_are_mentioned(run: Path, capsys: Capture) -> None:

@@ -72,6 +72,35 @@ def test_a_run_of_an_earlier_version_has_a_page_without_what_it_did_not_write(
     assert not list(out.parent.glob(".*"))  # nothing temporary is left
 
 
+def test_of_a_loss_the_lowest_is_best_and_none_is_a_percentage(run: Path, tmp_path: Path) -> None:
+    losses = {0: 2.302, 10: 1.5, 20: 1.9}
+    rows = [{"step": step, "eval/val/loss": loss, "eval/val/top1": 1 / loss} for step, loss in losses.items()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report(run, "--out", tmp_path / "page.html") == 0
+    page = checked((tmp_path / "page.html").read_text())
+    assert "val/loss 2.302 1.5 at step 10 1.9 at step 20" in page.text
+    assert "val/top1 43.44% 66.67% at step 10 52.63% at step 20" in page.text
+    assert "1.9 val/loss" in page.text and "20 1.9 52.63%" in page.text
+    assert "val/loss. run: 2.302 at step 0, 1.9 at step 20" in page.text
+
+
+def test_a_run_begun_from_another_has_lines_for_its_later_starts_alone(run: Path, tmp_path: Path) -> None:
+    starts = [{"step": step, "versions": {}} for step in (9, 20)]
+    (run / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in starts))
+    assert report(run, "--out", tmp_path / "page.html") == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "start 2, from step 20" in text and "start 1, from step" not in text
+
+
+def test_a_loss_that_stands_out_lists_the_first_of_its_samples(run: Path, tmp_path: Path) -> None:
+    for number, end in ((32, "place 31"), (33, "place 31\n1 more in spikes.jsonl")):
+        spike = {"step": 3, "loss": 9.0, "samples": [f"place {n}" for n in range(number)]}
+        (run / "spikes.jsonl").write_text(json.dumps(spike) + "\n")
+        assert report(run, "--out", tmp_path / "page.html") == 0
+        text = (tmp_path / "page.html").read_text()
+        assert f"{number} samples" in text and f"place 30\n{end}</pre>" in text
+
+
 def test_a_roll_back_is_told_with_what_was_passed_over(run: Path, tmp_path: Path) -> None:
     first = {"step": 0, "data_step": 0, "rollbacks": 0, "world_size": 2, "versions": {"torch": "2.11"}}
     again = {**first, "step": 20, "data_step": 32, "rollbacks": 1, "changed": {"optim.lr": [1, "<b>"]}}

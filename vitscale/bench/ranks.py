@@ -291,7 +291,7 @@ def _save(saver: Saver, engine: Engine, model: ModelConfig, step: int) -> dict[s
         saver.wait()
 
     _, whole = timed(save)
-    (cost,) = saver.finished()
+    ((_, cost),) = saver.finished()
     blocked, writing = cost["checkpoint/blocked_seconds"], cost["checkpoint/seconds"]
     blocked, writing = distributed.all_reduce_max([blocked, writing])
     return {"save": whole, "blocked": blocked, "writing": writing}

@@ -91,8 +91,8 @@ class Saver:
         """Whether the last save failed; the ranks agree on it at every step."""
         return bool(self._saves and self._saves[-1].failure)
 
-    def finished(self) -> list[dict[str, float]]:
-        """The cost of each save committed since the last call, as metrics.
+    def finished(self) -> list[tuple[int, dict[str, float]]]:
+        """The step and the cost, as metrics, of each save committed since the last call.
 
         blocked_seconds: for how long training waited. seconds: how long writing took.
         """
@@ -106,7 +106,10 @@ class Saver:
                 save.blocked_seconds,
             )
         return [
-            {"checkpoint/blocked_seconds": save.blocked_seconds, "checkpoint/seconds": save.seconds}
+            (
+                save.step,
+                {"checkpoint/blocked_seconds": save.blocked_seconds, "checkpoint/seconds": save.seconds},
+            )
             for save in done
         ]
 

@@ -10,7 +10,7 @@ from typing import Any
 from vitscale import storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import MANIFEST
-from vitscale.checkpoint.verify import check_all, committed, places_of
+from vitscale.checkpoint.verify import Verdict, check_all, committed, places_of
 from vitscale.errors import CheckpointError
 from vitscale.metrics import FILE_NAME, each_row
 from vitscale.report.contents import facts_of
@@ -58,16 +58,16 @@ def list_run(run: str, *, checksums: bool = True) -> RunListing:
         raise CheckpointError(
             f"{run} is one checkpoint, but list takes a run directory; use show for a checkpoint"
         )
-    places, steps = places_of(run), committed(run)
-    if not steps:
+    places = places_of(run)
+    latest = [storage.child(place, name) for place in places if (name := _latest(place))]
+    checked = _checked(run, checksums=checksums)
+    if not checked:
         raise CheckpointError(
             f"{run} holds no checkpoints: there are no step-* folders in {' or '.join(places)}"
         )
     metrics_rows = _read_metrics(run)
-    latest = [storage.child(place, name) for place in places if (name := _latest(place))]
     checkpoints = []
-    verdicts = check_all([folder for _, folder in steps], checksums=checksums)
-    for (step, folder), verdict in zip(steps, verdicts, strict=True):
+    for step, folder, verdict in checked:
         metrics, loss_step = metrics_at(metrics_rows, step)
         status = "verified" if checksums else "not verified"
         manifest = verdict.manifest
@@ -83,7 +83,7 @@ def list_run(run: str, *, checksums: bool = True) -> RunListing:
             loss_step=loss_step,
         )
         checkpoints.append(row)
-    notes = [*_misnamed(latest, steps), *_unfinished(places)]
+    notes = [*_misnamed(latest, [(row.step, row.path) for row in checkpoints]), *_unfinished(places)]
     return RunListing(places=tuple(places), checkpoints=tuple(checkpoints), notes=tuple(notes))
 
 
@@ -130,6 +130,14 @@ def _read_metrics(run: str) -> list[dict[str, Any]]:
         {name: row[name] for name in row if name in ("step", "train/loss") or name.startswith("eval/")}
         for row in rows
     ]
+
+
+def _checked(run: str, *, checksums: bool) -> list[tuple[int, str, Verdict]]:
+    """(step, folder, verdict) of the checkpoints; without those that were deleted meanwhile."""
+    steps = committed(run)
+    verdicts = check_all([folder for _, folder in steps], checksums=checksums)
+    still = committed(run) if any(verdict.problem for verdict in verdicts) else steps
+    return [(*place, verdict) for place, verdict in zip(steps, verdicts, strict=True) if place in still]
 
 
 def _latest(place: str) -> str:

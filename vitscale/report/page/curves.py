@@ -1,16 +1,15 @@
 """Curves of one run or of several over one another, and the tables of evaluations."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
+from collections.abc import Mapping, Sequence
 
 from vitscale.expect import Band
+from vitscale.metrics import best_step
 from vitscale.report.page.chart import Series, legend, line_chart
 from vitscale.report.page.html import Html, details, element, joined, note, table
 from vitscale.report.page.overview import scores
 from vitscale.report.page.records import Column, Record
-from vitscale.report.page.scale import percent, short
+from vitscale.report.page.scale import form, percent
 
 SHOWN_EVALUATIONS = 12  # rows of the table that is open
 MAX_EVALUATIONS = 1000  # rows in all
@@ -63,10 +62,10 @@ def expectations(records: Sequence[Record]) -> Html:
             if verdict is None:
                 rows.append([name, "no value within the steps of its band", "", "", ""])
                 continue
-            form = _form(name)
+            text = form(name)
             good = element("span", str(verdict), class_=f"state {'good' if verdict.on_track else 'bad'}")
-            between = f"{form(verdict.low)} to {form(verdict.high)}"
-            rows.append([name, good, form(verdict.value), between, f"{verdict.step:,}"])
+            between = f"{text(verdict.low)} to {text(verdict.high)}"
+            rows.append([name, good, text(verdict.value), between, f"{verdict.step:,}"])
         caption = "What was expected, and what came"
         caption += f": {record.name}" if len(records) > 1 else ""
         header = ["metric", "verdict", "last value", "expected there", "step"]
@@ -81,19 +80,21 @@ def evaluations(record: Record) -> Html:
     if not names:
         return note("No evaluation has been logged.")
     columns = [record.columns[name] for name in names]
-    best = []
+    rows = []
     for name, column in zip(names, columns, strict=True):
-        place = int(np.nanargmax(column.values)) if np.isfinite(column.values).any() else 0
-        best.append(
+        text, steps = form(name), column.steps.astype(int).tolist()
+        by_step = dict(zip(steps, column.values.tolist(), strict=True))
+        best = best_step(by_step, name)
+        rows.append(
             [
                 name.removeprefix("eval/"),
-                percent(float(column.values[0])),
-                f"{percent(float(column.values[place]))} at step {column.steps[place]:,.0f}",
-                f"{percent(column.last)} at step {column.steps[-1]:,.0f}",
+                text(column.first),
+                "" if best is None else f"{text(by_step[best])} at step {best:,}",
+                f"{text(column.last)} at step {steps[-1]:,}",
             ]
         )
     header = ["result", "first", "best", "last"]
-    summary = table(header, best, caption="First, best and last", right=(1, 2, 3))
+    summary = table(header, rows, caption="First, best and last", right=(1, 2, 3))
     return joined([summary, _step_by_step(names, columns)])
 
 
@@ -101,7 +102,7 @@ def _step_by_step(names: Sequence[str], columns: Sequence[Column]) -> Html:
     cells: dict[int, dict[str, str]] = {}
     for name, column in zip(names, columns, strict=True):
         for step, value in zip(column.steps.astype(int), column.values, strict=True):
-            cells.setdefault(int(step), {})[name] = percent(float(value))
+            cells.setdefault(int(step), {})[name] = form(name)(float(value))
     steps = sorted(cells)[-MAX_EVALUATIONS:]
     rows = [[f"{step:,}", *(cells[step].get(name, "") for name in names)] for step in steps]
     header = ["step", *(name.removeprefix("eval/") for name in names)]
@@ -131,7 +132,8 @@ def _loss(records: Sequence[Record]) -> Html:
 
 
 def _evaluation(records: Sequence[Record], name: str) -> Html:
-    return _chart(name.removeprefix("eval/"), records, _lines(records, name), name, is_fraction=True)
+    title, is_fraction = name.removeprefix("eval/"), form(name) is percent
+    return _chart(title, records, _lines(records, name), name, is_fraction=is_fraction)
 
 
 def _chart(
@@ -180,9 +182,5 @@ def _marks(records: Sequence[Record]) -> Mapping[int, str]:
     return {
         int(row["step"]): f"start {number}, from step {row['step']:,}"
         for number, row in enumerate(records[0].starts, start=1)
-        if row["step"] > 0
+        if number > 1 and row["step"] > 0
     }
-
-
-def _form(name: str) -> Callable[[float], str]:
-    return percent if name.startswith(("eval/", "time/")) else short

@@ -10,9 +10,11 @@ from vitscale.report.page.pictures import card, gallery
 from vitscale.report.page.records import Record
 from vitscale.report.page.scale import short
 from vitscale.report.page.shards import Shards
+from vitscale.spikes import FILE_NAME as SPIKES_NAME
 
 MAX_ROWS, MAX_PICTURES = 200, 24  # of different samples that were replaced
 MAX_SPIKES, SPIKES_WITH_PICTURES, PICTURES_OF_SPIKE = 50, 3, 8
+PLACES_OF_SPIKE = 32  # of the samples of a global batch
 
 
 def data_health(record: Record, shards: Shards) -> Html:
@@ -67,7 +69,10 @@ def _spike(row: Mapping[str, Any]) -> list[str]:
     loss, median, deviation = (_number(row.get(name)) for name in ("loss", "median", "deviation"))
     above = f"{(loss - median) / deviation:.3g}" if deviation > 0 else ""
     places = _samples(row)
-    listed = details(f"{len(places):,} samples", element("pre", "\n".join(map(str, places))))
+    lines = [str(place) for place in places[:PLACES_OF_SPIKE]]
+    if more := len(places) - len(lines):
+        lines.append(f"{more:,} more in {SPIKES_NAME}")
+    listed = details(f"{len(places):,} samples", element("pre", "\n".join(lines)))
     return [f"{row['step']:,}", short(loss), short(median), above, listed]
 
 

@@ -16,7 +16,7 @@ from vitscale.models import empty_model
 from vitscale.report.compare import flatten
 from vitscale.report.page.html import Html, details, element, escaped, joined, note, table
 from vitscale.report.page.records import Record
-from vitscale.report.page.scale import percent, short
+from vitscale.report.page.scale import form, percent, short
 from vitscale.report.text import when
 from vitscale.train_config import TrainConfig
 
@@ -116,7 +116,7 @@ def _figures(record: Record) -> dict[str, str]:
         if (column := record.columns.get(name)) and "training loss, mean" not in figures:
             figures[label] = f"{column.first:.4g} to {column.last:.4g}"
     for name in scores(record):
-        figures[name.removeprefix("eval/")] = percent(record.columns[name].last)
+        figures[name.removeprefix("eval/")] = form(name)(record.columns[name].last)
     if config := record.config:
         figures["model"] = _model(config)
         num_params = sum(param.numel() for param in empty_model(config.model).parameters())

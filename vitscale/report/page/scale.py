@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float64
@@ -128,3 +129,8 @@ def short(value: float) -> str:
 def percent(value: float) -> str:
     """A fraction as a percentage: "52.3%"."""
     return f"{100 * value:.4g}%" if math.isfinite(value) else str(value)
+
+
+def form(name: str) -> Callable[[float], str]:
+    """How values of a metric are written: accuracies and shares of time as percentages."""
+    return percent if name.startswith(("eval/", "time/")) and not name.endswith("loss") else short
