@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vitscale import atomic
+from vitscale import atomic, storage
 from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig
@@ -123,7 +123,7 @@ def values_for(recipe: TrainConfig, checkpoint: str, model: ModelConfig) -> dict
     values = configs.to_dict(recipe) | {"evals": {}, "expect": {}}
     values["checkpoint"] = values["checkpoint"] | {"keep_best": ""}
     values["init"] = {
-        "checkpoint": str(Path(checkpoint).absolute()) if "://" not in checkpoint else checkpoint,
+        "checkpoint": storage.absolute(checkpoint),
         "ema": recipe.init.ema,
         "head": recipe.init.head,
     }
