@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import pytest
 
-from vitscale.config import differing_keys, from_dict, load, to_dict, to_toml
+from vitscale.config import differing_keys, from_dict, load, resolve, to_dict, to_toml
 from vitscale.errors import ConfigError
+from vitscale.train_config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,11 +162,49 @@ def test_mistakes_are_refused_with_what_to_write_instead(values: dict, message: 
         from_dict(Outer, values)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("total_epochs=inf", "total_epochs must be a finite number, not inf"),
+        ("total_epochs=nan", "total_epochs must be a finite number, not nan"),
+        ("optim.lr=inf", "optim.lr must be a finite number, not inf"),
+        ("optim.lr=1e400", "optim.lr must be a finite number, not inf"),
+        ("optim.eps=inf", "optim.eps must be a finite number, not inf"),
+        ("optim.clip_norm=nan", "optim.clip_norm must be a finite number, not nan"),
+        ("optim.weight_decay=nan", "optim.weight_decay must be a finite number, not nan"),
+        ("schedule.end_lr=nan", "schedule.end_lr must be a finite number, not nan"),
+        ("augment.mixup=nan", "augment.mixup must be a finite number, not nan"),
+        ("model.head_bias=-inf", "model.head_bias must be a finite number, not -inf"),
+        ("finetune.learning_rates=[1, nan]", "finetune.learning_rates[1] must be a finite number, not nan"),
+        ("total_steps=inf", "total_steps must be a whole number, not inf"),
+        ("total_steps=1e308", "total_steps must fit in 64 bits, and has 309 digits"),
+        (f"seed={2**63}", "seed must fit in 64 bits, and has 19 digits"),
+        (f"optim.lr={'9' * 400}", "optim.lr must fit in 64 bits, and has 400 digits"),
+        (f"optim.lr={'9' * 5000}", "optim.lr must fit in 64 bits, and has thousands of digits"),
+        ("model.variant=B/²", 'model.variant "B/²" is not NAME/PATCH with a name of '),
+        (f"model.variant=B/{'9' * 5000}", 'model.variant "B/9999'),
+    ],
+    ids=lambda text: text[:32],
+)
+def test_numbers_that_no_run_can_have_are_refused(override: str, message: str) -> None:
+    base = {"run_dir": "a", "data": {"index": "x"}}
+    with pytest.raises(ConfigError) as error:
+        resolve(TrainConfig, [base], [override])
+    assert str(error.value).startswith(message)
+
+
+def test_the_largest_number_is_one_of_64_bits() -> None:
+    config = resolve(Outer, [{"run_dir": "a"}], [f"warmup={2**63 - 1}", f"optim.lr={-(2**63)}"])
+    assert (config.warmup, config.optim.lr) == (2**63 - 1, -(2.0**63))
+
+
 def test_files_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml does not exist"):
         load(Outer, [tmp_path / "none.toml"])
     with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML"):
         load(Outer, [write(tmp_path / "bad.toml", "run_dir = ")])
+    with pytest.raises(ConfigError, match=r"long\.toml has a number of thousands of digits"):
+        load(Outer, [write(tmp_path / "long.toml", f"warmup = {'9' * 5000}")])
     with pytest.raises(ConfigError, match=r"must read section.key=value"):
         load(Outer, [], ["=3"])
 

@@ -155,6 +155,8 @@ def test_a_config_is_deits_by_default_and_can_be_written_and_read() -> None:
         ({"model": {"representation_size": 8}}, "so model.representation_size 8 must be 0"),
         ({"model": {"num_patch_outputs": 512}}, "makes a head on patches"),
         ({"loss": {"name": "sigmoid"}}, 'set loss.name = "softmax"'),
+        ({"data": {"labels": "multi"}}, 'set data.labels = "single"'),
+        ({"data": {"labels": "multi"}, "loss": {"name": "sigmoid"}}, 'set data.labels = "single"'),
         (
             {"objective": {"kind": "masked_patches"}, "model": {"num_classes": 0, "num_patch_outputs": 512}},
             "unknown key objective.teacher",

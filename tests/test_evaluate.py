@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tools.evaluate import print_details
+from tools.evaluate import main, print_details
 from vitscale.checkpoint.safetensors import write_safetensors
 from vitscale.config import to_dict
 from vitscale.evals import ClassifyConfig
@@ -126,6 +126,13 @@ def test_what_the_user_gets_wrong_is_one_sentence_and_status_2(
     result = run_tool(*[argument.format(export=export, shards=shards) for argument in arguments])
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("words", [["finetune", "x", "--recipe", "x"], ["vtab", "x", "--data", "x"]])
+def test_a_negative_number_of_processes_is_refused(capsys: pytest.CaptureFixture[str], words: list[str]):
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--out", "x", "--slots", "-1"])
+    assert ended.value.code == 2 and "--slots -1 must not be negative" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

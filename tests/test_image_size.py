@@ -6,7 +6,7 @@ import pytest
 
 from vitscale.config import differing_keys, from_dict, load, to_dict, to_toml
 from vitscale.errors import ConfigError
-from vitscale.image_size import ImageSize, image_size, pixels, sides, written
+from vitscale.image_size import ImageSize, image_size, pixels, sides, whole_patches, written
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
@@ -31,6 +31,14 @@ def test_a_size_is_read_and_written_back(tmp_path: Path, given: str, expected: I
     assert load(TrainConfig, [again]) == config == from_dict(TrainConfig, to_dict(config))
     changed = list(differing_keys(to_dict(load(TrainConfig, [base])), to_dict(config)))
     assert changed == ([] if expected == 224 else ["model.image_size"])
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "rounded"),
+    [(384, 14, 378), (384, 16, 384), ((100, 384), 14, (98, 378)), ((390, 379), 14, 378), (8, 14, 8)],
+)
+def test_a_size_is_rounded_down_to_whole_patches(size: ImageSize, patch: int, rounded: ImageSize) -> None:
+    assert whole_patches(size, patch) == rounded
 
 
 def test_a_size_is_shown_by_height_and_width() -> None:

@@ -183,6 +183,7 @@ def test_a_config_is_the_papers_by_default_and_can_be_written_and_read() -> None
             {"loss": {"name": "sigmoid"}, "data": {"labels": "multi"}},
             r"\[loss\] is about labels",
         ),
+        ({"data": {"labels": "multi"}}, 'data.labels = "multi" is about labels'),
         ({"evals": {"top": {"kind": "classify", "test": "x"}}}, 'use kind = "fewshot" or "knn"'),
         ({"objective": {"corrupted": 0.0}}, r"objective.corrupted 0.0 must lie in \(0, 1\]"),
         ({"objective": {"masked": 0.8, "replaced": 0.3}}, "nor above 1 together"),

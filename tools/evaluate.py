@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("kmeans needs --data SHARDS")
     if args.kind == "classify" and bool(args.data) == bool(args.split):
         parser.error("classify needs --data SHARDS, or --split validation for the run's own; not both")
+    if getattr(args, "slots", 0) < 0:
+        parser.error(f"--slots {args.slots} must not be negative")
     # Torch is imported after the arguments are known to be right, so that --help is instant.
     from vitscale import command
 

@@ -8,6 +8,7 @@ wrong, where, which rule it breaks, and what to write instead.
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -146,6 +147,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+    except ValueError:
+        raise ConfigError(
+            f"config file {path} has a number of thousands of digits; numbers must fit in 64 bits"
+        ) from None
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -156,6 +161,8 @@ def _parse_override(text: str) -> dict[str, Any]:
         value = tomllib.loads(f"value = {literal}")["value"]
     except tomllib.TOMLDecodeError:
         value = literal  # an unquoted string, which every shell user writes
+    except ValueError:
+        raise ConfigError(f"{key} must fit in 64 bits, and has thousands of digits") from None
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
@@ -290,12 +297,16 @@ def _convert_image_size(value: Any, where: str) -> ImageSize:
 
 def _convert_scalar(hint: type, value: Any, where: str) -> Any:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e4 is how people write a number of steps
     if hint is not bool and isinstance(value, bool):
         raise ConfigError(f"{where} must be {names[hint]}, not {str(value).lower()}")
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 1e4 is how people write a number of steps
+    if hint in (int, float) and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where} must fit in 64 bits, and has {len(str(abs(value)))} digits")
+    if hint is float and isinstance(value, int):
+        value = float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} must be a finite number, not {value}")
     return _expect(value, hint, where, names[hint])
 
 

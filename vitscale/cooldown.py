@@ -4,7 +4,6 @@ The run that it comes from, the trunk, stays as it is and can go on.
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 from vitscale import atomic, storage
@@ -12,6 +11,7 @@ from vitscale import config as configs
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.checkpoint.verify import open_directory
 from vitscale.errors import ConfigError
+from vitscale.expect import ExpectConfig
 from vitscale.schedule import ScheduleConfig, learning_rate
 from vitscale.train_config import InitConfig, TrainConfig
 
@@ -40,7 +40,6 @@ def write_cooldown(checkpoint: str, run_dir: str, steps: int) -> Path:
         raise ConfigError(
             f"the learning rate at {found.folder} is 0: its run was finished there; give an earlier step"
         )
-    is_local = storage.is_local(found.folder)
     config = dataclasses.replace(
         trunk,
         run_dir=run_dir,
@@ -49,10 +48,9 @@ def write_cooldown(checkpoint: str, run_dir: str, steps: int) -> Path:
         total_samples=0,
         optim=dataclasses.replace(trunk.optim, lr=lr),
         schedule=ScheduleConfig(decay="wsd", cooldown_steps=steps),
-        init=InitConfig(
-            checkpoint=os.path.abspath(found.folder) if is_local else found.folder, full_state=True
-        ),
+        init=InitConfig(checkpoint=storage.absolute(found.folder), full_state=True),
         checkpoint=dataclasses.replace(trunk.checkpoint, store=""),
+        expect=ExpectConfig(),  # its bands are of the trunk's rate
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(path, configs.to_toml(config).encode())

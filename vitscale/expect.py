@@ -139,10 +139,10 @@ def _sentence(name: str, verdict: Verdict | None) -> str:
 
 def _check(where: str, band: Band) -> None:
     for step, low, high in band:
-        if step < 0 or not (math.isfinite(low) and math.isfinite(high)) or low > high:
+        if step < 0 or low > high:
             raise ConfigError(
-                f"{where} has the row {[step, low, high]}; a step must not be negative, and low and high "
-                "must be finite, low the lower one"
+                f"{where} has the row {[step, low, high]}; a step must not be negative, and low must be the "
+                "lower one"
             )
     for (step, *_), (following, *_) in itertools.pairwise(band):
         if following <= step:

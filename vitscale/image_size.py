@@ -13,6 +13,12 @@ def image_size(height: int, width: int) -> ImageSize:
     return height if height == width else (height, width)
 
 
+def whole_patches(size: ImageSize, patch: int) -> ImageSize:
+    """The size with each side rounded down to a multiple of `patch`; a smaller side is kept."""
+    height, width = (side - side % patch or side for side in sides(size))
+    return image_size(height, width)
+
+
 def written(size: ImageSize) -> str:
     """As a config file has it: 224, or [384, 128]."""
     return str(size if isinstance(size, int) else list(size))

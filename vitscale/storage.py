@@ -105,6 +105,11 @@ def local_path(url: str) -> str:
     return url.removeprefix("file://")
 
 
+def absolute(url: str) -> str:
+    """What names the same file from any working directory: a URL does as it is."""
+    return url if "://" in url else os.path.abspath(url)
+
+
 def join(base: str, name: str) -> str:
     """`name` relative to the folder of `base`; an absolute path or a URL is left as it is."""
     if os.path.isabs(name) or re.match(r"^[A-Za-z][A-Za-z0-9+.-]*:", name):

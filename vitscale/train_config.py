@@ -229,10 +229,6 @@ class TrainConfig:
                 f"global_batch {self.global_batch} is not a multiple of augment.repeats {repeats}; "
                 f"use {max(1, self.global_batch // repeats) * repeats}"
             )
-        if self.data.labels == "multi" and self.loss.name == "softmax":
-            raise ConfigError(
-                'data.labels = "multi" needs loss.name = "sigmoid": softmax takes one class per image'
-            )
         if isinstance(self.objective, MaskedPatchesConfig):
             self._check_masked_patches(self.objective)
         elif isinstance(self.model, ViTConfig) and self.model.num_patch_outputs:
@@ -247,6 +243,10 @@ class TrainConfig:
             )
         if isinstance(self.objective, DistillationConfig):
             self._check_distillation(self.objective)
+        if self.data.labels == "multi" and self.loss.name == "softmax":  # after kinds that take no "multi"
+            raise ConfigError(
+                'data.labels = "multi" needs loss.name = "sigmoid": softmax takes one class per image'
+            )
         self._check_validation()
         self._check_judge()
         self._check_muon()
@@ -274,6 +274,8 @@ class TrainConfig:
             raise ConfigError(
                 f"model.num_classes 0 leaves nothing for {kind} to train; set it to the teacher's number"
             )
+        if self.data.labels != "single":
+            raise ConfigError(f'{kind} takes one class per image; set data.labels = "single"')
         if self.loss.name != "softmax":
             raise ConfigError(
                 f'{kind} compares softmaxes, and loss.name is "{self.loss.name}"; set loss.name = "softmax"'

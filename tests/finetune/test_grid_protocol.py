@@ -14,8 +14,10 @@ from finetune.commands import ROOT, TIMEOUT_SECONDS, run
 from make import write_index
 
 from vitscale import config as configs
-from vitscale.finetune.grid import RECIPE_KEYS, recipe_keys, values_for
+from vitscale.finetune.grid import read, values_for
+from vitscale.finetune.model import KEYS, tuned_model
 from vitscale.finetune.protocols import PROTOCOLS, finetuning_config
+from vitscale.models import ModelConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
 from vitscale.train_config import InitConfig, TrainConfig
@@ -130,19 +132,52 @@ def test_a_recipe_says_what_is_taken_along_of_a_checkpoint() -> None:
     assert not tuned.evals and tuned.augment == recipe.augment
 
 
-def test_a_resnet_takes_of_a_recipe_what_it_has() -> None:
-    vit, resnet = ViTConfig(variant="mu/16"), ResNetConfig(variant="R50x1")
-    assert recipe_keys(vit, vit) == list(RECIPE_KEYS)
-    assert recipe_keys(resnet, vit) == recipe_keys(vit, resnet) == ["image_size", "num_classes", "head_bias"]
+def vtab_model(model: ModelConfig) -> ModelConfig:
+    """What the paper's protocol makes of a checkpoint with this model."""
     values = finetuning_config(
         PROTOCOLS["paper"],
         PROTOCOLS["paper"].settings[0],
         checkpoint="imported/bit",
-        model=resnet,
+        model=model,
         num_classes=7,
         index="index.json",
         run_dir="run",
         seed=0,
         precision="fp32",
     )
-    assert configs.from_dict(TrainConfig, values).model == ResNetConfig(image_size=384, num_classes=7)
+    return configs.from_dict(TrainConfig, values).model
+
+
+def test_a_fine_tuning_takes_of_a_recipe_what_its_kind_of_model_has() -> None:
+    values = {"image_size": 32, "num_classes": 5, "representation_size": 8, "head_bias": -1.0, "dropout": 0.1}
+    assert set(KEYS) <= set(dataclasses.asdict(ViTConfig()))
+    assert tuned_model(ViTConfig(variant="mu/16"), values) == ViTConfig(variant="mu/16", **values)
+    resnet = ResNetConfig(image_size=32, num_classes=5, head_bias=-1.0)
+    assert tuned_model(ResNetConfig(), values) == resnet
+
+
+def test_what_a_recipe_lacks_is_not_taken_from_the_checkpoint() -> None:
+    model = ViTConfig(variant="mu/16", representation_size=8, dropout=0.1, drop_path=0.1, head_bias=-1.0)
+    recipe = ResNetConfig(image_size=32, num_classes=5)
+    tuned = tuned_model(model, dataclasses.asdict(recipe))
+    assert tuned == ViTConfig(variant="mu/16", image_size=32, num_classes=5)
+
+
+def test_vtab_trains_a_new_head_without_dropout() -> None:
+    assert vtab_model(ResNetConfig()) == ResNetConfig(image_size=384, num_classes=7)
+    vit = ViTConfig(variant="B/16", representation_size=8, dropout=0.1, drop_path=0.1, head_bias=-1.0)
+    assert vtab_model(vit) == ViTConfig(variant="B/16", image_size=384, num_classes=7)
+
+
+def test_a_model_of_14_pixels_to_a_patch_is_tuned_at_378() -> None:
+    model = ViTConfig(variant="H/14")
+    recipe = configs.load(TrainConfig, [ROOT / "configs/finetune/cifar10_384.toml"])
+    tuned = configs.from_dict(TrainConfig, values_for(recipe, "runs/vit_h14_jft", model)).model
+    assert (tuned.image_size, vtab_model(model).image_size) == (378, 378)
+
+
+def test_a_recipe_that_keeps_its_best_checkpoint_is_tuned_without_evaluations(recipe: Path) -> None:
+    overrides = ["checkpoint.keep_best=eval/test/top1"]
+    config, _ = read(str(recipe), overrides)
+    values = values_for(config, "runs/vit", ViTConfig(variant="mu/4"))
+    assert values["evals"] == {} and values["checkpoint"]["keep_best"] == ""

@@ -92,7 +92,13 @@ def test_the_backbone_moves_to_images_that_are_no_squares_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "key"), [({"depth": 3}, "depth"), ({"pool": "mean"}, "pool"), ({"gelu": "exact"}, "gelu")]
+    ("change", "key"),
+    [
+        ({"depth": 3}, "depth"),
+        ({"pool": "mean"}, "pool"),
+        ({"gelu": "exact"}, "gelu"),
+        ({"norm_eps": 1e-12}, "norm_eps"),
+    ],
 )
 def test_another_backbone_is_refused_by_its_key(change: dict, key: str) -> None:
     check_backbone(TINY, TINY)

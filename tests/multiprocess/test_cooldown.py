@@ -8,6 +8,9 @@ from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
 from tools.checkpoint import main
+from vitscale.config import load
+from vitscale.expect import ExpectConfig
+from vitscale.train_config import TrainConfig
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -19,7 +22,8 @@ def test_a_checkpoint_is_continued_to_a_rate_of_zero_and_its_run_untouched(
     tmp_path: Path, index: Path, zygote: Zygote, capsys: pytest.CaptureFixture[str], decay: str
 ) -> None:
     trunk = Job(tmp_path / "trunk", index)
-    options = ("schedule.decay=" + decay, "total_epochs=2")
+    bands = 'expect={source="here", bands={"train/loss"=[[1, 0.0, 9.0], [20, 0.0, 9.0]]}}'
+    options = ("schedule.decay=" + decay, "total_epochs=2", bands)
     assert zygote.train(trunk, 2, *options) == [0, 0], trunk.output()
     before = contents(trunk.run_dir)
     checkpoint = trunk.run_dir / "checkpoints" / "step-000000018"
@@ -27,6 +31,7 @@ def test_a_checkpoint_is_continued_to_a_rate_of_zero_and_its_run_untouched(
     assert main(["cooldown", str(checkpoint), str(done.run_dir), "--steps", "4"]) == 0
     written, line = capsys.readouterr().out.splitlines()
     assert Path(written) == done.run_dir / "config.toml" and line.endswith(f"launch/train.py {written}")
+    assert load(TrainConfig, [written]).expect == ExpectConfig()
     done.config = Path(written)
     assert zygote.train(done, 1) == [0], done.output()
     rate, at_18 = done.column("train/lr"), trunk.column("train/lr")[17]

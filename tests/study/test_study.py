@@ -16,6 +16,7 @@ from vitscale.study.cells import Cell, cells, write_result
 from vitscale.study.config import StudyConfig
 from vitscale.study.paper import FIGURE3, TABLE2, TABLE6, TARGETS
 from vitscale.study.points import chosen, points
+from vitscale.study.run import check_recipes, run
 from vitscale.study.text import listed, table2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,9 +75,8 @@ def test_every_study_that_is_shipped_lists_its_runs_without_data(
     assert len(runs) == len(study.models) * len(study.fractions) * len(study.seeds) * swept
     assert len({cell.folder for cell in runs}) == len(runs)
     assert f"{len(runs)} runs; to do: " in listed(study, runs)
-    for model in study.models:
-        for recipe in study.recipes_of(model).values():
-            assert (ROOT / recipe).is_file()
+    for cell in runs:
+        check_recipes(study, cell)
 
 
 def test_the_models_of_table_6_cost_what_the_paper_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +157,18 @@ def test_table_2_has_the_papers_columns_and_ours(base: Path) -> None:
     assert lines["other"].split()[-1] == "-"
     flops = train_flops(runs[0].config.model) * 6 * 8
     assert float(lines["TPUv3-core-days"].split()[-1]) == pytest.approx(680 * flops / 1567e18, rel=1e-2)
+
+
+def test_a_recipe_that_does_not_fit_is_refused_before_anything_is_trained(base: Path) -> None:
+    recipe = base.parent / "recipe.toml"
+    recipe.write_text(base.read_text() + '\n[evals.test]\nkind = "classify"\ntest = "x"\n')
+    large = {"name": "large", "config": str(base), "overrides": ["model.variant=mu/9", "model.image_size=18"]}
+    models = [{"name": "one", "config": str(base)}, large]
+    study = study_of(base, recipes={"small": str(recipe)}, models=models)
+    refusal = "large cannot be fine-tuned by .*recipe.toml: model.image_size 8 is not a multiple of the patch"
+    with pytest.raises(ConfigError, match=refusal):
+        run(study)
+    assert not (base.parent / "out").exists()
 
 
 @pytest.mark.parametrize(

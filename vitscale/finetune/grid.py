@@ -9,25 +9,16 @@ from typing import Any
 
 import torch
 
-from vitscale import atomic
+from vitscale import atomic, storage
 from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig
+from vitscale.finetune.model import tuned_model
 from vitscale.finetune.runs import FineTuning, Slots, several
 from vitscale.models import ModelConfig
+from vitscale.models.transfer import check_backbone, check_head
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel
-
-# What of the recipe's [model] counts; the rest is the checkpoint's.
-RECIPE_KEYS = (
-    "image_size",
-    "num_classes",
-    "num_patch_outputs",
-    "representation_size",
-    "head_bias",
-    "dropout",
-    "drop_path",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,14 +64,7 @@ def run(
     the test set. count: processes at a time; 0 = one on each GPU. said: gets a line when a run
     is done. Raises ConfigError or CheckpointError before anything is trained.
     """
-    config = configs.load(TrainConfig, [recipe], overrides)
-    test = next((e for e in config.evals.values() if isinstance(e, ClassifyConfig) and e.test), None)
-    if test is None:
-        raise ConfigError(f'{recipe} has no [evals.NAME] of kind "classify" with test shards to score')
-    if config.init.full_state:
-        raise ConfigError(
-            f"{recipe}: init.full_state continues a run, and a fine-tuning begins anew: leave it out"
-        )
+    config, test = read(recipe, overrides)
     values = values_for(config, checkpoint, SavedModel(checkpoint).config)
 
     def tuning(name: str, rate: float, seed: int, dev_fraction: float) -> FineTuning:
@@ -115,20 +99,37 @@ def run(
     return result
 
 
+def read(recipe: str, overrides: Sequence[str] = ()) -> tuple[TrainConfig, ClassifyConfig]:
+    """A recipe, and the section of its test set.
+
+    Raises ConfigError for one that cannot be done.
+    """
+    config = configs.load(TrainConfig, [recipe], overrides)
+    test = next((e for e in config.evals.values() if isinstance(e, ClassifyConfig) and e.test), None)
+    if test is None:
+        raise ConfigError(f'{recipe} has no [evals.NAME] of kind "classify" with test shards to score')
+    if config.init.full_state:
+        raise ConfigError(
+            f"{recipe}: init.full_state continues a run, and a fine-tuning begins anew: leave it out"
+        )
+    return config, test
+
+
 def values_for(recipe: TrainConfig, checkpoint: str, model: ModelConfig) -> dict[str, Any]:
-    """The config of a training by a recipe that starts from a checkpoint with this model."""
-    changes = {key: getattr(recipe.model, key) for key in recipe_keys(recipe.model, model)}
+    """The config of a training by a recipe that starts from a checkpoint with this model.
+
+    Raises ConfigError if they do not fit each other.
+    """
     values = configs.to_dict(recipe) | {"evals": {}, "expect": {}}
+    values["checkpoint"] = values["checkpoint"] | {"keep_best": ""}
     values["init"] = {
-        "checkpoint": str(Path(checkpoint).absolute()) if "://" not in checkpoint else checkpoint,
+        "checkpoint": storage.absolute(checkpoint),
         "ema": recipe.init.ema,
         "head": recipe.init.head,
     }
-    values["model"] = configs.to_dict(dataclasses.replace(model, **changes))
+    values["model"] = configs.to_dict(tuned_model(model, dataclasses.asdict(recipe.model)))
+    tuned = configs.from_dict(TrainConfig, values)
+    check_backbone(model, tuned.model)
+    if tuned.init.head:
+        check_head(model, tuned.model)
     return values
-
-
-def recipe_keys(recipe: ModelConfig, model: ModelConfig) -> list[str]:
-    """Those of RECIPE_KEYS that both kinds of model have."""
-    fields = [{field.name for field in dataclasses.fields(config)} for config in (recipe, model)]
-    return [key for key in RECIPE_KEYS if all(key in names for names in fields)]

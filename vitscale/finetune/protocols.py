@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vitscale.config import to_dict
+from vitscale.finetune.model import tuned_model
 from vitscale.models import ModelConfig
-from vitscale.models.vit_config import ViTConfig
 
 
 class Setting(NamedTuple):
@@ -65,13 +65,10 @@ def finetuning_config(
 ) -> dict[str, Any]:
     """The config of one run, as nested plain values.
 
-    model: of the checkpoint, whose head is replaced by one linear layer of zeros.
+    model: of the checkpoint. Its head is replaced by one linear layer of zeros, and it is
+    trained without dropout and drop_path, as in vision_transformer configs/augreg.py.
     """
-    changed = dataclasses.replace(
-        model, image_size=protocol.image_size, num_classes=num_classes, head_bias=0.0
-    )
-    if isinstance(changed, ViTConfig):
-        changed = dataclasses.replace(changed, num_patch_outputs=0, representation_size=0)
+    changes = {"image_size": protocol.image_size, "num_classes": num_classes}
     return {
         "run_dir": run_dir,
         "seed": seed,
@@ -79,7 +76,7 @@ def finetuning_config(
         "total_steps": setting.steps,
         "precision": precision,
         "init": {"checkpoint": checkpoint},
-        "model": to_dict(changed),
+        "model": to_dict(tuned_model(model, changes)),
         "data": {"index": index},
         "augment": {"crop": "resize", "flip": False},
         "optim": {"name": "sgd", "lr": setting.lr, "momentum": 0.9, "clip_norm": protocol.clip_norm},

@@ -30,6 +30,9 @@ from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = (sys.executable, "-u")
+# Sections that leave results as they are up to rounding, so that a repeated command may change
+# them; but checkpoint.keep_best chooses what counts.
+FREE_SECTIONS = ("engine", "log", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class Slots:
         self.count = count
         self._free = list(range(count))
         self._changed = threading.Condition()
-        self._num_gpus = num_gpus
+        self._gpus = _names_of_gpus(num_gpus)
         self._threads = max(1, distributed.num_cores() // count)
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
@@ -88,8 +91,8 @@ class Slots:
             if self._stopped:
                 return PREEMPTED
             environment = {**os.environ, "OMP_NUM_THREADS": str(self._threads)}
-            if self._num_gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = str(slot % self._num_gpus)
+            if self._gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
             process = subprocess.Popen(
                 [*launcher, *map(str, command)], env=environment, stdout=output, stderr=output
             )
@@ -169,23 +172,33 @@ def scored(folder: Path, command: Sequence[str | Path], slots: Slots) -> float:
     return json.loads(result.read_bytes())["results"]["top1"]
 
 
+def _names_of_gpus(num_gpus: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that this process sees."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:num_gpus] if named else [str(index) for index in range(num_gpus)]
+
+
 def _batch_size(config: TrainConfig) -> str:
     """Of the scoring: what fits in training fits without gradients."""
     return str(min(256, config.engine.micro_batch or config.global_batch))
 
 
+def is_free(key: str) -> bool:
+    """Whether a dotted key may differ where a command is repeated, by FREE_SECTIONS."""
+    return key.partition(".")[0] in FREE_SECTIONS and key != "checkpoint.keep_best"
+
+
 def keep_config(folder: Path, config: TrainConfig) -> None:
     """Write the config.toml of a run's folder. Raises ConfigError if it holds another run."""
     path, text = folder / "config.toml", configs.to_toml(config)
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, text.encode())
-        return
-    old, new = (tomllib.loads(t) for t in (path.read_text(encoding="utf-8"), text))
-    if keys := [key for key in configs.differing_keys(old, new) if not key.startswith("engine.")]:
-        raise ConfigError(
-            f"{path.parent} holds a run with other settings ({', '.join(keys)}); name another --out"
-        )
+    if path.exists():
+        old, new = (tomllib.loads(t) for t in (path.read_text(encoding="utf-8"), text))
+        if keys := [key for key in configs.differing_keys(old, new) if not is_free(key)]:
+            raise ConfigError(
+                f"{path.parent} holds a run with other settings ({', '.join(keys)}); name another --out"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, text.encode())
 
 
 def _succeed(

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import torch
 
-from vitscale import atomic
+from vitscale import atomic, storage
 from vitscale.errors import ConfigError, DataError
 from vitscale.finetune.protocols import PROTOCOLS, Setting, finetuning_config
-from vitscale.finetune.runs import ROOT, FineTuning, Slots, finetuned, in_slots, scored
+from vitscale.finetune.runs import ROOT, FineTuning, Slots, finetuned, in_slots, is_free, scored
 from vitscale.finetune.scores import Scores
 from vitscale.models import ModelConfig
 from vitscale.vtab.tasks import TASKS, TEST, TRAIN800, TRAIN800VAL200, VAL200, Task
 from vitscale.weights.saved import SavedModel
-
-# What leaves the results as they are up to rounding.
-FREE_SECTIONS = ("engine", "log", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +93,7 @@ def score(config: VtabConfig, task: Task, model: ModelConfig, slots: Slots) -> l
         values = finetuning_config(
             protocol,
             setting,
-            checkpoint=str(Path(config.checkpoint).absolute()),
+            checkpoint=storage.absolute(config.checkpoint),
             model=model,
             num_classes=task.num_classes,
             index=str((data / f"{fit_on}.index.json").absolute()),
@@ -130,7 +127,7 @@ def _probe(config: VtabConfig, task: Task, seed: int, slots: Slots) -> float:
 
 def _overridden(config: VtabConfig) -> list[str]:
     """The overrides that change results."""
-    return [text for text in config.overrides if text.partition(".")[0] not in FREE_SECTIONS]
+    return [text for text in config.overrides if not is_free(text.partition("=")[0])]
 
 
 def _editions(config: VtabConfig, name: str) -> list[str]:

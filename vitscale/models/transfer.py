@@ -19,6 +19,7 @@ _VIT = (
     "posemb",
     "posemb_at",
     "gelu",
+    "norm_eps",
 )
 # What two models of a kind must have in common to share a backbone.
 _SAME = {

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 from typing import Literal
 
 from vitscale.errors import ConfigError
@@ -123,7 +124,7 @@ class ViTConfig:
 
     def _check_variant(self) -> None:
         name, slash, patch = self.variant.partition("/")
-        if name not in VARIANTS or not slash or not patch.isdigit() or int(patch) < 1:
+        if name not in VARIANTS or not slash or not re.fullmatch("[0-9]{1,5}", patch) or int(patch) < 1:
             near = difflib.get_close_matches(name, VARIANTS, 1, cutoff=0.3)
             raise ConfigError(
                 f'model.variant "{self.variant}" is not NAME/PATCH with a name of {", ".join(VARIANTS)}; '

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vitscale.checkpoint import store
+from vitscale.errors import ConfigError
 from vitscale.finetune import grid
 from vitscale.finetune.runs import PYTHON, Slots, in_slots, keep_config, train
 from vitscale.study.cells import Cell, cells, finetune_folder, write_result
@@ -42,6 +43,8 @@ def run(
     todo = cells(study, only, overrides)
     num_gpus = torch.cuda.device_count()
     for cell in todo:
+        check_recipes(study, cell)
+    for cell in todo:
         keep_config(cell.folder, cell.config)
     with Slots(1 if launcher else count or max(1, num_gpus), 0 if launcher else num_gpus) as slots:
         actions = {
@@ -53,6 +56,15 @@ def run(
         for name, recipe in study.recipes_of(cell.model).items():
             folder = finetune_folder(cell, name)
             said(grid.run(_checkpoint(cell), recipe, folder, count=count, said=said).text())
+
+
+def check_recipes(study: StudyConfig, cell: Cell) -> None:
+    """Raise ConfigError unless the model of a run can be fine-tuned by all of its recipes."""
+    for recipe in study.recipes_of(cell.model).values():
+        try:
+            grid.values_for(grid.read(recipe)[0], cell.config.run_dir, cell.config.model)
+        except ConfigError as error:
+            raise ConfigError(f"{cell.model.name} cannot be fine-tuned by {recipe}: {error}") from None
 
 
 def _trained(cell: Cell, study: StudyConfig, slots: Slots, launcher: Sequence[str]) -> list[float]:
