@@ -7,6 +7,8 @@ and each starts its own processes and decides for itself.
 
 import argparse
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +92,8 @@ class Launch:
         self._config = configs.load(TrainConfig, *configs.divided(self._given))
         self._environment = launch_environment.forwarded(os.environ)
         self._broken_since = 0.0  # on the monotonic clock; 0 = it is not
+        if not arguments.no_ssh:
+            _check_pdsh()
         self._launcher: subprocess.Popen[bytes] | None = None
         self._stopped = False
         if arguments.no_ssh and not 0 <= arguments.node_rank < len(self._slots):
@@ -235,6 +239,20 @@ class Launch:
         deadline = time.monotonic() + seconds
         while not self._stopped and time.monotonic() < deadline:
             time.sleep(0.1)
+
+
+def _check_pdsh() -> None:
+    """Raise ConfigError where deepspeed could not start anything by it."""
+    if not shutil.which("pdsh"):
+        raise ConfigError(
+            "there is no pdsh here, by which deepspeed starts ranks; install it (apt-get install pdsh), or "
+            "give this command on every host, with --no_ssh"
+        )
+    if shlex.quote(str(ROOT)) != str(ROOT):
+        raise ConfigError(
+            f"deepspeed does not quote the path of this checkout, {ROOT}; move it to one without blanks and "
+            "special characters, or give this command on every host, with --no_ssh"
+        )
 
 
 def _say(text: str) -> None:

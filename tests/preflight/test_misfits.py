@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from vitscale.preflight import speed
 from vitscale.preflight.compare import Answer, Facts, problems, table
 
 GOOD = Facts(
@@ -79,6 +80,12 @@ def test_hosts_that_fit_together_have_no_problems() -> None:
 def test_each_problem_is_one_sentence(changes: dict[str, Any], sentence: str) -> None:
     (found,) = problems(answers(**changes))
     assert found.startswith(sentence)
+
+
+def test_an_interface_that_a_host_lacks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chosen, missing in (("", ""), ("lo", ""), ("lo,eth77", "eth77")):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
+        assert speed.missing_interface() == missing
 
 
 def test_what_all_hosts_say_is_said_once() -> None:

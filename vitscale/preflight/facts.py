@@ -77,6 +77,8 @@ def _own(paths: Sequence[str], overrides: Sequence[str], world_size: int) -> tup
         index = xxhash.xxh3_64(fingerprints.encode()).hexdigest()
     except UserError as error:
         errors.append(str(error))
+    if interface := speed.missing_interface():
+        errors.append(f"GLOO_SOCKET_IFNAME names {interface}, and there is no such network interface")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     name = socket.gethostname()
     facts = Facts(

@@ -34,6 +34,13 @@ def address_here() -> str:
         return "127.0.0.1"
 
 
+def missing_interface() -> str:
+    """The first interface that gloo is told to use and this host lacks; "" = there is none."""
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
+    here = psutil.net_if_addrs()
+    return next((name for name in chosen if name and name not in here), "")
+
+
 def leads_to_loopback(name: str) -> bool:
     try:
         return socket.gethostbyname(name).startswith("127.")

@@ -1,0 +1,42 @@
+"""What launch/multinode.sh finds before it asks any host."""
+
+from pathlib import Path
+
+import pytest
+
+from vitscale import multinode
+
+
+@pytest.mark.parametrize(
+    ("on_path", "root", "sentence"),
+    [
+        ([], "/srv/vitscale", "error: there is no pdsh here"),
+        (["pdsh"], "/srv/my runs", "error: deepspeed does not quote the path of this checkout, /srv/my runs"),
+    ],
+)
+def test_what_deepspeed_could_not_start_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    on_path: list[str],
+    root: str,
+    sentence: str,
+) -> None:
+    for name in on_path:
+        (tmp_path / name).touch(mode=0o755)
+    (tmp_path / "hostfile").write_text("node1 slots=1\n")
+    (tmp_path / "run.toml").write_text(CONFIG)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(multinode, "ROOT", Path(root))
+    monkeypatch.setattr(multinode.os, "chdir", lambda _: None)
+    assert multinode.main([str(tmp_path / "hostfile"), str(tmp_path / "run.toml")]) == 2
+    assert capsys.readouterr().err.startswith(sentence)
+
+
+CONFIG = """
+run_dir = "run"
+global_batch = 8
+total_steps = 1
+model = {variant = "Ti/16", num_classes = 5}
+data = {index = "index.json"}
+"""
