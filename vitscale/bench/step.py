@@ -38,6 +38,8 @@ from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import BatchKey, ClassificationConfig, build_objective
 from vitscale.optim import OptimConfig, build_optimizer
 
+# Kinds of blocks of a model, at most: two of each stage of a ResNet. Each is a graph.
+MAX_GRAPHS = 8
 CLIP_NORM = 1.0
 OPTIM = OptimConfig(weight_decay=0.1, clip_norm=CLIP_NORM)
 WARMUP_STEPS = 3
@@ -188,6 +190,14 @@ def run(config: StepBench, progress: Callable[[str], None]) -> dict[str, Any]:
     """Build and warm up every case, and measure them in turns."""
     distributed.initialize()
     torch._dynamo.reset()
+    # The graphs of all cases count as recompilations of the same code. At its limit torch runs
+    # what is left eagerly.
+    limit = MAX_GRAPHS * len(config.cases)
+    with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
+        return _run(config, progress)
+
+
+def _run(config: StepBench, progress: Callable[[str], None]) -> dict[str, Any]:
     device = distributed.device()
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch, 3, *sides(config.model.image_size))
