@@ -261,6 +261,8 @@ def print_table(results: dict[str, Any], indent: str = "") -> None:
     if sys.stderr.isatty() and not indent:
         print("\r\033[K", end="", file=sys.stderr)
     for name, value in results.items():
+        if name == "config":
+            continue  # for tools/plan.py, which reads it in the file
         if isinstance(value, dict):
             print(f"{indent}{name}")
             print_table(value, indent + "  ")

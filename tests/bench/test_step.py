@@ -36,6 +36,7 @@ def test_a_config_is_measured_beside_plain_pytorch(tmp_path: Path) -> None:
     bench("configs/demo/shapes.toml", "model.depth=1", "--rounds", 2, "--steps", 1, "--json", out)
     results = json.loads(out.read_text())["results"]
     assert (results["model"], results["precision"]) == ("Ti/8 at 32 px", "fp32")
+    assert results["config"]["depth"] == 1
     ours, plain = results["vitscale"], results["plain"]
     assert ours["images/s"] > 0 and ours["speed / plain loop"] > 0
     assert "speed / plain loop" not in plain

@@ -121,11 +121,30 @@ def test_among_options_that_are_nearly_as_fast_the_simplest_is_chosen() -> None:
         dataclasses.replace(option, images_per_second=float(speed), micro_batch=4)
         for option, speed in zip(options, speeds, strict=True)
     ]
-    assert choose(fast) is fast[3]  # 100 is below 0.9 * 112
-    assert choose(fast[:4]) is fast[0]
+    small, large = 10**9, 10**10
+    assert choose(fast, small) is fast[3]  # 100 is below 0.9 * 112
+    assert choose(fast[:4], small) is fast[0]
     none = [dataclasses.replace(option, micro_batch=0) for option in fast]
-    assert choose(none) is None
-    assert choose([none[0], fast[2]]) is fast[2]
+    assert choose(none, small) is None
+    assert choose([none[0], fast[2]], small) is fast[2]
+    hiding = dataclasses.replace(options[6], images_per_second=200.0, micro_batch=4)
+    assert hiding.zero_stage == 3 and choose([*fast, hiding], large) is hiding
+    assert choose([*fast, hiding], small) is fast[3]
+    assert choose([*none, hiding], small) is hiding
+
+
+@pytest.mark.parametrize("name", ["vit_b32_in21k", "vit_s16_imagenet_90ep", "bit_r50x1_jft", "vit_h14_jft"])
+def test_a_model_that_fits_whole_is_planned_without_zero_3(name: str) -> None:
+    """At 256 GPUs communication takes so much of a step that hiding it would make up for all else."""
+    config, signs = load(ROOT / f"configs/pretrain/{name}.toml"), set[bool]()
+    for gpus in (8, 32, 256):
+        made = plan(config, gpus)
+        assert made.best and made.best.zero_stage < 3
+        hidden = option_of(made, 3, made.best.checkpointing)
+        gains = hidden.step_seconds < made.best.step_seconds
+        assert ("ZeRO 3 gains nothing" in " ".join(render(made).split())) is not gains
+        signs.add(gains)
+    assert signs == {False, True}
 
 
 def test_a_plan_in_which_nothing_fits_says_so() -> None:

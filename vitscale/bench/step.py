@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscale import distributed
-from vitscale.config import positive
+from vitscale.config import positive, to_dict
 from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig, Precision
@@ -296,6 +296,7 @@ def _results(
     peak = peak_flops() if config.precision != "fp32" else 0.0
     results: dict[str, Any] = {
         "model": f"{config.model.variant} at {pixels(config.model.image_size)}",
+        "config": to_dict(config.model),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "precision": config.precision,
         "images of a step": config.batch,

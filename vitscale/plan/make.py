@@ -23,6 +23,9 @@ STAGES = (1, 2, 3)
 # Among options that are as fast as the fastest, as far as estimates can tell, the simplest is
 # chosen: the lowest stage, then the least recomputation.
 NEARLY = 0.9
+# ZeRO 3 cuts what the other stages keep whole, which fits into 80 GB up to about so many
+# parameters. Below, how fast it is counts only where the others do not fit.
+FITS_WHOLE = 2_000_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,15 +182,16 @@ def make_plan(config: TrainConfig, cluster: Cluster, speed: Speed) -> Plan:
     planner = _Planner(config, cluster, speed, batches, decode_rate)
     stages = [stage for stage in STAGES if stage < 3 or config.optim.name != "muon"]  # which is refused
     options = tuple(planner.option(stage, policy) for stage in stages for policy in get_args(Checkpointing))
+    num_params = memory.count_params(config.model)
     plan = Plan(
         config=config,
         cluster=cluster,
         speed=speed,
-        num_params=memory.count_params(config.model),
+        num_params=num_params,
         total_steps=num_steps(config),
         per_gpu=batches.per_rank,
         options=options,
-        best=choose(options),
+        best=choose(options, num_params),
         decode_rate=decode_rate,
     )
     return _with_rest(plan, plan.best) if plan.best else plan
@@ -209,9 +213,14 @@ def num_steps(config: TrainConfig) -> int:
     return config.num_steps(mixture.steps_per_epoch)
 
 
-def choose(options: Sequence[Option]) -> Option | None:
-    """The first of the options that fit and are nearly as fast as the fastest of them."""
+def choose(options: Sequence[Option], num_params: int) -> Option | None:
+    """The first of the options that fit and are nearly as fast as the fastest of them.
+
+    Up to FITS_WHOLE parameters, those of ZeRO 3 count only if no others fit.
+    """
     fitting = [option for option in options if option.fits]
+    if num_params < FITS_WHOLE:
+        fitting = [option for option in fitting if option.zero_stage < 3] or fitting
     fastest = max((option.images_per_second for option in fitting), default=0.0)
     return next((option for option in fitting if option.images_per_second >= NEARLY * fastest), None)
 

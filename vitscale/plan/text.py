@@ -7,7 +7,7 @@ from typing import Any
 from vitscale.image_size import pixels
 from vitscale.objectives import DistillationConfig
 from vitscale.plan import formulas
-from vitscale.plan.make import Option, Plan, Saving
+from vitscale.plan.make import FITS_WHOLE, Option, Plan, Saving
 from vitscale.plan.speed import DECODE_RATE, EAGER, Speed
 
 POLICIES = {
@@ -15,8 +15,6 @@ POLICIES = {
     "selective": "selective recomputation",
     "full": "full recomputation",
 }
-# ZeRO 3 cuts what the other stages keep whole, which fits into 80 GB up to about so many.
-FITS_WHOLE = 2_000_000_000
 SLOW_SHARE = 0.1  # of a step, from which on communication is worth a line
 LOST_MORE = 0.001  # of the time, from which on another interval of saves is
 NAME_COLUMNS, COLUMNS = 18, 110
@@ -189,19 +187,20 @@ def _overrides(plan: Plan, best: Option) -> str:
 
 
 def _stage_advice(plan: Plan, best: Option) -> str:
-    beside = [
-        f"ZeRO {option.zero_stage} takes {option.step_seconds / best.step_seconds - 1:+.0%}"
+    beside = {
+        option.zero_stage: option.step_seconds / best.step_seconds - 1
         for option in plan.options
         if option.fits and option.checkpointing == best.checkpointing and option.zero_stage != best.zero_stage
-    ]
-    others = f"; {' and '.join(beside)} time" if beside else ""
+    }
+    said = " and ".join(f"ZeRO {stage} takes {longer:+.0%}" for stage, longer in beside.items())
+    others = f"; {said} time" if beside else ""
     if best.zero_stage == 3 and any(option.fits for option in plan.options if option.zero_stage < 3):
         return f"ZeRO 3 hides more of its communication here{others}"
     if best.zero_stage == 3:
         return f"ZeRO 3 is what lets {plan.num_params / 1e9:,.1f} billion parameters train here{others}"
-    if plan.num_params < FITS_WHOLE:
+    if plan.num_params < FITS_WHOLE and beside.get(3, 0.0) >= 0:
         return f"ZeRO 3 gains nothing below about 2 billion parameters{others}"
-    return f"the state fits without ZeRO 3{others}"
+    return f"the state fits without ZeRO 3, whose speed is a guess{others}"
 
 
 def _sources(plan: Plan) -> list[Line]:
