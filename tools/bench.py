@@ -129,7 +129,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--suite",
         type=Path,
         metavar="RESULTS.json",
-        help="instead: the paper's models and an end-to-end run, into this file; continues where it stopped",
+        help="instead: the paper's models and an end-to-end run, into this file; continues where it stopped, "
+        "and a new name measures all again",
     )
     step.add_argument("--index", help="of photographs, for the end-to-end run of the suite")
     step.add_argument("--variants", nargs="*", help=f"of the suite; default: {' '.join(SUITE_VARIANTS)}")

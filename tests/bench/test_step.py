@@ -1,6 +1,7 @@
 """The step bench on the smallest model: rows, baselines, and a suite that is continued."""
 
 import gc
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -51,6 +52,49 @@ def test_a_suite_measures_only_what_its_file_lacks(tmp_path: Path) -> None:
     bench("--suite", path, "--variants", "mu/32", "mu/16")
     both: dict[str, Any] = json.loads(path.read_text())
     assert both["mu/32"] == first["mu/32"] and both["mu/16"]["plain"]["images/s"] > 0
+
+
+def test_a_suite_measures_again_what_has_another_batch_or_lacks_a_case(tmp_path: Path) -> None:
+    def measured(batch: int, *cases: Case) -> dict[str, Any]:
+        path = tmp_path / "suite.json"
+        return suite.run(path, "", ["mu/32"], batch, lambda case: case in cases, lambda _: None)["mu/32"]
+
+    ours, plain = Case(loop="vitscale"), Case(loop="plain")
+    first = measured(1, plain)
+    larger = measured(2, plain)
+    assert (first["images of a step"], larger["images of a step"]) == (1, 2)
+    both = measured(2, plain, ours)
+    assert both["vitscale"]["images/s"] > 0 and both["plain"] != larger["plain"]
+    assert measured(2, plain) == both
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"device": "NVIDIA H100"}, "was measured with device NVIDIA H100, and here it is CPU: name a new file"),
+        ({"torch": "1.0"}, "was measured with torch 1.0, and here it is "),
+        ({"deepspeed": "0.1"}, "was measured with deepspeed 0.1, and here it is "),
+        (None, "is no file of a suite; name a new one"),
+        ("[1]", "is no file of a suite; name a new one"),
+        ("{", "cannot be read: it is not JSON; name a new file"),
+    ],
+)
+def test_a_suite_continues_no_other_file(
+    tmp_path: Path, capsys, change: dict[str, str] | str | None, sentence: str
+) -> None:
+    """The control is the file as it was written."""
+    path = tmp_path / "suite.json"
+    words = ["step", "--suite", str(path), "--variants"]
+    header = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")} | {"device": "CPU"}
+    path.write_text(json.dumps(header))
+    assert main(words) == 0
+    path.write_text(change if isinstance(change, str) else json.dumps(header | change if change else {}))
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --suite {path} {sentence}") and said.count("\n") == 1
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
