@@ -209,6 +209,55 @@ def test_the_baseline_computes_the_same_step() -> None:
     ours.close()
 
 
+class Device:
+    """Memory that trainees share: each holds 3, and 4 more in a step."""
+
+    def __init__(self, size: int) -> None:
+        self.free = size
+
+    def build(self, case: Case) -> "Held":
+        return Held(self)
+
+    def take(self, size: int) -> None:
+        if size > self.free:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.free -= size
+
+
+class Held:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        device.take(3)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.device.take(4)
+        self.device.free += 4
+
+    def close(self) -> None:
+        self.device.free += 3
+
+
+@pytest.mark.parametrize(
+    ("size", "together", "alone"),
+    [(13, 3, 0), (12, 2, 1), (10, 2, 1), (9, 1, 2), (7, 1, 2), (6, 0, 0), (2, 0, 0)],
+)
+def test_cases_that_have_no_room_beside_the_others_are_measured_alone(
+    size: int, together: int, alone: int
+) -> None:
+    """One of 7 needs all of 7; three of them need 3 + 3 + 7."""
+    cases = Case(loop="plain"), Case(loop="vitscale"), Case(loop="vitscale", checkpointing="full")
+    device = Device(size)
+    model = ViTConfig(variant="mu/16", image_size=16)
+    config = StepBench(model=model, cases=cases, batch=1, rounds=2, steps=1)
+    results = measure(config, device.build, lambda _: None)
+    rows = [results[str(case)] for case in cases]
+    measured = [row for row in rows if "images/s" in row]
+    assert len(measured) == together + alone and sum("measured" in row for row in rows) == alone
+    assert all(row == {"failed": "out of memory"} for row in rows if row not in measured)
+    assert sum("speed / plain loop" in row for row in rows) == max(0, together - 1)
+    assert device.free == size
+
+
 class Full:
     """A trainee whose memory is full after so many steps."""
 
@@ -226,15 +275,19 @@ class Full:
 
 @pytest.mark.parametrize(("full", "other"), [("vitscale", "plain"), ("plain", "vitscale")])
 def test_a_case_that_runs_out_of_memory_in_a_later_round_leaves_the_others(full: Loop, other: Loop) -> None:
+    """It is tried again alone, to no avail."""
     cases = Case(loop=full), Case(loop=other)
     config = StepBench(cases=cases, batch=1, rounds=3, steps=2)
-    trainees = {cases[0]: Full(steps=3), cases[1]: Full(steps=6)}
-    started = list(trainees.values())
-    images, labels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int64)
-    results = measure(config, trainees, {case: {} for case in cases}, images, labels, lambda _: None)
+    built = list[Full]()
+
+    def build(case: Case) -> Full:
+        built.append(Full(steps=step.WARMUP_STEPS + (3 if case.loop == full else 6)))
+        return built[-1]
+
+    results = measure(config, build, lambda _: None)
     assert results[full] == {"failed": "out of memory"}
     assert results[other]["images/s"] > 0 and "speed / plain loop" not in results[other]
-    assert all(trainee.closed for trainee in started)
+    assert len(built) == 3 and all(trainee.closed for trainee in built)
 
 
 def test_every_policy_is_a_row_with_and_without_compilation() -> None:
