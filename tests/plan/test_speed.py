@@ -284,6 +284,25 @@ def test_a_model_that_was_not_measured_is_said_to_be_guessed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "measured"),
+    [
+        ([], True),
+        (["model.image_size=378"], False),
+        (["model.depth=16"], False),
+        (["engine.compile=false"], False),
+    ],
+)
+def test_only_the_same_model_in_the_same_mode_is_said_to_be_measured(
+    overrides: list[str], measured: bool
+) -> None:
+    """The width is the same in all of them."""
+    config = configs.load(TrainConfig, [ROOT / "configs/pretrain/vit_h14_jft.toml"], overrides)
+    shown = " ".join(render(make_plan(config, Cluster(gpus=8), read_measurements(SUITE))).split())
+    assert ("without recomputation, measured on NVIDIA H200" in shown) is measured
+    assert ("a guess that is corrected by S/16, B/16, H/14, measured on" in shown) is not measured
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"device": "CPU"}, "was measured on CPU, whose peak is not known"),

@@ -221,7 +221,10 @@ def measure(
 
 @dataclasses.dataclass
 class _Turns:
-    """Measures cases in turns, all of which are in memory. rows: what the table says of each."""
+    """Measures cases in turns, all of which are in memory.
+
+    rows: what the table says of each case so far.
+    """
 
     config: StepBench
     build: Callable[[Case], Trainee]

@@ -5,12 +5,14 @@ import math
 from collections.abc import Sequence
 from typing import get_args
 
-from vitscale import memory
+from vitscale import memory, storage
+from vitscale.checkpoint.manifest import MANIFEST, Manifest
+from vitscale.checkpoint.verify import committed
 from vitscale.config import positive
-from vitscale.data.mixture import default_lanes
+from vitscale.data.mixture import lanes_of
 from vitscale.data.sources import make_mixture, open_sources
 from vitscale.engine.batches import BatchPlan, plan_batches
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, UserError
 from vitscale.hardware import GPUS, Gpu, gpu_name
 from vitscale.memory import Memory
 from vitscale.models.flops import train_flops
@@ -135,7 +137,11 @@ class Option:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saving:
-    """Checkpoints, and what they and failures cost. lost_share: relative to training time."""
+    """Checkpoints, and what they and failures cost.
+
+    interval_seconds, interval_steps: the best, up to the length of the run. lost_share:
+    relative to training time.
+    """
 
     num_bytes: int
     write_seconds: float
@@ -150,6 +156,8 @@ class Saving:
 class Plan:
     """options: those that do not fit are among them. best: None if none fits, and so the rest.
 
+    first_step: how many of total_steps another run has done, which [init] continues with
+    full_state. None if that cannot be read: then all of them are planned.
     decode_rate: images/s of a core. loader_cores: of each node, so that the GPUs do not wait.
     """
 
@@ -158,6 +166,7 @@ class Plan:
     speed: Speed
     num_params: int
     total_steps: int
+    first_step: int | None
     per_gpu: int
     options: tuple[Option, ...]
     best: Option | None
@@ -169,8 +178,12 @@ class Plan:
     cost: float = 0.0
 
     @property
+    def num_steps(self) -> int:
+        return self.total_steps - (self.first_step or 0)
+
+    @property
     def num_images(self) -> int:
-        return self.total_steps * self.config.global_batch
+        return self.num_steps * self.config.global_batch
 
 
 def make_plan(config: TrainConfig, cluster: Cluster, speed: Speed) -> Plan:
@@ -182,13 +195,14 @@ def make_plan(config: TrainConfig, cluster: Cluster, speed: Speed) -> Plan:
     planner = _Planner(config, cluster, speed, batches, decode_rate)
     stages = [stage for stage in STAGES if stage < 3 or config.optim.name != "muon"]  # which is refused
     options = tuple(planner.option(stage, policy) for stage in stages for policy in get_args(Checkpointing))
-    num_params = memory.count_params(config.model)
+    num_params, total_steps = memory.count_params(config.model), num_steps(config)
     plan = Plan(
         config=config,
         cluster=cluster,
         speed=speed,
         num_params=num_params,
-        total_steps=num_steps(config),
+        total_steps=total_steps,
+        first_step=_first_step(config, total_steps),
         per_gpu=batches.per_rank,
         options=options,
         best=choose(options, num_params),
@@ -213,6 +227,24 @@ def num_steps(config: TrainConfig) -> int:
     return config.num_steps(mixture.steps_per_epoch)
 
 
+def _first_step(config: TrainConfig, total_steps: int) -> int | None:
+    """As in Plan. Raises ConfigError if no step is left."""
+    place = config.init.checkpoint
+    if not config.init.full_state:
+        return 0
+    try:
+        folder = place if MANIFEST in storage.names_in(place) else committed(place)[-1][1]
+        step = Manifest.load(folder).step
+    except (UserError, OSError, IndexError):
+        return None
+    if step >= total_steps:
+        raise ConfigError(
+            f"init.checkpoint {place} is at step {step:,}, and the run has {total_steps:,} in all: raise the "
+            "total, or take its weights alone: init.full_state = false"
+        )
+    return step
+
+
 def choose(options: Sequence[Option], num_params: int) -> Option | None:
     """The first of the options that fit and are nearly as fast as the fastest of them.
 
@@ -228,11 +260,17 @@ def choose(options: Sequence[Option], num_params: int) -> Option | None:
 def _check_batch(config: TrainConfig, cluster: Cluster) -> BatchPlan:
     """The batch of a GPU, uncut; raises what training would on so many GPUs."""
     batches = plan_batches(config.global_batch, 0, cluster.gpus)
-    lanes = config.data.lanes or default_lanes(config.global_batch)
+    repeats = config.augment.repeats
+    lanes, drawn = lanes_of(config.global_batch, config.data.lanes, repeats), config.global_batch // repeats
+    if drawn % cluster.gpus:
+        raise ConfigError(
+            f"--gpus {cluster.gpus} does not divide the {drawn:,} samples that a step draws: global_batch "
+            f"{config.global_batch:,} / augment.repeats {repeats}; use a divisor of {drawn:,}, like {lanes:,}"
+        )
     if lanes % cluster.gpus:
         raise ConfigError(
             f"--gpus {cluster.gpus} does not divide the {lanes:,} lanes of the data; set data.lanes to a "
-            f"multiple of it that divides global_batch {config.global_batch:,}, like {cluster.gpus}"
+            f"multiple of it that divides the {drawn:,} samples that a step draws, like {cluster.gpus}"
         )
     if _pairs(config) and batches.per_rank % 2:
         raise ConfigError(
@@ -268,7 +306,11 @@ class _Planner:
         work = self.speed.work(policy, compiled=compiled) * formulas.STAGE_WORK[stage]
         compute = formulas.compute_seconds(per_gpu, flops, efficiency, gpu.flops, work)
         exposed = self._exposed_seconds(stage, accumulation, compute)
-        update = formulas.update_seconds(memory.count_params(config.model), cluster.gpus, gpu.memory_tb_per_s)
+        num_params = memory.count_params(config.model)
+        if config.engine.offload_optimizer:
+            update = formulas.offloaded_update_seconds(num_params, cluster.gpus)
+        else:
+            update = formulas.update_seconds(num_params, cluster.gpus, gpu.memory_tb_per_s)
         train = formulas.step_seconds(compute, exposed, update, cluster.nodes)
         decoded = cluster.cores_per_node * cluster.nodes * self.decode_rate
         data = config.global_batch / decoded if decoded else 0.0
@@ -316,21 +358,21 @@ class _Planner:
 def _with_rest(plan: Plan, best: Option) -> Plan:
     """The plan with what follows from the chosen option: data, checkpoints, days and cost."""
     config, cluster, speed = plan.config, plan.cluster, best.images_per_second
-    saving = _saving(config, cluster, best.step_seconds)
+    saving = _saving(config, cluster, best.step_seconds, plan.num_steps)
     days = formulas.training_days(plan.num_images, speed, saving.lost_share)
     return dataclasses.replace(
         plan,
         loader_cores=formulas.loader_cores(
             config.global_batch / best.train_seconds, cluster.nodes, plan.decode_rate
         ),
-        storage_gb_per_s=formulas.storage_gb_per_s(speed, cluster.image_kb),
+        storage_gb_per_s=formulas.storage_gb_per_s(speed / config.augment.repeats, cluster.image_kb),
         saving=saving,
         days=days,
         cost=formulas.cost(days, cluster.gpus, cluster.price),
     )
 
 
-def _saving(config: TrainConfig, cluster: Cluster, step_seconds: float) -> Saving:
+def _saving(config: TrainConfig, cluster: Cluster, step_seconds: float, num_steps: int) -> Saving:
     num_bytes = memory.checkpoint_bytes(config.model, config.optim)
     write = num_bytes / (cluster.store_gb_per_s * 1e9)
     blocking = formulas.save_blocking_seconds(num_bytes, cluster.gpus)
@@ -338,6 +380,7 @@ def _saving(config: TrainConfig, cluster: Cluster, step_seconds: float) -> Savin
     restart = 60 * cluster.restart_minutes
     # A save begins when the one before it has been written.
     interval = max(formulas.checkpoint_interval_seconds(blocking, between, restart), blocking + write)
+    interval = min(interval, num_steps * step_seconds)
     return Saving(
         num_bytes=num_bytes,
         write_seconds=write,

@@ -78,6 +78,7 @@ class Speed:
         rows = self._rows("none", compiled)
         if not rows:
             return guess
+        rows = [row for row in rows if _alike(row.model, model)] or rows
         factors: dict[int, list[float]] = {}
         for row in rows:
             factor = row.efficiency / _guess(row.model, row.gpu, row.compiled)
@@ -95,6 +96,11 @@ class Speed:
         """How much longer the passes take with a policy than without recomputation."""
         ratios = self._ratios(policy, compiled)
         return sum(ratios) / len(ratios) if ratios else FORWARD_PASSES[policy] / FORWARD_PASSES["none"]
+
+    def has_measured(self, model: ModelConfig, *, compiled: bool) -> bool:
+        """Whether a row without recomputation is of this model and mode, and not a near one."""
+        rows = [row for row in self.rows if (row.checkpointing, row.compiled) == ("none", compiled)]
+        return any(_alike(row.model, model) for row in rows)
 
     def is_measured(self, policy: Checkpointing, *, compiled: bool) -> bool:
         return policy == "none" or bool(self._ratios(policy, compiled))
@@ -191,6 +197,12 @@ def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
         for suffix in ("", ", compiled")
         if "images/s" in (row := piece.get(f"vitscale{name}{suffix}", {}))
     ]
+
+
+def _alike(a: ModelConfig, b: ModelConfig) -> bool:
+    """Whether a step of two models computes and moves the same; their heads may differ."""
+    same_kind, same_flops = a.kind == b.kind, train_flops(a) == train_flops(b)
+    return same_kind and same_flops and _memory_traffic(a) == _memory_traffic(b)
 
 
 def _guess(model: ModelConfig, gpu: Gpu, compiled: bool) -> float:
