@@ -129,7 +129,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--suite",
         type=Path,
         metavar="RESULTS.json",
-        help="instead: the paper's models and an end-to-end run, into this file; continues where it stopped",
+        help="instead: the paper's models and an end-to-end run, into this file; continues where it stopped, "
+        "and a new name measures all again",
     )
     step.add_argument("--index", help="of photographs, for the end-to-end run of the suite")
     step.add_argument("--variants", nargs="*", help=f"of the suite; default: {' '.join(SUITE_VARIANTS)}")
@@ -261,6 +262,8 @@ def print_table(results: dict[str, Any], indent: str = "") -> None:
     if sys.stderr.isatty() and not indent:
         print("\r\033[K", end="", file=sys.stderr)
     for name, value in results.items():
+        if name == "config":
+            continue  # for tools/plan.py, which reads it in the file
         if isinstance(value, dict):
             print(f"{indent}{name}")
             print_table(value, indent + "  ")

@@ -331,7 +331,7 @@ def explain_too_small(
     states = state_bytes(num_params, engine.zero_stage, plan.world_size, precision, offload, needed)
     available = f"{device_bytes / 2**30:,.2f} GiB"
     if starting:
-        way_out = _more_room(engine, plan, optimizer, activations=False)
+        way_out = more_room(engine, plan.world_size, optimizer, activations=False)
         return (
             "CUDA is out of memory at the start, while the model is made: by plan parameters and state take "
             f"{states / 2**30:,.2f} GiB of {available}; use {way_out}"
@@ -347,10 +347,11 @@ def explain_too_small(
         for micro_batch in micro_batches(plan.per_rank, pairs=pairs)
         if micro_batch < plan.micro_batch and states + activations(micro_batch) <= device_bytes
     ]
+    others = more_room(engine, plan.world_size, optimizer, activations=True)
     way_out = (
         f"set engine.micro_batch = {fitting[-1]}, the largest below it that fits by plan"
         if fitting
-        else f"no smaller one fits by plan: use {_more_room(engine, plan, optimizer, activations=True)}"
+        else f"no smaller one fits by plan: use {others}"
     )
     return (
         f"CUDA is out of memory with engine.micro_batch {plan.micro_batch}: by plan it needs {texts[0]} (the "
@@ -358,11 +359,11 @@ def explain_too_small(
     )
 
 
-def _more_room(engine: EngineConfig, plan: BatchPlan, optimizer: str, *, activations: bool) -> str:
+def more_room(engine: EngineConfig, world_size: int, optimizer: str, *, activations: bool) -> str:
     """What would leave more memory, for a message. activations: whether it may be theirs."""
     has_stages = optimizer != "muon"  # which runs at ZeRO 1 and 2, without offload
     others = {
-        "engine.zero_stage = 3": has_stages and engine.zero_stage < 3 and plan.world_size > 1,
+        "engine.zero_stage = 3": has_stages and engine.zero_stage < 3 and world_size > 1,
         'engine.activation_checkpointing = "full"': activations and engine.activation_checkpointing != "full",
         "engine.offload_optimizer = true": has_stages and not engine.offload_optimizer,
         "more devices": True,

@@ -11,6 +11,7 @@ from vitscale.bench.ranks import Sharding
 from vitscale.bench.scale import Parts, ScaleBench
 from vitscale.errors import ConfigError
 from vitscale.models.vit_config import ViTConfig
+from vitscale.open_files import sockets
 
 PARAMETERS = 76_712  # of mu/16 with 1000 classes
 BYTES = 12  # a master and two moments in fp32
@@ -48,6 +49,13 @@ def test_every_value_belongs_to_one_rank(world_size: int, stage: int) -> None:
         own = seen[seen[:, 0] == number]
         own = own[np.argsort(own[:, 1])]
         assert [0, *own[:, 1:].sum(axis=1)] == [*own[:, 1], size]
+
+
+def test_the_page_has_the_sockets_of_each_rank() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/measurements.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith("| sockets: rank 0, others |"))
+    cells = [f"{sockets(ranks, 0):,}, {sockets(ranks, 1):,}" for ranks in (1024, 1024, 4096, 4096)]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == cells
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

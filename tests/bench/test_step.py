@@ -1,6 +1,7 @@
 """The step bench on the smallest model: rows, baselines, and a suite that is continued."""
 
 import gc
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def test_a_config_is_measured_beside_plain_pytorch(tmp_path: Path) -> None:
     bench("configs/demo/shapes.toml", "model.depth=1", "--rounds", 2, "--steps", 1, "--json", out)
     results = json.loads(out.read_text())["results"]
     assert (results["model"], results["precision"]) == ("Ti/8 at 32 px", "fp32")
+    assert results["config"]["depth"] == 1
     ours, plain = results["vitscale"], results["plain"]
     assert ours["images/s"] > 0 and ours["speed / plain loop"] > 0
     assert "speed / plain loop" not in plain
@@ -50,6 +52,53 @@ def test_a_suite_measures_only_what_its_file_lacks(tmp_path: Path) -> None:
     bench("--suite", path, "--variants", "mu/32", "mu/16")
     both: dict[str, Any] = json.loads(path.read_text())
     assert both["mu/32"] == first["mu/32"] and both["mu/16"]["plain"]["images/s"] > 0
+
+
+def test_a_suite_measures_again_what_has_another_batch_or_lacks_a_case(tmp_path: Path) -> None:
+    path, plain = tmp_path / "suite.json", Case(loop="plain")
+
+    def measured(batch: int) -> dict[str, Any]:
+        return suite.run(path, "", ["mu/32"], batch, lambda case: case == plain, lambda _: None)["mu/32"]
+
+    first = measured(1)
+    assert measured(1) == first
+    assert (first["images of a step"], measured(2)["images of a step"]) == (1, 2)
+    file = json.loads(path.read_text())
+    file["mu/32"]["vitscale"] = file["mu/32"].pop("plain")
+    path.write_text(json.dumps(file))
+    assert measured(2)["plain"]["images/s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"device": "NVIDIA H100"},
+            "was measured with device NVIDIA H100, and here it is CPU: name a new file",
+        ),
+        ({"torch": "1.0"}, "was measured with torch 1.0, and here it is "),
+        ({"deepspeed": "0.1"}, "was measured with deepspeed 0.1, and here it is "),
+        (None, "is no file of a suite; name a new one"),
+        ("[1]", "is no file of a suite; name a new one"),
+        ("{", "cannot be read: it is not JSON; name a new file"),
+    ],
+)
+def test_a_suite_continues_no_other_file(
+    tmp_path: Path, capsys, change: dict[str, str] | str | None, sentence: str
+) -> None:
+    """The control is the file as it was written."""
+    path = tmp_path / "suite.json"
+    words = ["step", "--suite", str(path), "--variants"]
+    header = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")} | {"device": "CPU"}
+    path.write_text(json.dumps(header))
+    assert main(words) == 0
+    path.write_text(change if isinstance(change, str) else json.dumps(header | change if change else {}))
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --suite {path} {sentence}") and said.count("\n") == 1
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -164,6 +213,55 @@ def test_the_baseline_computes_the_same_step() -> None:
     ours.close()
 
 
+class Device:
+    """Memory that trainees share: each holds 3, and 4 more in a step."""
+
+    def __init__(self, size: int) -> None:
+        self.free = size
+
+    def build(self, case: Case) -> "Held":
+        return Held(self)
+
+    def take(self, size: int) -> None:
+        if size > self.free:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.free -= size
+
+
+class Held:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        device.take(3)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.device.take(4)
+        self.device.free += 4
+
+    def close(self) -> None:
+        self.device.free += 3
+
+
+@pytest.mark.parametrize(
+    ("size", "together", "alone"),
+    [(13, 3, 0), (10, 2, 1), (7, 1, 2), (2, 0, 0)],
+)
+def test_cases_that_have_no_room_beside_the_others_are_measured_alone(
+    size: int, together: int, alone: int
+) -> None:
+    """One of 7 needs all of 7; three of them need 3 + 3 + 7."""
+    cases = Case(loop="plain"), Case(loop="vitscale"), Case(loop="vitscale", checkpointing="full")
+    device = Device(size)
+    model = ViTConfig(variant="mu/16", image_size=16)
+    config = StepBench(model=model, cases=cases, batch=1, rounds=2, steps=1)
+    results = measure(config, device.build, lambda _: None)
+    rows = [results[str(case)] for case in cases]
+    measured = [row for row in rows if "images/s" in row]
+    assert len(measured) == together + alone and sum("measured" in row for row in rows) == alone
+    assert all(row == {"failed": "out of memory"} for row in rows if row not in measured)
+    assert sum("speed / plain loop" in row for row in rows) == max(0, together - 1)
+    assert device.free == size
+
+
 class Full:
     """A trainee whose memory is full after so many steps."""
 
@@ -181,15 +279,19 @@ class Full:
 
 @pytest.mark.parametrize(("full", "other"), [("vitscale", "plain"), ("plain", "vitscale")])
 def test_a_case_that_runs_out_of_memory_in_a_later_round_leaves_the_others(full: Loop, other: Loop) -> None:
+    """It is tried again alone, to no avail."""
     cases = Case(loop=full), Case(loop=other)
     config = StepBench(cases=cases, batch=1, rounds=3, steps=2)
-    trainees = {cases[0]: Full(steps=3), cases[1]: Full(steps=6)}
-    started = list(trainees.values())
-    images, labels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int64)
-    results = measure(config, trainees, {case: {} for case in cases}, images, labels, lambda _: None)
+    built = list[Full]()
+
+    def build(case: Case) -> Full:
+        built.append(Full(steps=step.WARMUP_STEPS + (3 if case.loop == full else 6)))
+        return built[-1]
+
+    results = measure(config, build, lambda _: None)
     assert results[full] == {"failed": "out of memory"}
     assert results[other]["images/s"] > 0 and "speed / plain loop" not in results[other]
-    assert all(trainee.closed for trainee in started)
+    assert len(built) == 3 and all(trainee.closed for trainee in built)
 
 
 def test_every_policy_is_a_row_with_and_without_compilation() -> None:

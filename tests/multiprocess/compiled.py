@@ -1,10 +1,13 @@
 """What a rank of test_compiled.py does: pytest's type checks would be compiled, too."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from vitscale.bench import step
+from vitscale.bench.step import Case, StepBench
 from vitscale.models import ModelConfig, build_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
@@ -65,3 +68,30 @@ def compare(folder: Path, kind: str, mode: Checkpointing) -> None:
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)
     counts = torch._dynamo.utils.counters
     (folder / "graphs").write_text(str(counts["stats"]["unique_graphs"]))
+
+
+def count_runs(folder: Path) -> None:
+    """Bench two compiled cases of 5 graphs each; write how many graphs a step of each runs."""
+    runs, before = 0, list[int]()
+
+    def counted(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        def run(*values: object) -> object:
+            nonlocal runs
+            runs += 1
+            return graph(*values)
+
+        return run
+
+    def compile(module: nn.Module, **options: bool) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=counted, **options)
+
+    def progress(stage: str) -> None:
+        if "round" in stage:
+            before.append(runs)
+
+    nn.Module.compile = compile  # what takes the time is the compiler of the default backend
+    model = ResNetConfig(width=32, stages=(1,) * 5, image_size=32, num_classes=5)
+    cases = Case(loop="vitscale", compile=True), Case(loop="plain", compile=True)
+    step.run(StepBench(model=model, batch=2, precision="fp32", cases=cases, rounds=1, steps=1), progress)
+    first, second = before
+    (folder / "runs").write_text(f"{second - first} {runs - second}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from multiprocess.compiled import compare
+from multiprocess.compiled import compare, count_runs
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
@@ -31,6 +31,13 @@ def test_blocks_share_graphs_that_evaluation_does_not_touch(
     assert zygote.run(1, compare, tmp_path, kind, mode, log=log) == [0], log.read_text()
     assert (tmp_path / "graphs").read_text() == str(graphs)
     assert log.read_text() == ""
+
+
+def test_every_compiled_case_of_a_bench_runs_its_graphs(tmp_path: Path, zygote: Zygote) -> None:
+    """They are more than the 8 that torch makes of the same code by default."""
+    log = tmp_path / "log"
+    assert zygote.run(1, count_runs, tmp_path, log=log) == [0], log.read_text()
+    assert (tmp_path / "runs").read_text() == "5 5"
 
 
 def test_a_compiled_run_has_the_losses_of_an_eager_one(

@@ -27,7 +27,13 @@ H100, H200, A100 = GPUS["H100"], GPUS["H200"], GPUS["A100"]
 
 
 def images_per_second(
-    speed: Speed, variant: str, batch: int, policy: Checkpointing = "none", *, compiled: bool = True
+    speed: Speed,
+    variant: str,
+    batch: int,
+    policy: Checkpointing = "none",
+    *,
+    compiled: bool = True,
+    **sizes: int,
 ) -> float:
     """By plan, on one H200, at ZeRO 1."""
     config = configs.from_dict(
@@ -37,7 +43,7 @@ def images_per_second(
             "global_batch": batch,
             "total_steps": 100,
             "precision": "bf16",
-            "model": {"variant": variant},
+            "model": {"variant": variant, **sizes},
             "data": {"index": "index.json"},
             "engine": {"compile": compiled},
         },
@@ -52,6 +58,16 @@ def without(path: Path, tmp_path: Path, *names: str) -> Speed:
     file = json.loads(path.read_text())
     (tmp_path / "some.json").write_text(json.dumps({k: v for k, v in file.items() if k not in names}))
     return read_measurements(tmp_path / "some.json")
+
+
+def renamed(tmp_path: Path, name: str) -> Speed:
+    """The file of B/16 with another model's name, without the MFU that would give it away."""
+    piece = {**json.loads(SINGLE.read_text()), "model": name}
+    for row in piece.values():
+        if isinstance(row, dict):
+            row.pop("MFU, %", None)
+    (tmp_path / "renamed.json").write_text(json.dumps(piece))
+    return read_measurements(tmp_path / "renamed.json")
 
 
 @pytest.mark.parametrize(
@@ -129,24 +145,18 @@ def test_a_hybrid_takes_the_time_of_its_parts() -> None:
 
 
 def test_measured_hybrids_are_read(tmp_path: Path) -> None:
-    piece = {**json.loads(SINGLE.read_text()), "model": "R50+B/16 at 224 px"}
-    (tmp_path / "hybrid.json").write_text(json.dumps(piece))
-    speed = read_measurements(tmp_path / "hybrid.json")
+    speed = renamed(tmp_path, "R50+B/16 at 224 px")
     assert {row.model for row in speed.rows} == {HybridConfig(variant="R50+B/16")}
     assert speed.of_kind("vit").rows == () and speed.of_kind("hybrid") == speed
 
 
 def test_a_model_of_images_that_are_no_squares_is_read_by_its_name(tmp_path: Path) -> None:
-    piece = {**json.loads(SINGLE.read_text()), "model": f"B/16 at {pixels((384, 128))}"}
-    (tmp_path / "tall.json").write_text(json.dumps(piece))
-    speed = read_measurements(tmp_path / "tall.json")
+    speed = renamed(tmp_path, f"B/16 at {pixels((384, 128))}")
     assert {row.model for row in speed.rows} == {ViTConfig(variant="B/16", image_size=(384, 128))}
 
 
 def test_measured_resnets_are_read(tmp_path: Path) -> None:
-    piece = {**json.loads(SINGLE.read_text()), "model": "R50x1 at 224 px"}
-    (tmp_path / "r50.json").write_text(json.dumps(piece))
-    speed = read_measurements(tmp_path / "r50.json")
+    speed = renamed(tmp_path, "R50x1 at 224 px")
     assert {row.model for row in speed.rows} == {ResNetConfig(variant="R50x1")}
     assert speed.of_kind("vit").rows == () and speed.of_kind("resnet") == speed
 
@@ -234,6 +244,22 @@ def test_a_single_result_of_any_policy_is_read(tmp_path: Path) -> None:
     assert speed.decode_rate == 0 and not speed.is_measured("full", compiled=False)
 
 
+def test_a_plan_repeats_a_model_of_other_sizes_than_its_name_says(tmp_path: Path) -> None:
+    """B/16 of half the depth, at 7,200 images/s; a file without its sizes is refused."""
+    model = ViTConfig(variant="B/16", depth=6)
+    changes = {
+        "device": "NVIDIA H200",
+        "images of a step": 512,
+        "peak of the device, TFLOP/s": 989.0,
+        "vitscale, compiled": {"images/s": 7_200.0, "MFU, %": 7_200 * train_flops(model) / 989e10},
+    }
+    speed = read_measurements(write(tmp_path, config=configs.to_dict(model), **changes))
+    assert images_per_second(speed, "B/16", 512, depth=6) == pytest.approx(7_200, rel=1e-4)
+    named = "names B/16 at 224 px, whose step computes 105.4 GFLOP an image, but its MFU is of 53.04"
+    with pytest.raises(ConfigError, match=named):
+        read_measurements(write(tmp_path, **changes))
+
+
 def test_the_decode_rate_of_an_end_to_end_run_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "suite.json"
     file = json.loads(SUITE.read_text()) | {"end to end": {"images/s per data worker": 612.0}}
@@ -258,12 +284,33 @@ def test_a_model_that_was_not_measured_is_said_to_be_guessed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "measured"),
+    [
+        ([], True),
+        (["model.image_size=378"], False),
+        (["model.depth=16"], False),
+        (["engine.compile=false"], False),
+    ],
+)
+def test_only_the_same_model_in_the_same_mode_is_said_to_be_measured(
+    overrides: list[str], measured: bool
+) -> None:
+    """The width is the same in all of them."""
+    config = configs.load(TrainConfig, [ROOT / "configs/pretrain/vit_h14_jft.toml"], overrides)
+    shown = " ".join(render(make_plan(config, Cluster(gpus=8), read_measurements(SUITE))).split())
+    assert ("without recomputation, measured on NVIDIA H200" in shown) is measured
+    assert ("a guess that is corrected by S/16, B/16, H/14, measured on" in shown) is not measured
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"device": "CPU"}, "was measured on CPU, whose peak is not known"),
         ({"precision": "fp32"}, "has no row of vitscale in bf16 without recomputation"),
         ({"vitscale": {"failed": "out of memory"}}, "has no row of vitscale in bf16 without recomputation"),
         ({"model": "B/16"}, "does not hold results of a step"),
+        ({"config": {"variant": "B/17"}}, ": "),
+        ({"config": 3}, "does not hold results of a step"),
         ({"vitscale": {"images/s": "many"}}, "does not hold results of a step"),
         ({"vitscale": {"images/s": 0}}, "does not hold results of a step"),
     ],
@@ -273,7 +320,7 @@ def test_other_files_are_one_sentence(tmp_path: Path, changes: dict, sentence: s
     path = write(tmp_path, **changes)
     with pytest.raises(ConfigError) as raised:
         read_measurements(path)
-    assert str(raised.value).startswith(f"--calibrate {path} {sentence}")
+    assert str(raised.value).startswith(f"--calibrate {path}{'' if sentence[0] == ':' else ' '}{sentence}")
 
 
 @pytest.mark.parametrize("text", ["[1]", "{}", "3", "no JSON", '{"results": 3}'])

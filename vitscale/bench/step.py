@@ -3,7 +3,8 @@
 One process on one device trains on random images that are on the device already, so that the
 step alone is measured: normalisation, forward, backward, clipping and update. Every case is
 built and warmed up once; then they are measured in turns, and each figure is the median of the
-rounds. A case that runs out of memory says so, and the others go on.
+rounds. All are in memory until then. A case that has no room beside the others is measured
+again when they are closed, and its row says so.
 
 The baselines are the same model in a loop of plain PyTorch (autocast, fused AdamW), and timm's
 model of the same size in that loop, where timm is installed.
@@ -11,10 +12,11 @@ model of the same size in that loop, where timm is installed.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscale import distributed
-from vitscale.config import positive
+from vitscale.config import positive, to_dict
 from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig, Precision
@@ -38,6 +40,8 @@ from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import BatchKey, ClassificationConfig, build_objective
 from vitscale.optim import OptimConfig, build_optimizer
 
+# Kinds of blocks of a model, at most: two of each stage of a ResNet. Each is a graph.
+MAX_GRAPHS = 8
 CLIP_NORM = 1.0
 OPTIM = OptimConfig(weight_decay=0.1, clip_norm=CLIP_NORM)
 WARMUP_STEPS = 3
@@ -185,51 +189,77 @@ def timm_model(config: ViTConfig) -> nn.Module:
 
 
 def run(config: StepBench, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Build and warm up every case, and measure them in turns."""
+    """Measure every case on this device."""
     distributed.initialize()
     torch._dynamo.reset()
+    # The graphs of all cases count as recompilations of the same code. At its limit torch runs
+    # what is left eagerly.
+    limit = MAX_GRAPHS * len(config.cases)
+    with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
+        return measure(config, functools.partial(_build, config), progress)
+
+
+def _build(config: StepBench, case: Case) -> Trainee:
+    return Ours(config, case) if case.loop == "vitscale" else Plain(config, case)
+
+
+def measure(
+    config: StepBench, build: Callable[[Case], Trainee], progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure the cases in turns, and then each alone that had no room beside the others."""
     device = distributed.device()
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch, 3, *sides(config.model.image_size))
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
     labels = torch.randint(config.model.num_classes, (config.batch, 1), generator=generator).to(device)
-    trainees: dict[Case, Trainee] = {}
-    rows: dict[Case, dict[str, Any]] = {}
-    for case in config.cases:
-        progress(f"{config.model.variant}: warming up {case}")
-        with _free_memory(trainees, rows, case), _Peak() as peak:
-            began = time.perf_counter()
-            trainees[case] = Ours(config, case) if case.loop == "vitscale" else Plain(config, case)
-            for _ in range(WARMUP_STEPS):
-                trainees[case].step(images, labels)
-            _wait()
-            rows[case] = {"start and warm-up, seconds": time.perf_counter() - began}
-        if case in trainees and peak.bytes:
-            rows[case]["peak memory, GiB"] = peak.bytes / 2**30
-    return measure(config, trainees, rows, images, labels, progress)
+    turns = _Turns(config, build, images, labels, progress)
+    together = turns.measure(config.cases)
+    full = [case for case in config.cases if case not in together and len(config.cases) > 1]
+    alone = {case: seconds for one in full for case, seconds in turns.measure((one,)).items()}
+    return _results(config, turns.rows, together, alone)
 
 
-def measure(
-    config: StepBench,
-    trainees: dict[Case, Trainee],
-    rows: dict[Case, dict[str, Any]],
-    images: Tensor,
-    labels: Tensor,
-    progress: Callable[[str], None],
-) -> dict[str, Any]:
-    """Measure the trainees, which are warmed up, in turns, and close them.
+@dataclasses.dataclass
+class _Turns:
+    """Measures cases in turns, all of which are in memory.
 
     rows: what the table says of each case so far.
     """
-    seconds: dict[Case, list[float]] = {case: [] for case in trainees}
-    for round in range(config.rounds):
-        for case in list(trainees):
-            progress(f"{config.model.variant}: round {round + 1}, {case}")
-            with _free_memory(trainees, rows, case):
-                seconds[case].append(_time(trainees[case], images, labels, config.steps))
-    for trainee in trainees.values():
-        trainee.close()
-    return _results(config, rows, {case: seconds[case] for case in trainees})
+
+    config: StepBench
+    build: Callable[[Case], Trainee]
+    images: Tensor
+    labels: Tensor
+    progress: Callable[[str], None]
+    rows: dict[Case, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def measure(self, cases: Sequence[Case]) -> dict[Case, list[float]]:
+        """Seconds of a step in each round, of the cases that memory was enough for."""
+        variant, trainees = self.config.model.variant, dict[Case, Trainee]()
+        for case in cases:
+            self.progress(f"{variant}: warming up {case}")
+            with _free_memory(trainees, self.rows, case):
+                self._warm_up(trainees, case)
+        seconds: dict[Case, list[float]] = {case: [] for case in trainees}
+        for round in range(self.config.rounds):
+            for case in list(trainees):
+                self.progress(f"{variant}: round {round + 1}, {case}")
+                with _free_memory(trainees, self.rows, case):
+                    seconds[case].append(_time(trainees[case], self.images, self.labels, self.config.steps))
+        for trainee in trainees.values():
+            trainee.close()
+        return {case: seconds[case] for case in trainees}
+
+    def _warm_up(self, trainees: dict[Case, Trainee], case: Case) -> None:
+        with _Peak() as peak:
+            began = time.perf_counter()
+            trainees[case] = self.build(case)
+            for _ in range(WARMUP_STEPS):
+                trainees[case].step(self.images, self.labels)
+            _wait()
+            self.rows[case] = {"start and warm-up, seconds": time.perf_counter() - began}
+        if peak.bytes:
+            self.rows[case]["peak memory, GiB"] = peak.bytes / 2**30
 
 
 def _time(trainee: Trainee, images: Tensor, labels: Tensor, steps: int) -> float:
@@ -280,12 +310,21 @@ class _Peak:
 
 
 def _results(
-    config: StepBench, rows: Mapping[Case, dict[str, Any]], seconds: Mapping[Case, list[float]]
+    config: StepBench,
+    rows: Mapping[Case, dict[str, Any]],
+    together: Mapping[Case, list[float]],
+    alone: Mapping[Case, list[float]],
 ) -> dict[str, Any]:
-    """The table: each case beside the plain loop that is compiled, or not, as it is."""
+    """The table: each case beside the plain loop that is compiled, or not, as it is.
+
+    together, alone: seconds of a step in each round. Those measured alone are compared with
+    nothing.
+    """
+    seconds = {**together, **alone}
     peak = peak_flops() if config.precision != "fp32" else 0.0
     results: dict[str, Any] = {
         "model": f"{config.model.variant} at {pixels(config.model.image_size)}",
+        "config": to_dict(config.model),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "precision": config.precision,
         "images of a step": config.batch,
@@ -300,8 +339,10 @@ def _results(
             if peak:
                 figures["MFU, %"] = 100 * speed * train_flops(config.model) / peak
             plain = Case(loop="plain", compile=case.compile)
-            if case != plain and plain in seconds:
-                pairs = zip(seconds[plain], seconds[case], strict=True)
+            if case != plain and {case, plain} <= together.keys():
+                pairs = zip(together[plain], together[case], strict=True)
                 figures["speed / plain loop"] = median(other / own for other, own in pairs)
+            if case in alone:
+                figures["measured"] = "alone: beside the others, memory ran out"
         results[str(case)] = figures | row
     return results

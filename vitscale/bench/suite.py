@@ -1,7 +1,7 @@
 """`tools/bench.py step --suite`: the paper's models on one GPU, piece by piece into one file.
 
 The file is written after each piece, and a piece that it holds is not measured again, so that
-the suite can be stopped anywhere and continued on the same machine.
+the suite can be stopped anywhere and continued on the same machine with the same software.
 """
 
 import importlib.metadata
@@ -18,13 +18,14 @@ import torch
 from vitscale import atomic, distributed
 from vitscale.bench import step
 from vitscale.bench.step import Case, StepBench, every_case
-from vitscale.errors import DataError
+from vitscale.errors import ConfigError, DataError
 from vitscale.metrics import FILE_NAME, read_metrics
 from vitscale.models.vit_config import ViTConfig
 
 # Images of a step, which fit into 80 GB without recomputation.
 BATCHES = {"S/16": 1024, "B/16": 512, "L/16": 256, "H/14": 128}
 DEFAULT_BATCH = 64
+SAME = ("device", "torch", "deepspeed")  # for all pieces of a file
 PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 END_TO_END_STEPS = 120
 
@@ -80,17 +81,18 @@ def run(
     """Measure what the file at `path` lacks, and return all of it.
 
     index: of photographs, for the end-to-end piece; "" leaves it out.
+
+    Raises ConfigError for a file of another device or other versions, or of something else.
     """
-    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     here = {
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "cores": distributed.num_cores(),
         **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
     }
-    done = {**here, **done}
+    done = _read(path, here) if path.exists() else here
     for name, bench in pieces(variants, batch, wanted).items():
-        if name not in done:
+        if not _holds(done.get(name, {}), bench):
             done[name] = step.run(bench, progress)
             _write(path, done)
     if index and "end to end" not in done:
@@ -132,6 +134,29 @@ def end_to_end_config(folder: str, index: str, variant: str, workers: int) -> st
     return END_TO_END.format(
         folder=folder, steps=END_TO_END_STEPS, variant=variant, index=index, workers=workers
     )
+
+
+def _read(path: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds, if it continues here."""
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise ConfigError(f"--suite {path} cannot be read: {reason}; name a new file") from None
+    if not isinstance(done, dict) or not done.keys() >= set(SAME):
+        raise ConfigError(f"--suite {path} is no file of a suite; name a new one")
+    for name in SAME:
+        if done[name] != here[name]:
+            raise ConfigError(
+                f"--suite {path} was measured with {name} {done[name]}, and here it is {here[name]}: name a "
+                "new file, into which all is measured again"
+            )
+    return done
+
+
+def _holds(piece: dict[str, Any], bench: StepBench) -> bool:
+    """Whether a piece has all that is wanted of it, for the same batch."""
+    return piece.get("images of a step") == bench.batch and all(str(case) in piece for case in bench.cases)
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:

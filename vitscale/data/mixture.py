@@ -34,6 +34,24 @@ def default_lanes(global_batch: int) -> int:
     return next(lanes for lanes in candidates if global_batch % lanes == 0)
 
 
+def lanes_of(global_batch: int, lanes: int, repeats: int) -> int:
+    """The lanes of a run. lanes: data.lanes, 0 to derive them. repeats: augment.repeats.
+
+    Raises ConfigError if they do not divide what a step draws.
+    """
+    distinct = global_batch // repeats
+    # Where samples are repeated, a lane draws two or more in a step if it can: a single one
+    # would be its own neighbour.
+    derived = default_lanes(max(1, distinct // 2 if repeats > 1 and distinct % 2 == 0 else distinct))
+    lanes = lanes or derived
+    if global_batch % repeats or distinct % lanes:
+        raise ConfigError(
+            f"global_batch {global_batch} is not a multiple of data.lanes {lanes} x augment.repeats "
+            f"{repeats}; use lanes = {derived} (or 0 to derive it), and a multiple of the repeats"
+        )
+    return lanes
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
     """The order of a run.
@@ -63,20 +81,11 @@ class Mixture:
         repeats: int = 1,
         stratified: bool = False,
     ) -> "Mixture":
-        """Cut the sources into lanes (0 = default_lanes).
+        """Cut the sources into lanes (0 = derive them, as lanes_of does).
 
         Raises ConfigError if the numbers do not fit.
         """
-        distinct = global_batch // repeats
-        # Where samples are repeated, a lane draws two or more in a step if it can: a single one
-        # would be its own neighbour.
-        derived = default_lanes(max(1, distinct // 2 if repeats > 1 and distinct % 2 == 0 else distinct))
-        lanes = lanes or derived
-        if global_batch % repeats or distinct % lanes:
-            raise ConfigError(
-                f"global_batch {global_batch} is not a multiple of data.lanes {lanes} x augment.repeats "
-                f"{repeats}; use lanes = {derived} (or 0 to derive it), and a multiple of the repeats"
-            )
+        lanes, distinct = lanes_of(global_batch, lanes, repeats), global_batch // repeats
         smallest = min(layout.num_drawn for layout in layouts)
         if not smallest:
             raise ConfigError(

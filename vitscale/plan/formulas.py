@@ -34,6 +34,9 @@ WEIGHT_BYTES = 2  # parameters travel in bf16 or fp16
 HIDING_SHARE, BACKWARD_SHARE, DISTURBANCE = 0.7, 2 / 3, 0.1
 # AdamW reads and writes the weights, two moments and gradients, and writes the bf16 weights.
 UPDATE_BYTES, MEMORY_SHARE = 30, 0.8
+# What an update on the CPU takes longer for each parameter of a rank's share, with the copies:
+# 88 ms for the 86.6e6 of B/16 on one H200, in a single trial (docs/measurements.md).
+OFFLOADED_SECONDS = 1e-9
 # What a step loses for each doubling of the nodes, to stragglers above all.
 LOSS_PER_DOUBLING = 0.01
 # Saving: seconds until all ranks have begun, and the copy of a rank's share to pinned memory.
@@ -130,6 +133,11 @@ def compute_seconds(
 def update_seconds(num_params: int, gpus: int, memory_tb_per_s: float) -> float:
     """Seconds of AdamW on a GPU's share of the parameters, which memory bounds."""
     return UPDATE_BYTES * num_params / gpus / (MEMORY_SHARE * memory_tb_per_s * 1e12)
+
+
+def offloaded_update_seconds(num_params: int, gpus: int) -> float:
+    """Seconds of an update on the CPU, of a GPU's share of the parameters."""
+    return OFFLOADED_SECONDS * num_params / gpus
 
 
 def step_seconds(compute_seconds: float, exposed_seconds: float, update_seconds: float, nodes: int) -> float:

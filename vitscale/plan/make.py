@@ -5,12 +5,14 @@ import math
 from collections.abc import Sequence
 from typing import get_args
 
-from vitscale import memory
+from vitscale import memory, storage
+from vitscale.checkpoint.manifest import MANIFEST, Manifest
+from vitscale.checkpoint.verify import committed
 from vitscale.config import positive
-from vitscale.data.mixture import default_lanes
+from vitscale.data.mixture import lanes_of
 from vitscale.data.sources import make_mixture, open_sources
 from vitscale.engine.batches import BatchPlan, plan_batches
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, UserError
 from vitscale.hardware import GPUS, Gpu, gpu_name
 from vitscale.memory import Memory
 from vitscale.models.flops import train_flops
@@ -23,6 +25,9 @@ STAGES = (1, 2, 3)
 # Among options that are as fast as the fastest, as far as estimates can tell, the simplest is
 # chosen: the lowest stage, then the least recomputation.
 NEARLY = 0.9
+# ZeRO 3 cuts what the other stages keep whole, which fits into 80 GB up to about so many
+# parameters. Below, how fast it is counts only where the others do not fit.
+FITS_WHOLE = 2_000_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +137,11 @@ class Option:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saving:
-    """Checkpoints, and what they and failures cost. lost_share: relative to training time."""
+    """Checkpoints, and what they and failures cost.
+
+    interval_seconds, interval_steps: the best, up to the length of the run. lost_share:
+    relative to training time.
+    """
 
     num_bytes: int
     write_seconds: float
@@ -147,6 +156,8 @@ class Saving:
 class Plan:
     """options: those that do not fit are among them. best: None if none fits, and so the rest.
 
+    first_step: how many of total_steps another run has done, which [init] continues with
+    full_state. None if that cannot be read: then all of them are planned.
     decode_rate: images/s of a core. loader_cores: of each node, so that the GPUs do not wait.
     """
 
@@ -155,6 +166,7 @@ class Plan:
     speed: Speed
     num_params: int
     total_steps: int
+    first_step: int | None
     per_gpu: int
     options: tuple[Option, ...]
     best: Option | None
@@ -166,8 +178,12 @@ class Plan:
     cost: float = 0.0
 
     @property
+    def num_steps(self) -> int:
+        return self.total_steps - (self.first_step or 0)
+
+    @property
     def num_images(self) -> int:
-        return self.total_steps * self.config.global_batch
+        return self.num_steps * self.config.global_batch
 
 
 def make_plan(config: TrainConfig, cluster: Cluster, speed: Speed) -> Plan:
@@ -179,15 +195,17 @@ def make_plan(config: TrainConfig, cluster: Cluster, speed: Speed) -> Plan:
     planner = _Planner(config, cluster, speed, batches, decode_rate)
     stages = [stage for stage in STAGES if stage < 3 or config.optim.name != "muon"]  # which is refused
     options = tuple(planner.option(stage, policy) for stage in stages for policy in get_args(Checkpointing))
+    num_params, total_steps = memory.count_params(config.model), num_steps(config)
     plan = Plan(
         config=config,
         cluster=cluster,
         speed=speed,
-        num_params=memory.count_params(config.model),
-        total_steps=num_steps(config),
+        num_params=num_params,
+        total_steps=total_steps,
+        first_step=_first_step(config, total_steps),
         per_gpu=batches.per_rank,
         options=options,
-        best=choose(options),
+        best=choose(options, num_params),
         decode_rate=decode_rate,
     )
     return _with_rest(plan, plan.best) if plan.best else plan
@@ -209,9 +227,32 @@ def num_steps(config: TrainConfig) -> int:
     return config.num_steps(mixture.steps_per_epoch)
 
 
-def choose(options: Sequence[Option]) -> Option | None:
-    """The first of the options that fit and are nearly as fast as the fastest of them."""
+def _first_step(config: TrainConfig, total_steps: int) -> int | None:
+    """As in Plan. Raises ConfigError if no step is left."""
+    place = config.init.checkpoint
+    if not config.init.full_state:
+        return 0
+    try:
+        folder = place if MANIFEST in storage.names_in(place) else committed(place)[-1][1]
+        step = Manifest.load(folder).step
+    except (UserError, OSError, IndexError):
+        return None
+    if step >= total_steps:
+        raise ConfigError(
+            f"init.checkpoint {place} is at step {step:,}, and the run has {total_steps:,} in all: raise the "
+            "total, or take its weights alone: init.full_state = false"
+        )
+    return step
+
+
+def choose(options: Sequence[Option], num_params: int) -> Option | None:
+    """The first of the options that fit and are nearly as fast as the fastest of them.
+
+    Up to FITS_WHOLE parameters, those of ZeRO 3 count only if no others fit.
+    """
     fitting = [option for option in options if option.fits]
+    if num_params < FITS_WHOLE:
+        fitting = [option for option in fitting if option.zero_stage < 3] or fitting
     fastest = max((option.images_per_second for option in fitting), default=0.0)
     return next((option for option in fitting if option.images_per_second >= NEARLY * fastest), None)
 
@@ -219,11 +260,17 @@ def choose(options: Sequence[Option]) -> Option | None:
 def _check_batch(config: TrainConfig, cluster: Cluster) -> BatchPlan:
     """The batch of a GPU, uncut; raises what training would on so many GPUs."""
     batches = plan_batches(config.global_batch, 0, cluster.gpus)
-    lanes = config.data.lanes or default_lanes(config.global_batch)
+    repeats = config.augment.repeats
+    lanes, drawn = lanes_of(config.global_batch, config.data.lanes, repeats), config.global_batch // repeats
+    if drawn % cluster.gpus:
+        raise ConfigError(
+            f"--gpus {cluster.gpus} does not divide the {drawn:,} samples that a step draws: global_batch "
+            f"{config.global_batch:,} / augment.repeats {repeats}; use a divisor of {drawn:,}, like {lanes:,}"
+        )
     if lanes % cluster.gpus:
         raise ConfigError(
             f"--gpus {cluster.gpus} does not divide the {lanes:,} lanes of the data; set data.lanes to a "
-            f"multiple of it that divides global_batch {config.global_batch:,}, like {cluster.gpus}"
+            f"multiple of it that divides the {drawn:,} samples that a step draws, like {cluster.gpus}"
         )
     if _pairs(config) and batches.per_rank % 2:
         raise ConfigError(
@@ -259,7 +306,11 @@ class _Planner:
         work = self.speed.work(policy, compiled=compiled) * formulas.STAGE_WORK[stage]
         compute = formulas.compute_seconds(per_gpu, flops, efficiency, gpu.flops, work)
         exposed = self._exposed_seconds(stage, accumulation, compute)
-        update = formulas.update_seconds(memory.count_params(config.model), cluster.gpus, gpu.memory_tb_per_s)
+        num_params = memory.count_params(config.model)
+        if config.engine.offload_optimizer:
+            update = formulas.offloaded_update_seconds(num_params, cluster.gpus)
+        else:
+            update = formulas.update_seconds(num_params, cluster.gpus, gpu.memory_tb_per_s)
         train = formulas.step_seconds(compute, exposed, update, cluster.nodes)
         decoded = cluster.cores_per_node * cluster.nodes * self.decode_rate
         data = config.global_batch / decoded if decoded else 0.0
@@ -307,21 +358,21 @@ class _Planner:
 def _with_rest(plan: Plan, best: Option) -> Plan:
     """The plan with what follows from the chosen option: data, checkpoints, days and cost."""
     config, cluster, speed = plan.config, plan.cluster, best.images_per_second
-    saving = _saving(config, cluster, best.step_seconds)
+    saving = _saving(config, cluster, best.step_seconds, plan.num_steps)
     days = formulas.training_days(plan.num_images, speed, saving.lost_share)
     return dataclasses.replace(
         plan,
         loader_cores=formulas.loader_cores(
             config.global_batch / best.train_seconds, cluster.nodes, plan.decode_rate
         ),
-        storage_gb_per_s=formulas.storage_gb_per_s(speed, cluster.image_kb),
+        storage_gb_per_s=formulas.storage_gb_per_s(speed / config.augment.repeats, cluster.image_kb),
         saving=saving,
         days=days,
         cost=formulas.cost(days, cluster.gpus, cluster.price),
     )
 
 
-def _saving(config: TrainConfig, cluster: Cluster, step_seconds: float) -> Saving:
+def _saving(config: TrainConfig, cluster: Cluster, step_seconds: float, num_steps: int) -> Saving:
     num_bytes = memory.checkpoint_bytes(config.model, config.optim)
     write = num_bytes / (cluster.store_gb_per_s * 1e9)
     blocking = formulas.save_blocking_seconds(num_bytes, cluster.gpus)
@@ -329,6 +380,7 @@ def _saving(config: TrainConfig, cluster: Cluster, step_seconds: float) -> Savin
     restart = 60 * cluster.restart_minutes
     # A save begins when the one before it has been written.
     interval = max(formulas.checkpoint_interval_seconds(blocking, between, restart), blocking + write)
+    interval = min(interval, num_steps * step_seconds)
     return Saving(
         num_bytes=num_bytes,
         write_seconds=write,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vitscale.config import from_dict
 from vitscale.errors import ConfigError
 from vitscale.hardware import Gpu, gpu_of
 from vitscale.image_size import image_size
@@ -33,6 +34,7 @@ from vitscale.plan.formulas import (
 )
 
 EAGER = 0.85  # without compilation; B/16 on an H200 (docs/measurements.md)
+MFU_TOLERANCE = 0.01  # of the recorded MFU, against what the model of the file computes
 DECODE_RATE = 500.0  # a guess: images/s of a core, of photographs of 110 kB (docs/measurements.md)
 POLICIES: dict[str, Checkpointing] = {
     "": "none",
@@ -76,6 +78,7 @@ class Speed:
         rows = self._rows("none", compiled)
         if not rows:
             return guess
+        rows = [row for row in rows if _alike(row.model, model)] or rows
         factors: dict[int, list[float]] = {}
         for row in rows:
             factor = row.efficiency / _guess(row.model, row.gpu, row.compiled)
@@ -93,6 +96,11 @@ class Speed:
         """How much longer the passes take with a policy than without recomputation."""
         ratios = self._ratios(policy, compiled)
         return sum(ratios) / len(ratios) if ratios else FORWARD_PASSES[policy] / FORWARD_PASSES["none"]
+
+    def has_measured(self, model: ModelConfig, *, compiled: bool) -> bool:
+        """Whether a row without recomputation is of this model and mode, and not a near one."""
+        rows = [row for row in self.rows if (row.checkpointing, row.compiled) == ("none", compiled)]
+        return any(_alike(row.model, model) for row in rows)
 
     def is_measured(self, policy: Checkpointing, *, compiled: bool) -> bool:
         return policy == "none" or bool(self._ratios(policy, compiled))
@@ -143,11 +151,35 @@ def _speed_of(results: Mapping[str, Any], path: Path) -> Speed:
     return Speed(rows=rows, device=pieces[0]["device"], decode_rate=float(rate))
 
 
-def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
+def _model_of(piece: Mapping[str, Any], path: Path) -> ModelConfig:
+    """By its config, or in older files by its name."""
+    if "config" in piece:
+        try:
+            return from_dict(ModelConfig, piece["config"], "config")
+        except ConfigError as error:
+            raise ConfigError(f"--calibrate {path}: {error}") from None
     variant, size = piece["model"].removesuffix(" px").split(" at ")
     height_width = tuple(map(int, size.split(" x ")))  # of a square, one number
     kind = HybridConfig if "+" in variant else ViTConfig if "/" in variant else ResNetConfig
-    model = kind(variant=variant, image_size=image_size(height_width[0], height_width[-1]))
+    return kind(variant=variant, image_size=image_size(height_width[0], height_width[-1]))
+
+
+def _check_mfu(piece: Mapping[str, Any], model: ModelConfig, path: Path) -> None:
+    """Raise ConfigError if a row was measured on a model that computes more or less."""
+    for row in piece.values():
+        if isinstance(row, dict) and "MFU, %" in row:
+            flops = row["MFU, %"] / 100 * piece["peak of the device, TFLOP/s"] * 1e12 / row["images/s"]
+            if not math.isclose(flops, train_flops(model), rel_tol=MFU_TOLERANCE):
+                raise ConfigError(
+                    f"--calibrate {path} names {piece['model']}, whose step computes "
+                    f"{train_flops(model) / 1e9:,.4g} GFLOP an image, but its MFU is of {flops / 1e9:,.4g}: "
+                    "the model had other sizes than its name says; measure it again"
+                )
+
+
+def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
+    model = _model_of(piece, path)
+    _check_mfu(piece, model, path)
     images = piece["images of a step"]
     gpu = gpu_of(piece["device"])
     if gpu is None:
@@ -165,6 +197,12 @@ def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
         for suffix in ("", ", compiled")
         if "images/s" in (row := piece.get(f"vitscale{name}{suffix}", {}))
     ]
+
+
+def _alike(a: ModelConfig, b: ModelConfig) -> bool:
+    """Whether a step of two models computes and moves the same; their heads may differ."""
+    same_kind, same_flops = a.kind == b.kind, train_flops(a) == train_flops(b)
+    return same_kind and same_flops and _memory_traffic(a) == _memory_traffic(b)
 
 
 def _guess(model: ModelConfig, gpu: Gpu, compiled: bool) -> float:

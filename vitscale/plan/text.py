@@ -5,18 +5,18 @@ import textwrap
 from typing import Any
 
 from vitscale.image_size import pixels
+from vitscale.memory import more_room
 from vitscale.objectives import DistillationConfig
 from vitscale.plan import formulas
-from vitscale.plan.make import Option, Plan, Saving
+from vitscale.plan.make import FITS_WHOLE, Option, Plan, Saving
 from vitscale.plan.speed import DECODE_RATE, EAGER, Speed
+from vitscale.redaction import redact
 
 POLICIES = {
     "none": "no recomputation",
     "selective": "selective recomputation",
     "full": "full recomputation",
 }
-# ZeRO 3 cuts what the other stages keep whole, which fits into 80 GB up to about so many.
-FITS_WHOLE = 2_000_000_000
 SLOW_SHARE = 0.1  # of a step, from which on communication is worth a line
 LOST_MORE = 0.001  # of the time, from which on another interval of saves is
 NAME_COLUMNS, COLUMNS = 18, 110
@@ -40,6 +40,7 @@ def results(plan: Plan) -> dict[str, Any]:
         "cluster": dataclasses.asdict(plan.cluster),
         "parameters": plan.num_params,
         "total_steps": plan.total_steps,
+        "first_step": plan.first_step,
         "global_batch": plan.config.global_batch,
         "calibrated_on": plan.speed.device,
         "options": [_numbers(option) for option in plan.options],
@@ -68,12 +69,19 @@ def _head(plan: Plan) -> str:
     where = f"{cluster.gpus:,} x {cluster.gpu.upper()} in {_counted(cluster.nodes, 'node')}"
     lines = [
         ("parameters", f"{plan.num_params:,}"),
-        ("run", f"{plan.num_images:,} images in {plan.total_steps:,} steps of {batch:,}"),
+        ("run", f"{plan.num_images:,} images in {plan.num_steps:,} steps of {batch:,}{_continued(plan)}"),
         ("of a GPU", f"{plan.per_gpu:,} images of a step, {cluster.memory_bytes / 1e9:,.0f} GB"),
     ]
     if isinstance(plan.config.objective, DistillationConfig):
         lines.append(("not counted", "the forward pass of the teacher, and its memory"))
+    if plan.first_step is None:
+        place = redact(plan.config.init.checkpoint)
+        lines.append(("not counted", f"the steps that {place} has done, which cannot be read from here"))
     return _section(f"{_model_name(plan)} on {where}: estimates, nothing was run", lines)
+
+
+def _continued(plan: Plan) -> str:
+    return f", after {plan.first_step:,} of another run" if plan.first_step else ""
 
 
 def _table(plan: Plan) -> str:
@@ -91,7 +99,12 @@ def _table(plan: Plan) -> str:
 
 def _rest(plan: Plan, best: Option, saving: Saving) -> list[Line]:
     cluster, memory, cores = plan.cluster, best.memory, _counted(plan.loader_cores, "core")
-    cost = f"{plan.cost:,.0f} at {cluster.price:g} a GPU hour" if cluster.price else "not known: --price"
+    cost = f"{_figure(plan.cost)} at {cluster.price:g} a GPU hour" if cluster.price else "not known: --price"
+    repeats, at_rate = plan.config.augment.repeats, f"at {plan.decode_rate:,.0f} images/s a core"
+    shared = f"; fewer will do, since {repeats} views share a decoding" if repeats > 1 else ""
+    stored = f"an image{f', read once for {repeats} views' if repeats > 1 else ''}"
+    minutes, steps = f"{saving.interval_seconds / 60:,.1f} min", f"{saving.interval_steps:,} steps"
+    best_saved = "at the end alone" if _is_short(plan, saving) else f"every {minutes}, which is {steps}"
     return [
         (
             "step",
@@ -104,8 +117,8 @@ def _rest(plan: Plan, best: Option, saving: Saving) -> list[Line]:
             f"state {memory.state / 1e9:,.1f} GB, activations {memory.activations / 1e9:,.1f}, buffers "
             f"{memory.buffers / 1e9:,.1f}, context and fragmentation {memory.overhead / 1e9:,.1f}",
         ),
-        ("loader", f"{cores} of each node, at {plan.decode_rate:,.0f} images/s a core"),
-        ("storage", f"{plan.storage_gb_per_s:,.2f} GB/s, at {cluster.image_kb:,.0f} kB an image"),
+        ("loader", f"{cores} of each node, {at_rate}{shared}"),
+        ("storage", f"{plan.storage_gb_per_s:,.2f} GB/s, at {cluster.image_kb:,.0f} kB {stored}"),
         (
             "checkpoint",
             f"{saving.num_bytes / 1e9:,.1f} GB, written in {saving.write_seconds:,.1f} s at "
@@ -113,23 +126,40 @@ def _rest(plan: Plan, best: Option, saving: Saving) -> list[Line]:
         ),
         (
             "failures",
-            f"one in {saving.between_failures_seconds / 3600:,.0f} h; best saved every "
-            f"{saving.interval_seconds / 60:,.1f} min, which is {saving.interval_steps:,} steps; saves and "
+            f"one in {saving.between_failures_seconds / 3600:,.0f} h; best saved {best_saved}; saves and "
             f"failures take {100 * saving.lost_share:.2f}% longer",
         ),
-        ("time", f"{plan.days:,.2f} days, {24 * cluster.gpus * plan.days:,.0f} GPU hours"),
+        ("time", f"{_time(plan.days)}, {_figure(24 * cluster.gpus * plan.days)} GPU hours"),
         ("cost", cost),
     ]
+
+
+def _is_short(plan: Plan, saving: Saving) -> bool:
+    """Whether the best interval of saves is longer than the run."""
+    return saving.interval_steps >= plan.num_steps
+
+
+def _time(days: float) -> str:
+    if days >= 1:
+        return f"{days:,.2f} days"
+    return f"{24 * days:.2g} hours" if 24 * days >= 1 else f"{24 * 60 * days:.2g} minutes"
+
+
+def _figure(number: float) -> str:
+    """A whole number, or two digits of a small one."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _too_large(plan: Plan) -> Line:
     least = min(plan.options, key=lambda option: option.memory.total)
     need, have = least.memory.total / 1e9, plan.cluster.memory_bytes / 1e9
-    policy = POLICIES[least.checkpointing]
+    policy, config = POLICIES[least.checkpointing], plan.config
+    last = dataclasses.replace(config.engine, zero_stage=3, activation_checkpointing="full")
+    others = more_room(last, plan.cluster.gpus, config.optim.name, activations=True)
     return (
         "memory",
         f"nothing fits: ZeRO {least.zero_stage} with the smallest micro batch and {policy} needs {need:,.1f} "
-        f"of {have:,.0f} GB; use more GPUs, GPUs with more memory, or engine.offload_optimizer=true",
+        f"of {have:,.0f} GB; use {others} or GPUs with more memory",
     )
 
 
@@ -152,16 +182,13 @@ def _advice(plan: Plan, best: Option, saving: Saving) -> list[Line]:
         cores = _counted(plan.cluster.cores_per_node, "core")
         text = f"{cores} of a node decode less than its GPUs train: use more, or store smaller images"
         lines.append(("loader", text))
-    lines += _save_advice(plan, best, saving)
-    if config.engine.offload_optimizer:
-        lines.append(("offload", "the update on the CPU takes longer than is planned here"))
-    return lines
+    return lines + _save_advice(plan, best, saving)
 
 
 def _save_advice(plan: Plan, best: Option, saving: Saving) -> list[Line]:
     """What to say where the config saves so rarely or often that it costs more than it must."""
     every = plan.config.checkpoint.every_steps
-    if not every:
+    if not every or _is_short(plan, saving):
         return []
     lost = formulas.lost_share(
         every * best.step_seconds,
@@ -189,19 +216,20 @@ def _overrides(plan: Plan, best: Option) -> str:
 
 
 def _stage_advice(plan: Plan, best: Option) -> str:
-    beside = [
-        f"ZeRO {option.zero_stage} takes {option.step_seconds / best.step_seconds - 1:+.0%}"
+    beside = {
+        option.zero_stage: option.step_seconds / best.step_seconds - 1
         for option in plan.options
         if option.fits and option.checkpointing == best.checkpointing and option.zero_stage != best.zero_stage
-    ]
-    others = f"; {' and '.join(beside)} time" if beside else ""
+    }
+    said = " and ".join(f"ZeRO {stage} takes {longer:+.0%}" for stage, longer in beside.items())
+    others = f"; {said} time" if beside else ""
     if best.zero_stage == 3 and any(option.fits for option in plan.options if option.zero_stage < 3):
         return f"ZeRO 3 hides more of its communication here{others}"
     if best.zero_stage == 3:
         return f"ZeRO 3 is what lets {plan.num_params / 1e9:,.1f} billion parameters train here{others}"
-    if plan.num_params < FITS_WHOLE:
+    if plan.num_params < FITS_WHOLE and beside.get(3, 0.0) >= 0:
         return f"ZeRO 3 gains nothing below about 2 billion parameters{others}"
-    return f"the state fits without ZeRO 3{others}"
+    return f"the state fits without ZeRO 3, whose speed is a guess{others}"
 
 
 def _sources(plan: Plan) -> list[Line]:
@@ -222,8 +250,10 @@ def _sources(plan: Plan) -> list[Line]:
         decoding = f"measured by an end-to-end run: at least {speed.decode_rate:,.0f} images/s a core"
     else:
         decoding = f"a guess: {DECODE_RATE:,.0f} images/s a core"
+    offloaded = ("update", "a guess: 1 ns on the CPU for each parameter of a GPU's share")
     return [
         ("efficiency", text),
+        *([offloaded] if plan.config.engine.offload_optimizer else []),
         ("decoding", decoding),
         ("the rest", "links, stragglers, failures, stores: guesses, listed in docs/planning.md"),
     ]
@@ -231,7 +261,7 @@ def _sources(plan: Plan) -> list[Line]:
 
 def _measured(plan: Plan, speed: Speed) -> str:
     names = dict.fromkeys(row.model.variant for row in speed.rows)
-    exact = plan.config.model.resolved_width in {row.model.resolved_width for row in speed.rows}
+    exact = speed.has_measured(plan.config.model, compiled=plan.config.engine.compile)
     how = "measured" if exact else f"a guess that is corrected by {', '.join(names)}, measured"
     other = "" if speed.rows[0].gpu == plan.cluster.kind else ", another kind of GPU"
     return f"{how} on {speed.device}{other}"
