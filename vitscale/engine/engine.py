@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitscale import distributed
-from vitscale.engine import sliced, zero
+from vitscale.engine import gradients, sliced, zero
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig, Precision, make_ds_config
 from vitscale.engine.ema import Ema
@@ -83,6 +83,7 @@ class Engine:
                 config=make_ds_config(config, plan, precision, optim.clip_norm),
             )
         distributed.wait_longer(self._ds.data_parallel_group)
+        gradients.correct(self._ds)
         sliced.place(self._ds)
         if config.offload_folder:
             zero.map_moments(self._ds, OPTIMIZER_SLOTS[optim.name], config.offload_folder)
@@ -119,7 +120,7 @@ class Engine:
         skipped = self.counters.skipped_steps
         self._ds.step()
         if self.counters.skipped_steps > skipped:
-            zero.drop_gradients(self._ds)
+            gradients.drop(self._ds)
         if self._ema:
             self._ema.update(self._ds)
 
