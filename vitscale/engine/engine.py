@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitscale import distributed
+from vitscale import distributed, hardware
 from vitscale.engine import gradients, sliced, zero
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig, Precision, make_ds_config
@@ -67,7 +67,7 @@ class Engine:
         module.set_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
             module.compile_blocks()
-        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        hardware.allow_tf32(config.tf32)
         accelerator = get_accelerator()
         if precision == "fp16" and accelerator and not accelerator.is_fp16_supported():
             raise ConfigError('precision "fp16" does not run on this device; use "bf16" or "fp32"')
