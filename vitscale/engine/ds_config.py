@@ -122,10 +122,20 @@ def make_ds_config(
     if precision != "fp32":
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     if precision == "bf16":
-        derived["bf16"] = {"enabled": True}
+        # Each gradient is added to its sum in fp32, and freed, within the backward pass.
+        derived["bf16"] = {"enabled": True, "immediate_grad_update": True}
     if precision == "fp16":
         derived["fp16"] = {"enabled": True, "initial_scale_power": 16}
     return _with_extra(derived, config.deepspeed_extra, "engine.deepspeed_extra")
+
+
+def has_bf16_optimizer(zero_stage: int, precision: str, *, offload: bool) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer, which reduces after the backward pass.
+
+    gradients.py makes each rank sum only the gradients that it updates with. ZeRO 1 in other
+    precisions, or with offload, shares the optimizer of ZeRO 2.
+    """
+    return zero_stage == 1 and precision == "bf16" and not offload
 
 
 def check_ds_config(values: dict[str, Any]) -> None:
