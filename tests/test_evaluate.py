@@ -71,6 +71,7 @@ def run_tool(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[
 def test_classify_scores_the_models_own_logits(export: Path, shards: Path):
     test = ClassifyConfig(test=f"{shards}/test-*.tar", batch_size=10)
     outcome = evaluate(str(export), "classify", test, torch.device("cpu"))
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     with tarfile.open(shards / "test-000000.tar") as tar:
         files = [tar.extractfile(f"{i:05d}.png").read() for i in range(23)]  # type: ignore[union-attr]
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(io.BytesIO(file)))) for file in files])

@@ -41,7 +41,7 @@ NUM_PARAMS = 7_500_000_000
 
 def with_16_bit_sums(stage: int, world_size: int) -> float:
     """GB of state_bytes, if gradients were not summed in fp32."""
-    less = 4 * NUM_PARAMS if stage == 1 else 2 * NUM_PARAMS / world_size
+    less = 2 * NUM_PARAMS / (1 if stage == 1 else world_size)
     return (state_bytes(NUM_PARAMS, stage, world_size, "fp16") - less) / GB
 
 
@@ -67,16 +67,16 @@ def test_state_is_what_table_1_of_the_zero_paper_says(world_size: int, gigabytes
     ("stage", "world_size", "precision", "expected"),
     [
         # 1,000 parameters; per parameter and device
-        (1, 1, "bf16", 20_000),  # 2 + 6 + 12
-        (1, 2, "bf16", 14_000),  # 2 + 6 + 12 / 2
-        (1, 8, "bf16", 9_500),  # 2 + 6 + 12 / 8
+        (1, 1, "bf16", 18_000),  # 2 + 4 + 12
+        (1, 2, "bf16", 12_000),  # 2 + 4 + 12 / 2
+        (1, 8, "bf16", 7_500),  # 2 + 4 + 12 / 8
         (2, 1, "bf16", 18_000),
         (2, 2, "bf16", 10_000),  # 2 + (4 + 12) / 2
         (2, 8, "bf16", 4_000),  # 2 + (4 + 12) / 8
         (3, 1, "bf16", 18_000),
         (3, 2, "bf16", 9_000),  # (2 + 4 + 12) / 2
         (3, 8, "bf16", 2_250),  # (2 + 4 + 12) / 8
-        (1, 4, "fp16", 11_000),  # as in bf16
+        (1, 4, "fp16", 9_000),  # as in bf16
         (1, 1, "fp32", 20_000),  # 4 + 4 + 12
         (1, 2, "fp32", 14_000),  # 4 + 4 + 12 / 2
         (1, 8, "fp32", 9_500),  # 4 + 4 + 12 / 8
@@ -141,17 +141,17 @@ def explain(
 
 
 def test_where_memory_runs_out_the_largest_micro_batch_that_fits_is_named() -> None:
-    """B/16 in bf16 on one device: 1.61 GiB of state and 0.0541 GiB an image."""
+    """B/16 in bf16 on one device: 1.45 GiB of state and 0.0541 GiB an image."""
     plan = plan_batches(1536, 1536, 1)
     assert explain(plan, 80) == (
         "CUDA is out of memory with engine.micro_batch 1536: by plan it needs activations 83.11 GiB (the "
-        "largest part) and parameters and state 1.61 GiB of 80.00 GiB; set engine.micro_batch = 768, the "
+        "largest part) and parameters and state 1.45 GiB of 80.00 GiB; set engine.micro_batch = 768, the "
         "largest below it that fits by plan"
     )
     # 512 images take 27.7 GiB, 384 take 20.8: each divides the 1,536 of the rank.
-    for gib, micro_batch in ((30, 512), (29, 384), (1.8, 3)):
+    for gib, micro_batch in ((30, 512), (29, 384), (1.64, 3)):
         assert f"set engine.micro_batch = {micro_batch}, " in explain(plan, gib)
-    assert "set engine.micro_batch = 2, " in explain(plan, 1.8, pairs=True)
+    assert "set engine.micro_batch = 2, " in explain(plan, 1.64, pairs=True)
 
 
 def test_a_micro_batch_that_ran_out_is_not_advised_though_it_fits_by_plan() -> None:
@@ -162,7 +162,7 @@ def test_a_micro_batch_that_ran_out_is_not_advised_though_it_fits_by_plan() -> N
     ("world_size", "gib", "engine", "advice"),
     [
         (1, 1.5, {}, 'engine.activation_checkpointing = "full" or engine.offload_optimizer = true or '),
-        (2, 1.1, {"activation_checkpointing": "full"}, "engine.zero_stage = 3 or engine.offload_optimizer "),
+        (2, 0.97, {"activation_checkpointing": "full"}, "engine.zero_stage = 3 or engine.offload_optimizer "),
         (2, 0.15, {"zero_stage": 3, "activation_checkpointing": "full", "offload_optimizer": True}, ""),
     ],
 )
@@ -186,11 +186,11 @@ def test_at_the_start_there_are_no_activations_to_save() -> None:
 
 
 def test_an_offloaded_optimizer_leaves_its_memory_to_activations() -> None:
-    """Of B/16 in bf16 on one device, 1.0 of 1.6 GiB of state are the optimizer's."""
+    """Of B/16 in bf16 on one device, 1.0 of 1.5 GiB of state are the optimizer's."""
     plan = plan_batches(64, 64, 1)
     assert state_bytes(1_000, 1, 1, "fp32", offload=True) == 8_000
     assert "no smaller one fits by plan" in explain(plan, 0.95)
-    assert "set engine.micro_batch = 4, " in explain(plan, 0.95, offload_optimizer=True)
+    assert "set engine.micro_batch = 8, " in explain(plan, 0.95, offload_optimizer=True)
 
 
 RESULTS = Path(__file__).resolve().parents[1] / "tools" / "results"
@@ -216,6 +216,15 @@ def measured_peaks() -> Iterator[tuple[str, int, Checkpointing, float]]:
                     yield variant, piece["images of a step"], POLICIES[name], piece[name]["peak memory, GiB"]
 
 
+def estimated_then(variant: str, images: int, policy: Checkpointing = "none") -> float:
+    """GiB of the estimate as they were measured: gradients in bf16 stayed beside their sums.
+
+    DeepSpeed has since been told to free each at once, which has not been measured.
+    """
+    model, engine = ViTConfig(variant=variant), EngineConfig(activation_checkpointing=policy)
+    return (estimate(model, engine, images, 1, "bf16").allocated + 2 * count_params(model)) / 2**30
+
+
 # This row is wrong. It says 16.7 GiB, and the plain loop after it needed 31.3. What it lacks is
 # the size of H/14's state (11.8 GiB): the same process had measured H/14 before, whose engine
 # was probably subtracted as what was there before, and freed later. The bench frees it now.
@@ -227,17 +236,14 @@ def test_the_estimate_is_within_6_percent_of_every_peak_that_a_gpu_measured() ->
     errors = []
     for variant, images, policy, gib in measured_peaks():
         if (variant, images) != SPOILED:
-            engine = EngineConfig(activation_checkpointing=policy)
-            estimated = estimate(ViTConfig(variant=variant), engine, images, 1, "bf16").allocated / 2**30
-            errors.append(estimated / gib - 1)
+            errors.append(estimated_then(variant, images, policy) / gib - 1)
     assert len(errors) == 8 and max(map(abs, errors)) < 0.06, errors
 
 
 def test_the_row_that_is_left_out_lacks_the_state_of_the_model_before_it() -> None:
     (measured,) = [gib for variant, images, _, gib in measured_peaks() if (variant, images) == SPOILED]
-    estimated = estimate(ViTConfig(variant="S/16"), EngineConfig(), 1024, 1, "bf16").allocated / 2**30
-    before = state_bytes(632_045_800, 1, 1, "bf16") / 2**30
-    assert measured + before == pytest.approx(estimated, rel=0.02)
+    before = (state_bytes(632_045_800, 1, 1, "bf16") + 2 * 632_045_800) / 2**30
+    assert measured + before == pytest.approx(estimated_then("S/16", 1024), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +260,7 @@ def test_an_estimate_is_the_sum_of_its_parts() -> None:
     """B/16 has 86,567,656 parameters; 32 images, 1,000 classes, 8 devices."""
     assert count_params(B16) == 86_567_656
     memory = estimate(B16, EngineConfig(), 32, 8, "bf16")
-    assert memory.state == 86_567_656 * 8 + 86_567_656 * 12 // 8
+    assert memory.state == 86_567_656 * 6 + 86_567_656 * 12 // 8
     assert memory.activations == 32 * 12 * BLOCK + 1_000 * (16 * 32 + 8 * 768)
     assert memory.buffers == 0
     assert memory.allocated == memory.state + memory.activations

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vitscale import distributed
+from vitscale import distributed, hardware
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.checkpoint.verify import open_directory
 from vitscale.data.sources import Source, open_sources
@@ -46,6 +46,7 @@ def evaluate(
     CheckpointError or DataError for what cannot be read as it is, and ConfigError where there
     is no such split.
     """
+    hardware.allow_tf32(False)
     # The newest checkpoint of a live run may change meanwhile, so rank 0 decides which it is.
     path, step = distributed.on_main(lambda: locate(checkpoint, slot))
     module = distributed.together(lambda: load_model(path, slot=slot, device=device))

@@ -1,4 +1,4 @@
-"""What GPUs can do, by the data sheets of their vendors."""
+"""What GPUs can do, by the data sheets of their vendors, and whether they may use TF32."""
 
 import dataclasses
 import re
@@ -65,6 +65,15 @@ def gpu_name(written: str) -> str:
             return name
     known = ", ".join(name.lower().replace(" ", "-") for name in GPUS)
     raise ConfigError(f'--gpu "{written}" is not known; use one of {known}')
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether fp32 matmuls and convolutions on GPUs may round their inputs to TF32.
+
+    By itself torch lets convolutions do so, such as those of a ResNet or a patch embedding.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def peak_flops() -> float:

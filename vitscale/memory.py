@@ -5,7 +5,7 @@ import functools
 import math
 
 from vitscale.engine.batches import BatchPlan
-from vitscale.engine.ds_config import EngineConfig
+from vitscale.engine.ds_config import EngineConfig, has_bf16_optimizer
 from vitscale.engine.fragments import OPTIMIZER_SLOTS
 from vitscale.image_size import sides
 from vitscale.models import ModelConfig, empty_model
@@ -128,14 +128,12 @@ def state_bytes(
 
         bytes per parameter    fp32    16 bit    cut from stage
         parameters                4         2    3
-        gradients                 4         4    2    (their sum; in 16 bits at stage 1 2 more)
+        gradients                 4         4    2    (their sum; those of 16 bits go)
         optimizer                12        12    1    (AdamW: fp32 master, two moments)
 
     With offload the optimizer's part is in the memory of the host.
     """
     param, grad = (4, 4) if precision == "fp32" else (2, 4)
-    if precision != "fp32" and zero_stage == 1:
-        grad += 2
     whole, sharded = {1: (param + grad, 0), 2: (param, grad), 3: (0, param + grad)}[zero_stage]
     needed = OptimizerBytes(0.0) if offload else optimizer
     cut = num_params * sharded + round(num_params * needed.per_param)
@@ -285,11 +283,12 @@ def buffer_bytes(
         gathered parameters        at stage 3, those that it leaves gathered
 
     In bf16 at stage 1 without offload, gradients are reduced after the backward pass, when the
-    activations are gone. So it is elsewhere with a bucket that is never full, and its copy.
+    activations are gone, and mostly in place. So it is elsewhere with a bucket that is never
+    full, and its copy.
 
     Sources: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py, stage3.py and config.py.
     """
-    if zero_stage == 1 and precision == "bf16" and not offload:
+    if has_bf16_optimizer(zero_stage, precision, offload=offload):
         return 0
     size, reduced = (4 if each == "fp32" else 2 for each in (precision, reduce_precision))
     bucket = {1: 4, 2: size, 3: reduced}[zero_stage]

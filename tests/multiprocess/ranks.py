@@ -267,10 +267,11 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def train_and_note(config: Path, overrides: Sequence[str], out: Path) -> int:
-    """A run; OUT gets whether TF32 and the garbage collector are on in its second step."""
+    """A run; OUT gets what is on in step 2: TF32 of matmuls and of convolutions, and gc."""
 
     def note() -> None:
-        out.write_text(json.dumps([torch.backends.cuda.matmul.allow_tf32, gc.isenabled()]))
+        tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+        out.write_text(json.dumps([*tf32, gc.isenabled()]))
 
     at_batch(2, note)
     return train(config, overrides)

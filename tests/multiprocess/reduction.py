@@ -35,7 +35,8 @@ def measure(
     """Steps of every engine, by name; NAME.json gets the error of its gradient, and elements.
 
     The error is that of the first step, relative to the norm of the exact mean. The elements
-    are those that the second sends, by precision, as in formulas.Communication.
+    are those that the second sends, by precision, as in formulas.Communication, and as "held"
+    those of the gradients that the parameters still have after a backward pass.
     """
     HasFp16().arm()
     distributed.initialize()
@@ -55,7 +56,7 @@ def measure(
             squares[1] += expected.square().sum().item()
         error, whole = distributed.all_reduce_sum(squares)
         sent.clear()
-        step(engine, accumulation)
+        sent["held"] = step(engine, accumulation)
         if distributed.is_main():
             (folder / f"{name}.json").write_text(json.dumps([(error / whole) ** 0.5, sent]))
         engine.close()
@@ -90,11 +91,16 @@ def mean_gradient(precision: Precision, world_size: int, accumulation: int) -> d
     return total
 
 
-def step(engine: Engine, accumulation: int) -> None:
+def step(engine: Engine, accumulation: int) -> int:
+    """One step. Returns the most elements of gradients that the parameters kept in it."""
+    held = 0
     for micro_step in range(accumulation):
         images, labels = micro_batch(distributed.rank(), micro_step)
         engine.backward(cross_entropy(engine.forward(images).float(), labels))
+        grads = [param.grad for param in engine.module.parameters()]
+        held = max(held, sum(grad.numel() for grad in grads if grad is not None))
         engine.step()
+    return held
 
 
 def count_collectives() -> Counter[str]:

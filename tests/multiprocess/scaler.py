@@ -5,10 +5,17 @@ from types import SimpleNamespace
 from typing import Any
 
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from multiprocess.ranks import HasFp16
+from multiprocess.reduction import MICRO_BATCH, made, micro_batch
+from torch.nn.functional import cross_entropy
 
 from vitscale import distributed
 from vitscale.engine import zero
+from vitscale.engine.batches import plan_batches
+from vitscale.engine.ds_config import EngineConfig
+from vitscale.engine.engine import Engine
 from vitscale.engine.fragments import Counters
+from vitscale.optim import OptimConfig
 
 # Whether each step overflows: first the scale is too high, later there is a step now and then.
 OVERFLOWS = [True, True, True, *[False] * 7, True, *[False] * 5, True, False, False]
@@ -66,3 +73,27 @@ def resume_in_another_precision() -> None:
     assert zero.loss_scaler(ds) == {}
     zero.restore_counters(ds, Counters(), {"cur_scale": 8.0})
     assert ds.optimizer.loss_scaler.cur_scale == 2**16
+
+
+def update_at_every_scale() -> None:
+    """The optimizer gets the same gradient in every step, also where the scale grows."""
+    HasFp16().arm()
+    distributed.initialize()
+    # Without momentum, SGD's buffer is the gradient that it got. The weights stay as they are.
+    optim = OptimConfig(name="sgd", lr=1e-12, momentum=0.0, clip_norm=0.0)
+    grows_every_2 = {"fp16": {"loss_scale_window": 2}}
+    plan = plan_batches(MICRO_BATCH, MICRO_BATCH, 1)
+    images, labels = micro_batch(0, 0)
+    for stage in (1, 2, 3):
+        options = EngineConfig(zero_stage=stage, deepspeed_extra=grows_every_2)
+        engine, scales, norms = Engine(made(), optim, options, plan, "fp16"), [], []
+        for _ in range(5):
+            loss = cross_entropy(engine.forward(images).float(), labels)
+            engine.backward(loss / 64)  # no overflow
+            engine.step()
+            scales.append(engine.loss_scaler["cur_scale"])
+            squares = [grad.square().sum().item() for grad in engine.owned()["momentum_buffer"].values()]
+            norms += [engine.grad_norm().item(), sum(squares) ** 0.5]
+        assert scales == [2.0**16, 2.0**16, 2.0**17, 2.0**17, 2.0**18]
+        assert max(norms) < (1 + 1e-6) * min(norms), (stage, norms)
+        engine.close()

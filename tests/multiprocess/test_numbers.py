@@ -52,11 +52,11 @@ def test_what_a_run_prints_is_its_own(tmp_path: Path, index: Path) -> None:
 def test_a_step_computes_in_tf32_if_asked_and_collects_no_garbage(
     tmp_path: Path, index: Path, zygote: Zygote, tf32: bool
 ) -> None:
-    """A CPU has the switch of TF32, too, and computes the same with it."""
+    """A CPU has the switches of TF32, too, and computes the same with them."""
     job, out = Job(tmp_path, index), tmp_path / "noted"
     options = (f"engine.tf32={str(tf32).lower()}", "total_steps=2", "schedule.warmup_steps=0")
     assert zygote.run(1, train_and_note, job.config, options, out, log=job.log) == [0], job.output()
-    assert json.loads(out.read_text()) == [tf32, False]
+    assert json.loads(out.read_text()) == [tf32, tf32, False]
 
 
 def test_fp16_without_hardware_for_it_is_refused_in_one_sentence(

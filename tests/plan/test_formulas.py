@@ -155,24 +155,32 @@ def test_the_bus_by_hand(gpus: int, link: float, nic_gbit: float, expected: floa
 
 
 @pytest.mark.parametrize(
-    ("num_params", "stage", "accumulation", "gradients", "weights"),
+    ("num_params", "stage", "accumulation", "precision", "offload", "gradients", "weights"),
     [
-        (10, 1, 1, 20, 10),
-        (10, 1, 4, 20, 10),
-        (10, 2, 1, 20, 10),
-        (10, 2, 4, 80, 10),
-        (10, 3, 1, 10, 10),
-        (10, 3, 4, 40, 40),
-        (5 * 10**8, 3, 1, 5 * 10**8, 5 * 10**8),
-        (2 * 10**9, 3, 4, 8 * 10**9, 4 * 35 * 10**8),
+        (10, 1, 1, "bf16", False, 10, 10),
+        (10, 1, 4, "bf16", False, 10, 10),
+        (10, 1, 4, "bf16", True, 20, 10),
+        (10, 1, 4, "fp16", False, 20, 10),
+        (10, 2, 1, "bf16", False, 20, 10),
+        (10, 2, 4, "bf16", False, 80, 10),
+        (10, 3, 1, "bf16", False, 10, 10),
+        (10, 3, 4, "bf16", False, 40, 40),
+        (5 * 10**8, 3, 1, "bf16", False, 5 * 10**8, 5 * 10**8),
+        (2 * 10**9, 3, 4, "bf16", False, 8 * 10**9, 4 * 35 * 10**8),
     ],
 )
 def test_elements_by_hand(
-    num_params: int, stage: int, accumulation: int, gradients: int, weights: int
+    num_params: int,
+    stage: int,
+    accumulation: int,
+    precision: str,
+    offload: bool,
+    gradients: int,
+    weights: int,
 ) -> None:
     """test_reduction.py counts them on real ranks."""
     expected = formulas.Communication(gradients, weights)
-    assert formulas.communication(num_params, stage, accumulation) == expected
+    assert formulas.communication(num_params, stage, accumulation, precision, offload=offload) == expected
 
 
 def test_communication_by_hand() -> None:

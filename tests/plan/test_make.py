@@ -55,32 +55,32 @@ def option_of(made: Plan, stage: int, policy: str = "none") -> Option:
     return option
 
 
-def test_h14_on_one_node_is_6_percent_slower_than_with_hidden_communication() -> None:
+def test_h14_on_one_node_is_4_percent_slower_than_with_hidden_communication() -> None:
     """The row of test_formulas.py has 261 ms and 3,919 images/s, since it hides 4 N bytes.
 
-    DeepSpeed sends 2 N gradients of 4 bytes and N weights of 2, 6.56e9 bytes at 360 GB/s * 8/7,
-    after the backward pass: 15.9 ms, or with gradients of 2 bytes 9.6. N is 655,835,251 here,
-    with the config's 18,291 classes.
+    N gradients of 4 bytes and N weights of 2 are sent, 3.94e9 bytes at 360 GB/s * 8/7, after
+    the backward pass: 9.6 ms, or with gradients of 2 bytes 6.4. N is 655,835,251 here, with the
+    config's 18,291 classes.
     """
     config = load(H14, "global_batch=1024")
     option = option_of(plan(config, 8, speed=at_half_the_peak(config)), 1)
     assert (option.micro_batch, option.accumulation) == (128, 1)
     assert 1e3 * option.compute_seconds == pytest.approx(259.8, abs=0.1)
-    assert 1e3 * option.exposed_seconds == pytest.approx(16.2, abs=0.1)
+    assert 1e3 * option.exposed_seconds == pytest.approx(9.7, abs=0.1)
     assert 1e3 * option.update_seconds == pytest.approx(0.92, abs=0.01)
-    assert 1e3 * option.step_seconds == pytest.approx(276.9, abs=0.2)
-    assert option.images_per_second == pytest.approx(3_919 / 1.06, rel=0.003)
-    assert option.mfu == pytest.approx(0.5 * 259.8 / 276.9, rel=0.001)
+    assert 1e3 * option.step_seconds == pytest.approx(270.5, abs=0.2)
+    assert option.images_per_second == pytest.approx(3_919 / 1.036, rel=0.003)
+    assert option.mfu == pytest.approx(0.5 * 259.8 / 270.5, rel=0.001)
     rounded = option_of(plan(load(H14, "global_batch=1024", "engine.reduce_precision=bf16"), 8), 1)
-    assert 1e3 * rounded.exposed_seconds == pytest.approx(9.8, abs=0.1)
+    assert 1e3 * rounded.exposed_seconds == pytest.approx(6.6, abs=0.1)
 
 
-def test_h14_on_sixteen_nodes_is_8_percent_slower_than_with_hidden_communication() -> None:
+def test_h14_on_sixteen_nodes_is_4_percent_slower_than_with_hidden_communication() -> None:
     """The row has 60,400 images/s and 0.87 days at an MFU of 45%, without what is lost."""
     config = load(H14, "global_batch=16384")
     made = plan(config, 128, speed=at_half_the_peak(config), price=2.5)
     assert made.best is option_of(made, 1) and made.best.micro_batch == 128
-    assert made.best.images_per_second == pytest.approx(60_400 / 1.077, rel=0.003)
+    assert made.best.images_per_second == pytest.approx(60_400 / 1.045, rel=0.003)
     ideal = made.num_images / made.best.images_per_second / 86_400
     assert made.days == pytest.approx(ideal * 1.0023, rel=1e-4)
     assert made.days * made.best.mfu == pytest.approx(0.87 * 0.45, rel=0.01)
@@ -153,7 +153,7 @@ def test_a_plan_in_which_nothing_fits_says_so() -> None:
     made = plan(load(H14, *VIT_22B), 1)
     assert made.best is None and made.days == 0
     shown = render(made)
-    assert "nothing fits: ZeRO 2 with the smallest micro batch and full recomputation needs" in shown
+    assert "nothing fits: ZeRO 1 with the smallest micro batch and full recomputation needs" in shown
     assert "the best of them" not in shown
 
 
@@ -173,8 +173,8 @@ def test_an_option_that_overlaps_nothing_pays_for_accumulation_at_stage_2_only()
     made = plan(load(H14, "global_batch=2048"), 8, gpu="l40s")
     one, two = option_of(made, 1), option_of(made, 2)
     assert two.accumulation == 4 and one.accumulation == 4
-    # Of N parameters, 4 * 8 + 2 bytes each, and 8 + 2.
-    assert two.exposed_seconds == pytest.approx(3.4 * one.exposed_seconds, rel=0.01)
+    # Of N parameters, 4 * 8 + 2 bytes each, and 4 + 2.
+    assert two.exposed_seconds == pytest.approx(34 / 6 * one.exposed_seconds, rel=0.01)
 
 
 def test_saves_wait_for_the_one_before() -> None:
@@ -272,7 +272,7 @@ def test_what_the_config_says_already_is_not_to_be_set() -> None:
     assert "every_steps=" not in shown and "batch         " not in shown.partition("recommendation")[2]
     eager = render(plan(load(H14, "global_batch=16384", "engine.compile=false"), 128))
     assert "engine.compile=true is faster, by about 18%" in eager
-    assert "costs 0.23% of the time; 1,000 steps, as in the config, 1.07%" in " ".join(
+    assert "costs 0.23% of the time; 1,000 steps, as in the config, 1.16%" in " ".join(
         render(plan(load(H14), 128)).split()
     )
 
@@ -388,12 +388,12 @@ def test_the_example_of_the_page_is_what_the_command_prints(capsys) -> None:
     assert capsys.readouterr().out == printed
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_where_communication_is_slow_the_plan_says_what_sends_less(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "share"), [("bf16", 14), ("fp16", 21)])
+def test_where_communication_is_slow_the_plan_says_what_sends_less(precision: str, share: int) -> None:
     of_run, rounded = f"precision={precision}", f"engine.reduce_precision={precision}"
     shown = " ".join(render(plan(load(H14, of_run), 128)).split())
-    assert "communication is 21% of a step: fewer GPUs or a larger global_batch waste less" in shown
+    assert f"communication is {share}% of a step: fewer GPUs or a larger global_batch waste less" in shown
     assert f"waste less; {rounded} halves the bytes of gradients, inexactly" in shown
     shown = " ".join(render(plan(load(H14, of_run, rounded), 128)).split())
-    assert "communication is 14% of a step: fewer GPUs or a larger global_batch waste less" in shown
+    assert ("communication is 14% of a step: fewer GPUs or" in shown) == (precision == "fp16")
     assert "reduce_precision" not in shown

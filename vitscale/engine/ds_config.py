@@ -24,7 +24,8 @@ class EngineConfig:
     activation_checkpointing: what the backward pass recomputes of each block: "none",
         "selective" (norms and GELU; matmuls and attention are kept) or "full".
     compile: compile each block with torch.compile, for training; evaluations run eagerly.
-    tf32: compute fp32 matmuls on GPUs in TF32, which rounds inputs to 10 bits of mantissa.
+    tf32: compute fp32 matmuls and convolutions on GPUs in TF32, which rounds inputs to 10 bits
+        of mantissa.
     num_workers: data worker processes per rank; 0 = decode in the training process.
     cache_dir: a folder on the node's own disk, shared by its processes, that keeps what was
         read from remote shards; "" = none.
@@ -121,10 +122,20 @@ def make_ds_config(
     if precision != "fp32":
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     if precision == "bf16":
-        derived["bf16"] = {"enabled": True}
+        # Each gradient is added to its sum in fp32, and freed, within the backward pass.
+        derived["bf16"] = {"enabled": True, "immediate_grad_update": True}
     if precision == "fp16":
         derived["fp16"] = {"enabled": True, "initial_scale_power": 16}
     return _with_extra(derived, config.deepspeed_extra, "engine.deepspeed_extra")
+
+
+def has_bf16_optimizer(zero_stage: int, precision: str, *, offload: bool) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer, which reduces after the backward pass.
+
+    gradients.py makes each rank sum only the gradients that it updates with. ZeRO 1 in other
+    precisions, or with offload, shares the optimizer of ZeRO 2.
+    """
+    return zero_stage == 1 and precision == "bf16" and not offload
 
 
 def check_ds_config(values: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitscale import distributed
-from vitscale.engine import sliced, zero
+from vitscale import distributed, hardware
+from vitscale.engine import gradients, sliced, zero
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig, Precision, make_ds_config
 from vitscale.engine.ema import Ema
@@ -67,7 +67,7 @@ class Engine:
         module.set_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
             module.compile_blocks()
-        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        hardware.allow_tf32(config.tf32)
         accelerator = get_accelerator()
         if precision == "fp16" and accelerator and not accelerator.is_fp16_supported():
             raise ConfigError('precision "fp16" does not run on this device; use "bf16" or "fp32"')
@@ -83,6 +83,7 @@ class Engine:
                 config=make_ds_config(config, plan, precision, optim.clip_norm),
             )
         distributed.wait_longer(self._ds.data_parallel_group)
+        gradients.correct(self._ds)
         sliced.place(self._ds)
         if config.offload_folder:
             zero.map_moments(self._ds, OPTIMIZER_SLOTS[optim.name], config.offload_folder)
@@ -119,7 +120,7 @@ class Engine:
         skipped = self.counters.skipped_steps
         self._ds.step()
         if self.counters.skipped_steps > skipped:
-            zero.drop_gradients(self._ds)
+            gradients.drop(self._ds)
         if self._ema:
             self._ema.update(self._ds)
 

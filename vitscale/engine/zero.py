@@ -1,7 +1,8 @@
 """What each rank owns of every parameter under ZeRO 1, 2 and 3, and how to put it back.
 
-The only module that reads DeepSpeed's private names (0.19.8). A changed name fails loudly. A
-changed layout would not, so check_mapping compares the map with the live weights at every save.
+With gradients.py the only module that reads DeepSpeed's private names (0.19.8). A changed name
+fails loudly. A changed layout would not, so check_mapping compares the map with the live
+weights at every save.
 """
 
 import dataclasses
@@ -93,17 +94,6 @@ def _without_modes(function: Callable[..., None]) -> Callable[..., None]:
             function(*arguments, **options)
 
     return run
-
-
-def drop_gradients(ds: DeepSpeed) -> None:
-    """Forget the gradients of a step that was skipped.
-
-    With offload in 16 bits, DeepSpeed 0.19.8 adds those of the next step to them, at ZeRO 1 and
-    2, so that one NaN would make it skip all steps from then on.
-    """
-    if getattr(ds.optimizer, "cpu_offload", False):  # of all optimizers, that one alone has it
-        for group in ds.optimizer.averaged_gradients:
-            ds.optimizer.averaged_gradients[group] = None
 
 
 def map_moments(ds: DeepSpeed, slots: Mapping[str, torch.dtype], folder: str) -> None:

@@ -7,6 +7,7 @@ constant above it. Bytes are counted in 10^9 (GB), and N is the number of parame
 import dataclasses
 import math
 
+from vitscale.engine.ds_config import has_bf16_optimizer
 from vitscale.memory import MAX_REUSE_DISTANCE, REDUCE_BUCKET
 
 # The share of the peak that matmuls reach: 732 of 989 TFLOP/s in a trace of H/14 on an H200.
@@ -63,20 +64,25 @@ class Communication:
     weights: int
 
 
-def communication(num_params: int, zero_stage: int, accumulation: int) -> Communication:
-    """What DeepSpeed 0.19 sends, for a = accumulation micro steps.
+def communication(
+    num_params: int, zero_stage: int, accumulation: int, precision: str, *, offload: bool
+) -> Communication:
+    """What is sent in bf16 or fp16, for a = accumulation micro steps.
 
                    gradients  weights
-        stage 1    2 N        N            every rank gets all gradients, at the end of a step
+        stage 1    N          N            gradients to their owner alone, at the end of a step
+                   2 N        N            in fp16, or with offload: all to every rank
         stage 2    2 N a      N            the same in each micro step
         stage 3    N a        (N + R) a    gradients to their owner alone; weights are gathered
                                            for the forward pass, and R again for the backward
 
     R is N but for the last 5e8, which the backward pass needs within MAX_REUSE_DISTANCE.
 
-    ZeRO's paper (arXiv 1910.02054, section 7) has N gradients where this has 2 N: at stages 1
-    and 2 DeepSpeed takes all-reduces (runtime/zero/stage_1_and_2.py, runtime/engine.py).
+    ZeRO's paper (arXiv 1910.02054, section 7) has N gradients where this has 2 N: there
+    DeepSpeed 0.19 takes all-reduces (runtime/zero/stage_1_and_2.py).
     """
+    if has_bf16_optimizer(zero_stage, precision, offload=offload):
+        return Communication(num_params, num_params)
     if zero_stage < 3:
         return Communication(2 * num_params * (accumulation if zero_stage == 2 else 1), num_params)
     again = max(0, num_params - MAX_REUSE_DISTANCE // 2)

@@ -347,7 +347,8 @@ class _Planner:
 
     def _exposed_seconds(self, stage: int, accumulation: int, compute_seconds: float) -> float:
         config, cluster = self.config, self.cluster
-        elements = formulas.communication(memory.count_params(config.model), stage, accumulation)
+        num_params, offload = memory.count_params(config.model), config.engine.offload_optimizer
+        elements = formulas.communication(num_params, stage, accumulation, config.precision, offload=offload)
         gradient_bytes = 4 if config.engine.reduce_precision == "fp32" else 2
         link, nic = cluster.kind.link_gb_per_s, cluster.nic_gbit
         bus = formulas.bus_gb_per_s(cluster.gpus, cluster.gpus_per_node, link, nic)

@@ -1,0 +1,86 @@
+"""How DeepSpeed 0.19.8 treats gradients from the backward pass to the update, corrected.
+
+A changed private name of DeepSpeed fails loudly here, as in zero.py.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vitscale.engine import zero
+from vitscale.engine.zero import DeepSpeed
+
+
+def correct(ds: DeepSpeed) -> None:
+    """Replace what an engine would do; every rank calls it, before the first step."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if ds.fp16_enabled():
+        _grow_scale_after_update(ds)
+    if isinstance(ds.optimizer, BF16_Optimizer):  # in bf16 at ZeRO 1, without offload
+        _reduce_to_owners(ds)
+
+
+def _grow_scale_after_update(ds: DeepSpeed) -> None:
+    """Let the loss scale grow after the update, not before the gradients are divided by it.
+
+    DeepSpeed doubles it first, so that in such a step the gradients, which the old scale
+    multiplied, would come out as half of what they are.
+    """
+    optimizer = ds.optimizer
+    update_scale, step = optimizer._update_scale, optimizer.step
+
+    def only_fall(overflow: bool) -> None:
+        if overflow:
+            update_scale(overflow)
+
+    def step_and_grow() -> None:
+        step()
+        if not optimizer.overflow:
+            update_scale(False)
+
+    optimizer._update_scale, optimizer.step = only_fall, step_and_grow
+
+
+def _reduce_to_owners(ds: DeepSpeed) -> None:
+    """Sum over ranks, norm and clip on each rank only the gradients that it updates with.
+
+    DeepSpeed does each of these on every rank for all gradients: twice the communication, and
+    n times the work on n ranks. It also zeroes the sums twice a step.
+    """
+    optimizer, group = ds.optimizer, ds.optimizer.dp_process_group
+    parts = optimizer.fp32_groups_gradient_flat_partition
+    owned = sorted(zero.fragments(ds), key=lambda fragment: (fragment.group, fragment.offset))
+    # A parameter at a time, since a CPU's norm of very many values is inexact. A rank may own
+    # padding alone.
+    pieces = [fragment.of(parts[fragment.group]) for fragment in owned] or parts
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+
+    def reduce(**_: Any) -> None:
+        if world_size == 1:
+            return
+        for flat, part in zip(optimizer.fp32_groups_gradients_flat, parts, strict=True):
+            sent = flat.to(ds.communication_data_type)  # flat itself, if that is fp32
+            received = sent.chunk(world_size)[rank]  # in place, which NCCL allows
+            dist.reduce_scatter_tensor(received, sent, group=group)
+            torch.div(received, world_size, out=part)
+
+    ds.buffered_allreduce_fallback = reduce
+    optimizer.get_grads_for_norm = lambda for_clipping=False: parts if for_clipping else (pieces, {})
+    # Over this group the squares of the norms are summed.
+    optimizer.mpu = SimpleNamespace(get_model_parallel_group=lambda: group)
+    optimizer.zero_grad = functools.partial(optimizer.clear_lp_grads, set_to_none=True)
+
+
+def drop(ds: DeepSpeed) -> None:
+    """Forget the gradients of a step that was skipped.
+
+    With offload in 16 bits, DeepSpeed adds those of the next step to them, at ZeRO 1 and 2, so
+    that one NaN would make it skip all steps from then on.
+    """
+    if getattr(ds.optimizer, "cpu_offload", False):  # of all optimizers, that one alone has it
+        for group in ds.optimizer.averaged_gradients:
+            ds.optimizer.averaged_gradients[group] = None
