@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from multiprocess.compiled import compare
+from multiprocess.compiled import compare, skip_after_a_step
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
@@ -31,6 +31,12 @@ def test_blocks_share_graphs_that_evaluation_does_not_touch(
     assert zygote.run(1, compare, tmp_path, kind, mode, log=log) == [0], log.read_text()
     assert (tmp_path / "graphs").read_text() == str(graphs)
     assert log.read_text() == ""
+
+
+def test_a_stop_while_waiting_for_data_compiles_nothing(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.run(1, skip_after_a_step, job.config, tmp_path, log=job.log) == [0], job.output()
+    assert (tmp_path / "graphs").read_text() == "1"
 
 
 def test_a_compiled_run_has_the_losses_of_an_eager_one(
