@@ -41,7 +41,8 @@ def mix(
     size, first_pair = (images.shape[-2], images.shape[-1]), first_position // 2
     pairs = range(first_pair, first_pair + len(images) // 2)
     mixes = draw_mixes(pairs, size, mixup=mixup, cutmix=cutmix, switch=switch, seed=seed, step=step)
-    # One copy, and non_blocking: training never waits for the device here.
+    # One small copy. With non_blocking torch does not wait for it; as the memory is not pinned,
+    # CUDA may wait while it stages the copy.
     columns = torch.from_numpy(mixes.astype(np.float32)).to(images.device, non_blocking=True)
     target_weights = columns[:, 0, None]  # [P, 1]
     image_weights = pixel_weights(columns[:, 1:], size)[:, None]  # [P, 1, H, W]

@@ -262,7 +262,7 @@ class MaskedPatches:
             count=len(images),
             **key._asdict(),
         )
-        # non_blocking: training never waits for the device here.
+        # With non_blocking torch does not wait; CUDA may, to stage what is not pinned.
         corruption = Corruption(*(part.to(images.device, non_blocking=True) for part in drawn))
         outputs = forward(pixels, corruption=corruption).float()  # [B, k, X]
         rows = torch.arange(len(images), device=images.device)[:, None]  # [B, 1]

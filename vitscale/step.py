@@ -59,9 +59,12 @@ def skipped_step(run: Run) -> Tensor:
     size, rows = sides(job.config.model.image_size), job.plan.micro_batch
     images = torch.zeros(rows, 3, *size, dtype=torch.uint8, device=device)
     labels = torch.full((rows, 1), -1, device=device)
+    key = BatchKey(job.config.seed, 0, 0)
+    # As in train_step: compiled blocks would be compiled again for a call without `kept`.
+    forward = functools.partial(run.engine.forward, kept=kept_branches(job, key, images))
     for _ in range(job.plan.grad_accum_steps):
         # The objective's own loss: each parameter that it trains takes part in collectives.
-        loss = run.objective.loss(run.engine.forward, images, labels, BatchKey(job.config.seed, 0, 0))
+        loss = run.objective.loss(forward, images, labels, key)
         run.engine.backward(loss * float("nan"))
         run.engine.step()
     return torch.full((), float("nan"))

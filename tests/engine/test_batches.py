@@ -99,6 +99,11 @@ def test_extra_keys_that_vitscale_derives_are_refused(extra: dict[str, Any]) -> 
             "round_robin_gradients is refused",
             {"deepspeed_extra": {"zero_optimization": {"round_robin_gradients": False}}},
         ),
+        (
+            {"deepspeed_extra": {"prescale_gradients": True}},
+            "engine.deepspeed_extra.prescale_gradients is refused",
+            {},
+        ),
     ],
 )
 def test_settings_that_lose_state_are_refused_with_the_reason(

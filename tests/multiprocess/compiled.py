@@ -6,13 +6,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vitscale import config as configs
+from vitscale import distributed
 from vitscale.bench import step
 from vitscale.bench.step import Case, StepBench
+from vitscale.job import prepare
 from vitscale.models import ModelConfig, build_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
+from vitscale.start import started
+from vitscale.step import skipped_step, train_step
+from vitscale.train_config import TrainConfig
 
 MODELS: dict[str, ModelConfig] = {
     "vit": ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=8, num_classes=5),
@@ -95,3 +101,14 @@ def count_runs(folder: Path) -> None:
     step.run(StepBench(model=model, batch=2, precision="fp32", cases=cases, rounds=1, steps=1), progress)
     first, second = before
     (folder / "runs").write_text(f"{second - first} {runs - second}")
+
+
+def skip_after_a_step(config: Path, folder: Path) -> None:
+    """A step of a run, and one that is skipped for want of data. `folder` gets the graphs."""
+    options = ["engine.compile=true", "model.drop_path=0.2"]
+    loaded = configs.load(TrainConfig, [config], options)
+    distributed.initialize()
+    with started(prepare(loaded, world_size=1), {}) as run:
+        train_step(run, next(run.batches), 1)
+        skipped_step(run)
+    (folder / "graphs").write_text(str(torch._dynamo.utils.counters["stats"]["unique_graphs"]))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from multiprocess.compiled import compare, count_runs
+from multiprocess.compiled import compare, count_runs, skip_after_a_step
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
@@ -38,6 +38,12 @@ def test_every_compiled_case_of_a_bench_runs_its_graphs(tmp_path: Path, zygote: 
     log = tmp_path / "log"
     assert zygote.run(1, count_runs, tmp_path, log=log) == [0], log.read_text()
     assert (tmp_path / "runs").read_text() == "5 5"
+
+
+def test_a_stop_while_waiting_for_data_compiles_nothing(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path, index)
+    assert zygote.run(1, skip_after_a_step, job.config, tmp_path, log=job.log) == [0], job.output()
+    assert (tmp_path / "graphs").read_text() == "1"
 
 
 def test_a_compiled_run_has_the_losses_of_an_eager_one(

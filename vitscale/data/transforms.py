@@ -235,4 +235,4 @@ def resize_box(pixels: UInt8[np.ndarray, "h w 3"], size: ImageSize) -> UInt8[np.
 
 def normalize(images: UInt8[Tensor, "B 3 H W"], dtype: torch.dtype) -> Float[Tensor, "B 3 H W"]:
     """Pixels to [-1, 1] on their device: (x - 127.5) / 127.5, as in the paper's code."""
-    return ((images.float() - 127.5) / 127.5).to(dtype)
+    return (images - 127.5).div_(127.5).to(dtype)

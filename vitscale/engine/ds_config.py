@@ -65,6 +65,12 @@ class EngineConfig:
                 f'engine.offload_folder = "{self.offload_folder}" needs engine.offload_optimizer = true: '
                 "only an optimizer on the CPU can keep its moments on a disk"
             )
+        for key in ("prescale_gradients", "gradient_predivide_factor"):
+            if key in self.deepspeed_extra:
+                raise ConfigError(
+                    f"engine.deepspeed_extra.{key} is refused: vitscale divides sums of gradients after it "
+                    "has them; leave it out"
+                )
         zero = self.deepspeed_extra.get("zero_optimization", {})
         if zero.get("round_robin_gradients"):
             raise ConfigError(

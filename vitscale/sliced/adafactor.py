@@ -145,4 +145,5 @@ def _lines(values: Tensor, start: int, columns: int) -> tuple[Tensor, int]:
     What is missing of the first and the last line is 0.
     """
     head, tail = start % columns, -(start + len(values)) % columns
-    return F.pad(values, (head, tail)).view(-1, columns), start // columns
+    padded = F.pad(values, (head, tail)) if head or tail else values  # F.pad always copies
+    return padded.view(-1, columns), start // columns

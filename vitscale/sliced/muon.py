@@ -156,7 +156,7 @@ def orthogonal(matrix: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
 
 
