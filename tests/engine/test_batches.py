@@ -65,7 +65,8 @@ def test_the_json_follows_from_the_plan() -> None:
     assert config["train_micro_batch_size_per_gpu"] == 4
     assert config["gradient_accumulation_steps"] == 8
     assert config["zero_optimization"] == {"stage": 3, "memory_efficient_linear": False}
-    assert config["bf16"] == {"enabled": True} and config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 @pytest.mark.parametrize(
