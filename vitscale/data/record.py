@@ -112,11 +112,8 @@ class DataRecord:
         """The record once the run continues with `indexes`, in which damage was fixed."""
         new = DataRecord.of(indexes)
         if new.fingerprints[-1] == self.fingerprints[-1]:
-            return (
-                self
-                if all(source.keys for source in self.sources)
-                else dataclasses.replace(self, sources=new.sources)
-            )
+            has_keys = all(source.keys for source in self.sources)
+            return self if has_keys else dataclasses.replace(self, sources=new.sources)
         return dataclasses.replace(new, fingerprints=self.fingerprints + new.fingerprints)
 
     def save(self, run_dir: str | Path) -> None:
