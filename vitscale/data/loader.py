@@ -178,9 +178,9 @@ def in_thread(items: Iterator[T], prepare: Callable[[T], T]) -> Generator[T, Non
 
 @contextlib.contextmanager
 def noticing_deaths() -> Iterator[None]:
-    """Around what reads from data workers: a broken pipe may be the first sign that one is dead.
+    """Around what reads from data workers: a lost connection may be the first sign of a death.
 
-    torch's error says so, and comes with SIGCHLD a moment later, in the main thread.
+    torch's own error comes a moment later, with SIGCHLD, in the main thread.
     """
     try:
         yield
