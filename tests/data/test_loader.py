@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -360,6 +361,22 @@ def test_a_thread_prepares_two_items_ahead_and_no_more() -> None:
         assert not prepared.acquire(timeout=0.2)
     assert list(items) == [10 * item for item in range(3, 9)]
     assert list(in_thread(iter([]), prepare)) == []
+
+
+def test_a_thread_keeps_no_item_that_it_has_prepared() -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+    alive = []
+
+    def make() -> Iterator[np.ndarray]:
+        for _ in range(5):
+            alive.append(sum(item() is not None for item in made))
+            item = np.zeros(1)
+            made.append(weakref.ref(item))
+            yield item
+            del item
+
+    assert len(list(in_thread(make(), np.copy))) == 5
+    assert alive == [0] * 5
 
 
 @pytest.mark.parametrize("failing", ["items", "prepare"])

@@ -11,7 +11,6 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import itertools
 import queue
 import sys
 import threading
@@ -150,12 +149,17 @@ def in_thread(items: Iterator[T], prepare: Callable[[T], T]) -> Generator[T, Non
     # One waits here, and one in the thread for room.
     done: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
     closing = threading.Event()
+    taken = [first]
+    del first  # an item may hold shared memory: it goes as soon as it is prepared
 
     def work() -> None:
-        item, error = None, None
+        error = None
         try:
-            for item in itertools.chain([first], items):
-                done.put((prepare(item), None))
+            while (item := taken.pop() if taken else next(items, None)) is not None:
+                prepared = prepare(item)
+                del item
+                done.put((prepared, None))
+                del prepared
                 if closing.is_set():
                     return
         except BaseException as raised:
