@@ -51,7 +51,7 @@ class EvaluationSet:
         self.index, self.num_workers = index, num_workers
         self._ids = source.held_out if source else np.arange(index.num_samples)  # [num_samples]
         self._views = _Views(index, self._ids, image_size, crop, source.label_map if source else {})
-        self._is_split = source is not None
+        self._source = source
         self._left_out: dict[int, str] = {}  # by sample: why it cannot be used, not yet reported
         self._reported = set[int]()
 
@@ -65,6 +65,10 @@ class EvaluationSet:
     @property
     def num_samples(self) -> int:
         return len(self._ids)
+
+    def named(self, label: int) -> str:
+        """A label of the model for messages, with the name of its class."""
+        return self._source.named(label) if self._source else self.index.named(label)
 
     def fingerprint(self) -> str:
         """Names what the samples are and how they become input."""
@@ -113,7 +117,7 @@ class EvaluationSet:
                 if isinstance(part, UserError):
                     raise part
                 images, labels, problems = part
-                if problems and not self._is_split:
+                if problems and not self._source:
                     raise DataError(next(iter(problems.values())))
                 self._left_out |= problems
                 yield images, labels

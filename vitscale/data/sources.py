@@ -72,7 +72,11 @@ class Source:
         """A label of the run for messages, with the name of its class (Index.named)."""
         if not self.label_map:
             return self.index.named(label)
-        own = min(own for own, label_of_run in self.label_map.items() if label_of_run == label)
+        own = min(
+            (own for own, label_of_run in self.label_map.items() if label_of_run == label), default=None
+        )
+        if own is None:
+            return str(label)
         return f"{label} (from {self.index.named(own)})"
 
     def fingerprint(self, index_fingerprint: str = "") -> str:
