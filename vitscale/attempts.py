@@ -41,6 +41,7 @@ def retry(
     is_right: Callable[[T], bool] = is_any,
     pause_if_wrong: bool = True,
     beyond_end: T | None = None,
+    denial_may_pass: bool = False,
 ) -> T:
     """Call, and call again after transient errors; raise at once what waiting cannot fix.
 
@@ -48,6 +49,7 @@ def retry(
     does who is denied access. is_right: a result for which it is False is an error of the
     store, but is returned if it is the last attempt's. pause_if_wrong: wait before the next
     one. beyond_end: what to return if the store says that the range is behind the object's end.
+    denial_may_pass: call again after a denial of access, too.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -58,7 +60,8 @@ def retry(
         except Exception as error:
             if _is_beyond_end(error) and beyond_end is not None:
                 return beyond_end
-            _raise_if_final(error, url, doing, way_out)
+            if attempt == ATTEMPTS or not (denial_may_pass and _is_denial(error)):
+                _raise_if_final(error, url, doing, way_out)
             if attempt == ATTEMPTS:
                 raise StoreError(
                     f"{doing} {url} failed {ATTEMPTS} times, the last time with: {_text(error)}; "
@@ -78,11 +81,10 @@ def retry(
 
 def _raise_if_final(error: Exception, url: str, doing: str, way_out: Callable[[], str]) -> None:
     """Raise what a user must fix and what is no store's error; return if it may pass."""
-    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
-    kinds = {type(error).__name__, type(error.__cause__).__name__}
+    status = _status(error)
     if status == 404 or (isinstance(error, FileNotFoundError) and not _hides_another(error)):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
-    if kinds & _NO_CREDENTIALS:
+    if _lacks_credentials(error):
         raise StoreError(f"{doing} {url}: there are no credentials ({_text(error)}); {way_out()}") from None
     if isinstance(error, PermissionError) or status in (401, 403):
         raise StoreError(f"{doing} {url}: access is denied ({_text(error)}); {way_out()}") from None
@@ -93,6 +95,21 @@ def _raise_if_final(error: Exception, url: str, doing: str, way_out: Callable[[]
         raise error
     if isinstance(error, IsADirectoryError | NotADirectoryError):
         raise StoreError(f"{doing} {url}: {_text(error)}; name a file") from None
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(error, "status", None) or getattr(error.__cause__, "status", None)
+
+
+def _lacks_credentials(error: Exception) -> bool:
+    return bool({type(error).__name__, type(error.__cause__).__name__} & _NO_CREDENTIALS)
+
+
+def _is_denial(error: Exception) -> bool:
+    """400 is what S3 answers to half a signature."""
+    return (
+        isinstance(error, PermissionError) or _lacks_credentials(error) or _status(error) in (400, 401, 403)
+    )
 
 
 def _hides_another(error: FileNotFoundError) -> bool:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 from vitscale import distributed
-from vitscale.errors import Told, UserError
+from vitscale.errors import Told, UserError, killed_worker
 from vitscale.redaction import redact
 
 FAILED, MISTAKE, INTERRUPTED, NO_READER = 1, 2, 130, 1
@@ -41,6 +41,12 @@ def run(program: Callable[[], int]) -> int:
         return error.status
     except Told:
         return FAILED
+    except RuntimeError as error:
+        killed = killed_worker(error, rank)
+        if not killed:
+            raise
+        print(f"error: {killed}", file=sys.stderr)
+        return killed.status
     except KeyboardInterrupt:
         print("stopped; nothing is left half written, and the same command continues", file=sys.stderr)
         return INTERRUPTED

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitscale import atomic, distributed
-from vitscale.errors import BusyError, RankLost, Told, UserError
+from vitscale.errors import RankLost, Told, UserError, killed_worker
 from vitscale.progress import Progress
 
 STATUS_NAME = "status.json"
@@ -102,12 +102,7 @@ class Ending:
                 f"the connection to another rank was lost ({first_line}); its machine's log may say more, "
                 "and the same command resumes from the newest checkpoint"
             )
-        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
-            return BusyError(
-                f"a data worker of rank {distributed.rank()} was killed, probably for lack of memory; lower "
-                "engine.num_workers, and the same command resumes from the newest checkpoint"
-            )
-        return error
+        return killed_worker(error, distributed.rank()) or error
 
     def _is_first(self) -> bool:
         try:

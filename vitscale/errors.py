@@ -52,5 +52,18 @@ class RankLost(UserError):
     status = 1
 
 
+def killed_worker(error: BaseException, rank: int) -> BusyError | None:
+    """What a user should read in place of torch's error for a data worker that is dead.
+
+    torch raises it wherever the rank happens to be. None for any other error.
+    """
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker (pid"):
+        return None
+    return BusyError(
+        f"a data worker of rank {rank} was killed, probably for lack of memory; lower num_workers, and run "
+        "the same command again"
+    )
+
+
 class Told(Exception):
     """Raised on a rank that fails because another one did, which has printed the cause."""

@@ -134,8 +134,8 @@ def write_config(job: Job, progress: Progress, versions: Mapping[str, str]) -> d
     def write() -> dict[str, Any]:
         folder = Path(job.config.run_dir)
         path = folder / CONFIG_NAME
+        write_record(job)
         with _writing(job):
-            _write_record(job, folder)
             row = history.add_start(job, progress, _saved_config(path) if path.exists() else None, versions)
             atomic.write(path, configs.to_toml(job.config).encode())
         return row
@@ -211,14 +211,19 @@ def _record(job: Job) -> DataRecord | None:
     return record if record and len(record.sources) == len(job.sources) else None
 
 
-def _write_record(job: Job, folder: Path) -> None:
-    """Keep what the job reads and, if only damage was fixed, which indexes it read before."""
-    indexes = [source.index for source in job.sources]
+def write_record(job: Job) -> None:
+    """Keep what the job reads and, if only damage was fixed, which indexes it read before.
+
+    Rank 0 calls it. A job that resumes calls it before it drops rows of the quarantine, which
+    show what damage the run has found.
+    """
+    folder, indexes = Path(job.config.run_dir), [source.index for source in job.sources]
     old, new = _record(job), DataRecord.of(indexes)
     if old and not old.change(indexes, _replaced(folder)):
         new = old.followed_by(indexes)
     if new is not old:
-        new.save(folder)
+        with _writing(job):
+            new.save(folder)
 
 
 def _replaced(folder: Path) -> list[str]:

@@ -8,11 +8,15 @@ import math
 import os
 import shutil
 import socket
+from collections.abc import Mapping
+
+import torch
 
 from vitscale import distributed
 from vitscale.data.evalset import PREFETCHED_BATCHES
 from vitscale.data.loader import PREFETCHED_STEPS
 from vitscale.errors import ConfigError
+from vitscale.evals.task import Task, TaskConfig, num_samples
 from vitscale.image_size import sides
 from vitscale.storage import size_text
 from vitscale.train_config import TrainConfig
@@ -20,18 +24,37 @@ from vitscale.train_config import TrainConfig
 FOLDER = "/dev/shm"
 
 
-def needed(config: TrainConfig, world_size: int) -> int:
+def needed(config: TrainConfig, world_size: int, tasks: Mapping[str, Task] | None = None) -> int:
     """Bytes of the batches that the data workers of one process hold ready for it, at most.
 
-    Those of training stay while an evaluation has its own.
+    Those of training stay while an evaluation has its own. tasks: of the evaluations; None =
+    their data are not open, and may be of any size.
     """
     image_bytes, of_training = 3 * math.prod(sides(config.model.image_size)), config.engine.num_workers
     steps = PREFETCHED_STEPS + 1 if of_training else 0
     evaluations = [
-        PREFETCHED_BATCHES * section.resolved_num_workers(of_training) * section.batch_size
-        for section in config.evals.values()
+        _evaluated(
+            section,
+            section.resolved_num_workers(of_training),
+            -(-num_samples(tasks[name]) // world_size) if tasks else None,
+        )
+        for name, section in config.evals.items()
     ]
     return (steps * (config.global_batch // world_size) + max(evaluations, default=0)) * image_bytes
+
+
+def _evaluated(section: TaskConfig, num_workers: int, own: int | None) -> int:
+    """How many images of an evaluation are ready or in use; on a GPU, those in use are copies.
+
+    own: how many this rank has; None = any number.
+    """
+    if not num_workers:
+        return 0
+    in_use = 0 if torch.cuda.is_available() else 1
+    if own is not None:
+        num_workers = min(num_workers, -(-own // section.batch_size))
+    most = (PREFETCHED_BATCHES * num_workers + in_use) * section.batch_size
+    return most if own is None else min(own, most)
 
 
 def free() -> int:
@@ -50,13 +73,13 @@ def shortage(available: int, num_processes: int, each: int) -> str:
     )
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, tasks: Mapping[str, Task]) -> None:
     """Raise ConfigError if the workers of this machine's ranks would run out of it.
 
     Every rank calls it, and one of each machine looks.
     """
     if distributed.local_rank() or not os.path.isdir(FOLDER):
         return
-    each = needed(config, distributed.world_size())
+    each = needed(config, distributed.world_size(), tasks)
     if sentence := shortage(free(), distributed.local_world_size(), each):
         raise ConfigError(f"{socket.gethostname()}: {sentence}")

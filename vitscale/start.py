@@ -39,7 +39,7 @@ from vitscale.optim import freeze
 from vitscale.pace import Pace
 from vitscale.progress import Progress
 from vitscale.rng import derive_seed
-from vitscale.run_dir import check_continuation, check_new_length, check_teacher
+from vitscale.run_dir import check_continuation, check_new_length, check_teacher, write_record
 from vitscale.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.spikes import Spikes
 from vitscale.teacher import Teacher, load_teacher, place_of
@@ -144,6 +144,7 @@ def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine,
             check_continuation(job, checkpoint)
             if teacher:
                 check_teacher(checkpoint, teacher.digest)
+        distributed.on_main(lambda: write_record(job))
     elif config.init.full_state:
         checkpoint = load.find_other(config.init.checkpoint)
         with distributed.alike():

@@ -66,9 +66,7 @@ def expand(pattern: str) -> list[str]:
         if any(c in url for c in "*?[") and is_local(url):
             urls.update(glob.glob(local_path(url), recursive=True))
         elif any(c in without_query(url) for c in "*["):
-            fs, path = _filesystem(url)
-            paths = _retry(functools.partial(fs.glob, path), url, "listing")
-            urls.update(map(fs.unstrip_protocol, paths))
+            urls.update(_on_store(_glob, url, "listing"))
         else:
             urls.add(url)
     if not urls:
@@ -127,8 +125,7 @@ def read_bytes(url: str) -> bytes:
     """The whole object. Raises FileNotFoundError if there is none."""
     if is_local(url):
         return Path(local_path(url)).read_bytes()
-    fs, path = _filesystem(url)
-    return _retry(lambda: fs.cat_file(path), url, "reading")
+    return _on_store(lambda fs, path: fs.cat_file(path), url, "reading")
 
 
 def read_range(url: str, start: int, end: int, is_right: Callable[[bytes], bool] = attempts.is_any) -> bytes:
@@ -138,10 +135,21 @@ def read_range(url: str, start: int, end: int, is_right: Callable[[bytes], bool]
     wrong after the last attempt are returned. Raises FileNotFoundError if there is no object.
     """
     if is_local(url):
-        return _retry(lambda: _pread(local_path(url), start, end), url, "reading", is_right=is_right)
-    fs, path = _filesystem(url)
-    data = _retry(
-        lambda: fs.cat_file(path, start=start, end=end), url, "reading", is_right=is_right, beyond_end=b""
+        # A disk has no bad moments: it is right at once or never.
+        return attempts.retry(
+            lambda: _pread(local_path(url), start, end),
+            redact(url),
+            "reading",
+            way_out=lambda: _way_to_access(url),
+            is_right=is_right,
+            pause_if_wrong=False,
+        )
+    data = _on_store(
+        lambda fs, path: fs.cat_file(path, start=start, end=end),
+        url,
+        "reading",
+        is_right=is_right,
+        beyond_end=b"",
     )
     if len(data) > end - start:
         raise StoreError(
@@ -163,9 +171,8 @@ def names_in(folder: str) -> list[str]:
     try:
         if is_local(folder):
             return sorted(os.listdir(local_path(folder)))
-        fs, path = _filesystem(folder)
-        fs.invalidate_cache()
-        names = _retry(lambda: fs.ls(path, detail=False), folder, "listing")
+        _filesystem(folder)[0].invalidate_cache()
+        names = _on_store(lambda fs, path: fs.ls(path, detail=False), folder, "listing")
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted({name.rstrip("/").rpartition("/")[2] for name in names} - {""})
@@ -173,9 +180,8 @@ def names_in(folder: str) -> list[str]:
 
 def upload(path: str | Path, url: str) -> None:
     """Copy a local file into a store. Raises StoreError if the copy's size differs."""
-    fs, remote = _filesystem(url)
-    _retry(lambda: fs.put_file(str(path), remote), url, "writing")
-    fs.invalidate_cache()
+    _on_store(lambda fs, remote: fs.put_file(str(path), remote), url, "writing")
+    _filesystem(url)[0].invalidate_cache()
     written, expected = _size(url), os.stat(path).st_size
     if written != expected:
         raise StoreError(f"{url} has {written} bytes after {expected:,} were written; is the store full?")
@@ -183,16 +189,14 @@ def upload(path: str | Path, url: str) -> None:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Put an object into a store, whole or not at all."""
-    fs, path = _filesystem(url)
-    _retry(lambda: fs.pipe_file(path, data), url, "writing")
+    _on_store(lambda fs, path: fs.pipe_file(path, data), url, "writing")
 
 
 def delete(url: str) -> None:
     """Delete an object, or all below a store's prefix. It is no error if there is nothing."""
-    fs, path = _filesystem(url)
-    fs.invalidate_cache()
+    _filesystem(url)[0].invalidate_cache()
     try:
-        _retry(lambda: fs.rm(path, recursive=True), url, "deleting")
+        _on_store(lambda fs, path: fs.rm(path, recursive=True), url, "deleting")
     except FileNotFoundError:
         return
 
@@ -240,6 +244,10 @@ class _RangeFile(io.RawIOBase):
         return len(data)
 
 
+def _glob(fs: Any, path: str) -> list[str]:
+    return list(map(fs.unstrip_protocol, fs.glob(path)))
+
+
 def _pread(path: str, start: int, end: int) -> bytes:
     with open(path, "rb", buffering=0) as file:
         return os.pread(file.fileno(), end - start, start)
@@ -249,8 +257,7 @@ def _size(url: str) -> int | None:
     try:
         if is_local(url):
             return os.stat(local_path(url)).st_size
-        fs, path = _filesystem(url)
-        return int(_retry(lambda: fs.size(path), url, "looking up"))
+        return int(_on_store(lambda fs, path: fs.size(path), url, "looking up"))
     except FileNotFoundError:
         return None
 
@@ -278,7 +285,8 @@ def _full_url(url: str) -> str:
     if not path or is_local(url):
         return url
     try:
-        by_place = _read_urls(path, os.stat(path).st_mtime_ns)
+        file = os.stat(path)
+        by_place = _read_urls(path, (file.st_mtime_ns, file.st_size, file.st_ino))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{URLS_VARIABLE} names {path}, which cannot be read ({error}); write one URL per line"
@@ -289,7 +297,7 @@ def _full_url(url: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _read_urls(path: str, changed: int) -> dict[str, str]:
+def _read_urls(path: str, version: tuple[int, ...]) -> dict[str, str]:
     """The URLs of a file by their places: host with path, and path alone where it is unique.
 
     Of several lines with the same host and path, the last counts.
@@ -335,23 +343,26 @@ def _client_options(name: str, is_signed: bool) -> dict[str, Any]:
     return {}
 
 
-def _retry(
-    call: Callable[[], T],
+def _on_store(
+    call: Callable[[Any, str], T],
     url: str,
     doing: str,
     *,
     is_right: Callable[[T], bool] = attempts.is_any,
     beyond_end: T | None = None,
 ) -> T:
-    """Call as attempts.retry does. A disk has no bad moments: it is right at once or never."""
+    """call(file system, path) as attempts.retry does, each time with the URL as it is then.
+
+    Where URLS_VARIABLE is set, a denial may pass: its file is replaced in a run.
+    """
     return attempts.retry(
-        call,
+        lambda: call(*_filesystem(url)),
         redact(url),
         doing,
         way_out=lambda: _way_to_access(url),
         is_right=is_right,
-        pause_if_wrong=not is_local(url),
         beyond_end=beyond_end,
+        denial_may_pass=bool(os.environ.get(URLS_VARIABLE)),
     )
 
 

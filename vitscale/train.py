@@ -59,7 +59,7 @@ def train(config: TrainConfig, began: float | None = None) -> int:
     try:
         job = prepare(config, distributed.world_size())
         tasks = distributed.together(lambda: open_tasks(job))
-        distributed.together(lambda: shared_memory.check(config))
+        distributed.together(lambda: shared_memory.check(config, tasks))
     except UserError as error:
         message = str(error)
         distributed.on_main(lambda: note_refusal(config.run_dir, message))

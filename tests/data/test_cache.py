@@ -78,3 +78,23 @@ def test_processes_that_share_it_may_be_killed_at_any_time(tmp_path: Path) -> No
         assert data is None or data == str(number).encode() * 5000
         cache.put(f"new {number}", bytes(10_000))
     assert size_of(tmp_path) <= 400_000
+
+
+FULL = """
+import sys
+from vitscale.data.cache import NodeCache
+cache = NodeCache(sys.argv[1], 1 << 30)
+for number in range(30):
+    cache.put(f"{number}", bytes(100_000))
+print(*[number for number in range(30) if cache.get(f"{number}")])
+"""
+
+
+def test_a_full_disk_holds_what_fits_with_the_last_and_nothing_half_written(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    small = f'mount -t tmpfs -o size=1m tmpfs {folder} && "$@" && find {folder} -name "*.tmp-*"'
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", small, "sh", sys.executable, "-c", FULL]
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True)
+    (kept,) = done.stdout.splitlines()
+    assert len(kept.split()) == 10 and kept.endswith(" 29"), (kept, done.stderr)

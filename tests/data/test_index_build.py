@@ -1,5 +1,6 @@
 """Building an index: in parallel, resumable, the same whoever builds it; and the data tools."""
 
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from PIL import Image
 
 from tools.data import main
 from vitscale import storage
+from vitscale.curate.stats import measure
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
 from vitscale.data.samples import SampleKeys
@@ -124,10 +126,23 @@ def test_verify_lists_all_damage(tmp_path: Path, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0].split("/")[-1].split(" ")[0] for line in lines] == [
         "train-000000.tar",
-        "train-000001.tar",
+        "train-000001.tar",  # it is broken
+        "train-000001.tar",  # and was not when it was indexed
         "train-000003.tar",
     ]
-    assert "does not exist" in lines[0] and "was cut" in lines[1] and "checksum differs" in lines[2]
+    assert "does not exist" in lines[0] and "was cut" in lines[1] and "checksum differs" in lines[3]
+
+
+def test_images_whose_headers_are_damaged_are_counted_as_unreadable(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    png = buffer.getvalue()
+    images = [png, png[:11] + b"\5" + png[12:], png[:40]]  # in the second, a header of 5 bytes
+    members = []
+    for number, image in enumerate(images):
+        members += [(f"s{number}.png", image), (f"s{number}.cls", b"0")]
+    stats = measure(build_index([str(write_tar(tmp_path / "x.tar", members))]))
+    assert (stats.unreadable, len(stats.short_sides)) == (2, 1)
 
 
 def test_a_picture_of_the_data_set_is_drawn(tmp_path: Path, capsys) -> None:

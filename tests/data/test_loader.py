@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,6 +153,29 @@ def test_labels_that_have_no_place_are_named_by_their_class(tmp_path: Path, capl
     assert replaced and all("label 17 (animal 17) is out of range" in sentence for sentence in replaced)
 
 
+@pytest.mark.parametrize(
+    ("label_map", "problem"),
+    [
+        ({17: 5}, r"label 17 (mapped to 5) is out of range for model.num_classes 5"),
+        ({}, "label 17 is not in the label map"),
+        ({17: 4}, ""),
+    ],
+)
+def test_a_lone_label_that_a_label_map_sends_out_of_range_is_replaced(
+    tmp_path: Path, caplog, label_map: dict[int, int], problem: str
+) -> None:
+    index = damaged_index(tmp_path, {3: (jpeg(3), b"17")})
+    (source,) = make_stream(index, 0, 1).sources
+    mapped = dataclasses.replace(source, label_map={label: label for label in range(5)} | label_map)
+    check_labels((mapped,), CONFIG, 5)
+    assert caplog.text.count("stands alone: its 1 samples will be replaced") == bool(problem)
+    assert problem in caplog.text
+    delivered = list(batches(dataclasses.replace(make_stream(index, 0, 8), sources=(mapped,)), 0))
+    bad = {sentence for batch in delivered for sentence in batch.bad}
+    assert len(bad) == bool(problem) and all(problem in sentence for sentence in bad)
+    assert max(int(batch.labels.max()) for batch in delivered) == 4
+
+
 def test_a_sample_without_a_label_is_no_damage_but_replaced_in_training(tmp_path: Path) -> None:
     members = [(f"s{n:05d}.jpg", jpeg(n)) for n in range(40)]
     labels = [(f"s{n:05d}.json", b"[]" if n == 7 else str(n % 5).encode()) for n in range(40)]
@@ -184,10 +208,10 @@ def test_a_label_that_stands_alone_does_not_block_a_run(tmp_path: Path, caplog, 
 
 def test_a_label_map_may_leave_out_a_label_that_stands_alone(tmp_path: Path) -> None:
     damaged_index(tmp_path, {3: (jpeg(3), b"5000")}).save(tmp_path / "index.json")
-    (tmp_path / "map.json").write_text("[1, 2, 3, 4, 5]")
+    (tmp_path / "map.json").write_text("[1, 2, 3, 4, 0]")
     config = DataConfig(index=str(tmp_path / "index.json"), label_map=str(tmp_path / "map.json"))
     sources = open_sources(config)
-    check_labels(sources, config, 6)
+    check_labels(sources, config, 5)
     stream = make_stream(sources[0].index, 0, 8, label_map=dict(sources[0].label_map))
     bad = {sentence for batch in batches(stream, 0) for sentence in batch.bad}
     assert len(bad) == 1 and bad.pop().endswith("sample s00003: label 5000 is not in the label map")
@@ -337,6 +361,22 @@ def test_a_thread_prepares_two_items_ahead_and_no_more() -> None:
         assert not prepared.acquire(timeout=0.2)
     assert list(items) == [10 * item for item in range(3, 9)]
     assert list(in_thread(iter([]), prepare)) == []
+
+
+def test_a_thread_keeps_no_item_that_it_has_prepared() -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+    alive = []
+
+    def make() -> Iterator[np.ndarray]:
+        for _ in range(5):
+            alive.append(sum(item() is not None for item in made))
+            item = np.zeros(1)
+            made.append(weakref.ref(item))
+            yield item
+            del item
+
+    assert len(list(in_thread(make(), np.copy))) == 5
+    assert alive == [0] * 5
 
 
 @pytest.mark.parametrize("failing", ["items", "prepare"])

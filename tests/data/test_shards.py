@@ -161,7 +161,19 @@ def test_damage_is_refused_when_indexing_and_found_when_verifying(tmp_path: Path
         build_index([str(path)])
     kept = build_index([str(path)], chunk_samples=4, allow_damaged=True)
     assert [s.key for s in read_samples(kept, range(kept.num_samples))] == [f"s{i:05d}" for i in range(10)]
-    assert any("train-000000.tar" in sentence for sentence in verify_index(index))
+    assert list(verify_index(kept)) == list(kept.damage)
+    broken, other = verify_index(index)
+    assert broken == kept.damage[0]
+    assert other.startswith(f"{path}: is not the shard that was indexed: ")
+
+
+def test_verify_names_damage_that_was_indexed_once(tmp_path: Path) -> None:
+    members = [(f"s{n}.{kind}", data) for n in range(8) for kind, data in (("jpg", jpeg(n)), ("cls", b"0"))]
+    del members[7]  # the label of s3
+    path = write_tar(tmp_path / "x.tar", members)
+    assert list(verify_index(build_index([str(path)], chunk_samples=4))) == [
+        f"{path}: sample s3: no label (.cls .json): .jpg"
+    ]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,19 @@ def test_urls_are_found_by_their_path_on_any_host_and_renewed_in_a_run(
         assert "AWS" not in str(denied.value) and "VITSCALE_URLS" in str(denied.value)
     (tmp_path / "urls.txt").write_text("\n".join(signed) + "\n\n")
     check_shards(index)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["empty", "half written"])
+def test_a_read_while_the_file_of_urls_is_written_waits_for_it(
+    signed: list[str], local: Index, tmp_path: Path, web: str, kept: bool
+) -> None:
+    index, path = remote_index(local, f"{web}/signed"), tmp_path / "urls.txt"
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2] if kept else "")
+    writing = threading.Timer(0.1, path.write_text, (whole,))
+    writing.start()
+    check_shards(index)
+    writing.join()
 
 
 def test_shards_that_only_their_queries_tell_apart_are_refused() -> None:

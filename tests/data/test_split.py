@@ -6,6 +6,8 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from vitscale.data.scan import key_hash
 from vitscale.data.sources import Source, check_labels, make_mixture, open_sources
 from vitscale.data.split import split_classes, validation_ids
 from vitscale.data.transforms import AugmentConfig
-from vitscale.errors import ConfigError, DataError
+from vitscale.errors import ConfigError, DataError, StoreError
 
 
 def keys_of(index: Index, ids: np.ndarray) -> set[str]:
@@ -255,3 +257,40 @@ def test_workers_of_an_evaluation_outlive_the_signals_of_a_scheduler(tmp_path: P
     for worker in multiprocessing.active_children():
         os.kill(worker.pid or 0, signal.SIGTERM)
     assert sum(len(part) for part, _ in (*first, *batches)) == 97
+
+
+KILLER = """
+import multiprocessing, os, signal, sys
+import numpy as np
+from vitscale import command
+from vitscale.data.evalset import EvaluationSet
+
+def program():
+    images = EvaluationSet.open(sys.argv[1], image_size=8, num_workers=1)
+    for number, _ in enumerate(images.batches(np.arange(97), 2)):
+        if not number:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    return 0
+
+sys.exit(command.run(program))
+"""
+
+
+def test_a_worker_of_an_evaluation_that_is_killed_is_one_sentence(tmp_path: Path) -> None:
+    """In a process of its own: torch raises the error wherever the process happens to be."""
+    command = [sys.executable, "-c", KILLER, str(write_index(tmp_path / "shards", [40, 37, 20]))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: a data worker of rank 0 was killed, probably for lack of memory; ")
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_disk_that_does_not_answer_an_evaluation_is_one_sentence(tmp_path: Path, num_workers: int) -> None:
+    index = Index.load(str(write_index(tmp_path / "shards", [8])))
+    images = EvaluationSet(index, image_size=8, num_workers=num_workers)
+    shard = Path(index.shards[0].url)
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(StoreError, match=rf"^reading {shard}: .*; name a file$"):
+        next(images.batches(np.arange(8), 4))

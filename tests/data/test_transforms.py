@@ -1,6 +1,8 @@
 """Decoding and augmentation: strict about damage, exact about geometry, keyed by the sample."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -47,8 +49,34 @@ def test_every_kind_of_image_becomes_rgb(mode: str, form: str) -> None:
         assert np.array_equal(pixels, np.asarray(image.convert("RGB")))
 
 
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of these chunks, by name and content."""
+    parts = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+# Colours from a palette that is not there; Pillow's words for it are an AssertionError.
+WITHOUT_PALETTE = png(
+    (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0)),
+    (b"tRNS", bytes(1)),
+    (b"IDAT", zlib.compress(bytes(20))),
+    (b"IEND", b""),
+)
+
+
 @pytest.mark.parametrize(
-    "data", [b"", b"<html>", jpeg(0)[:150], b"\xff\xd8\xff", encoded(Image.new("RGB", (9, 9)), "PNG")[:40]]
+    "data",
+    [
+        b"",
+        b"<html>",
+        jpeg(0)[:150],
+        b"\xff\xd8\xff",
+        encoded(Image.new("RGB", (9, 9)), "PNG")[:40],
+        WITHOUT_PALETTE,
+    ],
 )
 def test_damage_is_an_error_not_a_picture(data: bytes) -> None:
     with pytest.raises(DamagedImage):

@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from evals.test_tasks import ColourModel, write_shard
 from torch import Tensor
 
+from vitscale.data.evalset import EvaluationSet
+from vitscale.data.indexing import build_index
+from vitscale.data.sources import Source
 from vitscale.evals import ClassifyConfig, open_task
 from vitscale.evals.classify import ClassifyTask
 from vitscale.evals.predictions import Predictions, calibration_error, confusions, predict, summary, write
@@ -62,6 +66,21 @@ def test_a_summary_says_which_class_is_taken_for_which(tmp_path: Path):
         {"class": 5, "name": "5 (magenta)", "num_samples": 3, "accuracy": 1.0},
     ]
     assert details["confusions"] == [{"class": "2 (blue)", "taken_for": "5 (magenta)", "count": 4}]
+
+
+def test_classes_of_a_mapped_split_have_the_names_that_the_data_give_them(tmp_path: Path):
+    """The run's classes 0, 1 and 2 are the data's 1, none and 0."""
+    (tmp_path / "classes.json").write_text('["cat", "dog"]')
+    index = build_index([write_shard(tmp_path / "train.tar", ["0", "1"])])
+    source = Source(name="0", index=index, label_map={0: 2, 1: 0}, excluded=np.empty(0, dtype=np.int64))
+    test = EvaluationSet(index, image_size=4, source=source)
+    labels, classes = torch.tensor([[2], [2], [0]]), torch.tensor([[0], [1], [0]])
+    details = summary(Predictions(classes, torch.ones(3, 1), labels, torch.zeros(3)), test)
+    assert [row["name"] for row in details["per_class"]] == ["0 (from 1 (dog))", "2 (from 0 (cat))"]
+    assert [(row["class"], row["taken_for"]) for row in details["confusions"]] == [
+        ("2 (from 0 (cat))", "0 (from 1 (dog))"),
+        ("2 (from 0 (cat))", "1"),
+    ]
 
 
 def test_confusions_come_with_the_most_frequent_first():

@@ -176,6 +176,20 @@ def test_more_neighbours_than_images_are_refused(colour_sets: dict[str, str]):
         open_task("colours", KnnConfig(**colour_sets, k=(10, 211)), 4)
 
 
+def test_more_clusters_than_images_are_refused(colour_sets: dict[str, str]):
+    with pytest.raises(DataError, match=r"test.tar holds 70 images, fewer than the 71 clusters; lower"):
+        open_task("colours", KMeansConfig(test=colour_sets["test"], clusters=71), 4)
+
+
+@pytest.mark.parametrize("kind", ["logistic", "linear"])
+def test_a_dev_part_of_all_images_is_refused_where_one_is_needed(colour_sets: dict[str, str], kind: str):
+    values = {"kind": kind, **colour_sets, "dev_fraction": 0.999}
+    with pytest.raises(DataError, match=r"dev_fraction 0.999 holds out 210 of the 210 images in .*train.tar"):
+        open_task("colours", from_dict(EvalConfig, values, "evals.a"), 4)
+    single = {"c": [0.1]} if kind == "logistic" else {"learning_rates": [0.1]}
+    assert open_task("colours", from_dict(EvalConfig, values | single, "evals.a"), 4)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

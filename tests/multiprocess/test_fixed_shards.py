@@ -13,6 +13,8 @@ from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint import store
 from vitscale.data.indexing import build_index
+from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
+from vitscale.metrics import read_metrics
 
 SAMPLES = 64  # in two shards, in chunks of 4: 8 steps of 8 an epoch
 BROKEN = range(0, SAMPLES, 8)  # in every second chunk
@@ -27,6 +29,7 @@ def write(
     *,
     image: Callable[[int], bytes] = jpeg,
     counts: tuple[int, ...] = (32, 32),
+    keys: SampleKeys = DEFAULT_KEYS,
 ) -> Path:
     """Shards with text instead of an image in the `broken` samples, and their index."""
     folder.mkdir(exist_ok=True)
@@ -40,7 +43,7 @@ def write(
             ]
         first += count
         paths.append(str(write_tar(folder / f"train-{shard}.tar", members)))
-    build_index(paths, chunk_samples=4).save(folder / "index.json")
+    build_index(paths, chunk_samples=4, keys=keys).save(folder / "index.json")
     return folder / "index.json"
 
 
@@ -131,6 +134,41 @@ def test_samples_that_the_run_itself_found_damaged_may_be_fixed(tmp_path: Path, 
 
     write(tmp_path / "shards", image=fixed)
     assert zygote.train(job, 1, *options, "data.max_bad_fraction=1") == [0], job.output()
+
+
+def test_shards_that_a_run_accepted_stay_accepted_though_it_is_killed_before_it_saves(
+    tmp_path: Path, zygote: Zygote
+) -> None:
+    """The resume drops the rows about samples that were found damaged after the checkpoint."""
+    broken = set[int]()
+
+    def image(sample: int) -> bytes:
+        return jpeg(sample)[:200] if sample in broken else jpeg(sample)
+
+    broken |= set(range(0, SAMPLES, 4))
+    job = Job(tmp_path / "job", write(tmp_path / "shards", image=image))
+    options = (*OPTIONS, "data.max_bad_fraction=1", "total_steps=8")
+    assert zygote.train(job, 1, *options, event=KillAll(batch=6)) == [-9], job.output()
+    rows = read_metrics(job.run_dir / "quarantine.jsonl")
+    found = {row["sample"].split("sample s")[1][:3] for row in rows if row["data_step"] > step_of(job) == 3}
+    assert found, rows
+    broken -= set(map(int, found))
+    write(tmp_path / "shards", image=image)
+    assert zygote.train(job, 1, *options, event=KillAll(batch=1)) == [-9], job.output()
+    assert zygote.train(job, 1, *options) == [0], job.output()
+
+
+def test_other_labels_of_the_same_shards_are_refused(tmp_path: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path / "job", write(tmp_path / "shards"))
+    assert zygote.train(job, 1, *OPTIONS, "total_steps=2") == [0], job.output()
+    options = (*OPTIONS, "total_steps=4")
+    write(tmp_path / "shards", keys=SampleKeys(classes={"0": 1, "1": 0}))
+    assert zygote.train(job, 1, *options) == [2]
+    assert "was trained on other data than the config names now (the index was made with no class" in errors(
+        job
+    )
+    write(tmp_path / "shards")
+    assert zygote.train(job, 1, *options) == [0], job.output()
 
 
 @pytest.mark.parametrize(

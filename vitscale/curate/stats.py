@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vitscale import storage
 from vitscale.data.index import Index
 from vitscale.data.reader import read_samples
-from vitscale.errors import DataError
+from vitscale.errors import StoreError
 
 NUM_SAMPLED = 2000
 NUM_ROWS = 20  # of a text histogram, whose longest bar has BAR_CHARACTERS
@@ -48,7 +48,9 @@ def measure(index: Index) -> Stats:
             with Image.open(io.BytesIO(sample.image), formats=("JPEG", "PNG", "WEBP")) as image:
                 sizes.append(image.size)
             image_bytes.append(len(sample.image))
-        except (DataError, OSError, SyntaxError, Image.DecompressionBombError):
+        except (StoreError, MemoryError):
+            raise
+        except Exception:  # what Pillow raises for damage is of any kind
             continue
     return Stats(
         index=index,

@@ -7,6 +7,7 @@ leaves behind is an old file like any other.
 """
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -36,30 +37,48 @@ class NodeCache:
     def put(self, key: str, data: bytes) -> None:
         """Keep `data`, and remove what was not used for longest.
 
-        A full or broken disk is no error.
+        A full or broken disk is no error. On a full one, it takes the place of older data.
         """
         path = self._path(key)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._make_room(path.parent, len(data))
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+            try:
+                _write(path, data)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                self._make_room(path.parent, len(data), disk_is_full=True)
+                _write(path, data)
 
     def _path(self, key: str) -> Path:
         name = xxhash.xxh3_128_hexdigest(key.encode())
         return self._root / f"{int(name[:8], 16) % self._num_folders:04d}" / name
 
-    def _make_room(self, folder: Path, num_bytes: int) -> None:
+    def _make_room(self, folder: Path, num_bytes: int, *, disk_is_full: bool = False) -> None:
+        """Remove the oldest files: what is above the limit, or `num_bytes` of a full disk."""
         files = []
         for entry in os.scandir(folder):
             with contextlib.suppress(OSError):  # another process removed it
                 info = entry.stat()
                 files.append((info.st_mtime_ns, info.st_size, entry.path))
-        excess = sum(size for _, size, _ in files) + num_bytes - self._folder_bytes
+        held = sum(size for _, size, _ in files)
+        excess = held + num_bytes - (held if disk_is_full else self._folder_bytes)
         for _, size, path in sorted(files):
             if excess <= 0:
                 break
             with contextlib.suppress(OSError):
                 os.unlink(path)
             excess -= size
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, and leave nothing behind if that fails."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

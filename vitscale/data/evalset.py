@@ -17,12 +17,12 @@ from vitscale import distributed, processes
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.index import Index
 from vitscale.data.indexing import open_index
-from vitscale.data.loader import pad_labels, prepare_worker
+from vitscale.data.loader import noticing_deaths, pad_labels, prepare_worker
 from vitscale.data.reader import describe, read_any, read_samples
 from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import Source, label_problem
 from vitscale.data.transforms import evaluation_view
-from vitscale.errors import DataError
+from vitscale.errors import DataError, UserError
 from vitscale.image_size import ImageSize, sides
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class EvaluationSet:
         self.index, self.num_workers = index, num_workers
         self._ids = source.held_out if source else np.arange(index.num_samples)  # [num_samples]
         self._views = _Views(index, self._ids, image_size, crop, source.label_map if source else {})
-        self._is_split = source is not None
+        self._source = source
         self._left_out: dict[int, str] = {}  # by sample: why it cannot be used, not yet reported
         self._reported = set[int]()
 
@@ -65,6 +65,10 @@ class EvaluationSet:
     @property
     def num_samples(self) -> int:
         return len(self._ids)
+
+    def named(self, label: int) -> str:
+        """A label of the model for messages, with the name of its class."""
+        return self._source.named(label) if self._source else self.index.named(label)
 
     def fingerprint(self) -> str:
         """Names what the samples are and how they become input."""
@@ -90,7 +94,8 @@ class EvaluationSet:
         """Batches of images and labels of `indices`, in that order.
 
         num_classes: of the model; a sample with a higher label cannot be used. 0 = any label.
-        Raises DataError at a sample that cannot be used, unless it is of a validation split.
+        Raises DataError at a sample that cannot be used, unless it is of a validation split,
+        and StoreError if a store does not answer.
         """
         parts = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
         num_workers = min(self.num_workers, len(parts))
@@ -106,8 +111,13 @@ class EvaluationSet:
         with processes.kill_at_exit():
             views = iter(loader)
         try:
-            for images, labels, problems in views:
-                if problems and not self._is_split:
+            for _ in parts:
+                with noticing_deaths():
+                    part = next(views)
+                if isinstance(part, UserError):
+                    raise part
+                images, labels, problems = part
+                if problems and not self._source:
                     raise DataError(next(iter(problems.values())))
                 self._left_out |= problems
                 yield images, labels
@@ -125,7 +135,7 @@ class EvaluationSet:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Views(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
+class _Views(Dataset[tuple[Tensor, Tensor, dict[int, str]] | UserError]):
     """What a data worker needs to make batches. label_map: empty = labels stay as they are."""
 
     index: Index
@@ -137,14 +147,20 @@ class _Views(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
 
     def __getitem__(
         self, indices: list[int]
-    ) -> tuple[UInt8[Tensor, "B 3 H W"], Int64[Tensor, "B M"], dict[int, str]]:
+    ) -> tuple[UInt8[Tensor, "B 3 H W"], Int64[Tensor, "B M"], dict[int, str]] | UserError:
         """Images and labels of several samples, in the order of `indices`.
 
         The last item says by sample id which of them cannot be used, and why. These are black,
-        and without labels.
+        and without labels. A UserError is returned: DataLoader would wrap what is raised in its
+        own message.
         """
+        try:
+            return self._batch(self.ids[indices].tolist())
+        except UserError as error:
+            return error
+
+    def _batch(self, ids: list[int]) -> tuple[UInt8[Tensor, "B 3 H W"], Int64[Tensor, "B M"], dict[int, str]]:
         views, rows, problems = [], [], dict[int, str]()
-        ids = self.ids[indices].tolist()
         for sample_id, sample in zip(ids, read_any(self.index, ids), strict=True):
             try:
                 view, labels = self._usable(sample)

@@ -11,7 +11,6 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import itertools
 import queue
 import sys
 import threading
@@ -40,6 +39,7 @@ T = TypeVar("T")
 PREFETCHED_STEPS = 2  # per worker
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # malloc.h
 CLOSING_SECONDS = 10.0  # for a batch that is under way when the run is asked to stop
+DEATH_SECONDS = 1.0  # from the end of a worker's connection to its exit
 READ_THREADS = 8  # per worker: reads wait for disks and stores, not for a core
 
 
@@ -100,7 +100,9 @@ def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
         parts = iter(loader)
     try:
         for _ in range(stream.first_step, stream.last_step):
-            yield _join([next(parts) for _ in range(max(1, workers))])
+            with noticing_deaths():
+                received = [next(parts) for _ in range(max(1, workers))]
+            yield _join(received)
     finally:
         del parts  # the workers end with it; a traceback that holds this frame would keep them
 
@@ -147,12 +149,17 @@ def in_thread(items: Iterator[T], prepare: Callable[[T], T]) -> Generator[T, Non
     # One waits here, and one in the thread for room.
     done: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
     closing = threading.Event()
+    taken = [first]
+    del first  # an item may hold shared memory: it goes as soon as it is prepared
 
     def work() -> None:
-        item, error = None, None
+        error = None
         try:
-            for item in itertools.chain([first], items):
-                done.put((prepare(item), None))
+            while (item := taken.pop() if taken else next(items, None)) is not None:
+                prepared = prepare(item)
+                del item
+                done.put((prepared, None))
+                del prepared
                 if closing.is_set():
                     return
         except BaseException as raised:
@@ -171,6 +178,19 @@ def in_thread(items: Iterator[T], prepare: Callable[[T], T]) -> Generator[T, Non
         with contextlib.suppress(queue.Empty):
             done.get_nowait()  # a thread that waits for room goes on, and ends
         thread.join(CLOSING_SECONDS)
+
+
+@contextlib.contextmanager
+def noticing_deaths() -> Iterator[None]:
+    """Around what reads from data workers: a lost connection may be the first sign of a death.
+
+    torch's own error comes a moment later, with SIGCHLD, in the main thread.
+    """
+    try:
+        yield
+    except (EOFError, OSError):
+        time.sleep(DEATH_SECONDS)
+        raise
 
 
 def prepare_worker(_: int) -> None:

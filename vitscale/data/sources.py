@@ -72,7 +72,11 @@ class Source:
         """A label of the run for messages, with the name of its class (Index.named)."""
         if not self.label_map:
             return self.index.named(label)
-        own = min(own for own, label_of_run in self.label_map.items() if label_of_run == label)
+        own = min(
+            (own for own, label_of_run in self.label_map.items() if label_of_run == label), default=None
+        )
+        if own is None:
+            return str(label)
         return f"{label} (from {self.index.named(own)})"
 
     def fingerprint(self, index_fingerprint: str = "") -> str:
@@ -217,12 +221,12 @@ def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: i
                 f"model.num_classes = {source.max_label + 1} or fix the labels"
             )
         for label in source.index.lone_labels:
-            if not source.label_map and label >= num_classes:
+            problem = label_problem([label], source.index, source.label_map, num_classes)
+            if problem:
                 logger.warning(
-                    "%s: label %s is out of range for model.num_classes %d and stands alone: its %d samples "
-                    "will be replaced and counted; to see them: python tools/data.py verify %s",
-                    section.index, source.named(label), num_classes, source.index.label_counts[label],
-                    section.index,
+                    "%s: %s and stands alone: its %d samples will be replaced and counted; to see them: "
+                    "python tools/data.py verify %s",
+                    section.index, problem, source.index.label_counts[label], section.index,
                 )  # fmt: skip
         if config.labels == "single" and source.index.max_labels > 1:
             raise ConfigError(
@@ -237,8 +241,9 @@ def label_problem(labels: Sequence[int], index: Index, label_map: Mapping[int, i
     for label in labels:
         if label_map and label not in label_map:
             return f"label {index.named(label)} is not in the label map"
-        if not label_map and label >= num_classes > 0:
-            return f"label {index.named(label)} is out of range for model.num_classes {num_classes}"
+        if label_map.get(label, label) >= num_classes > 0:
+            mapped = f"(mapped to {label_map[label]}) " if label_map else ""
+            return f"label {index.named(label)} {mapped}is out of range for model.num_classes {num_classes}"
     return ""
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from vitscale import distributed
 from vitscale.config import dotted
 from vitscale.data.evalset import EvaluationSet
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, DataError
 from vitscale.evals.features import extract
 from vitscale.evals.probe import single_labels
 from vitscale.evals.task import EvalModel, TaskConfig, open_shards
@@ -50,7 +50,13 @@ class KMeansTask:
 
     @classmethod
     def open(cls, name: str, config: KMeansConfig, image_size: ImageSize) -> "KMeansTask":
-        return cls(name=name, config=config, test=open_shards(config.test, config, image_size))
+        test = open_shards(config.test, config, image_size)
+        if config.clusters > test.num_samples:
+            raise DataError(
+                f"{name}: {config.test} holds {test.num_samples:,} images, fewer than the "
+                f"{config.clusters:,} clusters; lower clusters"
+            )
+        return cls(name=name, config=config, test=test)
 
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"nmi": 0.3, "accuracy": 0.4}: see agreement."""

@@ -15,6 +15,7 @@ from vitscale.evals.probe import (
     ProbeConfig,
     accuracies,
     check_dev,
+    check_dev_split,
     dev_split,
     extract_pair,
     open_sets,
@@ -69,6 +70,8 @@ class LinearTask:
     @classmethod
     def open(cls, name: str, config: LinearConfig, image_size: ImageSize) -> "LinearTask":
         train, test = open_sets(config, image_size)
+        if len(config.learning_rates) > 1:
+            check_dev_split(name, config, train, config.dev_fraction)
         return cls(name=name, config=config, train=train, test=test)
 
     def run(self, model: EvalModel) -> dict[str, float]:

@@ -18,6 +18,7 @@ from vitscale.evals.probe import (
     accuracies,
     best_of,
     check_dev,
+    check_dev_split,
     dev_split,
     extract_pair,
     open_sets,
@@ -63,6 +64,8 @@ class LogisticTask:
     @classmethod
     def open(cls, name: str, config: LogisticConfig, image_size: ImageSize) -> "LogisticTask":
         train, test = open_sets(config, image_size)
+        if len(config.c) > 1:
+            check_dev_split(name, config, train, config.dev_fraction)
         return cls(name=name, config=config, train=train, test=test)
 
     def run(self, model: EvalModel) -> dict[str, float]:

@@ -112,7 +112,7 @@ def summary(predictions: Predictions, test: EvaluationSet) -> dict[str, Any]:
         "per_class": [
             {
                 "class": label,
-                "name": test.index.named(label),
+                "name": test.named(label),
                 "num_samples": int(total),
                 "accuracy": float(hits[label] / total),
             }
@@ -120,7 +120,7 @@ def summary(predictions: Predictions, test: EvaluationSet) -> dict[str, Any]:
             if total
         ],
         "confusions": [
-            {"class": test.index.named(a), "taken_for": test.index.named(b), "count": count}
+            {"class": test.named(a), "taken_for": test.named(b), "count": count}
             for a, b, count in confusions(scored)[:NUM_CONFUSIONS]
         ],
     }

@@ -121,8 +121,23 @@ def dev_split(
 ) -> tuple[Int64[Tensor, " a"], Int64[Tensor, " b"]]:
     """Positions to fit on, and positions to choose by: a seeded share of the training set."""
     order = torch.from_numpy(rng.permutation(num_samples, seed, "dev"))
-    held_out = max(1, round(fraction * num_samples))
+    held_out = num_dev(num_samples, fraction)
     return order[held_out:], order[:held_out]
+
+
+def num_dev(num_samples: int, fraction: float) -> int:
+    """How many of the training set are to choose by."""
+    return max(1, round(fraction * num_samples))
+
+
+def check_dev_split(name: str, config: ProbeConfig, train: EvaluationSet, fraction: float) -> None:
+    """Raise DataError if the dev part leaves nothing to fit on."""
+    held_out = num_dev(train.num_samples, fraction)
+    if held_out >= train.num_samples:
+        raise DataError(
+            f"{name}: dev_fraction {fraction} holds out {held_out:,} of the {train.num_samples:,} images in "
+            f"{config.train}, which leaves none to fit on; lower it, or give more images"
+        )
 
 
 def own_rows(num_samples: int) -> slice:

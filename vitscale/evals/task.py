@@ -99,6 +99,11 @@ class Task(Protocol):
         ...
 
 
+def num_samples(task: Task) -> int:
+    """Of the largest of the task's sets."""
+    return max(value.num_samples for value in vars(task).values() if isinstance(value, EvaluationSet))
+
+
 def run_task(task: Task, model: EvalModel, where: str = "") -> dict[str, float]:
     """As task.run. Raises ConfigError if its batches do not fit into this rank's GPU."""
     return within_memory(task, lambda: task.run(model), where)
