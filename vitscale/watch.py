@@ -30,6 +30,7 @@ GRACE_SECONDS = 5.0
 # A launcher passes on a Ctrl-C that the terminal has sent to this process already.
 SAME_KEY_SECONDS = 0.5
 INTERRUPTED = 130
+NOTE_SECONDS = 5.0  # for the note of why the job ends: its file server may be what hangs
 
 
 class Watch:
@@ -162,12 +163,21 @@ class Watch:
             self._ask("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     def _end(self, error: BaseException, status: int) -> None:
-        if self._failed(error):
+        if is_first(self._failed, error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(status)
 
     def _ask(self, reason: str) -> None:
         self.ask(f"{reason} (rank {distributed.rank()})")
+
+
+def is_first(failed: Callable[[BaseException], bool], error: BaseException) -> bool:
+    """failed(error), or True after NOTE_SECONDS without one: rather told twice than never."""
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(failed(error)), daemon=True)
+    thread.start()
+    thread.join(NOTE_SECONDS)
+    return all(answers)
 
 
 class _Interrupted(BaseException):

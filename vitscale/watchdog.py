@@ -29,7 +29,7 @@ from vitscale import distributed, rendezvous
 from vitscale.errors import RankLost
 from vitscale.hang import Answer, Place, screen, sentence, waited_for
 from vitscale.progress import Progress
-from vitscale.watch import Watch, lives
+from vitscale.watch import Watch, is_first, lives
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 15.0  # after which a rank without a beat is one that does not answer
@@ -215,8 +215,7 @@ class Watchdog:
                     os.kill(self._identities[rank][2], signal.SIGKILL)
 
     def _answer(self) -> Answer:
-        frame = sys._current_frames().get(self._trainer)
-        frames = traceback.extract_stack(frame)[-FRAMES:] if frame else []
+        frames = _stack(self._trainer)[-FRAMES:]
         lines = (f"{'/'.join(Path(f.filename).parts[-3:])}:{f.lineno} {f.name}" for f in frames)
         return Answer(self.place(), tuple(lines))
 
@@ -232,12 +231,23 @@ class Watchdog:
         """
         processes = {rank: f"process {who[2]} on {who[0]}" for rank, who in enumerate(self._identities)}
         error = RankLost(sentence(answers, states, processes))
-        if self._failed(error):
+        if is_first(self._failed, error):
             print(f"error: {error}\n{screen(answers)}", file=sys.stderr, flush=True)
         with contextlib.suppress(RuntimeError):
             told()
         self._kill(list(states))
         os._exit(error.status)
+
+
+def _stack(thread: int) -> list[traceback.FrameSummary]:
+    """The stack of a thread, outermost first, followed by that of the thread that it joins."""
+    innermost = sys._current_frames().get(thread)
+    if not innermost:
+        return []
+    for frame in (innermost, innermost.f_back):  # join is one of the two, by the version of Python
+        if frame and frame.f_code is threading.Thread.join.__code__:
+            return [*traceback.extract_stack(frame), *_stack(frame.f_locals["self"].ident)]
+    return traceback.extract_stack(innermost)
 
 
 def _open_store() -> Store:

@@ -23,7 +23,9 @@ from launch.train import main
 from tools.evaluate import main as evaluate_main
 from vitscale import config as configs
 from vitscale import distributed
+from vitscale.checkpoint import snapshot
 from vitscale.checkpoint.save import THREAD_NAME
+from vitscale.ending import Ending
 from vitscale.engine import zero
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.engine import Engine
@@ -125,6 +127,22 @@ class Sleep:
 
     def fall_asleep(self) -> None:
         time.sleep(1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class HungSave:
+    """A file server no longer answers: one rank as it writes a checkpoint, any as it ends."""
+
+    rank: int
+
+    def arm(self) -> None:
+        hangs = [Ending._is_first, *[snapshot._write_file] * (rank() == self.rank)]
+
+        def stall(frame: FrameType, event: str, _: Any) -> None:
+            if event == "call" and frame.f_code in [function.__code__ for function in hangs]:
+                time.sleep(1e6)
+
+        threading.setprofile(stall)
 
 
 @dataclasses.dataclass(frozen=True)
