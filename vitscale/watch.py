@@ -4,6 +4,7 @@ A thread looks once a second, and at once when a signal comes: also while the tr
 collective, where Python's own handlers would not run.
 """
 
+import contextlib
 import itertools
 import os
 import select
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
@@ -37,6 +38,7 @@ class Watch:
     """Within the block, what should stop the run is noted; every rank enters it.
 
     identities: of the processes of all ranks.
+    peers: the processes of the other ranks of this machine; None = it was dead at the start.
     asked: whether to save and end. SIGTERM, SIGUSR1 and Ctrl-C ask for it, and so do the
     disappearance of a launcher and a file stop_file, which rank 0 looks for (by_file). A second
     Ctrl-C ends the process at once.
@@ -54,11 +56,12 @@ class Watch:
         self._waiter = threading.get_ident()
         self._failed = failed
         self._ancestry = launcher_ancestry()
-        self.identities: list[Identity] = distributed.gather_json(_identity())
-        self._peers = {
-            rank: process
-            for rank, process in enumerate(self.identities)
-            if process[:2] == _identity()[:2] and rank != distributed.rank()
+        self.identities = [Identity(*values) for values in distributed.gather_json(_identity())]
+        here = self.identities[distributed.rank()]
+        self.peers = {
+            rank: _process(identity.pid)
+            for rank, identity in enumerate(self.identities)
+            if identity[:-1] == here[:-1] and identity != here
         }
         self._interrupts: list[float] = []
         self._previous: dict[int, Any] = {}
@@ -115,9 +118,9 @@ class Watch:
         """
         deadline = time.monotonic() + wait_seconds
         while True:
-            dead = {rank: peer for rank, peer in self._peers.items() if not lives(peer)}
+            dead = [rank for rank, peer in self.peers.items() if not lives(peer)]
             if dead:
-                who = ", ".join(f"rank {rank} (process {peer[2]})" for rank, peer in dead.items())
+                who = ", ".join(f"rank {rank} (process {self.identities[rank].pid})" for rank in dead)
                 died = "has died" if len(dead) == 1 else "have died"
                 return RankLost(
                     f"{who} on {socket.gethostname()} {died}: killed, perhaps for lack of memory, or "
@@ -137,9 +140,10 @@ class Watch:
                     self._take(number)
             if not self.asked and not intact(self._ancestry):
                 self._ask("the launcher is gone")
-            if not self.asked and self._stop_file and self._stop_file.exists():
-                self.by_file = True
-                self._ask(f"the file {self._stop_file}")
+            with contextlib.suppress(OSError):  # of a file server, which may answer the next look
+                if not self.asked and self._stop_file and self._stop_file.exists():
+                    self.by_file = True
+                    self._ask(f"the file {self._stop_file}")
             since = self._waiting_since
             if self.asked and since and time.monotonic() - since > LOOK_SECONDS:
                 self._interrupting = True
@@ -184,21 +188,36 @@ class _Interrupted(BaseException):
     """Breaks off what the trainer waits for; no `except Exception` on its way catches it."""
 
 
-# (host, its namespace of process ids, process id, when it was started)
-Identity = list[Any]
+class Identity(NamedTuple):
+    """Which process a rank is. boot_id: of the machine; two may have the same name."""
+
+    host: str
+    boot_id: str
+    pid_namespace: str
+    pid: int
 
 
 def _identity() -> Identity:
-    namespace = os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""
-    return [socket.gethostname(), namespace, os.getpid(), psutil.Process().create_time()]
+    boot_id, namespace = "", ""
+    if sys.platform == "linux":
+        namespace = os.readlink("/proc/self/ns/pid")
+        with contextlib.suppress(OSError):  # a sandbox may hide it
+            boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Identity(socket.gethostname(), boot_id, namespace, os.getpid())
 
 
-def lives(identity: Identity) -> bool:
-    """Whether a process of this machine runs."""
-    *_, pid, created = identity
+def _process(pid: int) -> psutil.Process | None:
+    """A process of this machine; None if there is none."""
     try:
-        process = psutil.Process(pid)
-        return process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def lives(process: psutil.Process | None) -> bool:
+    """Whether it runs: neither its end nor a step of the clock makes another process of it."""
+    try:
+        return bool(process and process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -50,7 +50,7 @@ class Watchdog:
         self, limits: Mapping[str, float], watch: Watch, failed: Callable[[BaseException], bool]
     ) -> None:
         self._limits, self._watch, self._failed = limits, watch, failed
-        self._identities = watch.identities
+        self._identities, self._peers = watch.identities, watch.peers
         self._trainer = threading.get_ident()
         self._closing = threading.Event()
         self.starting()
@@ -196,11 +196,11 @@ class Watchdog:
 
     def _kernel_state(self, rank: int) -> str:
         """What the kernel says of a rank's process; "" if it is on another machine."""
-        *where, pid, _ = self._identities[rank]
-        if where != self._identities[self._rank][:2]:
+        if rank not in self._peers:
             return ""
-        if not lives(self._identities[rank]):
+        if not lives(self._peers[rank]):
             return "dead"
+        pid = self._identities[rank].pid
         with contextlib.suppress(OSError):
             status = Path(f"/proc/{pid}/status").read_text()
             state = next(line.split(None, 1)[1] for line in status.splitlines() if line.startswith("State:"))
@@ -212,7 +212,7 @@ class Watchdog:
         for rank in ranks:
             if self._kernel_state(rank) not in ("", "dead"):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._identities[rank][2], signal.SIGKILL)
+                    os.kill(self._identities[rank].pid, signal.SIGKILL)
 
     def _answer(self) -> Answer:
         frames = _stack(self._trainer)[-FRAMES:]
@@ -229,7 +229,7 @@ class Watchdog:
 
         states: what the kernel says of those ranks.
         """
-        processes = {rank: f"process {who[2]} on {who[0]}" for rank, who in enumerate(self._identities)}
+        processes = {rank: f"process {who.pid} on {who.host}" for rank, who in enumerate(self._identities)}
         error = RankLost(sentence(answers, states, processes))
         if is_first(self._failed, error):
             print(f"error: {error}\n{screen(answers)}", file=sys.stderr, flush=True)
