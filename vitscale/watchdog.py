@@ -35,6 +35,7 @@ BEAT_SECONDS = 2.0
 SILENT_SECONDS = 15.0  # after which a rank without a beat is one that does not answer
 ANSWER_SECONDS = 10.0  # for the stacks of all ranks
 STORE_TIMEOUT = datetime.timedelta(minutes=5)
+SEEN_TIMEOUT = datetime.timedelta(seconds=5)  # for all that answered to read that it is over
 FRAMES = 10  # of a stack, the innermost
 
 
@@ -177,7 +178,7 @@ class Watchdog:
             answers[rank] = Answer(places[rank], ())
             if store.check([f"kernel/{rank}"]):
                 states[rank] = store.get(f"kernel/{rank}").decode()
-        self._end(answers, states, lambda: store.set("over", json.dumps(list(states))))
+        self._end(answers, states, lambda: self._let_go(store, states))
 
     def _hand_in(self, store: Store) -> NoReturn:
         """What any other rank does after an alarm."""
@@ -185,8 +186,17 @@ class Watchdog:
         self._describe_others(store)
         with contextlib.suppress(RuntimeError):  # rank 0 is gone
             store.wait(["over"], datetime.timedelta(seconds=2 * ANSWER_SECONDS))
-            self._kill(json.loads(store.get("over")))
+            not_answering = json.loads(store.get("over"))
+            store.set(f"seen/{self._rank}", "")
+            self._kill(not_answering)
         os._exit(RankLost.status)
+
+    def _let_go(self, store: Store, states: Mapping[int, str]) -> None:
+        """Tell the other ranks that it is over: the store, which they read it in, ends with rank 0."""
+        store.set("over", json.dumps(list(states)))
+        seen = [f"seen/{rank}" for rank in self._ranks[1:] if rank not in states]
+        if seen:
+            store.wait(seen, SEEN_TIMEOUT)
 
     def _describe_others(self, store: Store) -> None:
         """For each rank of this machine, in case it cannot answer."""

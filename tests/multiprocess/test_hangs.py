@@ -25,6 +25,7 @@ def test_a_rank_that_waits_for_ever_is_named_with_its_place(
     assert ", in fall_asleep; 3 other ranks wait, in " in said["reason"]
     assert "  ranks 0, 2-3: 5 steps done, in 'step'\n" in job.output()
     assert "  rank 1: 5 steps done, in 'step'\n" in job.output() and " fall_asleep\n" in job.output()
+    assert "[c10d]" not in job.output(), job.output()  # the others have read that it is over
     # The same command resumes.
     assert zygote.train(job, 2, "total_steps=100000", event=Stop(batch=3)) == [75, 75], job.output()
 
