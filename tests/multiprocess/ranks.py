@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -127,6 +128,25 @@ class Sleep:
 
     def fall_asleep(self) -> None:
         time.sleep(1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Suspend:
+    """All ranks are suspended for some seconds as one of them begins its n-th batch."""
+
+    rank: int
+    batch: int
+    seconds: float
+
+    def arm(self) -> None:
+        if rank() == self.rank:
+            at_batch(self.batch, self._suspend)
+
+    def _suspend(self) -> None:
+        wake = f"sleep {self.seconds}; kill -CONT -{os.getpgrp()}"
+        subprocess.Popen(["sh", "-c", wake], start_new_session=True)
+        os.killpg(0, signal.SIGSTOP)
+        time.sleep(1)  # the rest of the batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import psutil
 import pytest
 from multiprocess.ends import launched, ranks_of, reached, read_status, wait_until
 from multiprocess.job import TIMEOUT_SECONDS, Job
-from multiprocess.ranks import Freeze, HungSave, Sleep, Stop
+from multiprocess.ranks import Freeze, HungSave, Sleep, Stop, Suspend
 from multiprocess.zygote import Zygote
 
 # A step and its data may take 6 s each. A rank does not answer if it is not heard for 15.
@@ -42,6 +42,14 @@ def test_a_stopped_rank_is_named_with_what_the_kernel_says_and_is_ended(
         f"the job hangs: rank {rank} (process " in said and "not answer; the kernel says: T (stopped)" in said
     )
     assert job.output().count("error: ") == 1, job.output()
+
+
+def test_a_job_that_was_suspended_for_longer_than_a_limit_goes_on(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    suspended = Suspend(rank=1, batch=5, seconds=8)
+    assert zygote.train(job, 2, "guard.step_minutes=0.1", event=suspended) == [0, 0], job.output()
 
 
 def test_a_file_server_that_hangs_neither_silences_nor_holds_the_job(
