@@ -20,17 +20,16 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 
 from vitscale import distributed
-from vitscale.errors import RankLost
+from vitscale.errors import RankLost, status_of
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOOK_SECONDS = 1.0
 # From the death of a rank on this machine to the end of this one. Usually a collective fails
 # before, and says more; on a GPU it may hang.
-GRACE_SECONDS = 5.0
+GRACE_SECONDS, CLOSING_SECONDS = 5.0, 60.0
 # A launcher passes on a Ctrl-C that the terminal has sent to this process already.
 SAME_KEY_SECONDS = 0.5
-INTERRUPTED = 130
 NOTE_SECONDS = 5.0  # for the note of why the job ends: its file server may be what hangs
 
 
@@ -45,12 +44,13 @@ class Watch:
 
     If another rank of this machine dies, this one ends too: by the failure of a collective or,
     GRACE_SECONDS later, from here. failed(error) then says whether this rank tells the cause.
+    failing: this rank has failed, too, and has CLOSING_SECONDS to close what it has open.
     """
 
     def __init__(self, failed: Callable[[BaseException], bool], stop_file: Path | None = None) -> None:
         self.asked = False
         self.reason = ""
-        self.by_file = False
+        self.by_file = self.failing = False
         self._stop_file = stop_file if distributed.is_main() else None
         self._waiting_since, self._interrupting = 0.0, False
         self._waiter = threading.get_ident()
@@ -150,8 +150,8 @@ class Watch:
                 signal.pthread_kill(self._waiter, signal.SIGTERM)  # runs _handle in the waiting thread
             if error := self.lost():
                 dead_since = dead_since or time.monotonic()
-                if time.monotonic() - dead_since > GRACE_SECONDS:
-                    self._end(error, error.status)
+                if time.monotonic() - dead_since > (CLOSING_SECONDS if self.failing else GRACE_SECONDS):
+                    self._end(error)
 
     def _handle(self, *_: object) -> None:
         if self._interrupting and self._waiting_since:
@@ -162,14 +162,14 @@ class Watch:
             now = time.monotonic()
             self._interrupts.append(now)
             if now - self._interrupts[0] > SAME_KEY_SECONDS:
-                self._end(KeyboardInterrupt("ended by a second Ctrl-C, without a save"), INTERRUPTED)
+                self._end(KeyboardInterrupt("ended by a second Ctrl-C, without a save"))
         if number in SIGNALS:
             self._ask("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
-    def _end(self, error: BaseException, status: int) -> None:
+    def _end(self, error: BaseException) -> None:
         if is_first(self._failed, error):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(status)
+        os._exit(status_of(error))
 
     def _ask(self, reason: str) -> None:
         self.ask(f"{reason} (rank {distributed.rank()})")
