@@ -1,8 +1,11 @@
-"""Which processes above a rank are its launcher, and whether they are still there."""
+"""Which processes are still there, above a rank and beside it, and what asks a rank to stop."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -73,3 +76,42 @@ def test_an_orphan_has_lost_its_launcher() -> None:
         child.kill()
         child.wait()
         assert not watch.intact(ancestry)
+
+
+def test_a_step_of_the_clock_makes_no_dead_of_the_living(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    process = psutil.Process(child.pid)
+    lines = Path("/proc/stat").read_text().splitlines()
+    boot_time = next(line for line in lines if line.startswith("btime "))
+    (tmp_path / "stat").write_text(f"btime {int(boot_time.split()[1]) + 1}\n")
+    (tmp_path / str(child.pid)).symlink_to(f"/proc/{child.pid}")
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    assert watch.lives(process)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not watch.lives(process)  # a zombie
+    child.wait()
+    assert not watch.lives(process)
+
+
+def test_a_look_for_the_stop_file_that_fails_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.01)
+    before = {number: signal.getsignal(number) for number in watch.SIGNALS}
+    stop_file = tmp_path / "stop"
+    stop_file.symlink_to("x" * 300)  # OSError: File name too long
+    try:
+        with watch.Watch(lambda _: True, stop_file) as watching:
+            time.sleep(0.1)
+            stop_file.unlink()
+            stop_file.touch()
+            deadline = time.monotonic() + 5
+            while not watching.asked and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert watching.by_file
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

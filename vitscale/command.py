@@ -5,22 +5,16 @@ without one: a rank that was lost, or our bug, which keeps its traceback. Other 
 program's own.
 """
 
-import errno
 import logging
 import os
 import sys
 from collections.abc import Callable
 
 from vitscale import distributed
-from vitscale.errors import Told, UserError, killed_worker
+from vitscale.errors import FAILED, MISTAKE, Told, UserError, killed_worker, status_of
 from vitscale.redaction import redact
 
-FAILED, MISTAKE, INTERRUPTED, NO_READER = 1, 2, 130, 1
-# What a disk, a path or a limit refuses: the user fixes it outside of the program.
-_USERS_ERRNOS = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
-    errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EMFILE,
-)  # fmt: skip
+NO_READER = 1
 
 
 def run(program: Callable[[], int]) -> int:
@@ -38,7 +32,7 @@ def run(program: Callable[[], int]) -> int:
     except UserError as error:
         if rank == 0 or not error.shared:
             print(f"error: {error}", file=sys.stderr)
-        return error.status
+        return status_of(error)
     except Told:
         return FAILED
     except RuntimeError as error:
@@ -47,14 +41,14 @@ def run(program: Callable[[], int]) -> int:
             raise
         print(f"error: {killed}", file=sys.stderr)
         return killed.status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("stopped; nothing is left half written, and the same command continues", file=sys.stderr)
-        return INTERRUPTED
+        return status_of(error)
     except BrokenPipeError:  # the reader of our output (head, less) has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
     except OSError as error:
-        if error.errno not in _USERS_ERRNOS:
+        if status_of(error) != MISTAKE:
             raise
         where = redact(str(error.filename or "writing"))
         print(

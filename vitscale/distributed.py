@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import resource
 import socket
 import sys
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vitscale import errors, open_files, rendezvous, slurm
-from vitscale.errors import ConfigError, StoreError, UserError
+from vitscale.errors import ConfigError, RankLost, StoreError, UserError
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ def initialize(*, gpu: bool = True) -> None:
     """Join the process group: NCCL with a GPU, gloo without. Every process calls it.
 
     gpu: whether a GPU is used if there is one. A second call does nothing. Raises ConfigError
-    for a launch that cannot work.
+    for a launch that cannot work, and RankLost if ranks do not come.
     """
     if dist.is_initialized():
         return
@@ -64,7 +65,12 @@ def initialize(*, gpu: bool = True) -> None:
         else:
             dist.init_process_group("gloo", timeout=JOIN_TIMEOUT, **where)
         wait_longer()
-    except dist.DistNetworkError as error:
+    except dist.DistError as error:
+        if found := re.search(r"(\d+)/(\d+) clients joined", str(error)):
+            raise RankLost(
+                f"{found[1]} of {found[2]} ranks came within {JOIN_TIMEOUT.seconds // 60} minutes; the logs "
+                "of the other hosts may say why, and the same command tries again"
+            ) from None
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ["MASTER_PORT"]
@@ -392,10 +398,3 @@ def _raise_shared(failure: list[str] | None) -> None:
     if failure:
         kind, message = failure
         raise getattr(errors, kind)(message, shared=True)
-
-
-def free_port() -> int:
-    """A TCP port of this machine that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -11,7 +11,8 @@
     failed      `reason` says why
 
 exit_status is that of the rank, before a launcher makes another of it; null while it runs. Of a
-run that failed it is 2 where the user must fix something, and else 1: a rank was lost.
+run that failed it is 2 where the user must fix something, 130 after a second Ctrl-C, and else
+1: a rank was lost.
 
 Schedulers decide by this file: launchers return 0, 1, 143 and others for the same end.
 """
@@ -27,13 +28,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitscale import atomic, distributed
-from vitscale.errors import RankLost, Told, UserError, killed_worker
+from vitscale.errors import FAILED, RankLost, Told, UserError, killed_worker, status_of
 from vitscale.progress import Progress
 
 STATUS_NAME = "status.json"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 PREEMPTED = 75
-FAILED = 1
 _CAUSE = ".cause-"
 # For how long to look for a dead rank once a connection is lost.
 DEATH_SECONDS = 1.0
@@ -62,6 +62,7 @@ class Ending:
         self.lost: Callable[[float], RankLost | None] = lambda _: None
         self._folder, self._total_steps = Path(run_dir), total_steps
         self._token = ""
+        self._noted: tuple[BaseException, bool] | None = None
 
     def __enter__(self) -> "Ending":
         self._token = distributed.on_main(self._begin)
@@ -70,22 +71,37 @@ class Ending:
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         if error is None:
             return
-        cause = self._cause(error)
-        if not self.failed(cause) and not _is_shared(cause):
+        cause, tells = self.note(error)
+        if not tells and not _is_shared(cause):
             raise Told from error
         if cause is not error:
             raise cause from error
+
+    def note(self, error: BaseException) -> tuple[BaseException, bool]:
+        """Note that this rank fails; later errors are taken for consequences of the first one.
+
+        Returns what a user should read, and whether this rank tells it.
+        """
+        if not self._noted:
+            cause = self._cause(error)
+            self._noted = cause, self.failed(cause)
+        return self._noted
 
     def ended(self, state: State, reason: str = "") -> None:
         """Write how the run ended; every rank calls it, and rank 0 writes."""
         distributed.on_main(lambda: self._write(state, reason))
 
     def failed(self, error: BaseException) -> bool:
-        """Whether this is the first failure of any rank; it is then written."""
-        first = distributed.is_main() if _is_shared(error) else self._is_first()
+        """Whether this is the first failure of any rank; it is then written.
+
+        What all ranks raise alike is the first on rank 0, if on any, whichever notes it first.
+        """
+        first = self._is_first()
+        if _is_shared(error):
+            first = distributed.is_main()
         if first:
             with contextlib.suppress(OSError):  # a full disk may be the very cause
-                self._write("failed", _sentence(error), _status_of(error))
+                self._write("failed", _sentence(error), status_of(error))
         return first
 
     def _begin(self) -> str:
@@ -147,10 +163,6 @@ def write(
         "time": time.strftime(TIME_FORMAT),
     }
     atomic.write(folder / STATUS_NAME, json.dumps(values, indent=1).encode() + b"\n")
-
-
-def _status_of(error: BaseException) -> int:
-    return error.status if isinstance(error, UserError) else FAILED
 
 
 def _is_shared(error: BaseException) -> bool:

@@ -4,7 +4,16 @@ Every message is one sentence that says what is wrong, where, which rule it brea
 write instead. command.py prints it. Only our own bugs end with a traceback.
 """
 
+import errno
+
 from vitscale.redaction import redact
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+# What a disk, a path or a limit refuses: the user fixes it outside of the program.
+_USERS_ERRNOS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
+    errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EMFILE,
+)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -15,7 +24,7 @@ class UserError(ValueError):
     The secrets in URLs are taken out of the message.
     """
 
-    status = 2
+    status = MISTAKE
 
     def __init__(self, message: str, *, shared: bool = False) -> None:
         super().__init__(redact(message))
@@ -49,7 +58,7 @@ class Diverged(UserError):
 class RankLost(UserError):
     """Another rank that has died or does not answer, though config and data may be right."""
 
-    status = 1
+    status = FAILED
 
 
 def killed_worker(error: BaseException, rank: int) -> BusyError | None:
@@ -67,3 +76,12 @@ def killed_worker(error: BaseException, rank: int) -> BusyError | None:
 
 class Told(Exception):
     """Raised on a rank that fails because another one did, which has printed the cause."""
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a program that an error ends."""
+    if isinstance(error, UserError):
+        return error.status
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return MISTAKE if isinstance(error, OSError) and error.errno in _USERS_ERRNOS else FAILED

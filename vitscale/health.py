@@ -1,8 +1,10 @@
 """Whether a run is still sound: finite losses and gradients, and no skipped steps.
 
 A step whose gradients are not finite is skipped: the weights stay as they are. In fp16 single
-skipped steps are how the loss scale is found, and no sign of trouble.
+skipped steps are how the loss scale is found, and no sign of trouble while it can still fall.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -31,15 +33,17 @@ class Health:
 
     def add(self, loss: Tensor) -> None:
         """Count a step of this mean loss. Nothing is read from a GPU."""
-        counters, scaled = self._engine.counters, bool(self._engine.loss_scaler)
+        counters, scaler = self._engine.counters, self._engine.loss_scaler
+        # In fp16, a scale that can still fall may be what was wrong.
+        may_fall = scaler.get("cur_scale", 0.0) > scaler.get("min_scale", math.inf)
         skipped = counters.skipped_steps > self._num_skipped
         self._num_skipped = counters.skipped_steps
         if not skipped:
             self._in_a_row = 0
             self._not_finite |= ~(torch.isfinite(loss) & torch.isfinite(self._engine.grad_norm()))
             return
-        self._skipped = self._skipped or not scaled
-        if counters.updates or not scaled:  # fp16 begins with a scale that is too high
+        self._skipped = self._skipped or not may_fall
+        if counters.updates or not may_fall:  # fp16 begins with a scale that is too high
             self._in_a_row += 1
 
     def since_last_save(self) -> bool:

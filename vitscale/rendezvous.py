@@ -60,3 +60,10 @@ def address_here() -> str:
     with socket.create_connection((address, port)) as connection:
         here, there = connection.getsockname()[0], connection.getpeername()[0]
     return address if here == there else here  # the same: the agents' store is on this machine
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

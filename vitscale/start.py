@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.data.quarantine import Quarantine
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
-from vitscale.errors import ConfigError
+from vitscale.errors import CheckpointError, ConfigError
 from vitscale.evals import open_task
 from vitscale.evals.task import Task
 from vitscale.job import Job
@@ -188,8 +188,17 @@ def initial_values(config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
     saved, names = distributed.together(lambda: _open_backbone(path, slot, config))
     if distributed.is_main():
         logger.info("initialising %d tensors from %s (step %d)", len(names), saved.path, saved.step)
-    backbone = ((name, transferred(name, saved.tensor(name), saved.config, config.model)) for name in names)
-    return itertools.chain(from_seed, backbone)
+    return itertools.chain(from_seed, _backbone(saved, names, config))
+
+
+def _backbone(saved: SavedModel, names: Sequence[str], config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        tensor = saved.tensor(name)
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{saved.path}: {name} has values that are not finite; give [init] an earlier checkpoint"
+            )
+        yield name, transferred(name, tensor, saved.config, config.model)
 
 
 def _open_backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedModel, list[str]]:

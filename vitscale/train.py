@@ -32,7 +32,7 @@ from vitscale.profiler import Profiler
 from vitscale.progress import Due, Phases, Progress
 from vitscale.run_dir import claimed, note_refusal, write_config
 from vitscale.schedule import learning_rate
-from vitscale.start import Run, enough_memory, open_tasks, started
+from vitscale.start import Run, Tasks, enough_memory, open_tasks, started
 from vitscale.step import skipped_step, train_step
 from vitscale.teacher import Teacher
 from vitscale.train_config import TrainConfig
@@ -71,20 +71,12 @@ def train(config: TrainConfig, began: float | None = None) -> int:
         Watchdog(config.guard.limit_seconds(), watch, ending.failed) as watchdog,
     ):
         ending.lost = watch.lost
-        ledger, rolled_back = Ledger(config.run_dir, began, writes=distributed.is_main()), None
-        while True:
-            watchdog.starting()
+        ledger, done = Ledger(config.run_dir, began, writes=distributed.is_main()), None
+        rolled_back = None
+        while done is None:
+            gc.collect()  # the engine that was rolled back is gone before there is another one
             try:
-                with (
-                    started(job, tasks, rolled_back) as run,
-                    Profiler(config, run.progress) as profiler,
-                ):
-                    ending.progress = run.progress
-                    watchdog.ready(run.progress)
-                    phases = Phases(watchdog, ledger, profiler)
-                    with processes.no_garbage_collection():
-                        done = loop(run, watch, phases, ledger)
-                break
+                done = attempt(job, tasks, rolled_back, ending, watch, watchdog, ledger)
             except RolledBack:
                 rolled_back = ending.progress
                 ledger.rolled_back()
@@ -95,6 +87,39 @@ def train(config: TrainConfig, began: float | None = None) -> int:
         if not done:
             distributed.on_main(lambda: stop_file.unlink(missing_ok=True))
     return 0 if done else PREEMPTED
+
+
+def attempt(
+    job: Job,
+    tasks: Tasks,
+    rolled_back: Progress | None,
+    ending: Ending,
+    watch: Watch,
+    watchdog: Watchdog,
+    ledger: Ledger,
+) -> bool:
+    """Start the run and train; every rank calls it. Nothing of the run outlives the call.
+
+    rolled_back: where it was before it was rolled back; None = it was not. Returns what loop
+    returns, and raises what loop raises.
+    """
+    watchdog.starting()
+    with (
+        started(job, tasks, rolled_back) as run,
+        Profiler(job.config, run.progress) as profiler,
+    ):
+        ending.progress = run.progress
+        watchdog.ready(run.progress)
+        phases = Phases(watchdog, ledger, profiler)
+        try:
+            with processes.no_garbage_collection():
+                return loop(run, watch, phases, ledger)
+        except RolledBack:
+            raise
+        except BaseException as error:  # at once: what the run has open may take long to close
+            watch.failing = True
+            ending.note(error)
+            raise
 
 
 def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
@@ -181,7 +206,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
             metrics.write(step, cost)
         if due.evaluate:
             with phases("evaluate"):
-                going_on = evaluate(run, due.evaluate, watch)
+                going_on = not stopping and evaluate(run, due.evaluate, watch)
             if not going_on:
                 due = due_after(at.step, job, stopping=True)
         is_best = best_so_far(run, due.evaluate)

@@ -4,6 +4,7 @@ A thread looks once a second, and at once when a signal comes: also while the tr
 collective, where Python's own handlers would not run.
 """
 
+import contextlib
 import itertools
 import os
 import select
@@ -14,50 +15,53 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
 from vitscale import distributed
-from vitscale.errors import RankLost
+from vitscale.errors import RankLost, status_of
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOOK_SECONDS = 1.0
 # From the death of a rank on this machine to the end of this one. Usually a collective fails
 # before, and says more; on a GPU it may hang.
-GRACE_SECONDS = 5.0
+GRACE_SECONDS, CLOSING_SECONDS = 5.0, 60.0
 # A launcher passes on a Ctrl-C that the terminal has sent to this process already.
 SAME_KEY_SECONDS = 0.5
-INTERRUPTED = 130
+NOTE_SECONDS = 5.0  # for the note of why the job ends: its file server may be what hangs
 
 
 class Watch:
     """Within the block, what should stop the run is noted; every rank enters it.
 
     identities: of the processes of all ranks.
+    peers: the processes of the other ranks of this machine; None = it was dead at the start.
     asked: whether to save and end. SIGTERM, SIGUSR1 and Ctrl-C ask for it, and so do the
     disappearance of a launcher and a file stop_file, which rank 0 looks for (by_file). A second
     Ctrl-C ends the process at once.
 
     If another rank of this machine dies, this one ends too: by the failure of a collective or,
     GRACE_SECONDS later, from here. failed(error) then says whether this rank tells the cause.
+    failing: this rank has failed, too, and has CLOSING_SECONDS to close what it has open.
     """
 
     def __init__(self, failed: Callable[[BaseException], bool], stop_file: Path | None = None) -> None:
         self.asked = False
         self.reason = ""
-        self.by_file = False
+        self.by_file = self.failing = False
         self._stop_file = stop_file if distributed.is_main() else None
         self._waiting_since, self._interrupting = 0.0, False
         self._waiter = threading.get_ident()
         self._failed = failed
         self._ancestry = launcher_ancestry()
-        self.identities: list[Identity] = distributed.gather_json(_identity())
-        self._peers = {
-            rank: process
-            for rank, process in enumerate(self.identities)
-            if process[:2] == _identity()[:2] and rank != distributed.rank()
+        self.identities = [Identity(*values) for values in distributed.gather_json(_identity())]
+        here = self.identities[distributed.rank()]
+        self.peers = {
+            rank: _process(identity.pid)
+            for rank, identity in enumerate(self.identities)
+            if identity[:-1] == here[:-1] and identity != here
         }
         self._interrupts: list[float] = []
         self._previous: dict[int, Any] = {}
@@ -114,9 +118,9 @@ class Watch:
         """
         deadline = time.monotonic() + wait_seconds
         while True:
-            dead = {rank: peer for rank, peer in self._peers.items() if not lives(peer)}
+            dead = [rank for rank, peer in self.peers.items() if not lives(peer)]
             if dead:
-                who = ", ".join(f"rank {rank} (process {peer[2]})" for rank, peer in dead.items())
+                who = ", ".join(f"rank {rank} (process {self.identities[rank].pid})" for rank in dead)
                 died = "has died" if len(dead) == 1 else "have died"
                 return RankLost(
                     f"{who} on {socket.gethostname()} {died}: killed, perhaps for lack of memory, or "
@@ -136,17 +140,18 @@ class Watch:
                     self._take(number)
             if not self.asked and not intact(self._ancestry):
                 self._ask("the launcher is gone")
-            if not self.asked and self._stop_file and self._stop_file.exists():
-                self.by_file = True
-                self._ask(f"the file {self._stop_file}")
+            with contextlib.suppress(OSError):  # of a file server, which may answer the next look
+                if not self.asked and self._stop_file and self._stop_file.exists():
+                    self.by_file = True
+                    self._ask(f"the file {self._stop_file}")
             since = self._waiting_since
             if self.asked and since and time.monotonic() - since > LOOK_SECONDS:
                 self._interrupting = True
                 signal.pthread_kill(self._waiter, signal.SIGTERM)  # runs _handle in the waiting thread
             if error := self.lost():
                 dead_since = dead_since or time.monotonic()
-                if time.monotonic() - dead_since > GRACE_SECONDS:
-                    self._end(error, error.status)
+                if time.monotonic() - dead_since > (CLOSING_SECONDS if self.failing else GRACE_SECONDS):
+                    self._end(error)
 
     def _handle(self, *_: object) -> None:
         if self._interrupting and self._waiting_since:
@@ -157,38 +162,62 @@ class Watch:
             now = time.monotonic()
             self._interrupts.append(now)
             if now - self._interrupts[0] > SAME_KEY_SECONDS:
-                self._end(KeyboardInterrupt("ended by a second Ctrl-C, without a save"), INTERRUPTED)
+                self._end(KeyboardInterrupt("ended by a second Ctrl-C, without a save"))
         if number in SIGNALS:
             self._ask("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
-    def _end(self, error: BaseException, status: int) -> None:
-        if self._failed(error):
+    def _end(self, error: BaseException) -> None:
+        if is_first(self._failed, error):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(status)
+        os._exit(status_of(error))
 
     def _ask(self, reason: str) -> None:
         self.ask(f"{reason} (rank {distributed.rank()})")
+
+
+def is_first(failed: Callable[[BaseException], bool], error: BaseException) -> bool:
+    """failed(error), or True after NOTE_SECONDS without one: rather told twice than never."""
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(failed(error)), daemon=True)
+    thread.start()
+    thread.join(NOTE_SECONDS)
+    return all(answers)
 
 
 class _Interrupted(BaseException):
     """Breaks off what the trainer waits for; no `except Exception` on its way catches it."""
 
 
-# (host, its namespace of process ids, process id, when it was started)
-Identity = list[Any]
+class Identity(NamedTuple):
+    """Which process a rank is. boot_id: of the machine; two may have the same name."""
+
+    host: str
+    boot_id: str
+    pid_namespace: str
+    pid: int
 
 
 def _identity() -> Identity:
-    namespace = os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""
-    return [socket.gethostname(), namespace, os.getpid(), psutil.Process().create_time()]
+    boot_id, namespace = "", ""
+    if sys.platform == "linux":
+        namespace = os.readlink("/proc/self/ns/pid")
+        with contextlib.suppress(OSError):  # a sandbox may hide it
+            boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Identity(socket.gethostname(), boot_id, namespace, os.getpid())
 
 
-def lives(identity: Identity) -> bool:
-    """Whether a process of this machine runs."""
-    *_, pid, created = identity
+def _process(pid: int) -> psutil.Process | None:
+    """A process of this machine; None if there is none."""
     try:
-        process = psutil.Process(pid)
-        return process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def lives(process: psutil.Process | None) -> bool:
+    """Whether it runs: neither its end nor a step of the clock makes another process of it."""
+    try:
+        return bool(process and process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

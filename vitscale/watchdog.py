@@ -29,13 +29,34 @@ from vitscale import distributed, rendezvous
 from vitscale.errors import RankLost
 from vitscale.hang import Answer, Place, screen, sentence, waited_for
 from vitscale.progress import Progress
-from vitscale.watch import Watch, lives
+from vitscale.watch import Watch, is_first, lives
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 15.0  # after which a rank without a beat is one that does not answer
+ASLEEP_SECONDS = 6.0  # without any thread of a rank at work, after which it counts as suspended
 ANSWER_SECONDS = 10.0  # for the stacks of all ranks
 STORE_TIMEOUT = datetime.timedelta(minutes=5)
+SEEN_TIMEOUT = datetime.timedelta(seconds=5)  # for all that answered to read that it is over
 FRAMES = 10  # of a stack, the innermost
+
+
+class AwakeClock:
+    """The seconds in which this process was not suspended (by SIGSTOP, Ctrl-Z, a scheduler).
+
+    Some thread has to read it every BEAT_SECONDS. For example, read at 10, 12, 312 (after five
+    minutes of scontrol suspend) and 314 s, it shows 10, 12, 12 and 14.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._read, self._asleep = time.monotonic(), 0.0
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = time.monotonic()
+            gap, self._read = now - self._read, now
+            self._asleep += gap if gap > ASLEEP_SECONDS else 0.0
+            return now - self._asleep
 
 
 class Watchdog:
@@ -50,13 +71,13 @@ class Watchdog:
         self, limits: Mapping[str, float], watch: Watch, failed: Callable[[BaseException], bool]
     ) -> None:
         self._limits, self._watch, self._failed = limits, watch, failed
-        self._identities = watch.identities
+        self._identities, self._peers = watch.identities, watch.peers
         self._trainer = threading.get_ident()
-        self._closing = threading.Event()
+        self._closing, self._clock = threading.Event(), AwakeClock()
         self.starting()
         self._rank, self._ranks = distributed.rank(), range(distributed.world_size())
         self._store = _open_store() if len(self._ranks) > 1 else None
-        self._heard = dict.fromkeys(self._ranks, time.monotonic())  # when a rank's last beat was read
+        self._heard = dict.fromkeys(self._ranks, self._clock())  # when a rank's last beat was read
         self._beats: dict[int, list[Any]] = {}
 
     def __enter__(self) -> "Watchdog":
@@ -93,19 +114,19 @@ class Watchdog:
         self._now = (
             self._progress.step,
             phase,
-            time.monotonic(),
+            self._clock(),
             self._limits["start" if is_first else phase],
         )
 
     def place(self) -> Place:
         """Where this rank is."""
         step, phase, since, limit = self._now
-        return Place(step, phase, time.monotonic() - since, limit)
+        return Place(step, phase, self._clock() - since, limit)
 
     def _look(self) -> None:
         """The thread that needs no other rank: of a rank alone, or one that is left alone."""
         while not self._closing.wait(BEAT_SECONDS):
-            place, silence = self.place(), time.monotonic() - self._heard[0]
+            place, silence = self.place(), self._clock() - self._heard[0]
             if place.seconds <= place.limit:
                 continue
             if not self._store:
@@ -142,13 +163,13 @@ class Watchdog:
     def _last_place(self, rank: int) -> Place:
         """Where a rank was at its last beat, with the time since then."""
         place = Place(*self._beats[rank][1]) if rank in self._beats else self.place()
-        return place._replace(seconds=place.seconds + time.monotonic() - self._heard[rank])
+        return place._replace(seconds=place.seconds + self._clock() - self._heard[rank])
 
     def _tell(self, store: Store, number: int) -> None:
         store.set(f"place/{self._rank}", json.dumps([number, self.place()]))
 
     def _hear(self, store: Store, ranks: Sequence[int]) -> None:
-        now = time.monotonic()
+        now = self._clock()
         for rank, text in zip(ranks, store.multi_get([f"place/{rank}" for rank in ranks]), strict=True):
             beat = json.loads(text)
             if beat != self._beats.get(rank):
@@ -156,7 +177,7 @@ class Watchdog:
 
     def _judge(self, store: Store) -> None:
         """Rank 0 raises the alarm if the job hangs, and ends it."""
-        now = time.monotonic()
+        now = self._clock()
         places = {rank: self._last_place(rank) for rank in self._ranks}
         silent = [rank for rank in self._ranks if now - self._heard[rank] > SILENT_SECONDS]
         if not waited_for(places, silent):
@@ -164,9 +185,9 @@ class Watchdog:
         store.set("alarm", "")
         answers = {0: self._answer()}
         self._describe_others(store)
-        deadline = time.monotonic() + ANSWER_SECONDS
+        deadline = self._clock() + ANSWER_SECONDS
         missing = [rank for rank in self._ranks[1:] if rank not in silent]
-        while missing and time.monotonic() < deadline:
+        while missing and self._clock() < deadline:
             for rank in [rank for rank in missing if store.check([f"answer/{rank}"])]:
                 values, stack = json.loads(store.get(f"answer/{rank}"))
                 answers[rank] = Answer(Place(*values), tuple(stack))
@@ -177,7 +198,7 @@ class Watchdog:
             answers[rank] = Answer(places[rank], ())
             if store.check([f"kernel/{rank}"]):
                 states[rank] = store.get(f"kernel/{rank}").decode()
-        self._end(answers, states, lambda: store.set("over", json.dumps(list(states))))
+        self._end(answers, states, lambda: self._let_go(store, states))
 
     def _hand_in(self, store: Store) -> NoReturn:
         """What any other rank does after an alarm."""
@@ -185,8 +206,17 @@ class Watchdog:
         self._describe_others(store)
         with contextlib.suppress(RuntimeError):  # rank 0 is gone
             store.wait(["over"], datetime.timedelta(seconds=2 * ANSWER_SECONDS))
-            self._kill(json.loads(store.get("over")))
+            not_answering = json.loads(store.get("over"))
+            store.set(f"seen/{self._rank}", "")
+            self._kill(not_answering)
         os._exit(RankLost.status)
+
+    def _let_go(self, store: Store, states: Mapping[int, str]) -> None:
+        """Tell the others that it is over, and wait for them: the store ends with rank 0."""
+        store.set("over", json.dumps(list(states)))
+        seen = [f"seen/{rank}" for rank in self._ranks[1:] if rank not in states]
+        if seen:
+            store.wait(seen, SEEN_TIMEOUT)
 
     def _describe_others(self, store: Store) -> None:
         """For each rank of this machine, in case it cannot answer."""
@@ -196,11 +226,11 @@ class Watchdog:
 
     def _kernel_state(self, rank: int) -> str:
         """What the kernel says of a rank's process; "" if it is on another machine."""
-        *where, pid, _ = self._identities[rank]
-        if where != self._identities[self._rank][:2]:
+        if rank not in self._peers:
             return ""
-        if not lives(self._identities[rank]):
+        if not lives(self._peers[rank]):
             return "dead"
+        pid = self._identities[rank].pid
         with contextlib.suppress(OSError):
             status = Path(f"/proc/{pid}/status").read_text()
             state = next(line.split(None, 1)[1] for line in status.splitlines() if line.startswith("State:"))
@@ -212,11 +242,10 @@ class Watchdog:
         for rank in ranks:
             if self._kernel_state(rank) not in ("", "dead"):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._identities[rank][2], signal.SIGKILL)
+                    os.kill(self._identities[rank].pid, signal.SIGKILL)
 
     def _answer(self) -> Answer:
-        frame = sys._current_frames().get(self._trainer)
-        frames = traceback.extract_stack(frame)[-FRAMES:] if frame else []
+        frames = _stack(self._trainer)[-FRAMES:]
         lines = (f"{'/'.join(Path(f.filename).parts[-3:])}:{f.lineno} {f.name}" for f in frames)
         return Answer(self.place(), tuple(lines))
 
@@ -230,14 +259,25 @@ class Watchdog:
 
         states: what the kernel says of those ranks.
         """
-        processes = {rank: f"process {who[2]} on {who[0]}" for rank, who in enumerate(self._identities)}
+        processes = {rank: f"process {who.pid} on {who.host}" for rank, who in enumerate(self._identities)}
         error = RankLost(sentence(answers, states, processes))
-        if self._failed(error):
+        if is_first(self._failed, error):
             print(f"error: {error}\n{screen(answers)}", file=sys.stderr, flush=True)
         with contextlib.suppress(RuntimeError):
             told()
         self._kill(list(states))
         os._exit(error.status)
+
+
+def _stack(thread: int) -> list[traceback.FrameSummary]:
+    """The stack of a thread, outermost first, followed by that of the thread that it joins."""
+    innermost = sys._current_frames().get(thread)
+    if not innermost:
+        return []
+    for frame in (innermost, innermost.f_back):  # join is one of the two, by the version of Python
+        if frame and frame.f_code is threading.Thread.join.__code__:
+            return [*traceback.extract_stack(frame), *_stack(frame.f_locals["self"].ident)]
+    return traceback.extract_stack(innermost)
 
 
 def _open_store() -> Store:

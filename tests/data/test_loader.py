@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import torch
 from make import jpeg, write_index, write_tar
 from torch.utils.data import DataLoader, IterableDataset
 
+from vitscale.data import loader
 from vitscale.data.data_config import DataConfig, SourceConfig
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
@@ -404,3 +406,21 @@ def test_a_thread_ends_with_the_caller_that_stops_early() -> None:
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "batches"]
     items.close()
     assert not thread.is_alive()
+
+
+class Endless(IterableDataset[int]):
+    """One item, and then a read that does not end."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield 0
+        time.sleep(1e6)
+
+
+def test_workers_in_the_midst_of_a_read_hold_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "KILLING_SECONDS", 0.1)
+    parts = iter(DataLoader(Endless(), batch_size=None, num_workers=2, worker_init_fn=prepare_worker))
+    assert [next(parts), next(parts)] == [0, 0]
+    workers, began = parts._workers, time.monotonic()  # type: ignore[attr-defined]
+    loader._end_workers(parts)
+    assert time.monotonic() - began < 5  # the loader waits 10 s for each
+    assert [worker.exitcode for worker in workers] == [-9, -9]

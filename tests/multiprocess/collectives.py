@@ -1,5 +1,6 @@
 """What the ranks of test_collectives.py do."""
 
+import datetime
 import json
 import os
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vitscale import distributed, errors
+from vitscale import command, distributed, errors
 from vitscale.checkpoint import load
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.store import Home
@@ -30,6 +31,13 @@ def fail(folder: Path, way: str, kind: str, failing: int) -> None:
     except UserError as error:
         result = {"kind": type(error).__name__, "message": str(error), "shared": error.shared}
     (folder / f"{distributed.rank()}.json").write_text(json.dumps(result))
+
+
+def join_alone(world_size: int) -> int:
+    """Join a job of that many ranks whose others do not come."""
+    os.environ["WORLD_SIZE"] = str(world_size)
+    distributed.JOIN_TIMEOUT = datetime.timedelta(seconds=0.5)
+    return command.run(lambda: distributed.initialize() or 0)
 
 
 def agree(folder: Path) -> None:

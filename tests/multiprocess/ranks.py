@@ -7,9 +7,11 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -22,8 +24,10 @@ from weights.foreign_models import import_timm
 from launch.train import main
 from tools.evaluate import main as evaluate_main
 from vitscale import config as configs
-from vitscale import distributed
-from vitscale.checkpoint.save import THREAD_NAME
+from vitscale import distributed, watch
+from vitscale.checkpoint import snapshot
+from vitscale.checkpoint.save import THREAD_NAME, Saver
+from vitscale.ending import Ending
 from vitscale.engine import zero
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.engine import Engine
@@ -125,6 +129,75 @@ class Sleep:
 
     def fall_asleep(self) -> None:
         time.sleep(1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class CountOldWeights:
+    """A line for each new engine: how many weights of earlier ones live. And an event."""
+
+    event: Event
+
+    def arm(self) -> None:
+        old: list[weakref.ref[torch.Tensor]] = []
+
+        def count(frame: FrameType) -> None:
+            print(f"old weights: {sum(ref() is not None for ref in old)} of {len(old)}", flush=True)
+            old.extend(weakref.ref(param) for param in frame.f_locals["module"].parameters())
+
+        at_frames(Engine.__init__, count)
+        self.event.arm()
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowToClose:
+    """One rank needs long to close what it has open, after another event.
+
+    A rank that finds the other one dead meanwhile is ended sooner than in life.
+    """
+
+    rank: int
+    event: Event
+
+    def arm(self) -> None:
+        self.event.arm()
+        watch.LOOK_SECONDS = watch.GRACE_SECONDS = 0.05
+        if rank() == self.rank:
+            at_calls(Saver.__exit__, lambda _: time.sleep(5))
+
+
+@dataclasses.dataclass(frozen=True)
+class Suspend:
+    """All ranks are suspended for some seconds as one of them begins its n-th batch."""
+
+    rank: int
+    batch: int
+    seconds: float
+
+    def arm(self) -> None:
+        if rank() == self.rank:
+            at_batch(self.batch, self._suspend)
+
+    def _suspend(self) -> None:
+        wake = f"sleep {self.seconds}; kill -CONT -{os.getpgrp()}"
+        subprocess.Popen(["sh", "-c", wake], start_new_session=True)
+        os.killpg(0, signal.SIGSTOP)
+        time.sleep(1)  # the rest of the batch
+
+
+@dataclasses.dataclass(frozen=True)
+class HungSave:
+    """A file server no longer answers: one rank as it writes a checkpoint, any as it ends."""
+
+    rank: int
+
+    def arm(self) -> None:
+        hangs = [Ending._is_first, *[snapshot._write_file] * (rank() == self.rank)]
+
+        def stall(frame: FrameType, event: str, _: Any) -> None:
+            if event == "call" and frame.f_code in [function.__code__ for function in hangs]:
+                time.sleep(1e6)
+
+        threading.setprofile(stall)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from make import edit_manifest, state_of, write_step
-from multiprocess.collectives import agree, fail, find, gather
+from multiprocess.collectives import agree, fail, find, gather, join_alone
 from multiprocess.zygote import Zygote
 
 
@@ -36,6 +36,13 @@ def test_without_a_mistake_each_rank_gets_its_result_or_that_of_rank_0(
 ) -> None:
     assert results(zygote, tmp_path, "on_main", "ConfigError", 5) == [[0, 7], [0, 7]]
     assert results(zygote, tmp_path, "together", "ConfigError", 5) == [[0, 7], [1, 7]]
+
+
+def test_ranks_that_do_not_come_are_counted_in_one_sentence(tmp_path: Path, zygote: Zygote) -> None:
+    log = tmp_path / "log"
+    assert zygote.run(1, join_alone, 2, log=log) == [1]
+    assert log.read_text().startswith("error: 1 of 2 ranks came within "), log.read_text()
+    assert log.read_text().count("\n") == 1, log.read_text()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -10,7 +10,7 @@ import pytest
 from make import write_partly_broken
 from multiprocess.ends import read_status
 from multiprocess.job import Job
-from multiprocess.ranks import NotFinite, watch_health
+from multiprocess.ranks import CountOldWeights, NotFinite, watch_health
 from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint import store
@@ -82,9 +82,11 @@ def test_a_step_is_skipped_by_all_and_the_next_one_is_not(
 
 def test_the_third_time_ends_the_run(tmp_path: Path, index: Path, zygote: Zygote) -> None:
     job = Job(tmp_path, index)
-    spoiled = NotFinite(rank=0, batches=range(5, 100))
+    spoiled = CountOldWeights(NotFinite(rank=0, batches=range(5, 100)))
     assert zygote.train(job, 2, event=spoiled) == [2, 2], job.output()
     assert job.output().count("going back to the healthy checkpoint of step 3") == 2
+    # A GPU has no room for two engines: on both ranks, the old one goes first.
+    assert job.output().count("old weights: 0 of") == 6, job.output()
     assert job.output().count("error: ") == 1, job.output()
     assert "not finite again, after 2 roll-backs; continue from its newest healthy" in job.output()
     assert list(job.checkpoints())[:1] == [3]

@@ -11,7 +11,7 @@ from multiprocess.job import TIMEOUT_SECONDS, Job
 from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
-from vitscale.distributed import free_port
+from vitscale.rendezvous import free_port
 
 STEPS = list(range(1, 21))
 

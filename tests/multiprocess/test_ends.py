@@ -1,5 +1,6 @@
 """However a job is ended, by whatever launcher, it saves or says why, and nothing lives on."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 from multiprocess.ends import Case, End, end_of, read_status
 from multiprocess.job import TIMEOUT_SECONDS, Job
-from multiprocess.ranks import Fail, OutOfMemory, Stop
+from multiprocess.ranks import Fail, NotFinite, OutOfMemory, SlowToClose, Stop
 from multiprocess.zygote import Zygote
+
+from vitscale import command, ending
+from vitscale.ending import Ending
 
 TERM, INT, USR1, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL
 TARGETS = {
@@ -76,7 +80,7 @@ def test_a_second_ctrl_c_ends_at_once_even_in_a_hanging_collective(tmp_path: Pat
         ranks[0].send_signal(signal.SIGINT)
         assert ranks[0].wait(2) == 130, job.output()
     assert "error: ended by a second Ctrl-C" in job.output()
-    assert read_status(job)["state"] == "failed"
+    assert (read_status(job)["state"], read_status(job)["exit_status"]) == ("failed", 130)
 
 
 def test_the_death_of_a_rank_ends_one_that_does_not_communicate(
@@ -138,6 +142,29 @@ def test_a_full_gpu_is_told_once_with_what_fits(
     assert job.output().count("error: ") == 1 and "Traceback" not in job.output(), job.output()
     assert read_status(job)["reason"].startswith(sentence)
     assert way_out in job.output()
+
+
+def test_the_status_of_a_disk_that_refuses_is_that_of_the_program(tmp_path: Path) -> None:
+    def program() -> int:
+        with Ending(tmp_path, 20):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(tmp_path / "metrics.jsonl"))
+
+    assert command.run(program) == 2
+    status = ending.read(tmp_path)
+    assert status and (status["state"], status["exit_status"]) == ("failed", 2)
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_what_all_ranks_fail_with_is_the_cause_whichever_of_them_ends_first(
+    tmp_path: Path, index: Path, zygote: Zygote, slow: int
+) -> None:
+    job = Job(tmp_path, index)
+    at_once = ("guard.skipped_steps=2", "guard.rollbacks=0")
+    event = SlowToClose(slow, NotFinite(rank=0, batches=range(2, 100)))
+    assert zygote.train(job, 2, *at_once, event=event)[1 - slow] == 2, job.output()
+    status = read_status(job)
+    assert (status["state"], status["exit_status"]) == ("failed", 2), job.output()
+    assert status["reason"].startswith("the run has diverged"), status
 
 
 def test_a_start_that_is_refused_is_noted_in_a_run_that_is_not_done(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
+from safetensors.torch import load_file, save_file
 
 from vitscale import load_model
 from vitscale.evals import FewShotConfig, open_task
@@ -14,6 +15,7 @@ from vitscale.evals.adapters import FrozenModel
 from vitscale.metrics import read_metrics
 from vitscale.models.posemb import resize_posemb
 from vitscale.weights.export import export_safetensors
+from vitscale.weights.files import Weights
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -53,6 +55,20 @@ def test_a_pretrained_model_is_finetuned_at_another_resolution_and_evaluated_by_
     task = open_task("few", FewShotConfig(train=shards, test=shards, shots=(2,)), image_size=12)
     alone = task.run(FrozenModel(tuned, torch.device("cpu")))
     assert few[-1][1] == pytest.approx(alone["2shot"], abs=0.03)
+
+
+def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_tensor(
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job
+) -> None:
+    exported = export_safetensors(uninterrupted.run_dir, tmp_path / "pretrained.safetensors")
+    weights = Weights(str(exported))
+    metadata, tensors = weights.metadata, load_file(exported)
+    tensors["blocks.1.mlp.fc1.bias"][3] = float("nan")
+    save_file(tensors, exported, metadata)
+    job = Job(tmp_path / "job", index)
+    assert zygote.train(job, 2, f"init.checkpoint={exported}") == [2, 2], job.output()
+    said = f"error: {exported}: blocks.1.mlp.fc1.bias has values that are not finite; give [init] an"
+    assert job.output().count("error: ") == 1 and said in job.output(), job.output()
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_by_the_key(

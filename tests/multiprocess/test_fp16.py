@@ -41,6 +41,15 @@ def test_overflows_skip_steps_and_the_scale_falls_and_rises(whole: Job) -> None:
     assert scales == {step: 2.0**power for step, power in enumerate(powers, 1)}
 
 
+def test_an_overflow_that_lasts_ends_in_a_divergence(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path, index)
+    lasting = HasFp16((NotFinite(rank=0, batches=range(1, 200)),))
+    long = "total_steps=100"  # the scale falls from 2^16 to 1 before they count
+    assert zygote.train(job, 1, FP16, long, event=lasting) == [2], job.output()
+    assert "error: the run has diverged by step " in job.output(), job.output()
+    assert "not finite again, after 2 roll-backs" in job.output() and "Traceback" not in job.output()
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp16_follows_fp32(
     tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job, stage: int

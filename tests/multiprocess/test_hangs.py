@@ -7,7 +7,7 @@ import psutil
 import pytest
 from multiprocess.ends import launched, ranks_of, reached, read_status, wait_until
 from multiprocess.job import TIMEOUT_SECONDS, Job
-from multiprocess.ranks import Freeze, Sleep, Stop
+from multiprocess.ranks import Freeze, HungSave, Sleep, Stop, Suspend
 from multiprocess.zygote import Zygote
 
 # A step and its data may take 6 s each. A rank does not answer if it is not heard for 15.
@@ -25,6 +25,7 @@ def test_a_rank_that_waits_for_ever_is_named_with_its_place(
     assert ", in fall_asleep; 3 other ranks wait, in " in said["reason"]
     assert "  ranks 0, 2-3: 5 steps done, in 'step'\n" in job.output()
     assert "  rank 1: 5 steps done, in 'step'\n" in job.output() and " fall_asleep\n" in job.output()
+    assert "[c10d]" not in job.output(), job.output()  # the others have read that it is over
     # The same command resumes.
     assert zygote.train(job, 2, "total_steps=100000", event=Stop(batch=3)) == [75, 75], job.output()
 
@@ -41,6 +42,27 @@ def test_a_stopped_rank_is_named_with_what_the_kernel_says_and_is_ended(
         f"the job hangs: rank {rank} (process " in said and "not answer; the kernel says: T (stopped)" in said
     )
     assert job.output().count("error: ") == 1, job.output()
+
+
+def test_a_job_that_was_suspended_for_longer_than_a_limit_goes_on(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    suspended = Suspend(rank=1, batch=5, seconds=8)
+    assert zygote.train(job, 2, "guard.step_minutes=0.1", event=suspended) == [0, 0], job.output()
+
+
+def test_a_file_server_that_hangs_neither_silences_nor_holds_the_job(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    short = ("guard.save_minutes=0.05", "total_steps=100000")
+    assert zygote.train(job, 4, *short, event=HungSave(rank=1)) == [1, 1, 1, 1], job.output()
+    # Its trainer only waits for the thread that writes.
+    said = job.output()[job.output().index("error: ") :].partition(
+        ", in stall; 3 other ranks wait, in all_reduce;"
+    )
+    assert "the job hangs: rank 1 (process " in said[0] and "'save' of step 6 for" in said[0], said
 
 
 def test_a_rank_alone_ends_too(tmp_path: Path, index: Path, zygote: Zygote) -> None:

@@ -12,7 +12,7 @@ from multiprocess.job import PROGRAM, Job
 from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint.manifest import Manifest
-from vitscale.distributed import free_port
+from vitscale.rendezvous import free_port
 
 LONG = ("total_steps=120", "engine.num_workers=1", "checkpoint.every_steps=10")
 KILLS = ((85, 0), (25, 1))  # step, rank

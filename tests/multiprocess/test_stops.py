@@ -37,6 +37,18 @@ def test_an_evaluation_is_broken_off_and_done_at_the_next_start(
     assert job.column("train/loss") == whole.column("train/loss")
 
 
+def test_an_evaluation_that_is_due_at_a_stop_is_left_to_the_next_start(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job = Job(tmp_path, index)
+    section = f"evals.test={{test='{index.parent}/train-*.tar', batch_size=100, every_steps=1}}"
+    assert zygote.train(job, 2, section, event=Stop(batch=4)) == [75, 75], job.output()
+    step = max(job.checkpoints())
+    assert [at for at, _ in evaluations(job)] == list(range(step)) and 4 <= step < 20
+    assert zygote.train(job, 2, section) == [0, 0], job.output()
+    assert [at for at, _ in evaluations(job)] == list(range(21))
+
+
 def test_the_first_evaluation_can_be_stopped_before_any_step(
     tmp_path: Path, index: Path, zygote: Zygote
 ) -> None:

@@ -23,7 +23,7 @@ import torch
 import xxhash
 from torch.multiprocessing.spawn import start_processes
 
-from vitscale import atomic, distributed
+from vitscale import atomic, distributed, rendezvous
 from vitscale import config as configs
 from vitscale.checkpoint import load
 from vitscale.checkpoint.manifest import TrainState
@@ -87,7 +87,7 @@ def start(world_size: int, function: Callable[..., Any], *arguments: Any, fresh:
         result = Path(folder) / "result.json"
         start_processes(
             _rank,
-            (function, world_size, distributed.free_port(), arguments, result),
+            (function, world_size, rendezvous.free_port(), arguments, result),
             nprocs=world_size,
             start_method=method,
         )

@@ -24,6 +24,9 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils.signal_handling import (
+    _remove_worker_pids,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from vitscale import processes, storage
 from vitscale.data.cache import NodeCache
@@ -40,6 +43,7 @@ PREFETCHED_STEPS = 2  # per worker
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # malloc.h
 CLOSING_SECONDS = 10.0  # for a batch that is under way when the run is asked to stop
 DEATH_SECONDS = 1.0  # from the end of a worker's connection to its exit
+KILLING_SECONDS = 1.0  # for the workers to end by themselves
 READ_THREADS = 8  # per worker: reads wait for disks and stores, not for a core
 
 
@@ -104,7 +108,22 @@ def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
                 received = [next(parts) for _ in range(max(1, workers))]
             yield _join(received)
     finally:
-        del parts  # the workers end with it; a traceback that holds this frame would keep them
+        _end_workers(parts)
+
+
+def _end_workers(parts: Any) -> None:
+    """End the workers of a DataLoader's iterator, and kill those that do not end in a second.
+
+    The loader itself waits 10 s for each that is in the midst of a read.
+    """
+    workers = getattr(parts, "_workers", ())  # none if this process reads
+    if workers:
+        _remove_worker_pids(id(parts))  # else each kill is an error of the loader
+        parts._worker_pids_set = False
+        killing = threading.Timer(KILLING_SECONDS, lambda: [worker.kill() for worker in workers])
+        killing.start()
+        parts._shutdown_workers()
+        killing.cancel()
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:

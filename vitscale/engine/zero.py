@@ -275,6 +275,13 @@ def restore_counters(ds: DeepSpeed, saved: Counters, scaler: Mapping[str, int | 
     ds.micro_steps = saved.global_steps * ds.gradient_accumulation_steps()
     if scaler and ds.fp16_enabled():
         vars(ds.optimizer.loss_scaler).update(scaler)
+    endure_overflows(ds)
+
+
+def endure_overflows(ds: DeepSpeed) -> None:
+    """Let steps overflow at the lowest loss scale, too: Health counts them and ends the run."""
+    if ds.fp16_enabled():
+        ds.optimizer.loss_scaler.raise_error_at_min_scale = False
 
 
 # What names the flat master buffers, and the parameters of each, in every class of DeepSpeed.
