@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["redaction", "launch_environment"],
     ["errors", "image_size", "progress", "hang", "slurm", "rendezvous"],
-    ["open_files", "vtab"],
-    ["config", "distributed", "rng", "atomic", "attempts", "hardware", "hostfile"],
+    ["open_files", "vtab", "hardware"],
+    ["config", "distributed", "rng", "atomic", "attempts", "hostfile"],
     ["storage", "processes", "command", "ending", "watch", "goodput", "run_lock"],
     ["sliced"],
     ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace", "expect"],

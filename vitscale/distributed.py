@@ -8,6 +8,7 @@ too. Objects travel as JSON in byte tensors: nothing is pickled between processe
 import contextlib
 import datetime
 import json
+import logging
 import os
 import resource
 import socket
@@ -21,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from vitscale import errors, open_files, rendezvous, slurm
+from vitscale import errors, hardware, open_files, rendezvous, slurm
 from vitscale.errors import ConfigError, StoreError, UserError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)  # for all ranks to start
@@ -45,7 +47,9 @@ def initialize(*, gpu: bool = True) -> None:
     uses_gpu = gpu and torch.cuda.is_available()
     if uses_gpu:
         torch.cuda.set_device(device())
-    else:
+    elif gpu:
+        if local_rank() == 0 and (sentence := hardware.unused_gpus()):
+            logger.warning(sentence)
         # Without it, DeepSpeed warns in every process that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # The ranks of a machine share its cores; by default each would start a thread per core,

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from vitscale import config as configs
-from vitscale import distributed, memory, shared_memory
+from vitscale import distributed, hardware, memory, shared_memory
 from vitscale.checkpoint import room
 from vitscale.checkpoint.store import Home
 from vitscale.data.sources import check_sources, open_sources
@@ -77,6 +77,8 @@ def _own(paths: Sequence[str], overrides: Sequence[str], world_size: int) -> tup
         index = xxhash.xxh3_64(fingerprints.encode()).hexdigest()
     except UserError as error:
         errors.append(str(error))
+    if sentence := hardware.unused_gpus():
+        errors.append(sentence)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     name = socket.gethostname()
     facts = Facts(
