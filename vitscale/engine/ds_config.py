@@ -65,6 +65,11 @@ class EngineConfig:
                 "only an optimizer on the CPU can keep its moments on a disk"
             )
         zero = self.deepspeed_extra.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ConfigError(
+                f"engine.deepspeed_extra.zero_optimization must be a table, not {zero!r}; remove it, and set "
+                "engine.zero_stage for the stage"
+            )
         if zero.get("round_robin_gradients"):
             raise ConfigError(
                 "engine.deepspeed_extra.zero_optimization.round_robin_gradients is refused: with it "
