@@ -80,7 +80,7 @@ def test_a_missing_index_is_named_with_the_command_that_makes_it() -> None:
     path = ROOT / "configs/pretrain/vit_b16_in21k.toml"
     config = configs.load(TrainConfig, [path], ["data.num_samples=0"])
     with pytest.raises(
-        ValueError, match=r"index data/in21k/index.json is missing .*tools/data.py index SHARDS"
+        ValueError, match=r"index data/in21k/index.json is missing; pack .*tools/data.py index SHARDS"
     ):
         describe(config, 8)
 
