@@ -15,12 +15,27 @@ say() { printf '\n== %s\n' "$*"; }
 say "1. Install into .venv"
 bash tools/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONWARNINGS=ignore
-gpus=$(command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | wc -l || echo 0)
-processes=$((gpus > 0 ? gpus : 2))
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 run=runs/quickstart
 launcher=(deepspeed --log_level warning --master_port "${MASTER_PORT:-29517}")
-[ "$gpus" -gt 0 ] && launcher+=(--num_gpus) || launcher+=(--num_accelerators)
+# The most processes up to $1 that share the lanes evenly: digits.toml has 60, and shapes.toml 120.
+sharing() {
+    local number=$1
+    while ((60 % number)); do number=$((number - 1)); done
+    echo "$number"
+}
+# The launcher's option for $1 processes: on the first of the visible GPUs, or on the CPU.
+devices() {
+    local visible=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}
+    if [ "$gpus" -gt 0 ]; then
+        echo "--include=localhost:$(cut -d, -f"1-$1" <<<"$visible")"
+    else
+        echo "--num_accelerators=$1"
+    fi
+}
+processes=$(sharing $((gpus > 0 ? gpus : 2)))
+others=$(sharing $((processes > 1 ? processes / 2 : 1)))
 
 say "2. Make the demo data: 14,500 drawn shapes and 1,797 real handwritten digits"
 python tools/data.py demo data/demo
@@ -28,7 +43,7 @@ python tools/data.py demo data/demo
 if [ ! -e "$run/pretrain/checkpoints/latest" ]; then
     say "3. Pretrain on $processes processes, and kill them all (SIGKILL) half-way"
     # setsid: one process group, so that the kill hits the launcher, ranks and data workers at once.
-    setsid "${launcher[@]}" "$processes" launch/train.py configs/demo/shapes.toml &
+    setsid "${launcher[@]}" "$(devices "$processes")" launch/train.py configs/demo/shapes.toml &
     job=$!
     until [ -e "$run/pretrain/checkpoints/step-000000300" ] || ! kill -0 "$job" 2>/dev/null; do sleep 0.2; done
     kill -KILL -- "-$job" 2>/dev/null || true
@@ -36,15 +51,14 @@ if [ ! -e "$run/pretrain/checkpoints/latest" ]; then
     python tools/checkpoint.py list "$run/pretrain"
 fi
 
-others=$((processes > 1 ? processes / 2 : 1))
 say "4. Resume where it stopped, now with $others: the same command, no conversion"
-"${launcher[@]}" "$others" launch/train.py configs/demo/shapes.toml
+"${launcher[@]}" "$(devices "$others")" launch/train.py configs/demo/shapes.toml
 
 say "5. Export the weights to one safetensors file"
 python tools/checkpoint.py export "$run/pretrain" "$run/pretrain.safetensors" --format safetensors
 
 say "6. Fine-tune on the real digits, at 48 pixels instead of 32"
-"${launcher[@]}" "$processes" launch/train.py configs/finetune/digits.toml
+"${launcher[@]}" "$(devices "$processes")" launch/train.py configs/finetune/digits.toml
 
 say "7. Evaluate a checkpoint by hand: frozen features and ten labelled digits of each class"
 python tools/evaluate.py fewshot "$run/finetune" --data data/demo/digits --shots 10 --json "$run/fewshot.json"
@@ -57,6 +71,6 @@ cat <<END
 Look at the runs:     open $run/pretrain.html and $run/finetune.html in a browser
 See the curves:       .venv/bin/tensorboard --logdir $run
 Look at a checkpoint: .venv/bin/python tools/checkpoint.py show $run/pretrain
-Real images next:     .venv/bin/python tools/data.py pack YOUR_FOLDER data/mine      then copy configs/demo/shapes.toml
+Your own photographs: docs/data.md#your-own-images, with configs/starter.toml
 What a config runs:   .venv/bin/python launch/train.py configs/demo/shapes.toml --dry-run
 END

@@ -2,13 +2,14 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from vitscale import command
+from vitscale import command, multinode
 from vitscale.errors import BusyError, CheckpointError, ConfigError, DataError, StoreError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +90,36 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     piped = f"{sys.executable} {ROOT / 'tools' / 'report.py'} {many} | head -n 1"
     done = subprocess.run(["bash", "-c", piped], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("run ") and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ("plot", "error: there is no extra plot; use one of: s3, gcs, http, vtab, plots, onnx, dev"),
+        ("s3,plot", "error: there is no extra plot; use one of: s3, gcs, http, vtab, plots, onnx, dev"),
+        ("s3,plots", "vitscale needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"),
+        ("", "vitscale needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"),
+    ],
+)
+def test_an_unknown_extra_is_refused_before_anything_is_installed(
+    tmp_path: Path, extra: str, said: str
+) -> None:
+    """In a copy, with a Python that is too old: nothing can be installed."""
+    for name in ("tools/setup.sh", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    environment = {**os.environ, "PYTHON": "false"}
+    words = ["bash", str(tmp_path / "tools" / "setup.sh"), *filter(None, [extra])]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{said}\n")
+
+
+@pytest.mark.parametrize("hyphen", ["-", "_"])
+def test_multinode_takes_options_as_ours_and_as_those_of_deepspeed_are_written(hyphen: str, capsys) -> None:
+    options = "--no-ssh --min-hosts=1 --max-vain=3 --master-port=4 --node-rank=0"
+    with pytest.raises(SystemExit):  # without an address
+        multinode.main(["hostfile", "a.toml", *re.sub(r"\b-\b", hyphen, options).split()])
+    assert "error: --no-ssh needs --node-rank N" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,8 @@ def test_files_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
         load(Outer, [write(tmp_path / "bad.toml", "run_dir = ")])
     with pytest.raises(ConfigError, match=r"long\.toml has a number of thousands of digits"):
         load(Outer, [write(tmp_path / "long.toml", f"warmup = {'9' * 5000}")])
+    with pytest.raises(ConfigError, match=rf"^{tmp_path} is a folder; name a \.toml file in it$"):
+        load(Outer, [tmp_path])
     with pytest.raises(ConfigError, match=r"must read section.key=value"):
         load(Outer, [], ["=3"])
 

@@ -184,6 +184,7 @@ def known_flags() -> set[str]:
         spec = importlib.util.find_spec(package)
         assert spec and spec.origin
         sources.append(Path(spec.origin).parent / file)
+    flags.update(FLAG.findall((ROOT / "launch" / "slurm.sbatch").read_text()))
     for source in sources:
         flags.update(re.findall(r'"(--[\w-]+)"', source.read_text()))
     return flags

@@ -1,5 +1,6 @@
 """--dry-run shows what follows from a config and writes nothing; all of configs/ loads."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_a_missing_index_is_named_with_the_command_that_makes_it() -> None:
     path = ROOT / "configs/pretrain/vit_b16_in21k.toml"
     config = configs.load(TrainConfig, [path], ["data.num_samples=0"])
     with pytest.raises(
-        ValueError, match=r"index data/in21k/index.json is missing .*tools/data.py index SHARDS"
+        ValueError, match=r"index data/in21k/index.json is missing; pack .*tools/data.py index SHARDS"
     ):
         describe(config, 8)
 
@@ -197,6 +198,22 @@ tensorboard = false
         ("optim.freeze=['no_such.*']", "optim.freeze 'no_such.*' matches no parameter"),
         ("init.checkpoint=nowhere", "nowhere is not a checkpoint"),
         ("init={checkpoint='nowhere',full_state=true}", "nowhere holds no checkpoint with training state"),
+        ("run_dir=", 'run_dir is empty; name a folder, like "runs/a"'),
+        (
+            "run_dir=s3://b/x",
+            'run_dir "s3://b/x" is a URL; run_dir is a folder on disk: set checkpoint.store = "s3://b/x" and',
+        ),
+        ("run_dir=HERE/c.toml", "c.toml cannot be written: File exists; choose another"),
+        ("run_dir=HERE/c.toml/a/b", "c.toml/a/b cannot be written: Not a directory; choose another"),
+        pytest.param(
+            "run_dir=HERE/locked/a",
+            "locked/a cannot be written: Permission denied; choose another",
+            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere"),
+        ),
+        (
+            "engine.deepspeed_extra.zero_optimization=3",
+            "engine.deepspeed_extra.zero_optimization must be a table, not 3; remove it, and set",
+        ),
         (
             "engine.deepspeed_extra.zero_optimization.foo=1",
             "engine.deepspeed_extra holds what DeepSpeed refuses",
@@ -220,6 +237,8 @@ def test_what_training_refuses_a_dry_run_refuses(
 ) -> None:
     assert main([*run, "--dry-run"]) == 0
     capsys.readouterr()
+    (tmp_path / "locked").mkdir(mode=0o500)
+    override = override.replace("HERE", str(tmp_path))
     sentences = []
     for dry in (["--dry-run"], []):
         assert main([*run, *override.split(), *dry]) == 2

@@ -1,7 +1,13 @@
-"""GPUs by name: peaks of the devices that torch reports, and the names that a user writes."""
+"""GPUs: peaks by name, names that a user writes, and GPUs of a host that torch does not use."""
+
+import json
+from pathlib import Path
 
 import pytest
+import torch
 
+from launch.preflight import main as preflight
+from vitscale import distributed, hardware
 from vitscale.errors import ConfigError
 from vitscale.hardware import GPUS, gpu_name, peak_flops_of
 
@@ -47,3 +53,57 @@ def test_every_gpu_has_plausible_sizes() -> None:
     for name, gpu in GPUS.items():
         assert 70e12 <= gpu.flops <= 2500e12 and 24 <= gpu.memory_gb <= 288, name
         assert 0.3 <= gpu.memory_tb_per_s <= 8 and 32 <= gpu.link_gb_per_s <= 900, name
+
+
+def put_gpus(folder: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the driver say that this host has so many GPUs; what else matters is unset."""
+    for n in range(number):
+        (folder / f"0000:{n:02x}:00.0").mkdir()
+    monkeypatch.setattr(hardware, "NVIDIA_GPUS", folder)
+    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+
+UNUSED = f"this host has 8 NVIDIA GPUs, and torch {torch.__version__} uses none of them; "
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch uses the GPU that is here")
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("environment", "warns"),
+    [
+        ({}, True),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, True),
+        ({"CUDA_VISIBLE_DEVICES": ""}, False),
+        ({"DS_ACCELERATOR": "cpu"}, False),
+        ({"LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_a_start_warns_of_gpus_that_torch_does_not_use(
+    tmp_path: Path, environment: dict[str, str], warns: bool, monkeypatch, caplog
+) -> None:
+    put_gpus(tmp_path, 8, monkeypatch)
+    # A launcher's world of one; without it, LOCAL_RANK is always 0.
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**launched, "MASTER_PORT": str(distributed.free_port()), **environment}.items():
+        monkeypatch.setenv(name, value)
+    distributed.initialize()
+    distributed.shutdown()
+    assert [text.startswith(UNUSED) for text in caplog.messages] == [True] * warns
+
+
+@without_gpu
+def test_preflight_refuses_a_host_whose_gpus_torch_does_not_use(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "gpus").mkdir()
+    put_gpus(tmp_path / "gpus", 8, monkeypatch)
+    demo = Path(__file__).resolve().parents[1] / "configs" / "demo" / "shapes.toml"
+    assert preflight([str(demo), f"run_dir={tmp_path}/run", "--facts"]) == 0
+    assert any(error.startswith(UNUSED) for error in json.loads(capsys.readouterr().out)["errors"])
+
+
+def test_a_host_without_gpus_has_no_unused_ones(tmp_path: Path, monkeypatch) -> None:
+    put_gpus(tmp_path, 0, monkeypatch)
+    assert hardware.unused_gpus() == ""
+    monkeypatch.setattr(hardware, "NVIDIA_GPUS", tmp_path / "missing")
+    assert hardware.unused_gpus() == ""

@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Units of one layer do not import one another; a unit is a file or folder of vitscale/ itself.
 LAYERS = [
     ["redaction", "launch_environment"],
-    ["errors", "image_size", "progress", "hang", "slurm", "rendezvous"],
-    ["open_files", "vtab"],
-    ["config", "distributed", "rng", "atomic", "attempts", "hardware", "hostfile"],
+    ["errors", "image_size", "progress", "hang", "slurm"],
+    ["open_files", "vtab", "hardware", "rendezvous"],
+    ["config", "distributed", "rng", "atomic", "attempts", "hostfile"],
     ["storage", "processes", "command", "ending", "watch", "goodput", "run_lock"],
     ["sliced"],
     ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace", "expect"],

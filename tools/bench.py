@@ -66,7 +66,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--shards", required=True, help="glob or brace pattern, quoted, or an index.json")
     data.add_argument("--image-size", type=int, default=224, help="of the views, in pixels")
     data.add_argument(
-        "--crop", choices=["inception", "pad", "resize"], default="inception", help="as in augment.crop"
+        "--crop",
+        choices=["inception", "tensorflow", "torchvision", "pad", "resize"],
+        default="inception",
+        help="as in augment.crop",
     )
     data.add_argument("--rounds", type=int, default=5, help="each figure is a median over them")
 

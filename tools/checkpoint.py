@@ -199,7 +199,7 @@ def cooldown(arguments: argparse.Namespace) -> int:
     from vitscale.cooldown import write_cooldown
 
     path = write_cooldown(arguments.checkpoint, arguments.run, arguments.steps)
-    print(f"{path}\nstart it as its trunk, with another config: python launch/train.py {path}")
+    print(f"{path}\nstart it as you started the trunk, with this config: python launch/train.py {path}")
     return 0
 
 

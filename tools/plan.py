@@ -17,6 +17,8 @@ EXAMPLE = """examples:
 No data need to be there: epochs are those of data.num_samples. Every figure is an estimate; docs/planning.md
 says how each is made, and which are guesses"""
 
+BY_DEFAULT_UNKNOWN = ("gpu_memory_gb", "cores_per_node", "decode_rate")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
@@ -39,12 +41,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--gpus", type=int, required=True, help="of all nodes together")
     add("--gpu", default="h100", help="their kind, as h100, h200, a100 or b200; default: h100")
-    add("--gpu-memory-gb", type=float, default=0.0, help="of each; default: by the data sheet")
+    add("--gpu-memory-gb", type=float, help="of each; default: by the data sheet")
     add("--gpus-per-node", type=int, default=8, help="default: 8")
     add("--nic-gbit", type=float, default=400.0, help="Gbit/s of the network card of each GPU; default: 400")
     add("--price", type=float, default=0.0, help="of a GPU for an hour, in any currency")
-    add("--cores-per-node", type=int, default=0, help="that may decode; default: as many as it takes")
-    add("--decode-rate", type=float, default=0.0, help="images/s of a core; default: measured, or 500")
+    add("--cores-per-node", type=int, help="that may decode; default: as many as it takes")
+    add("--decode-rate", type=float, help="images/s of a core; default: measured, or 500")
     add("--image-kb", type=float, default=110.0, help="mean size of a stored image; default: 110")
     add("--failures-per-node-day", type=float, default=0.0065, help="default: 0.0065")
     add("--restart-minutes", type=float, default=10.0, help="from a failure to the next step; default: 10")
@@ -66,7 +68,10 @@ def plan(arguments: argparse.Namespace) -> int:
     from vitscale.plan.speed import Speed, read_measurements
     from vitscale.train_config import TrainConfig
 
-    options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Cluster)}
+    names = [field.name for field in dataclasses.fields(Cluster)]
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    given = {f"--{name.replace('_', '-')}": options[name] for name in BY_DEFAULT_UNKNOWN if name in options}
+    config.positive("", **given)  # a Cluster takes 0 for what is not known
     speed = read_measurements(arguments.calibrate) if arguments.calibrate else Speed()
     loaded = config.load(TrainConfig, *config.divided(arguments.configs))
     made = make_plan(loaded, Cluster(**options), speed)

@@ -4,6 +4,14 @@
 #   bash tools/setup.sh [EXTRA]        EXTRA: s3, gcs or http for a store; vtab for VTAB-1k; plots, onnx; dev for the tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
+extras=$(sed -n '/^\[project.optional-dependencies\]/,/^\[/s/^\([a-z0-9]*\) = .*/\1/p' pyproject.toml)
+requested="${1:-}"
+for name in ${requested//,/ }; do # pip would only warn
+    if ! grep -qxF -- "$name" <<<"$extras"; then
+        echo "error: there is no extra $name; use one of: ${extras//$'\n'/, }" >&2
+        exit 2
+    fi
+done
 extra="${1:+[$1]}"
 stamp=".venv/installed${1:+-$1}"
 if [ -f "$stamp" ] && [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt constraints.txt ]; then exit 0; fi

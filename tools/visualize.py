@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", metavar="SHARDS", default="", help="take the images evenly from these")
     parser.add_argument("--images", metavar="FILE", nargs="+", default=[], help="or these image files")
     parser.add_argument(
-        "--count", metavar="N", type=int, default=0, help="images from --data; default: 128, or 8 for maps"
+        "--count", metavar="N", type=int, help="images from --data; default: 128, or 8 for maps"
     )
     parser.add_argument("--ema", action="store_true", help="take the average over training (optim.ema_decay)")
     arguments = parser.parse_args(argv)
-    if arguments.count < 0:
+    if arguments.count is not None and arguments.count < 1:
         parser.error(f"--count {arguments.count} must be above 0")
     if Path(arguments.out).suffix != ".png":
         parser.error(f"{arguments.out} must end in .png")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def visualize(arguments: argparse.Namespace) -> int:
     from vitscale.inspection import run
 
-    pictures = run.Pictures(data=arguments.data, files=arguments.images, count=arguments.count)
+    pictures = run.Pictures(data=arguments.data, files=arguments.images, count=arguments.count or 0)
     slot = "ema" if arguments.ema else "fp32"
     run.visualize(arguments.figure, arguments.checkpoint, arguments.out, pictures, slot=slot)
     print(arguments.out)

@@ -143,6 +143,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"config file {path} does not exist; see configs/ for those that come with vitscale"
         ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name a .toml file in it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:

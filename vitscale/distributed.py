@@ -8,10 +8,9 @@ too. Objects travel as JSON in byte tensors: nothing is pickled between processe
 import contextlib
 import datetime
 import json
+import logging
 import os
-import re
 import resource
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -22,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from vitscale import errors, open_files, rendezvous, slurm
-from vitscale.errors import ConfigError, RankLost, StoreError, UserError
+from vitscale import errors, hardware, open_files, rendezvous, slurm
+from vitscale.errors import ConfigError, StoreError, UserError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)  # for all ranks to start
@@ -46,7 +46,9 @@ def initialize(*, gpu: bool = True) -> None:
     uses_gpu = gpu and torch.cuda.is_available()
     if uses_gpu:
         torch.cuda.set_device(device())
-    else:
+    elif gpu:
+        if local_rank() == 0 and (sentence := hardware.unused_gpus()):
+            logger.warning(sentence)
         # Without it, DeepSpeed warns in every process that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # The ranks of a machine share its cores; by default each would start a thread per core,
@@ -66,18 +68,9 @@ def initialize(*, gpu: bool = True) -> None:
             dist.init_process_group("gloo", timeout=JOIN_TIMEOUT, **where)
         wait_longer()
     except dist.DistError as error:
-        if found := re.search(r"(\d+)/(\d+) clients joined", str(error)):
-            raise RankLost(
-                f"{found[1]} of {found[2]} ranks came within {JOIN_TIMEOUT.seconds // 60} minutes; the logs "
-                "of the other hosts may say why, and the same command tries again"
-            ) from None
-        if "EADDRINUSE" not in str(error):
-            raise
-        port = os.environ["MASTER_PORT"]
-        raise ConfigError(
-            f"port {port} of {socket.gethostname()}, where the ranks meet, is taken by another program; "
-            "choose another one: --master_port N for deepspeed and torchrun, else MASTER_PORT=N"
-        ) from None
+        if reason := rendezvous.explained(error, JOIN_TIMEOUT):
+            raise reason from None
+        raise
 
 
 def wait_longer(group: dist.ProcessGroup | None = None) -> None:

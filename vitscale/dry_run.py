@@ -24,7 +24,7 @@ from vitscale.models.transfer import check_backbone, check_head
 from vitscale.objectives import DistillationConfig
 from vitscale.optim import freeze
 from vitscale.redaction import redact
-from vitscale.run_dir import check_continuation, check_new_length, check_run_dir, check_teacher
+from vitscale.run_dir import check_continuation, check_new_length, check_place, check_run_dir, check_teacher
 from vitscale.teacher import Teacher, load_teacher
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel
@@ -81,6 +81,7 @@ def _check_start(job: Job, model: Model, teacher: Teacher | None) -> None:
     """Check what train() would start from: the run's own checkpoint, or that of [init]."""
     config = job.config
     home = Home.of(config.run_dir, config.checkpoint)
+    check_place(job)
     check_run_dir(job)
     if not home.store:
         room.check_space(home, config.checkpoint, memory.checkpoint_bytes(config.model, config.optim))

@@ -1,11 +1,15 @@
-"""What GPUs can do, by the data sheets of their vendors, and whether they may use TF32."""
+"""What GPUs can do, by the data sheets of their vendors, and how torch uses them."""
 
 import dataclasses
+import os
 import re
+from pathlib import Path
 
 import torch
 
 from vitscale.errors import ConfigError
+
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # where the driver has a folder for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +89,25 @@ def peak_flops_of(device: str) -> float:
     """The bf16 peak in FLOP/s of a GPU by its name, or 0 if it is not known."""
     gpu = gpu_of(device)
     return gpu.flops if gpu else 0.0
+
+
+def unused_gpus() -> str:
+    """A sentence about NVIDIA GPUs of this host that torch does not use; "" if all is well.
+
+    It is well, too, where the user chose the CPU: DS_ACCELERATOR=cpu, or no visible devices.
+    """
+    chose_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    chose_none = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    number = len(list(NVIDIA_GPUS.glob("*")))
+    if chose_cpu or chose_none or not number or torch.cuda.is_available():
+        return ""
+    way_out = "delete .venv and run bash tools/setup.sh on a host with a GPU"
+    if torch.version.cuda:
+        way_out = f"update their driver, which CUDA {torch.version.cuda} may find too old"
+    return (
+        f"this host has {number} NVIDIA GPU{'s' if number > 1 else ''}, and torch {torch.__version__} uses "
+        f"none of them; {way_out}, or set DS_ACCELERATOR=cpu"
+    )
 
 
 def gpu_of(device: str) -> Gpu | None:

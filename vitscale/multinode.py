@@ -1,7 +1,7 @@
 """A run on the hosts of a hostfile, started again until it is done: launch/multinode.sh.
 
 Each start asks the hosts first (preflight), then runs deepspeed over pdsh, and decides by
-RUN/status.json. With --no_ssh the same command is given on every host, with its --node_rank,
+RUN/status.json. With --no-ssh the same command is given on every host, with its --node-rank,
 and each starts its own processes and decides for itself.
 """
 
@@ -38,8 +38,8 @@ REPAIR_SECONDS = 1800.0
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 EXAMPLE = """examples:
   bash launch/multinode.sh hostfile configs/pretrain/vit_b16_in21k.toml
-  bash launch/multinode.sh hostfile CONFIG.toml --min_hosts 1                      fewer hosts will do, too
-  bash launch/multinode.sh hostfile CONFIG.toml --no_ssh --node_rank 1 --master_addr node1     on each host
+  bash launch/multinode.sh hostfile CONFIG.toml --min-hosts 1                      fewer hosts will do, too
+  bash launch/multinode.sh hostfile CONFIG.toml --no-ssh --node-rank 1 --master-addr node1     on each host
 
 exit status: 0 the run is done; 75 stopped by a signal after a clean save; 2 something that you can fix"""
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     if arguments.no_ssh and (arguments.node_rank is None or not arguments.master_addr):
         _parser().error(
-            "--no_ssh needs --node_rank N, this host's line in the hostfile from 0, and --master_addr"
+            "--no-ssh needs --node-rank N, this host's line in the hostfile from 0, and --master-addr"
         )
     return command.run(lambda: Launch(arguments).run())
 
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("hostfile", metavar="HOSTFILE", help="lines like `node1 slots=8`")
     parser.add_argument("configs", nargs="+", metavar="CONFIG.toml", help="as for launch/train.py")
     parser.add_argument(
+        "--min-hosts",
         "--min_hosts",
         type=int,
         default=0,
@@ -71,12 +72,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pause", type=float, default=10.0, metavar="SECONDS", help="before a restart (10)")
     parser.add_argument(
-        "--max_vain", type=int, default=5, metavar="N", help="starts in a row without a new checkpoint (5)"
+        "--max-vain",
+        "--max_vain",
+        type=int,
+        default=5,
+        metavar="N",
+        help="starts in a row without a new checkpoint (5)",
     )
-    parser.add_argument("--master_addr", default="", help="of the first host, as the others reach it")
-    parser.add_argument("--master_port", type=int, default=29500, help="where the ranks meet (29500)")
-    parser.add_argument("--no_ssh", action="store_true", help="given on every host: start its processes only")
-    parser.add_argument("--node_rank", type=int, help="with --no_ssh: this host's line, from 0")
+    add = parser.add_argument
+    add("--master-addr", "--master_addr", default="", help="of the first host, as the others reach it")
+    add("--master-port", "--master_port", type=int, default=29500, help="where the ranks meet (29500)")
+    add("--no-ssh", "--no_ssh", action="store_true", help="given on every host: start its processes only")
+    add("--node-rank", "--node_rank", type=int, help="with --no-ssh: this host's line, from 0")
     return parser
 
 
@@ -98,7 +105,7 @@ class Launch:
         self._stopped = False
         if arguments.no_ssh and not 0 <= arguments.node_rank < len(self._slots):
             raise ConfigError(
-                f"--node_rank {arguments.node_rank} is none of the {len(self._slots)} lines of "
+                f"--node-rank {arguments.node_rank} is none of the {len(self._slots)} lines of "
                 f"{arguments.hostfile}, which count from 0"
             )
 

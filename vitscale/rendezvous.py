@@ -1,4 +1,4 @@
-"""A fresh store for every attempt of torchrun, so that ranks meet again after a restart.
+"""Where the ranks meet: a fresh store for every attempt of torchrun, so that ranks meet again after a restart.
 
 torchrun keeps one store for all attempts (torch 2.13: always with the static backend; with c10d
 unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE is set, as it must be where machines join). gloo then
@@ -14,11 +14,14 @@ reads again: rank 0 writes the new one within moments.
 
 import datetime
 import os
+import re
 import secrets
 import socket
 import time
 
 from torch.distributed import DistError, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from vitscale.errors import ConfigError, RankLost, UserError
 
 KEY = "vitscale/store"
 RETRY_SECONDS = 0.2
@@ -60,6 +63,22 @@ def address_here() -> str:
     with socket.create_connection((address, port)) as connection:
         here, there = connection.getsockname()[0], connection.getpeername()[0]
     return address if here == there else here  # the same: the agents' store is on this machine
+
+
+def explained(error: DistError, timeout: datetime.timedelta) -> UserError | None:
+    """What a user should read where ranks could not meet; None for what we know no better."""
+    if found := re.search(r"(\d+)/(\d+) clients joined", str(error)):
+        return RankLost(
+            f"{found[1]} of {found[2]} ranks came within {timeout.seconds // 60} minutes; the logs of the "
+            "other hosts may say why, and the same command tries again"
+        )
+    if "EADDRINUSE" not in str(error):
+        return None
+    port = os.environ["MASTER_PORT"]
+    return ConfigError(
+        f"port {port} of {socket.gethostname()}, where the ranks meet, is taken by another program; choose "
+        "another one: --master_port N for deepspeed and torchrun, else MASTER_PORT=N"
+    )
 
 
 def free_port() -> int:

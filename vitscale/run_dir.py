@@ -1,8 +1,10 @@
 """A run directory: its lock, its config.toml, and whether a job may continue its run."""
 
 import contextlib
+import errno
 import importlib.metadata
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,18 @@ def note_refusal(run_dir: str, reason: str) -> None:
         lock = RunLock(run_dir)
         ending.write(Path(run_dir), "failed", status["step"], status["total_steps"], reason, UserError.status)
         lock.release()
+
+
+def check_place(job: Job) -> None:
+    """Raise StoreError if the run directory could not be made or written; nothing is."""
+    folder = Path(job.config.run_dir).absolute()
+    with _writing(job):
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        if not existing.is_dir():
+            reason = errno.EEXIST if existing == folder else errno.ENOTDIR
+            raise OSError(reason, os.strerror(reason))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def check_run_dir(job: Job) -> None:

@@ -84,6 +84,10 @@ def train(config: TrainConfig, began: float | None = None) -> int:
         reasons = [reason for reason in distributed.gather_json(watch.reason) if reason]
         state = "done" if done else "stopped" if watch.by_file else "preempted"
         ending.ended(state, "" if done else reasons[0])
+        if not done and distributed.is_main():
+            step = ending.progress.step
+            saved = ", saved" if step else ""
+            logger.info("stopped by %s at step %d%s; the same command continues", reasons[0], step, saved)
         if not done:
             distributed.on_main(lambda: stop_file.unlink(missing_ok=True))
     return 0 if done else PREEMPTED

@@ -203,6 +203,13 @@ class TrainConfig:
     evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.run_dir.strip():
+            raise ConfigError('run_dir is empty; name a folder, like "runs/a"')
+        if "://" in self.run_dir:
+            raise ConfigError(
+                f'run_dir "{self.run_dir}" is a URL; run_dir is a folder on disk: set checkpoint.store = '
+                f'"{self.run_dir}" and run_dir to a local folder'
+            )
         configs.positive("", global_batch=self.global_batch)
         if self.seed < 0:
             raise ConfigError(f"seed {self.seed} must not be negative")

@@ -16,7 +16,7 @@ from vitscale.data.samples import (
     RawSample,
 )
 from vitscale.data.tar import walk
-from vitscale.errors import ConfigError, DataError
+from vitscale.errors import ConfigError, DataError, StoreError
 
 
 def test_samples_come_back_by_id_in_any_order(index: Index) -> None:
@@ -257,6 +257,8 @@ def test_empty_and_missing_shards_are_refused(tmp_path: Path) -> None:
         build_index([str(tmp_path / "empty.tar")])
     with pytest.raises(DataError, match="does not exist"):
         build_index([str(tmp_path / "none.tar")])
+    with pytest.raises(StoreError, match=rf'{tmp_path}/ is a folder; name its shards: "{tmp_path}/\*\.tar"$'):
+        build_index([f"{tmp_path}/"])
 
 
 def test_a_shard_changed_after_indexing_is_named_before_training(tmp_path: Path) -> None:

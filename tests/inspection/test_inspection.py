@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from weights.foreign_models import TINY, images, randomise, saved_model
 
+from tools.visualize import main
 from vitscale.errors import ConfigError, DataError
 from vitscale.inspection.attention import Rollout, attention_distance, attention_maps, observe_attention
 from vitscale.inspection.live import observe
@@ -191,6 +192,13 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(tmp_path: Path) -> None:
         both = Pictures(data="x", files=("y",))
         visualize("attention-map", f"{tmp_path}/ours.safetensors", out, both)
     assert not Path(out).exists()
+
+
+def test_no_images_are_refused_as_fewer_are(capsys) -> None:
+    for count in ("0", "-1"):
+        with pytest.raises(SystemExit):
+            main(["attention-map", "nowhere", "maps.png", "--data", "a.tar", "--count", count])
+        assert f"--count {count} must be above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("posemb", ["none", "relative"])

@@ -32,7 +32,12 @@ def test_an_evaluation_is_broken_off_and_done_at_the_next_start(
     assert zygote.train(job, 2, section, event=in_second) == [75, 75], job.output()
     assert max(job.checkpoints()) == 5 and [step for step, _ in evaluations(job)] == [0]
     assert (read_status(job)["state"], read_status(job)["reason"]) == ("preempted", "SIGTERM (rank 1)")
+    line = (
+        f"stopped by SIGTERM (rank 1) at step {read_status(job)['step']}, saved; the same command continues"
+    )
+    assert job.output().count(line) == 1
     assert zygote.train(job, 2, section) == [0, 0], job.output()
+    assert "stopped by" not in job.output().split(line)[1]
     assert evaluations(job) == evaluations(whole) and len(evaluations(job)) == 5
     assert job.column("train/loss") == whole.column("train/loss")
 
@@ -56,6 +61,7 @@ def test_the_first_evaluation_can_be_stopped_before_any_step(
     section = f"evals.test={{test='{index.parent}/train-*.tar', batch_size=4}}"
     assert zygote.train(job, 2, section, event=StopInEvaluation(rank=0, batch=2)) == [75, 75], job.output()
     assert not job.checkpoints() and not job.rows() and read_status(job)["step"] == 0
+    assert "stopped by SIGTERM (rank 0) at step 0; the same command continues" in job.output()
     assert zygote.train(job, 2, section) == [0, 0], job.output()
     assert [step for step, _ in evaluations(job)] == [0, 20]
 

@@ -50,7 +50,7 @@ def test_a_run_outlives_a_host_and_takes_it_back(tmp_path: Path, index: Path, ho
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "job", index)
     assert whole.start(1, *RUN, "engine.micro_batch=8") == [0], whole.output()
     job.run_dir = tmp_path / ODD
-    command = multinode(hosts, job, f"run_dir={job.run_dir}", "--min_hosts", "1", "--pause", "1")
+    command = multinode(hosts, job, f"run_dir={job.run_dir}", "--min-hosts", "1", "--pause", "1")
     wait_until(job.reached(12), command, job)
     (rank,) = hosts.ranks(2)
     assert rank.environ()["AWS_SECRET_ACCESS_KEY"] == SECRET
@@ -82,10 +82,10 @@ def test_without_ssh_the_command_is_given_on_each_host(
     tmp_path: Path, index: Path, hosts: Hosts, sweep: bool
 ) -> None:
     if not sweep:
-        pytest.skip("with --sweep: the part of launch/multinode.sh that --no_ssh shares is tested above")
+        pytest.skip("with --sweep: the part of launch/multinode.sh that --no-ssh shares is tested above")
     job = Job(tmp_path / "job", index)
-    shared = ("--no_ssh", "--master_addr", "node1", "--pause", "1")
-    commands = [multinode(hosts, job, *shared, "--node_rank", str(n - 1), node=n) for n in (1, 2)]
+    shared = ("--no-ssh", "--master-addr", "node1", "--pause", "1")
+    commands = [multinode(hosts, job, *shared, "--node-rank", str(n - 1), node=n) for n in (1, 2)]
     wait_until(job.reached(12), commands[0], job)
     (rank,) = hosts.ranks(2)
     rank.send_signal(signal.SIGTERM)  # both start again
@@ -104,7 +104,7 @@ def test_a_network_cut_in_silence_ends_both_sides_and_one_host_goes_on(
     if not sweep:
         pytest.skip("with --sweep: a host is lost, and a rank hangs, in other tests")
     job = Job(tmp_path / "job", index)
-    limits = ("guard.step_minutes=0.2", "guard.data_minutes=0.2", "--min_hosts", "1", "--pause", "1")
+    limits = ("guard.step_minutes=0.2", "guard.data_minutes=0.2", "--min-hosts", "1", "--pause", "1")
     command = multinode(hosts, job, *limits)
     wait_until(job.reached(12), command, job)
     (rank,) = hosts.ranks(2)

@@ -168,6 +168,13 @@ def test_a_folder_is_no_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "is a folder; name the page in it, like" in capsys.readouterr().err
 
 
+def test_a_page_replaces_nothing_that_is_no_page(run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    assert report(run, "--out", tmp_path / "README.md") == 2
+    assert "README.md does not end in .html; name a file that does" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_without_a_page_the_table_is_printed_as_before(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(run) == 0
     assert "train/loss                       2.5000     9.0000   10 to 31" in capsys.readouterr().out

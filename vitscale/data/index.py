@@ -203,8 +203,11 @@ class Index:
             return cls._read(path, remake)
         except UserError:
             raise
-        except FileNotFoundError as error:
-            raise DataError(f"index {path} is missing ({error.filename or error}); {remake}") from None
+        except FileNotFoundError:
+            raise DataError(
+                f"index {path} is missing; pack images with: python tools/data.py pack SOURCE FOLDER, or "
+                f"index shards with: python tools/data.py index SHARDS --out {path}"
+            ) from None
         except OSError as error:
             reason = error.strerror or error
             raise StoreError(f"index {path} cannot be read: {reason}; name an index.json") from None

@@ -141,6 +141,9 @@ def scan_shard(
                 pass
     except FileNotFoundError:
         raise DataError(f"shard {name} does not exist") from None
+    except IsADirectoryError:
+        folder = name.rstrip("/")
+        raise StoreError(f'shard {name} is a folder; name its shards: "{folder}/*.tar"') from None
     except OSError as error:
         raise StoreError(f"shard {name} cannot be read: {error.strerror or error}") from None
     builder.refuse(allow_damaged)

@@ -72,6 +72,11 @@ class EngineConfig:
                     "has them; leave it out"
                 )
         zero = self.deepspeed_extra.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ConfigError(
+                f"engine.deepspeed_extra.zero_optimization must be a table, not {zero!r}; remove it, and set "
+                "engine.zero_stage for the stage"
+            )
         if zero.get("round_robin_gradients"):
             raise ConfigError(
                 "engine.deepspeed_extra.zero_optimization.round_robin_gradients is refused: with it "

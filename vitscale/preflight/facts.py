@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from vitscale import config as configs
-from vitscale import distributed, memory, shared_memory
+from vitscale import distributed, hardware, memory, shared_memory
 from vitscale.checkpoint import room
 from vitscale.checkpoint.store import Home
 from vitscale.data.sources import check_sources, open_sources
@@ -79,6 +79,8 @@ def _own(paths: Sequence[str], overrides: Sequence[str], world_size: int) -> tup
         errors.append(str(error))
     if interface := speed.missing_interface():
         errors.append(f"GLOO_SOCKET_IFNAME names {interface}, and there is no such network interface")
+    if sentence := hardware.unused_gpus():
+        errors.append(sentence)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     name = socket.gethostname()
     facts = Facts(

@@ -60,8 +60,13 @@ class PackConfig:
             raise ConfigError(f"--samples-per-shard {self.samples_per_shard} must be above 0, like 1000")
         if not 1 <= self.quality <= 100:
             raise ConfigError(f"--quality {self.quality} must be from 1 to 100; 90 is a good choice")
-        if min(self.short_side, self.workers, self.seed) < 0:
-            raise ConfigError("--short-side, --workers and --seed must not be negative; 0 is the default")
+        for key, way_out in (
+            ("short_side", "0, the default, keeps all images as they are"),
+            ("workers", "the default is one per core"),
+            ("seed", "0 is the default"),
+        ):
+            if (value := getattr(self, key)) < 0:
+                raise ConfigError(f"--{key.replace('_', '-')} {value} must not be negative; {way_out}")
         if self.seed >= 2**64:
             raise ConfigError(f"--seed {self.seed} must be below 2^64; 0 is the default")
         if self.format == "imagenet_real" and not self.val_labels:

@@ -24,6 +24,8 @@ def write_page(runs: Sequence[str], out: str, *, with_images: bool = True) -> in
     path = Path(out)
     if path.is_dir():
         raise ConfigError(f"{out} is a folder; name the page in it, like {path / 'report.html'}")
+    if path.suffix != ".html":  # a file of another kind, which would be lost
+        raise ConfigError(f"{out} does not end in .html; name a file that does")
     records = read_records(list(dict.fromkeys(runs)))
     content = page(records, datetime.datetime.now(datetime.UTC), with_images=with_images).encode()
     path.parent.mkdir(parents=True, exist_ok=True)

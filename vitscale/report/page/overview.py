@@ -87,7 +87,7 @@ def config_text(record: Record) -> Html:
 
 
 def _not_default(values: Mapping[str, Any]) -> dict[str, Any]:
-    default = TrainConfig(run_dir="", total_steps=1, data=DataConfig(index="-"))  # what has no default
+    default = TrainConfig(run_dir="-", total_steps=1, data=DataConfig(index="-"))  # what has no default
     defaults = dict(flatten(configs.to_dict(default)))
     return {key: value for key, value in flatten(values) if key not in defaults or defaults[key] != value}
 
