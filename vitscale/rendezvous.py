@@ -1,4 +1,4 @@
-"""Where the ranks meet: a fresh store for every attempt of torchrun, so that ranks meet again after a restart.
+"""Where ranks meet: a fresh store for each attempt of torchrun, also after a restart.
 
 torchrun keeps one store for all attempts (torch 2.13: always with the static backend; with c10d
 unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE is set, as it must be where machines join). gloo then
