@@ -20,6 +20,7 @@ Schedulers decide by this file: launchers return 0, 1, 143 and others for the sa
 import contextlib
 import datetime
 import json
+import math
 import os
 import secrets
 import time
@@ -137,14 +138,17 @@ def read(run_dir: str | Path) -> dict[str, Any] | None:
     """The content of RUN/status.json; None if there is none that can be read."""
     try:
         status = json.loads((Path(run_dir) / STATUS_NAME).read_bytes())
-        return status if {"state", "step", "total_steps", "time"} <= status.keys() else None
+        return status if {"state", "step", "total_steps"} <= status.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
 def written_at(status: Mapping[str, Any]) -> float:
-    """When a status was written, in seconds since the epoch, cut to whole ones."""
-    return datetime.datetime.strptime(status["time"], TIME_FORMAT).timestamp()
+    """When a status was written, in seconds since the epoch; infinity = it is not known."""
+    try:
+        return datetime.datetime.strptime(status["time"], TIME_FORMAT).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return math.inf
 
 
 def write(
