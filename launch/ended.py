@@ -31,11 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="when the start began (date +%%s): what was written before is of another one, and the start is "
-        "counted; without it nothing is",
+        help="when this start began (date +%%s); an older status.json is that of an earlier start. Only with "
+        "it is the start counted for --max-vain",
     )
     parser.add_argument(
-        "--node", type=int, default=0, metavar="N", help="of several that ask, 0 counts starts (default: 0)"
+        "--node",
+        type=int,
+        default=0,
+        metavar="N",
+        help="this node's number, where several ask after the same start: only node 0 counts it (default: 0)",
     )
     arguments = parser.parse_intermixed_args(argv)
     from vitscale import command
@@ -57,7 +61,10 @@ def start(arguments: argparse.Namespace) -> int:
         arguments.launcher_status,
         vain.starts,
         arguments.max_vain,
-        is_old=bool(status) and ending.written_at(status) < arguments.since,
+        # Of a run that is done, node 0 has left: another node must not wait for it.
+        is_old=bool(status)
+        and ending.written_at(status) < arguments.since
+        and not (arguments.node and status["state"] == "done"),
     )
     if counts and decision.kind != "again":
         restarts.forget(loaded.run_dir)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from launch.preflight import main as preflight
-from vitscale import distributed, hardware
+from vitscale import distributed, hardware, rendezvous
 from vitscale.errors import ConfigError
 from vitscale.hardware import GPUS, gpu_name, peak_flops_of
 
@@ -86,7 +86,7 @@ def test_a_start_warns_of_gpus_that_torch_does_not_use(
     put_gpus(tmp_path, 8, monkeypatch)
     # A launcher's world of one; without it, LOCAL_RANK is always 0.
     launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**launched, "MASTER_PORT": str(distributed.free_port()), **environment}.items():
+    for name, value in {**launched, "MASTER_PORT": str(rendezvous.free_port()), **environment}.items():
         monkeypatch.setenv(name, value)
     distributed.initialize()
     distributed.shutdown()

@@ -103,7 +103,7 @@ def unused_gpus() -> str:
         return ""
     way_out = "delete .venv and run bash tools/setup.sh on a host with a GPU"
     if torch.version.cuda:
-        way_out = f"update their driver, which CUDA {torch.version.cuda} may find too old"
+        way_out = f"update the driver, which may be too old for CUDA {torch.version.cuda}"
     return (
         f"this host has {number} NVIDIA GPU{'s' if number > 1 else ''}, and torch {torch.__version__} uses "
         f"none of them; {way_out}, or set DS_ACCELERATOR=cpu"

@@ -32,7 +32,7 @@ PROGRAM = "launch/train.py"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Until the ranks have saved after their launcher has ended, which may kill them itself by then.
 SAVING_SECONDS = 300.0
-# For which hosts that answer, but cannot run the job, are waited for after the first start.
+# How long to wait, after the first start, for hosts that answer but cannot run the job.
 REPAIR_SECONDS = 1800.0
 # Without them, pdsh waits for ever for a host that was switched off.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
@@ -41,7 +41,8 @@ EXAMPLE = """examples:
   bash launch/multinode.sh hostfile CONFIG.toml --min-hosts 1                      fewer hosts will do, too
   bash launch/multinode.sh hostfile CONFIG.toml --no-ssh --node-rank 1 --master-addr node1     on each host
 
-exit status: 0 the run is done; 75 stopped by a signal after a clean save; 2 something that you can fix"""
+exit status: 0 the run is done; 75 stopped by a signal after a clean save; 2 something that you can fix,
+or stopped by RUN/stop"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,7 +163,8 @@ class Launch:
         return status
 
     def _asked(self) -> tuple[dict[str, int], str]:
-        """The hosts to use, and the first one's address; no hosts if there are too few now.
+        """The hosts to use, and the first one's address; no hosts if there are too few now,
+        or some that need repair.
 
         Raises ConfigError for what is wrong at the first start, or later for REPAIR_SECONDS: a
         host that is just back may still lack its file systems, its GPUs or the time.
@@ -179,6 +181,7 @@ class Launch:
             if not self._launcher:
                 raise ConfigError(missing)
             _say(missing)
+            self._broken_since = 0.0  # it gets its time anew once it answers
             return {}, ""
         found = compare.problems(here)
         if found and self._can_wait():
@@ -253,12 +256,12 @@ def _check_pdsh() -> None:
     if not shutil.which("pdsh"):
         raise ConfigError(
             "there is no pdsh here, by which deepspeed starts ranks; install it (apt-get install pdsh), or "
-            "give this command on every host, with --no_ssh"
+            "give this command on every host, with --no-ssh"
         )
     if shlex.quote(str(ROOT)) != str(ROOT):
         raise ConfigError(
             f"deepspeed does not quote the path of this checkout, {ROOT}; move it to one without blanks and "
-            "special characters, or give this command on every host, with --no_ssh"
+            "special characters, or give this command on every host, with --no-ssh"
         )
 
 

@@ -37,8 +37,8 @@ def decide(
 ) -> Decision:
     """What to do after a start.
 
-    status: the content of status.json; None = there is none. is_old: it is that of another
-    start, before this one. launcher_status: what the launcher returned, which is believed where
+    status: the content of status.json; None = there is none. is_old: an earlier start
+    wrote it. launcher_status: what the launcher returned, which is believed where
     this start wrote no status, or where it says that the user must fix something; None = not
     known. num_vain: how many of the last starts, this one included, brought no new checkpoint;
     at max_vain it ends.
@@ -47,13 +47,13 @@ def decide(
         done                       any         done
         failed, exit_status 2      any         stop: the same would happen again
         stopped                    any         stop: somebody wants it to end
-        failed, exit_status 1      below max   again: a rank was lost, or a bug of ours
+        failed, any other          below max   again: a rank was lost, a bug of ours, Ctrl-C
         preempted                  below max   again
         running                    below max   again: all processes were killed
         any but done               max         stop
     """
     if not status or is_old:
-        # A launcher may return 0 after a kill; a run whose folder can be seen tells its end.
+        # deepspeed may return 0 after a kill, so 0 means done only where no status can be seen.
         if launcher_status == 0 and not status:
             return Decision("done", "the launcher ended with status 0")
         if launcher_status == MISTAKE:
@@ -90,7 +90,7 @@ class Vain(NamedTuple):
     starts: int = 0
 
     def and_one(self, newest: int) -> "Vain":
-        """With a start after which the newest checkpoint is of that step."""
+        """The count after one more start, which left the newest checkpoint at that step."""
         return Vain(newest, self.starts + 1 if newest == self.step else 0)
 
 
@@ -101,7 +101,7 @@ def newest_step(config: TrainConfig) -> int:
 
 
 def count(run_dir: str | Path, newest: int, *, adds: bool = True) -> Vain:
-    """The vain starts of a run by RUN/restarts.json, which it keeps.
+    """Count the vain starts of a run, in RUN/restarts.json.
 
     newest: the step of the newest checkpoint. adds: whether a start has ended since; of several
     machines that ask after the same start, one says so.

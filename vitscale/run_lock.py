@@ -38,7 +38,10 @@ class RunLock:
 
     @classmethod
     def check(cls, run_dir: str | Path) -> None:
-        """Raise BusyError naming the holder if there is one, without taking the lock."""
+        """Raise BusyError naming the holder if there is one, without taking the lock.
+
+        Not for the holder's process: closing the file there would free its lock.
+        """
         path = Path(run_dir) / LOCK_NAME
         with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
             try:

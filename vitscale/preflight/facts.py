@@ -78,7 +78,10 @@ def _own(paths: Sequence[str], overrides: Sequence[str], world_size: int) -> tup
     except UserError as error:
         errors.append(str(error))
     if interface := speed.missing_interface():
-        errors.append(f"GLOO_SOCKET_IFNAME names {interface}, and there is no such network interface")
+        errors.append(
+            f"GLOO_SOCKET_IFNAME names {interface}, and this host has no such network interface; set it to "
+            "one that `ip link` lists"
+        )
     if sentence := hardware.unused_gpus():
         errors.append(sentence)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
