@@ -23,6 +23,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ from vitscale.progress import Progress
 
 STATUS_NAME = "status.json"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
-PREEMPTED = 75
+PREEMPTED = 75  # stopped after a clean save: start it again
 _CAUSE = ".cause-"
 # For how long to look for a dead rank once a connection is lost.
 DEATH_SECONDS = 1.0
@@ -76,7 +77,7 @@ class Ending:
         if not tells and not _is_shared(cause):
             raise Told from error
         if cause is not error:
-            raise cause from error
+            raise cause from cause.__cause__  # without what closing the run raised after it
 
     def note(self, error: BaseException) -> tuple[BaseException, bool]:
         """Note that this rank fails; later errors are taken for consequences of the first one.
@@ -85,6 +86,8 @@ class Ending:
         """
         if not self._noted:
             cause = self._cause(error)
+            if cause is not error:
+                cause.__cause__ = error
             self._noted = cause, self.failed(cause)
         return self._noted
 
@@ -96,7 +99,14 @@ class Ending:
         """Whether this is the first failure of any rank; it is then written.
 
         What all ranks raise alike is the first on rank 0, if on any, whichever notes it first.
+        Once this rank has noted a failure, that one is told: it hangs while it closes the run,
+        and whoever asks will end it.
         """
+        if self._noted:
+            cause, tells = self._noted
+            if tells:
+                print(f"error: {_sentence(cause)}", file=sys.stderr, flush=True)
+            return False
         first = self._is_first()
         if _is_shared(error):
             first = distributed.is_main()

@@ -25,6 +25,7 @@ class Health:
         self._skipped = False
         self._not_finite = torch.zeros((), dtype=torch.bool, device=distributed.device())
         self._in_a_row = 0
+        self._may_fall = _may_fall(engine)
 
     @property
     def diverged(self) -> bool:
@@ -33,9 +34,9 @@ class Health:
 
     def add(self, loss: Tensor) -> None:
         """Count a step of this mean loss. Nothing is read from a GPU."""
-        counters, scaler = self._engine.counters, self._engine.loss_scaler
-        # In fp16, a scale that can still fall may be what was wrong.
-        may_fall = scaler.get("cur_scale", 0.0) > scaler.get("min_scale", math.inf)
+        counters = self._engine.counters
+        # In fp16, a scale that could still fall may be what was wrong.
+        may_fall, self._may_fall = self._may_fall, _may_fall(self._engine)
         skipped = counters.skipped_steps > self._num_skipped
         self._num_skipped = counters.skipped_steps
         if not skipped:
@@ -52,3 +53,9 @@ class Health:
         self._skipped = False
         self._not_finite.zero_()
         return not trouble
+
+
+def _may_fall(engine: Engine) -> bool:
+    """Whether the loss scale of the next step can fall; False without a dynamic one."""
+    scaler = engine.loss_scaler
+    return scaler.get("cur_scale", 0.0) > scaler.get("min_scale", math.inf)

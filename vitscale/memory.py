@@ -128,7 +128,7 @@ def state_bytes(
 
         bytes per parameter    fp32    16 bit    cut from stage
         parameters                4         2    3
-        gradients                 4         4    2    (their sum; those of 16 bits go)
+        gradients                 4         4    2    (their sum; 16-bit ones are freed at once)
         optimizer                12        12    1    (AdamW: fp32 master, two moments)
 
     With offload the optimizer's part is in the memory of the host.
@@ -283,8 +283,8 @@ def buffer_bytes(
         gathered parameters        at stage 3, those that it leaves gathered
 
     In bf16 at stage 1 without offload, gradients are reduced after the backward pass, when the
-    activations are gone, and mostly in place. So it is elsewhere with a bucket that is never
-    full, and its copy.
+    activations are gone: in place in fp32, else by way of a copy. So it is elsewhere with a
+    bucket that is never full, and its copy.
 
     Sources: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py, stage3.py and config.py.
     """

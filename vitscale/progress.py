@@ -31,7 +31,7 @@ class Progress:
     healthy: bool = True
 
     def advance(self, global_batch: int) -> None:
-        """Count a step, which trained on one global batch of so many samples."""
+        """Count a step, which trained on so many samples."""
         self.step += 1
         self.data_step += 1
         self.samples_seen += global_batch

@@ -353,7 +353,7 @@ def _on_store(
 ) -> T:
     """call(file system, path) as attempts.retry does, each time with the URL as it is then.
 
-    Where URLS_VARIABLE is set, a denial may pass: its file is replaced in a run.
+    Where URLS_VARIABLE is set, a denial may pass: its file may be replaced while a run goes on.
     """
     return attempts.retry(
         lambda: call(*_filesystem(url)),

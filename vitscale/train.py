@@ -18,7 +18,7 @@ from vitscale import config as configs
 from vitscale import distributed, history, processes, shared_memory
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.store import step_of
-from vitscale.ending import Ending
+from vitscale.ending import PREEMPTED, Ending
 from vitscale.errors import ConfigError, DataError, Diverged, UserError
 from vitscale.evals.adapters import LiveModel
 from vitscale.evals.task import run_task
@@ -42,7 +42,6 @@ from vitscale.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 STOP_NAME = "stop"  # RUN/stop asks the run to save and end
-PREEMPTED = 75  # exit status: stopped after a clean save, start it again
 SHOWN_IMAGES = 16
 
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOOK_SECONDS = 1.0
 # From the death of a rank on this machine to the end of this one. Usually a collective fails
-# before, and says more; on a GPU it may hang.
+# before, and says more; on a GPU it may hang. The second: if this one has failed, and closes.
 GRACE_SECONDS, CLOSING_SECONDS = 5.0, 60.0
 # A launcher passes on a Ctrl-C that the terminal has sent to this process already.
 SAME_KEY_SECONDS = 0.5

@@ -421,6 +421,6 @@ def test_workers_in_the_midst_of_a_read_hold_nobody(monkeypatch: pytest.MonkeyPa
     parts = iter(DataLoader(Endless(), batch_size=None, num_workers=2, worker_init_fn=prepare_worker))
     assert [next(parts), next(parts)] == [0, 0]
     workers, began = parts._workers, time.monotonic()  # type: ignore[attr-defined]
-    loader._end_workers(parts)
+    loader.end_workers(parts)
     assert time.monotonic() - began < 5  # the loader waits 10 s for each
     assert [worker.exitcode for worker in workers] == [-9, -9]

@@ -15,6 +15,7 @@ from multiprocess.zygote import Zygote
 
 from vitscale import command, ending
 from vitscale.ending import Ending
+from vitscale.errors import DataError, RankLost
 
 TERM, INT, USR1, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL
 TARGETS = {
@@ -152,6 +153,21 @@ def test_the_status_of_a_disk_that_refuses_is_that_of_the_program(tmp_path: Path
     assert command.run(program) == 2
     status = ending.read(tmp_path)
     assert status and (status["state"], status["exit_status"]) == ("failed", 2)
+
+
+def test_a_failure_that_is_noted_is_told_where_closing_the_run_hangs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(DataError), Ending(tmp_path, 20) as end:
+        try:
+            raise DataError("a shard is gone")
+        except DataError as error:
+            end.note(error)
+            assert not end.failed(RankLost("the job hangs"))  # as the watchdog asks before it ends it
+            assert capsys.readouterr().err == "error: a shard is gone\n"
+            raise
+    status = ending.read(tmp_path)
+    assert status and status["reason"] == "a shard is gone"
 
 
 @pytest.mark.parametrize("slow", [0, 1])

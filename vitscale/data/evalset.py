@@ -17,7 +17,7 @@ from vitscale import distributed, processes
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.index import Index
 from vitscale.data.indexing import open_index
-from vitscale.data.loader import noticing_deaths, pad_labels, prepare_worker
+from vitscale.data.loader import end_workers, noticing_deaths, pad_labels, prepare_worker
 from vitscale.data.reader import describe, read_any, read_samples
 from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import Source, label_problem
@@ -122,7 +122,7 @@ class EvaluationSet:
                 self._left_out |= problems
                 yield images, labels
         finally:
-            del views  # the workers end with it
+            end_workers(views)
 
     def report_left_out(self) -> None:
         """Warn, on rank 0, of the samples that any rank left out; every rank calls it."""

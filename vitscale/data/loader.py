@@ -108,17 +108,17 @@ def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
                 received = [next(parts) for _ in range(max(1, workers))]
             yield _join(received)
     finally:
-        _end_workers(parts)
+        end_workers(parts)
 
 
-def _end_workers(parts: Any) -> None:
+def end_workers(parts: Any) -> None:
     """End the workers of a DataLoader's iterator, and kill those that do not end in a second.
 
     The loader itself waits 10 s for each that is in the midst of a read.
     """
     workers = getattr(parts, "_workers", ())  # none if this process reads
     if workers:
-        _remove_worker_pids(id(parts))  # else each kill is an error of the loader
+        _remove_worker_pids(id(parts))  # else the loader raises an error for each kill
         parts._worker_pids_set = False
         killing = threading.Timer(KILLING_SECONDS, lambda: [worker.kill() for worker in workers])
         killing.start()

@@ -168,7 +168,8 @@ def _change_of_keys(before: SampleKeys, now: SampleKeys) -> str:
 
     Samples of a class that had no label could not be used: such a class may be added.
     """
-    before = DEFAULT_KEYS if before.strict else before  # what is strict about it is damage
+    if before.strict and not now.strict:  # what is strict about it is damage
+        before = DEFAULT_KEYS
     for name in ("image_key", "label_key", "strict"):
         old, new = getattr(before, name), getattr(now, name)
         if old != new:

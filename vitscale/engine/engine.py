@@ -82,7 +82,6 @@ class Engine:
                 optimizer=build_optimizer(optim, module, self._dtype),
                 config=make_ds_config(config, plan, precision, optim.clip_norm),
             )
-        zero.endure_overflows(self._ds)
         distributed.wait_longer(self._ds.data_parallel_group)
         gradients.correct(self._ds)
         sliced.place(self._ds)

@@ -15,10 +15,11 @@ from vitscale.engine.zero import DeepSpeed
 
 
 def correct(ds: DeepSpeed) -> None:
-    """Replace what an engine would do; every rank calls it, before the first step."""
+    """Put the corrections of this module into an engine; every rank calls it, before a step."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     if ds.fp16_enabled():
+        zero.endure_overflows(ds)
         _grow_scale_after_update(ds)
     if isinstance(ds.optimizer, BF16_Optimizer):  # in bf16 at ZeRO 1, without offload
         _reduce_to_owners(ds)
@@ -81,6 +82,6 @@ def drop(ds: DeepSpeed) -> None:
     With offload in 16 bits, DeepSpeed adds those of the next step to them, at ZeRO 1 and 2, so
     that one NaN would make it skip all steps from then on.
     """
-    if getattr(ds.optimizer, "cpu_offload", False):  # of all optimizers, that one alone has it
+    if getattr(ds.optimizer, "cpu_offload", False):  # only that of ZeRO 1 and 2 has it
         for group in ds.optimizer.averaged_gradients:
             ds.optimizer.averaged_gradients[group] = None
