@@ -117,7 +117,7 @@ def end_workers(parts: Any) -> None:
     The loader itself waits 10 s for each that is in the midst of a read.
     """
     workers = getattr(parts, "_workers", ())  # none if this process reads
-    if workers:
+    if workers and not sys.is_finalizing():  # then they have ended, and no thread can start
         _remove_worker_pids(id(parts))  # else the loader raises an error for each kill
         parts._worker_pids_set = False
         killing = threading.Timer(KILLING_SECONDS, lambda: [worker.kill() for worker in workers])
