@@ -49,9 +49,13 @@ def test_a_suite_measures_only_what_its_file_lacks(tmp_path: Path) -> None:
     bench("--suite", path, "--variants", "mu/32")
     first: dict[str, Any] = json.loads(path.read_text())
     assert first["mu/32"]["vitscale"]["images/s"] > 0 and first["device"] == "CPU"
-    bench("--suite", path, "--variants", "mu/32", "mu/16")
+    part = {name: value for name, value in first["mu/32"].items() if name != "plain"}
+    path.write_text(json.dumps(first | {"mu/16": part}))
+    bench("--suite", path, "--variants", "mu/32", "mu/16", "--loops", "plain")
     both: dict[str, Any] = json.loads(path.read_text())
     assert both["mu/32"] == first["mu/32"] and both["mu/16"]["plain"]["images/s"] > 0
+    # Rows are compared within one process.
+    assert both["mu/16"]["vitscale"]["images/s"] > 0 and both["mu/16"]["vitscale"] != part["vitscale"]
 
 
 def test_a_suite_measures_again_what_has_another_batch_or_lacks_a_case(tmp_path: Path) -> None:
@@ -64,7 +68,7 @@ def test_a_suite_measures_again_what_has_another_batch_or_lacks_a_case(tmp_path:
     assert measured(1) == first
     assert (first["images of a step"], measured(2)["images of a step"]) == (1, 2)
     file = json.loads(path.read_text())
-    file["mu/32"]["vitscale"] = file["mu/32"].pop("plain")
+    file["mu/32"]["another loop"] = file["mu/32"].pop("plain")
     path.write_text(json.dumps(file))
     assert measured(2)["plain"]["images/s"] > 0
 
