@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import itertools
 import json
 import os
 import resource
@@ -12,13 +11,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from multiprocess.hooks import at_batch, at_batches, at_calls, at_effects, at_frames, rank
 from weights.foreign_models import import_timm
 
 from launch.train import main
@@ -26,7 +26,7 @@ from tools.evaluate import main as evaluate_main
 from vitscale import config as configs
 from vitscale import distributed, watch
 from vitscale.checkpoint import snapshot
-from vitscale.checkpoint.save import THREAD_NAME, Saver
+from vitscale.checkpoint.save import Saver
 from vitscale.ending import Ending
 from vitscale.engine import zero
 from vitscale.engine.batches import plan_batches
@@ -34,15 +34,8 @@ from vitscale.engine.engine import Engine
 from vitscale.evals.classify import ClassifyTask, topk_correct
 from vitscale.health import Health
 from vitscale.models import build_model
-from vitscale.step import train_step
 from vitscale.train import train as train_config
 from vitscale.train_config import TrainConfig
-
-# Calls into C by which a save changes files or folders, or waits for another rank.
-EFFECTS = {
-    "open", "write", "flush", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir", "allreduce",
-    "broadcast", "gather",
-}  # fmt: skip
 
 
 class Event(Protocol):
@@ -398,59 +391,3 @@ def watch_health(config: Path, out: Path) -> None:
         health.add(torch.tensor(value))
         said.append(health.since_last_save())
     Path(f"{out}-{rank()}.json").write_text(json.dumps(said))
-
-
-def rank() -> int:
-    return int(os.environ["RANK"])
-
-
-def at_batch(number: int, act: Callable[[], object]) -> None:
-    """Call act() as this rank begins its n-th batch (from 1)."""
-    at_batches(lambda batch: act() if batch == number else None)
-
-
-def at_batches(act: Callable[[int], object]) -> None:
-    """Call act(n) as this rank begins its n-th batch (from 1)."""
-    at_calls(train_step, act)
-
-
-def at_calls(function: Callable[..., Any], act: Callable[[int], object]) -> None:
-    """Call act(n) as this rank begins its n-th call of a function (from 1)."""
-    calls = itertools.count(1)
-    at_frames(function, lambda _: act(next(calls)))
-
-
-def at_steps(act: Callable[[int], object]) -> None:
-    """Call act(step) as this rank begins to train that step of the run (from 1)."""
-    at_frames(train_step, lambda frame: act(frame.f_locals["step"]))
-
-
-def at_frames(function: Callable[..., Any], act: Callable[[FrameType], object]) -> None:
-    """Call act(frame) as this rank begins a call of a function, after what others call then."""
-    earlier = sys.getprofile()
-
-    def profile(frame: FrameType, event: str, value: Any) -> None:
-        if earlier:
-            earlier(frame, event, value)
-        if event == "call" and frame.f_code is function.__code__:
-            act(frame)
-
-    sys.setprofile(profile)
-
-
-def at_effects(act: Callable[[int, int, str], None]) -> None:
-    """Call act(save, effect, name) before every effect of the thread that writes checkpoints.
-
-    The interpreter's profiler sees every call into C, so that nothing under test is replaced.
-    """
-    num_effects: dict[threading.Thread, int] = {}  # of every save so far: each has a thread of its own
-
-    def profile(_: FrameType, event: str, called: Any) -> None:
-        if event == "c_call" and called.__name__ in EFFECTS:
-            thread = threading.current_thread()
-            if thread.name == THREAD_NAME:
-                num_effects.setdefault(thread, 0)
-                act(len(num_effects) - 1, num_effects[thread], called.__name__)
-                num_effects[thread] += 1
-
-    threading.setprofile(profile)

@@ -22,8 +22,9 @@ from typing import ClassVar
 
 import torch
 from multiprocess.ends import read_status
+from multiprocess.hooks import at_steps, rank
 from multiprocess.job import Job
-from multiprocess.ranks import FileLimit, Kill, at_steps, rank
+from multiprocess.ranks import FileLimit, Kill
 
 from vitscale.checkpoint.save import THREAD_NAME
 from vitscale.engine.engine import Engine

@@ -239,12 +239,7 @@ def test_the_command_merges_configs_prints_the_plan_and_writes_it(tmp_path: Path
     words = [
         str(H14),
         str(over),
-        "--gpus",
-        "128",
-        "optim.ema_decay=0.999",
-        "--price",
-        "2.5",
-        "--json",
+        *["--gpus", "128", "optim.ema_decay=0.999", "--price", "2.5", "--json"],
         str(out),
     ]
     assert main(words) == 0
