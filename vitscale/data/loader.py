@@ -114,16 +114,26 @@ def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
 def end_workers(parts: Any) -> None:
     """End the workers of a DataLoader's iterator, and kill those that do not end in a second.
 
-    The loader itself waits 10 s for each that is in the midst of a read.
+    The loader waits 10 s for each that is in the midst of a read, and for ever for a lock
+    that a killed one may have held: where one is dead, all are killed.
     """
     workers = getattr(parts, "_workers", ())  # none if this process reads
-    if workers and not sys.is_finalizing():  # then they have ended, and no thread can start
-        _remove_worker_pids(id(parts))  # else the loader raises an error for each kill
-        parts._worker_pids_set = False
+    if not workers or sys.is_finalizing():  # then they have ended, and no thread can start
+        return
+    _remove_worker_pids(id(parts))  # else the loader raises an error for each kill
+    parts._worker_pids_set = False
+    if all(worker.is_alive() for worker in workers):
         killing = threading.Timer(KILLING_SECONDS, lambda: [worker.kill() for worker in workers])
         killing.start()
         parts._shutdown_workers()
         killing.cancel()
+        return
+    parts._shutdown = True  # the loader has nothing left to end
+    for worker, indices in zip(workers, parts._index_queues, strict=True):
+        worker.kill()
+        indices.cancel_join_thread()
+    if hasattr(parts, "_pin_memory_thread"):
+        parts._pin_memory_thread_done_event.set()
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
