@@ -35,6 +35,7 @@ def test_a_launcher_that_hides_the_exit_status_does_not_hide_a_mistake(
     )
     assert (ended.returncode, ended.stdout[:6]) == (2, "stop: "), ended
     assert "gone.json" in ended.stdout
+    assert not (job.run_dir / "restarts.json").exists(), "who only asks counts no start"
     assert zygote.train(job, 1, "total_steps=6") == [0], job.output()
 
 
