@@ -28,14 +28,15 @@ def test_a_launcher_that_hides_the_exit_status_does_not_hide_a_mistake(
     tmp_path: Path, index: Path, zygote: Zygote
 ) -> None:
     job = Job(tmp_path, index)
+    ask = [sys.executable, ENDED, job.config, "--launcher-status", "1"]
+    ended = subprocess.run(ask, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout[:6]) == (75, "again:"), ended
+    assert not job.run_dir.exists(), "who only asks counts no start"
     assert zygote.train(job, 2, "data.index=gone.json") == [2, 2], job.output()
     assert not (job.run_dir / "config.toml").exists()
-    ended = subprocess.run(
-        [sys.executable, ENDED, job.config, "--launcher-status", "1"], capture_output=True, text=True
-    )
+    ended = subprocess.run(ask, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout[:6]) == (2, "stop: "), ended
     assert "gone.json" in ended.stdout
-    assert not (job.run_dir / "restarts.json").exists(), "who only asks counts no start"
     assert zygote.train(job, 1, "total_steps=6") == [0], job.output()
 
 
