@@ -24,8 +24,7 @@ class EngineConfig:
     activation_checkpointing: what the backward pass recomputes of each block: "none",
         "selective" (norms and GELU; matmuls and attention are kept) or "full".
     compile: compile each block with torch.compile, for training; evaluations run eagerly.
-    tf32: compute fp32 matmuls and convolutions on GPUs in TF32, which rounds inputs to 10 bits
-        of mantissa.
+    tf32: compute fp32 matmuls and convolutions on GPUs in TF32, of 10 bits of mantissa.
     num_workers: data worker processes per rank; 0 = decode in the training process.
     cache_dir: a folder on the node's own disk, shared by its processes, that keeps what was
         read from remote shards; "" = none.
