@@ -15,9 +15,9 @@ EXAMPLE = """examples:
   deepspeed --num_gpus 8 launch/train.py configs/pretrain/vit_b16_in21k.toml          eight GPUs
   python launch/train.py configs/demo/shapes.toml --dry-run --world-size 64           show what would run
 
-exit status: 0 done; 1 a rank was lost, or a bug; 2 something that you can fix, which one line names; 75
-stopped by SIGTERM, SIGUSR1 or Ctrl-C after a clean save: start it again. Launchers return others; whatever
-they return, RUN/status.json says how it ended"""
+exit status: 0 done; 1 a process was lost, a store did not answer, or a bug: start it again; 2 something that
+you can fix, which one line names; 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C after a clean save: start it
+again. Launchers return others; whatever they return, RUN/status.json says how it ended"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from vitscale import command, multinode
-from vitscale.errors import BusyError, CheckpointError, ConfigError, DataError, StoreError, UserError
+from vitscale.errors import (
+    BusyError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    StoreDown,
+    StoreError,
+    UserError,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +34,11 @@ def raising(error: BaseException):
 def test_what_the_user_can_fix_is_one_line_and_status_2(kind: type[UserError], capsys) -> None:
     assert command.run(raising(kind("the shard is cut; restore it"))) == 2
     assert capsys.readouterr().err == "error: the shard is cut; restore it\n"
+
+
+def test_what_passes_by_itself_is_one_line_and_status_1(capsys) -> None:
+    assert command.run(raising(StoreDown("the store does not answer"))) == 1
+    assert capsys.readouterr().err == "error: the store does not answer\n"
 
 
 def test_a_status_of_the_program_is_kept(capsys) -> None:

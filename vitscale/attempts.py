@@ -1,6 +1,6 @@
 """What is tried again, how often and after which pause, and what is not.
 
-Exponential backoff with jitter. What keeps failing is a StoreError, and is never taken for
+Exponential backoff with jitter. What keeps failing is a StoreDown, and is never taken for
 missing data.
 """
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from vitscale.errors import StoreError
+from vitscale.errors import StoreDown, StoreError
 from vitscale.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def retry(
             if attempt == ATTEMPTS or not (denial_may_pass and _is_denial(error)):
                 _raise_if_final(error, url, doing, way_out)
             if attempt == ATTEMPTS:
-                raise StoreError(
+                raise StoreDown(
                     f"{doing} {url} failed {ATTEMPTS} times, the last time with: {_text(error)}; "
                     "run the same command again when the store answers"
                 ) from None

@@ -1,8 +1,8 @@
 """How a program ends: the same for every program in launch/ and tools/.
 
 Status 0 is success, 2 a mistake that the user can fix, printed as one sentence, and 1 a failure
-without one: a rank that was lost, or our bug, which keeps its traceback. Other statuses are the
-program's own.
+without one: a rank that was lost, a store that does not answer, or our bug, which keeps its
+traceback. Other statuses are the program's own.
 """
 
 import logging

@@ -12,7 +12,7 @@
 
 exit_status is that of the rank, before a launcher makes another of it; null while it runs. Of a
 run that failed it is 2 where the user must fix something, 130 after a second Ctrl-C, and else
-1: a rank was lost.
+1: a process was lost, or a store did not answer.
 
 Schedulers decide by this file: launchers return 0, 1, 143 and others for the same end.
 """

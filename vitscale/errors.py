@@ -47,8 +47,14 @@ class StoreError(UserError):
     """A store or a disk that refuses or does not answer, whatever it may hold."""
 
 
+class StoreDown(StoreError):
+    """A store that failed each time that a call was repeated; later it may answer."""
+
+    status = FAILED
+
+
 class BusyError(UserError):
-    """Something that another process holds, or a process of ours that was killed."""
+    """Something that another process holds, or a process of a tool that was killed."""
 
 
 class Diverged(UserError):
@@ -56,19 +62,19 @@ class Diverged(UserError):
 
 
 class RankLost(UserError):
-    """Another rank that has died or does not answer, though config and data may be right."""
+    """A rank, or a data worker, that is dead or does not answer, though all may be right."""
 
     status = FAILED
 
 
-def killed_worker(error: BaseException, rank: int) -> BusyError | None:
+def killed_worker(error: BaseException, rank: int) -> RankLost | None:
     """What a user should read in place of torch's error for a data worker that is dead.
 
     torch raises it wherever the rank happens to be. None for any other error.
     """
     if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker (pid"):
         return None
-    return BusyError(
+    return RankLost(
         f"a data worker of rank {rank} was killed, probably for lack of memory; lower num_workers, and run "
         "the same command again"
     )

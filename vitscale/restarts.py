@@ -47,7 +47,7 @@ def decide(
         done                       any         done
         failed, exit_status 2      any         stop: the same would happen again
         stopped                    any         stop: somebody wants it to end
-        failed, any other          below max   again: a rank was lost, a bug of ours, Ctrl-C
+        failed, any other          below max   again: a process or store was lost, a bug, Ctrl-C
         preempted                  below max   again
         running                    below max   again: all processes were killed
         any but done               max         stop

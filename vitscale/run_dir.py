@@ -64,7 +64,8 @@ def claimed(job: Job) -> Iterator[None]:
     """Hold the run directory within the block; every rank enters it.
 
     Raises BusyError if another job holds it, ConfigError if another experiment is in it or its
-    checkpoints are where this config does not look, and StoreError if it cannot be written.
+    checkpoints are where this config does not look, and StoreError if it cannot be written
+    or its store does not answer.
     """
     folder = Path(job.config.run_dir)
     lock: RunLock | None = None
@@ -78,9 +79,9 @@ def claimed(job: Job) -> Iterator[None]:
             atomic.clean(folder / name)
         try:
             check_run_dir(job)
-        except ConfigError as error:
+        except UserError as error:
             lock.release()
-            note_refusal(str(folder), str(error))
+            note_refusal(str(folder), error)
             raise
 
     try:
@@ -93,7 +94,7 @@ def claimed(job: Job) -> Iterator[None]:
             lock.release()
 
 
-def note_refusal(run_dir: str, reason: str) -> None:
+def note_refusal(run_dir: str, error: UserError) -> None:
     """Let the status of a run that is not done say why it was not started.
 
     Rank 0 calls it. It does nothing where one is under way, or where no run was started yet
@@ -105,7 +106,8 @@ def note_refusal(run_dir: str, reason: str) -> None:
     with contextlib.suppress(OSError, BusyError):
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         lock = RunLock(run_dir)
-        ending.write(Path(run_dir), "failed", status["step"], status["total_steps"], reason, UserError.status)
+        step, total_steps = status["step"], status["total_steps"]
+        ending.write(Path(run_dir), "failed", step, total_steps, str(error), error.status)
         lock.release()
 
 

@@ -60,8 +60,7 @@ def train(config: TrainConfig, began: float | None = None) -> int:
         tasks = distributed.together(lambda: open_tasks(job))
         distributed.together(lambda: shared_memory.check(config, tasks))
     except UserError as error:
-        message = str(error)
-        distributed.on_main(lambda: note_refusal(config.run_dir, message))
+        distributed.on_main(functools.partial(note_refusal, config.run_dir, error))
         raise
     with (
         claimed(job),

@@ -280,7 +280,7 @@ def test_a_worker_of_an_evaluation_that_is_killed_is_one_sentence(tmp_path: Path
     """In a process of its own: torch raises the error wherever the process happens to be."""
     command = [sys.executable, "-c", KILLER, str(write_index(tmp_path / "shards", [40, 37, 20]))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("error: a data worker of rank 0 was killed, probably for lack of memory; ")
     assert done.stderr.count("\n") == 1, done.stderr
 

@@ -20,7 +20,7 @@ from vitscale.data.indexing import build_index
 from vitscale.data.reader import read_chunk
 from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import open_sources
-from vitscale.errors import ConfigError, DataError, StoreError
+from vitscale.errors import ConfigError, DataError, StoreDown, StoreError
 
 pytestmark = pytest.mark.usefixtures("impatient")
 
@@ -175,7 +175,7 @@ def silent(monkeypatch) -> str:
     ids=["range", "index", "shard", "sizes", "exclusions", "label map", "stream", "stream of workers"],
 )
 def test_a_store_that_does_not_answer_is_no_damage(local: Index, silent: str, read) -> None:
-    with pytest.raises(StoreError, match=r"failed 2 times, the last time with: .*onnect.* the same command"):
+    with pytest.raises(StoreDown, match=r"failed 2 times, the last time with: .*onnect.* the same command"):
         read(local, f"{silent}/x.json")
 
 

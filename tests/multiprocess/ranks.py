@@ -23,8 +23,8 @@ from weights.foreign_models import import_timm
 
 from launch.train import main
 from tools.evaluate import main as evaluate_main
+from vitscale import attempts, distributed, watch
 from vitscale import config as configs
-from vitscale import distributed, watch
 from vitscale.checkpoint import snapshot
 from vitscale.checkpoint.save import Saver
 from vitscale.ending import Ending
@@ -122,6 +122,14 @@ class Sleep:
 
     def fall_asleep(self) -> None:
         time.sleep(1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class FewAttempts:
+    """A store is asked twice, not for a minute and a half."""
+
+    def arm(self) -> None:
+        attempts.ATTEMPTS = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ class KillWorker(Fault):
 
     def seen(self, statuses: Sequence[int], job: Job) -> bool:
         reason = f"a data worker of rank {self.rank} was killed"
-        return statuses[self.rank] == 2 and failed(job, reason)
+        return statuses[self.rank] == 1 and failed(job, reason)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from data.servers import faulty_proxy, s3_environment, s3_server, use_s3
+from data.servers import faulty_proxy, free_port, s3_environment, s3_server, use_s3
 from multiprocess.job import Job
-from multiprocess.ranks import Kill, Stop, train_apart
+from multiprocess.ranks import FewAttempts, Kill, Stop, train_apart
 from multiprocess.zygote import Zygote
 
-from vitscale import storage
+from vitscale import ending, restarts, storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.verify import open_directory
@@ -64,6 +64,20 @@ def test_a_store_that_cannot_be_written_is_refused_before_the_first_step(
     assert statuses == [2, 2], job.output()
     assert "error: checkpoint.store s3://no-such-bucket/a/checkpoints cannot be written: " in job.output()
     assert job.output().count("error: ") == 1 and not job.rows(), job.output()
+
+
+def test_a_store_that_is_down_for_a_time_ends_a_start_but_not_the_run(
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job, bucket
+) -> None:
+    job, option = Job(tmp_path / "one", index), "checkpoint.store=s3://runs/g"
+    up, down = (s3_environment(port) for port in (bucket[1], free_port()))
+    assert zygote.train(job, 2, option, event=Stop(), environment=up) == [75, 75], job.output()
+    assert zygote.train(job, 2, option, event=FewAttempts(), environment=down) == [1, 1], job.output()
+    status = ending.read(job.run_dir)
+    assert status and status["reason"].startswith("listing s3://runs/g/checkpoints failed 2 times"), status
+    assert restarts.decide(status, 1, num_vain=1, max_vain=5).kind == "again"
+    assert zygote.train(job, 2, option, environment=up) == [0, 0], job.output()
+    assert job.column("train/loss") == uninterrupted.column("train/loss")
 
 
 def test_a_damaged_checkpoint_in_the_store_is_passed_over(
