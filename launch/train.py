@@ -5,7 +5,6 @@ import argparse
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,8 @@ EXAMPLE = """examples:
 
 exit status: 0 done; 1 a process was lost, a store did not answer, or a bug: start it again; 2 something that
 you can fix, which one line names; 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C after a clean save: start it
-again. Launchers return others; whatever they return, RUN/status.json says how it ended"""
+again, or by RUN/stop; 130 ended by a second Ctrl-C, without a save. Launchers return others; whatever they
+return, RUN/status.json says how it ended"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     except SystemExit as end:  # of argparse
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:  # os._exit() prints nothing: a bug of ours would end without a word
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     finally:
         logging.shutdown()
         sys.stdout.flush()

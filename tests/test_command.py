@@ -78,6 +78,19 @@ def test_no_log_line_holds_the_secret_of_a_url(tmp_path: Path) -> None:
     assert "secret'" not in done.stderr and "=secret" not in done.stderr, done.stderr
 
 
+def test_no_traceback_holds_the_secret_of_a_url() -> None:
+    program = (
+        "import sys\n"
+        "from vitscale import command\n"
+        "def program():\n"
+        "    raise RuntimeError('GET https://me:' + 'secret@host/a.tar?sig=' + 'secret')\n"
+        "sys.exit(command.run(program))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback (most recent call last):\n")
+    assert done.stderr.endswith("RuntimeError: GET https://host/a.tar?***\n"), done.stderr
+
+
 def test_an_interrupt_ends_without_a_traceback(capsys) -> None:
     assert command.run(raising(KeyboardInterrupt())) == 130
     assert "stopped" in capsys.readouterr().err

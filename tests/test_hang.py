@@ -116,7 +116,7 @@ def test_ranges() -> None:
 
 def test_until_the_first_step_is_done_there_is_the_time_of_a_start() -> None:
     limits = {"start": 1800.0, "data": 600.0, "step": 300.0, "log": 300.0, "evaluate": 3600.0, "save": 3600.0}
-    watchdog = Watchdog(limits, Watch(lambda error: True), lambda error: True)
+    watchdog = Watchdog(limits, Watch(lambda error: 1), lambda error, details: 1)
 
     def limits_of(*phases: str) -> list[float]:
         given = []

@@ -13,7 +13,7 @@ PREEMPTED = {"state": "preempted", "total_steps": 9, "reason": "SIGTERM (rank 3)
 LOST = {"state": "failed", "total_steps": 9, "reason": "rank 1 has died", "exit_status": 1}
 MISTAKE = {"state": "failed", "total_steps": 9, "reason": "the index is gone", "exit_status": 2}
 OLDER = {"state": "failed", "total_steps": 9, "reason": "rank 1 has died"}
-STOPPED = {"state": "stopped", "total_steps": 9, "reason": "the file run/stop (rank 0)", "exit_status": 75}
+STOPPED = {"state": "stopped", "total_steps": 9, "reason": "the file run/stop", "exit_status": 75}
 RUNNING = {"state": "running", "total_steps": 9, "reason": "", "exit_status": None}
 DONE = {"state": "done", "total_steps": 9, "reason": "", "exit_status": 0}
 
@@ -23,7 +23,7 @@ DONE = {"state": "done", "total_steps": 9, "reason": "", "exit_status": 0}
     [
         (DONE, 1, 9, "done", "all 9 steps are done"),
         (PREEMPTED, 0, 1, "again", "preempted: SIGTERM (rank 3)"),
-        (STOPPED, 75, 0, "stop", "the file run/stop (rank 0) asked it to; the same command goes on"),
+        (STOPPED, 75, 0, "stop", "the file run/stop asked it to; the same command goes on"),
         (RUNNING, 255, 1, "again", "running: it was killed"),
         (LOST, 247, 1, "again", "failed: rank 1 has died"),
         (MISTAKE, 1, 1, "stop", "the index is gone"),

@@ -104,14 +104,14 @@ def test_a_look_for_the_stop_file_that_fails_is_repeated(
     stop_file = tmp_path / "stop"
     stop_file.symlink_to("x" * 300)  # OSError: File name too long
     try:
-        with watch.Watch(lambda _: True, stop_file) as watching:
+        with watch.Watch(lambda _: 1, stop_file) as watching:
             time.sleep(0.1)
             stop_file.unlink()
             stop_file.touch()
             deadline = time.monotonic() + 5
             while not watching.asked and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert watching.by_file
+            assert watching.reason == f"the file {stop_file} (rank 0)"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -8,7 +8,9 @@ traceback. Other statuses are the program's own.
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 
 from vitscale import distributed
 from vitscale.errors import FAILED, MISTAKE, Told, UserError, killed_worker, status_of
@@ -26,6 +28,7 @@ def run(program: Callable[[], int]) -> int:
     rank = distributed.launched_rank()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Redacting("%(levelname)s %(message)s"))
+    sys.excepthook = _print_traceback
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, handlers=[handler])
     try:
         return program()
@@ -59,6 +62,12 @@ def run(program: Callable[[], int]) -> int:
         return MISTAKE
     finally:
         distributed.shutdown()
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does, without the secrets of URLs."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(redact(text), file=sys.stderr, end="", flush=True)
 
 
 class _Redacting(logging.Formatter):

@@ -24,6 +24,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from typing import Any, Literal
 from vitscale import atomic, distributed
 from vitscale.errors import FAILED, RankLost, Told, UserError, killed_worker, status_of
 from vitscale.progress import Progress
+from vitscale.redaction import redact
 
 STATUS_NAME = "status.json"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
@@ -39,6 +41,7 @@ PREEMPTED = 75  # stopped after a clean save: start it again
 _CAUSE = ".cause-"
 # For how long to look for a dead rank once a connection is lost.
 DEATH_SECONDS = 1.0
+NOTE_SECONDS = 5.0  # for a thread's note of why the process ends: its file server may be what hangs
 State = Literal["running", "done", "preempted", "stopped", "failed"]
 _EXIT_STATUS: dict[State, int | None] = {
     "running": None,
@@ -88,32 +91,41 @@ class Ending:
             cause = self._cause(error)
             if cause is not error:
                 cause.__cause__ = error
-            self._noted = cause, self.failed(cause)
+            self._noted = cause, self._is_told_here(cause)
         return self._noted
 
-    def ended(self, state: State, reason: str = "") -> None:
-        """Write how the run ended; every rank calls it, and rank 0 writes."""
-        distributed.on_main(lambda: self._write(state, reason))
+    def tell(self, error: BaseException, details: str = "") -> int:
+        """Print why this process ends, for the thread that ends it; returns its exit status.
 
-    def failed(self, error: BaseException) -> bool:
-        """Whether this is the first failure of any rank; it is then written.
-
-        What all ranks raise alike is the first on rank 0, if on any, whichever notes it first.
-        Once this rank has noted a failure, that one is told: it hangs while it closes the run,
-        and whoever asks will end it.
+        If this rank has failed before, that is why: it hangs while it closes the run. Nothing
+        is printed where another rank tells the cause. details: to print after the error.
         """
-        if self._noted:
-            cause, tells = self._noted
-            if tells:
-                print(f"error: {_sentence(cause)}", file=sys.stderr, flush=True)
-            return False
-        first = self._is_first()
+        notes: list[tuple[BaseException, bool]] = []
+        thread = threading.Thread(target=lambda: notes.append(self.note(error)), daemon=True)
+        thread.start()
+        thread.join(NOTE_SECONDS)
+        cause, tells = notes[0] if notes else (error, True)  # rather twice than never
+        if tells:
+            lines = [f"error: {_sentence(cause)}", *([details] if details and cause is error else [])]
+            print("\n".join(lines), file=sys.stderr, flush=True)
+        return status_of(cause)
+
+    def ended(self, state: State, reason: str = "") -> None:
+        """Write how this start ended, if it did not fail; rank 0 calls it."""
+        self._write(state, reason)
+
+    def _is_told_here(self, error: BaseException) -> bool:
+        """Whether this rank tells of it, and has written it: it is the first failure of any.
+
+        What all ranks raise alike, rank 0 tells.
+        """
+        told_here = self._is_first()
         if _is_shared(error):
-            first = distributed.is_main()
-        if first:
+            told_here = distributed.is_main()
+        if told_here:
             with contextlib.suppress(OSError):  # a full disk may be the very cause
                 self._write("failed", _sentence(error), status_of(error))
-        return first
+        return told_here
 
     def _begin(self) -> str:
         for old in self._folder.glob(f"{_CAUSE}*"):
@@ -186,4 +198,4 @@ def _is_shared(error: BaseException) -> bool:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, (UserError, KeyboardInterrupt)):
         return str(error)
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return redact(f"{type(error).__name__}: {error}".strip().splitlines()[0])

@@ -180,7 +180,7 @@ def names_in(folder: str) -> list[str]:
 
 def upload(path: str | Path, url: str) -> None:
     """Copy a local file into a store. Raises StoreError if the copy's size differs."""
-    _on_store(lambda fs, remote: fs.put_file(str(path), remote), url, "writing")
+    _on_store(lambda fs, remote: fs.put_file(str(path), remote), url, "writing", writes=True)
     _filesystem(url)[0].invalidate_cache()
     written, expected = _size(url), os.stat(path).st_size
     if written != expected:
@@ -189,14 +189,14 @@ def upload(path: str | Path, url: str) -> None:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Put an object into a store, whole or not at all."""
-    _on_store(lambda fs, path: fs.pipe_file(path, data), url, "writing")
+    _on_store(lambda fs, path: fs.pipe_file(path, data), url, "writing", writes=True)
 
 
 def delete(url: str) -> None:
     """Delete an object, or all below a store's prefix. It is no error if there is nothing."""
     _filesystem(url)[0].invalidate_cache()
     try:
-        _on_store(lambda fs, path: fs.rm(path, recursive=True), url, "deleting")
+        _on_store(lambda fs, path: fs.rm(path, recursive=True), url, "deleting", writes=True)
     except FileNotFoundError:
         return
 
@@ -350,10 +350,11 @@ def _on_store(
     *,
     is_right: Callable[[T], bool] = attempts.is_any,
     beyond_end: T | None = None,
+    writes: bool = False,
 ) -> T:
     """call(file system, path) as attempts.retry does, each time with the URL as it is then.
 
-    Where URLS_VARIABLE is set, a denial may pass: its file may be replaced while a run goes on.
+    Where URLS_VARIABLE is set, a denial to read may pass: its file may be replaced meanwhile.
     """
     return attempts.retry(
         lambda: call(*_filesystem(url)),
@@ -362,7 +363,7 @@ def _on_store(
         way_out=lambda: _way_to_access(url),
         is_right=is_right,
         beyond_end=beyond_end,
-        denial_may_pass=bool(os.environ.get(URLS_VARIABLE)),
+        denial_may_pass=bool(os.environ.get(URLS_VARIABLE)) and not writes,
     )
 
 

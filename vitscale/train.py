@@ -1,5 +1,6 @@
 """Training: one straight loop. Fine-tuning is the same loop with [init] (start.py)."""
 
+import contextlib
 import functools
 import gc
 import importlib.metadata
@@ -65,8 +66,8 @@ def train(config: TrainConfig, began: float | None = None) -> int:
     with (
         claimed(job),
         Ending(config.run_dir, job.total_steps) as ending,
-        Watch(ending.failed, stop_file) as watch,
-        Watchdog(config.guard.limit_seconds(), watch, ending.failed) as watchdog,
+        Watch(ending.tell, stop_file) as watch,
+        Watchdog(config.guard.limit_seconds(), watch, ending.tell) as watchdog,
     ):
         ending.lost = watch.lost
         ledger, done = Ledger(config.run_dir, began, writes=distributed.is_main()), None
@@ -80,15 +81,27 @@ def train(config: TrainConfig, began: float | None = None) -> int:
                 ledger.rolled_back()
         # A launcher may kill all ranks when the first ends with status 75.
         reasons = [reason for reason in distributed.gather_json(watch.reason) if reason]
-        state = "done" if done else "stopped" if watch.by_file else "preempted"
-        ending.ended(state, "" if done else reasons[0])
-        if not done and distributed.is_main():
-            step = ending.progress.step
-            saved = ", saved" if step else ""
-            logger.info("stopped by %s at step %d%s; the same command continues", reasons[0], step, saved)
-        if not done:
-            distributed.on_main(lambda: stop_file.unlink(missing_ok=True))
+        distributed.on_main(lambda: conclude(ending, stop_file, [] if done else reasons))
     return 0 if done else PREEMPTED
+
+
+def conclude(ending: Ending, stop_file: Path, reasons: Sequence[str]) -> None:
+    """Write how this start ended without a failure, and take the stop file away.
+
+    Rank 0 calls it. reasons: why it was stopped; none = it is done. A stop file counts whatever
+    else asked, and whenever it came.
+    """
+    if not reasons:
+        ending.ended("done")
+    else:
+        wanted = stop_file.exists()
+        reason = f"the file {stop_file}" if wanted else reasons[0]
+        ending.ended("stopped" if wanted else "preempted", reason)
+        step = ending.progress.step
+        saved = ", saved" if step else ""
+        logger.info("stopped by %s at step %d%s; the same command continues", reason, step, saved)
+    with contextlib.suppress(OSError):  # the run has ended well, and its state is written
+        stop_file.unlink(missing_ok=True)
 
 
 def attempt(
@@ -141,19 +154,10 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
     missing = distributed.on_main(lambda: metrics.without(due_after(at.step, job).evaluate))
     with phases("evaluate"):
         going_on = evaluate(run, missing, watch)
-    # A run that begins with another's full state has no step 0.
-    if at.step == 0 or not (Path(job.config.run_dir) / history.FILE_NAME).exists():
-        metrics.write_hparams(configs.to_dict(job.config))
-    # Not before: a mistake that shows in the evaluation binds nobody.
-    row = write_config(job, at, versions())
-    metrics.write_texts(
-        {
-            "start": history.card(row),
-            "config": configs.to_toml(job.config),
-            "command": shlex.join(sys.argv),
-            "versions": "\n".join(f"{name} {version}" for name, version in versions().items()),
-        }
-    )
+    if going_on:  # not before: a mistake that shows in the evaluation binds nobody
+        write_start(run)
+        if best_so_far(run, missing):  # of a step that was saved before it was evaluated
+            distributed.on_main(saver.retain)
 
     def save() -> None:
         nonlocal saved_step
@@ -228,6 +232,23 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
     if at.step == job.total_steps and not at.healthy:
         raise diverged(run, "losses or gradients before the last checkpoint were not finite")
     return going_on and at.step == job.total_steps
+
+
+def write_start(run: Run) -> None:
+    """Write the config and what else is known of this start; every rank calls it."""
+    job, metrics = run.job, run.metrics
+    # A run that begins with another's full state has no step 0.
+    if run.progress.step == 0 or not (Path(job.config.run_dir) / history.FILE_NAME).exists():
+        metrics.write_hparams(configs.to_dict(job.config))
+    row = write_config(job, run.progress, versions())
+    metrics.write_texts(
+        {
+            "start": history.card(row),
+            "config": configs.to_toml(job.config),
+            "command": shlex.join(sys.argv),
+            "versions": "\n".join(f"{name} {version}" for name, version in versions().items()),
+        }
+    )
 
 
 class RolledBack(Exception):

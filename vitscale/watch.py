@@ -20,17 +20,17 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 
 from vitscale import distributed
-from vitscale.errors import RankLost, status_of
+from vitscale.errors import RankLost
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOOK_SECONDS = 1.0
 # From the death of a rank on this machine to the end of this one. Usually a collective fails
-# before, and says more; on a GPU it may hang. The second: if this one has failed, and closes.
-GRACE_SECONDS, CLOSING_SECONDS = 5.0, 60.0
+# before, and says more; on a GPU it may hang. The second: if this one has failed, and closes;
+# it finishes a save meanwhile (LAST_SAVE_SECONDS).
+GRACE_SECONDS, CLOSING_SECONDS = 5.0, 180.0
 # A launcher passes on a Ctrl-C that the terminal has sent to this process already.
 SAME_KEY_SECONDS = 0.5
-NOTE_SECONDS = 5.0  # for the note of why the job ends: its file server may be what hangs
 
 
 class Watch:
@@ -39,22 +39,22 @@ class Watch:
     identities: of the processes of all ranks.
     peers: the processes of the other ranks of this machine; None = it was dead at the start.
     asked: whether to save and end. SIGTERM, SIGUSR1 and Ctrl-C ask for it, and so do the
-    disappearance of a launcher and a file stop_file, which rank 0 looks for (by_file). A second
-    Ctrl-C ends the process at once.
+    disappearance of a launcher and a file stop_file, which rank 0 looks for. A second Ctrl-C
+    ends the process at once.
 
     If another rank of this machine dies, this one ends too: by the failure of a collective or,
-    GRACE_SECONDS later, from here. failed(error) then says whether this rank tells the cause.
+    GRACE_SECONDS later, from here. tell(error) then says why, and gives the exit status.
     failing: this rank has failed, too, and has CLOSING_SECONDS to close what it has open.
     """
 
-    def __init__(self, failed: Callable[[BaseException], bool], stop_file: Path | None = None) -> None:
+    def __init__(self, tell: Callable[[BaseException], int], stop_file: Path | None = None) -> None:
         self.asked = False
         self.reason = ""
-        self.by_file = self.failing = False
+        self.failing = False
         self._stop_file = stop_file if distributed.is_main() else None
         self._waiting_since, self._interrupting = 0.0, False
         self._waiter = threading.get_ident()
-        self._failed = failed
+        self._tell = tell
         self._ancestry = launcher_ancestry()
         self.identities = [Identity(*values) for values in distributed.gather_json(_identity())]
         here = self.identities[distributed.rank()]
@@ -142,7 +142,6 @@ class Watch:
                 self._ask("the launcher is gone")
             with contextlib.suppress(OSError):  # of a file server, which may answer the next look
                 if not self.asked and self._stop_file and self._stop_file.exists():
-                    self.by_file = True
                     self._ask(f"the file {self._stop_file}")
             since = self._waiting_since
             if self.asked and since and time.monotonic() - since > LOOK_SECONDS:
@@ -151,7 +150,7 @@ class Watch:
             if error := self.lost():
                 dead_since = dead_since or time.monotonic()
                 if time.monotonic() - dead_since > (CLOSING_SECONDS if self.failing else GRACE_SECONDS):
-                    self._end(error)
+                    os._exit(self._tell(error))
 
     def _handle(self, *_: object) -> None:
         if self._interrupting and self._waiting_since:
@@ -162,26 +161,12 @@ class Watch:
             now = time.monotonic()
             self._interrupts.append(now)
             if now - self._interrupts[0] > SAME_KEY_SECONDS:
-                self._end(KeyboardInterrupt("ended by a second Ctrl-C, without a save"))
+                os._exit(self._tell(KeyboardInterrupt("ended by a second Ctrl-C, without a save")))
         if number in SIGNALS:
             self._ask("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
-    def _end(self, error: BaseException) -> None:
-        if is_first(self._failed, error):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(status_of(error))
-
     def _ask(self, reason: str) -> None:
         self.ask(f"{reason} (rank {distributed.rank()})")
-
-
-def is_first(failed: Callable[[BaseException], bool], error: BaseException) -> bool:
-    """failed(error), or True after NOTE_SECONDS without one: rather told twice than never."""
-    answers: list[bool] = []
-    thread = threading.Thread(target=lambda: answers.append(failed(error)), daemon=True)
-    thread.start()
-    thread.join(NOTE_SECONDS)
-    return all(answers)
 
 
 class _Interrupted(BaseException):

@@ -29,7 +29,7 @@ from vitscale import distributed, rendezvous
 from vitscale.errors import RankLost
 from vitscale.hang import Answer, Place, screen, sentence, waited_for
 from vitscale.progress import Progress
-from vitscale.watch import Watch, is_first, lives
+from vitscale.watch import Watch, lives
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 15.0  # after which a rank without a beat is one that does not answer
@@ -64,13 +64,13 @@ class Watchdog:
 
     limits: how many seconds each phase may take; inf = any time.
     watch: knows the processes of all ranks. What asks one rank to stop is told to all.
-    failed(error): notes why the job ends, and says whether this rank tells it.
+    tell(error, details): says why this process ends, and gives the exit status.
     """
 
     def __init__(
-        self, limits: Mapping[str, float], watch: Watch, failed: Callable[[BaseException], bool]
+        self, limits: Mapping[str, float], watch: Watch, tell: Callable[[BaseException, str], int]
     ) -> None:
-        self._limits, self._watch, self._failed = limits, watch, failed
+        self._limits, self._watch, self._tell_why = limits, watch, tell
         self._identities, self._peers = watch.identities, watch.peers
         self._trainer = threading.get_ident()
         self._closing, self._clock = threading.Event(), AwakeClock()
@@ -253,20 +253,19 @@ class Watchdog:
         self,
         answers: Mapping[int, Answer],
         states: Mapping[int, str],
-        told: Callable[[], object] = lambda: None,
+        release: Callable[[], object] = lambda: None,
     ) -> NoReturn:
         """Say why, end the ranks that do not answer, and this process.
 
-        states: what the kernel says of those ranks.
+        states: what the kernel says of those ranks. release(): lets the others end.
         """
         processes = {rank: f"process {who.pid} on {who.host}" for rank, who in enumerate(self._identities)}
         error = RankLost(sentence(answers, states, processes))
-        if is_first(self._failed, error):
-            print(f"error: {error}\n{screen(answers)}", file=sys.stderr, flush=True)
+        status = self._tell_why(error, screen(answers))
         with contextlib.suppress(RuntimeError):
-            told()
+            release()
         self._kill(list(states))
-        os._exit(error.status)
+        os._exit(status)
 
 
 def _stack(thread: int) -> list[traceback.FrameSummary]:

@@ -37,7 +37,7 @@ def watch(result: Path) -> None:
     distributed.initialize()
     files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
     assert max(files) >= 1024
-    with Watch(lambda _: True) as watching:
+    with Watch(lambda _: 1) as watching:
         os.kill(os.getpid(), signal.SIGTERM)
         while not watching.asked and watching._thread.is_alive():
             watching._thread.join(0.01)
@@ -51,8 +51,8 @@ def count(config: Path, overrides: Sequence[str], result: Path) -> None:
     job = prepare(loaded, distributed.world_size())
     names = []
     with (
-        Watch(lambda _: True) as watching,
-        Watchdog(loaded.guard.limit_seconds(), watching, lambda _: True),
+        Watch(lambda _: 1) as watching,
+        Watchdog(loaded.guard.limit_seconds(), watching, lambda *_: 1),
         start.started(job, {}) as run,
     ):
         training.loop(run, watching, Phases(), Ledger(loaded.run_dir, 0.0, writes=False))

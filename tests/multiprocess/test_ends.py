@@ -16,6 +16,7 @@ from multiprocess.zygote import Zygote
 from vitscale import command, ending
 from vitscale.ending import Ending
 from vitscale.errors import DataError, RankLost
+from vitscale.train import conclude
 
 TERM, INT, USR1, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL
 TARGETS = {
@@ -163,11 +164,40 @@ def test_a_failure_that_is_noted_is_told_where_closing_the_run_hangs(
             raise DataError("a shard is gone")
         except DataError as error:
             end.note(error)
-            assert not end.failed(RankLost("the job hangs"))  # as the watchdog asks before it ends it
+            assert end.tell(RankLost("the job hangs"), "stacks") == 2  # as the watchdog does
             assert capsys.readouterr().err == "error: a shard is gone\n"
             raise
     status = ending.read(tmp_path)
     assert status and status["reason"] == "a shard is gone"
+
+
+@pytest.mark.parametrize(
+    ("reasons", "touched", "state", "reason"),
+    [
+        ([], False, "done", ""),
+        ([], True, "done", ""),  # the wish to end is fulfilled
+        (["SIGUSR1 (rank 3)"], False, "preempted", "SIGUSR1 (rank 3)"),
+        (["SIGUSR1 (rank 3)"], True, "stopped", "the file {}"),  # it came after the signal
+    ],
+)
+def test_a_stop_file_counts_whenever_it_came_and_never_for_the_next_start(
+    tmp_path: Path, reasons: list[str], touched: bool, state: str, reason: str
+) -> None:
+    stop_file = tmp_path / "stop"
+    with Ending(tmp_path, 20) as end:
+        if touched:
+            stop_file.touch()
+        conclude(end, stop_file, reasons)
+    status = ending.read(tmp_path)
+    assert status and (status["state"], status["reason"]) == (state, reason.format(stop_file))
+    assert not stop_file.exists()
+
+
+def test_a_bug_is_told_without_the_secrets_of_urls(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), Ending(tmp_path, 20):
+        raise RuntimeError("GET https://me:secret@host/a.tar?sig=secret")
+    status = ending.read(tmp_path)
+    assert status and status["reason"] == "RuntimeError: GET https://host/a.tar?***"
 
 
 @pytest.mark.parametrize("slow", [0, 1])

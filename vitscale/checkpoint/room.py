@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vitscale import distributed, storage
 from vitscale.checkpoint.store import CheckpointConfig, Home
-from vitscale.errors import ConfigError, StoreError
+from vitscale.errors import ConfigError, StoreDown, StoreError
 
 PROBE = ".probe-"
 
@@ -33,6 +33,8 @@ def _write_probe(home: Home) -> str:
         try:
             storage.write_bytes(url, b"probe")
             storage.delete(url)
+        except StoreDown:
+            raise
         except (OSError, StoreError) as error:
             raise StoreError(
                 f"checkpoint.store {home.store} cannot be written: {error}; check its name and your "

@@ -97,7 +97,7 @@ class Saver:
         blocked_seconds: for how long training waited. seconds: how long writing took.
         """
         done = [save for save in self._saves if save.done]
-        self._saves = [save for save in self._saves if not save.done]
+        self._saves = [save for save in self._saves if save not in done]
         for save in done:
             logger.info(
                 "saved step %d in %.2f s; training waited for %.2f s of it",
@@ -129,9 +129,7 @@ class Saver:
             self._distrusted.discard(save.step)
             if distributed.is_main():
                 self._healthy[save.step] = taken.train.healthy
-                store.apply_retention(
-                    self._home, self._config, sorted(self._distrusted), self._is_healthy, self._best_of
-                )
+                self.retain()
             save.seconds = time.perf_counter() - began
             save.done = True
         except UserError as error:
@@ -143,6 +141,11 @@ class Saver:
             logger.exception("saving step %d failed", save.step)
             message = f"saving step {save.step:,} failed: {type(error).__name__}: {error}"
             save.failure = CheckpointError(message)
+
+    def retain(self) -> None:
+        """Name the best checkpoint, and delete those that need not be kept; rank 0 calls it."""
+        distrusted = sorted(self._distrusted)
+        store.apply_retention(self._home, self._config, distrusted, self._is_healthy, self._best_of)
 
     def newest_healthy(self) -> str:
         """The folder or URL of the newest healthy checkpoint, or "" if there is none."""

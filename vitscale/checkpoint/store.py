@@ -243,7 +243,7 @@ def apply_retention(
     is_healthy: Callable[[int], bool],
     best_of: Callable[[Sequence[int]], int | None] = lambda steps: None,
 ) -> None:
-    """Delete the checkpoints that need not be kept; rank 0 calls it after a commit.
+    """Delete the checkpoints that need not be kept; rank 0 calls it.
 
     distrusted: steps that did not verify; they are neither counted nor deleted.
     is_healthy: of the others.

@@ -120,8 +120,9 @@ def end_workers(parts: Any) -> None:
     workers = getattr(parts, "_workers", ())  # none if this process reads
     if not workers or sys.is_finalizing():  # then they have ended, and no thread can start
         return
-    _remove_worker_pids(id(parts))  # else the loader raises an error for each kill
-    parts._worker_pids_set = False
+    if parts._worker_pids_set:  # read to its end, the loader has done so itself
+        _remove_worker_pids(id(parts))  # else it raises an error for each kill
+        parts._worker_pids_set = False
     if all(worker.is_alive() for worker in workers):
         killing = threading.Timer(KILLING_SECONDS, lambda: [worker.kill() for worker in workers])
         killing.start()
