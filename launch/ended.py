@@ -48,26 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(arguments: argparse.Namespace) -> int:
-    from vitscale import config, ending, restarts
+    from vitscale import config, restarts
     from vitscale.train_config import TrainConfig
 
     paths, overrides = config.divided(arguments.configs)
     loaded = config.load(TrainConfig, paths, overrides)
-    status = ending.read(loaded.run_dir)
-    counts = bool(arguments.since) and not arguments.node
-    vain = restarts.count(loaded.run_dir, restarts.newest_step(loaded), adds=counts)
-    decision = restarts.decide(
-        status,
+    decision = restarts.after(
+        loaded,
         arguments.launcher_status,
-        vain.starts,
         arguments.max_vain,
-        # Of a run that is done, node 0 has left: another node must not wait for it.
-        is_old=bool(status)
-        and ending.written_at(status) < arguments.since
-        and not (arguments.node and status["state"] == "done"),
+        since=arguments.since,
+        node=arguments.node,
     )
-    if counts and decision.kind != "again":
-        restarts.forget(loaded.run_dir)
     print(f"{decision.kind}: {decision.reason}", flush=True)
     return restarts.EXIT_STATUS[decision.kind]
 

@@ -71,8 +71,8 @@ if __name__ == "__main__":
         status = main()
     except SystemExit as end:  # of argparse
         status = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # os._exit() prints nothing: a bug of ours would end without a word
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:  # os._exit() prints nothing: a bug of ours would end without a word
+        sys.excepthook(type(error), error, error.__traceback__)
     finally:
         logging.shutdown()
         sys.stdout.flush()

@@ -1,13 +1,18 @@
 """Whether a run is started again, by its status.json and how far its last starts came."""
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data.servers import use_s3
 
-from vitscale import history, restarts
+from vitscale import attempts, ending, restarts
+from vitscale import config as configs
 from vitscale.restarts import Vain, decide
+from vitscale.train_config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
 
 PREEMPTED = {"state": "preempted", "total_steps": 9, "reason": "SIGTERM (rank 3)", "exit_status": 75}
 LOST = {"state": "failed", "total_steps": 9, "reason": "rank 1 has died", "exit_status": 1}
@@ -23,7 +28,7 @@ DONE = {"state": "done", "total_steps": 9, "reason": "", "exit_status": 0}
     [
         (DONE, 1, 9, "done", "all 9 steps are done"),
         (PREEMPTED, 0, 1, "again", "preempted: SIGTERM (rank 3)"),
-        (STOPPED, 75, 0, "stop", "the file run/stop asked it to; the same command goes on"),
+        (STOPPED, 75, 0, "stop", "the file run/stop asked it to; the same command continues"),
         (RUNNING, 255, 1, "again", "running: it was killed"),
         (LOST, 247, 1, "again", "failed: rank 1 has died"),
         (MISTAKE, 1, 1, "stop", "the index is gone"),
@@ -62,10 +67,10 @@ def test_what_an_earlier_start_wrote_does_not_decide(
 
 def test_starts_that_brought_no_checkpoint_are_counted() -> None:
     vain, counts = Vain(0), []
-    for newest in (0, 0, 500, 500, 500, 700):
+    for newest in (0, 0, 500, 500, None, 500, 700):  # None: the store does not answer
         vain = vain.and_one(newest)
         counts.append(vain.starts)
-    assert counts == [1, 2, 0, 1, 2, 0]
+    assert counts == [1, 2, 0, 1, 2, 3, 0]
 
 
 def test_the_count_lasts_from_one_process_to_the_next(tmp_path: Path) -> None:
@@ -74,14 +79,50 @@ def test_the_count_lasts_from_one_process_to_the_next(tmp_path: Path) -> None:
     assert restarts.count(run_dir, 0, adds=False).starts == 3  # another machine asks after the same start
     assert restarts.count(run_dir, 500).starts == 0 and restarts.count(run_dir, 500).starts == 1
     restarts.forget(run_dir)
-    (run_dir / history.FILE_NAME).write_text(json.dumps({"step": 500}) + "\n")
-    assert restarts.count(run_dir, 500).starts == 1, "the last start began there"
-    restarts.forget(run_dir)
-    assert restarts.count(run_dir, 700).starts == 0
+    assert restarts.count(run_dir, 500).starts == 0
+    (run_dir / restarts.FILE_NAME).write_text('{"step": "x", "starts": null}')  # somebody's
+    assert restarts.count(run_dir, 0).starts == 1
 
 
-def test_the_steps_of_the_starts_are_read_from_the_history(tmp_path: Path) -> None:
-    assert restarts.starting_steps(tmp_path) == []
-    rows = [json.dumps({"step": step}) for step in (0, 12)]
-    (tmp_path / history.FILE_NAME).write_text("\n".join([*rows, '{"step": 1']))
-    assert restarts.starting_steps(tmp_path) == [0, 12]
+LATER = 2e9  # when a start began that came after all that this test writes
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """Of a run that is done."""
+    overrides = [f"run_dir={tmp_path}", "total_steps=9"]
+    config = configs.load(TrainConfig, [ROOT / "configs/demo/shapes.toml"], overrides)
+    (tmp_path / "config.toml").write_text(configs.to_toml(config))
+    ending.write(tmp_path, "done", 9, 9, "")
+    return config
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_what_an_earlier_start_has_finished_is_done_unless_more_is_asked(
+    config: TrainConfig, node: int
+) -> None:
+    assert restarts.after(config, 1, 5, since=LATER, node=node).kind == "done"
+    longer = dataclasses.replace(config, total_steps=18)
+    assert restarts.after(longer, 1, 5, since=LATER, node=node).kind == "again"
+
+
+def test_a_start_is_counted_once_and_not_by_who_only_asks(config: TrainConfig) -> None:
+    longer = dataclasses.replace(config, total_steps=18)
+
+    def kinds(**asked: float) -> list[str]:
+        return [restarts.after(longer, 1, 3, **asked).kind for _ in range(3)]  # pyright: ignore
+
+    assert kinds(since=LATER, node=1) == ["again"] * 3 and kinds() == ["done"] * 3
+    assert kinds(since=LATER) == ["again", "again", "stop"]
+    assert kinds(since=LATER) == ["again", "again", "stop"], "it was started by hand since"
+
+
+def test_a_store_that_does_not_answer_stops_no_run(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "ATTEMPTS", 1)
+    use_s3(monkeypatch, 9)
+    store = dataclasses.replace(config.checkpoint, store="s3://runs/a")
+    away = dataclasses.replace(config, checkpoint=store, total_steps=18)
+    assert restarts.newest_step(away) is None
+    assert restarts.after(away, 1, 5, since=LATER).kind == "again"

@@ -9,6 +9,7 @@ from make import write_shards
 from vitscale import config as configs
 from vitscale.data.loader import PREFETCHED_STEPS
 from vitscale.evals import open_task
+from vitscale.evals.task import Task
 from vitscale.shared_memory import needed
 from vitscale.train_config import TrainConfig
 
@@ -24,22 +25,32 @@ TRAINING = (PREFETCHED_STEPS + 1) * 512 * IMAGE
         ([], TRAINING),
         (["engine.num_workers=0"], 0),
         # Two batches of each worker, which are as many as training has, or those that are said.
-        (["engine.num_workers=3", "evals.a.test=a.tar"], TRAINING + (2 * 3 + IN_USE) * 256 * IMAGE),
-        (["engine.num_workers=3", "evals.a={test='a.tar', num_workers=0}"], TRAINING),
-        (["engine.num_workers=0", "evals.a={test='a.tar', num_workers=1}"], (2 + IN_USE) * 256 * IMAGE),
+        (
+            ["engine.num_workers=3", "evals.a={test='TAR', batch_size=4}"],
+            TRAINING + (2 * 3 + IN_USE) * 4 * IMAGE,
+        ),
+        (["engine.num_workers=3", "evals.a={test='TAR', num_workers=0}"], TRAINING),
+        (
+            ["engine.num_workers=0", "evals.a={test='TAR', num_workers=1, batch_size=4}"],
+            (2 + IN_USE) * 4 * IMAGE,
+        ),
         # One evaluation at a time.
         (
             [
-                "evals.a={test='a.tar', num_workers=4, batch_size=100}",
-                "evals.b={test='b.tar', num_workers=1, batch_size=500}",
+                "evals.a={test='TAR', num_workers=4, batch_size=2}",
+                "evals.b={test='TAR', num_workers=1, batch_size=10}",
             ],
-            TRAINING + max(800 + 100 * IN_USE, 1000 + 500 * IN_USE) * IMAGE,
+            TRAINING + max(16 + 2 * IN_USE, 20 + 10 * IN_USE) * IMAGE,
         ),
     ],
 )
-def test_shared_memory_is_that_of_training_and_of_an_evaluation(overrides: list[str], expected: int) -> None:
+def test_shared_memory_is_that_of_training_and_of_an_evaluation(
+    tmp_path: Path, overrides: list[str], expected: int
+) -> None:
+    (test,) = write_shards(tmp_path, [8 * 30])  # 30 images for each rank
+    overrides = [override.replace("TAR", test) for override in overrides]
     config = configs.load(TrainConfig, [PRETRAIN], ["global_batch=4096", *overrides])
-    assert needed(config, 8) == expected
+    assert needed(config, 8, open_evaluations(config)) == expected
 
 
 @pytest.mark.parametrize(
@@ -56,5 +67,8 @@ def test_an_evaluation_needs_no_more_than_its_own_images(tmp_path: Path, values:
     (test,) = write_shards(tmp_path, [10])
     overrides = ["engine.num_workers=0", f"evals.a={{test='{test}', {values}}}"]
     config = configs.load(TrainConfig, [PRETRAIN], ["global_batch=4096", *overrides])
-    tasks = {"a": open_task("a", config.evals["a"], config.model.image_size)}
-    assert needed(config, 2, tasks) == images * IMAGE
+    assert needed(config, 2, open_evaluations(config)) == images * IMAGE
+
+
+def open_evaluations(config: TrainConfig) -> dict[str, Task]:
+    return {name: open_task(name, section, config.model.image_size) for name, section in config.evals.items()}

@@ -23,7 +23,7 @@ from vitscale import atomic
 from vitscale.progress import Progress
 
 FILE_NAME = "time.json"
-# Steps are the goodput. Then: the other phases of the loop, a start until its first step, work
+# Steps are the goodput. Then: the other phases of the loop, a start until the loop begins, work
 # that was done again, the time between two starts, and what has no name.
 KINDS: tuple[str, ...] = ("step", "data", "log", "evaluate", "save", "start", "lost", "idle", "other")
 MAX_MARKS = 32

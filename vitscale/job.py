@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitscale import distributed
@@ -12,8 +12,12 @@ from vitscale.data.sources import Source, check_labels, check_sources, make_mixt
 from vitscale.engine.batches import BatchPlan, plan_batches
 from vitscale.engine.ds_config import check_ds_config, make_ds_config
 from vitscale.errors import ConfigError
+from vitscale.evals import open_task
+from vitscale.evals.task import Task
 from vitscale.objectives import COLORS, DistillationConfig, MaskedPatchesConfig
 from vitscale.train_config import TrainConfig
+
+Tasks = Mapping[str, Task]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,16 @@ def derive(config: TrainConfig, world_size: int, sources: tuple[Source, ...]) ->
         total_steps=config.num_steps(mixture.steps_per_epoch),
         deepspeed_config=deepspeed_config,
     )
+
+
+def open_tasks(job: Job) -> Tasks:
+    """The evaluations of a job, with their data open; raises what open_task raises."""
+    config, tasks = job.config, {}
+    for name, section in config.evals.items():
+        num_workers = section.resolved_num_workers(config.engine.num_workers)
+        section = dataclasses.replace(section, num_workers=num_workers)
+        tasks[name] = open_task(name, section, config.model.image_size, job.sources[0], config.loss)
+    return tasks
 
 
 def worlds(config: TrainConfig, sources: tuple[Source, ...]) -> list[int]:

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from vitscale import command, ending, hostfile, launch_environment, restarts
 from vitscale import config as configs
@@ -41,8 +42,8 @@ EXAMPLE = """examples:
   bash launch/multinode.sh hostfile CONFIG.toml --min-hosts 1                      fewer hosts will do, too
   bash launch/multinode.sh hostfile CONFIG.toml --no-ssh --node-rank 1 --master-addr node1     on each host
 
-exit status: 0 the run is done; 75 stopped by a signal after a clean save; 2 something that you can fix,
-or stopped by RUN/stop"""
+exit status: 0 the run is done; 75 stopped by a signal: the same command continues; 2 something that you
+can fix, or stopped by RUN/stop"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,6 +103,11 @@ class Launch:
         self._broken_since = 0.0  # on the monotonic clock; 0 = it is not
         if not arguments.no_ssh:
             _check_pdsh()
+        if not (0 <= arguments.min_hosts <= len(self._slots) and arguments.max_vain > 0 <= arguments.pause):
+            raise ConfigError(
+                f"--min-hosts is a number from 0 to the {len(self._slots)} hosts of {arguments.hostfile}, "
+                "--max-vain one from 1, and --pause one from 0"
+            )
         self._launcher: subprocess.Popen[bytes] | None = None
         self._stopped = False
         if arguments.no_ssh and not 0 <= arguments.node_rank < len(self._slots):
@@ -117,27 +123,29 @@ class Launch:
             RunLock.check(self._config.run_dir)
         for number in SIGNALS:
             signal.signal(number, self._stop)
-        vain = restarts.Vain(restarts.newest_step(self._config))
-        while True:
+        vain = restarts.Vain(restarts.newest_step(self._config) or 0)
+        while not self._stopped:
             before = ending.read(self._config.run_dir)
             status = self._start()
-            if status is None:
-                self._sleep(self._arguments.pause)
-                if self._stopped:
-                    return restarts.EXIT_STATUS["again"]
-                continue
-            vain = vain.and_one(restarts.newest_step(self._config))
-            written = ending.read(self._config.run_dir)
-            decision = restarts.decide(
-                written, status, vain.starts, self._arguments.max_vain, is_old=written == before
-            )
-            if decision.kind != "again" or self._stopped:
-                _say(f"{decision.kind}: {decision.reason}")
-                return restarts.EXIT_STATUS[decision.kind]
-            _say(f"{decision.reason}; starting again in {self._arguments.pause:g} s")
+            if status is not None:
+                vain = vain.and_one(restarts.newest_step(self._config))
+                decision = self._decided(status, vain.starts, before)
+                if decision.kind != "again":
+                    _say(f"{decision.kind}: {decision.reason}")
+                    return restarts.EXIT_STATUS[decision.kind]
+                soon = "" if self._stopped else f"; starting again in {self._arguments.pause:g} s"
+                _say(f"{decision.reason}{soon}")
             self._sleep(self._arguments.pause)
-            if self._stopped:
-                return restarts.EXIT_STATUS["again"]
+        _say("stopped by a signal; the same command continues")
+        return restarts.EXIT_STATUS["again"]
+
+    def _decided(
+        self, launcher_status: int, num_vain: int, before: Mapping[str, Any] | None
+    ) -> restarts.Decision:
+        """What to do after a start. before: the run's status before it."""
+        status = ending.read(self._config.run_dir)
+        is_old = status == before and not (status and restarts.is_finished(self._config, status))
+        return restarts.decide(status, launcher_status, num_vain, self._arguments.max_vain, is_old=is_old)
 
     def _start(self) -> int | None:
         """Run the job once, to the end of its processes.
@@ -181,7 +189,7 @@ class Launch:
             if not self._launcher:
                 raise ConfigError(missing)
             _say(missing)
-            self._broken_since = 0.0  # it gets its time anew once it answers
+            self._broken_since = 0.0  # the time for repairs starts once it answers
             return {}, ""
         found = compare.problems(here)
         if found and self._can_wait():

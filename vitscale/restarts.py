@@ -7,17 +7,22 @@ and others for the same end.
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vitscale import atomic, ending, history
+from vitscale import atomic, ending
+from vitscale import config as configs
 from vitscale.checkpoint.store import Home
+from vitscale.errors import MISTAKE, StoreDown
+from vitscale.run_dir import CONFIG_NAME
 from vitscale.train_config import TrainConfig
 
+logger = logging.getLogger(__name__)
+
 Kind = Literal["done", "again", "stop"]
-EXIT_STATUS: dict[Kind, int] = {"done": 0, "again": ending.PREEMPTED, "stop": 2}
-MISTAKE = 2
+EXIT_STATUS: dict[Kind, int] = {"done": 0, "again": ending.PREEMPTED, "stop": MISTAKE}
 FILE_NAME = "restarts.json"
 
 
@@ -71,14 +76,14 @@ def decide(
         if launcher_status == MISTAKE and state != "failed":
             return Decision("stop", "it was refused; the line above says why")
         if state == "stopped":
-            return Decision("stop", f"{reason} asked it to; the same command goes on")
+            return Decision("stop", f"{reason} asked it to; the same command continues")
         if state == "running":
             reason = "it was killed"
     if num_vain >= max_vain:
         return Decision(
             "stop",
-            f"{num_vain} starts in a row brought no new checkpoint; the last one: {reason}; fix that, save "
-            "more often (checkpoint.every_steps), or start it by hand",
+            f"{num_vain} {'start' if num_vain == 1 else 'starts in a row'} brought no new checkpoint; the "
+            f"last one: {reason}; fix that, save more often (checkpoint.every_steps), or start it by hand",
         )
     return Decision("again", f"{state}: {reason}" if reason else state)
 
@@ -89,28 +94,65 @@ class Vain(NamedTuple):
     step: int
     starts: int = 0
 
-    def and_one(self, newest: int) -> "Vain":
-        """The count after one more start, which left the newest checkpoint at that step."""
-        return Vain(newest, self.starts + 1 if newest == self.step else 0)
+    def and_one(self, newest: int | None) -> "Vain":
+        """The count after one more start, which left the newest checkpoint at that step.
+
+        None = its store does not answer, so that the start counts as one in vain.
+        """
+        if newest is None or newest == self.step:
+            return Vain(self.step, self.starts + 1)
+        return Vain(newest)
 
 
-def newest_step(config: TrainConfig) -> int:
-    """Of the run's newest checkpoint; 0 if it has none."""
-    committed = Home.of(config.run_dir, config.checkpoint).committed()
+def after(
+    config: TrainConfig, launcher_status: int | None, max_vain: int, *, since: float = 0.0, node: int = 0
+) -> Decision:
+    """Decide after a start of a run, and count it in RUN/restarts.json.
+
+    since: when the start began, in seconds since the epoch; without it the start is not
+    counted. node: number of the machine that asks, of several that ask after the same start;
+    machine 0 counts it.
+    """
+    status, counts = ending.read(config.run_dir), bool(since) and not node
+    vain = count(config.run_dir, newest_step(config), adds=counts)
+    is_old = bool(status) and ending.written_at(status) < since and not is_finished(config, status)
+    decision = decide(status, launcher_status, vain.starts, max_vain, is_old=is_old)
+    if counts and decision.kind != "again":  # whoever starts it now has dealt with what ended it
+        forget(config.run_dir)
+    return decision
+
+
+def is_finished(config: TrainConfig, status: Mapping[str, Any]) -> bool:
+    """Whether a start has done all that this config asks for, whenever that was."""
+    path = Path(config.run_dir) / CONFIG_NAME
+    try:
+        return status["state"] == "done" and path.read_text(encoding="utf-8") == configs.to_toml(config)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def newest_step(config: TrainConfig) -> int | None:
+    """Of the run's newest checkpoint; 0 if it has none, None if its store does not answer."""
+    try:
+        committed = Home.of(config.run_dir, config.checkpoint).committed()
+    except StoreDown as error:
+        logger.warning("%s", error)
+        return None
     return committed[0][0] if committed else 0
 
 
-def count(run_dir: str | Path, newest: int, *, adds: bool = True) -> Vain:
-    """Count the vain starts of a run, in RUN/restarts.json.
+def count(run_dir: str | Path, newest: int | None, *, adds: bool = True) -> Vain:
+    """The vain starts of a run so far, by RUN/restarts.json.
 
-    newest: the step of the newest checkpoint. adds: whether a start has ended since; of several
-    machines that ask after the same start, one says so.
+    newest: the step of the newest checkpoint; None = unknown. adds: whether a start has ended
+    since, which is then written down.
     """
     path = Path(run_dir) / FILE_NAME
     try:
-        vain = Vain(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        vain = Vain(([0, *starting_steps(run_dir)])[-1])
+        values = json.loads(path.read_bytes())
+        vain = Vain(int(values["step"]), int(values["starts"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        vain = Vain(0)
     if adds:
         vain = vain.and_one(newest)
         with contextlib.suppress(OSError):
@@ -120,18 +162,6 @@ def count(run_dir: str | Path, newest: int, *, adds: bool = True) -> Vain:
 
 
 def forget(run_dir: str | Path) -> None:
-    """Count from 0 again: whoever starts the run now has dealt with what ended it."""
+    """Count from 0 again."""
     with contextlib.suppress(OSError):
         (Path(run_dir) / FILE_NAME).unlink(missing_ok=True)
-
-
-def starting_steps(run_dir: str | Path) -> list[int]:
-    """The steps at which the starts of a run began, in their order."""
-    path = Path(run_dir) / history.FILE_NAME
-    steps = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            steps.append(int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):  # torn by a kill
-            continue
-    return steps

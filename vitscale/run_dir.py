@@ -1,9 +1,8 @@
-"""A run directory: its lock, its config.toml, and whether a job may continue its run."""
+"""A run directory: who holds it, its config.toml, and whether a job may continue its run."""
 
 import contextlib
 import errno
 import importlib.metadata
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ from vitscale.run_lock import RunLock
 from vitscale.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.train_config import TrainConfig
 
-logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.toml"
 # The files that a run replaces as a whole.
 REPLACED = (

@@ -24,11 +24,10 @@ from vitscale.train_config import TrainConfig
 FOLDER = "/dev/shm"
 
 
-def needed(config: TrainConfig, world_size: int, tasks: Mapping[str, Task] | None = None) -> int:
+def needed(config: TrainConfig, world_size: int, tasks: Mapping[str, Task]) -> int:
     """Bytes of the batches that the data workers of one process hold ready for it, at most.
 
-    Those of training stay while an evaluation has its own. tasks: of the evaluations; None =
-    their data are not open, and may be of any size.
+    Those of training stay while an evaluation has its own. tasks: of the evaluations.
     """
     image_bytes, of_training = 3 * math.prod(sides(config.model.image_size)), config.engine.num_workers
     steps = PREFETCHED_STEPS + 1 if of_training else 0
@@ -36,25 +35,23 @@ def needed(config: TrainConfig, world_size: int, tasks: Mapping[str, Task] | Non
         _evaluated(
             section,
             section.resolved_num_workers(of_training),
-            -(-num_samples(tasks[name]) // world_size) if tasks else None,
+            -(-num_samples(tasks[name]) // world_size),
         )
         for name, section in config.evals.items()
     ]
     return (steps * (config.global_batch // world_size) + max(evaluations, default=0)) * image_bytes
 
 
-def _evaluated(section: TaskConfig, num_workers: int, own: int | None) -> int:
+def _evaluated(section: TaskConfig, num_workers: int, own: int) -> int:
     """How many images of an evaluation are ready or in use; on a GPU, those in use are copies.
 
-    own: how many this rank has; None = any number.
+    own: how many this rank has.
     """
     if not num_workers:
         return 0
     in_use = 0 if torch.cuda.is_available() else 1
-    if own is not None:
-        num_workers = min(num_workers, -(-own // section.batch_size))
-    most = (PREFETCHED_BATCHES * num_workers + in_use) * section.batch_size
-    return most if own is None else min(own, most)
+    num_workers = min(num_workers, -(-own // section.batch_size))
+    return min(own, (PREFETCHED_BATCHES * num_workers + in_use) * section.batch_size)
 
 
 def free() -> int:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,9 +28,7 @@ from vitscale.data.quarantine import Quarantine
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.evals import open_task
-from vitscale.evals.task import Task
-from vitscale.job import Job
+from vitscale.job import Job, Tasks
 from vitscale.metrics import MetricsWriter, SilentWriter, trim_metrics
 from vitscale.models import empty_model
 from vitscale.models.transfer import check_backbone, check_head, is_backbone, is_head, transferred
@@ -47,7 +45,6 @@ from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel, Slot, locate
 
 logger = logging.getLogger(__name__)
-Tasks = Mapping[str, Task]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,15 +207,6 @@ def _open_backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedMod
         check_head(saved.config, config.model)
     names = [name for name in saved.shapes if is_backbone(name) or (config.init.head and is_head(name))]
     return saved, names
-
-
-def open_tasks(job: Job) -> Tasks:
-    config, tasks = job.config, {}
-    for name, section in config.evals.items():
-        num_workers = section.resolved_num_workers(config.engine.num_workers)
-        section = dataclasses.replace(section, num_workers=num_workers)
-        tasks[name] = open_task(name, section, config.model.image_size, job.sources[0], config.loss)
-    return tasks
 
 
 def open_metrics(job: Job, progress: Progress) -> MetricsWriter | SilentWriter:

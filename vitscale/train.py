@@ -27,13 +27,13 @@ from vitscale.goodput import Ledger, summary
 from vitscale.health import Health
 from vitscale.inspection.attention import as_vit
 from vitscale.inspection.live import observe
-from vitscale.job import Job, prepare
+from vitscale.job import Job, Tasks, open_tasks, prepare
 from vitscale.meter import Meter
 from vitscale.profiler import Profiler
 from vitscale.progress import Due, Phases, Progress
 from vitscale.run_dir import claimed, note_refusal, write_config
 from vitscale.schedule import learning_rate
-from vitscale.start import Run, Tasks, enough_memory, open_tasks, started
+from vitscale.start import Run, enough_memory, started
 from vitscale.step import skipped_step, train_step
 from vitscale.teacher import Teacher
 from vitscale.train_config import TrainConfig
@@ -51,7 +51,7 @@ def train(config: TrainConfig, began: float | None = None) -> int:
 
     began: since when this start takes time, in seconds since the epoch; None = since now.
     Returns the exit status: 0, or 75 if it was stopped. Raises a UserError for what the user
-    can fix. A process may call it many times.
+    can fix. A process may call it again unless it raised.
     """
     began = began or time.time()
     stop_file = Path(config.run_dir) / STOP_NAME

@@ -63,7 +63,7 @@ class NodeCache:
                 info = entry.stat()
                 files.append((info.st_mtime_ns, info.st_size, entry.path))
         held = sum(size for _, size, _ in files)
-        excess = held + num_bytes - (held if disk_is_full else self._folder_bytes)
+        excess = num_bytes if disk_is_full else held + num_bytes - self._folder_bytes
         for _, size, path in sorted(files):
             if excess <= 0:
                 break

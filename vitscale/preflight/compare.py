@@ -23,6 +23,7 @@ class Facts:
         was chosen for gloo, so that it would tell others to look there.
     code: a digest of vitscale's source files. config, index: digests; "" = they cannot be read.
     errors: sentences about what the config needs and this host does not give.
+    store_is_down: one of them is about a store that may answer later.
     shared: run_dir must be one folder for all hosts. saw: how many hosts' probes it sees there;
         0 = it could not write its own.
     shm_needed: bytes of /dev/shm that one process fills.
@@ -41,6 +42,7 @@ class Facts:
     config: str = ""
     index: str = ""
     errors: tuple[str, ...] = ()
+    store_is_down: bool = False
     run_dir: str = ""
     shared: bool = True
     saw: int = 0

@@ -21,8 +21,8 @@ from vitscale import distributed, hardware, memory, shared_memory
 from vitscale.checkpoint import room
 from vitscale.checkpoint.store import Home
 from vitscale.data.sources import check_sources, open_sources
-from vitscale.errors import UserError
-from vitscale.job import derive
+from vitscale.errors import StoreDown, UserError
+from vitscale.job import Job, derive, open_tasks
 from vitscale.preflight import speed
 from vitscale.preflight.compare import CHECKING, Facts
 from vitscale.run_dir import check_run_dir
@@ -42,14 +42,17 @@ def collect(
     place: of this host among them. The first one also looks for what a rank would find at the
     start: shards, batch plan, what is in the run directory.
     """
-    facts, config = _own(paths, overrides, world_size)
+    facts, config, job = _own(paths, overrides, world_size)
     gather("ready")
     with _probed(config) as probe:
         facts = _looked(facts, probe, gather)
         facts = speed.measured(facts, place, gather)
     gather(CHECKING)
-    if place == 0 and config and not facts.errors:
-        facts = dataclasses.replace(facts, errors=tuple(_at_start(config, world_size)))
+    if place == 0 and job and not facts.errors:
+        try:
+            _at_start(job)
+        except UserError as error:
+            facts = _failing(facts, error)
     gather("checked")  # so that all look at their clocks at the same time
     return gather(dataclasses.asdict(dataclasses.replace(facts, clock=time.time())))
 
@@ -66,17 +69,26 @@ def _looked(facts: Facts, probe: "_Probe", gather: Gather) -> Facts:
     return dataclasses.replace(facts, run_dir=str(probe.folder), shared=probe.shared, saw=seen, free=free)
 
 
-def _own(paths: Sequence[str], overrides: Sequence[str], world_size: int) -> tuple[Facts, TrainConfig | None]:
-    """What needs no other host."""
-    errors, config, digest, index = [], None, "", ""
+def _failing(facts: Facts, error: UserError) -> Facts:
+    is_down = facts.store_is_down or isinstance(error, StoreDown)
+    return dataclasses.replace(facts, errors=(*facts.errors, str(error)), store_is_down=is_down)
+
+
+def _own(
+    paths: Sequence[str], overrides: Sequence[str], world_size: int
+) -> tuple[Facts, TrainConfig | None, Job | None]:
+    """What needs no other host; the config, if it can be read, and the job, if that fits."""
+    errors, failure, config, job, digest, index, shm_needed = [], None, None, None, "", "", 0
     try:
         config = configs.load(TrainConfig, list(paths), list(overrides))
         digest = xxhash.xxh3_64(configs.to_toml(config).encode()).hexdigest()
         sources = open_sources(config.data)
         fingerprints = " ".join(source.fingerprint() for source in sources)
         index = xxhash.xxh3_64(fingerprints.encode()).hexdigest()
+        job = derive(config, world_size, sources)
+        shm_needed = shared_memory.needed(config, world_size, open_tasks(job))
     except UserError as error:
-        errors.append(str(error))
+        failure = error
     if interface := speed.missing_interface():
         errors.append(
             f"GLOO_SOCKET_IFNAME names {interface}, and this host has no such network interface; set it to "
@@ -99,11 +111,11 @@ def _own(paths: Sequence[str], overrides: Sequence[str], world_size: int) -> tup
         errors=tuple(errors),
         cores=distributed.num_cores(),
         shm_free=shared_memory.free(),
-        shm_needed=shared_memory.needed(config, world_size) if config else 0,
+        shm_needed=shm_needed,
         open_files=hard if hard != resource.RLIM_INFINITY else -1,
         gpus=_gpus(),
     )
-    return facts, config
+    return _failing(facts, failure) if failure else facts, config, job
 
 
 def _versions() -> dict[str, str]:
@@ -165,15 +177,11 @@ def _probed(config: TrainConfig | None) -> Iterator[_Probe]:
                 place.rmdir()
 
 
-def _at_start(config: TrainConfig, world_size: int) -> list[str]:
-    """What the first rank would refuse."""
-    try:
-        job = derive(config, world_size, open_sources(config.data))
-        check_sources(job.sources)
-        check_run_dir(job)
-        home = Home.of(config.run_dir, config.checkpoint)
-        if not home.store:
-            room.check_space(home, config.checkpoint, memory.checkpoint_bytes(config.model, config.optim))
-    except UserError as error:
-        return [str(error)]
-    return []
+def _at_start(job: Job) -> None:
+    """Raise what the first rank would."""
+    config = job.config
+    check_sources(job.sources)
+    check_run_dir(job)
+    home = Home.of(config.run_dir, config.checkpoint)
+    if not home.store:
+        room.check_space(home, config.checkpoint, memory.checkpoint_bytes(config.model, config.optim))

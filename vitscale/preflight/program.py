@@ -8,12 +8,11 @@ from collections.abc import Sequence
 
 from vitscale import config as configs
 from vitscale import distributed, hostfile
+from vitscale.errors import FAILED, MISTAKE
 from vitscale.launch_environment import forwarded
 from vitscale.preflight import rounds
 from vitscale.preflight.compare import Answer, problems, table
 from vitscale.redaction import redact
-
-MISTAKE = 2
 
 
 def over_ssh(path: str, words: Sequence[str]) -> int:
@@ -24,7 +23,7 @@ def over_ssh(path: str, words: Sequence[str]) -> int:
 
 def among_ranks(words: Sequence[str]) -> int:
     answers = rounds.among_ranks(words)
-    return told(answers) if distributed.is_main() else MISTAKE * bool(problems(answers))
+    return told(answers) if distributed.is_main() else status_of(answers)
 
 
 def own_facts(words: Sequence[str]) -> str:
@@ -44,4 +43,11 @@ def told(answers: Sequence[Answer]) -> int:
         ranks = sum(answer.slots for answer in answers)
         hosts = "1 host" if len(answers) == 1 else f"{len(answers)} hosts"
         print(f"ok: {ranks} processes on {hosts}")
-    return MISTAKE if found else 0
+    return status_of(answers)
+
+
+def status_of(answers: Sequence[Answer]) -> int:
+    """The exit status: 1 if a store does not answer now, 2 for what must be fixed, else 0."""
+    if any(answer.facts and answer.facts.store_is_down for answer in answers):
+        return FAILED
+    return MISTAKE * bool(problems(answers))

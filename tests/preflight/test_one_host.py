@@ -1,0 +1,48 @@
+"""What one host says of itself, and what the comparison ends with."""
+
+import json
+from pathlib import Path
+
+import pytest
+from make import write_index
+
+from vitscale import attempts, shared_memory
+from vitscale import config as configs
+from vitscale.data.sources import open_sources
+from vitscale.errors import FAILED, MISTAKE
+from vitscale.job import derive, open_tasks
+from vitscale.preflight import program
+from vitscale.train_config import TrainConfig
+
+CONFIG = """
+global_batch = 8
+total_steps = 1
+model = {variant = "Ti/16", num_classes = 5}
+engine = {num_workers = 2}
+"""
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    index = write_index(tmp_path / "shards", [40])
+    (tmp_path / "run.toml").write_text(CONFIG)
+    overrides = (f"run_dir={tmp_path / 'run'}", f"data.index={index}", f"evals.test.test={index}")
+    return [str(tmp_path / "run.toml"), *overrides]
+
+
+def test_shared_memory_is_what_training_will_ask_for(words: list[str]) -> None:
+    config = configs.load(TrainConfig, words[:1], words[1:])
+    job = derive(config, 1, open_sources(config.data))
+    facts = json.loads(program.own_facts(words))
+    assert facts["errors"] == []
+    assert facts["shm_needed"] == shared_memory.needed(config, 1, open_tasks(job)) > 0
+
+
+@pytest.mark.parametrize(
+    ("index", "status"), [("gone.json", MISTAKE), ("http://127.0.0.1:9/index.json", FAILED)]
+)
+def test_a_store_that_does_not_answer_now_is_no_mistake(
+    words: list[str], index: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "ATTEMPTS", 1)
+    assert program.among_ranks([*words, f"data.index={index}"]) == status
