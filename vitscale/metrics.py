@@ -83,7 +83,7 @@ class MetricsWriter:
         # Only on a terminal: in a log file, a bar is one long line full of carriage returns.
         self._bar = _open_bar(resume_step, total_steps) if sys.stderr.isatty() else None
         self._resume_step, self._total_steps = resume_step, total_steps
-        self._newest = resume_step  # the highest step written: the row of a save may follow those of later steps
+        self._newest = resume_step  # the highest step written: a save has its row after later ones
         self._start_seconds = time.monotonic()
         self._evaluations: dict[str, None] = {}  # the names of their numbers, in order
         self._at_resume, self._judge = set[str](), judge
