@@ -96,7 +96,7 @@ def test_observed_attention_is_what_the_model_computes(changes: dict[str, object
         block.attn.qkv.register_forward_hook(lambda _, __, qkv: mixed.append(qkv)),
         block.attn.proj.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0])),
     ]
-    model.features(images(TINY))
+    model.features(images(TINY), tokens=True)  # else the last block does not compute all
     for handle in handles:
         handle.remove()
     qkv, output = mixed

@@ -102,7 +102,8 @@ class Attention(nn.Module):
     """Multi-head self-attention (paper, appendix A).
 
     qkv.weight holds the rows of q, then of k, then of v; within each, head by head.
-    relative: what relative positions add to the logits.
+    relative: what relative positions add to the logits. num_outputs: of the first tokens, which
+    attend to all; None = every token has an output.
     """
 
     def __init__(self, width: int, num_heads: int, relative: RelativeBias | None = None) -> None:
@@ -112,13 +113,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Float[Tensor, "B N D"], num_outputs: int | None = None) -> Float[Tensor, "B M D"]:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, K, N, D / K]
         bias = None if self.relative is None else self.relative(query)
+        if num_outputs is not None:
+            query, bias = query[:, :, :num_outputs], None if bias is None else bias[:, :, :num_outputs]
         mixed = F.scaled_dot_product_attention(query, key, value, bias)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class Fp32Linear(nn.Linear):
@@ -135,6 +138,7 @@ class Block(RecomputedBlock):
     """Pre-norm encoder block (paper, equations 2 and 3).
 
     kept: what the outputs of attention and MLP are multiplied by for each image (drop_path.py).
+    num_outputs: as in Attention.
     """
 
     def __init__(
@@ -155,18 +159,24 @@ class Block(RecomputedBlock):
         self.mlp = Mlp(width, mlp_dim, dropout, gelu)
 
     def forward(
-        self, x: Float[Tensor, "B N D"], kept: Float[Tensor, "2 B 1 1"] | None = None
-    ) -> Float[Tensor, "B N D"]:
+        self,
+        x: Float[Tensor, "B N D"],
+        kept: Float[Tensor, "2 B 1 1"] | None = None,
+        num_outputs: int | None = None,
+    ) -> Float[Tensor, "B M D"]:
+        forward = functools.partial(self._forward, num_outputs=num_outputs)
         # In here, not around the block, so that a compiled block holds its recomputation, too.
         if self.checkpointing == "none" or not self.training:
-            return self._forward(x, kept)
+            return forward(x, kept)
         has_dropout = self.drop.p > 0
-        return recomputed(self._forward, x, kept, mode=self.checkpointing, has_dropout=has_dropout)
+        return recomputed(forward, x, kept, mode=self.checkpointing, has_dropout=has_dropout)
 
     def _forward(
-        self, x: Float[Tensor, "B N D"], kept: Float[Tensor, "2 B 1 1"] | None
-    ) -> Float[Tensor, "B N D"]:
-        mixed = self.drop(self.attn(self.norm1(x)))
+        self, x: Float[Tensor, "B N D"], kept: Float[Tensor, "2 B 1 1"] | None, num_outputs: int | None
+    ) -> Float[Tensor, "B M D"]:
+        mixed = self.drop(self.attn(self.norm1(x), num_outputs))
+        if num_outputs is not None:
+            x = x[:, :num_outputs]
         x = x + (mixed if kept is None else mixed * kept[0].to(mixed.dtype))
         mixed = self.mlp(self.norm2(x))
         return x + (mixed if kept is None else mixed * kept[1].to(mixed.dtype))

@@ -112,19 +112,28 @@ class ViT(Model):
         x = self._embed(images, corruption)  # [B, N, D]
         positions = self._positions_by_layer()
         outputs: dict[int, Tensor] = {}
+        last = len(self.blocks) - 1
+        reads_patches = tokens or corruption is not None or last in wanted
         for index, block in enumerate(self.blocks):
             if positions is not None:
                 x = x + positions[index]
-            x = block(x) if kept is None else block(x, kept[index])
+            num_outputs = self._num_read() if index == last and not reads_patches else None
+            x = block(x, None if kept is None else kept[index], num_outputs)
             if index in wanted:
                 outputs[index] = self._patch_tokens(self.norm(x))
-        x = self.norm(x)  # [B, N, D]
+        x = self.norm(x)  # [B, N, D], or of the tokens that are read
         if corruption is not None:
             return self._predict(self._patch_tokens(x), corruption.corrupted)
         if separate_heads:
             return self._both_heads(x)
         out = self._patch_tokens(x) if tokens else self._represent(x, features_only)
         return out if layers is None else (out, [outputs[index] for index in wanted])
+
+    def _num_read(self) -> int | None:
+        """How many of the first tokens the heads read; None = all of them."""
+        if self.cls_token is None:
+            return None
+        return 1 if self.dist_token is None else 2
 
     def _embed(
         self, images: Float[Tensor, "B 3 H W"], corruption: Corruption | None
