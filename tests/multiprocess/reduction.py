@@ -36,7 +36,9 @@ def measure(
 
     The error is that of the first step, relative to the norm of the exact mean. The elements
     are those that the second sends, by precision, as in formulas.Communication, and as "held"
-    those of the gradients that the parameters still have after a backward pass.
+    those of the gradients that the parameters still have after a backward pass. "misaligned"
+    counts, on all ranks, what the second step sends and receives from elsewhere than multiples
+    of 16 bytes.
     """
     HasFp16().arm()
     distributed.initialize()
@@ -57,6 +59,7 @@ def measure(
         error, whole = distributed.all_reduce_sum(squares)
         sent.clear()
         sent["held"] = step(engine, accumulation)
+        sent["misaligned"] = round(distributed.all_reduce_sum([float(sent["misaligned"])])[0])
         if distributed.is_main():
             (folder / f"{name}.json").write_text(json.dumps([(error / whole) ** 0.5, sent]))
         engine.close()
@@ -104,7 +107,7 @@ def step(engine: Engine, accumulation: int) -> int:
 
 
 def count_collectives() -> Counter[str]:
-    """Elements that this process sends from now on, by precision.
+    """Elements that this process sends from now on, by precision, and as "misaligned" tensors.
 
     DeepSpeed, which keeps some of these functions, must not have been set up yet.
     """
@@ -116,6 +119,7 @@ def count_collectives() -> Counter[str]:
             tensors = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
             largest = max(tensors, key=Tensor.numel)
             sent[str(largest.dtype)] += crossings * largest.numel()
+            sent["misaligned"] += sum(tensor.data_ptr() % 16 > 0 for tensor in tensors)
             return real(*arguments, **options)
 
         setattr(torch.distributed, name, counted)

@@ -65,6 +65,7 @@ def test_the_mean_gradient_of_three_ranks_is_exact_and_costs_what_is_planned(
         assert sent["torch.float32"] == pytest.approx(planned.gradients, rel=1e-3), name
         assert sent[SIXTEEN_BITS[precision]] == pytest.approx(planned.weights, rel=rel), name
         assert sent["held"] == 0, name  # memory.state_bytes counts the sums alone
+        assert name.startswith("3") or sent["misaligned"] == 0, name  # NCCL is slow from elsewhere
 
 
 def test_reduced_in_bf16_it_loses_bits_and_costs_half(tmp_path: Path, zygote: Zygote) -> None:

@@ -21,6 +21,9 @@ def correct(ds: DeepSpeed) -> None:
     if ds.fp16_enabled():
         zero.endure_overflows(ds)
         _grow_scale_after_update(ds)
+    if ds.zero_optimization_stage() < 3:
+        sizes = [len(flat) for flat in zero.flats(ds)]
+        assert not any(size % zero.RANK_MULTIPLE for size in sizes), f"ranks own {sizes}: see RANK_MULTIPLE"
     if isinstance(ds.optimizer, BF16_Optimizer):  # in bf16 at ZeRO 1, without offload
         _reduce_to_owners(ds)
 
