@@ -7,7 +7,8 @@ from make import write_index
 
 from vitscale import config as configs
 from vitscale.data.sources import open_sources
-from vitscale.job import worlds
+from vitscale.errors import ConfigError
+from vitscale.job import derive, worlds
 from vitscale.train_config import TrainConfig
 
 
@@ -23,7 +24,17 @@ from vitscale.train_config import TrainConfig
 def test_the_numbers_of_processes_that_can_share_a_run(
     tmp_path: Path, overrides: list[str], expected: list[int]
 ) -> None:
-    index = write_index(tmp_path / "shards", [40])
-    given = [f"run_dir={tmp_path / 'run'}", f"data.index={index}", "global_batch=24", "total_steps=1"]
-    config = configs.load(TrainConfig, [], [*given, "model.variant=Ti/16", "model.num_classes=5", *overrides])
+    config = config_of(tmp_path, *overrides)
     assert worlds(config, open_sources(config.data)) == expected
+
+
+def test_a_model_that_cannot_be_compiled_is_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "engine.compile=true", "precision=bf16", "model.mlp_dim=100")
+    with pytest.raises(ConfigError, match=r"refused with model.mlp_dim = 100: .* use a multiple of 8"):
+        derive(config, 1, open_sources(config.data))
+
+
+def config_of(folder: Path, *overrides: str) -> TrainConfig:
+    index = write_index(folder / "shards", [40])
+    given = [f"run_dir={folder / 'run'}", f"data.index={index}", "global_batch=24", "total_steps=1"]
+    return configs.load(TrainConfig, [], [*given, "model.variant=Ti/16", "model.num_classes=5", *overrides])

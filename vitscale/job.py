@@ -10,7 +10,7 @@ from vitscale.data.decode import Decoder, resolve_decoder
 from vitscale.data.mixture import Mixture
 from vitscale.data.sources import Source, check_labels, check_sources, make_mixture, open_sources
 from vitscale.engine.batches import BatchPlan, plan_batches
-from vitscale.engine.ds_config import check_ds_config, make_ds_config
+from vitscale.engine.ds_config import check_compiled, check_ds_config, make_ds_config
 from vitscale.errors import ConfigError
 from vitscale.evals import open_task
 from vitscale.evals.task import Task
@@ -61,6 +61,7 @@ def derive(config: TrainConfig, world_size: int, sources: tuple[Source, ...]) ->
     mixture.rank_lanes(0, world_size)
     plan = plan_batches(config.global_batch, config.engine.micro_batch, world_size)
     _check_pairs(config, plan, mixture)
+    check_compiled(config.engine, config.model, config.precision)
     deepspeed_config = make_ds_config(config.engine, plan, config.precision, config.optim.clip_norm)
     if config.engine.deepspeed_extra:
         check_ds_config(deepspeed_config)

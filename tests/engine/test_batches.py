@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from vitscale.engine.batches import plan_batches
-from vitscale.engine.ds_config import EngineConfig, Precision, make_ds_config
+from vitscale.engine.ds_config import EngineConfig, Precision, check_compiled, make_ds_config
 from vitscale.errors import ConfigError
+from vitscale.models.vit_config import ViTConfig
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,28 @@ def test_compiled_blocks_are_refused_where_zero_3_would_undo_them_in_silence() -
     config = EngineConfig(compile=True, zero_stage=3)
     with pytest.raises(ConfigError, match=r"engine.compile = true is refused with engine.zero_stage = 3"):
         make_ds_config(config, plan, "fp32", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "precision", "message"),
+    [
+        ({"width": 36}, "bf16", "engine.compile = true is refused with model.width = 36: .* multiple of 8"),
+        ({"width": 36}, "fp32", None),
+        ({"mlp_dim": 100}, "fp16", "refused with model.mlp_dim = 100: .* multiple of 8"),
+        ({"mlp_dim": 98}, "fp32", "refused with model.mlp_dim = 98: .* in fp32 .* multiple of 4"),
+        ({}, "bf16", None),
+    ],
+)
+def test_sizes_that_compiled_blocks_would_read_from_wrong_addresses_are_refused(
+    sizes: dict[str, int], precision: Precision, message: str | None
+) -> None:
+    model = ViTConfig(variant="mu/16", **sizes)
+    check_compiled(EngineConfig(), model, precision)
+    if message is None:
+        check_compiled(EngineConfig(compile=True), model, precision)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_compiled(EngineConfig(compile=True), model, precision)
 
 
 def test_moments_on_a_disk_need_an_optimizer_on_the_cpu() -> None:

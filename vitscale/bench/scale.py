@@ -28,6 +28,7 @@ from vitscale.checkpoint.safetensors import RANGE_BYTES, Part, together
 from vitscale.checkpoint.snapshot import Snapshot, assemble
 from vitscale.checkpoint.verify import check_manifest
 from vitscale.engine.fragments import Counters, Wanted
+from vitscale.engine.zero import RANK_MULTIPLE
 from vitscale.errors import ConfigError
 from vitscale.memory import state_bytes
 from vitscale.models import ModelConfig, empty_model
@@ -113,11 +114,11 @@ class Parts:
         return np.concatenate(rows)
 
     def _cut_flat(self, world_size: int) -> Int64[np.ndarray, "n 4"]:
-        """ZeRO 1 and 2 cut each group as one flat buffer, padded to a multiple of 2 x ranks."""
+        """ZeRO 1 and 2 cut each group as one flat buffer, of as many values for each rank."""
         rows = []
         for group in self.groups:
             ends = np.cumsum([self.sizes[number] for number in group])
-            share = 2 * -(-int(ends[-1]) // (2 * world_size))
+            share = RANK_MULTIPLE * -(-int(ends[-1]) // (RANK_MULTIPLE * world_size))
             cuts = np.unique(np.concatenate([[0], ends, np.arange(0, ends[-1], share)]))
             at, counts = cuts[:-1], np.diff(cuts)
             places = np.searchsorted(ends, at, side="right")

@@ -9,6 +9,8 @@ from vitscale.config import positive
 from vitscale.engine.batches import BatchPlan
 from vitscale.errors import ConfigError
 from vitscale.models.layers import Checkpointing
+from vitscale.models.model import CommonConfig
+from vitscale.models.vit_config import ViTConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -23,7 +25,8 @@ class EngineConfig:
         own, which sends half as much, and whose error grows with the number of ranks.
     activation_checkpointing: what the backward pass recomputes of each block: "none",
         "selective" (norms and GELU; matmuls and attention are kept) or "full".
-    compile: compile each block with torch.compile, for training; evaluations run eagerly.
+    compile: compile each block with torch.compile, for training; evaluations run eagerly. A
+        ViT's width and mlp_dim must be multiples of 8, or in fp32 of 4.
     tf32: compute fp32 matmuls and convolutions on GPUs in TF32, of 10 bits of mantissa.
     num_workers: data worker processes per rank; 0 = decode in the training process.
     cache_dir: a folder on the node's own disk, shared by its processes, that keeps what was
@@ -137,6 +140,24 @@ def make_ds_config(
     if precision == "fp16":
         derived["fp16"] = {"enabled": True, "initial_scale_power": 16}
     return _with_extra(derived, config.deepspeed_extra, "engine.deepspeed_extra")
+
+
+def check_compiled(config: EngineConfig, model: CommonConfig, precision: Precision) -> None:
+    """Raise ConfigError for a model whose compiled blocks would read wrong addresses on a GPU.
+
+    All blocks share a graph, in which torch.compile takes each parameter to be as aligned to 16
+    bytes as the first block's. DeepSpeed keeps them in one buffer without gaps. The sizes of
+    all parameters of a block follow from these two; those of a ResNet are multiples of 32.
+    """
+    if not config.compile or not isinstance(model, ViTConfig):
+        return
+    multiple = 4 if precision == "fp32" else 8
+    for key, size in (("width", model.resolved_width), ("mlp_dim", model.resolved_mlp_dim)):
+        if size % multiple:
+            raise ConfigError(
+                f"engine.compile = true is refused with model.{key} = {size}: on a GPU, compiled blocks in "
+                f"{precision} read 16 bytes at a time; use a multiple of {multiple}, or compile = false"
+            )
 
 
 def has_bf16_optimizer(zero_stage: int, precision: str, *, offload: bool) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vitscale import distributed, hardware
 from vitscale.engine import gradients, sliced, zero
 from vitscale.engine.batches import BatchPlan
-from vitscale.engine.ds_config import EngineConfig, Precision, make_ds_config
+from vitscale.engine.ds_config import EngineConfig, Precision, check_compiled, make_ds_config
 from vitscale.engine.ema import Ema
 from vitscale.engine.fragments import (
     EMA,
@@ -57,8 +57,8 @@ class Engine:
         """Hand the module to DeepSpeed, which moves it to this rank's device.
 
         module: a whole model, or one from zero.allocate, whose values fill or restore sets.
-        Raises ConfigError for a precision that the device does not have, and StoreError if
-        offload_folder cannot be written.
+        Raises ConfigError for a precision that the device does not have and for sizes that
+        cannot be compiled, and StoreError if offload_folder cannot be written.
         """
         import deepspeed
         from deepspeed.accelerator import get_accelerator
@@ -66,6 +66,7 @@ class Engine:
         zero.set_up()
         module.set_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
+            check_compiled(config, module.config, precision)
             module.compile_blocks()
         hardware.allow_tf32(config.tf32)
         accelerator = get_accelerator()

@@ -60,9 +60,9 @@ class Fragment:
     where `flat` is this rank's fp32 buffer of the group. A rank owns at most one fragment of a
     parameter. For example, a [3] and b [2, 3] are one group on two ranks:
 
-        ZeRO 1: a and b in one buffer, padded from 9 to 12 values and cut in the middle
-            rank 0    a[0:3] at offset 0, b[0:3] at offset 3
-            rank 1    b[3:6] at offset 0
+        ZeRO 1: a and b in one buffer, padded from 9 to 16 values and cut in the middle
+            rank 0    a[0:3] at offset 0, b[0:5] at offset 3
+            rank 1    b[5:6] at offset 0
         ZeRO 3: each parameter cut by itself, into pieces of 2 and of 3 values
             rank 0    a[0:2] at offset 0, b[0:3] at offset 2
             rank 1    a[2:3] at offset 0, b[3:6] at offset 2

@@ -24,12 +24,23 @@ from vitscale.models import Model
 # deepspeed.DeepSpeedEngine, whose annotations lack most of the names that are read here.
 DeepSpeed = Any
 
+# ZeRO 1 and 2 give each rank a multiple of this many elements of a flat buffer. They take 16
+# bytes in 16 bits. From other addresses NCCL copies some bytes at a time, and DeepSpeed's own 2
+# elements lead to those.
+RANK_MULTIPLE = 8
+
 
 def set_up() -> None:
     """Prepare DeepSpeed in this process, quietly; every rank calls it, any number of times."""
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+    # As a property, since their __init__ sets it.
+    multiple = property(lambda _: RANK_MULTIPLE, lambda _, value: None)
+    for optimizer in (BF16_Optimizer, DeepSpeedZeroOptimizer):
+        optimizer.nccl_start_alignment_factor = multiple  # pyright: ignore[reportAttributeAccessIssue]
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.utils.logger.addFilter(_is_worth_saying)
     # DeepSpeed 0.19 calls what torch 2.13 renames.
