@@ -124,7 +124,8 @@ class Model(nn.Module, abc.ABC):
         """torch.compile the repeated blocks, in place, so that parameter names stay.
 
         Shapes are static: blocks of one shape share a graph, made for the micro batch of
-        training. A ViT has one, and each stage of a ResNet two.
+        training. A ViT has one, and another for its last block if only the class token is read;
+        each stage of a ResNet has two.
         """
         # With recomputation, torch warns of in-place operations, which no block has.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
