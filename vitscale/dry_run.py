@@ -16,7 +16,6 @@ from vitscale.data.split import split_classes
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES
 from vitscale.errors import UserError
-from vitscale.evals import open_task
 from vitscale.job import Job, derive, expected_first_loss
 from vitscale.models import Model, empty_model
 from vitscale.models.flops import train_flops
@@ -25,6 +24,7 @@ from vitscale.objectives import DistillationConfig
 from vitscale.optim import freeze
 from vitscale.redaction import redact
 from vitscale.run_dir import check_continuation, check_new_length, check_place, check_run_dir, check_teacher
+from vitscale.start import open_tasks
 from vitscale.teacher import Teacher, load_teacher
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel
@@ -46,7 +46,7 @@ def describe(config: TrainConfig, world_size: int) -> str:
         notes = _missing_lines(job, model, missing)
     else:
         check_sources(job.sources)
-        _check_evaluations(job)
+        open_tasks(job)
         teacher = _open_teacher(config)
         _check_start(job, model, teacher)
         notes = []
@@ -62,11 +62,6 @@ def describe(config: TrainConfig, world_size: int) -> str:
         )
     )
     return redact(text)
-
-
-def _check_evaluations(job: Job) -> None:
-    for name, section in job.config.evals.items():
-        open_task(name, section, job.config.model.image_size, job.sources[0])
 
 
 def _open_teacher(config: TrainConfig) -> Teacher | None:
@@ -124,7 +119,7 @@ def _missing_lines(job: Job, model: Model, missing: Sequence[SourceConfig]) -> l
         for source in missing
     ]
     checks: list[tuple[str, Callable[[], object]]] = [
-        ("evaluations", lambda: _check_evaluations(job)),
+        ("evaluations", lambda: open_tasks(job)),
         ("teacher", lambda: _open_teacher(job.config)),
         ("init", lambda: _check_init(job, model)),
     ]

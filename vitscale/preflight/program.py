@@ -8,12 +8,11 @@ from collections.abc import Sequence
 
 from vitscale import config as configs
 from vitscale import distributed, hostfile
+from vitscale.errors import MISTAKE
 from vitscale.launch_environment import forwarded
 from vitscale.preflight import rounds
 from vitscale.preflight.compare import Answer, problems, table
 from vitscale.redaction import redact
-
-MISTAKE = 2
 
 
 def over_ssh(path: str, words: Sequence[str]) -> int:
@@ -41,7 +40,7 @@ def told(answers: Sequence[Answer]) -> int:
     for sentence in found:
         print(f"error: {redact(sentence)}", file=sys.stderr, flush=True)
     if not found:
-        ranks = sum(answer.slots for answer in answers)
-        hosts = "1 host" if len(answers) == 1 else f"{len(answers)} hosts"
-        print(f"ok: {ranks} processes on {hosts}")
+        ranks, hosts = sum(answer.slots for answer in answers), len(answers)
+        processes = "1 process" if ranks == 1 else f"{ranks:,} processes"
+        print(f"ok: {processes} on {'1 host' if hosts == 1 else f'{hosts:,} hosts'}")
     return MISTAKE if found else 0
