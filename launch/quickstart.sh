@@ -4,6 +4,11 @@
 # another resolution, and evaluation before and after. A second run reuses what is there.
 #   bash launch/quickstart.sh
 set -euo pipefail
+case "${1:-}" in
+'') ;;
+-h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;;
+*) echo "error: launch/quickstart.sh takes no arguments, and was given $*; leave them out" >&2 && exit 2 ;;
+esac
 if [ "$(uname)" != Linux ]; then
     echo "vitscale is tested on Linux only: on Windows it does not start (no fcntl, fork or pread; WSL 2 is" \
         "untested), and on macOS nobody has tried it." >&2

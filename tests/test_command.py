@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,27 @@ def test_an_unknown_extra_is_refused_before_anything_is_installed(
     words = ["bash", str(tmp_path / "tools" / "setup.sh"), *filter(None, [extra])]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{said}\n")
+
+
+@pytest.mark.parametrize("script", ["launch/quickstart.sh", "tools/setup.sh", "tools/test.sh"])
+def test_help_of_a_script_is_its_head_and_does_nothing(script: str, tmp_path: Path) -> None:
+    """In a copy, where nothing can be installed."""
+    copy, text = tmp_path / script, (ROOT / script).read_text()
+    copy.parent.mkdir()
+    copy.write_text(text)
+    done = subprocess.run(["bash", copy, "--help"], capture_output=True, text=True, check=False)
+    head = text.partition("\nset ")[0].splitlines()[1:]
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head]
+    assert f"bash {script}" in done.stdout and (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_quickstart_refuses_arguments_in_one_sentence(tmp_path: Path) -> None:
+    """In a copy, where nothing can be installed."""
+    (tmp_path / "launch").mkdir()
+    words = ["bash", shutil.copy(ROOT / "launch/quickstart.sh", tmp_path / "launch"), "configs/starter.toml"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: launch/quickstart.sh takes no arguments, and was given configs/")
 
 
 @pytest.mark.parametrize("hyphen", ["-", "_"])

@@ -177,10 +177,22 @@ def test_mistakes_are_refused_with_what_to_write_instead(values: dict, message: 
         ("model.head_bias=-inf", "model.head_bias must be a finite number, not -inf"),
         ("finetune.learning_rates=[1, nan]", "finetune.learning_rates[1] must be a finite number, not nan"),
         ("total_steps=inf", "total_steps must be a whole number, not inf"),
-        ("total_steps=1e308", "total_steps must fit in 64 bits, and has 309 digits"),
-        (f"seed={2**63}", "seed must fit in 64 bits, and has 19 digits"),
-        (f"optim.lr={'9' * 400}", "optim.lr must fit in 64 bits, and has 400 digits"),
-        (f"optim.lr={'9' * 5000}", "optim.lr must fit in 64 bits, and has thousands of digits"),
+        ("total_steps=1e308", "total_steps must fit in 64 bits"),
+        (f"seed={2**63}", "seed must fit in 64 bits"),
+        (f"optim.lr={'9' * 400}", "optim.lr must fit in 64 bits"),
+        (f"optim.lr={'9' * 5000}", "optim.lr must fit in 64 bits"),
+        *(
+            (f"{key}=0x{'f' * 5000}", f"{key} must fit in 64 bits")
+            for key in (
+                "seed",
+                "optim.lr",
+                "run_dir",
+                "precision",
+                "model",
+                "model.image_size",
+                "engine.compile",
+            )
+        ),
         ("model.variant=B/²", 'model.variant "B/²" is not NAME/PATCH with a name of '),
         (f"model.variant=B/{'9' * 5000}", 'model.variant "B/9999'),
     ],

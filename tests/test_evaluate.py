@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tools import study
 from tools.evaluate import main, print_details
 from vitscale.checkpoint.safetensors import write_safetensors
 from vitscale.config import to_dict
@@ -129,11 +131,21 @@ def test_what_the_user_gets_wrong_is_one_sentence_and_status_2(
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("words", [["finetune", "x", "--recipe", "x"], ["vtab", "x", "--data", "x"]])
-def test_a_negative_number_of_processes_is_refused(capsys: pytest.CaptureFixture[str], words: list[str]):
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (main, ["finetune", "x", "--recipe", "x", "--out", "x"]),
+        (main, ["vtab", "x", "--data", "x", "--out", "x"]),
+        (study.main, ["run", "x"]),
+    ],
+)
+@pytest.mark.parametrize("slots", ["0", "-1"])
+def test_a_number_of_processes_below_1_is_refused(
+    capsys: pytest.CaptureFixture[str], program: Callable[[list[str]], int], words: list[str], slots: str
+):
     with pytest.raises(SystemExit) as ended:
-        main([*words, "--out", "x", "--slots", "-1"])
-    assert ended.value.code == 2 and "--slots -1 must not be negative" in capsys.readouterr().err
+        program([*words, "--slots", slots])
+    assert ended.value.code == 2 and f"--slots {slots} must be above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,16 @@ def test_activations_grow_with_every_size_of_the_model() -> None:
 
 
 def explain(
-    plan: BatchPlan, gib: float, *, pairs: bool = False, starting: bool = False, **engine: object
+    plan: BatchPlan,
+    gib: float,
+    model: ViTConfig = B16,
+    *,
+    pairs: bool = False,
+    starting: bool = False,
+    **engine: object,
 ) -> str:
     config = EngineConfig(micro_batch=plan.micro_batch, **engine)  # type: ignore[arg-type]
-    return explain_too_small(B16, config, plan, "bf16", int(gib * 2**30), pairs=pairs, starting=starting)
+    return explain_too_small(model, config, plan, "bf16", int(gib * 2**30), pairs=pairs, starting=starting)
 
 
 def test_where_memory_runs_out_the_largest_micro_batch_that_fits_is_named() -> None:
@@ -158,19 +164,28 @@ def test_a_micro_batch_that_ran_out_is_not_advised_though_it_fits_by_plan() -> N
     assert "set engine.micro_batch = 32, " in explain(plan_batches(64, 64, 1), 80)
 
 
+H14, G14 = ViTConfig(variant="H/14"), ViTConfig(variant="G/14")
+STAGE_3, OFFLOAD = "engine.zero_stage = 3 or ", "engine.offload_optimizer = true or "
+
+
 @pytest.mark.parametrize(
-    ("world_size", "gib", "engine", "advice"),
+    ("model", "world_size", "engine", "advice"),
     [
-        (1, 1.5, {}, 'engine.activation_checkpointing = "full" or engine.offload_optimizer = true or '),
-        (2, 0.97, {"activation_checkpointing": "full"}, "engine.zero_stage = 3 or engine.offload_optimizer "),
-        (2, 0.15, {"zero_stage": 3, "activation_checkpointing": "full", "offload_optimizer": True}, ""),
+        (B16, 1, {}, 'engine.activation_checkpointing = "full" or '),
+        (B16, 2, {"activation_checkpointing": "full"}, ""),
+        (H14, 1, {"activation_checkpointing": "full"}, OFFLOAD),
+        (H14, 64, {"activation_checkpointing": "full"}, ""),
+        (G14, 2, {"activation_checkpointing": "full"}, STAGE_3 + OFFLOAD),
+        (G14, 8, {"activation_checkpointing": "full", "zero_stage": 2}, STAGE_3 + OFFLOAD),
+        (G14, 2, {"zero_stage": 3, "activation_checkpointing": "full", "offload_optimizer": True}, ""),
     ],
 )
-def test_where_no_micro_batch_fits_something_else_is_advised(
-    world_size: int, gib: float, engine: dict, advice: str
+def test_where_no_micro_batch_fits_what_is_advised_needs_less(
+    model: ViTConfig, world_size: int, engine: dict, advice: str
 ) -> None:
-    sentence = explain(plan_batches(64, 0, world_size), gib, **engine)
-    assert f"; no smaller one fits by plan: use {advice}" in sentence and sentence.endswith("more devices")
+    """ZeRO 3 and offload take 1 to 5 GB of buffers, more than they save of a small state."""
+    sentence = explain(plan_batches(64, 0, world_size), 0.1, model, **engine)
+    assert sentence.endswith(f"; no smaller one fits by plan: use {advice}more devices")
 
 
 def test_micro_batch_one_has_none_below_it() -> None:
@@ -178,9 +193,9 @@ def test_micro_batch_one_has_none_below_it() -> None:
 
 
 def test_at_the_start_there_are_no_activations_to_save() -> None:
-    plan = plan_batches(64, 32, 2)
-    assert explain(plan, 1, starting=True, zero_stage=2) == (
-        "CUDA is out of memory at the start, while the model is made: by plan parameters and state take 0.81 "
+    plan = plan_batches(64, 8, 8)
+    assert explain(plan, 1, G14, starting=True, zero_stage=2) == (
+        "CUDA is out of memory at the start, while the model is made: by plan parameters and state take 6.87 "
         "GiB of 1.00 GiB; use engine.zero_stage = 3 or engine.offload_optimizer = true or more devices"
     )
 

@@ -185,6 +185,12 @@ def value_of(config: Any, key: str) -> Any:
     return config
 
 
+def test_every_transformer_is_compiled() -> None:
+    loaded = {path.stem: configs.load(TrainConfig, [path]) for path in FOLDER.glob("*.toml")}
+    eager = {name for name, config in loaded.items() if not config.engine.compile}
+    assert eager == {name for name, config in loaded.items() if config.model.kind == "resnet"}
+
+
 def test_every_pretraining_config_has_its_row() -> None:
     assert {path.stem for path in FOLDER.glob("*.toml")} == set(RECIPES)
 

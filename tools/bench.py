@@ -201,6 +201,8 @@ def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.models.vit_config import ViTConfig
     from vitscale.train_config import TrainConfig
 
+    if arguments.batch is not None:
+        configs.positive("", **{"--batch": arguments.batch})
     given = {name: value for name in STEP_SETTINGS if (value := getattr(arguments, name)) is not None}
 
     def wanted(case: Case) -> bool:

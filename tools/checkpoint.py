@@ -22,8 +22,8 @@ EXAMPLE = """examples:
 CKPT = "a run directory (its newest good checkpoint), a step directory, or an export"
 DIFF = """Compare two checkpoints or exports tensor by tensor. Exit status: 0 if they hold the same weights
 at the same point of the same experiment, 1 if not, 2 if one of them cannot be read. run_dir, [engine],
-[log], [checkpoint], [evals] and the ranks that wrote them may differ. "relative" is |A-B| / max(|A|, |B|)
-in L2 norms."""
+[log], [checkpoint], [evals], [expect], [finetune], [guard] and the ranks that wrote them may differ.
+"relative" is |A-B| / max(|A|, |B|) in L2 norms."""
 
 FORMATS = ["safetensors", "timm", "transformers", "npz"]
 PIXELS = (

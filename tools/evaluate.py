@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("kmeans needs --data SHARDS")
     if args.kind == "classify" and bool(args.data) == bool(args.split):
         parser.error("classify needs --data SHARDS, or --split validation for the run's own; not both")
-    if getattr(args, "slots", 0) < 0:
-        parser.error(f"--slots {args.slots} must not be negative")
+    if (slots := getattr(args, "slots", None)) is not None and slots < 1:
+        parser.error(f"--slots {slots} must be above 0")
     # Torch is imported after the arguments are known to be right, so that --help is instant.
     from vitscale import command
 
@@ -62,7 +62,7 @@ def run_vtab(args: argparse.Namespace) -> int:
             tasks=tuple(args.tasks.split(",")) if args.tasks else VtabConfig.tasks,
             seeds=tuple(args.seeds),
             overrides=tuple(args.set),
-            slots=args.slots,
+            slots=args.slots or 0,
         )
     )
     print(f"\n{scores.text()}\n\nIn {args.out}: results.json, results.md and, with matplotlib, results.png")
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 def run_finetune(args: argparse.Namespace) -> int:
     from vitscale.finetune.grid import run
 
-    result = run(args.checkpoint, args.recipe, Path(args.out), tuple(args.set), args.slots)
+    result = run(args.checkpoint, args.recipe, Path(args.out), tuple(args.set), args.slots or 0)
     print(f"\n{result.text()}\n\nIn {args.out}: results.json")
     return 0
 
@@ -169,9 +169,7 @@ def _add_finetunings(commands: Any) -> None:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="of the runs' configs; repeatable"
         )
-        command.add_argument(
-            "--slots", type=int, default=0, help="processes at a time; default: one on each GPU, or 1"
-        )
+        command.add_argument("--slots", type=int, help="processes at a time; default: one on each GPU, or 1")
 
 
 def _probe(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
@@ -200,7 +198,9 @@ def _add_cache(command: argparse.ArgumentParser) -> None:
 
 def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     command = _add(commands, name, summary)
-    command.add_argument("--crop", choices=("resize", "center"), help="squeeze to a square, or centre crop")
+    command.add_argument(
+        "--crop", choices=("resize", "center"), help="squeeze to the model's image size, or centre crop"
+    )
     command.add_argument("--batch-size", type=int, help="images at a time on each device")
     command.add_argument("--num-workers", type=int, help="decoding processes on each rank")
     command.add_argument(

@@ -3,6 +3,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -10,14 +11,12 @@ from pathlib import Path
 
 EXAMPLE = """examples:
   python tools/plan.py configs/pretrain/vit_h14_jft.toml --gpus 128 --price 2.5
-  python tools/plan.py configs/pretrain/vit_b16_in21k.toml --gpus 8 --gpu a100 engine.compile=true
+  python tools/plan.py configs/pretrain/vit_b16_in21k.toml --gpus 8 --gpu a100
   python tools/plan.py configs/pretrain/vit_h14_jft.toml --gpus 8 --gpu h200 \\
       --calibrate tools/results/h200.json
 
 No data need to be there: epochs are those of data.num_samples. Every figure is an estimate; docs/planning.md
 says how each is made, and which are guesses"""
-
-BY_DEFAULT_UNKNOWN = ("gpu_memory_gb", "cores_per_node", "decode_rate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,17 +39,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--gpus", type=int, required=True, help="of all nodes together")
-    add("--gpu", default="h100", help="their kind, as h100, h200, a100 or b200; default: h100")
-    add("--gpu-memory-gb", type=float, help="of each; default: by the data sheet")
-    add("--gpus-per-node", type=int, default=8, help="default: 8")
-    add("--nic-gbit", type=float, default=400.0, help="Gbit/s of the network card of each GPU; default: 400")
-    add("--price", type=float, default=0.0, help="of a GPU for an hour, in any currency")
-    add("--cores-per-node", type=int, help="that may decode; default: as many as it takes")
-    add("--decode-rate", type=float, help="images/s of a core; default: measured, or 500")
-    add("--image-kb", type=float, default=110.0, help="mean size of a stored image; default: 110")
-    add("--failures-per-node-day", type=float, default=0.0065, help="default: 0.0065")
-    add("--restart-minutes", type=float, default=10.0, help="from a failure to the next step; default: 10")
-    add("--store-gb-per-s", type=float, default=2.0, help="at which checkpoints are written; default: 2")
     add(
         "--calibrate",
         type=Path,
@@ -58,6 +46,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="take speeds from this file of tools/bench.py step, in place of guesses",
     )
     add("--json", type=Path, metavar="OUT", help="also write the plan to this file")
+    # What is not given is left to the defaults of a Cluster.
+    option = functools.partial(add, default=argparse.SUPPRESS)
+    option("--gpu", help="their kind, as h100, h200, a100 or b200; default: h100")
+    option("--gpu-memory-gb", type=float, help="of each; default: by the data sheet")
+    option("--gpus-per-node", type=int, help="default: 8")
+    option("--nic-gbit", type=float, help="Gbit/s of the network card of each GPU; default: 400")
+    option("--price", type=float, help="of a GPU for an hour, in any currency")
+    option("--cores-per-node", type=int, help="that may decode; default: as many as it takes")
+    option("--decode-rate", type=float, help="images/s of a core; default: measured, or 500")
+    option("--image-kb", type=float, help="mean size of a stored image; default: 110")
+    option("--failures-per-node-day", type=float, help="default: 0.0065")
+    option("--restart-minutes", type=float, help="from a failure to the next step; default: 10")
+    option("--store-gb-per-s", type=float, help="at which checkpoints are written; default: 2")
     return parser.parse_intermixed_args(argv)
 
 
@@ -68,10 +69,10 @@ def plan(arguments: argparse.Namespace) -> int:
     from vitscale.plan.speed import Speed, read_measurements
     from vitscale.train_config import TrainConfig
 
-    names = [field.name for field in dataclasses.fields(Cluster)]
-    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    given = {f"--{name.replace('_', '-')}": options[name] for name in BY_DEFAULT_UNKNOWN if name in options}
-    config.positive("", **given)  # a Cluster takes 0 for what is not known
+    names = [field.name for field in dataclasses.fields(Cluster) if field.name in arguments]
+    options = {name: getattr(arguments, name) for name in names}
+    numbers = {f"--{name.replace('_', '-')}": options[name] for name in names if name != "gpu"}
+    config.positive("", **numbers)  # a Cluster takes 0 for what is not known
     speed = read_measurements(arguments.calibrate) if arguments.calibrate else Speed()
     loaded = config.load(TrainConfig, *config.divided(arguments.configs))
     made = make_plan(loaded, Cluster(**options), speed)

@@ -3,6 +3,7 @@
 # does nothing until pyproject.toml or constraints.txt change.
 #   bash tools/setup.sh [EXTRA]        EXTRA: s3, gcs or http for a store; vtab for VTAB-1k; plots, onnx; dev for the tests
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;; esac
 cd "$(dirname "$0")/.."
 extras=$(sed -n '/^\[project.optional-dependencies\]/,/^\[/s/^\([a-z0-9]*\) = .*/\1/p' pyproject.toml)
 requested="${1:-}"

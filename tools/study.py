@@ -60,15 +60,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             help="of the configs of all runs; repeatable",
         )
         if name == "run":
-            add("--slots", type=int, default=0, help="runs at a time; default: one on each GPU, or 1")
+            add("--slots", type=int, help="runs at a time; default: one on each GPU, or 1")
             add(
                 "--launcher",
                 default="",
                 help="starts each training, like 'deepspeed --num_gpus 8'; then one at a time",
             )
     arguments = parser.parse_args(argv)
-    if getattr(arguments, "slots", 0) < 0:
-        parser.error(f"--slots {arguments.slots} must not be negative")
+    if (slots := getattr(arguments, "slots", None)) is not None and slots < 1:
+        parser.error(f"--slots {slots} must be above 0")
     return arguments
 
 
@@ -85,7 +85,7 @@ def study(arguments: argparse.Namespace) -> int:
             loaded,
             only=arguments.only,
             overrides=arguments.set,
-            count=arguments.slots,
+            count=arguments.slots or 0,
             launcher=shlex.split(arguments.launcher),
         )
     found = cells(loaded, arguments.only, arguments.set)

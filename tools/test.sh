@@ -4,6 +4,7 @@
 #   bash tools/test.sh tests/data
 #   bash tools/test.sh --sweep         every exhaustive table whole
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;; esac
 cd "$(dirname "$0")/.."
 bash tools/setup.sh dev
 # Some tests need programs of the system: web servers, two hosts with ssh and pdsh, Slurm. They are

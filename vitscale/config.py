@@ -164,7 +164,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError:
         value = literal  # an unquoted string, which every shell user writes
     except ValueError:
-        raise ConfigError(f"{key} must fit in 64 bits, and has thousands of digits") from None
+        raise ConfigError(f"{key} must fit in 64 bits") from None
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
@@ -252,6 +252,8 @@ def _upgrade(schema: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:  # Python refuses to print long ones
+        raise ConfigError(f"{where} must fit in 64 bits")
     if _are_sections(hint):
         return from_dict(hint, _expect(value, Mapping, where, "a table"), where)
     if hint == ImageSize:
@@ -302,9 +304,7 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
     if hint is not bool and isinstance(value, bool):
         raise ConfigError(f"{where} must be {names[hint]}, not {str(value).lower()}")
     if hint is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 1e4 is how people write a number of steps
-    if hint in (int, float) and isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ConfigError(f"{where} must fit in 64 bits, and has {len(str(abs(value)))} digits")
+        return _convert(int, int(value), where)  # 1e4 is how people write a number of steps
     if hint is float and isinstance(value, int):
         value = float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):

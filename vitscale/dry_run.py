@@ -93,7 +93,7 @@ def _check_init(job: Job, model: Model) -> None:
     config = job.config
     if config.init.full_state:
         checkpoint = load.find_other(config.init.checkpoint)
-        check_new_length(job, checkpoint)
+        check_new_length(checkpoint.folder, checkpoint.manifest.step, job.total_steps)
         _check_state(checkpoint, config, model)
     elif config.init.checkpoint:
         saved = SavedModel(config.init.checkpoint, slot="ema" if config.init.ema else "fp32")

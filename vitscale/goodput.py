@@ -75,7 +75,7 @@ def fractions(starts: Sequence[Start]) -> dict[str, float]:
 def summary(numbers: Mapping[str, float]) -> str:
     """The parts of a row as a line, without those below 0.05%: "91.0% steps, 5.1% start"."""
     names = {"step": "steps", "lost": "lost work", "evaluate": "evaluation"}
-    parts = {kind: numbers[f"goodput/{kind}"] for kind in KINDS}
+    parts = {kind: numbers[name] for kind in KINDS if (name := f"goodput/{kind}") in numbers}
     return ", ".join(f"{part:.1%} {names.get(kind, kind)}" for kind, part in parts.items() if part >= 5e-4)
 
 

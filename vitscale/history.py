@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale import config as configs
+from vitscale.ending import TIME_FORMAT
 from vitscale.job import Job
 from vitscale.progress import Progress
 from vitscale.redaction import redact
@@ -36,7 +37,7 @@ def add_start(
     """
     config, plan = job.config, job.plan
     row = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": time.strftime(TIME_FORMAT),
         "step": progress.step,
         "data_step": progress.data_step,
         "rollbacks": progress.rollbacks,

@@ -60,7 +60,7 @@ def derive(config: TrainConfig, world_size: int, sources: tuple[Source, ...]) ->
     mixture = _mixture_of(config, sources)
     mixture.rank_lanes(0, world_size)
     plan = plan_batches(config.global_batch, config.engine.micro_batch, world_size)
-    _check_pairs(config, plan, mixture)
+    check_pairs(config, plan.micro_batch, mixture.draws_per_step)
     check_compiled(config.engine, config.model, config.precision)
     deepspeed_config = make_ds_config(config.engine, plan, config.precision, config.optim.clip_norm)
     if config.engine.deepspeed_extra:
@@ -93,7 +93,7 @@ def worlds(config: TrainConfig, sources: tuple[Source, ...]) -> list[int]:
     def can_share(world_size: int) -> bool:
         try:
             plan = plan_batches(config.global_batch, config.engine.micro_batch, world_size)
-            _check_pairs(config, plan, mixture)
+            check_pairs(config, plan.micro_batch, mixture.draws_per_step)
         except ConfigError:
             return False
         return True
@@ -111,20 +111,29 @@ def _mixture_of(config: TrainConfig, sources: tuple[Source, ...]) -> Mixture:
     )
 
 
-def _check_pairs(config: TrainConfig, plan: BatchPlan, mixture: Mixture) -> None:
-    """Raise ConfigError unless mixup and cutmix get pairs: neighbours in one micro batch."""
-    if not config.augment.mixup and not config.augment.cutmix:
+def check_pairs(config: TrainConfig, micro_batch: int, draws_per_step: int) -> None:
+    """Raise ConfigError unless mixup and cutmix get pairs: neighbours in one micro batch.
+
+    draws_per_step: of each lane.
+    """
+    if not has_pairs(config):
         return
-    if plan.micro_batch % 2:
+    if micro_batch % 2:
         raise ConfigError(
-            f"augment.mixup and augment.cutmix pair neighbours, so the micro batch of {plan.micro_batch} "
-            "must be even; change engine.micro_batch, global_batch or the number of processes"
+            f"augment.mixup and augment.cutmix pair neighbours, so the micro batch of {micro_batch} must be "
+            "even; change engine.micro_batch, global_batch or the number of processes"
         )
-    if mixture.repeats > 1 and mixture.draws_per_step % 2:
+    repeats = config.augment.repeats
+    if repeats > 1 and draws_per_step % 2:
         raise ConfigError(
-            f"with augment.repeats = {mixture.repeats}, mixup and cutmix need an even number of samples of "
-            f"each lane in a step, not {mixture.draws_per_step}; use data.lanes = 0, or half as many"
+            f"with augment.repeats = {repeats}, mixup and cutmix need an even number of samples of each lane "
+            f"in a step, not {draws_per_step}; use data.lanes = 0, or half as many"
         )
+
+
+def has_pairs(config: TrainConfig) -> bool:
+    """Whether neighbours in a micro batch are mixed with each other."""
+    return bool(config.augment.mixup or config.augment.cutmix)
 
 
 def expected_first_loss(config: TrainConfig) -> float | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig, has_bf16_optimizer
@@ -325,15 +326,14 @@ def explain_too_small(
     Fragmentation and kernels take more than is planned, so a micro batch that ran out is never
     advised, even if it fits by plan.
     """
-    num_params = count_params(model)
     offload, needed = engine.offload_optimizer, optimizer_bytes(model, optimizer)
-    states = state_bytes(num_params, engine.zero_stage, plan.world_size, precision, offload, needed)
+    states = state_bytes(count_params(model), engine.zero_stage, plan.world_size, precision, offload, needed)
     available = f"{device_bytes / 2**30:,.2f} GiB"
+    others = more_room(model, engine, plan.world_size, precision, optimizer, activations=not starting)
     if starting:
-        way_out = more_room(engine, plan.world_size, optimizer, activations=False)
         return (
             "CUDA is out of memory at the start, while the model is made: by plan parameters and state take "
-            f"{states / 2**30:,.2f} GiB of {available}; use {way_out}"
+            f"{states / 2**30:,.2f} GiB of {available}; use {others}"
         )
 
     def activations(micro_batch: int) -> int:
@@ -346,7 +346,6 @@ def explain_too_small(
         for micro_batch in micro_batches(plan.per_rank, pairs=pairs)
         if micro_batch < plan.micro_batch and states + activations(micro_batch) <= device_bytes
     ]
-    others = more_room(engine, plan.world_size, optimizer, activations=True)
     way_out = (
         f"set engine.micro_batch = {fitting[-1]}, the largest below it that fits by plan"
         if fitting
@@ -358,13 +357,27 @@ def explain_too_small(
     )
 
 
-def more_room(engine: EngineConfig, world_size: int, optimizer: str, *, activations: bool) -> str:
-    """What would leave more memory, for a message. activations: whether it may be theirs."""
-    has_stages = optimizer != "muon"  # which runs at ZeRO 1 and 2, without offload
+def more_room(
+    model: ModelConfig,
+    engine: EngineConfig,
+    world_size: int,
+    precision: str,
+    optimizer: str,
+    *,
+    activations: bool,
+) -> str:
+    """What needs less memory by estimate. activations: whether they may be what ran out."""
+
+    def needed(**changes: Any) -> int:
+        changed = dataclasses.replace(engine, **changes)
+        return estimate(model, changed, 1, world_size, precision, optimizer=optimizer).total
+
+    now, has_stages = needed(), optimizer != "muon"  # which runs at ZeRO 1 and 2, without offload
     others = {
-        "engine.zero_stage = 3": has_stages and engine.zero_stage < 3 and world_size > 1,
+        # ZeRO 3 and offload take buffers that outweigh what they save of a small state.
+        "engine.zero_stage = 3": has_stages and needed(zero_stage=3) < now,
         'engine.activation_checkpointing = "full"': activations and engine.activation_checkpointing != "full",
-        "engine.offload_optimizer = true": has_stages and not engine.offload_optimizer,
+        "engine.offload_optimizer = true": has_stages and needed(offload_optimizer=True) < now,
         "more devices": True,
     }
     return " or ".join(name for name in others if others[name])

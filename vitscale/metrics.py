@@ -36,6 +36,8 @@ NON_FINITE = ("nan", "inf", "-inf")
 NO_EXPECTATIONS = ExpectConfig()
 DIGEST = "data/digest"
 EVENTS = "events.out.tfevents."  # then the time in seconds, the host and the process
+# Ends of names in eval/ that are no results: sizes, spreads, and what a probe chose.
+NOT_SCORES = ("/num_samples", "_std", "/c", "/learning_rate")
 HASHES = (DIGEST,)  # in metrics.jsonl only: a curve of them means nothing
 # TensorBoard sorts groups by name and opens the first two. There, their names are numbered.
 GROUPS = ("train", "eval", "data", "perf", "time", "checkpoint", "goodput", "run", "loader", "learned")
@@ -258,6 +260,11 @@ def remaining_time(elapsed_seconds: float, num_done: int, num_left: int) -> str:
     if num_done <= 0:
         return "?"
     return tqdm.format_interval(round(elapsed_seconds / num_done * max(0, num_left)))
+
+
+def is_score(name: str) -> bool:
+    """Whether a metric is a result of an evaluation."""
+    return name.startswith("eval/") and not name.endswith(NOT_SCORES)
 
 
 def best_step(scores: Mapping[int, float], judge: str) -> int | None:

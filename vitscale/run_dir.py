@@ -246,12 +246,12 @@ def _replaced(folder: Path) -> list[str]:
     return [str(row.get("sample")) for row in read_metrics(path)] if path.exists() else []
 
 
-def check_new_length(job: Job, checkpoint: Checkpoint) -> None:
+def check_new_length(checkpoint: str, step: int, total_steps: int) -> None:
     """Raise ConfigError if another run's checkpoint leaves this run no steps to do."""
-    if checkpoint.manifest.step >= job.total_steps:
+    if step >= total_steps:
         raise ConfigError(
-            f"{checkpoint.folder}, which init.full_state continues, has done all of the run's "
-            f"{job.total_steps:,} steps; raise the total, or take its weights alone: init.full_state = false"
+            f"{checkpoint}, which init.full_state continues, has done all of the run's {total_steps:,} "
+            "steps; raise the total, or take its weights alone: init.full_state = false"
         )
 
 

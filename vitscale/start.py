@@ -28,7 +28,7 @@ from vitscale.data.quarantine import Quarantine
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.job import Job, Tasks
+from vitscale.job import Job, Tasks, has_pairs
 from vitscale.metrics import MetricsWriter, SilentWriter, trim_metrics
 from vitscale.models import empty_model
 from vitscale.models.transfer import check_backbone, check_head, is_backbone, is_head, transferred
@@ -145,7 +145,7 @@ def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine,
     elif config.init.full_state:
         checkpoint = load.find_other(config.init.checkpoint)
         with distributed.alike():
-            check_new_length(job, checkpoint)
+            check_new_length(checkpoint.folder, checkpoint.manifest.step, job.total_steps)
     initial = () if checkpoint else initial_values(config)
     model = empty_model(config.model)
     with distributed.alike():
@@ -251,7 +251,7 @@ def enough_memory(job: Job, *, starting: bool = False) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         own = distributed.device_bytes()
-        config, pairs = job.config, bool(job.config.augment.mixup or job.config.augment.cutmix)
+        config = job.config
         message = memory.explain_too_small(
             config.model,
             config.engine,
@@ -259,7 +259,7 @@ def enough_memory(job: Job, *, starting: bool = False) -> Iterator[None]:
             config.precision,
             own,
             config.optim.name,
-            pairs=pairs,
+            pairs=has_pairs(config),
             starting=starting,
         )
         raise ConfigError(message) from None

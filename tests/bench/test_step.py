@@ -320,6 +320,11 @@ def test_a_bench_of_nothing_is_refused(option: str) -> None:
         StepBench(cases=(), **{option: 0})
 
 
+def test_a_suite_of_nothing_is_refused(tmp_path: Path, capsys) -> None:
+    words = ["step", "--suite", str(tmp_path / "suite.json"), "--batch", "0", "--variants"]
+    assert main(words) == 2 and capsys.readouterr().err == "error: --batch 0 must be above 0\n"
+
+
 def test_what_an_earlier_case_left_is_freed_before_a_peak_is_measured() -> None:
     """On a GPU it would be subtracted as what was there before, and then be freed."""
     left = torch.nn.Linear(1, 1)

@@ -14,7 +14,7 @@ from finetune.commands import ROOT, TIMEOUT_SECONDS, run
 from make import write_index
 
 from vitscale import config as configs
-from vitscale.finetune.grid import read, values_for
+from vitscale.finetune.grid import GridResult, read, values_for
 from vitscale.finetune.model import KEYS, tuned_model
 from vitscale.finetune.protocols import PROTOCOLS, finetuning_config
 from vitscale.models import ModelConfig
@@ -110,9 +110,9 @@ def test_a_recipe_is_done_once_whole(model: Path, recipe: Path, sweep: bool) -> 
         (["--set", "finetune.learning_rates=[0]"], "finetune.learning_rates [0.0] must be above 0"),
         (
             ["--set", "init.checkpoint=x", "--set", "init.full_state=true"],
-            "init.full_state continues a run, and a fine-tuning begins anew",
+            "error: the recipe's init.full_state continues a run, and a fine-tuning is a new one: leave",
         ),
-        (["--set", "evals.test=false"], 'has no [evals.NAME] of kind "classify" with test shards to score'),
+        (["--set", "evals.test=false"], 'the recipe has no [evals.NAME] of kind "classify" with test shards'),
     ],
 )
 def test_a_recipe_that_cannot_be_done_is_refused(
@@ -121,6 +121,15 @@ def test_a_recipe_that_cannot_be_done_is_refused(
     ended = finetune(model, recipe, *options)
     assert ended.returncode == 2 and sentence in ended.stderr, ended.stderr
     assert ended.stderr.count("error: ") == 1 and not (recipe.parent / "out").exists()
+
+
+def test_overrides_that_change_no_result_are_no_deviation() -> None:
+    overrides = ("engine.micro_batch=8", "checkpoint.keep_best=eval/x/top1", "log.norms=true", "optim.lr=0.1")
+    result = GridResult(
+        checkpoint="c", recipe="r", dev={}, learning_rate=0.1, accuracies=(0.5,), overrides=overrides
+    )
+    said = [line for line in result.text().splitlines() if line.startswith("Not the recipe")]
+    assert said == [f"Not the recipe: {overrides[1]}", "Not the recipe: optim.lr=0.1"]
 
 
 def test_a_recipe_says_what_is_taken_along_of_a_checkpoint() -> None:

@@ -1,5 +1,6 @@
 """Plans of whole configs: what fits, what is chosen, what follows, and what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -12,9 +13,10 @@ from make import state_of, write_step
 from tools.plan import main
 from vitscale import config as configs
 from vitscale import memory
-from vitscale.data.sources import make_mixture, open_sources
+from vitscale.data.sources import open_sources
 from vitscale.errors import ConfigError
 from vitscale.hardware import GPUS
+from vitscale.job import worlds
 from vitscale.models.flops import train_flops
 from vitscale.plan.make import Cluster, Option, Plan, choose, make_plan, num_steps
 from vitscale.plan.speed import Measured, Speed
@@ -149,6 +151,19 @@ def test_a_model_that_fits_whole_is_planned_without_zero_3(name: str) -> None:
     assert signs == {False, True}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gb", "reason"),
+    [
+        ([], 3.5, "stage ZeRO 3 does not fit with the same recomputation"),
+        (["optim.name=muon", "optim.momentum=0.95"], 80.0, "stage Muon is refused at ZeRO 3; ZeRO 2 takes +"),
+        ([], 80.0, "stage ZeRO 3 gains nothing below about 2 billion parameters; ZeRO 2 takes +"),
+    ],
+)
+def test_the_plan_says_why_it_does_not_take_zero_3(overrides: list[str], gb: float, reason: str) -> None:
+    made = plan(load(B16, *overrides), 8, gpu_memory_gb=gb)
+    assert made.best and made.best.zero_stage == 1 and reason in " ".join(render(made).split())
+
+
 def test_a_plan_in_which_nothing_fits_says_so() -> None:
     made = plan(load(H14, *VIT_22B), 1)
     assert made.best is None and made.days == 0
@@ -206,8 +221,11 @@ REFUSED = [
     (["--gpus", "12"], "--gpus 12 is not a multiple of --gpus-per-node 8; use 16"),
     (["--gpus", "0"], "--gpus 0 must be above 0"),
     (["--gpus", "8", "--gpu", "tpu"], '--gpu "tpu" is not known; use one of '),
-    (["--gpus", "8", "--price", "nan"], "--price nan must be a finite number"),
-    (["--gpus", "8", "--price", "-1"], "--price -1.0 must not be negative"),
+    (["--gpus", "8", "--price", "nan"], "--price nan must be above 0"),
+    (["--gpus", "8", "--price", "-1"], "--price -1.0 must be above 0"),
+    (["--gpus", "8", "--gpu-memory-gb", "1e300"], "--gpu-memory-gb 1e+300 must be from 1e-09 to 1e+12"),
+    (["--gpus", "8", "--decode-rate", "1e-320"], "--decode-rate 1e-320 must be from 1e-09 to 1e+12"),
+    (["--gpus", f"1{400 * '0'}"], f"--gpus 1{400 * '0'} must be from 1e-09 to 1e+12"),
     (["--gpus", "8", "--image-kb", "0"], "--image-kb 0.0 must be above 0"),
     (["--gpus", "8", "--gpu-memory-gb", "0"], "--gpu-memory-gb 0.0 must be above 0"),
     (["--gpus", "8", "--cores-per-node", "0"], "--cores-per-node 0 must be above 0"),
@@ -219,7 +237,7 @@ REFUSED = [
     (["--gpus", "8", "modle.width=3"], "unknown key modle"),
     (
         ["--gpus", "8", "augment.mixup=0.2", "global_batch=8"],
-        "augment.mixup and augment.cutmix pair neighbours",
+        "augment.mixup and augment.cutmix pair neighbours, so the micro batch of 1 must be even; change",
     ),
     (["--gpus", "8", "--calibrate", "nowhere.json"], "--calibrate nowhere.json cannot be read: No such file"),
 ]
@@ -270,6 +288,10 @@ def test_what_the_config_says_already_is_not_to_be_set() -> None:
     assert "every_steps=" not in shown and "batch         " not in shown.partition("recommendation")[2]
     eager = render(plan(load(H14, "global_batch=16384", "engine.compile=false"), 128))
     assert "engine.compile=true is faster, by about 18%" in eager
+    (row,) = at_half_the_peak(load(H14)).rows
+    slower = dataclasses.replace(row, compiled=False, seconds_per_image=1.3 * row.seconds_per_image)
+    measured = render(plan(load(H14, "engine.compile=false"), 8, speed=Speed(rows=(row, slower))))
+    assert "engine.compile=true is faster, by about 30%" in measured
     assert "costs 0.23% of the time; 1,000 steps, as in the config, 1.16%" in " ".join(
         render(plan(load(H14), 128)).split()
     )
@@ -282,23 +304,27 @@ def test_a_teacher_is_not_counted_and_this_is_said() -> None:
     assert "not counted" not in render(plan(load(pretrain / "deit_s16_imagenet.toml"), 8))
 
 
-def test_a_plan_has_the_lanes_of_training() -> None:
-    """Of 1,056 images, 352 are drawn: 176 lanes draw two each."""
-    config = load(ROOT / "configs/pretrain/deit_b16_imagenet.toml")
-    data, batch, repeats = config.data, config.global_batch, config.augment.repeats
-    mixture = make_mixture(
-        open_sources(data, data.all_sources()), data, seed=0, global_batch=batch, repeats=repeats
-    )
-    assert (batch, repeats, mixture.lanes) == (1_056, 3, 176)
-    worlds = []
+@pytest.mark.parametrize(("lanes", "num_worlds"), [(0, 10), (352, 0)])
+def test_a_plan_takes_the_worlds_that_training_takes(lanes: int, num_worlds: int) -> None:
+    """Of 1,056 images, 352 are drawn: 176 lanes draw two each, and 352 a single one."""
+    path = ROOT / "configs/pretrain/deit_b16_imagenet.toml"
+    config = load(path, f"data.lanes={lanes}", "engine.micro_batch=0")
+    data, batch, taken = config.data, config.global_batch, list[int]()
     for gpus in (n for n in range(1, batch + 1) if batch % n == 0):
-        try:
+        with contextlib.suppress(ConfigError):
             plan(config, gpus, gpus_per_node=gpus)
-        except ConfigError as error:
-            assert f"--gpus {gpus} does not divide the " in str(error)
-        else:
-            worlds.append(gpus)
-    assert worlds == mixture.worlds()
+            taken.append(gpus)
+    assert taken == worlds(config, open_sources(data, data.all_sources())) and len(taken) == num_worlds
+
+
+def test_where_gpus_cannot_share_the_lanes_the_way_out_is_one() -> None:
+    config = load(ROOT / "configs/pretrain/deit_b16_imagenet.toml", "augment.mixup=0", "augment.cutmix=0")
+    with pytest.raises(ConfigError, match=r"; set data.lanes to a multiple of it that .* 352 .*, like 32$"):
+        plan(config, 32)
+    assert plan(dataclasses.replace(config, data=dataclasses.replace(config.data, lanes=32)), 32).best
+    with pytest.raises(ConfigError, match="--gpus 96 does not divide the 176 lanes of the data; use a div"):
+        plan(config, 96)
+    assert plan(config, 88).best
 
 
 def test_views_of_one_image_are_read_once() -> None:
@@ -330,7 +356,7 @@ def test_a_continuation_is_planned_from_its_step(tmp_path: Path) -> None:
     assert f"the steps that {tmp_path}/elsewhere has done, which cannot be read" in " ".join(
         render(unread).split()
     )
-    with pytest.raises(ConfigError, match="is at step 4,000, and the run has 4,000 in all: raise the total"):
+    with pytest.raises(ConfigError, match="has done all of the run's 4,000 steps; raise the total"):
         continued(run, total=4_000)
 
 
@@ -341,21 +367,34 @@ def test_a_short_run_is_saved_at_its_end_and_counted_in_minutes() -> None:
     shown = " ".join(render(made).split())
     assert "best saved at the end alone; saves" in shown and "saves checkpoint.every_steps" not in shown
     minutes = made.days * 24 * 60
+    assert "; saves and failures make the run 1.12% longer" in shown
+    shorter = plan(load(B16, "schedule.warmup_steps=100", "total_steps=328"), 8)
+    assert "time 1 minute, " in " ".join(render(shorter).split())
     assert 1 < minutes < 10 and f"time {minutes:.2g} minutes, {8 * minutes / 60:.2g} GPU hours" in shown
     assert f"cost {2.5 * 8 * minutes / 60:.2g} at 2.5 a GPU hour" in shown
 
 
+MORE = "use more devices or GPUs with more memory"
+OFFLOAD = "use engine.offload_optimizer = true or more devices or GPUs with more memory"
+MUON = ["optim.name=muon", "optim.momentum=0.95"]
+
+
 @pytest.mark.parametrize(
-    ("overrides", "use"),
+    ("path", "overrides", "gpus", "gb", "said"),
     [
-        ([], "use engine.offload_optimizer = true or more devices or GPUs with more memory"),
-        (["engine.offload_optimizer=true"], "use more devices or GPUs with more memory"),
-        (["optim.name=muon", "optim.momentum=0.95"], "use more devices or GPUs with more memory"),
+        (H14, VIT_22B, 1, 80.0, f"of 80 GB; {OFFLOAD}"),
+        (H14, [*VIT_22B, "engine.offload_optimizer=true"], 1, 80.0, f"of 80 GB; {MORE}"),
+        (H14, [*VIT_22B, *MUON], 1, 80.0, f"of 80 GB; {MORE}"),
+        (B16, [], 8, 2.5, f"needs 3.0 of 2.5 GB; {MORE}"),  # and 4.8 with offload
+        (H14, [], 64, 6.0, f"needs 6.5 of 6 GB; {MORE}"),
+        (H14, [], 1, 6.0, f"of 6 GB; {OFFLOAD}"),
     ],
 )
-def test_what_does_not_fit_is_told_what_it_may_use(overrides: list[str], use: str) -> None:
-    shown = " ".join(render(plan(load(H14, *VIT_22B, *overrides), 1)).split())
-    assert "nothing fits: " in shown and f"GB; {use}" in shown
+def test_what_does_not_fit_is_told_what_needs_less(
+    path: Path, overrides: list[str], gpus: int, gb: float, said: str
+) -> None:
+    shown = " ".join(render(plan(load(path, *overrides), gpus, gpu_memory_gb=gb)).split())
+    assert "nothing fits: " in shown and said in shown
 
 
 def test_an_offloaded_update_takes_its_guessed_time() -> None:

@@ -18,7 +18,7 @@ from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
 from vitscale.plan.make import Cluster, make_plan
 from vitscale.plan.speed import EAGER, Speed, read_measurements
-from vitscale.plan.text import render
+from vitscale.plan.text import render, results
 from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +126,11 @@ def test_resnets_have_guesses_of_their_own_which_measured_vits_leave_alone() -> 
     )
     assert calibrated.options == guessed.options and guessed.best is not None
     assert "R50x1 at 224 px on 8 x H200" in render(calibrated)
-    assert "a guess: 10.8% of the peak" in render(calibrated)
+    shown = [" ".join(render(made).split()) for made in (guessed, calibrated)]
+    assert all("a guess: 10.8% of the peak" in text for text in shown)
+    assert "measure it, and pass --calibrate" in shown[0]
+    assert "; the file of --calibrate has no resnet: measure one" in shown[1]
+    assert results(calibrated)["calibrated_on"] == ""
 
 
 def test_a_hybrid_takes_the_time_of_its_parts() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from vitscale.preflight import speed
 from vitscale.preflight.compare import Answer, Facts, problems, table
+from vitscale.preflight.program import told
 
 GOOD = Facts(
     host="c1",
@@ -61,8 +62,11 @@ def test_hosts_that_fit_together_have_no_problems() -> None:
         ({"index": "beef"}, "the index of the data differs: 1de8 on node1, beef on node3; copy"),
         ({"clock": -95.0}, "node3: its clock is 95 s behind, and 30 s are allowed; start a time service"),
         ({"saw": 1}, "run_dir /shared/run is not one folder on all hosts: node3 cannot see"),
-        ({"gpus": ("H100",) * 7}, "node3: it has 7 GPUs and slots=8"),
-        ({"gpus": ()}, "node3: it has 0 GPUs and slots=8"),
+        ({"gpus": ("H100",) * 7}, "node3: it has 7 GPUs and slots=8; start one process per GPU"),
+        (
+            {"gpus": ()},
+            "node3: it has 0 GPUs and slots=8; look at its driver (nvidia-smi), or leave the host out",
+        ),
         ({"gpus": ("H100",) * 7 + ("A100",)}, "node3: its GPUs differ (A100, H100)"),
         (
             {"open_files": 512},
@@ -80,6 +84,15 @@ def test_hosts_that_fit_together_have_no_problems() -> None:
 def test_each_problem_is_one_sentence(changes: dict[str, Any], sentence: str) -> None:
     (found,) = problems(answers(**changes))
     assert found.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("slots", "said"), [(1, "ok: 1 process on 1 host"), (2, "ok: 2 processes on 1 host")]
+)
+def test_a_host_that_fits_is_counted(slots: int, said: str, capsys) -> None:
+    facts = dataclasses.replace(GOOD, saw=1, gpus=("H100",) * slots)
+    assert told([Answer(name="node1", slots=slots, facts=facts)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == said
 
 
 def test_an_interface_that_a_host_lacks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

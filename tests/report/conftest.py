@@ -9,6 +9,7 @@ METRICS = """{"step": 10, "train/loss": 2.5}
 {"step": 10, "eval/cifar10/top1": 0.25}
 {"step": 18, "train/loss": 1.75}
 {"step": 20, "eval/cifar10/top1": 0.5, "eval/cifar10/10shot": 0.4375, "eval/cifar10/num_samples": 900}
+{"step": 20, "eval/cifar10/10shot_std": 0.03125, "eval/probe/c": 10.0, "eval/probe/learning_rate": 0.3}
 {"step": 25, "train/loss": "nan"}
 {"step": 31, "train/loss": 9.0}
 {"step": 30, "train/lo"""

@@ -14,7 +14,8 @@ from vitscale.report import compare, contents
 
 
 def test_equal_checkpoints_are_equal_whoever_wrote_them(run: Path, tmp_path: Path, capsys: Capture) -> None:
-    config = {**CONFIG, "run_dir": "elsewhere", "engine": {"zero_stage": 3}}
+    changed = {"engine": {"zero_stage": 3}, "guard": {"rollbacks": 3}}
+    config = {**CONFIG, "run_dir": "elsewhere", **changed}
     other = write_step(tmp_path / "b", 30, state_of(30), world_size=5, zero_stage=3, config=config)
     status, out, _ = call(capsys, "diff", run, other, "--states")
     assert status == 0 and out.endswith("equal\n") and "19 tensors are identical, 0 differ" in out

@@ -23,6 +23,7 @@ def test_the_list_has_a_row_for_each_step_with_its_metrics(run: Path) -> None:
     assert list(rows) == ["10", "20", "30"]
     assert re.search(r"\b80 .* 2 h .* 3 +1  fp32 +verified +loss 2.5000, cifar10/top1 0.25$", rows["10"])
     assert rows["20"].endswith("loss 1.7500 (step 18),") and "num_samples" not in printed
+    assert "std" not in printed and "probe" not in printed
     assert rows["30"].endswith("verified, latest  loss nan (step 25)")
     assert "cifar10/10shot 0.4375" in printed and printed.count("latest") == 1
     assert max(map(len, printed.splitlines())) <= 120 + len(str(run))

@@ -9,7 +9,7 @@ import pytest
 
 from vitscale.report.page.chart import LEFT, RIGHT, Series, line_chart, stacked_bar
 from vitscale.report.page.html import Html
-from vitscale.report.page.scale import Scale, linear_ticks, percent, short, thinned
+from vitscale.report.page.scale import Scale, form, linear_ticks, percent, short, thinned
 
 
 def scale(*values: float, may_log: bool = False) -> Scale:
@@ -84,6 +84,8 @@ def test_numbers_are_short(value: float, text: str) -> None:
 
 def test_fractions_are_percentages() -> None:
     assert [percent(value) for value in (0.0, 0.523, 1.0, math.nan)] == ["0%", "52.3%", "100%", "nan"]
+    names = ("eval/a/top1", "time/data_wait_fraction", "eval/a/loss", "eval/a/learning_rate", "eval/a/c")
+    assert [form(name)(0.1) for name in names] == ["10%", "10%", "0.1", "0.1", "0.1"]
 
 
 def test_thinning_keeps_every_spike_and_the_places_that_are_not_finite() -> None:

@@ -68,6 +68,7 @@ def test_a_run_of_an_earlier_version_has_a_page_without_what_it_did_not_write(
     assert "config.toml does not exist: a run writes it after its first evaluation" in page.text
     assert "There is no history.jsonl" in page.text and "No sample had to be replaced" in page.text
     assert page.text.count("verified") == 3 and "cifar10/top1 25% 50% at step 20 50% at step 20" in page.text
+    assert "_std" not in page.text and "probe" not in page.text  # what was chosen is no score
     assert page.count("img") == 0 and len(page.values("data-label")) == 3
     assert not list(out.parent.glob(".*"))  # nothing temporary is left
 
@@ -176,7 +177,13 @@ def test_a_page_replaces_nothing_that_is_no_page(run: Path, tmp_path: Path, caps
 
 
 def test_without_a_page_the_table_is_printed_as_before(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(
+            'ss": 1}\n{"step": 40, "train/loss": null, "eval/x/top1": "<b>", "goodput/step": "most"}\n'
+        )
     assert report(run) == 0
-    assert "train/loss                       2.5000     9.0000   10 to 31" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "train/loss                       2.5000     9.0000   10 to 31" in shown
+    assert "eval/x/top1" not in shown and "_std" not in shown and "probe" not in shown
     with pytest.raises(SystemExit):
         report(run, "--no-images")

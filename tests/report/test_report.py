@@ -31,6 +31,10 @@ def test_damage_is_refused_and_a_run_falls_back_to_its_newest_good(
             ["list", "{}/nothing"],
             r"holds no checkpoints: there are no step-\* folders in .*/nothing/checkpoints",
         ),
+        (
+            ["list", "{}/text"],
+            r"text holds no checkpoints: there are no step-\* folders in .*/text/checkpoints",
+        ),
         (["list", "{}/run/checkpoints/step-000000010"], "is one checkpoint, but list takes a run directory"),
         (["show", "{}/nothing"], "is not a checkpoint: give a run directory"),
         (["show", "{}"], "is not a checkpoint: give a run directory"),

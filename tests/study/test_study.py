@@ -168,6 +168,9 @@ def test_a_recipe_that_does_not_fit_is_refused_before_anything_is_trained(base: 
     refusal = "large cannot be fine-tuned by .*recipe.toml: model.image_size 8 is not a multiple of the patch"
     with pytest.raises(ConfigError, match=refusal):
         run(study)
+    recipe.write_text(base.read_text())
+    with pytest.raises(ConfigError, match=r"^one cannot be fine-tuned by \S*: the recipe has no \[evals"):
+        run(study)
     assert not (base.parent / "out").exists()
 
 

@@ -39,6 +39,7 @@ from vitscale.models.model import Model
 from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import BatchKey, ClassificationConfig, build_objective
 from vitscale.optim import OptimConfig, build_optimizer
+from vitscale.plan.speed import row_name
 
 # Kinds of blocks of a model, at most: two of each stage of a ResNet. Each is a graph.
 MAX_GRAPHS = 8
@@ -65,10 +66,7 @@ class Case:
     checkpointing: Checkpointing = "none"
 
     def __str__(self) -> str:
-        parts = [self.loop]
-        if self.checkpointing != "none":
-            parts.append(f"{self.checkpointing} recomputation")
-        return ", ".join([*parts, *(["compiled"] if self.compile else [])])
+        return row_name(self.loop, self.checkpointing, compiled=self.compile)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,8 +212,10 @@ def measure(
     labels = torch.randint(config.model.num_classes, (config.batch, 1), generator=generator).to(device)
     turns = _Turns(config, build, images, labels, progress)
     together = turns.measure(config.cases)
-    full = [case for case in config.cases if case not in together and len(config.cases) > 1]
-    alone = {case: seconds for one in full for case, seconds in turns.measure((one,)).items()}
+    alone: dict[Case, list[float]] = {}
+    for case in config.cases:
+        if case not in together and len(config.cases) > 1:
+            alone |= turns.measure((case,))
     return _results(config, turns.rows, together, alone)
 
 
@@ -238,13 +238,13 @@ class _Turns:
         variant, trainees = self.config.model.variant, dict[Case, Trainee]()
         for case in cases:
             self.progress(f"{variant}: warming up {case}")
-            with _free_memory(trainees, self.rows, case):
+            with self._free_memory(trainees, case):
                 self._warm_up(trainees, case)
         seconds: dict[Case, list[float]] = {case: [] for case in trainees}
         for round in range(self.config.rounds):
             for case in list(trainees):
                 self.progress(f"{variant}: round {round + 1}, {case}")
-                with _free_memory(trainees, self.rows, case):
+                with self._free_memory(trainees, case):
                     seconds[case].append(_time(trainees[case], self.images, self.labels, self.config.steps))
         for trainee in trainees.values():
             trainee.close()
@@ -261,6 +261,18 @@ class _Turns:
         if peak.bytes:
             self.rows[case]["peak memory, GiB"] = peak.bytes / 2**30
 
+    @contextlib.contextmanager
+    def _free_memory(self, trainees: dict[Case, Trainee], case: Case) -> Iterator[None]:
+        """Within the block, a case that runs out of memory is noted, closed and freed."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self.rows[case] = {"failed": "out of memory"}
+            if case in trainees:  # else it could not even be built
+                trainees.pop(case).close()
+            gc.collect()
+            torch.cuda.empty_cache()
+
 
 def _time(trainee: Trainee, images: Tensor, labels: Tensor, steps: int) -> float:
     """Seconds of one step."""
@@ -275,21 +287,6 @@ def _time(trainee: Trainee, images: Tensor, labels: Tensor, steps: int) -> float
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def _free_memory(
-    trainees: dict[Case, Trainee], rows: dict[Case, dict[str, Any]], case: Case
-) -> Iterator[None]:
-    """Within the block, a case that runs out of memory is noted, closed and freed."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        rows[case] = {"failed": "out of memory"}
-        if case in trainees:  # else it could not even be built
-            trainees.pop(case).close()
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 class _Peak:

@@ -123,8 +123,9 @@ def make_ds_config(
         },
     }
     if config.zero_stage < 3:
-        # True would divide by the number of ranks in the run's precision, and then sum. All
-        # gradients are sent to all ranks either way.
+        # True would divide by the number of ranks in the run's precision, and then sum. Where
+        # DeepSpeed reduces, all gradients are sent to all ranks either way; with its
+        # BF16_Optimizer gradients.py reduces, and each goes to its owner alone.
         derived["zero_optimization"]["reduce_scatter"] = False
     if config.offload_optimizer:
         derived["zero_optimization"]["offload_optimizer"] = {

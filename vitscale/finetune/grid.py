@@ -14,7 +14,7 @@ from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig
 from vitscale.finetune.model import tuned_model
-from vitscale.finetune.runs import FineTuning, Slots, several
+from vitscale.finetune.runs import FineTuning, Slots, deviating, several
 from vitscale.models import ModelConfig
 from vitscale.models.transfer import check_backbone, check_head
 from vitscale.train_config import TrainConfig
@@ -47,7 +47,7 @@ class GridResult:
         seeds = " ".join(f"{100 * accuracy:.2f}" for accuracy in self.accuracies)
         mean, std = fmean(self.accuracies), pstdev(self.accuracies)
         lines.append(f"  rate {self.learning_rate:<8g} test {100 * mean:.2f} ± {100 * std:.2f}% ({seeds})")
-        return "\n".join([*lines, *(f"Not the recipe: {text}" for text in self.overrides)])
+        return "\n".join([*lines, *(f"Not the recipe: {text}" for text in deviating(self.overrides))])
 
 
 def run(
@@ -107,10 +107,10 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> tuple[TrainConfig, Class
     config = configs.load(TrainConfig, [recipe], overrides)
     test = next((e for e in config.evals.values() if isinstance(e, ClassifyConfig) and e.test), None)
     if test is None:
-        raise ConfigError(f'{recipe} has no [evals.NAME] of kind "classify" with test shards to score')
+        raise ConfigError('the recipe has no [evals.NAME] of kind "classify" with test shards to score')
     if config.init.full_state:
         raise ConfigError(
-            f"{recipe}: init.full_state continues a run, and a fine-tuning begins anew: leave it out"
+            "the recipe's init.full_state continues a run, and a fine-tuning is a new one: leave it out"
         )
     return config, test
 

@@ -188,6 +188,11 @@ def is_free(key: str) -> bool:
     return key.partition(".")[0] in FREE_SECTIONS and key != "checkpoint.keep_best"
 
 
+def deviating(overrides: Sequence[str]) -> list[str]:
+    """Those of the user's KEY=VALUE that change results."""
+    return [text for text in overrides if not is_free(text.partition("=")[0])]
+
+
 def keep_config(folder: Path, config: TrainConfig) -> None:
     """Write the config.toml of a run's folder. Raises ConfigError if it holds another run."""
     path, text = folder / "config.toml", configs.to_toml(config)

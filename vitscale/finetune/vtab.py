@@ -11,7 +11,7 @@ import torch
 from vitscale import atomic, storage
 from vitscale.errors import ConfigError, DataError
 from vitscale.finetune.protocols import PROTOCOLS, Setting, finetuning_config
-from vitscale.finetune.runs import ROOT, FineTuning, Slots, finetuned, in_slots, is_free, scored
+from vitscale.finetune.runs import ROOT, FineTuning, Slots, deviating, finetuned, in_slots, scored
 from vitscale.finetune.scores import Scores
 from vitscale.models import ModelConfig
 from vitscale.vtab.tasks import TASKS, TEST, TRAIN800, TRAIN800VAL200, VAL200, Task
@@ -53,7 +53,8 @@ def run(config: VtabConfig, said: Callable[[str], object] = print) -> Scores:
     before anything is trained, where something is missing.
     """
     checkpoint = SavedModel(config.checkpoint)
-    deviations = [*_overridden(config), *(d for name in config.tasks for d in _editions(config, name))]
+    editions = [edition for name in config.tasks for edition in _editions(config, name)]
+    deviations = [*deviating(config.overrides), *editions]
     num_gpus = torch.cuda.device_count()
     count = config.slots or max(1, num_gpus)
     with Slots(count, num_gpus) as slots:
@@ -123,11 +124,6 @@ def _probe(config: VtabConfig, task: Task, seed: int, slots: Slots) -> float:
         *("--dev-fraction", "0.2", "--seed", str(seed), "--cache", config.out / "features"),
     )
     return scored(folder, command, slots)
-
-
-def _overridden(config: VtabConfig) -> list[str]:
-    """The overrides that change results."""
-    return [text for text in config.overrides if not is_free(text.partition("=")[0])]
 
 
 def _editions(config: VtabConfig, name: str) -> list[str]:

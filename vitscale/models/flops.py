@@ -18,16 +18,12 @@ def forward_macs(config: ModelConfig) -> int:
     """Multiply-adds of one image, from the first layer to the final norm."""
     match config:
         case HybridConfig():
-            return stem_macs(config) + _vit_macs(config)
+            stem = _resnet_macs(config.resolved_stem_width, config.block_shapes, config.image_size)
+            return stem + _vit_macs(config)
         case ViTConfig():
             return _vit_macs(config)
         case ResNetConfig():
             return _resnet_macs(config.resolved_width, config.block_shapes, config.image_size)
-
-
-def stem_macs(config: HybridConfig) -> int:
-    """Multiply-adds of the ResNet below a hybrid's patch embedding, for one image."""
-    return _resnet_macs(config.resolved_stem_width, config.block_shapes, config.image_size)
 
 
 def _vit_macs(config: ViTConfig) -> int:

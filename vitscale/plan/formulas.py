@@ -1,7 +1,7 @@
 """The arithmetic of a plan: time of a step, communication, data, checkpoints, days.
 
-Pure functions of numbers, whose units are in their names. What a function guesses stands in a
-constant above it. Bytes are counted in 10^9 (GB), and N is the number of parameters.
+Pure functions of numbers, whose units are in their names. What they guess stands in constants
+at the top. Bytes are counted in 10^9 (GB), and N is the number of parameters.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ MATMUL_SHARE = 0.74
 # 9.4, L/16 8.7, and H/14 12.4, whose heads of 80 channels fill the attention's tiles badly.
 VIT_TRAFFIC = 10
 # A guess for BiT ResNets, which gives R50x1 a little less than NVIDIA publishes for ResNet-50:
-# GroupNorm is not fused into the convolutions, and kernels are standardised anew.
+# GroupNorm is not fused into the convolutions, and each forward pass standardises the kernels.
 RESNET_TRAFFIC = 24
 # What a training step computes, in units of the forward pass: 3 without recomputation. The
 # matmuls that selective recomputation keeps are nearly all of it; full recomputation does the
@@ -35,14 +35,15 @@ WEIGHT_BYTES = 2  # parameters travel in bf16 or fp16
 HIDING_SHARE, BACKWARD_SHARE, DISTURBANCE = 0.7, 2 / 3, 0.1
 # AdamW reads and writes the weights, two moments and gradients, and writes the bf16 weights.
 UPDATE_BYTES, MEMORY_SHARE = 30, 0.8
-# What an update on the CPU takes longer for each parameter of a rank's share, with the copies:
-# 88 ms for the 86.6e6 of B/16 on one H200, in a single trial (docs/measurements.md).
+# Seconds of an update on the CPU for each parameter of a rank's share, with the copies. A step
+# of B/16, which has 86.6e6, took 88 ms longer than with an update on the GPU, of about 1 ms, on
+# one H200 in a single trial (docs/measurements.md).
 OFFLOADED_SECONDS = 1e-9
 # What a step loses for each doubling of the nodes, to stragglers above all.
 LOSS_PER_DOUBLING = 0.01
 # Saving: seconds until all ranks have begun, and the copy of a rank's share to pinned memory.
 SAVE_SECONDS, COPY_GB_PER_S = 1.0, 25.0
-SECONDS_PER_DAY, SECONDS_PER_HOUR = 86_400, 3_600
+SECONDS_PER_DAY = 86_400
 
 
 def bus_gb_per_s(gpus: int, gpus_per_node: int, link_gb_per_s: float, nic_gbit: float) -> float:

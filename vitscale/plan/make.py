@@ -1,24 +1,24 @@
 """A plan: what every ZeRO stage and policy needs on a cluster, and the one to choose."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import get_args
 
 from vitscale import memory, storage
 from vitscale.checkpoint.manifest import MANIFEST, Manifest
 from vitscale.checkpoint.verify import committed
-from vitscale.config import positive
 from vitscale.data.mixture import lanes_of
 from vitscale.data.sources import make_mixture, open_sources
 from vitscale.engine.batches import BatchPlan, plan_batches
 from vitscale.errors import ConfigError, UserError
 from vitscale.hardware import GPUS, Gpu, gpu_name
+from vitscale.job import check_pairs, has_pairs
 from vitscale.memory import Memory
 from vitscale.models.flops import train_flops
 from vitscale.models.layers import Checkpointing
 from vitscale.plan import formulas
 from vitscale.plan.speed import DECODE_RATE, Speed
+from vitscale.run_dir import check_new_length
 from vitscale.train_config import TrainConfig
 
 STAGES = (1, 2, 3)
@@ -28,6 +28,8 @@ NEARLY = 0.9
 # ZeRO 3 cuts what the other stages keep whole, which fits into 80 GB up to about so many
 # parameters. Below, how fast it is counts only where the others do not fit.
 FITS_WHOLE = 2_000_000_000
+# Of the numbers of a cluster: what follows from them is finite.
+SMALLEST, LARGEST = 1e-9, 1e12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,17 +64,11 @@ class Cluster:
 
     def __post_init__(self) -> None:
         gpu_name(self.gpu)
-        for name in (field.name for field in dataclasses.fields(self)):
-            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
-            if name == "gpu":
-                continue
-            if not math.isfinite(value):
-                raise ConfigError(f"{option} {value} must be a finite number")
-            if name in ("gpu_memory_gb", "cores_per_node", "decode_rate", "restart_minutes", "price"):
-                if value < 0:
-                    raise ConfigError(f"{option} {value} must not be negative")
-            else:
-                positive("", **{option: value})
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "gpu" and value != field.default and not SMALLEST <= value <= LARGEST:
+                option = f"--{field.name.replace('_', '-')}"
+                raise ConfigError(f"{option} {value} must be from {SMALLEST:g} to {LARGEST:g}")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             near = round(self.gpus / self.gpus_per_node) * self.gpus_per_node
             raise ConfigError(
@@ -178,12 +174,12 @@ class Plan:
     cost: float = 0.0
 
     @property
-    def num_steps(self) -> int:
+    def steps_left(self) -> int:
         return self.total_steps - (self.first_step or 0)
 
     @property
     def num_images(self) -> int:
-        return self.num_steps * self.config.global_batch
+        return self.steps_left * self.config.global_batch
 
 
 def make_plan(config: TrainConfig, cluster: Cluster, speed: Speed) -> Plan:
@@ -237,11 +233,7 @@ def _first_step(config: TrainConfig, total_steps: int) -> int | None:
         step = Manifest.load(folder).step
     except (UserError, OSError, IndexError):
         return None
-    if step >= total_steps:
-        raise ConfigError(
-            f"init.checkpoint {place} is at step {step:,}, and the run has {total_steps:,} in all: raise the "
-            "total, or take its weights alone: init.full_state = false"
-        )
+    check_new_length(folder, step, total_steps)
     return step
 
 
@@ -258,30 +250,16 @@ def choose(options: Sequence[Option], num_params: int) -> Option | None:
 
 
 def _check_batch(config: TrainConfig, cluster: Cluster) -> BatchPlan:
-    """The batch of a GPU, uncut; raises what training would on so many GPUs."""
-    batches = plan_batches(config.global_batch, 0, cluster.gpus)
-    repeats = config.augment.repeats
+    """How GPUs share a batch, undivided. Raises ConfigError where training would refuse it."""
+    gpus, repeats = cluster.gpus, config.augment.repeats
+    batches = plan_batches(config.global_batch, 0, gpus)
     lanes, drawn = lanes_of(config.global_batch, config.data.lanes, repeats), config.global_batch // repeats
-    if drawn % cluster.gpus:
-        raise ConfigError(
-            f"--gpus {cluster.gpus} does not divide the {drawn:,} samples that a step draws: global_batch "
-            f"{config.global_batch:,} / augment.repeats {repeats}; use a divisor of {drawn:,}, like {lanes:,}"
-        )
-    if lanes % cluster.gpus:
-        raise ConfigError(
-            f"--gpus {cluster.gpus} does not divide the {lanes:,} lanes of the data; set data.lanes to a "
-            f"multiple of it that divides the {drawn:,} samples that a step draws, like {cluster.gpus}"
-        )
-    if _pairs(config) and batches.per_rank % 2:
-        raise ConfigError(
-            f"augment.mixup and augment.cutmix pair neighbours, and each of {cluster.gpus} GPUs has "
-            f"{batches.per_rank} images of a step, an odd number; use fewer GPUs or another global_batch"
-        )
+    if lanes % gpus:
+        more = f"set data.lanes to a multiple of it that divides the {drawn:,} samples that a step draws"
+        way_out = f"use a divisor of {lanes:,}" if drawn % gpus else f"{more}, like {gpus}"
+        raise ConfigError(f"--gpus {gpus} does not divide the {lanes:,} lanes of the data; {way_out}")
+    check_pairs(config, batches.micro_batch, drawn // lanes)
     return batches
-
-
-def _pairs(config: TrainConfig) -> bool:
-    return bool(config.augment.mixup or config.augment.cutmix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +275,7 @@ class _Planner:
     def option(self, stage: int, policy: Checkpointing) -> Option:
         config, cluster, per_gpu = self.config, self.cluster, self.batches.per_rank
         compiled = config.engine.compile and stage < 3  # together they are refused
-        sizes = memory.micro_batches(per_gpu, pairs=_pairs(config))
+        sizes = memory.micro_batches(per_gpu, pairs=has_pairs(config))
         needs = {size: self._memory(stage, policy, size) for size in sizes}
         micro_batch = max((size for size in sizes if needs[size].total <= cluster.memory_bytes), default=0)
         accumulation = per_gpu // (micro_batch or sizes[0])
@@ -359,7 +337,7 @@ class _Planner:
 def _with_rest(plan: Plan, best: Option) -> Plan:
     """The plan with what follows from the chosen option: data, checkpoints, days and cost."""
     config, cluster, speed = plan.config, plan.cluster, best.images_per_second
-    saving = _saving(config, cluster, best.step_seconds, plan.num_steps)
+    saving = _saving(config, cluster, best.step_seconds, plan.steps_left)
     days = formulas.training_days(plan.num_images, speed, saving.lost_share)
     return dataclasses.replace(
         plan,
@@ -373,7 +351,7 @@ def _with_rest(plan: Plan, best: Option) -> Plan:
     )
 
 
-def _saving(config: TrainConfig, cluster: Cluster, step_seconds: float, num_steps: int) -> Saving:
+def _saving(config: TrainConfig, cluster: Cluster, step_seconds: float, steps_left: int) -> Saving:
     num_bytes = memory.checkpoint_bytes(config.model, config.optim)
     write = num_bytes / (cluster.store_gb_per_s * 1e9)
     blocking = formulas.save_blocking_seconds(num_bytes, cluster.gpus)
@@ -381,7 +359,7 @@ def _saving(config: TrainConfig, cluster: Cluster, step_seconds: float, num_step
     restart = 60 * cluster.restart_minutes
     # A save begins when the one before it has been written.
     interval = max(formulas.checkpoint_interval_seconds(blocking, between, restart), blocking + write)
-    interval = min(interval, num_steps * step_seconds)
+    interval = min(interval, steps_left * step_seconds)
     return Saving(
         num_bytes=num_bytes,
         write_seconds=write,

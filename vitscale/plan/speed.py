@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -36,11 +36,6 @@ from vitscale.plan.formulas import (
 EAGER = 0.85  # without compilation; B/16 on an H200 (docs/measurements.md)
 MFU_TOLERANCE = 0.01  # of the recorded MFU, against what the model of the file computes
 DECODE_RATE = 500.0  # a guess: images/s of a core, of photographs of 110 kB (docs/measurements.md)
-POLICIES: dict[str, Checkpointing] = {
-    "": "none",
-    ", selective recomputation": "selective",
-    ", full recomputation": "full",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +58,9 @@ class Measured:
 class Speed:
     """What a plan takes as the speed of GPUs and of the loader; without rows, a guess.
 
-    device: what the rows were measured on. decode_rate: images/s of a data worker of the run
-    that was measured end to end, 0 if there is none.
+    device: what was measured, also if no row is of the kind of model that is planned.
+    decode_rate: images/s of a data worker of the run that was measured end to end, 0 if there
+    is none.
     """
 
     rows: tuple[Measured, ...] = ()
@@ -90,7 +86,7 @@ class Speed:
     def of_kind(self, kind: str) -> "Speed":
         """The same with rows of one kind of model alone."""
         rows = tuple(row for row in self.rows if row.model.kind == kind)
-        return dataclasses.replace(self, rows=rows, device=self.device if rows else "")
+        return dataclasses.replace(self, rows=rows)
 
     def work(self, policy: Checkpointing, *, compiled: bool) -> float:
         """How much longer the passes take with a policy than without recomputation."""
@@ -129,13 +125,19 @@ def read_measurements(path: Path) -> Speed:
     results = file.get("results", file) if isinstance(file, dict) else {}
     try:
         return _speed_of(results, path)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         raise ConfigError(f"--calibrate {path} does not hold results of a step; {_HOW}") from None
 
 
 _HOW = "name a file that `python tools/bench.py step` wrote with --suite or --json"
+
+
+def row_name(loop: str, policy: Checkpointing, *, compiled: bool) -> str:
+    """What the file calls a row: "vitscale, full recomputation, compiled"."""
+    recomputed = f", {policy} recomputation" if policy != "none" else ""
+    return f"{loop}{recomputed}{', compiled' if compiled else ''}"
 
 
 def _speed_of(results: Mapping[str, Any], path: Path) -> Speed:
@@ -188,14 +190,14 @@ def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
     return [
         Measured(
             model=model,
-            compiled=bool(suffix),
+            compiled=compiled,
             checkpointing=policy,
             seconds_per_image=1 / row["images/s"] - update / images,
             gpu=gpu,
         )
-        for name, policy in POLICIES.items()
-        for suffix in ("", ", compiled")
-        if "images/s" in (row := piece.get(f"vitscale{name}{suffix}", {}))
+        for policy in get_args(Checkpointing)
+        for compiled in (False, True)
+        if "images/s" in (row := piece.get(row_name("vitscale", policy, compiled=compiled), {}))
     ]
 
 

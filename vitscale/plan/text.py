@@ -9,10 +9,10 @@ from vitscale.memory import more_room
 from vitscale.objectives import DistillationConfig
 from vitscale.plan import formulas
 from vitscale.plan.make import FITS_WHOLE, Option, Plan, Saving
-from vitscale.plan.speed import DECODE_RATE, EAGER, Speed
+from vitscale.plan.speed import DECODE_RATE, Speed
 from vitscale.redaction import redact
 
-POLICIES = {
+POLICY_NAMES = {
     "none": "no recomputation",
     "selective": "selective recomputation",
     "full": "full recomputation",
@@ -42,7 +42,7 @@ def results(plan: Plan) -> dict[str, Any]:
         "total_steps": plan.total_steps,
         "first_step": plan.first_step,
         "global_batch": plan.config.global_batch,
-        "calibrated_on": plan.speed.device,
+        "calibrated_on": plan.speed.device if plan.speed.rows else "",
         "options": [_numbers(option) for option in plan.options],
         "best": _numbers(plan.best) if plan.best else None,
         "loader_cores_per_node": plan.loader_cores,
@@ -69,8 +69,8 @@ def _head(plan: Plan) -> str:
     where = f"{cluster.gpus:,} x {cluster.gpu.upper()} in {_counted(cluster.nodes, 'node')}"
     lines = [
         ("parameters", f"{plan.num_params:,}"),
-        ("run", f"{plan.num_images:,} images in {plan.num_steps:,} steps of {batch:,}{_continued(plan)}"),
-        ("of a GPU", f"{plan.per_gpu:,} images of a step, {cluster.memory_bytes / 1e9:,.0f} GB"),
+        ("run", f"{plan.num_images:,} images in {plan.steps_left:,} steps of {batch:,}{_continued(plan)}"),
+        ("of a GPU", f"{plan.per_gpu:,} images of a step, {cluster.memory_bytes / 1e9:g} GB"),
     ]
     if isinstance(plan.config.objective, DistillationConfig):
         lines.append(("not counted", "the forward pass of the teacher, and its memory"))
@@ -127,7 +127,7 @@ def _rest(plan: Plan, best: Option, saving: Saving) -> list[Line]:
         (
             "failures",
             f"one in {saving.between_failures_seconds / 3600:,.0f} h; best saved {best_saved}; saves and "
-            f"failures take {100 * saving.lost_share:.2f}% longer",
+            f"failures make the run {100 * saving.lost_share:.2f}% longer",
         ),
         ("time", f"{_time(plan.days)}, {_figure(24 * cluster.gpus * plan.days)} GPU hours"),
         ("cost", cost),
@@ -136,13 +136,15 @@ def _rest(plan: Plan, best: Option, saving: Saving) -> list[Line]:
 
 def _is_short(plan: Plan, saving: Saving) -> bool:
     """Whether the best interval of saves is longer than the run."""
-    return saving.interval_steps >= plan.num_steps
+    return saving.interval_steps >= plan.steps_left
 
 
 def _time(days: float) -> str:
     if days >= 1:
         return f"{days:,.2f} days"
-    return f"{24 * days:.2g} hours" if 24 * days >= 1 else f"{24 * 60 * days:.2g} minutes"
+    number, unit = (24 * days, "hour") if 24 * days >= 1 else (24 * 60 * days, "minute")
+    text = f"{number:.2g}"
+    return f"{text} {unit}{'' if text == '1' else 's'}"
 
 
 def _figure(number: float) -> str:
@@ -153,25 +155,31 @@ def _figure(number: float) -> str:
 def _too_large(plan: Plan) -> Line:
     least = min(plan.options, key=lambda option: option.memory.total)
     need, have = least.memory.total / 1e9, plan.cluster.memory_bytes / 1e9
-    policy, config = POLICIES[least.checkpointing], plan.config
-    last = dataclasses.replace(config.engine, zero_stage=3, activation_checkpointing="full")
-    others = more_room(last, plan.cluster.gpus, config.optim.name, activations=True)
+    policy, config = POLICY_NAMES[least.checkpointing], plan.config
+    engine = dataclasses.replace(config.engine, zero_stage=least.zero_stage)
+    # All policies were tried.
+    others = more_room(
+        config.model, engine, plan.cluster.gpus, config.precision, config.optim.name, activations=False
+    )
     return (
         "memory",
         f"nothing fits: ZeRO {least.zero_stage} with the smallest micro batch and {policy} needs {need:,.1f} "
-        f"of {have:,.0f} GB; use {others} or GPUs with more memory",
+        f"of {have:g} GB; use {others} or GPUs with more memory",
     )
 
 
 def _advice(plan: Plan, best: Option, saving: Saving) -> list[Line]:
-    config, policy = plan.config, POLICIES[best.checkpointing]
+    config, policy = plan.config, POLICY_NAMES[best.checkpointing]
     lines = [
         ("use", f"ZeRO {best.zero_stage}, micro batch {best.micro_batch:,}, {policy}"),
         ("set", _overrides(plan, best)),
         ("stage", _stage_advice(plan, best)),
     ]
     if not config.engine.compile and best.zero_stage < 3:
-        lines.append(("compile", f"engine.compile=true is faster, by about {1 / EAGER - 1:.0%}"))
+        compiled, eager = (
+            plan.speed.efficiency(config.model, plan.cluster.kind, compiled=mode) for mode in (True, False)
+        )
+        lines.append(("compile", f"engine.compile=true is faster, by about {compiled / eager - 1:.0%}"))
     share = best.exposed_seconds / best.step_seconds
     if share > SLOW_SHARE:
         text = f"communication is {share:.0%} of a step: fewer GPUs or a larger global_batch waste less"
@@ -223,11 +231,15 @@ def _stage_advice(plan: Plan, best: Option) -> str:
     }
     said = " and ".join(f"ZeRO {stage} takes {longer:+.0%}" for stage, longer in beside.items())
     others = f"; {said} time" if beside else ""
+    if plan.config.optim.name == "muon":
+        return f"Muon is refused at ZeRO 3{others}"
     if best.zero_stage == 3 and any(option.fits for option in plan.options if option.zero_stage < 3):
         return f"ZeRO 3 hides more of its communication here{others}"
     if best.zero_stage == 3:
         return f"ZeRO 3 is what lets {plan.num_params / 1e9:,.1f} billion parameters train here{others}"
-    if plan.num_params < FITS_WHOLE and beside.get(3, 0.0) >= 0:
+    if 3 not in beside:
+        return f"ZeRO 3 does not fit with the same recomputation{others}"
+    if plan.num_params < FITS_WHOLE and beside[3] >= 0:
         return f"ZeRO 3 gains nothing below about 2 billion parameters{others}"
     return f"the state fits without ZeRO 3, whose speed is a guess{others}"
 
@@ -238,7 +250,9 @@ def _sources(plan: Plan) -> list[Line]:
     efficiency = speed.efficiency(plan.config.model, plan.cluster.kind, compiled=compiled)
     share = f"{100 * efficiency:.1f}% of the peak at ZeRO 1 without recomputation"
     if not speed.rows:
-        text = f"a guess: {share}; measure it, and pass --calibrate"
+        kind = plan.config.model.kind
+        lacking = f"the file of --calibrate has no {kind}: measure one" if speed.device else ""
+        text = f"a guess: {share}; {lacking or 'measure it, and pass --calibrate'}"
     else:
         text = f"{share}, {_measured(plan, speed)}"
         guessed = [p for p in ("selective", "full") if not speed.is_measured(p, compiled=compiled)]

@@ -163,10 +163,12 @@ def _lacking(answer: Answer, facts: Facts, world_size: int, *, needs_gpus: bool)
     """What a single host has too little of. needs_gpus: others have some."""
     found = []
     if needs_gpus and len(facts.gpus) != answer.slots:
-        found.append(
-            f"{answer.name}: it has {len(facts.gpus)} GPUs and slots={answer.slots}; start one process per "
-            "GPU"
+        way_out = (
+            "start one process per GPU"
+            if facts.gpus
+            else "look at its driver (nvidia-smi), or leave the host out"
         )
+        found.append(f"{answer.name}: it has {len(facts.gpus)} GPUs and slots={answer.slots}; {way_out}")
     if len(set(facts.gpus)) > 1:
         found.append(
             f"{answer.name}: its GPUs differ ({', '.join(sorted(set(facts.gpus)))}); leave the odd ones out"

@@ -40,9 +40,9 @@ def told(answers: Sequence[Answer]) -> int:
     for sentence in found:
         print(f"error: {redact(sentence)}", file=sys.stderr, flush=True)
     if not found:
-        ranks = sum(answer.slots for answer in answers)
-        hosts = "1 host" if len(answers) == 1 else f"{len(answers)} hosts"
-        print(f"ok: {ranks} processes on {hosts}")
+        ranks, hosts = sum(answer.slots for answer in answers), len(answers)
+        processes = "1 process" if ranks == 1 else f"{ranks:,} processes"
+        print(f"ok: {processes} on {'1 host' if hosts == 1 else f'{hosts:,} hosts'}")
     return status_of(answers)
 
 

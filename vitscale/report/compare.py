@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vitscale.report.contents import Contents, chunks
 from vitscale.report.text import shape_text, table
 
-INCIDENTAL_CONFIG = ("run_dir", "engine", "log", "checkpoint", "evals", "expect", "finetune")
+INCIDENTAL_CONFIG = ("run_dir", "engine", "log", "checkpoint", "evals", "expect", "finetune", "guard")
 INCIDENTAL_FACTS = ("world_size", "zero_stage", "created", "versions", "version")
 _MAX_WIDTH = 40  # characters of a value in a table
 

@@ -12,7 +12,7 @@ from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.verify import Verdict, check_all, committed, places_of
 from vitscale.errors import CheckpointError
-from vitscale.metrics import FILE_NAME, each_row
+from vitscale.metrics import FILE_NAME, each_row, is_score
 from vitscale.report.contents import facts_of
 from vitscale.report.text import damaged_newest, table, when
 from vitscale.storage import size_text
@@ -144,7 +144,7 @@ def _latest(place: str) -> str:
     """What the file "latest" says; "" if there is none."""
     try:
         return storage.read_bytes(storage.child(place, store.LATEST)).decode(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
 
 
@@ -189,7 +189,7 @@ def _metric_texts(row: CheckpointRow) -> Iterator[str]:
         if name == "train/loss":
             text = f"loss {value:.4f}"
             yield text if row.loss_step == row.step else f"{text} (step {row.loss_step:,})"
-        elif not name.endswith("/num_samples"):
+        elif is_score(name):
             yield f"{name.removeprefix('eval/')} {value:.4g}"
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from vitscale.errors import ConfigError
 from vitscale.goodput import summary
-from vitscale.metrics import FILE_NAME, read_metrics
+from vitscale.metrics import FILE_NAME, is_score
+from vitscale.report.page.records import read_columns
 
 
 def render(runs: Sequence[str]) -> str:
@@ -18,15 +19,11 @@ def _lines(run: str) -> Iterator[str]:
     path = Path(run) / FILE_NAME
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: {run} is not a run directory, or has logged nothing yet")
-    rows = read_metrics(path)
-    names = dict.fromkeys(
-        name for row in rows for name in row if name == "train/loss" or name.startswith("eval/")
-    )
-    for name in names:
-        if not name.endswith(("_std", "num_samples")):
-            values = [(row["step"], row[name]) for row in rows if name in row]
-            (first_step, first), (last_step, last) = values[0], values[-1]
-            yield f"{run:<24} {name:<28} {first:>10.4f} {last:>10.4f}   {first_step} to {last_step}"
-    spent = [row for row in rows if "goodput/step" in row]
+    columns = read_columns(path)
+    for name, column in columns.items():
+        if name == "train/loss" or is_score(name):
+            steps = f"{column.steps[0]:.0f} to {column.steps[-1]:.0f}"
+            yield f"{run:<24} {name:<28} {column.first:>10.4f} {column.last:>10.4f}   {steps}"
+    spent = {name: column.last for name, column in columns.items() if name.startswith("goodput/")}
     if spent:
-        yield f"{run:<24} {'wall time':<28} {summary(spent[-1])}"
+        yield f"{run:<24} {'wall time':<28} {summary(spent)}"

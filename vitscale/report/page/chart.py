@@ -14,7 +14,6 @@ WIDTH, HEIGHT = 380, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 370, 10, 192  # of the plot, in the chart
 MAX_DOTS = 40  # a line of up to so many points shows each of them
 NUM_STYLES = 9  # classes of colours in style.py
-_NOT_FINITE = element("title", "not finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

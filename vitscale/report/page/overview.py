@@ -12,6 +12,7 @@ from vitscale import config as configs
 from vitscale import goodput
 from vitscale.data.data_config import DataConfig
 from vitscale.image_size import pixels
+from vitscale.metrics import is_score
 from vitscale.models import empty_model
 from vitscale.report.compare import flatten
 from vitscale.report.page.html import Html, details, element, escaped, joined, note, table
@@ -27,12 +28,11 @@ STATES = {
     "failed": "it has failed",
     "running": "no end is written: it runs, or was killed",
 }
-NOT_SCORES = ("/num_samples", "_std")  # ends of names in eval/ that are no results
 
 
 def scores(record: Record) -> list[str]:
     """The metrics that are results of evaluations."""
-    return [name for name in record.columns if name.startswith("eval/") and not name.endswith(NOT_SCORES)]
+    return [name for name in record.columns if is_score(name)]
 
 
 def header(records: Sequence[Record], now: datetime.datetime) -> Html:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float64
 
+from vitscale.metrics import is_score
+
 HUGE = 1e300  # beyond, differences overflow
 LOG_RATIO = 100.0  # from the lowest to the highest value, above which a log scale is used
 _MAX_EXPONENT = 305.0
@@ -133,4 +135,5 @@ def percent(value: float) -> str:
 
 def form(name: str) -> Callable[[float], str]:
     """How values of a metric are written: accuracies and shares of time as percentages."""
-    return percent if name.startswith(("eval/", "time/")) and not name.endswith("loss") else short
+    is_fraction = is_score(name) or name.startswith("time/")
+    return percent if is_fraction and not name.endswith("loss") else short
