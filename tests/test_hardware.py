@@ -34,6 +34,21 @@ def test_the_peak_of_a_gpu_goes_by_its_whole_name(device: str, tera: float) -> N
 
 
 @pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 20.00 MiB."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("out of resource: shared memory, Required: 300000"), False),
+    ],
+)
+def test_a_lack_of_memory_has_many_names(error: RuntimeError, lacks: bool) -> None:
+    assert hardware.lacks_memory(error) == lacks
+
+
+@pytest.mark.parametrize(
     ("written", "name"), [("h100", "H100"), ("H100-PCIe", "H100 PCIe"), (" rtx_4090", "RTX 4090")]
 )
 def test_a_user_may_write_a_name_in_several_ways(written: str, name: str) -> None:

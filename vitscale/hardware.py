@@ -71,6 +71,16 @@ def gpu_name(written: str) -> str:
     raise ConfigError(f'--gpu "{written}" is not known; use one of {known}')
 
 
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory was too small for what raised the error.
+
+    Torch's allocator has a class of its own for that. Kernels, cuBLAS and the driver, which
+    allocate beside it, have the CUDA error or the library's status in the text.
+    """
+    texts = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
 def allow_tf32(allowed: bool) -> None:
     """Whether fp32 matmuls and convolutions on GPUs may round their inputs to TF32.
 

@@ -13,10 +13,9 @@ import logging
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from vitscale import distributed, memory
+from vitscale import distributed, hardware, memory
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.save import Saver
 from vitscale.checkpoint.store import Home
@@ -249,7 +248,9 @@ def enough_memory(job: Job, *, starting: bool = False) -> Iterator[None]:
     """Raises ConfigError where this rank's GPU is too small for the block."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not hardware.lacks_memory(error):
+            raise
         own = distributed.device_bytes()
         config = job.config
         message = memory.explain_too_small(

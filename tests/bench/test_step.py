@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ from vitscale.train_config import TrainConfig
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "bench.py"
 SMALL = ["--modes", "eager", "--loops", "vitscale", "plain", "--policies", "none", "--batch", "1"]
+
+
+@pytest.fixture(autouse=True)
+def collections_skip_what_is_imported() -> Iterator[None]:
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def bench(*options: object) -> None:
@@ -269,33 +277,70 @@ def test_cases_that_have_no_room_beside_the_others_are_measured_alone(
 class Full:
     """A trainee whose memory is full after so many steps."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps_left, self.closed = steps, False
+    def __init__(self, steps: int, error: RuntimeError) -> None:
+        self.steps_left, self.closed, self.error = steps, False, error
+        self.cycle = self  # as an engine has them
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         if not self.steps_left:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise self.error
         self.steps_left -= 1
 
     def close(self) -> None:
         self.closed = True
 
 
-@pytest.mark.parametrize(("full", "other"), [("vitscale", "plain"), ("plain", "vitscale")])
-def test_a_case_that_runs_out_of_memory_in_a_later_round_leaves_the_others(full: Loop, other: Loop) -> None:
+@pytest.mark.parametrize(
+    ("full", "other", "error"),
+    [
+        ("vitscale", "plain", torch.OutOfMemoryError("Tried to allocate 20.00 MiB.")),
+        ("plain", "vitscale", RuntimeError("CUDA error: out of memory")),
+    ],
+)
+def test_a_case_that_runs_out_of_memory_in_a_later_round_leaves_the_others(
+    full: Loop, other: Loop, error: RuntimeError
+) -> None:
     """It is tried again alone, to no avail."""
     cases = Case(loop=full), Case(loop=other)
     config = StepBench(cases=cases, batch=1, rounds=3, steps=2)
     built = list[Full]()
 
     def build(case: Case) -> Full:
-        built.append(Full(steps=step.WARMUP_STEPS + (3 if case.loop == full else 6)))
+        built.append(Full(step.WARMUP_STEPS + (3 if case.loop == full else 6), error))
         return built[-1]
 
     results = measure(config, build, lambda _: None)
     assert results[full] == {"failed": "out of memory"}
     assert results[other]["images/s"] > 0 and "speed / plain loop" not in results[other]
     assert len(built) == 3 and all(trainee.closed for trainee in built)
+
+
+def test_a_case_that_ran_out_of_memory_is_freed_before_the_next_is_measured() -> None:
+    cases = Case(loop="plain"), Case(loop="vitscale")
+    config = StepBench(cases=cases, batch=1, rounds=1, steps=1)
+    built, living = list[weakref.ref[Full]](), list[int]()
+
+    def build(case: Case) -> Full:
+        trainee = Full(step.WARMUP_STEPS + (case.loop == "vitscale"), torch.OutOfMemoryError())
+        built.append(weakref.ref(trainee))
+        return trainee
+
+    def progress(stage: str) -> None:
+        living.append(sum(reference() is not None for reference in built))
+
+    gc.disable()
+    try:
+        measure(config, build, progress)
+    finally:
+        gc.enable()
+    # Before each warm-up, each case of the round, and the warm-up and round of the first alone.
+    assert living == [0, 1, 2, 1, 0, 1]
+
+
+def test_an_error_that_is_no_lack_of_memory_ends_a_bench() -> None:
+    config = StepBench(cases=(Case(loop="plain"),), batch=1)
+    with pytest.raises(RuntimeError, match="a bug"):
+        measure(config, lambda _: Full(1, RuntimeError("a bug")), lambda _: None)
 
 
 def test_every_policy_is_a_row_with_and_without_compilation() -> None:

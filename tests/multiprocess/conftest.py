@@ -10,6 +10,7 @@ Which way to start them:
     anything else that a run does            zygote.train(job, 2, ..., event=Kill(...)):
                                              the same main() in a fork, well under a second
     what a function does on every rank       zygote.run(2, function, ..., log=job.log)
+    the same on a GPU                        Fresh().run(...): new processes
     what takes two machines                  two_hosts(folder) or two_node_slurm(folder)
 
 Kills and stops at a chosen place are events of ranks.py. They count batches, or the effects of

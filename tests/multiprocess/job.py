@@ -129,11 +129,7 @@ class Job:
                     os.killpg(process.pid, signal.SIGKILL)  # the ranks, where it did not end in time
 
     def popen(self, command: list[object], environment: Mapping[str, object]) -> subprocess.Popen[bytes]:
-        env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-        with open(self.log, "ab") as log:
-            return subprocess.Popen(
-                list(map(str, command)), env=env, stdout=log, stderr=log, start_new_session=True
-            )
+        return popen(command, environment, self.log)
 
     def output(self) -> str:
         """What all ranks have printed so far."""
@@ -158,6 +154,15 @@ class Job:
 
     def temporary_saves(self) -> list[Path]:
         return list(store.directory_of(self.run_dir).glob(".tmp-step-*"))
+
+
+def popen(command: list[object], environment: Mapping[str, object], log: Path) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own; what it prints is added to `log`."""
+    env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    with open(log, "ab") as file:
+        return subprocess.Popen(
+            list(map(str, command)), env=env, stdout=file, stderr=file, start_new_session=True
+        )
 
 
 @contextlib.contextmanager

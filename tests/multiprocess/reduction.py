@@ -2,15 +2,16 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from multiprocess.fresh import Fresh
 from multiprocess.ranks import HasFp16
+from multiprocess.zygote import Zygote
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitscale import distributed
 from vitscale.engine.batches import plan_batches
@@ -26,23 +27,68 @@ NUM_PARAMS = 41_146
 OPTIM = OptimConfig(name="sgd", lr=1.0, clip_norm=0.0)
 MICRO_BATCH = 4
 LOSS_SCALE = 2.0**16  # with which fp16 begins; it changes no bit of what bf16 rounds
+# By default, ZeRO 3 does not cut what is as small as the parameters here, and leaves all that
+# it gathers.
+CUT = {"stage3_param_persistence_threshold": 0}
+ENGINES: dict[str, dict[str, Any]] = {
+    "1": {"zero_stage": 1},
+    "2": {"zero_stage": 2},
+    "3": {"zero_stage": 3, "deepspeed_extra": {"zero_optimization": CUT}},
+}
 # How often what a collective is given crosses a GPU's link, times (n - 1) / n.
 CROSSINGS = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
+
+
+class Measured(NamedTuple):
+    """What is known of an engine.
+
+    error: of the gradient of its first step, relative to the norm of the exact mean.
+    sent: elements that its second step sends, by precision, as in formulas.Communication, and
+        as "held" those of the gradients that the parameters still have after a backward pass;
+        "misaligned" counts what it sends and receives, on all ranks, from elsewhere than
+        multiples of 16 bytes.
+    norms: of the first gradient, as each rank has it.
+    """
+
+    error: float
+    sent: dict[str, int]
+    norms: list[float]
+
+
+def measured(
+    ranks: Zygote | Fresh,
+    folder: Path,
+    precision: str,
+    world_size: int,
+    accumulation: int,
+    engines: dict[str, dict[str, Any]],
+    way: Callable[..., None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Measured]:
+    """What ranks measure of engines, by name. way: measure, unless given."""
+    log = folder / "log"
+    arguments = folder, precision, accumulation, engines
+    statuses = ranks.run(world_size, way or measure, *arguments, log=log, environment=environment)
+    assert statuses == [0] * world_size, log.read_text()
+    return {name: Measured(*json.loads((folder / f"{name}.json").read_text())) for name in engines}
+
+
+def measure_over_gloo(*arguments: Any) -> None:
+    """As measure, for ranks that share one GPU, which NCCL refuses.
+
+    CUDA_VISIBLE_DEVICES must name that GPU alone, and LOCAL_RANK be 0 on every rank.
+    """
+    torch.distributed.init_process_group("cuda:gloo,cpu:gloo")
+    measure(*arguments)
 
 
 def measure(
     folder: Path, precision: Precision, accumulation: int, engines: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Steps of every engine, by name; NAME.json gets the error of its gradient, and elements.
-
-    The error is that of the first step, relative to the norm of the exact mean. The elements
-    are those that the second sends, by precision, as in formulas.Communication, and as "held"
-    those of the gradients that the parameters still have after a backward pass. "misaligned"
-    counts, on all ranks, what the second step sends and receives from elsewhere than multiples
-    of 16 bytes.
-    """
+    """Steps of every engine, by name; NAME.json gets what Measured has."""
     HasFp16().arm()
     distributed.initialize()
+    deterministic()
     sent = count_collectives()
     world_size = distributed.world_size()
     plan = plan_batches(world_size * accumulation * MICRO_BATCH, MICRO_BATCH, world_size)
@@ -58,60 +104,23 @@ def measure(
             squares[0] += (moved.double() - expected).square().sum().item()
             squares[1] += expected.square().sum().item()
         error, whole = distributed.all_reduce_sum(squares)
+        norms = distributed.gather_floats(engine.grad_norm().item())
         sent.clear()
         sent["held"] = step(engine, accumulation)
         sent["misaligned"] = round(distributed.all_reduce_sum([float(sent["misaligned"])])[0])
         if distributed.is_main():
-            (folder / f"{name}.json").write_text(json.dumps([(error / whole) ** 0.5, sent]))
+            (folder / f"{name}.json").write_text(json.dumps([(error / whole) ** 0.5, sent, norms]))
         engine.close()
 
 
-def check_thirds() -> None:
-    """Reduced in bf16 on three ranks, a mean is a third of a sum of bf16, rounded in fp32."""
-    distributed.initialize()
-    config = EngineConfig(reduce_precision="bf16")
-    engine = Engine(made(), OPTIM, config, plan_batches(3 * MICRO_BATCH, MICRO_BATCH, 3), "bf16")
-    step(engine, 1)
-    for mean in engine.owned()["momentum_buffer"].values():
-        torch.testing.assert_close(3 * mean, (3 * mean).bfloat16().float(), rtol=1e-6, atol=0)
+def deterministic() -> None:
+    """Let attention and matmuls add in one order, also on a GPU, or raise.
 
-
-class Fp32Copies(TorchDispatchMode):
-    """Notes the shapes of what is copied from another precision to fp32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes = set[torch.Size]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.float32:
-            self.shapes.add(args[0].shape)
-        return func(*args, **kwargs or {})
-
-
-def check_sums() -> None:
-    """Train beside each other an engine, and one whose sums hold NaN before each step.
-
-    The head gets no gradient in the first micro step, and none in the second step. No
-    parameter of a block, nor its gradient, is copied to fp32.
+    There, CUBLAS_WORKSPACE_CONFIG must be set.
     """
-    distributed.initialize()
-    config, plan = EngineConfig(), plan_batches(2 * 2 * MICRO_BATCH, MICRO_BATCH, 2)
-    plain, poisoned = (Engine(made(), OPTIM, config, plan, "bf16") for _ in range(2))
-    for features_only in ((True, False), (True, True)):
-        for sums in poisoned._ds.optimizer.fp32_groups_gradients:
-            torch._foreach_mul_(sums, float("nan"))
-        for engine in (plain, poisoned):
-            for micro_step, only in enumerate(features_only):
-                images, _ = micro_batch(distributed.rank(), micro_step)
-                with Fp32Copies() as copies:
-                    engine.backward(engine.forward(images, features_only=only).float().square().mean())
-                assert not copies.shapes & {weight.shape for weight in engine.module.blocks.parameters()}
-                engine.step()
-        slots = plain.owned(), poisoned.owned()
-        for slot, held in slots[0].items():
-            for name, values in held.items():
-                assert torch.equal(values, slots[1][slot][name]), (slot, name)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # DeepSpeed's buckets are of 2 GB
 
 
 def made() -> Model:
@@ -124,7 +133,8 @@ def made() -> Model:
 def micro_batch(rank: int, micro_step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 * rank + micro_step)
     images = torch.randn(MICRO_BATCH, 3, 8, 8, generator=generator)
-    return images, torch.randint(0, 10, (MICRO_BATCH,), generator=generator)
+    labels = torch.randint(0, 10, (MICRO_BATCH,), generator=generator)
+    return images.to(distributed.device()), labels.to(distributed.device())
 
 
 def mean_gradient(precision: Precision, world_size: int, accumulation: int) -> dict[str, Tensor]:
@@ -133,7 +143,7 @@ def mean_gradient(precision: Precision, world_size: int, accumulation: int) -> d
     total: dict[str, Tensor] = {}
     for rank in range(world_size):
         for micro_step in range(accumulation):
-            model = made().to(dtype)
+            model = made().to(distributed.device(), dtype)
             images, labels = micro_batch(rank, micro_step)
             loss = cross_entropy(model(images.to(dtype)).float(), labels)
             (LOSS_SCALE / accumulation * loss).backward()

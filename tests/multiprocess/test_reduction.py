@@ -1,26 +1,18 @@
 """Gradients in 16 bits are summed over ranks and micro steps in fp32, whatever the layout."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from multiprocess.job import Job
-from multiprocess.reduction import NUM_PARAMS, check_sums, check_thirds, measure
+from multiprocess.reduction import CUT, ENGINES, NUM_PARAMS, measured
+from multiprocess.sums import check_sums, check_thirds
 from multiprocess.zygote import Zygote
 
 from vitscale.plan import formulas
 
-# By default, ZeRO 3 does not cut what is as small as the parameters here, and leaves all that
-# it gathers.
-CUT = {"stage3_param_persistence_threshold": 0}
 REUSE_DISTANCES = (0, 40_000)
 SIXTEEN_BITS = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
-ENGINES: dict[str, dict[str, Any]] = {
-    "1": {"zero_stage": 1},
-    "2": {"zero_stage": 2},
-    "3": {"zero_stage": 3, "deepspeed_extra": {"zero_optimization": CUT}},
-}
 OFFLOADED = {f"{stage}, offloaded": ENGINES[stage] | {"offload_optimizer": True} for stage in ENGINES}
 
 
@@ -28,21 +20,6 @@ def reused(distance: int) -> dict[str, Any]:
     # What is to be fetched ahead is left, too.
     zero = {**CUT, "stage3_max_reuse_distance": distance, "stage3_prefetch_bucket_size": 0}
     return {"zero_stage": 3, "deepspeed_extra": {"zero_optimization": zero}}
-
-
-def measured(
-    zygote: Zygote,
-    folder: Path,
-    precision: str,
-    world_size: int,
-    accumulation: int,
-    engines: dict[str, dict[str, Any]],
-) -> dict[str, tuple[float, dict[str, int]]]:
-    """Error of the gradient and elements sent by precision, by the engine's name."""
-    log = folder / "log"
-    statuses = zygote.run(world_size, measure, folder, precision, accumulation, engines, log=log)
-    assert statuses == [0] * world_size, log.read_text()
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in engines}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -54,8 +31,9 @@ def test_the_mean_gradient_of_three_ranks_is_exact_and_costs_what_is_planned(
     engines = (
         ENGINES | OFFLOADED | {f"3, reused within {reuse:,}": reused(reuse) for reuse in REUSE_DISTANCES}
     )
-    for name, (error, sent) in measured(zygote, tmp_path, precision, 3, accumulation, engines).items():
-        assert error < 1e-6, name
+    results = measured(zygote, tmp_path, precision, 3, accumulation, engines)
+    for name, (error, sent, norms) in results.items():
+        assert error < 1e-6 and len(set(norms)) == 1, name
         reuse = int(name.partition("within ")[2].replace(",", "") or 10**9)
         monkeypatch.setattr(formulas, "MAX_REUSE_DISTANCE", reuse)
         offload = "offloaded" in name
@@ -70,7 +48,7 @@ def test_the_mean_gradient_of_three_ranks_is_exact_and_costs_what_is_planned(
 
 def test_reduced_in_bf16_it_loses_bits_and_costs_half(tmp_path: Path, zygote: Zygote) -> None:
     engines = {name: engine | {"reduce_precision": "bf16"} for name, engine in ENGINES.items()}
-    for name, (error, sent) in measured(zygote, tmp_path, "bf16", 4, 1, engines).items():
+    for name, (error, sent, _) in measured(zygote, tmp_path, "bf16", 4, 1, engines).items():
         planned = formulas.communication(NUM_PARAMS, int(name), 1, "bf16", offload=False)
         assert 1e-3 < error < 1e-2, name
         assert sent["torch.bfloat16"] == pytest.approx(planned.gradients + planned.weights, rel=1e-3), name
@@ -91,7 +69,7 @@ def test_a_rank_alone_keeps_what_it_accumulates(
     tmp_path: Path, zygote: Zygote, reduce_precision: str
 ) -> None:
     engines = {"1": {"reduce_precision": reduce_precision}}
-    error, sent = measured(zygote, tmp_path, "bf16", 1, 4, engines)["1"]
+    error, sent, _ = measured(zygote, tmp_path, "bf16", 1, 4, engines)["1"]
     assert error < 1e-6 and sent.get("torch.float32", 0) < 10  # the squares of the norm
 
 

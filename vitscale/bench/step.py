@@ -10,13 +10,12 @@ The baselines are the same model in a loop of plain PyTorch (autocast, fused Ada
 model of the same size in that loop, where timm is installed.
 """
 
-import contextlib
 import dataclasses
 import functools
 import gc
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -29,7 +28,7 @@ from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.engine.engine import DTYPES, Engine
-from vitscale.hardware import peak_flops
+from vitscale.hardware import lacks_memory, peak_flops
 from vitscale.image_size import pixels, sides
 from vitscale.losses import LossConfig, compute_loss, to_targets
 from vitscale.models import ModelConfig, build_model
@@ -46,6 +45,8 @@ MAX_GRAPHS = 8
 CLIP_NORM = 1.0
 OPTIM = OptimConfig(weight_decay=0.1, clip_norm=CLIP_NORM)
 WARMUP_STEPS = 3
+# In a row: each costs time in the rounds, so that another number than 0 spoils the figures.
+RETRIES = "allocator retries in the rounds"
 # timm's names of the paper's models, and of the tiny ones below them.
 TIMM_NAMES = {
     "Ti/16": "vit_tiny_patch16_224",
@@ -235,17 +236,16 @@ class _Turns:
 
     def measure(self, cases: Sequence[Case]) -> dict[Case, list[float]]:
         """Seconds of a step in each round, of the cases that memory was enough for."""
+        _free()
         variant, trainees = self.config.model.variant, dict[Case, Trainee]()
         for case in cases:
             self.progress(f"{variant}: warming up {case}")
-            with self._free_memory(trainees, case):
-                self._warm_up(trainees, case)
+            self._within_memory(trainees, case, self._warm_up)
         seconds: dict[Case, list[float]] = {case: [] for case in trainees}
         for round in range(self.config.rounds):
             for case in list(trainees):
                 self.progress(f"{variant}: round {round + 1}, {case}")
-                with self._free_memory(trainees, case):
-                    seconds[case].append(_time(trainees[case], self.images, self.labels, self.config.steps))
+                self._within_memory(trainees, case, functools.partial(self._time, seconds))
         for trainee in trainees.values():
             trainee.close()
         return {case: seconds[case] for case in trainees}
@@ -260,33 +260,53 @@ class _Turns:
             self.rows[case] = {"start and warm-up, seconds": time.perf_counter() - began}
         if peak.bytes:
             self.rows[case]["peak memory, GiB"] = peak.bytes / 2**30
+            self.rows[case][RETRIES] = 0
 
-    @contextlib.contextmanager
-    def _free_memory(self, trainees: dict[Case, Trainee], case: Case) -> Iterator[None]:
-        """Within the block, a case that runs out of memory is noted, closed and freed."""
+    def _time(
+        self, seconds: Mapping[Case, list[float]], trainees: Mapping[Case, Trainee], case: Case
+    ) -> None:
+        """Add the seconds of a step in one round, and to the row what the allocator retried."""
+        retries = _num_retries()
+        _wait()
+        began = time.perf_counter()
+        for _ in range(self.config.steps):
+            trainees[case].step(self.images, self.labels)
+        _wait()
+        seconds[case].append((time.perf_counter() - began) / self.config.steps)
+        if RETRIES in self.rows[case]:
+            self.rows[case][RETRIES] += _num_retries() - retries
+
+    def _within_memory(
+        self, trainees: dict[Case, Trainee], case: Case, action: Callable[[dict[Case, Trainee], Case], None]
+    ) -> None:
+        """Act on a case. One that has no memory for it is noted, closed and freed."""
         try:
-            yield
-        except torch.OutOfMemoryError:
-            self.rows[case] = {"failed": "out of memory"}
-            if case in trainees:  # else it could not even be built
-                trainees.pop(case).close()
-            gc.collect()
-            torch.cuda.empty_cache()
-
-
-def _time(trainee: Trainee, images: Tensor, labels: Tensor, steps: int) -> float:
-    """Seconds of one step."""
-    _wait()
-    began = time.perf_counter()
-    for _ in range(steps):
-        trainee.step(images, labels)
-    _wait()
-    return (time.perf_counter() - began) / steps
+            action(trainees, case)
+            return
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+        # Not within `except`, where the traceback holds what the action had.
+        self.rows[case] = {"failed": "out of memory"}
+        if case in trainees:  # else it could not even be built
+            trainees.pop(case).close()
+        _free()
 
 
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def _free() -> None:
+    """Give back what nothing holds any more, also to what allocates beside torch."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _num_retries() -> int:
+    """How often the allocator has had to free its cache before it got memory; 0 on a CPU."""
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0)
 
 
 class _Peak:

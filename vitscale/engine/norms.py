@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vitscale import distributed
+from vitscale.engine import zero
 from vitscale.engine.engine import Engine
 from vitscale.engine.fragments import FP32
 from vitscale.optim import OptimConfig, block_kernels, layer_name
@@ -51,25 +52,32 @@ class StepNorms:
         # The same layers on every rank: a rank may own nothing of some.
         layers = list(dict.fromkeys(map(layer_name, self._engine.shapes())))
         squares = {(kind, layer): 0.0 for kind in self._kinds for layer in layers}
+        has_gradients = "grad" in self._kinds
+        unclipped = self._unclipped() if has_gradients else 1.0
+        norms: list[tuple[str, str, Tensor]] = []
         for name, master in owned[FP32].items():
             layer = layer_name(name)
-            squares["weight", layer] += _square(master)
-            squares["update", layer] += _square(master - self._masters[name])
-            if "grad" in self._kinds:
-                squares["grad", layer] += _square(self._gradient(name, owned[self._slot][name]))
+            norms.append(("weight", layer, _norm(master)))
+            norms.append(("update", layer, _norm(master - self._masters[name])))
+            if has_gradients:
+                gradient = self._gradient(name, owned[self._slot][name], unclipped)
+                norms.append(("grad", layer, _norm(gradient)))
+        values = zero.read_scalars([norm for *_, norm in norms])
+        for (kind, layer, _), value in zip(norms, values, strict=True):
+            squares[kind, layer] += value**2
         total = distributed.all_reduce_sum(list(squares.values()))
         return {
             f"{kind}_norm/{layer}": math.sqrt(square)
             for (kind, layer), square in zip(squares, total, strict=True)
         }
 
-    def _gradient(self, name: str, moment: Tensor) -> Tensor:
-        """The gradient, before clipping, that a moment was given."""
+    def _gradient(self, name: str, moment: Tensor, unclipped: float) -> Tensor:
+        """The gradient, before clipping, that a moment was given. unclipped: of _unclipped."""
         decays = self._config.name == "sgd" or name in self._matrices
         decay = self._config.momentum if decays else self._config.betas[0]
         before = self._moments.get(name)
         given = moment if before is None else moment - decay * before
-        return given * (self._unclipped() / (1.0 if self._config.name == "sgd" else 1 - decay))
+        return given * (unclipped / (1.0 if self._config.name == "sgd" else 1 - decay))
 
     def _unclipped(self) -> float:
         """By how much the gradients were divided for clipping, as DeepSpeed does it."""
@@ -81,5 +89,5 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def _square(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+def _norm(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, dtype=torch.float64)

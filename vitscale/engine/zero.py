@@ -190,27 +190,41 @@ def owned(ds: DeepSpeed, slots: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     return owned
 
 
+def read_scalars(scalars: Sequence[Tensor]) -> list[float]:
+    """The values of tensors of one element: a GPU is waited for once, not for each of them."""
+    if not scalars:  # a rank may own nothing
+        return []
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist()
+
+
 @torch.no_grad()
 def check_mapping(ds: DeepSpeed) -> None:
     """Compare every live weight with its master as the map says; every rank calls it.
 
     Raises RuntimeError on every rank if any live weight is not the cast of its master.
     """
-    wrong = ""
+    names, differs = list[str](), list[Tensor]()
     for fragment in fragments(ds):
         param = fragment.param
         if hasattr(param, "ds_id"):
             live = param.ds_tensor.data.view(-1)[: fragment.count]  # type: ignore[union-attr]
         else:
             live = param.data.view(-1)[fragment.start : fragment.start + fragment.count]
-        if not torch.equal(live, fragment.of(fragment.flat).to(live)):
-            wrong = fragment.name
-            break
+        names.append(fragment.name)
+        differs.append(_differ(live, fragment.of(fragment.flat)))
+    wrong = next((name for name, value in zip(names, read_scalars(differs), strict=True) if value), "")
     if distributed.all_reduce_max([float(bool(wrong))])[0]:
         raise RuntimeError(
             f"the map of ZeRO fragments is wrong{f' for {wrong}' if wrong else ' on another rank'}: nothing "
             "was saved; this DeepSpeed does not lay its state out as 0.19.8 does"
         )
+
+
+def _differ(live: Tensor, master: Tensor) -> Tensor:
+    """Whether a live weight is not the cast of its master, on its device."""
+    if live.shape != master.shape:
+        return torch.ones((), dtype=torch.bool, device=live.device)
+    return (live != master.to(live)).any()
 
 
 @torch.no_grad()

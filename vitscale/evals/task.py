@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Protocol, TypeVar, runtime_checkable
 
-import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from vitscale import hardware
 from vitscale.config import dotted, positive
 from vitscale.data.evalset import Crop, EvaluationSet
 from vitscale.data.sources import Source
@@ -116,7 +116,9 @@ def within_memory(task: Task, run: Callable[[], T], where: str = "") -> T:
     """
     try:
         return run()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not hardware.lacks_memory(error):
+            raise
         size = task.config.batch_size
         key = dotted(where, "batch_size") if where else "--batch-size"
         way_out = f"set {key} to {size // 2}, or lower" if size > 1 else "use a GPU with more"
