@@ -77,7 +77,7 @@ class Engine:
         self.zero_stage = config.zero_stage
         self._dtype = DTYPES[precision]
         self._ds: zero.DeepSpeed
-        with _debug_prints():
+        with _debug_prints(), zero.on_device(distributed.device()):
             self._ds, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=build_optimizer(optim, module, self._dtype),

@@ -5,9 +5,11 @@ fails loudly. A changed layout would not, so check_mapping compares the map with
 weights at every save.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -60,6 +62,23 @@ def _is_worth_saying(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()
 
 
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Within the block, DeepSpeed takes this GPU, and not the one whose number is LOCAL_RANK.
+
+    A scheduler may show each process its own GPU alone, as number 0 (srun --gpus-per-task 1).
+    """
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is None or device.index is None:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = local_rank
+
+
 @torch.no_grad()
 def allocate(model: Model, config: dict[str, Any], dtype: torch.dtype) -> None:
     """Give a model without values (empty_model) memory on this rank's device.
@@ -78,7 +97,8 @@ def allocate(model: Model, config: dict[str, Any], dtype: torch.dtype) -> None:
     if config["zero_optimization"]["stage"] < 3:
         model.allocate(distributed.device())
         return
-    init = deepspeed.zero.Init(config_dict_or_path=config)
+    with on_device(distributed.device()):
+        init = deepspeed.zero.Init(config_dict_or_path=config)
     for module in model.modules():
         module.to_empty(device=distributed.device(), recurse=False)
         init._convert_to_zero_parameters(module.parameters(recurse=False))
