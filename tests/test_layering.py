@@ -23,7 +23,7 @@ LAYERS = [
     ["meter", "evaluate", "cooldown", "history", "profiler", "inspection"],
     ["run_dir"],
     ["start", "dry_run", "plan", "preflight", "restarts", "report"],
-    ["step"],
+    ["step", "validation"],
     ["train"],
     ["finetune"],
     ["bench", "multinode", "study"],

@@ -8,25 +8,18 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
-
-from jaxtyping import UInt8
-from torch import Tensor
 
 from vitscale import config as configs
 from vitscale import distributed, history, processes, shared_memory
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.store import step_of
 from vitscale.ending import PREEMPTED, Ending
-from vitscale.errors import ConfigError, DataError, Diverged, UserError
-from vitscale.evals.adapters import LiveModel
-from vitscale.evals.task import run_task
+from vitscale.errors import DataError, Diverged, UserError
 from vitscale.goodput import Ledger, summary
 from vitscale.health import Health
-from vitscale.inspection.attention import as_vit
-from vitscale.inspection.live import observe
 from vitscale.job import Job, Tasks, open_tasks, prepare
 from vitscale.meter import Meter
 from vitscale.profiler import Profiler
@@ -37,6 +30,7 @@ from vitscale.start import Run, enough_memory, started
 from vitscale.step import skipped_step, train_step
 from vitscale.teacher import Teacher
 from vitscale.train_config import TrainConfig
+from vitscale.validation import best_so_far, draw, evaluate
 from vitscale.watch import Watch
 from vitscale.watchdog import Watchdog
 
@@ -339,67 +333,3 @@ def train_state(job: Job, progress: Progress, teacher: Teacher | None) -> TrainS
 def versions() -> dict[str, str]:
     """The packages whose versions may change results."""
     return {name: importlib.metadata.version(name) for name in ("vitscale", "torch", "deepspeed", "numpy")}
-
-
-def evaluate(run: Run, names: Sequence[str], watch: Watch) -> bool:
-    """Run evaluations, with the average of the weights if there is one; every rank calls it.
-
-    Returns whether they came to their end. If a rank is asked to stop, they are broken off, and
-    the next start repeats them.
-    """
-    if not names:
-        return True
-    config, agreed = run.job.config.model, distributed.Agreement(1)
-
-    def forward(pixels: Tensor, *, features_only: bool) -> Tensor:
-        if any(agreed(watch.asked)):  # on all ranks in the same batch: they have equally many
-            raise BrokenOff
-        return run.engine.forward(pixels, features_only=features_only)
-
-    model = LiveModel(forward, image_size=config.image_size, num_classes=config.num_classes)
-    try:
-        with run.engine.evaluating():
-            for name in names:
-                results = run_task(run.tasks[name], model, f"evals.{name}")
-                numbers = {f"eval/{name}/{key}": value for key, value in results.items()}
-                check_judge(run.job, name, numbers)
-                run.metrics.write(run.progress.step, numbers)
-    except BrokenOff:
-        return False
-    return True
-
-
-def draw(run: Run, images: UInt8[Tensor, "B 3 H W"]) -> None:
-    """Show in TensorBoard what the model has learned; every rank calls it."""
-    with run.engine.evaluating():
-        forward = functools.partial(run.engine.forward, features_only=True)
-        learned = observe(as_vit(run.engine.module), forward, images)
-    for name, pictures in learned.pictures.items():
-        run.metrics.write_images(f"learned/{name}", pictures, run.progress.step)
-    distances = {f"learned/attention_distance_{n:02d}": d for n, d in enumerate(learned.distances)}
-    run.metrics.write(run.progress.step, distances)
-
-
-def check_judge(job: Job, name: str, numbers: Mapping[str, float]) -> None:
-    """Raise ConfigError if keep_best asks for a number that its evaluation does not have."""
-    judge = job.config.checkpoint.keep_best
-    if judge.startswith(f"eval/{name}/") and judge not in numbers:
-        raise ConfigError(
-            f'checkpoint.keep_best "{judge}" is no number of evals.{name}, which has {", ".join(numbers)}',
-            shared=True,
-        )
-
-
-def best_so_far(run: Run, evaluated: Sequence[str]) -> bool:
-    """Whether an evaluation of this step is the best that checkpoint.keep_best has seen.
-
-    Every rank calls it. evaluated: the names of those that were due.
-    """
-    judge = run.job.config.checkpoint.keep_best
-    if not judge or judge.split("/")[1] not in evaluated:
-        return False
-    return distributed.on_main(lambda: run.metrics.is_best(run.progress.step))
-
-
-class BrokenOff(Exception):
-    """An evaluation was not finished, because the run is to stop."""
