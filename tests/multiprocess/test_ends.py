@@ -126,7 +126,7 @@ def test_the_first_cause_is_told_once_by_the_rank_that_had_it(
         (
             "start",
             "CUDA is out of memory at the start, while the model is made: ",
-            "use engine.zero_stage = 3",
+            "or more devices",
         ),
         (
             "evaluate",

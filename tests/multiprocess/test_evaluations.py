@@ -10,9 +10,8 @@ from vitscale import config as configs
 from vitscale.evals import KMeansConfig, KnnConfig, LinearConfig, LogisticConfig
 from vitscale.evals.classify import ClassifyTask
 from vitscale.evaluate import evaluate
-from vitscale.job import prepare
+from vitscale.job import open_tasks, prepare
 from vitscale.metrics import read_metrics
-from vitscale.start import open_tasks
 from vitscale.train_config import TrainConfig
 
 
