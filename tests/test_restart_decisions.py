@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from data.servers import use_s3
+from make import state_of, write_step
 
 from vitscale import attempts, ending, restarts
 from vitscale import config as configs
@@ -115,6 +116,13 @@ def test_a_start_is_counted_once_and_not_by_who_only_asks(config: TrainConfig) -
     assert kinds(since=LATER, node=1) == ["again"] * 3 and kinds() == ["done"] * 3
     assert kinds(since=LATER) == ["again", "again", "stop"]
     assert kinds(since=LATER) == ["again", "again", "stop"], "it was started by hand since"
+
+
+def test_the_newest_checkpoint_is_what_a_start_is_counted_by(config: TrainConfig) -> None:
+    assert restarts.newest_step(config) == 0
+    for step in (5, 9):
+        write_step(Path(config.run_dir), step, state_of(step))
+    assert restarts.newest_step(config) == 9
 
 
 def test_a_store_that_does_not_answer_stops_no_run(

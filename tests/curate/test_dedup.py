@@ -184,6 +184,29 @@ def numeral(digit: int, seed: int) -> Image.Image:
     return image.rotate(float(generator.uniform(-15, 15)), Image.Resampling.BICUBIC).convert("RGB")
 
 
+@pytest.mark.parametrize(
+    ("distances", "threshold"),
+    [
+        ([], dedup.THRESHOLD),
+        ([5], dedup.THRESHOLD),  # of 200 images, one may be near to another
+        ([5, 12, 15], 11),
+        ([24, 23], 23),
+        ([3, 4], dedup.LEAST_THRESHOLD),
+    ],
+)
+def test_the_threshold_of_a_set_lies_below_what_is_near_in_it(distances: list[int], threshold: int) -> None:
+    generator, num_images = np.random.default_rng(1), 400
+    hashes = generator.integers(0, 2**64, (num_images, 2), dtype=np.uint64)  # 64 bits apart or so
+    stored, queried = np.array_split(np.random.default_rng(0).permutation(num_images), 2)
+    for pair, distance in enumerate(distances):
+        hashes[queried[pair]] = hashes[stored[pair]] ^ np.array([2**distance - 1, 0], dtype=np.uint64)
+    mirrored = generator.integers(0, 2**64, (num_images, 2), dtype=np.uint64)
+    every = np.ones(num_images, dtype=bool)
+    digests = np.arange(num_images, dtype=np.uint64)
+    images = dedup._ImageHashes([""] * num_images, digests, hashes, mirrored, every, every, [])
+    assert dedup.own_threshold(images) == threshold
+
+
 def test_where_images_look_alike_fewer_bits_may_differ(tmp_path: Path) -> None:
     """Drawings, which do not look alike, keep the whole threshold."""
     numerals = [numeral(n % 10, n) for n in range(500)]
