@@ -39,3 +39,6 @@ def test_a_start_that_does_not_do_all_steps_of_a_trace_says_so(
     assert warnings == ([said] if sentence else [])
     traces = [json.loads(path.read_text()) for path in tmp_path.glob("profile/steps-3-5.pt.trace.json")]
     assert len(traces) == (first < 3 and until > 5)
+    for trace in traces:
+        names = [event["name"] for event in trace["traceEvents"] if event.get("ph") == "X"]
+        assert (names.count("data"), names.count("step")) == (3, 3)

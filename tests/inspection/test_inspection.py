@@ -17,6 +17,7 @@ from weights.foreign_models import TINY, images, randomise, saved_model
 from tools.visualize import main
 from vitscale.errors import ConfigError, DataError
 from vitscale.inspection.attention import Rollout, attention_distance, attention_maps, observe_attention
+from vitscale.inspection.images import lit
 from vitscale.inspection.live import observe
 from vitscale.inspection.mosaics import enlarged, position_mosaic
 from vitscale.inspection.run import Pictures, read_images, visualize
@@ -241,3 +242,10 @@ def test_a_hybrid_shows_its_positions_and_attention_but_no_filters(tmp_path: Pat
         visualize("filters", f"{tmp_path}/hybrid.safetensors", str(tmp_path / "none.png"), Pictures())
     page = learned(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     assert "attention rollout" in str(page) and "filters" not in str(page)
+
+
+def test_an_image_is_as_bright_as_it_is_attended_to() -> None:
+    white = torch.full((1, 3, 4, 4), 200, dtype=torch.uint8)
+    shown = lit(white, torch.tensor([[[0.5, 0.25], [0.0, 0.0]]]))[0, 0]
+    assert shown[0, 0] == 200 and shown[0, 3] == 100 and shown[3, 0] == 0
+    assert not lit(white, torch.zeros(1, 2, 2)).any()
