@@ -151,10 +151,7 @@ class CountOldWeights:
 
 @dataclasses.dataclass(frozen=True)
 class SlowToClose:
-    """One rank needs long to close what it has open, after another event.
-
-    A rank that finds the other one dead meanwhile is ended sooner than in life.
-    """
+    """One rank needs long to close what it has open, after another event. Watches wait less."""
 
     rank: int
     event: Event
@@ -179,8 +176,8 @@ class Suspend:
             at_batch(self.batch, self._suspend)
 
     def _suspend(self) -> None:
-        wake = f"sleep {self.seconds}; kill -CONT -{os.getpgrp()}"
-        subprocess.Popen(["sh", "-c", wake], start_new_session=True)
+        wake = ["sh", "-c", f"sleep {self.seconds}; kill -CONT -{os.getpgrp()}"]
+        subprocess.Popen(wake, start_new_session=True)
         os.killpg(0, signal.SIGSTOP)
         time.sleep(1)  # the rest of the batch
 
