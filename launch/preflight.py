@@ -13,7 +13,7 @@ EXAMPLE = """examples:
   srun python launch/preflight.py configs/pretrain/vit_b16_in21k.toml               as ranks
   python launch/preflight.py configs/demo/shapes.toml run_dir=runs/a --facts        this host, as JSON
 
-exit status: 0 the hosts fit together; 2 they do not, and sentences say what to do"""
+exit status: 0 the hosts fit together; 1 a store does not answer now; 2 they do not: sentences say why"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
