@@ -8,6 +8,7 @@ import pytest
 import torch
 from multiprocess.optimizers import orthogonal as by_singular_values
 from multiprocess.reduction import MICRO_BATCH, deterministic, made, micro_batch, step
+from multiprocess.waits import norms_wait_a_few_times
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy
 
@@ -46,7 +47,8 @@ def memory_is_steady(engines: Sequence[dict[str, Any]]) -> None:
             if number in (3, 8):
                 held.append(held_bytes())
         gc.enable()
-        assert held[0] == held[1] > 0, (options, held)
+        # On a CPU, a scalar may be seen one time and not the other.
+        assert abs(held[0] - held[1]) < 16 < held[0], (options, held)
         engine.close()
 
 
@@ -140,3 +142,13 @@ def orthogonal_error(device: str, shape: tuple[int, int], dtype: torch.dtype) ->
 
 def relative_error(values: Tensor, exact: Tensor) -> float:
     return ((values.double() - exact).norm() / exact.norm()).item()
+
+
+# Of one rank, without arguments.
+CHECKS = (
+    nan_step_changes_nothing,
+    changed_weight_is_found,
+    norms_wait_a_few_times,
+    reduce_in_place,
+    bench_tells_retries,
+)

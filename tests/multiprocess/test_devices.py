@@ -5,26 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from multiprocess.devices import (
-    SHAPES,
-    bench_tells_retries,
-    changed_weight_is_found,
-    conv_error,
-    memory_is_steady,
-    nan_step_changes_nothing,
-    orthogonal_error,
-    reduce_in_place,
-)
-from multiprocess.waits import norms_wait_a_few_times, step_waits_for_the_norm
+from multiprocess.devices import CHECKS, SHAPES, conv_error, memory_is_steady, orthogonal_error
+from multiprocess.waits import step_waits_for_the_norm
 from multiprocess.zygote import Zygote
-
-CHECKS = [
-    nan_step_changes_nothing,
-    changed_weight_is_found,
-    norms_wait_a_few_times,
-    reduce_in_place,
-    bench_tells_retries,
-]
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -11,22 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from multiprocess.devices import (
-    SHAPES,
-    bench_tells_retries,
-    changed_weight_is_found,
-    conv_error,
-    memory_is_steady,
-    nan_step_changes_nothing,
-    orthogonal_error,
-    reduce_in_place,
-)
+from multiprocess.devices import CHECKS, SHAPES, conv_error, memory_is_steady, orthogonal_error
 from multiprocess.fresh import Fresh
 from multiprocess.job import Job
 from multiprocess.ranks import KillAll, train
 from multiprocess.reduction import ENGINES, measure_over_gloo, measured
 from multiprocess.scaler import update_at_every_scale
-from multiprocess.waits import norms_wait_a_few_times, step_waits_for_the_norm
+from multiprocess.waits import step_waits_for_the_norm
 from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint.manifest import Manifest
@@ -151,17 +142,7 @@ def test_a_step_waits_only_for_the_norm(tmp_path: Path, compile: bool) -> None:
     check(tmp_path, step_waits_for_the_norm, compile)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        nan_step_changes_nothing,
-        changed_weight_is_found,
-        norms_wait_a_few_times,
-        update_at_every_scale,
-        reduce_in_place,
-        bench_tells_retries,
-    ],
-)
+@pytest.mark.parametrize("function", [*CHECKS, update_at_every_scale])
 def test_a_gpu_does_as_a_cpu(tmp_path: Path, function: Callable[[], None]) -> None:
     check(tmp_path, function)
 
