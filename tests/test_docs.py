@@ -166,8 +166,8 @@ def broken_flags(text: str) -> list[str]:
 
 @functools.cache
 def known_flags() -> set[str]:
-    """The options of our programs, of the tests, and of the launchers that the pages name."""
-    flags: set[str] = set()
+    """The options of our programs, the tests, the launchers and docker, which the pages name."""
+    flags = {"--shm-size"}
     for path in TOOLS:
         program = str(path.relative_to(ROOT))
         _, shown = parsed(program, ("--help",))

@@ -1,6 +1,7 @@
 """Whether a run is started again, by its status.json and how far its last starts came."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from data.servers import use_s3
 from make import state_of, write_step
 
-from vitscale import attempts, ending, restarts
+from vitscale import attempts, ending, history, restarts
 from vitscale import config as configs
 from vitscale.restarts import Vain, decide
 from vitscale.train_config import TrainConfig
@@ -80,12 +81,15 @@ def test_the_count_lasts_from_one_process_to_the_next(tmp_path: Path) -> None:
     assert restarts.count(run_dir, 0, adds=False).starts == 3  # another machine asks after the same start
     assert restarts.count(run_dir, 500).starts == 0 and restarts.count(run_dir, 500).starts == 1
     restarts.forget(run_dir)
-    assert restarts.count(run_dir, 500).starts == 0
+    (run_dir / history.FILE_NAME).write_text('{"step": 0}\n{"step": 500}\n{"ste')
+    assert restarts.count(run_dir, 500).starts == 1, "the last start began there"
+    restarts.forget(run_dir)
+    assert restarts.count(run_dir, 700).starts == 0
     (run_dir / restarts.FILE_NAME).write_text('{"step": "x", "starts": null}')  # somebody's
-    assert restarts.count(run_dir, 0).starts == 1
+    assert restarts.count(run_dir, 500).starts == 1
 
 
-LATER = 2e9  # when a start began that came after all that this test writes
+LATER = math.inf  # when a start began that came after all that these tests write
 
 
 @pytest.fixture
@@ -110,8 +114,8 @@ def test_what_an_earlier_start_has_finished_is_done_unless_more_is_asked(
 def test_a_start_is_counted_once_and_not_by_who_only_asks(config: TrainConfig) -> None:
     longer = dataclasses.replace(config, total_steps=18)
 
-    def kinds(**asked: float) -> list[str]:
-        return [restarts.after(longer, 1, 3, **asked).kind for _ in range(3)]  # pyright: ignore
+    def kinds(since: float = 0.0, node: int = 0) -> list[str]:
+        return [restarts.after(longer, 1, 3, since=since, node=node).kind for _ in range(3)]
 
     assert kinds(since=LATER, node=1) == ["again"] * 3 and kinds() == ["done"] * 3
     assert kinds(since=LATER) == ["again", "again", "stop"]
@@ -125,7 +129,7 @@ def test_the_newest_checkpoint_is_what_a_start_is_counted_by(config: TrainConfig
     assert restarts.newest_step(config) == 9
 
 
-def test_a_store_that_does_not_answer_stops_no_run(
+def test_after_a_start_whose_store_does_not_answer_it_counts_as_in_vain(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attempts, "ATTEMPTS", 1)
@@ -133,4 +137,4 @@ def test_a_store_that_does_not_answer_stops_no_run(
     store = dataclasses.replace(config.checkpoint, store="s3://runs/a")
     away = dataclasses.replace(config, checkpoint=store, total_steps=18)
     assert restarts.newest_step(away) is None
-    assert restarts.after(away, 1, 5, since=LATER).kind == "again"
+    assert [restarts.after(away, 1, 2, since=LATER).kind for _ in range(2)] == ["again", "stop"]

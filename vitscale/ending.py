@@ -68,6 +68,7 @@ class Ending:
         self._folder, self._total_steps = Path(run_dir), total_steps
         self._token = ""
         self._noted: tuple[BaseException, bool] | None = None
+        self._noting = threading.Lock()
 
     def __enter__(self) -> "Ending":
         self._token = distributed.on_main(self._begin)
@@ -87,12 +88,13 @@ class Ending:
 
         Returns what a user should read, and whether this rank tells it.
         """
-        if not self._noted:
-            cause = self._cause(error)
-            if cause is not error:
-                cause.__cause__ = error
-            self._noted = cause, self._is_told_here(cause)
-        return self._noted
+        with self._noting:  # a thread may end the process while the trainer notes
+            if not self._noted:
+                cause = self._cause(error)
+                if cause is not error:
+                    cause.__cause__ = error
+                self._noted = cause, self._is_told_here(cause)
+            return self._noted
 
     def tell(self, error: BaseException, details: str = "") -> int:
         """Print why this process ends, for the thread that ends it; returns its exit status.
@@ -115,9 +117,9 @@ class Ending:
         self._write(state, reason)
 
     def _is_told_here(self, error: BaseException) -> bool:
-        """Whether this rank tells of it, and has written it: it is the first failure of any.
+        """Whether this rank, the first that fails, reports the error; status.json then has it.
 
-        What all ranks raise alike, rank 0 tells.
+        What all ranks raise alike, rank 0 reports.
         """
         told_here = self._is_first()
         if _is_shared(error):

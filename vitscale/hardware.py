@@ -78,6 +78,8 @@ def lacks_memory(error: RuntimeError) -> bool:
     allocate beside it, have the CUDA error or the library's status in the text.
     """
     texts = ("out of memory", "ALLOC_FAILED")
+    if isinstance(error, torch.distributed.DistError):  # of NCCL, whose memory is not ours to lower
+        return False
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 

@@ -372,10 +372,11 @@ def more_room(
         changed = dataclasses.replace(engine, **changes)
         return estimate(model, changed, 1, world_size, precision, optimizer=optimizer).total
 
+    refused = " with engine.compile = false" if engine.compile else ""
     now, has_stages = needed(), optimizer != "muon"  # which runs at ZeRO 1 and 2, without offload
     others = {
         # ZeRO 3 and offload take buffers that outweigh what they save of a small state.
-        "engine.zero_stage = 3": has_stages and needed(zero_stage=3) < now,
+        f"engine.zero_stage = 3{refused}": has_stages and needed(zero_stage=3) < now,
         'engine.activation_checkpointing = "full"': activations and engine.activation_checkpointing != "full",
         "engine.offload_optimizer = true": has_stages and needed(offload_optimizer=True) < now,
         "more devices": True,

@@ -22,7 +22,7 @@ from typing import Any
 from vitscale import command, ending, hostfile, launch_environment, restarts
 from vitscale import config as configs
 from vitscale.data.sources import open_sources
-from vitscale.errors import BusyError, ConfigError
+from vitscale.errors import BusyError, ConfigError, StoreDown
 from vitscale.job import worlds
 from vitscale.preflight import compare, rounds
 from vitscale.run_lock import RunLock
@@ -42,8 +42,8 @@ EXAMPLE = """examples:
   bash launch/multinode.sh hostfile CONFIG.toml --min-hosts 1                      fewer hosts will do, too
   bash launch/multinode.sh hostfile CONFIG.toml --no-ssh --node-rank 1 --master-addr node1     on each host
 
-exit status: 0 the run is done; 75 stopped by a signal: the same command continues; 2 something that you
-can fix, or stopped by RUN/stop"""
+exit status: 0 the run is done; 75 stopped by a signal: the same command continues; 1 a store does not
+answer now; 2 something that you can fix, or stopped by RUN/stop"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,10 +103,15 @@ class Launch:
         self._broken_since = 0.0  # on the monotonic clock; 0 = it is not
         if not arguments.no_ssh:
             _check_pdsh()
-        if not (0 <= arguments.min_hosts <= len(self._slots) and arguments.max_vain > 0 <= arguments.pause):
+        if not 0 <= arguments.min_hosts <= len(self._slots):
             raise ConfigError(
-                f"--min-hosts is a number from 0 to the {len(self._slots)} hosts of {arguments.hostfile}, "
-                "--max-vain one from 1, and --pause one from 0"
+                f"--min-hosts {arguments.min_hosts} must be from 0 to {len(self._slots)}, the hosts of "
+                f"{arguments.hostfile}"
+            )
+        if arguments.max_vain < 1 or arguments.pause < 0:
+            raise ConfigError(
+                f"--max-vain {arguments.max_vain} must be at least 1, and --pause {arguments.pause:g} not "
+                "negative"
             )
         self._launcher: subprocess.Popen[bytes] | None = None
         self._stopped = False
@@ -174,7 +179,8 @@ class Launch:
         """The hosts to use, and the first one's address; no hosts if there are too few now,
         or some that need repair.
 
-        Raises ConfigError for what is wrong at the first start, or later for REPAIR_SECONDS: a
+        Raises ConfigError (StoreDown if a store does not answer) for what is wrong at the first
+        start, or later for REPAIR_SECONDS: a
         host that is just back may still lack its file systems, its GPUs or the time.
         """
         answers = rounds.ask(self._slots, self._given, self._environment)
@@ -198,7 +204,8 @@ class Launch:
         if found:
             for sentence in found[:-1]:
                 print(f"error: {sentence}", file=sys.stderr)
-            raise ConfigError(found[-1])
+            is_down = any(answer.facts and answer.facts.store_is_down for answer in here)
+            raise (StoreDown if is_down else ConfigError)(found[-1])
         slots = {answer.name: answer.slots for answer in here}
         if len(here) < len(answers):
             numbers = worlds(self._config, open_sources(self._config.data))

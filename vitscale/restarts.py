@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vitscale import atomic, ending
+from vitscale import atomic, ending, history
 from vitscale import config as configs
 from vitscale.checkpoint.store import Home
 from vitscale.errors import MISTAKE, StoreDown
@@ -152,13 +152,22 @@ def count(run_dir: str | Path, newest: int | None, *, adds: bool = True) -> Vain
         values = json.loads(path.read_bytes())
         vain = Vain(int(values["step"]), int(values["starts"]))
     except (OSError, ValueError, TypeError, KeyError):
-        vain = Vain(0)
+        vain = Vain(_last_beginning(run_dir))
     if adds:
         vain = vain.and_one(newest)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic.write(path, json.dumps(vain._asdict()).encode())
     return vain
+
+
+def _last_beginning(run_dir: str | Path) -> int:
+    """The step at which the newest start of a run began."""
+    path, step = Path(run_dir) / history.FILE_NAME, 0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill
+            step = int(json.loads(line)["step"])
+    return step
 
 
 def forget(run_dir: str | Path) -> None:

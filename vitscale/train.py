@@ -75,20 +75,22 @@ def train(config: TrainConfig, began: float | None = None) -> int:
                 ledger.rolled_back()
         # A launcher may kill all ranks when the first ends with status 75.
         reasons = [reason for reason in distributed.gather_json(watch.reason) if reason]
-        distributed.on_main(lambda: conclude(ending, stop_file, [] if done else reasons))
+        distributed.on_main(lambda: conclude(ending, stop_file, None if done else reasons))
     return 0 if done else PREEMPTED
 
 
-def conclude(ending: Ending, stop_file: Path, reasons: Sequence[str]) -> None:
+def conclude(ending: Ending, stop_file: Path, reasons: Sequence[str] | None) -> None:
     """Write how this start ended without a failure, and take the stop file away.
 
-    Rank 0 calls it. reasons: why it was stopped; none = it is done. A stop file counts whatever
+    Rank 0 calls it. reasons: why it was stopped; None = it is done. A stop file counts whatever
     else asked, and whenever it came.
     """
-    if not reasons:
+    if reasons is None:
         ending.ended("done")
     else:
-        wanted = stop_file.exists()
+        wanted = any(reason.startswith(f"the file {stop_file}") for reason in reasons)
+        with contextlib.suppress(OSError):  # of a file server
+            wanted = wanted or stop_file.exists()
         reason = f"the file {stop_file}" if wanted else reasons[0]
         ending.ended("stopped" if wanted else "preempted", reason)
         step = ending.progress.step
@@ -151,7 +153,8 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
     if going_on:  # not before: a mistake that shows in the evaluation binds nobody
         write_start(run)
         if best_so_far(run, missing):  # of a step that was saved before it was evaluated
-            distributed.on_main(saver.retain)
+            with phases("save"):
+                distributed.on_main(saver.retain)
 
     def save() -> None:
         nonlocal saved_step

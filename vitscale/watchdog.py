@@ -82,7 +82,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._store:
-            self._tell(self._store, 0)
+            self._beat(self._store, 0)
             distributed.barrier()
             threading.Thread(target=self._keep_in_touch, name="watchdog store", daemon=True).start()
         threading.Thread(target=self._look, name="watchdog", daemon=True).start()
@@ -143,7 +143,7 @@ class Watchdog:
             if self._closing.wait(BEAT_SECONDS):
                 return
             try:
-                self._tell(store, number)
+                self._beat(store, number)
                 self._hear(store, self._ranks if self._rank == 0 else [0])
                 if self._rank == 0:
                     self._judge(store)
@@ -165,7 +165,7 @@ class Watchdog:
         place = Place(*self._beats[rank][1]) if rank in self._beats else self.place()
         return place._replace(seconds=place.seconds + self._clock() - self._heard[rank])
 
-    def _tell(self, store: Store, number: int) -> None:
+    def _beat(self, store: Store, number: int) -> None:
         store.set(f"place/{self._rank}", json.dumps([number, self.place()]))
 
     def _hear(self, store: Store, ranks: Sequence[int]) -> None:

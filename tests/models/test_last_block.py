@@ -73,8 +73,7 @@ def test_logits_and_gradients_are_those_of_a_model_that_computes_all(
 def flops(model: ViT, **asked: Any) -> int:
     images = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
     # Of attention on a CPU, the counter only knows this kernel.
-    math = sdpa_kernel(SDPBackend.MATH)
-    with math, FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images, features_only=True, **asked)
     return counter.get_total_flops()
 
@@ -91,7 +90,7 @@ def test_flops_are_saved_where_no_patch_is_read(changes: dict[str, Any], num_rea
     assert flops(model, layers=[0]) == flops(model)
 
 
-def test_a_mean_and_an_attention_pool_read_all_tokens() -> None:
-    for pool in ("mean", "map"):
-        model = model_of(pool=pool)
-        assert flops(model) == flops(model, layers=[DEPTH - 1])
+@pytest.mark.parametrize("pool", ["mean", "map"])
+def test_other_pools_read_all_tokens(pool: str) -> None:
+    model = model_of(pool=pool)
+    assert flops(model) == flops(model, layers=[DEPTH - 1])

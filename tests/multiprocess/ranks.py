@@ -151,7 +151,7 @@ class CountOldWeights:
 
 @dataclasses.dataclass(frozen=True)
 class SlowToClose:
-    """One rank needs long to close what it has open, after another event. Watches wait less."""
+    """After another event, one rank needs long to close what it has; watches end it soon."""
 
     rank: int
     event: Event

@@ -36,7 +36,7 @@ class Fp32Copies(TorchDispatchMode):
 
 
 def check_sums() -> None:
-    """Train beside each other an engine, and one whose sums hold NaN before each step.
+    """Train two engines side by side, one of whose sums hold NaN before each step.
 
     The head gets no gradient in the first micro step, and none in the second step. No
     parameter of a block, nor its gradient, is copied to fp32.
@@ -44,6 +44,8 @@ def check_sums() -> None:
     distributed.initialize()
     config, plan = EngineConfig(), plan_batches(2 * 2 * MICRO_BATCH, MICRO_BATCH, 2)
     plain, poisoned = (Engine(made(), OPTIM, config, plan, "bf16") for _ in range(2))
+    weights = [*plain.module.blocks.parameters()]
+    forbidden = {shape for weight in weights for shape in (weight.shape, torch.Size([weight.numel()]))}
     for features_only in ((True, False), (True, True)):
         for sums in poisoned._ds.optimizer.fp32_groups_gradients:
             torch._foreach_mul_(sums, float("nan"))
@@ -52,7 +54,7 @@ def check_sums() -> None:
                 images, _ = micro_batch(distributed.rank(), micro_step)
                 with Fp32Copies() as copies:
                     engine.backward(engine.forward(images, features_only=only).float().square().mean())
-                assert not copies.shapes & {weight.shape for weight in engine.module.blocks.parameters()}
+                assert not copies.shapes & forbidden
                 engine.step()
         slots = plain.owned(), poisoned.owned()
         for slot, held in slots[0].items():

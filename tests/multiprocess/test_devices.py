@@ -1,4 +1,4 @@
-"""On a CPU, what test_gpu.py measures on a GPU: waits, memory, skipped steps, exact matmuls."""
+"""On a CPU, what test_gpu.py measures on a GPU: waits, memory, skipped steps, Muon."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,9 @@ from multiprocess.zygote import Zygote
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_device_does_as_it_should(tmp_path: Path, zygote: Zygote, check: Callable[[], None]) -> None:
+def test_steps_fragments_norms_and_bench_hold_on_a_cpu(
+    tmp_path: Path, zygote: Zygote, check: Callable[[], None]
+) -> None:
     log = tmp_path / "log"
     assert zygote.run(1, check, log=log) == [0], log.read_text()
 
@@ -29,7 +31,7 @@ def test_a_step_leaves_nothing_behind(tmp_path: Path, zygote: Zygote) -> None:
 
 
 def test_a_convolution_in_fp32_is_exact_where_there_is_no_tf32() -> None:
-    assert conv_error("cpu", tf32=False) == conv_error("cpu", tf32=True) < 1e-5
+    assert max(conv_error("cpu", tf32=tf32) for tf32 in (False, True)) < 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -174,14 +174,14 @@ def test_a_failure_that_is_noted_is_told_where_closing_the_run_hangs(
 @pytest.mark.parametrize(
     ("reasons", "touched", "state", "reason"),
     [
-        ([], False, "done", ""),
-        ([], True, "done", ""),  # the wish to end is fulfilled
+        (None, False, "done", ""),
+        (None, True, "done", ""),  # the wish to end is fulfilled
         (["SIGUSR1 (rank 3)"], False, "preempted", "SIGUSR1 (rank 3)"),
         (["SIGUSR1 (rank 3)"], True, "stopped", "the file {}"),  # it came after the signal
     ],
 )
 def test_a_stop_file_counts_whenever_it_came_and_never_for_the_next_start(
-    tmp_path: Path, reasons: list[str], touched: bool, state: str, reason: str
+    tmp_path: Path, reasons: list[str] | None, touched: bool, state: str, reason: str
 ) -> None:
     stop_file = tmp_path / "stop"
     with Ending(tmp_path, 20) as end:

@@ -1,4 +1,4 @@
-"""Training, saving and resuming on a GPU, by the real command; skipped where there is none.
+"""Training, saving and resuming on a GPU, its gradients and waits; skipped where there is none.
 
 Attention's backward pass adds in any order on a GPU, so that two runs differ by rounding. What
 does not depend on arithmetic is still compared exactly: the data, and restored values. So are
@@ -143,7 +143,7 @@ def test_a_step_waits_only_for_the_norm(tmp_path: Path, compile: bool) -> None:
 
 
 @pytest.mark.parametrize("function", [*CHECKS, update_at_every_scale])
-def test_a_gpu_does_as_a_cpu(tmp_path: Path, function: Callable[[], None]) -> None:
+def test_what_holds_on_a_cpu_holds_on_a_gpu(tmp_path: Path, function: Callable[[], None]) -> None:
     check(tmp_path, function)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from data.servers import faulty_proxy, free_port, s3_environment, s3_server, use_s3
+from data.servers import faulty_proxy, s3_environment, s3_server, use_s3
 from multiprocess.job import Job
 from multiprocess.ranks import FewAttempts, Kill, Stop, train_apart
 from multiprocess.zygote import Zygote
@@ -70,7 +70,7 @@ def test_a_store_that_is_down_for_a_time_ends_a_start_but_not_the_run(
     tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job, bucket
 ) -> None:
     job, option = Job(tmp_path / "one", index), "checkpoint.store=s3://runs/g"
-    up, down = (s3_environment(port) for port in (bucket[1], free_port()))
+    up, down = s3_environment(bucket[1]), s3_environment(9)  # where nothing listens
     assert zygote.train(job, 2, option, event=Stop(), environment=up) == [75, 75], job.output()
     assert zygote.train(job, 2, option, event=FewAttempts(), environment=down) == [1, 1], job.output()
     status = ending.read(job.run_dir)

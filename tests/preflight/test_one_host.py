@@ -1,12 +1,13 @@
-"""What one host says of itself, and what the comparison ends with."""
+"""What one host says of itself, and the exit status of the comparison."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from make import write_index
 
-from vitscale import attempts, shared_memory
+from vitscale import attempts, distributed, shared_memory
 from vitscale import config as configs
 from vitscale.data.sources import open_sources
 from vitscale.errors import FAILED, MISTAKE
@@ -23,11 +24,13 @@ engine = {num_workers = 2}
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> list[str]:
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    monkeypatch.setenv("LOCAL_RANK", "0")  # distributed.initialize sets it
     index = write_index(tmp_path / "shards", [40])
     (tmp_path / "run.toml").write_text(CONFIG)
     overrides = (f"run_dir={tmp_path / 'run'}", f"data.index={index}", f"evals.test.test={index}")
-    return [str(tmp_path / "run.toml"), *overrides]
+    yield [str(tmp_path / "run.toml"), *overrides]
+    distributed.shutdown()
 
 
 def test_shared_memory_is_what_training_will_ask_for(words: list[str]) -> None:
@@ -41,7 +44,7 @@ def test_shared_memory_is_what_training_will_ask_for(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("index", "status"), [("gone.json", MISTAKE), ("http://127.0.0.1:9/index.json", FAILED)]
 )
-def test_a_store_that_does_not_answer_now_is_no_mistake(
+def test_a_missing_index_is_a_mistake_and_a_store_that_does_not_answer_is_none(
     words: list[str], index: str, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attempts, "ATTEMPTS", 1)

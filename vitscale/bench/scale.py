@@ -114,7 +114,7 @@ class Parts:
         return np.concatenate(rows)
 
     def _cut_flat(self, world_size: int) -> Int64[np.ndarray, "n 4"]:
-        """ZeRO 1 and 2 cut each group as one flat buffer, of as many values for each rank."""
+        """ZeRO 1 and 2 cut each group as one buffer, padded so that ranks get equally many."""
         rows = []
         for group in self.groups:
             ends = np.cumsum([self.sizes[number] for number in group])

@@ -33,7 +33,7 @@ def _write_probe(home: Home) -> str:
         try:
             storage.write_bytes(url, b"probe")
             storage.delete(url)
-        except StoreDown:
+        except StoreDown:  # which says more, and may pass
             raise
         except (OSError, StoreError) as error:
             raise StoreError(

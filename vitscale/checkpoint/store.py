@@ -263,7 +263,7 @@ def apply_retention(
         for folder in _unpublished(home.store, max(steps, default=0)) if home.store else ():
             storage.delete(folder)
     except (OSError, StoreError) as error:
-        logger.warning("an old checkpoint could not be deleted (%s); trying again after the next save", error)
+        logger.warning("old checkpoints could not be deleted (%s); trying again after the next save", error)
 
 
 def _unpublished(place: str, newest: int) -> Iterator[str]:

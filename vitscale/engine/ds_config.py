@@ -146,7 +146,7 @@ def make_ds_config(
 def check_compiled(config: EngineConfig, model: CommonConfig, precision: Precision) -> None:
     """Raise ConfigError for a model whose compiled blocks would read wrong addresses on a GPU.
 
-    All blocks share a graph, in which torch.compile takes each parameter to be as aligned to 16
+    Blocks share a graph, in which torch.compile takes each parameter to be as aligned to 16
     bytes as the first block's. DeepSpeed keeps them in one buffer without gaps. The sizes of
     all parameters of a block follow from these two; those of a ResNet are multiples of 32.
     """

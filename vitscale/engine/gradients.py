@@ -120,14 +120,15 @@ def _reduce_to_owners(ds: DeepSpeed) -> None:
     )
     # Over this group the squares of the norms are summed.
     _replace(optimizer, "mpu", SimpleNamespace(get_model_parallel_group=lambda: group))
-    # DeepSpeed's zero_grad clears the sums, too, which the step has done.
+    # DeepSpeed's zero_grad also clears the sums, which step() has done.
     _replace(optimizer, "zero_grad", functools.partial(optimizer.clear_lp_grads, set_to_none=True))
 
 
 def _pieces(ds: DeepSpeed, parts: list[Tensor]) -> list[Tensor]:
     """`parts` by parameter, since a CPU's norm of very many values is inexact."""
     owned = sorted(zero.fragments(ds), key=lambda fragment: (fragment.group, fragment.offset))
-    return [fragment.of(parts[fragment.group]) for fragment in owned] or parts  # padding alone
+    # A rank may own padding alone.
+    return [fragment.of(parts[fragment.group]) for fragment in owned] or parts
 
 
 def drop(ds: DeepSpeed) -> None:

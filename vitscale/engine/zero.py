@@ -26,9 +26,9 @@ from vitscale.models import Model
 # deepspeed.DeepSpeedEngine, whose annotations lack most of the names that are read here.
 DeepSpeed = Any
 
-# ZeRO 1 and 2 give each rank a multiple of this many elements of a flat buffer. They take 16
-# bytes in 16 bits. From other addresses NCCL copies some bytes at a time, and DeepSpeed's own 2
-# elements lead to those.
+# ZeRO 1 and 2 give each rank a multiple of this many elements of a flat buffer. Eight elements
+# of 16 bits are 16 bytes; at other addresses, as DeepSpeed's own multiple of 2 allows, NCCL
+# copies a few bytes at a time.
 RANK_MULTIPLE = 8
 
 

@@ -102,8 +102,8 @@ class Attention(nn.Module):
     """Multi-head self-attention (paper, appendix A).
 
     qkv.weight holds the rows of q, then of k, then of v; within each, head by head.
-    relative: what relative positions add to the logits. num_outputs: of the first tokens, which
-    attend to all; None = every token has an output.
+    relative: what relative positions add to the logits. num_outputs: how many of the
+    first tokens get an output; they attend to all tokens. None = every token does.
     """
 
     def __init__(self, width: int, num_heads: int, relative: RelativeBias | None = None) -> None:

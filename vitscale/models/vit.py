@@ -121,7 +121,7 @@ class ViT(Model):
             x = block(x, None if kept is None else kept[index], num_outputs)
             if index in wanted:
                 outputs[index] = self._patch_tokens(self.norm(x))
-        x = self.norm(x)  # [B, N, D], or of the tokens that are read
+        x = self.norm(x)  # [B, M, D]; M = N, or what the heads read
         if corruption is not None:
             return self._predict(self._patch_tokens(x), corruption.corrupted)
         if separate_heads:

@@ -179,7 +179,8 @@ def _advice(plan: Plan, best: Option, saving: Saving) -> list[Line]:
         compiled, eager = (
             plan.speed.efficiency(config.model, plan.cluster.kind, compiled=mode) for mode in (True, False)
         )
-        lines.append(("compile", f"engine.compile=true is faster, by about {compiled / eager - 1:.0%}"))
+        if compiled > 1.01 * eager:
+            lines.append(("compile", f"engine.compile=true is faster, by about {compiled / eager - 1:.0%}"))
     share = best.exposed_seconds / best.step_seconds
     if share > SLOW_SHARE:
         text = f"communication is {share:.0%} of a step: fewer GPUs or a larger global_batch waste less"
