@@ -112,10 +112,6 @@ class Ending:
             print("\n".join(lines), file=sys.stderr, flush=True)
         return status_of(cause)
 
-    def ended(self, state: State, reason: str = "") -> None:
-        """Write how this start ended, if it did not fail; rank 0 calls it."""
-        self._write(state, reason)
-
     def _is_told_here(self, error: BaseException) -> bool:
         """Whether this rank, the first that fails, reports the error; status.json then has it.
 
@@ -126,13 +122,13 @@ class Ending:
             told_here = distributed.is_main()
         if told_here:
             with contextlib.suppress(OSError):  # a full disk may be the very cause
-                self._write("failed", _sentence(error), status_of(error))
+                self.write("failed", _sentence(error), status_of(error))
         return told_here
 
     def _begin(self) -> str:
         for old in self._folder.glob(f"{_CAUSE}*"):
             old.unlink(missing_ok=True)
-        self._write("running", "")
+        self.write("running")
         return secrets.token_hex(4)
 
     def _cause(self, error: BaseException) -> BaseException:
@@ -154,7 +150,8 @@ class Ending:
             return True
         return True
 
-    def _write(self, state: State, reason: str, exit_status: int | None = None) -> None:
+    def write(self, state: State, reason: str = "", exit_status: int | None = None) -> None:
+        """Write the state of this start; the rank that knows it calls it."""
         write(self._folder, state, self.progress.step, self._total_steps, reason, exit_status)
 
 

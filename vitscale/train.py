@@ -86,13 +86,13 @@ def conclude(ending: Ending, stop_file: Path, reasons: Sequence[str] | None) -> 
     else asked, and whenever it came.
     """
     if reasons is None:
-        ending.ended("done")
+        ending.write("done")
     else:
         wanted = any(reason.startswith(f"the file {stop_file}") for reason in reasons)
         with contextlib.suppress(OSError):  # of a file server
             wanted = wanted or stop_file.exists()
         reason = f"the file {stop_file}" if wanted else reasons[0]
-        ending.ended("stopped" if wanted else "preempted", reason)
+        ending.write("stopped" if wanted else "preempted", reason)
         step = ending.progress.step
         saved = ", saved" if step else ""
         logger.info("stopped by %s at step %d%s; the same command continues", reason, step, saved)

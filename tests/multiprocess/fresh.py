@@ -1,21 +1,17 @@
 """Ranks as new processes, for a GPU: a fork of the zygote cannot use one."""
 
 import contextlib
+import multiprocessing
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from multiprocess.job import TIMEOUT_SECONDS, popen, reserved_port
-from multiprocess.zygote import PATH
+import pytest
+from multiprocess.job import TIMEOUT_SECONDS, reserved_port
 
-CODE = """
-import pickle, sys
-function, arguments = pickle.loads(bytes.fromhex(sys.argv[1]))
-sys.exit(function(*arguments))
-"""
+SPAWNED = multiprocessing.get_context("spawn")
 
 
 class Fresh:
@@ -28,18 +24,32 @@ class Fresh:
         *arguments: object,
         log: Path,
         environment: Mapping[str, str] | None = None,
-    ) -> list[int]:
-        """As Zygote.run; each rank is a process group of its own."""
-        command = [sys.executable, "-c", CODE, pickle.dumps((function, arguments)).hex()]
-        common = {"PYTHONPATH": f"{PATH}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": 1}
-        common |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    ) -> list[int | None]:
+        """As Zygote.run, but none is killed because another failed; None = it did not end."""
+        common = {"OMP_NUM_THREADS": 1, "MASTER_ADDR": "127.0.0.1"}
+        common |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         with reserved_port() as port, contextlib.ExitStack() as ended:
             processes = []
             for rank in range(world_size):
                 own = {"MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, **(environment or {})}
-                processes.append(popen(command, common | own, log))
-                ended.callback(_kill, processes[-1].pid)
-            return [process.wait(TIMEOUT_SECONDS) for process in processes]
+                process = SPAWNED.Process(target=_rank, args=(log, function, arguments))
+                with pytest.MonkeyPatch.context() as patch:
+                    for name, value in {**common, **own}.items():
+                        patch.setenv(name, str(value))
+                    process.start()
+                processes.append(process)
+                ended.callback(_kill, process.pid)
+            for process in processes:
+                process.join(TIMEOUT_SECONDS)
+            return [process.exitcode for process in processes]
+
+
+def _rank(log: Path, function: Callable[..., int | None], arguments: tuple[object, ...]) -> None:
+    os.setsid()
+    with open(log, "ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.exit(function(*arguments))
 
 
 def _kill(group: int) -> None:

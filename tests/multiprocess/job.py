@@ -129,7 +129,12 @@ class Job:
                     os.killpg(process.pid, signal.SIGKILL)  # the ranks, where it did not end in time
 
     def popen(self, command: list[object], environment: Mapping[str, object]) -> subprocess.Popen[bytes]:
-        return popen(command, environment, self.log)
+        """Start a command in a session of its own; what it prints is added to the log."""
+        env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+        with open(self.log, "ab") as file:
+            return subprocess.Popen(
+                list(map(str, command)), env=env, stdout=file, stderr=file, start_new_session=True
+            )
 
     def output(self) -> str:
         """What all ranks have printed so far."""
@@ -154,15 +159,6 @@ class Job:
 
     def temporary_saves(self) -> list[Path]:
         return list(store.directory_of(self.run_dir).glob(".tmp-step-*"))
-
-
-def popen(command: list[object], environment: Mapping[str, object], log: Path) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own; what it prints is added to `log`."""
-    env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    with open(log, "ab") as file:
-        return subprocess.Popen(
-            list(map(str, command)), env=env, stdout=file, stderr=file, start_new_session=True
-        )
 
 
 @contextlib.contextmanager
