@@ -1,7 +1,12 @@
 """What launch/multinode.sh finds before it asks any host."""
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vitscale import multinode
@@ -55,6 +60,20 @@ def test_numbers_out_of_range_are_refused(
     given = [str(tmp_path / "hostfile"), str(tmp_path / "run.toml"), option]
     assert multinode.main([*given, "--no-ssh", "--node-rank=0", "--master-addr=node1"]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_start_that_a_signal_ended_is_none_in_vain(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("localhost slots=1\n")
+    (tmp_path / "run.toml").write_text(CONFIG)
+    words = [sys.executable, "-m", "vitscale.multinode", tmp_path / "hostfile", tmp_path / "run.toml"]
+    words += [f"run_dir={tmp_path / 'run'}", "--no-ssh", "--node-rank=0", "--master-addr=localhost"]
+    with subprocess.Popen([*words, "--max-vain=1"], stdout=subprocess.PIPE, text=True) as command:
+        while not psutil.Process(command.pid).children() and command.poll() is None:
+            time.sleep(0.05)
+        command.send_signal(signal.SIGTERM)
+        output, _ = command.communicate(timeout=60)
+    assert command.returncode == 75, output
+    assert "stopped by a signal" in output
 
 
 CONFIG = """

@@ -133,7 +133,8 @@ class Launch:
             before = ending.read(self._config.run_dir)
             status = self._start()
             if status is not None:
-                vain = vain.and_one(restarts.newest_step(self._config))
+                if not self._stopped:  # else it may have been ended before it could save
+                    vain = vain.and_one(restarts.newest_step(self._config))
                 decision = self._decided(status, vain.starts, before)
                 if decision.kind != "again":
                     _say(f"{decision.kind}: {decision.reason}")

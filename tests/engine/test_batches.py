@@ -1,5 +1,6 @@
 """The pure parts of the engine: how a batch is cut, and the DeepSpeed JSON it leads to."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -122,6 +123,14 @@ def test_an_extra_table_is_a_new_key_or_is_refused_where_a_number_is_derived() -
     assert make_ds_config(extra, plan, "fp32", 0.0)["tensorboard"] == {"enabled": False}
     with pytest.raises(ConfigError, match=r"deepspeed_extra\.train_batch_size is derived by vitscale"):
         make_ds_config(EngineConfig(deepspeed_extra={"train_batch_size": {"x": 1}}), plan, "fp32", 0.0)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(800, True), (5e8, True), (804, False), (0, False)])
+def test_gathered_buckets_are_aligned(size: float, fits: bool) -> None:
+    extra = {"zero_optimization": {"allgather_bucket_size": size}}
+    refusal = pytest.raises(ConfigError, match=rf"allgather_bucket_size = {size} must be a multiple of 8")
+    with contextlib.nullcontext() if fits else refusal:
+        make_ds_config(EngineConfig(deepspeed_extra=extra), plan_batches(8, 0, 1), "fp32", 0.0)
 
 
 @pytest.mark.parametrize("key", ["micro_batch", "num_workers"])

@@ -7,6 +7,7 @@ import torch
 
 from vitscale.config import positive
 from vitscale.engine.batches import BatchPlan
+from vitscale.engine.zero import RANK_MULTIPLE
 from vitscale.errors import ConfigError
 from vitscale.models.layers import Checkpointing
 from vitscale.models.model import CommonConfig
@@ -107,6 +108,12 @@ def make_ds_config(
                 "would not find what DeepSpeed moves there; set engine.offload_optimizer = true and "
                 "engine.offload_folder"
             )
+    size = zero.get("allgather_bucket_size", RANK_MULTIPLE)
+    if isinstance(size, int | float) and (size <= 0 or size % RANK_MULTIPLE):
+        raise ConfigError(
+            f"engine.deepspeed_extra.zero_optimization.allgather_bucket_size = {size} must be a "
+            f"multiple of {RANK_MULTIPLE}, so that what NCCL sends is aligned; round it, or leave it out"
+        )
     derived: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
