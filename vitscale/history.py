@@ -66,7 +66,8 @@ def card(row: Mapping[str, Any]) -> str:
         f"{row['grad_accum_steps']} micro batches of {row['micro_batch']} each",
     ]
     if passed_over := row["data_step"] - row["step"]:
-        lines.append(f"rolled back {row['rollbacks']} times, {passed_over:,} batches passed over")
+        times = "once" if row["rollbacks"] == 1 else f"{row['rollbacks']} times"
+        lines.append(f"rolled back {times}, {passed_over:,} batches passed over")
     lines += [f"{key} = {new!r}, before {old!r}" for key, (old, new) in row["changed"].items()]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from multiprocess.ranks import KillAll, Throttle
 from multiprocess.zygote import Zygote
 
 from vitscale.data.order import DIGEST_MASK, digest
+from vitscale.history import card
 from vitscale.metrics import read_metrics
 
 
@@ -28,6 +29,10 @@ def test_each_start_is_a_row_with_its_layout_and_what_changed(
     assert two["changed"] == {"engine.micro_batch": [2, 4], "total_steps": [20, 22]}
     assert set(two["versions"]) == {"vitscale", "torch", "deepspeed", "numpy"}
     assert job.output().count(" was done before, with the ") == 1
+    assert "from step 0\n2 ranks at ZeRO " in card(one) and "rolled back" not in card(one)
+    assert "\nengine.micro_batch = 4, before 2" in card(two)
+    later = {**two, "step": 9, "data_step": 12, "rollbacks": 1}
+    assert "from step 9\n" in card(later) and "\nrolled back once, 3 batches passed over\n" in card(later)
 
 
 def test_the_steps_that_are_asked_for_are_traced_with_their_phases(
