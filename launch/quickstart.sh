@@ -23,7 +23,7 @@ export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHO
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 run=runs/quickstart
-launcher=(deepspeed --log_level warning --master_port "${MASTER_PORT:-29517}")
+launcher=(deepspeed --log_level error --master_port "${MASTER_PORT:-29517}")
 # The most processes up to $1 that share the lanes evenly: digits.toml has 60, and shapes.toml 120.
 sharing() {
     local number=$1

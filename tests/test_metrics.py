@@ -315,18 +315,24 @@ def test_the_remaining_time_is_the_steps_left_at_the_pace_so_far(
     assert remaining_time(elapsed_seconds, num_done, num_left) == text
 
 
-def test_a_resumed_run_takes_its_pace_from_its_own_steps(
+def test_a_resumed_run_takes_its_pace_from_its_own_steps_after_the_first(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     caplog.set_level(logging.INFO, logger="vitscale")
-    clock = iter([100.0, 100.5, 110.0])  # at the start of the process, and at each row
-    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(metrics, "time", clock)
     writer = MetricsWriter(tmp_path, resume_step=20, total_steps=40, tensorboard=False)
-    for step in (20, 24):
-        writer.write(step, {"train/loss": 1.0})
+    for step, name, clock.now in (
+        (20, "eval/a/top1", 100.0),
+        (21, "train/loss", 160.0),  # the first step took a minute, to compile
+        (21, "checkpoint/seconds", 161.0),  # in the files only
+        (25, "train/loss", 170.0),  # 4 more steps took 10 s, and 15 are left
+        (25, "eval/a/top1", 180.0),
+    ):
+        writer.write(step, {name: 1.0})
     writer.close()
-    # 4 steps in 10 s, and 16 are left
-    assert [record.getMessage().rpartition("  ")[2] for record in caplog.records] == ["eta ?", "eta 00:40"]
+    etas = [record.getMessage().rpartition("  ")[2] for record in caplog.records]
+    assert etas == ["eta ?", "eta ?", "eta 00:38", "eta 01:15"]
 
 
 def test_an_evaluation_is_missing_unless_its_numbers_are_at_the_step_of_the_resume(tmp_path: Path):

@@ -86,7 +86,7 @@ class MetricsWriter:
         self._bar = _open_bar(resume_step, total_steps) if sys.stderr.isatty() else None
         self._resume_step, self._total_steps = resume_step, total_steps
         self._newest = resume_step  # the highest step written: a save has its row after later ones
-        self._start_seconds = time.monotonic()
+        self._first: tuple[int, float] | None = None  # step and time of the first row with a loss
         self._evaluations: dict[str, None] = {}  # the names of their numbers, in order
         self._at_resume, self._judge = set[str](), judge
         self._scores: dict[int, float] = {}  # of the judge, by step
@@ -194,11 +194,16 @@ class MetricsWriter:
 
     def _show(self, step: int, numbers: Mapping[str, float | int]) -> None:
         text = _console_text(numbers)
+        if not text:
+            return
         self._newest = max(self._newest, step)
         if self._bar is None:
-            elapsed_seconds = time.monotonic() - self._start_seconds
-            num_done, num_left = self._newest - self._resume_step, self._total_steps - self._newest
-            eta = remaining_time(elapsed_seconds, num_done, num_left)
+            # The first step of a start warms up or compiles, and says nothing about others.
+            if self._first is None and "train/loss" in numbers:
+                self._first = step, time.monotonic()
+            first, since = self._first or (self._newest, 0.0)
+            num_left = self._total_steps - self._newest
+            eta = remaining_time(time.monotonic() - since, self._newest - first, num_left)
             logger.info("step %d/%d  %s  eta %s", step, self._total_steps, text, eta)
         elif any(name in numbers for name, _, _ in CONSOLE):
             self._bar.set_postfix_str(text, refresh=False)
@@ -331,9 +336,10 @@ def _json_number(value: float | int) -> float | int | str:
 
 
 def _console_text(numbers: Mapping[str, float | int]) -> str:
+    """Of a step, the numbers of CONSOLE; of an evaluation, all; "" for others, as of a save."""
     texts = [f"{label} {form.format(numbers[name])}" for name, label, form in CONSOLE if name in numbers]
-    # A row without training numbers is an evaluation, of which every number is shown.
-    return "  ".join(texts or [f"{name} {value:.4g}" for name, value in numbers.items()])
+    scores = [f"{name} {value:.4g}" for name, value in numbers.items() if name.startswith("eval/")]
+    return "  ".join(texts or scores)
 
 
 def _open_tensorboard(folder: Path, resume_step: int) -> SummaryWriter:
