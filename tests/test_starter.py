@@ -111,11 +111,15 @@ def test_the_small_model_of_the_page_would_train(
     assert 'variant = "Ti/16"' in planned and "total steps             10" in planned
 
 
-def test_the_threads_that_a_user_asks_for_are_used() -> None:
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run"]], ids=["alone", "launched"])
+def test_a_rank_that_has_the_machine_uses_the_threads_that_a_user_asks_for(
+    tmp_path: Path, launcher: list[str]
+) -> None:
     """Where others use the cores too, threads spend their time waiting for one another."""
-    code = (
+    (tmp_path / "program.py").write_text(
         "import torch; from vitscale import distributed as d; d.initialize(); print(torch.get_num_threads())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    command = [sys.executable, *launcher, tmp_path / "program.py"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.stdout.split() == ["1"], ended.stderr

@@ -37,7 +37,6 @@ def held_bytes() -> int:
 def memory_is_steady(engines: Sequence[dict[str, Any]]) -> None:
     """A step in bf16 leaves nothing behind that only the garbage collector would find."""
     distributed.initialize()
-    torch.set_num_threads(1)  # so small a model is slower with two, beside other programs
     plan = plan_batches(2 * MICRO_BATCH, MICRO_BATCH, 1)
     for options in engines:
         engine, held = Engine(made(), OPTIM, EngineConfig(**options), plan, "bf16"), []

@@ -332,6 +332,12 @@ def train(config: Path, overrides: Sequence[str] = (), event: Event | None = Non
     return main([str(config), *overrides])
 
 
+def train_in(folder: Path, config: Path, overrides: Sequence[str]) -> int:
+    """A run whose paths are relative to a folder."""
+    os.chdir(folder)
+    return train(config, overrides)
+
+
 def evaluate(arguments: Sequence[str]) -> int:
     """An evaluation, as tools/evaluate.py makes it."""
     return evaluate_main(arguments)

@@ -45,11 +45,3 @@ def test_a_stop_while_waiting_for_data_compiles_nothing(tmp_path: Path, index: P
     job = Job(tmp_path, index)
     assert zygote.run(1, skip_after_a_step, job.config, tmp_path, log=job.log) == [0], job.output()
     assert (tmp_path / "graphs").read_text() == "2"  # of one step: that of the last block, too
-
-
-def test_a_compiled_run_has_the_losses_of_an_eager_one(
-    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job
-) -> None:
-    job = Job(tmp_path, index)
-    assert zygote.train(job, 2, "engine.compile=true", "engine.zero_stage=2") == [0, 0], job.output()
-    assert job.column("train/loss") == pytest.approx(uninterrupted.column("train/loss"), abs=1e-5)

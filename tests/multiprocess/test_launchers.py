@@ -1,4 +1,7 @@
-"""torchrun and the deepspeed launcher start the run that the other tests start by hand."""
+"""The deepspeed launcher starts the run that other tests start by hand.
+
+That of torchrun, with a rank that dies, is in test_restarts.py.
+"""
 
 from pathlib import Path
 
@@ -6,14 +9,9 @@ import pytest
 from multiprocess.job import Job
 
 
-@pytest.mark.parametrize(
-    ("launcher", "option"), [("torchrun", "--nproc_per_node"), ("deepspeed", "--num_gpus")]
-)
-def test_a_launcher_starts_the_same_run(
-    tmp_path: Path, index: Path, uninterrupted: Job, launcher: str, option: str
-) -> None:
+def test_deepspeed_starts_the_same_run(tmp_path: Path, index: Path, uninterrupted: Job) -> None:
     job = Job(tmp_path, index)
-    assert job.launch(launcher, option, "2") == 0, job.output()
+    assert job.launch("deepspeed", "--num_gpus", "2") == 0, job.output()
     assert job.column("train/loss") == uninterrupted.column("train/loss")
 
 

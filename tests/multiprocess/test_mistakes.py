@@ -77,13 +77,6 @@ def test_a_checkpoint_of_another_experiment_is_not_resumed_where_the_config_is_g
     assert zygote.train(finished, 1, "total_steps=22") == [0], finished.output()
 
 
-def test_a_longer_total_continues_and_a_shorter_one_is_refused(finished: Job, zygote: Zygote) -> None:
-    assert zygote.train(finished, 1, "total_steps=10") == [2]
-    assert "was started for 20 steps and cannot be shortened to 10" in sentence(finished)
-    assert zygote.train(finished, 1, "total_steps=22") == [0], finished.output()
-    assert finished.column("step") == list(range(1, 23))
-
-
 def test_other_data_behind_the_same_path_are_refused(
     tmp_path: Path, finished: Job, index: Path, zygote: Zygote
 ) -> None:
@@ -142,12 +135,11 @@ def test_a_config_that_cannot_run_says_what_to_write(
     assert message in sentence(job)
 
 
-def test_a_mistake_at_the_first_start_may_be_fixed(tmp_path: Path, index: Path) -> None:
-    """With the real command, whose exit status a script sees."""
+def test_a_mistake_at_the_first_start_may_be_fixed(tmp_path: Path, index: Path, zygote: Zygote) -> None:
     job = Job(tmp_path, index)
-    assert job.start(1, "init.checkpoint=nowhere") == [2]
+    assert zygote.train(job, 1, "init.checkpoint=nowhere") == [2]
     assert "nowhere is not a checkpoint" in sentence(job)
-    assert job.start(1, "total_steps=6") == [0], job.output()
+    assert zygote.train(job, 1, "total_steps=6") == [0], job.output()
 
 
 @pytest.mark.parametrize(
