@@ -226,7 +226,7 @@ def test_files_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
 def test_differing_keys_are_dotted() -> None:
     old = to_dict(Outer(run_dir="a"))
     new = to_dict(Outer(run_dir="b", optim=Inner(lr=2.0)))
-    assert list(differing_keys(old, new)) == ["run_dir", "optim.lr"]
+    assert differing_keys(old, new) == ["run_dir", "optim.lr"]
 
 
 def test_the_kind_chooses_the_class_and_without_one_it_is_the_first() -> None:

@@ -29,7 +29,7 @@ def test_a_size_is_read_and_written_back(tmp_path: Path, given: str, expected: I
     again.write_text(to_toml(config))
     assert f"image_size = {written(expected)}\n" in again.read_text()
     assert load(TrainConfig, [again]) == config == from_dict(TrainConfig, to_dict(config))
-    changed = list(differing_keys(to_dict(load(TrainConfig, [base])), to_dict(config)))
+    changed = differing_keys(to_dict(load(TrainConfig, [base])), to_dict(config))
     assert changed == ([] if expected == 224 else ["model.image_size"])
 
 

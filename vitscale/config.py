@@ -114,14 +114,23 @@ def to_toml(config: Any) -> str:
     return "\n".join(_toml_lines(to_dict(config))) + "\n"
 
 
-def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """The dotted keys at which two nested dicts differ, in the order of `old`, then `new`."""
-    for key in [*old, *(k for k in new if k not in old)]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], where: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """The dotted keys at which two nested dicts differ, in the order of `old`, then `new`.
+
+    Each with its old and its new value, None where it is missing.
+    """
+    for key in {**old, **new}:
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from differing_keys(a, b, dotted(where, key))
+            yield from differences(a, b, dotted(where, key))
         elif a != b:
-            yield dotted(where, key)
+            yield dotted(where, key), a, b
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [key for key, _, _ in differences(old, new)]
 
 
 def positive(where: str, **values: int | float) -> None:

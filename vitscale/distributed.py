@@ -279,14 +279,14 @@ def gather_floats(value: float) -> list[float]:
     return all_gather_rows(torch.tensor([value], dtype=torch.float64)).tolist()
 
 
-def gather_json(value: Any, channel: dist.ProcessGroup | None = None) -> list[Any]:
+def gather_json(value: Any) -> list[Any]:
     """The `value` of every rank, in rank order, on every rank; it travels as JSON.
 
     For small values: at thousands of ranks, what every rank gets from every rank is much.
     """
     data = _encoded(value)
-    sizes = all_gather_rows(torch.tensor([len(data)]), channel).tolist()
-    parts = torch.split(all_gather_rows(data, channel), sizes)
+    sizes = all_gather_rows(torch.tensor([len(data)])).tolist()
+    parts = torch.split(all_gather_rows(data), sizes)
     return [_decoded(part) for part in parts]
 
 

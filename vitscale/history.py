@@ -73,12 +73,5 @@ def card(row: Mapping[str, Any]) -> str:
 
 
 def _changed(before: TrainConfig, now: TrainConfig) -> dict[str, list[Any]]:
-    old, new = configs.to_dict(before), configs.to_dict(now)
-    return {key: [_value(old, key), _value(new, key)] for key in configs.differing_keys(old, new)}
-
-
-def _value(values: Any, dotted: str) -> Any:
-    """The value of a dotted key; None where there is none."""
-    for part in dotted.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
+    changes = configs.differences(configs.to_dict(before), configs.to_dict(now))
+    return {key: [old, new] for key, old, new in changes}

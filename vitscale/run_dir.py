@@ -211,11 +211,8 @@ def _data_change(job: Job, old: TrainConfig, fingerprint: str) -> str:
     """
     record = _record(job)
     if not record or fingerprint not in map(job.data_fingerprint, record.fingerprints):
-        keys = [key for key in _differing(old, job.config) if _is_among(key, ("data",))]
-        keys = [key for key in keys if not _is_among(key, CHANGEABLE)]
-        return _changes(keys, old, job.config) or (
-            "shards, their order or chunking, label maps or exclusions changed"
-        )
+        changed = [change for change in _changes(old, job.config) if is_among(change[0], ("data",))]
+        return _text(changed) or ("shards, their order or chunking, label maps or exclusions changed")
     return record.change([source.index for source in job.sources], _replaced(Path(job.config.run_dir)))
 
 
@@ -298,11 +295,11 @@ def _difference(place: str, source: str, old: TrainConfig, job: Job, beside: Seq
     keys or sections that may differ.
     """
     new = job.config
-    keys = [key for key in _differing(old, new) if not _is_among(key, (*CHANGEABLE, *beside))]
-    if keys:
+    if changed := _changes(old, new, beside):
+        keys = [key for key, _, _ in changed]
         return (
-            f"{place} holds another experiment: {_changes(keys, old, new)}; set them back to resume it, or "
-            f"choose {_another_run(source, keys, new)}"
+            f"{place} holds another experiment: {_text(changed)}; set them back to resume it, or choose "
+            f"{_another_run(source, keys, new)}"
         )
     before, now = old.num_steps(job.mixture.steps_per_epoch), job.total_steps
     if before > now:
@@ -316,29 +313,25 @@ def _difference(place: str, source: str, old: TrainConfig, job: Job, beside: Seq
 def _another_run(source: str, keys: Sequence[str], new: TrainConfig) -> str:
     """Where a change of these keys is possible, with the lines that continue `source` there."""
     another = "another run_dir and checkpoint.store" if new.checkpoint.store else "another run_dir"
-    changed = [key for key in keys if not _is_among(key, ("init",))]
+    changed = [key for key in keys if not is_among(key, ("init",))]
     if not changed:
         return another
-    if any(_is_among(key, SAME_STATE) and not _is_among(key, STATELESS) for key in changed):
+    if any(is_among(key, SAME_STATE) and not is_among(key, STATELESS) for key in changed):
         return f'{another}, which [init] checkpoint = "{source}" starts from its weights'
     lines = f'[init] checkpoint = "{source}", full_state = true'
     return f"{another} with {lines}, which continues it with the change"
 
 
-def _differing(old: TrainConfig, new: TrainConfig) -> list[str]:
-    return list(configs.differing_keys(configs.to_dict(old), configs.to_dict(new)))
+def _changes(old: TrainConfig, new: TrainConfig, beside: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
+    """What differs and is neither CHANGEABLE nor among `beside`: keys with both values."""
+    changes = configs.differences(configs.to_dict(old), configs.to_dict(new))
+    return [change for change in changes if not is_among(change[0], (*CHANGEABLE, *beside))]
 
 
-def _changes(keys: Sequence[str], old: TrainConfig, new: TrainConfig) -> str:
-    return ", ".join(f"{key} was {_value(old, key)!r}, now {_value(new, key)!r}" for key in keys)
+def _text(changes: Sequence[tuple[str, Any, Any]]) -> str:
+    return ", ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in changes)
 
 
-def _is_among(key: str, names: Sequence[str]) -> bool:
+def is_among(key: str, names: Sequence[str]) -> bool:
     """Whether a dotted key is one of the keys, or lies in one of the sections."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _value(config: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        config = config[part] if isinstance(config, dict) else getattr(config, part)
-    return config

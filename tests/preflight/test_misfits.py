@@ -8,6 +8,7 @@ import pytest
 from vitscale.preflight import speed
 from vitscale.preflight.compare import Answer, Facts, problems, table
 from vitscale.preflight.program import told
+from vitscale.preflight.rounds import by_host
 
 GOOD = Facts(
     host="c1",
@@ -99,6 +100,18 @@ def test_an_interface_that_a_host_lacks_is_found(monkeypatch: pytest.MonkeyPatch
     for chosen, missing in (("", ""), ("lo", ""), ("lo,eth77", "eth77")):
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
         assert speed.missing_interface() == missing
+
+
+@pytest.mark.parametrize(
+    "hosts", ["aaaabbbb", "abababab", "abbaabab"], ids=["in blocks", "cyclic", "in any order"]
+)
+@pytest.mark.parametrize("gpus", [4, 1], ids=["all GPUs", "a GPU of its own"])
+def test_the_ranks_of_a_host_are_counted_together_wherever_they_are(hosts: str, gpus: int) -> None:
+    rows = [dataclasses.replace(GOOD, host=host, gpus=("H100",) * gpus, clock=50.5) for host in hosts]
+    firsts = [host not in hosts[:rank] for rank, host in enumerate(hosts)]
+    found = by_host(rows, firsts, 50.0)
+    assert [(answer.name, answer.slots) for answer in found] == [("a", 4), ("b", 4)]
+    assert all(answer.facts and len(answer.facts.gpus) == 4 and answer.facts.clock == 0.5 for answer in found)
 
 
 def test_what_all_hosts_say_is_said_once() -> None:

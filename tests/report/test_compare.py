@@ -14,7 +14,7 @@ from vitscale.report import compare, contents
 
 
 def test_equal_checkpoints_are_equal_whoever_wrote_them(run: Path, tmp_path: Path, capsys: Capture) -> None:
-    changed = {"engine": {"zero_stage": 3}, "guard": {"rollbacks": 3}}
+    changed = {"engine": {"zero_stage": 3}, "guard": {"rollbacks": 3}, "data": {"max_bad_fraction": 0.5}}
     config = {**CONFIG, "run_dir": "elsewhere", **changed}
     other = write_step(tmp_path / "b", 30, state_of(30), world_size=5, zero_stage=3, config=config)
     status, out, _ = call(capsys, "diff", run, other, "--states")
@@ -33,7 +33,8 @@ def test_a_diff_says_which_tensors_differ_and_by_how_much(run: Path, tmp_path: P
     b[4, 0] -= 2.0
     tensors["fp32", "head.weight"] = b
     tensors["fixed", "count"] = tensors["fixed", "count"] + 1
-    other = write_step(tmp_path / "b", 30, tensors, config={**CONFIG, "seed": 4, "model": {"variant": "S/4"}})
+    changed = {"seed": 4, "model": {"variant": "S/4"}, "total_steps": 70}
+    other = write_step(tmp_path / "b", 30, tensors, config={**CONFIG, **changed})
     comparison = call_json(capsys, "diff", run, other)
     head, count = comparison["different"]
     assert (head["name"], count["name"]) == ("head.weight", "count") and not comparison["equal"]
@@ -43,6 +44,7 @@ def test_a_diff_says_which_tensors_differ_and_by_how_much(run: Path, tmp_path: P
     assert (count["num_different"], count["max_abs"]) == (1, 1.0)
     assert {change["key"]: (change["a"], change["b"]) for change in comparison["config"]} == {
         "seed": (3, 4),
+        "total_steps": (None, 70),
         "model.variant": ("Ti/4", "S/4"),
         "model.width": (16, None),
     }

@@ -69,10 +69,10 @@ def table2d(x: Float[Tensor, "L w E"], y: Float[Tensor, "L h E"]) -> Float[Tenso
     return joined.flatten(1, 2)
 
 
-def sincos2d(grid: Grid, width: int, temperature: float = 10_000.0) -> Float[Tensor, "1 N D"]:
+def sincos2d(grid: Grid, width: int) -> Float[Tensor, "1 N D"]:
     """The fixed 2-D table of "Better plain ViT baselines" (big_vision posemb_sincos_2d)."""
     rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
-    omega = 1.0 / temperature ** (torch.arange(width // 4) / (width // 4 - 1))
+    omega = 1.0 / 10_000 ** (torch.arange(width // 4) / (width // 4 - 1))
     y, x = rows.reshape(-1, 1) * omega, cols.reshape(-1, 1) * omega  # [N, D / 4]
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None]
 

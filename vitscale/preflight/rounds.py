@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale import config as configs
-from vitscale.preflight.compare import CHECKING, Answer, facts_of
+from vitscale.preflight.compare import CHECKING, Answer, Facts, facts_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "vitscale-preflight "
@@ -198,18 +198,28 @@ def among_ranks(words: Sequence[str]) -> list[Answer]:
     paths, overrides = configs.divided(words)
     rows = collect(paths, overrides, distributed.rank(), distributed.world_size(), distributed.gather_json)
     now, firsts = time.time(), distributed.gather_json(distributed.local_rank() == 0)
+    return by_host([facts_of(row) for row in rows], firsts, now)
+
+
+def by_host(rows: Sequence[Facts], firsts: Sequence[bool], now: float) -> list[Answer]:
+    """The answers of hosts, from the facts of ranks in rank order.
+
+    firsts: whether each is the first of its host. now: the time here, in seconds since the
+    epoch, from which their clocks are counted.
+    """
     answers: list[Answer] = []
-    for row, first in zip(rows, firsts, strict=True):
-        facts = facts_of(row)
+    place: dict[str, int] = {}  # in the answers, of a host: its ranks need not be neighbours
+    for facts, first in zip(rows, firsts, strict=True):
         if first:
             facts = dataclasses.replace(facts, clock=facts.clock - now)
+            place[facts.host] = len(answers)
             answers.append(Answer(name=facts.host, slots=1, facts=facts))
             continue
-        host = answers[-1]
+        host = answers[place[facts.host]]
         assert host.facts
         gpus = host.facts.gpus
         if len(facts.gpus) == 1 and len(gpus) == host.slots:  # each rank sees its own alone
             gpus += facts.gpus
         whole = dataclasses.replace(host.facts, gpus=gpus)
-        answers[-1] = dataclasses.replace(host, slots=host.slots + 1, facts=whole)
+        answers[place[facts.host]] = dataclasses.replace(host, slots=host.slots + 1, facts=whole)
     return answers

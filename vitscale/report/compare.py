@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from vitscale.report.contents import Contents, chunks
 from vitscale.report.text import shape_text, table
+from vitscale.run_dir import CHANGEABLE, is_among
 
-INCIDENTAL_CONFIG = ("run_dir", "engine", "log", "checkpoint", "evals", "expect", "finetune", "guard")
+# What may change in a run, but for its length.
+INCIDENTAL_CONFIG = tuple(name for name in CHANGEABLE if not name.startswith("total_"))
 INCIDENTAL_FACTS = ("world_size", "zero_stage", "created", "versions", "version")
 _MAX_WIDTH = 40  # characters of a value in a table
 
@@ -144,8 +146,8 @@ def render(comparison: Comparison) -> str:
     """The text of `tools/checkpoint.py diff`."""
     lines = [f"A  {comparison.a}", f"B  {comparison.b}"]
     for counts, title in ((True, "that differ"), (False, "that may differ")):
-        for section, differences in (("config", comparison.config), ("facts", comparison.facts)):
-            rows = [(d.key, _value_text(d.a), _value_text(d.b)) for d in differences if d.counts is counts]
+        for section, found in (("config", comparison.config), ("facts", comparison.facts)):
+            rows = [(d.key, _value_text(d.a), _value_text(d.b)) for d in found if d.counts is counts]
             if rows:
                 lines += ["", *table((f"{section} {title}", "A", "B"), rows, left=(0, 1, 2))]
     for title, names in (("only in A", comparison.only_in_a), ("only in B", comparison.only_in_b)):
@@ -220,13 +222,11 @@ def _differing(
 ) -> Iterator[Difference]:
     """The dotted keys at which two nested dicts differ.
 
-    incidental: top-level keys that do not count. shared_alone: leave out top-level keys that
+    incidental: keys and sections that do not count. shared_alone: leave out top-level keys that
     only one of the two has.
     """
     keys = [key for key in {**a, **b} if not shared_alone or (key in a and key in b)]
-    left = dict(flatten({key: a[key] for key in keys if key in a}))
-    right = dict(flatten({key: b[key] for key in keys if key in b}))
+    left, right = (dict(flatten({key: values[key] for key in keys if key in values})) for values in (a, b))
     for key in {**left, **right}:
         if left.get(key) != right.get(key):
-            counts = key.partition(".")[0] not in incidental
-            yield Difference(key=key, a=left.get(key), b=right.get(key), counts=counts)
+            yield Difference(key=key, a=left.get(key), b=right.get(key), counts=not is_among(key, incidental))

@@ -65,11 +65,11 @@ def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def _check_same_model(a: SavedModel, b: SavedModel) -> None:
     model_a, model_b = (configs.to_dict(_with_explicit_sizes(saved.config)) for saved in (a, b))
-    for key in configs.differing_keys(model_a, model_b):
+    for key, ours, theirs in configs.differences(model_a, model_b):
         if key not in _TRAINING_KEYS:
             raise CheckpointError(
-                f"{b.path} is a different model from {a.path}: model.{key} is {model_b[key]!r}, not "
-                f"{model_a[key]!r}; average checkpoints of one model"
+                f"{b.path} is a different model from {a.path}: model.{key} is {theirs!r}, not {ours!r}; "
+                "average checkpoints of one model"
             )
     if a.shapes != b.shapes:
         raise CheckpointError(

@@ -81,7 +81,7 @@ def refuse_other_options(out: Path, config: PackConfig) -> None:
     plan = _load(out)
     if plan is None:
         _refuse_unplanned(out, set())
-    elif keys := list(differing_keys(plan.options, config.content())):
+    elif keys := differing_keys(plan.options, config.content()):
         raise ConfigError(
             f"{out} holds a packing with other options ({', '.join(keys)}); "
             "choose another folder or --overwrite"
