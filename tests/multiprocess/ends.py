@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from multiprocess.job import PROGRAM, Job, reserved_port
+from multiprocess.job import DEADLINE_SECONDS, PROGRAM, Job, reserved_port, wait_until
 
 from vitscale import ending
 
@@ -23,7 +23,6 @@ LAUNCHERS = {
 }
 # Long enough to be hit in mid-run, with data workers, and with checkpoints on the way.
 OVERRIDES = ("total_steps=1000000", "engine.num_workers=1", "checkpoint.every_steps=40")
-DEADLINE_SECONDS = 240  # much more than anything takes, also beside other work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ class End:
 def end_of(case: Case, job: Job) -> End:
     """Start the job, send the signal once it has a checkpoint, and wait until all are gone."""
     with launched(job, case.launcher) as command:
-        wait_until(lambda: bool(job.checkpoints()) and reached(job, 45), command, job)
+        wait_until(lambda: bool(job.checkpoints()) and job.reached(45)(), job.output, command)
         processes = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
         deliver(case, command, processes)
         began = time.monotonic()
@@ -147,15 +146,3 @@ def read_status(job: Job) -> dict[str, Any]:
     status = ending.read(job.run_dir)
     assert status, job.output()
     return status
-
-
-def reached(job: Job, step: int) -> bool:
-    rows = job.rows()
-    return bool(rows) and rows[-1]["step"] >= step
-
-
-def wait_until(holds: Any, command: subprocess.Popen[bytes], job: Job) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not holds():
-        assert command.poll() is None and time.monotonic() < deadline, job.output()
-        time.sleep(0.1)

@@ -16,6 +16,7 @@ from vitscale.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "launch" / "train.py"
 TIMEOUT_SECONDS = 180
+DEADLINE_SECONDS = 240  # much more than anything takes, also beside other work
 
 CONFIG = """
 run_dir = "{run_dir}"
@@ -61,6 +62,17 @@ tensorboard = false
 """
 
 
+def wait_until(
+    holds: Callable[[], object], output: Callable[[], object], *processes: subprocess.Popen[bytes]
+) -> None:
+    """Wait for a condition; if it does not come, or a process ends, output() is shown."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not holds():
+        assert all(process.poll() is None for process in processes), output()
+        assert time.monotonic() < deadline, output()
+        time.sleep(0.05)
+
+
 class Job:
     """A training run in a folder of its own."""
 
@@ -71,6 +83,11 @@ class Job:
         self.port = 0  # MASTER_PORT of the last start
         folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(CONFIG.format(run_dir=self.run_dir, index=index))
+
+    def mistake(self) -> str:
+        """The sentence that the last start printed; a traceback would be our bug."""
+        assert "Traceback" not in self.output(), self.output()
+        return [line for line in self.output().splitlines() if line.startswith("error: ")][-1]
 
     def start(
         self, world_size: int, *overrides: str, kill_when: Callable[[], object] | None = None

@@ -2,15 +2,14 @@
 
 import os
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from multiprocess.hosts import Hosts, two_hosts
+from multiprocess.job import wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
-DEADLINE_SECONDS = 60
 CONFIG = """
 ClusterName=test
 SlurmctldHost=node1(10.77.0.1)
@@ -94,12 +93,3 @@ def two_node_slurm(folder: Path) -> Iterator[Slurm]:
     """Slurm on two hosts; the test is skipped where either is impossible."""
     with two_hosts(folder / "hosts", *PROGRAMS) as hosts:
         yield Slurm(hosts, folder / "slurm")
-
-
-def wait_until(
-    holds: Callable[[], object], log: Callable[[], str], seconds: float = DEADLINE_SECONDS
-) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, log()
-        time.sleep(0.1)

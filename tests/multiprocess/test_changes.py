@@ -17,12 +17,6 @@ def finished(tmp_path: Path, uninterrupted: Job, index: Path) -> Job:
     return job
 
 
-def refusal(job: Job) -> str:
-    """The mistake that the last start printed."""
-    assert "Traceback" not in job.output(), job.output()
-    return [line for line in job.output().splitlines() if line.startswith("error: ")][-1]
-
-
 def lines_of(sentence: str) -> list[str]:
     """The overrides that a refusal says to write under [init]."""
     match = re.search(r'\[init\] checkpoint = "([^"]+)", full_state = true', sentence)
@@ -46,13 +40,13 @@ def test_before_the_first_checkpoint_the_data_of_the_config_stay(
     shutil.rmtree(finished.run_dir / "checkpoints")
     moved = shutil.copytree(index.parent, tmp_path / "elsewhere") / "index.json"
     assert zygote.train(finished, 1, f"data.index={moved}") == [2]
-    assert f"data.index was '{index}', now '{moved}'" in refusal(finished)
+    assert f"data.index was '{index}', now '{moved}'" in finished.mistake()
 
 
 def test_another_order_of_the_data_is_refused_by_its_key(finished: Job, zygote: Zygote) -> None:
     assert zygote.train(finished, 1, "data.lanes=2", "total_steps=22") == [2]
-    assert "other data than the config names now (data.lanes was 4, now 2)" in refusal(finished)
-    lines_of(refusal(finished))
+    assert "other data than the config names now (data.lanes was 4, now 2)" in finished.mistake()
+    lines_of(finished.mistake())
 
 
 @pytest.mark.parametrize(
@@ -64,7 +58,7 @@ def test_a_refused_change_is_made_by_the_lines_that_the_refusal_names(
     tmp_path: Path, finished: Job, zygote: Zygote, changes: list[str]
 ) -> None:
     assert zygote.train(finished, 1, *changes, "total_steps=22") == [2]
-    sentence = refusal(finished)
+    sentence = finished.mistake()
     assert f"{changes[0].partition('=')[0]} was" in sentence and "choose another run_dir with" in sentence
     another = [f"run_dir={tmp_path}/another", "total_steps=22", *changes, *lines_of(sentence)]
     assert zygote.train(finished, 1, *another) == [0], finished.output()
@@ -76,8 +70,8 @@ def test_the_full_state_is_not_named_where_it_would_not_fit(
     finished: Job, zygote: Zygote, change: str
 ) -> None:
     assert zygote.train(finished, 1, change, "optim.weight_decay=0") == [2]
-    assert f'which [init] checkpoint = "{finished.run_dir}" starts from its weights' in refusal(finished)
-    assert "full_state = true" not in refusal(finished)
+    assert f'which [init] checkpoint = "{finished.run_dir}" starts from its weights' in finished.mistake()
+    assert "full_state = true" not in finished.mistake()
 
 
 def test_a_run_goes_back_to_an_older_step_in_a_new_run_directory(
@@ -95,7 +89,7 @@ def test_a_total_of_another_kind_continues_the_run(finished: Job, zygote: Zygote
     assert zygote.train(finished, 1, "total_epochs=2.2") == [0], finished.output()
     assert finished.column("step")[-1] == 22
     assert zygote.train(finished, 1, "total_samples=100") == [2]
-    assert "was started for 22 steps and cannot be shortened to 12" in refusal(finished)
+    assert "was started for 22 steps and cannot be shortened to 12" in finished.mistake()
 
 
 def test_an_evaluation_is_left_out(finished: Job, index: Path, zygote: Zygote) -> None:
@@ -105,7 +99,7 @@ def test_an_evaluation_is_left_out(finished: Job, index: Path, zygote: Zygote) -
     assert zygote.train(finished, 1, "total_steps=22", "evals.test=false") == [0], finished.output()
     assert "eval/test" not in finished.output()
     assert zygote.train(finished, 1, "total_steps=24", "evals.tset=false") == [2]
-    assert "evals.tset = false leaves out a section that was set before" in refusal(finished)
+    assert "evals.tset = false leaves out a section that was set before" in finished.mistake()
 
 
 @pytest.mark.parametrize(
@@ -133,11 +127,11 @@ def test_a_dry_run_refuses_by_the_sentence_of_training_what_cannot_continue(
     places = {"another": f"run_dir={tmp_path}/another", "init": f"init.checkpoint={finished.run_dir}"}
     overrides = [text.format(**places) for text in overrides]
     assert zygote.train(finished, 1, *overrides) == [2]
-    sentence = refusal(finished)
+    sentence = finished.mistake()
     assert message in sentence
     finished.log.unlink()
     assert zygote.train(finished, 1, *overrides, "--dry-run") == [2]
-    assert refusal(finished) == sentence
+    assert finished.mistake() == sentence
 
 
 def test_a_dry_run_of_what_can_continue_changes_nothing(

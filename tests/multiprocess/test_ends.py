@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from multiprocess.ends import Case, End, end_of, read_status
-from multiprocess.job import TIMEOUT_SECONDS, Job
+from multiprocess.job import Job, wait_until
 from multiprocess.ranks import Fail, NotFinite, OutOfMemory, SlowToClose, Stop
 from multiprocess.zygote import Zygote
 
@@ -73,7 +73,7 @@ def check(case: Case, end: End, job: Job) -> None:
 def test_a_second_ctrl_c_ends_at_once_even_in_a_hanging_collective(tmp_path: Path, index: Path) -> None:
     job = Job(tmp_path, index)
     with job.ranks(2, "total_steps=1000000") as ranks:
-        wait_for_step(job, 5)
+        wait_until(job.reached(5), job.output)
         ranks[1].send_signal(signal.SIGSTOP)  # rank 0 now waits for it in the next collective
         time.sleep(1)
         ranks[0].send_signal(signal.SIGINT)
@@ -90,7 +90,7 @@ def test_the_death_of_a_rank_ends_one_that_does_not_communicate(
 ) -> None:
     job = Job(tmp_path, index)
     with job.ranks(2, "total_steps=1000000", "log.every_steps=1") as ranks:
-        wait_for_step(job, 5)
+        wait_until(job.reached(5), job.output)
         os.kill(ranks[0].pid, signal.SIGSTOP)  # both stand still, wherever they are
         ranks[1].kill()
         ranks[1].wait()
@@ -249,10 +249,3 @@ def test_a_start_of_another_experiment_is_noted_so_that_no_script_repeats_it(
     assert "holds another experiment" in status["reason"]
     assert zygote.train(job, 1) == [0], job.output()
     assert read_status(job)["exit_status"] == 0
-
-
-def wait_for_step(job: Job, step: int) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not job.reached(step)():
-        assert time.monotonic() < deadline, job.output()
-        time.sleep(0.05)

@@ -56,20 +56,14 @@ def stopped(tmp_path: Path, zygote: Zygote) -> Job:
     return job
 
 
-def errors(job: Job) -> str:
-    """What the last start printed as its mistake."""
-    assert "Traceback" not in job.output(), job.output()
-    return [line for line in job.output().splitlines() if line.startswith("error: ")][-1]
-
-
 def step_of(job: Job) -> int:
     return newest(store.directory_of(job.run_dir)).manifest.step
 
 
 def test_the_sentence_names_both_ways_out(stopped: Job) -> None:
     assert 5 < step_of(stopped) < 20
-    assert "fix the shards, index them again and run the same command" in errors(stopped)
-    assert "raise data.max_bad_fraction" in errors(stopped)
+    assert "fix the shards, index them again and run the same command" in stopped.mistake()
+    assert "raise data.max_bad_fraction" in stopped.mistake()
 
 
 def test_a_higher_limit_continues_the_run_with_the_same_data(
@@ -102,7 +96,7 @@ def test_shards_that_are_as_they_were_indexed_again_continue_the_run(tmp_path: P
     whole = shard.read_bytes()
     shard.write_bytes(bytes(len(whole)))
     assert zygote.train(job, 1, *OPTIONS) == [2], job.output()
-    assert OVER in errors(job)
+    assert OVER in job.mistake()
     shard.write_bytes(whole)
     assert zygote.train(job, 1, *OPTIONS) == [0], job.output()
 
@@ -164,8 +158,9 @@ def test_other_labels_of_the_same_shards_are_refused(tmp_path: Path, zygote: Zyg
     options = (*OPTIONS, "total_steps=4")
     write(tmp_path / "shards", keys=SampleKeys(classes={"0": 1, "1": 0}))
     assert zygote.train(job, 1, *options) == [2]
-    assert "was trained on other data than the config names now (the index was made with no class" in errors(
-        job
+    assert (
+        "was trained on other data than the config names now (the index was made with no class"
+        in job.mistake()
     )
     write(tmp_path / "shards")
     assert zygote.train(job, 1, *options) == [0], job.output()
@@ -188,8 +183,8 @@ def test_a_change_of_what_was_not_damaged_is_refused_by_place(
 ) -> None:
     write(tmp_path / "shards", **change)
     assert zygote.train(stopped, 1, *OPTIONS) == [2]
-    assert "was trained on other data than the config names now" in errors(stopped)
-    assert message in errors(stopped)
+    assert "was trained on other data than the config names now" in stopped.mistake()
+    assert message in stopped.mistake()
     write(tmp_path / "shards")
     assert zygote.train(stopped, 1, *OPTIONS) == [0], stopped.output()
 
@@ -200,7 +195,7 @@ def test_a_run_without_a_record_of_its_data_needs_the_very_same_shards(
     (stopped.run_dir / "data.npz").unlink()
     write(tmp_path / "shards")
     assert zygote.train(stopped, 1, *OPTIONS) == [2]
-    assert "was trained on other data than the config names now" in errors(stopped)
+    assert "was trained on other data than the config names now" in stopped.mistake()
     write(tmp_path / "shards", BROKEN)
     assert zygote.train(stopped, 1, *OPTIONS, "data.max_bad_fraction=0.2") == [0], stopped.output()
     with np.load(stopped.run_dir / "data.npz", allow_pickle=False) as record:  # it has one from now on

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from multiprocess.ends import launched, ranks_of, reached, read_status, wait_until
-from multiprocess.job import TIMEOUT_SECONDS, Job
+from multiprocess.ends import launched, ranks_of, read_status
+from multiprocess.job import TIMEOUT_SECONDS, Job, wait_until
 from multiprocess.ranks import Freeze, HungSave, Sleep, Stop, Suspend
 from multiprocess.zygote import Zygote
 
@@ -81,7 +81,7 @@ def test_under_a_launcher_a_stopped_rank_ends_the_job(
     # No saves: a rank that is stopped in one is waited for as long as a save may take.
     overrides = (*LIMITS, "engine.num_workers=1", "checkpoint.every_steps=100000")
     with launched(job, launcher, overrides=overrides) as command:
-        wait_until(lambda: reached(job, 5), command, job)
+        wait_until(job.reached(5), job.output, command)
         processes = psutil.Process(command.pid).children(recursive=True)
         ranks_of([psutil.Process(command.pid), *processes])[1].suspend()
         began = time.monotonic()

@@ -6,7 +6,6 @@ which gives each pod its index and makes another one where one has ended with 75
 
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ import kubernetes_validate
 import pytest
 import yaml
 from multiprocess.hosts import ROOT, Hosts, send, two_hosts
-from multiprocess.job import Job
+from multiprocess.job import DEADLINE_SECONDS, Job, wait_until
 
 from vitscale import ending
 
 MANIFEST = ROOT / "launch" / "kubernetes.yaml"
-DEADLINE_SECONDS = 150
 
 
 def resources() -> dict[str, dict[str, Any]]:
@@ -61,7 +59,7 @@ def test_pods_save_when_one_is_asked_to_go_and_their_successors_go_on(
     job = Job(tmp_path / "job", index)
     with two_hosts(tmp_path / "hosts") as hosts:
         pods = [start_pod(hosts, job, place, "total_steps=1000000") for place in (0, 1)]
-        wait_until(job.reached(8), pods, job)
+        wait_until(job.reached(8), job.output, *pods)
         send(pods[1], signal.SIGTERM)
         assert [pod.wait(DEADLINE_SECONDS) for pod in pods] == [75, 75], job.output()
         status = ending.read(job.run_dir)
@@ -71,7 +69,7 @@ def test_pods_save_when_one_is_asked_to_go_and_their_successors_go_on(
         assert [pod.wait(DEADLINE_SECONDS) for pod in pods] == [2, 2], job.output()  # it may not be shortened
         assert "cannot be shortened" in job.output()
         pods = [start_pod(hosts, job, place, "total_steps=1000000") for place in (0, 1)]
-        wait_until(job.reached(last), pods, job)
+        wait_until(job.reached(last), job.output, *pods)
         for pod in pods:
             send(pod, signal.SIGTERM)
         assert [pod.wait(DEADLINE_SECONDS) for pod in pods] == [75, 75], job.output()
@@ -93,10 +91,3 @@ def start_pod(hosts: Hosts, job: Job, place: int, *overrides: str) -> subprocess
     return hosts.start(
         place + 1, [*container["command"], script, name, job.config, *overrides], job.log, environment
     )
-
-
-def wait_until(holds: Any, pods: list[subprocess.Popen[bytes]], job: Job) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not holds():
-        assert all(pod.poll() is None for pod in pods) and time.monotonic() < deadline, job.output()
-        time.sleep(0.02)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from multiprocess.ends import DEADLINE_SECONDS, launched, ranks_of, reached, read_status, wait_until
-from multiprocess.job import PROGRAM, Job
+from multiprocess.ends import launched, ranks_of, read_status
+from multiprocess.job import DEADLINE_SECONDS, PROGRAM, Job, wait_until
 from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint.manifest import Manifest
@@ -26,7 +26,7 @@ def test_ranks_that_died_are_started_again_and_resume(
     kills = sorted(KILLS if sweep else KILLS[:1])
     with launched(job, "torchrun", "--max-restarts", "2", overrides=LONG) as agent:
         for step, rank in kills:
-            wait_until(lambda step=step: reached(job, step), agent, job)
+            wait_until(job.reached(step), job.output, agent)
             ranks_of(psutil.Process(agent.pid).children())[rank].kill()
         assert agent.wait(DEADLINE_SECONDS) == 0, job.output()
     assert read_status(job)["state"] == "done"
@@ -49,11 +49,11 @@ def test_machines_come_and_go(tmp_path: Path, index: Path, zygote: Zygote, sweep
     first = start_agent(job, endpoint, *steps)
     second = None
     try:
-        wait_until(lambda: reached(job, 20), first, job)
+        wait_until(job.reached(20), job.output, first)
         second = start_agent(job, endpoint, *steps)
-        wait_until(lambda: world_size(job) == 2, first, job)
+        wait_until(lambda: world_size(job) == 2, job.output, first)
         joined = job.rows()[-1]["step"]
-        wait_until(lambda: reached(job, joined + 20), first, job)
+        wait_until(job.reached(joined + 20), job.output, first)
         machine = [psutil.Process(second.pid), *psutil.Process(second.pid).children(recursive=True)]
         for process in machine:
             process.kill()

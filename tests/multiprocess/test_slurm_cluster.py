@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from multiprocess.hosts import ROOT
-from multiprocess.job import Job
-from multiprocess.slurm import Slurm, two_node_slurm, wait_until
+from multiprocess.job import Job, wait_until
+from multiprocess.slurm import Slurm, two_node_slurm
 
 from vitscale import ending
 
@@ -15,7 +15,6 @@ NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-ta
 PYTHON = ROOT / ".venv" / "bin" / "python"
 RUN = ("total_steps=60", "checkpoint.every_steps=50", "optim.lr=1e-4")
 LONG = ("total_steps=1000000", "checkpoint.every_steps=0")
-DEADLINE_SECONDS = 150
 
 
 @pytest.fixture
@@ -43,17 +42,17 @@ def test_a_job_that_is_preempted_saves_is_requeued_and_goes_on(
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "job", index)
     assert whole.start(1, *RUN, "engine.micro_batch=8") == [0], whole.output()
     number = submit(slurm, job, *RUN)
-    wait_until(job.reached(8), job.output, DEADLINE_SECONDS)
+    wait_until(job.reached(8), job.output)
     urgent = slurm.submit("--partition=high", "--nodes=2", "--output=/dev/null", "--wrap", "sleep 0.1")
     began = time.monotonic()
-    wait_until(lambda: slurm.job(urgent)["JobState"] == "COMPLETED", job.output, DEADLINE_SECONDS)
+    wait_until(lambda: slurm.job(urgent)["JobState"] == "COMPLETED", job.output)
     print(f"{time.monotonic() - began:.1f} s until the urgent job was done")
-    wait_until(lambda: slurm.job(number)["JobState"] == "PENDING", job.output, DEADLINE_SECONDS)
+    wait_until(lambda: slurm.job(number)["JobState"] == "PENDING", job.output)
     status = ending.read(job.run_dir)
     assert status and status["state"] == "preempted" and status["reason"].startswith("SIGTERM")
     assert list(job.checkpoints()) == [status["step"]] and status["step"] < 50
     slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now")  # it would wait two minutes
-    wait_until(lambda: slurm.job(number)["JobState"] == "COMPLETED", job.output, DEADLINE_SECONDS)
+    wait_until(lambda: slurm.job(number)["JobState"] == "COMPLETED", job.output)
     assert slurm.job(number)["Restarts"] == "1"
     assert job.output().count("resumed from") == 1, job.output()
     assert job.column("step") == list(range(1, 61))
@@ -69,15 +68,15 @@ def test_a_job_saves_before_its_time_is_over_and_is_not_requeued_if_it_is_cancel
     job = Job(tmp_path / "job", index)
     # Slurm looks at times twice a minute, so the signal may come up to 60 seconds early.
     number = submit(slurm, job, *LONG, options=("--time=3", "--signal=USR1@60"))
-    wait_until(lambda: slurm.job(number)["Restarts"] == "1", job.output, 250)
+    wait_until(lambda: slurm.job(number)["Restarts"] == "1", job.output)
     status = ending.read(job.run_dir)
     assert status and status["state"] == "preempted" and status["reason"].startswith("SIGUSR1")
     assert max(job.checkpoints()) == status["step"]
     slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now", "TimeLimit=30")
-    wait_until(lambda: "resumed from" in job.output(), job.output, DEADLINE_SECONDS)
-    wait_until(job.reached(status["step"] + 5), job.output, DEADLINE_SECONDS)
+    wait_until(lambda: "resumed from" in job.output(), job.output)
+    wait_until(job.reached(status["step"] + 5), job.output)
     slurm.command("scancel", number)
-    wait_until(lambda: slurm.job(number)["JobState"] == "CANCELLED", job.output, DEADLINE_SECONDS)
+    wait_until(lambda: slurm.job(number)["JobState"] == "CANCELLED", job.output)
     status = ending.read(job.run_dir)
     assert status and status["state"] == "preempted"
     time.sleep(5)

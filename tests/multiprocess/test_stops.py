@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 from multiprocess.ends import data_worker_of, read_status
-from multiprocess.job import TIMEOUT_SECONDS, Job
+from multiprocess.job import TIMEOUT_SECONDS, Job, wait_until
 from multiprocess.ranks import KillAll, Stop, StopInEvaluation
 from multiprocess.zygote import Zygote
 from weights.foreign_models import saved_model
@@ -110,7 +110,7 @@ def test_a_rank_without_data_stops_when_another_one_is_asked(
     saved_model(tmp_path / "teacher", TEACHER)
     endless = (*(option.format(folder=tmp_path) for option in options), "total_steps=100000")
     with job.ranks(2, "engine.num_workers=1", *endless) as ranks:
-        wait_for(lambda: len(job.rows()) > 7, job)
+        wait_until(lambda: len(job.rows()) > 7, job.output)
         data_worker_of(psutil.Process(ranks[1].pid)).suspend()
         step = last_step(job)
         while (now := last_step(job)) != step:  # what was read ahead is used up
@@ -131,10 +131,3 @@ def test_a_rank_without_data_stops_when_another_one_is_asked(
 def last_step(job: Job) -> int:
     time.sleep(3)
     return job.rows()[-1]["step"]
-
-
-def wait_for(holds, job: Job) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, job.output()
-        time.sleep(0.05)

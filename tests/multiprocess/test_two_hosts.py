@@ -4,12 +4,12 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from multiprocess.hosts import ROOT, Hosts, send, two_hosts
-from multiprocess.job import Job
+from multiprocess.job import DEADLINE_SECONDS, Job, wait_until
 
 from vitscale import ending
 from vitscale.checkpoint.manifest import Manifest
@@ -18,7 +18,6 @@ PYTHON = ROOT / ".venv" / "bin" / "python"
 # At a higher rate, the rounding of other layouts grows tenfold every few steps.
 COMMON = ("engine.zero_stage=2", "checkpoint.every_steps=5", "optim.lr=1e-4")
 RUN = (*COMMON, "total_steps=60")
-DEADLINE_SECONDS = 150
 # What shells, pdsh and deepspeed read something into.
 SECRET = "a%b+c/d$HOME`date`e\"f'g h\\"
 ODD = "it's 100%n of $a (run)"
@@ -35,7 +34,7 @@ def test_hosts_leave_nothing_behind(tmp_path: Path) -> None:
     with two_hosts(folder) as hosts:
         sleepers = [hosts.start(number, ["sleep", "1000"], tmp_path / "log") for number in (1, 2)]
         for number in (1, 2):
-            wait_until(lambda number=number: len(hosts.processes(number)) > 1, sleepers[0], None)
+            wait_until(lambda number=number: len(hosts.processes(number)) > 1, lambda: "", sleepers[0])
         inside = [*hosts.processes(1), *hosts.processes(2)]
         assert hosts.run(1, "ssh", "node2", "hostname").stdout == "node2\n"
     assert not any(process.is_running() for process in inside)
@@ -51,22 +50,22 @@ def test_a_run_outlives_a_host_and_takes_it_back(tmp_path: Path, index: Path, ho
     assert whole.start(1, *RUN, "engine.micro_batch=8") == [0], whole.output()
     job.run_dir = tmp_path / ODD
     command = multinode(hosts, job, f"run_dir={job.run_dir}", "--min-hosts", "1", "--pause", "1")
-    wait_until(job.reached(12), command, job)
+    wait_until(job.reached(12), job.output, command)
     (rank,) = hosts.ranks(2)
     assert rank.environ()["AWS_SECRET_ACCESS_KEY"] == SECRET
     assert SECRET not in job.output() and "AWS_" not in job.output()
     hosts.switch_off(2)
     cut = time.monotonic()
-    wait_until(lambda: resumes(job) == 1, command, job)
+    wait_until(lambda: resumes(job) == 1, job.output, command)
     print(f"{time.monotonic() - cut:.1f} s from the power failure to the resume")
-    wait_until(job.reached(max(job.checkpoints()) + 6), command, job)
+    wait_until(job.reached(max(job.checkpoints()) + 6), job.output, command)
     assert world_size(job) == 1
     hosts.switch_on(2)
     # It is back before its file systems are.
     assert hosts.run(2, "mount", "-t", "tmpfs", "tmpfs", ROOT / "launch").returncode == 0
     (rank,) = hosts.ranks(1)
     rank.send_signal(signal.SIGTERM)
-    wait_until(lambda: "multinode: node2 has no checkout" in job.output(), command, job)
+    wait_until(lambda: "multinode: node2 has no checkout" in job.output(), job.output, command)
     assert hosts.run(2, "umount", ROOT / "launch").returncode == 0
     assert command.wait(DEADLINE_SECONDS) == 0, job.output()
     status = ending.read(job.run_dir)
@@ -86,11 +85,11 @@ def test_without_ssh_the_command_is_given_on_each_host(
     job = Job(tmp_path / "job", index)
     shared = ("--no-ssh", "--master-addr", "node1", "--pause", "1")
     commands = [multinode(hosts, job, *shared, "--node-rank", str(n - 1), node=n) for n in (1, 2)]
-    wait_until(job.reached(12), commands[0], job)
+    wait_until(job.reached(12), job.output, commands[0])
     (rank,) = hosts.ranks(2)
     rank.send_signal(signal.SIGTERM)  # both start again
-    wait_until(lambda: resumes(job) == 1, commands[0], job)
-    wait_until(job.reached(max(job.checkpoints()) + 3), commands[0], job)
+    wait_until(lambda: resumes(job) == 1, job.output, commands[0])
+    wait_until(job.reached(max(job.checkpoints()) + 3), job.output, commands[0])
     for command in commands:
         send(command, signal.SIGTERM)
     assert [command.wait(DEADLINE_SECONDS) for command in commands] == [75, 75], job.output()
@@ -106,13 +105,13 @@ def test_a_network_cut_in_silence_ends_both_sides_and_one_host_goes_on(
     job = Job(tmp_path / "job", index)
     limits = ("guard.step_minutes=0.2", "guard.data_minutes=0.2", "--min-hosts", "1", "--pause", "1")
     command = multinode(hosts, job, *limits)
-    wait_until(job.reached(12), command, job)
+    wait_until(job.reached(12), job.output, command)
     (rank,) = hosts.ranks(2)
     hosts.unplug(2)
     cut = time.monotonic()
-    wait_until(lambda: not rank.is_running(), command, job)
+    wait_until(lambda: not rank.is_running(), job.output, command)
     print(f"{time.monotonic() - cut:.1f} s from the cut to the end of the rank that is cut off")
-    wait_until(lambda: resumes(job) == 1, command, job)
+    wait_until(lambda: resumes(job) == 1, job.output, command)
     print(f"{time.monotonic() - cut:.1f} s to the resume on the other host")
     assert command.wait(DEADLINE_SECONDS) == 0, job.output()
     # Each side finds the other silent; either may be the first.
@@ -128,16 +127,16 @@ def test_torchrun_shrinks_and_grows(tmp_path: Path, index: Path, hosts: Hosts, s
     long = (*COMMON, "total_steps=150", "engine.micro_batch=1")
     assert whole.start(1, *long, "engine.micro_batch=8") == [0], whole.output()
     first = agent(hosts, 1, job, *long)
-    wait_until(job.reached(6), first, job)
+    wait_until(job.reached(6), job.output, first)
     agent(hosts, 2, job, *long)
-    wait_until(lambda: world_size(job) == 2, first, job)
+    wait_until(lambda: world_size(job) == 2, job.output, first)
     hosts.switch_off(2)
     cut = time.monotonic()
-    wait_until(lambda: world_size(job) == 1, first, job)
+    wait_until(lambda: world_size(job) == 1, job.output, first)
     print(f"{time.monotonic() - cut:.1f} s from the power failure to a checkpoint of node1 alone")
     hosts.switch_on(2)
     agent(hosts, 2, job, *long)
-    wait_until(lambda: world_size(job) == 2, first, job)
+    wait_until(lambda: world_size(job) == 2, job.output, first)
     assert first.wait(2 * DEADLINE_SECONDS) == 0, job.output()
     assert job.column("data/digest") == whole.column("data/digest")
     assert job.column("train/loss") == pytest.approx(whole.column("train/loss"), rel=1e-6)
@@ -175,10 +174,3 @@ def resumes(job: Job) -> int:
 def world_size(job: Job) -> int:
     """How many ranks wrote the newest checkpoint."""
     return Manifest.load(max(job.checkpoints().items())[1]).world_size
-
-
-def wait_until(holds: Callable[[], object], command: subprocess.Popen[bytes], job: Job | None) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not holds():
-        assert command.poll() is None and time.monotonic() < deadline, job and job.output()
-        time.sleep(0.05)

@@ -43,12 +43,6 @@ def evaluations(job: Job) -> list[tuple[int, dict[str, float]]]:
     ]
 
 
-def refusal(job: Job) -> str:
-    """The mistake that the last start printed."""
-    assert "Traceback" not in job.output(), job.output()
-    return [line for line in job.output().splitlines() if line.startswith("error: ")][-1]
-
-
 def test_a_killed_run_trains_on_the_same_rest_and_validates_the_same_on_other_worlds(
     tmp_path: Path, trained: Job, index: Path, zygote: Zygote
 ) -> None:
@@ -73,7 +67,7 @@ def test_the_result_by_hand_is_that_of_the_training(trained: Job) -> None:
 
 def test_another_fraction_is_refused_by_its_key(trained: Job, zygote: Zygote) -> None:
     assert zygote.train(trained, 1, *SPLIT, "data.validation_fraction=0.2", "total_steps=22") == [2]
-    assert "data.validation_fraction was 0.3, now 0.2" in refusal(trained)
+    assert "data.validation_fraction was 0.3, now 0.2" in trained.mistake()
 
 
 def test_by_hand_there_is_no_split_of_an_export_or_of_other_data(tmp_path: Path, trained: Job) -> None:
