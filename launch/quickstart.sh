@@ -19,7 +19,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "1. Install into .venv"
 bash tools/setup.sh
-export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONWARNINGS=ignore
+export PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 run=runs/quickstart
