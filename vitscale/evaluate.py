@@ -50,7 +50,8 @@ def evaluate(
     # The newest checkpoint of a live run may change meanwhile, so rank 0 decides which it is.
     path, step = distributed.on_main(lambda: locate(checkpoint, slot))
     module = distributed.together(lambda: load_model(path, slot=slot, device=device))
-    model = FrozenModel(module, device, FeatureStore(cache, digest_of(module) if cache else ""))
+    weights = digest_of(module.state_dict().items()) if cache else ""
+    model = FrozenModel(module, device, FeatureStore(cache, weights))
     splits = isinstance(config, ClassifyConfig) and config.split
     source, loss = distributed.together(lambda: training_data(path)) if splits else (None, None)
     task = distributed.together(lambda: open_task(name, config, model.image_size, source, loss))

@@ -34,7 +34,7 @@ class Teacher:
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Takes the module over. dtype: what it computes in."""
-        self.digest = digest_of(module)
+        self.digest = digest_of(module.state_dict().items())
         module = module.eval().requires_grad_(False).to(device)
         self._module, self._dtype = module.to(dtype) if isinstance(module, Model) else module, dtype
         self.num_bytes = sum(tensor.nbytes for tensor in self._module.state_dict().values())

@@ -1,20 +1,26 @@
 """The folder and the device of a fine-tuning: what may change, and where it runs."""
 
+import dataclasses
+import json
+import shutil
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from make import write_step
 
 from vitscale import config as configs
 from vitscale.errors import ConfigError, UserError
-from vitscale.finetune.runs import Slots, keep_config
+from vitscale.finetune.runs import FineTuning, Slots, StartingPoint, finetuned, keep_config, located
 from vitscale.finetune.vtab import VtabConfig, score
 from vitscale.models.vit_config import ViTConfig
 from vitscale.train_config import TrainConfig
 from vitscale.vtab.tasks import TASKS
 
 EVALS = {"a": {"kind": "classify", "test": "x"}}
+VIT = ViTConfig(variant="mu/16", image_size=16, num_classes=5)
 BASE = {"run_dir": "run", "total_steps": 4, "data": {"index": "x"}, "evals": EVALS}
 
 
@@ -61,13 +67,74 @@ def test_each_process_has_one_of_the_gpus_that_are_visible(
     assert (tmp_path / "log").read_text().splitlines() == used
 
 
-@pytest.mark.parametrize("checkpoint", ["s3://bucket/run", "runs/vit"])
-def test_a_vtab_run_starts_from_the_checkpoint_wherever_that_is(tmp_path: Path, checkpoint: str) -> None:
-    vtab = VtabConfig(checkpoint=checkpoint, data=tmp_path / "data", out=tmp_path / "out")
+@pytest.fixture
+def stopped() -> Slots:
+    """Slots that start nothing: what a folder holds is what counts."""
     slots = Slots(1, 0)
-    slots.stop()  # nothing is trained: the config is what counts
+    slots.stop()
+    return slots
+
+
+START = StartingPoint(path="s3://bucket/run/checkpoints/step-000000007", step=7, model=VIT, digest="d1")
+
+
+def test_a_vtab_run_starts_from_the_checkpoint_that_was_located(tmp_path: Path, stopped: Slots) -> None:
+    vtab = VtabConfig(checkpoint="s3://bucket/run", data=tmp_path / "data", out=tmp_path / "out")
     with pytest.raises(UserError, match="ended early"):
-        score(vtab, TASKS["svhn"], ViTConfig(variant="mu/16"), slots)
+        score(vtab, TASKS["svhn"], START, stopped)
     values = tomllib.loads((tmp_path / "out/svhn/final-seed0/config.toml").read_text())
-    expected = checkpoint if "://" in checkpoint else str(Path(checkpoint).absolute())
-    assert values["init"]["checkpoint"] == expected
+    assert values["init"]["checkpoint"] == START.path
+
+
+def test_a_live_run_is_located_at_its_newest_step(tmp_path: Path) -> None:
+    model = {"kind": "vit", **dataclasses.asdict(VIT)}
+    steps = [
+        write_step(tmp_path, step, {("fp32", "a"): torch.full((2,), float(step))}, config={"model": model})
+        for step in (1, 2)
+    ]
+    newest, older = located(str(tmp_path)), located(str(steps[0]))
+    assert (newest.path, newest.step, newest.model) == (str(steps[1]), 2, VIT)
+    assert (older.path, older.step) == (str(steps[0]), 1) and older.digest != newest.digest
+
+
+def test_an_export_is_known_by_its_weights(tmp_path: Path, model: Path) -> None:
+    assert located(str(shutil.copy(model, tmp_path))).digest == located(str(model)).digest
+
+
+def tuning(folder: Path, start: StartingPoint = START, data: str = "/data/test.tar") -> FineTuning:
+    return FineTuning(folder=folder, start=start, values=BASE, overrides=(), score=("--data", data))
+
+
+def test_a_result_counts_for_its_weights_and_test_set_alone(tmp_path: Path, stopped: Slots) -> None:
+    with pytest.raises(UserError, match="ended early"):
+        finetuned(tuning(tmp_path), stopped)
+    (tmp_path / "result.json").write_text(json.dumps({"results": {"top1": 0.5}}))
+    assert finetuned(tuning(tmp_path), stopped) == 0.5
+    for other, said in (
+        (
+            tuning(tmp_path, dataclasses.replace(START, digest="d2")),
+            r"another checkpoint \(.*step-000000007 \(step 7, weights d1\), now .*weights d2\)\); name",
+        ),
+        (tuning(tmp_path, data="/b"), r"another evaluation \(--data /data/test.tar, now --data /b\); name"),
+    ):
+        with pytest.raises(ConfigError, match=f"{tmp_path} holds results of {said}"):
+            finetuned(other, stopped)
+
+
+def test_a_result_of_an_earlier_version_counts_where_its_config_fits(tmp_path: Path, stopped: Slots) -> None:
+    keep_config(tmp_path, tuning(tmp_path).config())
+    (tmp_path / "result.json").write_text(json.dumps({"results": {"top1": 0.5}}))
+    assert finetuned(tuning(tmp_path), stopped) == 0.5 and not (tmp_path / "source.json").exists()
+
+
+def test_a_probe_counts_for_its_weights_alone(tmp_path: Path, stopped: Slots) -> None:
+    vtab = VtabConfig(checkpoint="a", data=tmp_path / "data", out=tmp_path, protocol="linear")
+    result = tmp_path / "svhn/linear-seed0/result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text(json.dumps({"results": {"top1": 0.5}}))
+    with pytest.raises(UserError, match="ended early"):  # no source says whose result that is
+        score(vtab, TASKS["svhn"], START, stopped)
+    result.write_text(json.dumps({"results": {"top1": 0.5}}))
+    assert score(vtab, TASKS["svhn"], START, stopped) == [0.5]
+    with pytest.raises(ConfigError, match="linear-seed0 holds results of another checkpoint"):
+        score(vtab, TASKS["svhn"], dataclasses.replace(START, digest="d2"), stopped)

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from finetune.commands import ROOT, TIMEOUT_SECONDS, run
-from make import write_index
+from make import write_index, write_step
 
 from vitscale import config as configs
+from vitscale.finetune import grid
 from vitscale.finetune.grid import GridResult, read, values_for
 from vitscale.finetune.model import KEYS, tuned_model
 from vitscale.finetune.protocols import PROTOCOLS, finetuning_config
@@ -97,6 +99,20 @@ def test_a_recipe_is_done_once_whole(model: Path, recipe: Path, sweep: bool) -> 
     split = json.loads((out / "lr0.1" / "result.json").read_text())["results"]
     assert 10 < split["num_samples"] < 40 and "loss" in split
     assert "rate 0.1" in second.stdout and "±" in second.stdout
+
+
+def test_all_runs_of_a_recipe_start_from_one_step(tmp_path: Path, recipe: Path) -> None:
+    vit = {"kind": "vit", **dataclasses.asdict(ViTConfig(variant="mu/4", image_size=8))}
+    step = write_step(tmp_path / "live", 2, {("fp32", "a"): torch.zeros(2)}, config={"model": vit})
+    runs = {"lr0.1": 0.2, "lr1e-09": 0.3, "final-seed3": 0.5, "final-seed4": 0.7}
+    for name, top1 in runs.items():  # done, so that no process starts
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "result.json").write_text(json.dumps({"results": {"top1": top1}}))
+    result = grid.run(str(tmp_path / "live"), str(recipe), tmp_path / "out", said=lambda _: None)
+    assert (result.checkpoint, result.accuracies) == (str(step), (0.5, 0.7))
+    for name in runs:
+        config = configs.load(TrainConfig, [tmp_path / "out" / name / "config.toml"])
+        assert config.init.checkpoint == str(step)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """Features that were computed before: in memory, and in a folder for later commands."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitscale import atomic, distributed
 
@@ -41,10 +41,10 @@ class FeatureStore:
         return self._tables[data]
 
 
-def digest_of(module: nn.Module) -> str:
-    """A name of a module's tensors: the same where all values are equal."""
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A name of a model's tensors, by their names: the same where all values are equal."""
     digest = xxhash.xxh3_128()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -14,11 +14,10 @@ from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig
 from vitscale.finetune.model import tuned_model
-from vitscale.finetune.runs import FineTuning, Slots, deviating, several
+from vitscale.finetune.runs import FineTuning, Slots, deviating, located, several
 from vitscale.models import ModelConfig
 from vitscale.models.transfer import check_backbone, check_head
 from vitscale.train_config import TrainConfig
-from vitscale.weights.saved import SavedModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,16 +64,17 @@ def run(
     is done. Raises ConfigError or CheckpointError before anything is trained.
     """
     config, test = read(recipe, overrides)
-    values = values_for(config, checkpoint, SavedModel(checkpoint).config)
+    start = located(checkpoint)
+    values = values_for(config, start.path, start.model)
 
     def tuning(name: str, rate: float, seed: int, dev_fraction: float) -> FineTuning:
         folder = out / name
         chosen = values | {"run_dir": str((folder / "run").absolute()), "seed": seed}
         chosen["optim"] = values["optim"] | {"lr": rate}
         chosen["data"] = values["data"] | {"validation_fraction": dev_fraction}
-        on_test = ("--data", test.test, "--crop", test.crop)
+        on_test = ("--data", storage.absolute(test.test), "--crop", test.crop)
         score = ("--split", "validation", "--crop", test.crop) if dev_fraction else on_test
-        return FineTuning(folder=folder, values=chosen, overrides=(), score=score)
+        return FineTuning(folder=folder, start=start, values=chosen, overrides=(), score=score)
 
     section = config.finetune
     rates = section.learning_rates or (config.optim.lr,)
@@ -88,7 +88,7 @@ def run(
         finals = [tuning(f"final-seed{seed}", best, seed, 0.0) for seed in section.seeds]
         accuracies = several(finals, slots, said)
     result = GridResult(
-        checkpoint=checkpoint,
+        checkpoint=start.path,
         recipe=recipe,
         dev=dev,
         learning_rate=best,

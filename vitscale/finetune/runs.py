@@ -1,6 +1,7 @@
 """Fine-tunings in folders of their own: trained, scored, and never done twice.
 
     FOLDER/config.toml    what is trained
+    FOLDER/source.json    from which weights, and what it is scored on
     FOLDER/run/           the run; a killed one is resumed
     FOLDER/log            what both processes printed
     FOLDER/result.json    the score, written last
@@ -22,11 +23,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import atomic, distributed
+from vitscale import atomic, distributed, storage
 from vitscale import config as configs
 from vitscale.ending import PREEMPTED
 from vitscale.errors import ConfigError, UserError
+from vitscale.evals.store import digest_of
+from vitscale.models import ModelConfig
 from vitscale.train_config import TrainConfig
+from vitscale.weights.saved import SavedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = (sys.executable, "-u")
@@ -36,14 +40,42 @@ FREE_SECTIONS = ("engine", "log", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StartingPoint:
+    """The weights that all runs and probes of a command start from.
+
+    path: the step directory or export, absolute. model: its config. digest: of its weights.
+    """
+
+    path: str
+    step: int
+    model: ModelConfig
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{storage.without_query(self.path)} (step {self.step:,}, weights {self.digest})"
+
+
+def located(checkpoint: str) -> StartingPoint:
+    """What a run, a step directory or an export is at this moment; all of its weights are read.
+
+    A live run saves newer checkpoints, and an export may be replaced. Raises CheckpointError.
+    """
+    saved = SavedModel(checkpoint)
+    path, digest = storage.absolute(saved.path), digest_of(saved.tensors())
+    return StartingPoint(path=path, step=saved.step, model=saved.config, digest=digest)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTuning:
     """One run, and what scores it.
 
-    overrides: KEY=VALUE of the user. score: what `tools/evaluate.py classify` scores, as its
-    options: ("--data", "data/cifar10/test-*.tar").
+    start: whose path is `values["init"]["checkpoint"]`. overrides: KEY=VALUE of the user.
+    score: what `tools/evaluate.py classify` scores, as its options:
+    ("--data", "/data/cifar10/test-*.tar").
     """
 
     folder: Path
+    start: StartingPoint
     values: Mapping[str, Any]
     overrides: Sequence[str]
     score: Sequence[str]
@@ -118,10 +150,12 @@ class Slots:
 def finetuned(tuning: FineTuning, slots: Slots) -> float:
     """The top-1 accuracy of a fine-tuning, which is done unless it was.
 
-    Raises ConfigError if its folder holds another one, and UserError if a process failed.
+    Raises ConfigError if its folder holds another one, or its score on other images, and
+    UserError if a process failed.
     """
     folder, config = tuning.folder, tuning.config()
     keep_config(folder, config)
+    keep_source(folder, tuning.start, tuning.score)
     if not (folder / "result.json").exists():
         train(folder, slots)
     slot = ["--ema"] if config.optim.ema_decay else []
@@ -204,6 +238,25 @@ def keep_config(folder: Path, config: TrainConfig) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write(path, text.encode())
+
+
+def keep_source(folder: Path, start: StartingPoint, score: Sequence[str]) -> None:
+    """Write what a folder's result comes from. Raises ConfigError if it holds another's.
+
+    score: the options that say what is scored. A result of an earlier version has no source,
+    and counts as it is.
+    """
+    path, source = folder / "source.json", {"checkpoint": str(start), "evaluation": " ".join(score)}
+    if path.exists():
+        kept = json.loads(path.read_bytes())
+        for key, value in source.items():
+            if kept[key] != value:
+                raise ConfigError(
+                    f"{folder} holds results of another {key} ({kept[key]}, now {value}); name another --out"
+                )
+    elif not (folder / "result.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write(path, (json.dumps(source, indent=1) + "\n").encode())
 
 
 def _succeed(

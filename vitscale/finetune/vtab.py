@@ -3,19 +3,28 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from vitscale import atomic, storage
+from vitscale import atomic
 from vitscale.errors import ConfigError, DataError
 from vitscale.finetune.protocols import PROTOCOLS, Setting, finetuning_config
-from vitscale.finetune.runs import ROOT, FineTuning, Slots, deviating, finetuned, in_slots, scored
+from vitscale.finetune.runs import (
+    ROOT,
+    FineTuning,
+    Slots,
+    StartingPoint,
+    deviating,
+    finetuned,
+    in_slots,
+    keep_source,
+    located,
+    scored,
+)
 from vitscale.finetune.scores import Scores
-from vitscale.models import ModelConfig
 from vitscale.vtab.tasks import TASKS, TEST, TRAIN800, TRAIN800VAL200, VAL200, Task
-from vitscale.weights.saved import SavedModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,19 +61,16 @@ def run(config: VtabConfig, said: Callable[[str], object] = print) -> Scores:
     said: gets a line when a task is done. Raises ConfigError, DataError or CheckpointError
     before anything is trained, where something is missing.
     """
-    checkpoint = SavedModel(config.checkpoint)
+    start = located(config.checkpoint)
     editions = [edition for name in config.tasks for edition in _editions(config, name)]
     deviations = [*deviating(config.overrides), *editions]
     num_gpus = torch.cuda.device_count()
     count = config.slots or max(1, num_gpus)
     with Slots(count, num_gpus) as slots:
-        actions = {
-            name: functools.partial(score, config, TASKS[name], checkpoint.config, slots)
-            for name in config.tasks
-        }
+        actions = {name: functools.partial(score, config, TASKS[name], start, slots) for name in config.tasks}
         accuracies = dict(zip(actions, in_slots(actions, slots, said), strict=True))
     scores = Scores(
-        checkpoint=config.checkpoint,
+        checkpoint=start.path,
         protocol=config.protocol,
         accuracies={name: accuracies[name] for name in TASKS if name in accuracies},
         deviations=tuple(deviations),
@@ -83,27 +89,29 @@ def write(scores: Scores, out: Path) -> None:
         (out / "results.png").unlink(missing_ok=True)
 
 
-def score(config: VtabConfig, task: Task, model: ModelConfig, slots: Slots) -> list[float]:
+def score(config: VtabConfig, task: Task, start: StartingPoint, slots: Slots) -> list[float]:
     """The accuracies on a task's test images, one for each seed."""
-    folder, data = config.out / task.name, config.data / task.name
+    folder, data = config.out / task.name, (config.data / task.name).absolute()
     if config.protocol == "linear":
-        return [_probe(config, task, seed, slots) for seed in config.seeds]
+        return [_probe(config, task, start, seed, slots) for seed in config.seeds]
     protocol = PROTOCOLS[config.protocol]
 
     def tuned(setting: Setting, fit_on: str, test: str, seed: int, name: str) -> float:
         values = finetuning_config(
             protocol,
             setting,
-            checkpoint=storage.absolute(config.checkpoint),
-            model=model,
+            checkpoint=start.path,
+            model=start.model,
             num_classes=task.num_classes,
-            index=str((data / f"{fit_on}.index.json").absolute()),
+            index=str(data / f"{fit_on}.index.json"),
             run_dir=str((folder / name / "run").absolute()),
             seed=seed,
             precision="bf16" if torch.cuda.is_available() else "fp32",
         )
         images = ("--data", f"{data}/{test}-*.tar", "--crop", "resize")
-        tuning = FineTuning(folder=folder / name, values=values, overrides=config.overrides, score=images)
+        tuning = FineTuning(
+            folder=folder / name, start=start, values=values, overrides=config.overrides, score=images
+        )
         return finetuned(tuning, slots)
 
     settings = list(protocol.settings)
@@ -115,15 +123,19 @@ def score(config: VtabConfig, task: Task, model: ModelConfig, slots: Slots) -> l
     return [tuned(settings[0], TRAIN800VAL200, TEST, seed, f"final-seed{seed}") for seed in config.seeds]
 
 
-def _probe(config: VtabConfig, task: Task, seed: int, slots: Slots) -> float:
-    data, folder = config.data / task.name, config.out / task.name / f"linear-seed{seed}"
-    command: Sequence[str | Path] = (
-        *(ROOT / "tools" / "evaluate.py", "linear", config.checkpoint, "--crop", "resize"),
-        *("--train", f"{data}/{TRAIN800VAL200}-*.tar", "--test", f"{data}/{TEST}-*.tar"),
+def _probe(config: VtabConfig, task: Task, start: StartingPoint, seed: int, slots: Slots) -> float:
+    data = (config.data / task.name).absolute()
+    folder = config.out / task.name / f"linear-seed{seed}"
+    options = (
+        *("--train", f"{data}/{TRAIN800VAL200}-*.tar", "--test", f"{data}/{TEST}-*.tar", "--crop", "resize"),
         # A fifth of the 1,000 chooses the learning rate.
-        *("--dev-fraction", "0.2", "--seed", str(seed), "--cache", config.out / "features"),
+        *("--dev-fraction", "0.2", "--seed", str(seed)),
     )
-    return scored(folder, command, slots)
+    if not (folder / "source.json").exists():  # an earlier version's result: of which weights?
+        (folder / "result.json").unlink(missing_ok=True)
+    keep_source(folder, start, options)
+    evaluate = (ROOT / "tools" / "evaluate.py", "linear", start.path)
+    return scored(folder, (*evaluate, *options, "--cache", config.out / "features"), slots)
 
 
 def _editions(config: VtabConfig, name: str) -> list[str]:
