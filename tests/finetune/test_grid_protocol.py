@@ -157,11 +157,11 @@ def test_a_recipe_says_what_is_taken_along_of_a_checkpoint() -> None:
     assert not tuned.evals and tuned.augment == recipe.augment
 
 
-def vtab_model(model: ModelConfig) -> ModelConfig:
-    """What the paper's protocol makes of a checkpoint with this model."""
+def vtab_model(model: ModelConfig, protocol: str = "paper") -> ModelConfig:
+    """What a protocol makes of a checkpoint with this model."""
     values = finetuning_config(
-        PROTOCOLS["paper"],
-        PROTOCOLS["paper"].settings[0],
+        PROTOCOLS[protocol],
+        PROTOCOLS[protocol].settings[0],
         checkpoint="imported/bit",
         model=model,
         num_classes=7,
@@ -188,10 +188,19 @@ def test_what_a_recipe_lacks_is_not_taken_from_the_checkpoint() -> None:
     assert tuned == ViTConfig(variant="mu/16", image_size=32, num_classes=5)
 
 
-def test_vtab_trains_a_new_head_without_dropout() -> None:
+def test_vtab_trains_a_new_head_with_the_dropout_of_its_protocol() -> None:
     assert vtab_model(ResNetConfig()) == ResNetConfig(image_size=384, num_classes=7)
-    vit = ViTConfig(variant="B/16", representation_size=8, dropout=0.1, drop_path=0.1, head_bias=-1.0)
-    assert vtab_model(vit) == ViTConfig(variant="B/16", image_size=384, num_classes=7)
+    vit = ViTConfig(variant="B/16", representation_size=8, dropout=0.2, drop_path=0.1, head_bias=-1.0)
+    assert vtab_model(vit) == ViTConfig(variant="B/16", image_size=384, num_classes=7, dropout=0.1)
+    assert vtab_model(vit, "light") == ViTConfig(variant="B/16", image_size=224, num_classes=7)
+
+
+def test_the_papers_recipes_have_its_dropout() -> None:
+    names = ["l16_imagenet_512", "h14_imagenet_518"]
+    names += [f"{name}_384" for name in ("imagenet", "cifar10", "cifar100", "pets", "flowers102")]
+    for name in names:
+        model = configs.load(TrainConfig, [ROOT / f"configs/finetune/{name}.toml"]).model
+        assert isinstance(model, ViTConfig) and model.dropout == 0.1, name
 
 
 def test_a_model_of_14_pixels_to_a_patch_is_tuned_at_378() -> None:

@@ -24,7 +24,7 @@ class Protocol:
     """A way to fine-tune by SGD with momentum 0.9, without weight decay.
 
     settings: one is taken as it is; of several, the dev images choose.
-    decay: of the learning rate (vitscale.schedule).
+    decay: of the learning rate (vitscale.schedule). dropout: of models that have it.
     """
 
     image_size: int
@@ -32,13 +32,20 @@ class Protocol:
     settings: tuple[Setting, ...]
     decay: str
     clip_norm: float
+    dropout: float
 
 
 # Images are resized to squares, and not augmented.
 PROTOCOLS: Mapping[str, Protocol] = {
-    # ViT (arXiv 2010.11929, appendix B.1.1 and D): one setting for all tasks, at 384 px.
+    # ViT (arXiv 2010.11929, appendix B.1.1 and D): one setting for all tasks, at 384 px. The
+    # dropout of the paper's fine-tunings is in the README.md of vision_transformer alone.
     "paper": Protocol(
-        image_size=384, batch=512, settings=(Setting(0.01, 2500),), decay="cosine", clip_norm=1.0
+        image_size=384,
+        batch=512,
+        settings=(Setting(0.01, 2500),),
+        decay="cosine",
+        clip_norm=1.0,
+        dropout=0.1,
     ),
     # VTAB's lightweight sweep (arXiv 1910.04867): a tenth at 30, 60 and 90% of the steps.
     "light": Protocol(
@@ -47,6 +54,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         settings=tuple(Setting(lr, steps) for lr in (0.1, 0.01) for steps in (2500, 10_000)),
         decay="step",
         clip_norm=0.0,
+        dropout=0.0,
     ),
 }
 
@@ -65,10 +73,14 @@ def finetuning_config(
 ) -> dict[str, Any]:
     """The config of one run, as nested plain values.
 
-    model: of the checkpoint. Its head is replaced by one linear layer of zeros, and it is
-    trained without dropout and drop_path, as in vision_transformer configs/augreg.py.
+    model: of the checkpoint. Its head is replaced by one linear layer of zeros; its dropout
+    becomes the protocol's, and its drop_path 0.
     """
-    changes = {"image_size": protocol.image_size, "num_classes": num_classes}
+    changes = {
+        "image_size": protocol.image_size,
+        "num_classes": num_classes,
+        "dropout": protocol.dropout,
+    }
     return {
         "run_dir": run_dir,
         "seed": seed,
