@@ -86,6 +86,14 @@ def test_a_vtab_run_starts_from_the_checkpoint_that_was_located(tmp_path: Path, 
     assert values["init"]["checkpoint"] == START.path
 
 
+@pytest.mark.parametrize(
+    ("override", "owner"), [("seed=1", "--seeds"), ("init.checkpoint=b", "CKPT"), ("run_dir=r", "--out")]
+)
+def test_what_vtab_sets_itself_cannot_be_overridden(tmp_path: Path, override: str, owner: str) -> None:
+    with pytest.raises(ConfigError, match=f"--set {override}: .* follows from {owner} here"):
+        VtabConfig(checkpoint="a", data=tmp_path, out=tmp_path, overrides=(override,))
+
+
 def test_a_live_run_is_located_at_its_newest_step(tmp_path: Path) -> None:
     model = {"kind": "vit", **dataclasses.asdict(VIT)}
     steps = [

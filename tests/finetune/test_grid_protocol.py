@@ -15,6 +15,7 @@ from finetune.commands import ROOT, TIMEOUT_SECONDS, run
 from make import write_index, write_step
 
 from vitscale import config as configs
+from vitscale.errors import ConfigError
 from vitscale.finetune import grid
 from vitscale.finetune.grid import GridResult, read, values_for
 from vitscale.finetune.model import KEYS, tuned_model
@@ -137,6 +138,31 @@ def test_a_recipe_that_cannot_be_done_is_refused(
     ended = finetune(model, recipe, *options)
     assert ended.returncode == 2 and sentence in ended.stderr, ended.stderr
     assert ended.stderr.count("error: ") == 1 and not (recipe.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "owner"),
+    [
+        ("optim.lr=0.5", "finetune.learning_rates"),
+        ("seed=9", "finetune.seeds"),
+        ("data.validation_fraction=0.2", "finetune.dev_fraction"),
+        ("init.checkpoint=other", "CKPT"),
+        ("model.pool=mean", "CKPT"),
+        ("run_dir=x", "--out"),
+    ],
+)
+def test_what_a_fine_tuning_sets_itself_cannot_be_overridden(recipe: Path, override: str, owner: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(
+        ConfigError, match=f"^--set {override}: {key} follows from {owner} here; leave it out"
+    ):
+        read(str(recipe), [override])
+
+
+def test_a_recipe_without_rates_and_the_models_size_can_be_overridden(recipe: Path) -> None:
+    overrides = ["finetune.learning_rates=[]", "optim.lr=0.25", "model.image_size=16"]
+    config, _ = read(str(recipe), overrides)
+    assert config.optim.lr == 0.25 and config.model.image_size == 16
 
 
 def test_overrides_that_change_no_result_are_no_deviation() -> None:

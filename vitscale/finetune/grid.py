@@ -13,8 +13,8 @@ from vitscale import atomic, storage
 from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig
-from vitscale.finetune.model import tuned_model
-from vitscale.finetune.runs import FineTuning, Slots, deviating, located, several
+from vitscale.finetune.model import KEYS, tuned_model
+from vitscale.finetune.runs import FineTuning, Slots, check_overrides, deviating, located, several
 from vitscale.models import ModelConfig
 from vitscale.models.transfer import check_backbone, check_head
 from vitscale.train_config import TrainConfig
@@ -112,7 +112,21 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> tuple[TrainConfig, Class
         raise ConfigError(
             "the recipe's init.full_state continues a run, and a fine-tuning is a new one: leave it out"
         )
+    check_overrides(overrides, _owners(config, overrides))
     return config, test
+
+
+def _owners(recipe: TrainConfig, overrides: Sequence[str]) -> dict[str, str]:
+    """What sets those keys of a fine-tuning that are not the recipe's to set."""
+    keys = [text.partition("=")[0] for text in overrides]
+    return {
+        "run_dir": "--out",
+        "seed": "finetune.seeds",
+        "data.validation_fraction": "finetune.dev_fraction",
+        "init.checkpoint": "CKPT",
+        **({"optim.lr": "finetune.learning_rates"} if recipe.finetune.learning_rates else {}),
+        **{key: "CKPT" for key in keys if key.startswith("model.") and key[len("model.") :] not in KEYS},
+    }
 
 
 def values_for(recipe: TrainConfig, checkpoint: str, model: ModelConfig) -> dict[str, Any]:

@@ -227,6 +227,16 @@ def deviating(overrides: Sequence[str]) -> list[str]:
     return [text for text in overrides if not is_free(text.partition("=")[0])]
 
 
+def check_overrides(overrides: Sequence[str], owners: Mapping[str, str]) -> None:
+    """Raise ConfigError for a KEY=VALUE whose key follows from something else: owners[key]."""
+    for text in overrides:
+        key = text.partition("=")[0]
+        if key in owners:
+            raise ConfigError(
+                f"--set {text}: {key} follows from {owners[key]} here; leave it out, or change that instead"
+            )
+
+
 def keep_config(folder: Path, config: TrainConfig) -> None:
     """Write the config.toml of a run's folder. Raises ConfigError if it holds another run."""
     path, text = folder / "config.toml", configs.to_toml(config)

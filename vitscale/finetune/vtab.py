@@ -16,6 +16,7 @@ from vitscale.finetune.runs import (
     FineTuning,
     Slots,
     StartingPoint,
+    check_overrides,
     deviating,
     finetuned,
     in_slots,
@@ -53,6 +54,7 @@ class VtabConfig:
             raise ConfigError(f"--tasks {','.join(unknown) or 'is empty'}: name some of {', '.join(TASKS)}")
         if self.overrides and self.protocol == "linear":
             raise ConfigError("--set changes fine-tunings; the protocol linear has none")
+        check_overrides(self.overrides, {"run_dir": "--out", "seed": "--seeds", "init.checkpoint": "CKPT"})
 
 
 def run(config: VtabConfig, said: Callable[[str], object] = print) -> Scores:
