@@ -142,6 +142,21 @@ def test_a_number_that_no_run_logged_is_named(base: Path) -> None:
         write_result(cell, study_of(base))
 
 
+def test_a_metric_that_is_changed_later_is_read_in_the_log(base: Path) -> None:
+    sweep = {"optim.lr": [0.1, 0.2]}
+    runs = cells(study_of(base, sweep=sweep))
+    for cell, top1, top5 in zip(runs, (0.5, 0.4), (0.6, 0.7), strict=True):
+        finish(cell, at_6=top1)
+        with (Path(cell.config.run_dir) / "metrics.jsonl").open("a") as log:
+            log.write(json.dumps({"step": 6, "eval/test/top5": top5}) + "\n")
+    changed = study_of(base, sweep=sweep, metric="eval/test/top5", choose_by="eval/test/top1")
+    assert [point.mean for point in points(changed, runs)] == [0.6] and "70.00%" in listed(changed, runs)
+    changed = study_of(base, sweep=sweep, metric="eval/test/top1", choose_by="eval/test/top5")
+    assert [point.mean for point in points(changed, runs)] == [0.4]
+    with pytest.raises(ConfigError, match="logged no eval/test/top9; add that evaluation"):
+        listed(study_of(base, sweep=sweep, metric="eval/test/top9"), runs)
+
+
 def test_table_2_has_the_papers_columns_and_ours(base: Path) -> None:
     recipes = {"cifar10": "a.toml", "other": "b.toml"}
     study = study_of(base, recipes=recipes, metric="eval/test/top1", seeds=[0, 1])

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +108,7 @@ def write_result(cell: Cell, study: StudyConfig) -> Result:
     judge, last_step = config.checkpoint.keep_best, max(row["step"] for row in rows)
     scores = {row["step"]: row[judge] for row in rows if judge in row and row["step"]}
     step = best_step(scores, judge) or last_step
-    numbers = {}
-    for name in study.logged_metrics:
-        found = [row[name] for row in rows if name in row and row["step"] <= step]
-        if not found:
-            raise ConfigError(
-                f"{config.run_dir} logged no {name}; add that evaluation to {cell.model.config}, or to the "
-                "overrides of the study"
-            )
-        numbers[name] = found[-1]
+    numbers = {name: _logged(cell, name, rows, step) for name in study.logged_metrics}
     starts = read_starts(Path(config.run_dir) / TIME_NAME)
     seconds = sum(start.elapsed for start in starts)
     world = [row["run/world_size"] for row in rows if "run/world_size" in row][-1:] or [1]
@@ -130,6 +122,28 @@ def write_result(cell: Cell, study: StudyConfig) -> Result:
     text = json.dumps(dataclasses.asdict(result), indent=1) + "\n"
     atomic.write(cell.folder / RESULT_NAME, text.encode())
     return result
+
+
+def number_of(cell: Cell, result: Result, name: str) -> float:
+    """A number that a finished run logged, at the step that counts.
+
+    A study that has got another metric since reads that in the log again. Raises ConfigError
+    for a number that the run did not log.
+    """
+    if name in result.numbers:
+        return result.numbers[name]
+    path = Path(cell.config.run_dir) / FILE_NAME
+    return _logged(cell, name, read_metrics(path) if path.is_file() else [], result.step)
+
+
+def _logged(cell: Cell, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> float:
+    found = [row[name] for row in rows if name in row and row["step"] <= step]
+    if not found:
+        raise ConfigError(
+            f"{cell.config.run_dir} logged no {name}; add that evaluation to {cell.model.config}, or to the "
+            "overrides of the study"
+        )
+    return found[-1]
 
 
 def finetune_folder(cell: Cell, recipe: str) -> Path:

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from statistics import fmean, pstdev
 
-from vitscale.study.cells import Cell, Result, finetuned
+from vitscale.study.cells import Cell, Result, finetuned, number_of
 from vitscale.study.config import StudyConfig, StudyModel
 
 
@@ -82,12 +82,12 @@ def _groups(cells: Sequence[Cell], *, with_swept: bool) -> Iterator[list[Cell]]:
 def _number(cell: Cell, name: str) -> float:
     result = cell.result()
     assert result, "its group is done"
-    return result.numbers[name]
+    return number_of(cell, result, name)
 
 
 def _value(study: StudyConfig, cell: Cell, result: Result) -> float | None:
     kind, _, name = study.metric.partition("/")
     if kind != "finetune":
-        return result.numbers[study.metric]
+        return number_of(cell, result, study.metric)
     tuned = finetuned(cell, name)
     return tuned["mean"] if tuned else None

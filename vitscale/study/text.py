@@ -7,7 +7,7 @@ from vitscale.memory import count_params
 from vitscale.models.flops import forward_macs, train_flops
 from vitscale.plan.make import num_steps
 from vitscale.report.text import table
-from vitscale.study.cells import Cell, finetuned, num_images
+from vitscale.study.cells import Cell, finetuned, num_images, number_of
 from vitscale.study.config import StudyConfig
 from vitscale.study.paper import TABLE2, TABLE6, TARGETS, TPUV3_CORE_FLOPS
 from vitscale.study.points import chosen, points
@@ -129,6 +129,7 @@ def _exaflops(cell: Cell) -> str:
 def _state(study: StudyConfig, cell: Cell) -> tuple[str, str]:
     result = cell.result()
     if result:
-        return "done", f"{result.numbers[study.metric]:.2%}" if study.metric in result.numbers else NOTHING
+        is_logged = study.metric in study.logged_metrics
+        return "done", f"{number_of(cell, result, study.metric):.2%}" if is_logged else NOTHING
     step = cell.last_step()
     return (f"step {step:,}" if step else NOTHING), NOTHING
