@@ -153,6 +153,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vit_b32_in21k": in21k("b"),
     "vit_l16_in21k": in21k("l"),
     "vit_l32_in21k": in21k("l"),
+    "vit_h14_in21k": in21k("h"),  # which Table 3 does not have
     "vit_b16_imagenet": imagenet("b"),
     "vit_b32_imagenet": imagenet("b"),
     "vit_l16_imagenet": imagenet("l"),

@@ -90,6 +90,22 @@ def test_the_models_of_table_6_cost_what_the_paper_says(monkeypatch: pytest.Monk
         assert exaflops == pytest.approx(row.exaflops, rel=0.05), cell.model.name
 
 
+def test_figure_3_has_a_run_for_each_of_the_papers_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = cells(configs.load(StudyConfig, ["configs/study/figure3.toml"]))
+    lines = {line: [cell for cell in runs if cell.model.resolved_line == line] for line in FIGURE3}
+    for line, group in lines.items():
+        sizes = [cell.config.data.all_sources()[0].num_samples for cell in group]
+        assert sizes == pytest.approx(list(FIGURE3[line]), rel=1e-3), line
+    assert sum(map(len, lines.values())) == len(runs)
+
+
+def test_the_runs_of_figure_4_see_equally_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = cells(configs.load(StudyConfig, ["configs/study/figure4.toml"]))
+    assert {cell.config.total_samples for cell in runs} == {7 * 303_000_000}
+
+
 def test_the_papers_numbers_are_consistent() -> None:
     """Table 5 has the last row of each model of Table 6 again; Table 2 is fine-tuned larger."""
     for name, row in {"ViT-B/32": "ViT-B/32 7", "ViT-B/16": "ViT-B/16 7", "ViT-L/16": "ViT-L/16 14"}.items():
