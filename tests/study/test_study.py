@@ -11,6 +11,7 @@ from make import write_index
 
 from vitscale import config as configs
 from vitscale.errors import ConfigError
+from vitscale.finetune.scores import Scores
 from vitscale.models.flops import train_flops
 from vitscale.study.cells import Cell, cells, write_result
 from vitscale.study.config import StudyConfig
@@ -183,9 +184,13 @@ def test_table_2_has_the_papers_columns_and_ours(base: Path) -> None:
         folder = cell.folder / "finetune" / "cifar10"
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps({"mean": mean, "std": 0.01}))
+    vtab = Scores(checkpoint="a", protocol="paper", accuracies={"svhn": (0.2, 0.3)}).to_json()
+    (runs[0].folder / "finetune" / "vtab").mkdir()
+    (runs[0].folder / "finetune" / "vtab" / "results.json").write_text(json.dumps(vtab))
     lines = {line.split("  ")[0]: line for line in table2(study, runs).splitlines()}
     assert lines["CIFAR-10"].split()[-3:] == ["60.00", "±", "1.00"] and "99.50 ± 0.06" in lines["CIFAR-10"]
     assert lines["other"].split()[-1] == "-"
+    assert lines["VTAB (19 tasks)"].split()[-3:] == ["25.00", "±", "5.00"]
     flops = train_flops(runs[0].config.model) * 6 * 8
     assert float(lines["TPUv3-core-days"].split()[-1]) == pytest.approx(680 * flops / 1567e18, rel=1e-2)
 
