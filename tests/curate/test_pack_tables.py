@@ -89,6 +89,12 @@ def test_rows_without_image_or_label_are_reported(tmp_path: Path) -> None:
         ("path,label,split\nx.jpg,3,dev\n", "path,label,split\nx.jpg,3,train\n", "the split 'dev'"),
         ("path,label\nx, y.jpg,3\n", 'path,label\n"x, y.jpg",3\n', "line 2 of .* more cells than the header"),
         ("path,label\nx\0.jpg,3\n", "path,label\nx.jpg,3\n", "line 2 of .* has the path"),
+        ('path,label\n"x.jpg,3\ny.jpg,1\n', "path,label\nx.jpg,3\n", "CSV after line 1 .* close all quotes"),
+        ('path,label\n"x.jpg,3\ny.jpg,1"', "path,label\nx.jpg,3\n", "lines 2 to 3 .* are one row"),
+        ('path,label\nx.jpg,3\n"x.jpg,3\n"y.jpg,1\n', "path,label\nx.jpg,3\n", "CSV after line 2 "),
+        ("path,label\nx.jpg,10.0\n", "path,label\nx.jpg,10\n", "line 2 of .* label 10.0; write whole"),
+        ("path,labels\nx.jpg,1 cat 3.\n", "path,labels\nx.jpg,v3.0\n", "line 2 of .* has the label 3.;"),
+        ("path,label,label\nx.jpg,1,2\n", "path,label,,\nx.jpg,1,2,3\n", "has 2 columns label; keep the"),
     ],
     ids=lambda text: repr(text)[:40],
 )

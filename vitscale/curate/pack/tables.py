@@ -14,6 +14,7 @@ from vitscale.data.samples import MAX_LABEL
 from vitscale.errors import DataError
 
 HEADER = "path,label or path,labels"
+COLUMNS = ("path", "label", "labels", "split")  # that are read
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def list_csv(source: str, config: PackConfig) -> Listing:
         split   optional: train, val or test
 
     If all labels are whole numbers, they are the class indices. Otherwise they are class names,
-    and their sorted order gives the indices.
+    and their sorted order gives the indices. A decimal number is refused: it is neither.
     """
     return _list_table(source, _csv_rows)
 
@@ -75,16 +76,29 @@ def _class_names(source: str, labels: set[str]) -> tuple[str, ...]:
 
 
 def _csv_rows(source: str) -> Iterator[Row]:
+    last_line = 0  # where the row that was read last ends
     try:
         with open(source, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            # Not strict, a quote that is never closed would take all later rows into its cell.
+            reader = csv.DictReader(file, strict=True)
             _check_columns(source, reader.fieldnames or [])
+            last_line = reader.line_num
             for values in reader:
-                where = f"line {reader.line_num} of {source}"
+                if any("\n" in (values.get(name) or "") for name in COLUMNS):
+                    raise DataError(
+                        f"lines {last_line + 1:,} to {reader.line_num:,} of {source} are one row; close all "
+                        "quotes there"
+                    )
+                last_line = reader.line_num
+                where = f"line {last_line} of {source}"
                 if None in values:
                     raise DataError(f"{where} has more cells than the header; quote what holds a comma")
                 yield _row(where, {key: value or "" for key, value in values.items() if isinstance(key, str)})
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
+        raise DataError(
+            f"{source} cannot be read as CSV after line {last_line:,} ({error}); close all quotes there"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source} cannot be read as CSV ({error}); name a UTF-8 file") from None
 
 
@@ -110,6 +124,9 @@ def _jsonl_rows(source: str) -> Iterator[Row]:
 def _check_columns(where: str, columns: Sequence[str]) -> None:
     if "path" not in columns or ("label" in columns) == ("labels" in columns):
         raise DataError(f"{where} has the columns {','.join(map(str, columns))}; they must be {HEADER}")
+    for name in COLUMNS:
+        if columns.count(name) > 1:
+            raise DataError(f"{where} has {columns.count(name)} columns {name}; keep the right one")
 
 
 def _row(where: str, values: Mapping[str, Any]) -> Row:
@@ -120,6 +137,9 @@ def _row(where: str, values: Mapping[str, Any]) -> Row:
     if not isinstance(path, str) or re.search("[\0\ud800-\udfff]", path):  # no file has such a name
         raise DataError(f"{where} has the path {path!r}; write a string")
     words = [str(label).strip() for label in _labels(where, values)]
+    for word in words:
+        if re.fullmatch(r"[+-]?\d+\.\d*", word):  # pandas writes whole numbers so beside empty cells
+            raise DataError(f"{where} has the label {word}; write whole numbers, or names of classes")
     return Row(where, path.strip(), tuple(word for word in words if word), split)
 
 
