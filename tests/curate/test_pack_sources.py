@@ -194,6 +194,27 @@ def test_damaged_archives_are_reported_and_their_whole_part_packed(tmp_path: Pat
     assert all(s.image[-2:] == b"\xff\xd9" for s in samples_of(report))
 
 
+def test_links_in_archives_and_data_after_their_ends_are_reported(tmp_path: Path) -> None:
+    linked, _, joined = write_synsets(tmp_path / "in", (2, 1, 2))
+    with tarfile.open(linked, "a") as archive:
+        for name, kind in (("hard.JPEG", tarfile.LNKTYPE), ("soft.JPEG", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "n00004475_0.JPEG"
+            archive.addfile(info)
+    joined.write_bytes(joined.read_bytes() * 2)
+    inner = [(path.name, path.read_bytes()) for path in sorted(linked.parent.iterdir())]
+    outer = write_tar(tmp_path / "whole.tar", inner)
+    for number, source in enumerate((linked.parent, outer)):
+        report = packed(source, tmp_path / str(number), format="imagenet21k")
+        assert report.num_samples == {"train": 5}
+        hard, soft, end = report.omissions
+        assert hard.startswith("hard.JPEG in") and "a link to n00004475_0.JPEG" in hard
+        assert soft.startswith("soft.JPEG in") and "n01440764.tar" in end and "after its end mark" in end
+    for path in (linked, joined):  # as shards, they have images without labels
+        with pytest.raises(DataError, match=r"link to n00004475_0|after its end mark"):
+            packed(path, tmp_path / "shards", format="shards")
+
+
 def test_archives_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     paths = write_synsets(source)

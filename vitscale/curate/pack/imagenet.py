@@ -12,7 +12,7 @@ from pathlib import Path
 from vitscale import processes
 from vitscale.curate.pack.config import Omissions, PackConfig
 from vitscale.curate.pack.imagefolder import is_image_name, list_files
-from vitscale.curate.pack.listing import FileReferences, Listing, References
+from vitscale.curate.pack.listing import WHOLE, FileReferences, Listing, References
 from vitscale.curate.pack.tar_members import TarPlace, list_members
 from vitscale.errors import DataError
 
@@ -75,14 +75,14 @@ def list_imagenet1k(source: str, config: PackConfig) -> Listing:
 def _synset_tars(source: str, omissions: Omissions) -> list[TarPlace]:
     """The archives of the synsets, sorted. Raises DataError for none, or two of one synset."""
     if os.path.isdir(source):
-        files = [(path, path, 0) for path, _ in list_files(source)]
+        files = [(path, path, 0, WHOLE) for path, _ in list_files(source)]
     else:
-        files = [(source, name, offset) for name, offset, _ in _outer_members(source)]
+        files = [(source, *member) for member in _outer_members(source, omissions)]
     places = []
-    for path, name, offset in files:
+    for path, name, offset, size in files:
         stem, extension = os.path.splitext(os.path.basename(name))
         if SYNSET.fullmatch(stem) and extension == ".tar":
-            places.append(TarPlace(path, offset, stem))
+            places.append(TarPlace(path, offset, stem, size))
         else:
             omissions.add(f"{name}: not the tar of a synset, like n01440764.tar")
     places.sort(key=lambda place: place.name)
@@ -99,13 +99,15 @@ def _synset_tars(source: str, omissions: Omissions) -> list[TarPlace]:
     return places
 
 
-def _outer_members(source: str) -> list[tuple[str, int, int]]:
+def _outer_members(source: str, omissions: Omissions) -> list[tuple[str, int, int]]:
     members = list_members(TarPlace(source, 0, source))
     if members.damage:
         raise DataError(
             f"{source} {members.damage}; name a folder or an uncompressed tar (a .tar.gz must be unpacked "
             "first: its members cannot be read directly)"
         )
+    for sentence in members.others:
+        omissions.add(sentence)
     return members.files
 
 
@@ -120,6 +122,8 @@ def _list_synsets(
     for label, (place, members) in enumerate(zip(places, members_by_place, strict=True)):
         if members.damage:
             omissions.add(f"{place.name}.tar in {place.path} {members.damage}")
+        for sentence in members.others:
+            omissions.add(sentence)
         for name, offset, size in members.files:
             references.add(name, (label,), size, archives[place.path], offset)
     if not len(references):
@@ -135,7 +139,7 @@ def _list_validation(
     if os.path.isdir(images):
         root, files = images, [(os.path.relpath(path, images), 0, size) for path, size in list_files(images)]
     else:
-        root, files = os.path.dirname(images), _outer_members(images)
+        root, files = os.path.dirname(images), _outer_members(images, omissions)
     files.sort(key=lambda file: os.path.basename(file[0]))
     for name, _, _ in files:
         if not is_image_name(name):

@@ -34,12 +34,13 @@ from vitscale.redaction import redact
 class ShardSamples:
     """The samples of a shard: (key, offset and bytes of the image, labels); those left out.
 
-    damage: what is wrong with the archive; "" if nothing is.
+    damage: what is wrong with the archive; "" if nothing is. others: as in TarMembers.
     """
 
     samples: list[tuple[str, int, int, tuple[int, ...]]]
     bad: list[BadSample]
     damage: str
+    others: list[str]
 
 
 def open_shards(source: str) -> tuple[list[str], SampleKeys]:
@@ -83,6 +84,8 @@ def list_shards(source: str, config: PackConfig) -> Listing:
         archive = references.add_archive(path)
         if shard.damage:
             omissions.add(f"{path}: {shard.damage}")
+        for sentence in shard.others:
+            omissions.add(sentence)
         for sample in shard.bad:
             add_reason(reasons, sample.reason, 1, sample.place(path))
         for key, offset, size, labels in shard.samples:
@@ -109,7 +112,7 @@ def list_shard(path: str, keys: SampleKeys) -> ShardSamples:
     members = list_members(TarPlace(path, 0, path))
     if members.damage and not members.files and (program := compression(storage.read_range(path, 0, 8))):
         raise DataError(f"shard {path} {decompress_hint(path, program)}")
-    shard = ShardSamples([], [], members.damage)
+    shard = ShardSamples([], [], members.damage, members.others)
     named = [
         (*split_name(name), offset, size)
         for name, offset, size in members.files
