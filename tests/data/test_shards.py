@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from make import jpeg, write_shards, write_tar
 
+from vitscale.curate.stats import doubts
 from vitscale.curate.verify import verify_index
-from vitscale.data.index import Index, check_shards
+from vitscale.data.index import Index, check_shards, damaged_chunks
 from vitscale.data.indexing import build_index
 from vitscale.data.reader import read_chunk, read_samples
+from vitscale.data.record import DataRecord
 from vitscale.data.samples import (
     BadSample,
     RawSample,
@@ -240,10 +242,23 @@ def test_samples_that_cannot_be_used_are_indexed_counted_and_named(tmp_path: Pat
         list(read_samples(index, [1]))
 
 
-def test_a_key_that_occurs_twice_is_named(tmp_path: Path) -> None:
-    members = [("a.jpg", jpeg(0)), ("a.cls", b"0"), ("b.jpg", jpeg(1)), ("b.cls", b"0")]
-    path = write_tar(tmp_path / "x.tar", [*members, ("a.jpg", jpeg(2)), ("a.cls", b"1")])
-    assert "a: its key occurs twice" in build_index([str(path)]).damage[0]
+def test_a_key_that_occurs_twice_is_named_and_its_samples_are_used(tmp_path: Path) -> None:
+    def index_of(last_label: bytes) -> Index:
+        members = [("a.jpg", jpeg(0)), ("a.cls", b"0"), ("b.jpg", jpeg(1)), ("b.cls", b"0")]
+        write_tar(tmp_path / "x.tar", [*members, ("a.jpg", jpeg(2)), ("a.cls", last_label)])
+        return build_index([str(tmp_path / "x.tar")])
+
+    index = index_of(b"1")
+    index.save(tmp_path / "index.json")
+    for made in (index, Index.load(str(tmp_path / "index.json"))):
+        (sentence,) = doubts(made, "index.json")
+        assert (
+            f"keys that occur again in their shard: 1, the first in {tmp_path}/x.tar: sample a;" in sentence
+        )
+        assert made.num_damaged == 0 and not damaged_chunks(made.chunks).any()
+        assert made.neighbours.pairs == 2 and index.neighbours.chance == 1 / 3  # of 3 samples
+    assert [sample.labels for sample in read_samples(index, range(3))] == [(0,), (0,), (1,)]
+    assert "none of which was damaged" in DataRecord.of([index]).change([index_of(b"2")], [])
 
 
 def test_empty_and_missing_shards_are_refused(tmp_path: Path) -> None:

@@ -89,6 +89,12 @@ def describe(stats: Stats) -> str:
 def doubts(index: Index, path: str | Path) -> list[str]:
     """What looks wrong in an index, one sentence each, with the way out. path: where it is."""
     sentences = index.describe_lone()
+    num_repeated, first = index.repeated_keys
+    if num_repeated:
+        sentences.append(
+            f"keys that occur again in their shard: {num_repeated:,}, the first in {first}; all samples are "
+            "used, so remove those that are copies"
+        )
     if index.neighbours.is_clustered:
         sentences.append(f"{index.neighbours.describe()}; {_reshuffle(index, path)}")
     return sentences

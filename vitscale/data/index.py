@@ -43,8 +43,10 @@ class Index:
     there is any damage, damaged: whether a sample of the chunk cannot be used).
     keys: which files are the samples' images and labels. label_counts: samples by label.
     num_damaged: samples that cannot be used; `damage` names the first of them, one sentence
-    each, and `reasons` counts them by reason and says where the first is. passed_over: files by
-    extension that are neither images nor labels. lone_samples: where the lone_labels are;
+    each, and `reasons` counts them by reason and says where the first is. repeated_keys: how
+    many usable samples have the key of an earlier one of their shard, and where the first is;
+    indexes of earlier commits count them as damaged. passed_over: files by extension that are
+    neither images nor labels. lone_samples: where the lone_labels are;
     empty in indexes of earlier commits. key_hashes: of all samples; None in indexes of earlier
     commits. hash_ranges: by label, the lowest and the highest of them. num_neighbours: pairs of
     consecutive samples of a shard that can be used, and shared_labels: how many labels they
@@ -59,6 +61,7 @@ class Index:
     num_damaged: int = 0
     damage: tuple[str, ...] = ()
     reasons: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    repeated_keys: tuple[int, str] = (0, "")
     passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
     keys: SampleKeys = DEFAULT_KEYS
     lone_samples: Mapping[int, list[str]] = dataclasses.field(default_factory=dict)
@@ -177,6 +180,7 @@ class Index:
             "num_damaged": self.num_damaged,
             "damage": list(self.damage),
             "reasons": self.reasons,
+            "repeated_keys": self.repeated_keys,
             "passed_over": self.passed_over,
             "keys": dataclasses.asdict(self.keys),
             "lone_samples": {str(label): samples for label, samples in self.lone_samples.items()},
@@ -271,9 +275,11 @@ def _read_newer(path: str, values: dict[str, Any], remake: str) -> dict[str, Any
     if values["version"] == 2:
         return {"keys": SampleKeys(strict=True)}
     reasons = {reason: (count, example) for reason, (count, example) in values["reasons"].items()}
+    num_repeated, first_repeated = values.get("repeated_keys", (0, ""))
     ranges = values.get("hash_ranges", {}).items()
     return {
         "reasons": reasons,
+        "repeated_keys": (num_repeated, first_repeated),
         "passed_over": values["passed_over"],
         "keys": SampleKeys(**values["keys"]),
         "lone_samples": {int(label): samples for label, samples in values.get("lone_samples", {}).items()},

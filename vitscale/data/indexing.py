@@ -123,7 +123,14 @@ class _Journal:
         shard = Shard(**values["shard"])
         ranges = {int(label): tuple(ends) for label, ends in values["hash_ranges"].items()}
         return Scan(
-            **{**values, "shard": shard, "chunks": chunks, "label_counts": labels, "hash_ranges": ranges}
+            **{
+                **values,
+                "shard": shard,
+                "chunks": chunks,
+                "label_counts": labels,
+                "repeated_keys": tuple(values["repeated_keys"]),
+                "hash_ranges": ranges,
+            }
         )
 
     def add(self, scan: Scan) -> Scan:
@@ -155,6 +162,7 @@ class _IndexBuilder:
         self.rare: dict[int, list[str]] = {}
         self.key_hashes: list[np.ndarray] = []
         self.hash_ranges: dict[int, tuple[int, int]] = {}
+        self.repeated_keys = 0, ""
         self.num_damaged = self.max_labels = self.num_neighbours = self.shared_labels = 0
 
     def add(self, scan: Scan) -> None:
@@ -169,6 +177,8 @@ class _IndexBuilder:
         self.damage += scan.damage[: LISTED - len(self.damage)]
         for reason, (count, example) in scan.reasons.items():
             add_reason(self.reasons, reason, count, example)
+        count, example = scan.repeated_keys
+        self.repeated_keys = self.repeated_keys[0] + count, self.repeated_keys[1] or example
         add_counts(self.passed_over, scan.passed_over)
         for label, samples in scan.rare.items():
             if self.labels[int(label)] < LONE_SAMPLES:
@@ -205,6 +215,7 @@ class _IndexBuilder:
             num_damaged=self.num_damaged,
             damage=tuple(self.damage),
             reasons=self.reasons,
+            repeated_keys=self.repeated_keys,
             passed_over=self.passed_over,
             keys=keys,
             key_hashes=StoredArray(np.concatenate(self.key_hashes)),

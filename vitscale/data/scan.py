@@ -38,11 +38,13 @@ class Scan:
     chunks: (blocks of 512 bytes, checksum) of each. damage: a sentence for each of the first
     damaged places: num_damaged samples, and the archive itself. damaged_chunks: those that hold
     damaged samples, by number in the shard. reasons: by reason, how many places, and where the
-    first is. passed_over: by extension, how many files are neither image nor label. tar_damage:
-    whether the archive itself is broken. rare: by label, the samples of labels that may stand
-    alone in the whole set (is_lone). key_hashes: of all samples, in order. hash_ranges: by
-    label, the lowest and the highest of them. num_neighbours: pairs of consecutive samples that
-    can be used. shared_labels: how many labels they have in common, added up.
+    first is. repeated_keys: how many samples have the key of an earlier one of the shard, and
+    where the first is. passed_over: by extension, how many files are neither image nor label.
+    tar_damage: whether the archive itself is broken. rare: by label, the samples of labels that
+    may stand alone in the whole set (is_lone). key_hashes: of all samples, in order.
+    hash_ranges: by label, the lowest and the highest of them. num_neighbours: pairs of
+    consecutive samples that can be used. shared_labels: how many labels they have in common,
+    added up.
     """
 
     shard: Shard
@@ -52,6 +54,7 @@ class Scan:
     damage: list[str]
     num_damaged: int
     reasons: dict[str, tuple[int, str]]
+    repeated_keys: tuple[int, str]
     passed_over: dict[str, int]
     tar_damage: bool
     damaged_chunks: list[int]
@@ -173,6 +176,7 @@ class _ScanBuilder:
         self.key_hashes: list[int] = []
         self.hash_ranges: dict[int, tuple[int, int]] = {}
         self.tar_damage = ""
+        self.repeated_keys = 0, ""
         self._keys: set[str] = set()
         self._last_labels: frozenset[int] | None = None
 
@@ -183,7 +187,8 @@ class _ScanBuilder:
             self._add_bad(sample, chunk)
         else:
             if sample.key in self._keys:
-                self._add_bad(BadSample(sample.key, "its key occurs twice in this shard"), chunk)
+                so_far, first = self.repeated_keys
+                self.repeated_keys = so_far + 1, first or f"{self.url}: sample {sample.key}"
             self.labels.update(sample.labels)
             for label in sample.labels:
                 widen(self.hash_ranges, label, self.key_hashes[-1], self.key_hashes[-1])
@@ -221,6 +226,7 @@ class _ScanBuilder:
             damage=self.damage,
             num_damaged=self.num_damaged,
             reasons=self.reasons,
+            repeated_keys=self.repeated_keys,
             passed_over=passed_over,
             tar_damage=bool(self.tar_damage),
             damaged_chunks=list(self.damaged_chunks),

@@ -5,10 +5,10 @@ is reported, never taken for the end.
 """
 
 import dataclasses
-import io
 import os
 import tarfile
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from vitscale.curate.pack.listing import WHOLE
 from vitscale.data.tar import BLOCK
@@ -57,7 +57,7 @@ def list_members(place: TarPlace) -> TarMembers:
     return dataclasses.replace(members, damage=damage)
 
 
-def _list(file: io.BufferedReader, place: TarPlace, members: TarMembers) -> str:
+def _list(file: BinaryIO, place: TarPlace, members: TarMembers) -> str:
     """Add the members of an archive up to its damage, which is returned; "" for none."""
     length = os.fstat(file.fileno()).st_size
     end = length if place.size == WHOLE else place.offset + place.size
