@@ -45,11 +45,11 @@ def pack(arguments: argparse.Namespace) -> int:
         print(report.edition)
     for split, shards in report.shards.items():
         out = arguments.out / ("index.json" if split == "train" else f"{split}.index.json")
+        journal = out.with_suffix(".partial")
         with Bar("shard") as bar:
-            index = build_index(
-                shards, workers=config.workers, journal=out.with_suffix(".partial"), progress=bar.update
-            )
+            index = build_index(shards, workers=config.workers, journal=journal, progress=bar.update)
         index.save(out)
+        journal.unlink()
         num_classes = len(index.label_counts)
         print(f"{out}: {index.num_samples:,} samples in {len(shards)} shards, {num_classes:,} classes")
         if split == "train":
@@ -82,6 +82,7 @@ def index_shards(arguments: argparse.Namespace) -> int:
         )
     out = arguments.out or Path(storage.local_path(shards[0])).parent / "index.json"
     check_writable(out, ".json")
+    journal = out.with_suffix(".partial")
     with Bar("shard") as bar:
         index = build_index(
             shards,
@@ -89,10 +90,11 @@ def index_shards(arguments: argparse.Namespace) -> int:
             allow_damaged=arguments.allow_damaged,
             keys=keys,
             workers=arguments.workers,
-            journal=out.with_suffix(".partial"),
+            journal=journal,
             progress=bar.update,
         )
     index.save(out)
+    journal.unlink()
     print(out)
     if any(url != storage.without_query(url) for url in shards):
         print(

@@ -209,12 +209,15 @@ def connect(url: str) -> None:
 
 def sizes(urls: Sequence[str]) -> list[int | None]:
     """The size of each object in bytes, None where there is none; remote ones in parallel."""
-    if all(map(is_local, urls)):
-        return [_size(url) for url in urls]
-    for url in {scheme(_full_url(url)): url for url in urls}.values():
-        connect(url)
-    with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
-        return list(pool.map(_size, urls))
+    return _look_up(_size, urls)
+
+
+def versions(urls: Sequence[str]) -> list[str]:
+    """What changes with each object's content, "" where there is none; remote ones in parallel.
+
+    It holds the size, and the time of a local file or what a store has: a tag or a time.
+    """
+    return _look_up(_version, urls)
 
 
 def size_text(num_bytes: int | float) -> str:
@@ -253,6 +256,16 @@ def _pread(path: str, start: int, end: int) -> bytes:
         return os.pread(file.fileno(), end - start, start)
 
 
+def _look_up(function: Callable[[str], T], urls: Sequence[str]) -> list[T]:
+    """function(url) of each, in parallel if one is remote."""
+    if all(map(is_local, urls)):
+        return [function(url) for url in urls]
+    for url in {scheme(_full_url(url)): url for url in urls}.values():
+        connect(url)
+    with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
+        return list(pool.map(function, urls))
+
+
 def _size(url: str) -> int | None:
     try:
         if is_local(url):
@@ -260,6 +273,17 @@ def _size(url: str) -> int | None:
         return int(_on_store(lambda fs, path: fs.size(path), url, "looking up"))
     except FileNotFoundError:
         return None
+
+
+def _version(url: str) -> str:
+    try:
+        if is_local(url):
+            file = os.stat(local_path(url))
+            return f"{file.st_size} {file.st_mtime_ns}"
+        info = _on_store(lambda fs, path: fs.info(path), url, "looking up")
+    except FileNotFoundError:
+        return ""
+    return " ".join(str(info[name]) for name in ("size", "ETag", "etag", "Last-Modified") if name in info)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -58,9 +58,10 @@ def test_a_killed_build_resumes_where_it_stopped(tmp_path: Path, shards: list[st
         assert journal.read_bytes().count(b"\n") == 1 + last  # with the header
         journal.write_bytes(journal.read_bytes() + b'{"shard": {"url": "to')  # torn while it is written
     for path in map(Path, shards[:15]):
-        path.write_bytes(bytes(path.stat().st_size))  # only the size of a finished shard is looked at
+        then = path.stat()  # of a finished shard, only the size and the time are looked at
+        path.write_bytes(bytes(then.st_size))
+        os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
     index = build_index(shards, journal=journal)
-    assert not journal.exists()
     assert index.shards == whole.shards and index.label_counts == whole.label_counts
     assert index.chunks.tolist() == whole.chunks.tolist()
 
@@ -79,13 +80,30 @@ def stop_after(num_shards: int) -> ProgressCallback:
     return progress
 
 
-def test_a_shard_that_changed_since_is_read_again(tmp_path: Path, shards: list[str]) -> None:
+@pytest.mark.parametrize("num_classes", [5, 4], ids=["of other samples", "of other labels only"])
+def test_a_shard_that_changed_since_is_read_again(
+    tmp_path: Path, shards: list[str], num_classes: int
+) -> None:
     journal = tmp_path / "index.partial"
     with pytest.raises(Stopped):
         build_index(shards, journal=journal, progress=stop_after(12))
-    replaced = write_shards(tmp_path / "other", [11])
-    os.replace(replaced[0], shards[0])
-    assert build_index(shards, journal=journal).shards[0].num_samples == 11
+    count = 7 if num_classes == 4 else 11
+    (replaced,) = write_shards(tmp_path / "other", [count], num_classes)
+    assert (Path(replaced).stat().st_size == Path(shards[0]).stat().st_size) == (count == 7)
+    os.replace(replaced, shards[0])
+    index = build_index(shards, journal=journal)
+    assert index.shards == build_index(shards).shards and index.shards[0].num_samples == count
+
+
+def test_an_index_that_cannot_be_saved_is_not_built_again_from_the_start(
+    tmp_path: Path, shards: list[str], capsys
+) -> None:
+    (tmp_path / "index.keys.npy").mkdir()
+    command = ["index", f"{tmp_path}/shards/*.tar", "--out", f"{tmp_path}/index.json", "--workers", "0"]
+    assert main(command) == 2 and "index.keys.npy" in capsys.readouterr().err
+    assert (tmp_path / "index.partial").read_bytes().count(b"\n") == 1 + len(shards)
+    (tmp_path / "index.keys.npy").rmdir()
+    assert main(command) == 0 and not (tmp_path / "index.partial").exists()
 
 
 def test_a_build_with_other_chunks_is_not_resumed(tmp_path: Path, shards: list[str]) -> None:

@@ -4,6 +4,7 @@ is said when it refuses.
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,20 @@ def test_shards_on_a_store_are_indexed_where_they_are(s3: str, local: Index) -> 
     assert index.fingerprint() == local.fingerprint()
     assert storage.expand(f"{s3}/train-*.tar") == [shard.url for shard in index.shards]
     check_shards(index)
+
+
+def test_the_version_of_an_object_changes_with_its_content(s3: str, web: str, folder: Path) -> None:
+    file = folder / "vit" / "labels.txt"
+    urls = [f"{s3}/labels.txt", f"{web}/labels.txt", str(file)]
+    assert storage.versions(urls) == ["", "", ""]
+    versions = []
+    for content in (b"3 17", b"5 17"):
+        file.write_bytes(content)
+        os.utime(file, (len(versions), len(versions)))
+        versions.append(storage.versions(urls))
+        assert storage.versions(urls) == versions[-1]
+    file.unlink()
+    assert all(before != now for before, now in zip(*versions, strict=True))
 
 
 def test_a_missing_shard_is_named_before_training_and_replaced_in_it(s3: str, local: Index) -> None:

@@ -39,10 +39,10 @@ def build_index(
 ) -> Index:
     """Index shards in one pass over them, by `workers` processes (0 = in this one).
 
-    journal: a file that records each finished shard, so that a killed build resumes; it is
-    removed at the end. progress: called with numbers of shards. A broken shard raises
-    DataError unless `allow_damaged` (see scan_shard). Samples that cannot be used are counted
-    and stay in the index; they are replaced when they are read.
+    journal: a file that records each finished shard, so that a killed build resumes. The caller
+    removes it once the index is saved. progress: called with numbers of shards. A broken shard
+    raises DataError unless `allow_damaged` (see scan_shard). Samples that cannot be used are
+    counted and stay in the index; they are replaced when they are read.
     """
     if not 1 <= chunk_samples <= MAX_CHUNK_SAMPLES:
         raise ConfigError(f"--chunk-samples {chunk_samples} must be from 1 to {MAX_CHUNK_SAMPLES:,}")
@@ -52,7 +52,7 @@ def build_index(
             "shard a path of its own"
         )
     finished = _Journal(journal, f"{chunk_samples} {allow_damaged} {json.dumps(dataclasses.asdict(keys))}")
-    known = {url for url in shards if finished.holds(url)}
+    known = finished.held(shards)
     scan = functools.partial(scan_shard, chunk_samples=chunk_samples, allow_damaged=allow_damaged, keys=keys)
     scans = processes.map_in_order(scan, [url for url in shards if url not in known], workers)
     builder = _IndexBuilder()
@@ -64,9 +64,7 @@ def build_index(
     finally:
         scans.close()  # type: ignore[attr-defined]
         finished.close()
-    index = builder.index(chunk_samples, keys)
-    finished.remove()
-    return index
+    return builder.index(chunk_samples, keys)
 
 
 def open_index(pattern: str) -> Index:
@@ -92,7 +90,7 @@ class _Journal:
 
     def __init__(self, path: Path | None, options: str) -> None:
         self._path, self._file = path, None
-        self._lines: dict[str, tuple[int, int]] = {}  # by shard: its line's offset, the shard's bytes
+        self._lines: dict[str, tuple[int, str]] = {}  # by shard: its line's offset, its version
         if not path:
             return
         fields = " ".join(field.name for field in dataclasses.fields(Scan))
@@ -102,17 +100,18 @@ class _Journal:
         end = len(header) if self._file.readline() == header else 0
         for line in self._file if end else ():
             if line.endswith(b"\n"):
-                shard = json.loads(line)["shard"]
-                self._lines[shard["url"]] = (end, shard["num_bytes"])
+                values = json.loads(line)
+                self._lines[values["shard"]["url"]] = (end, values["version"])
                 end += len(line)
         self._file.truncate(end)
         if not end:
             self._file.write(header)
 
-    def holds(self, url: str) -> bool:
-        """Whether the shard is finished, and has the size that it had then."""
-        name = storage.without_query(url)
-        return name in self._lines and storage.sizes([url]) == [self._lines[name][1]]
+    def held(self, urls: Sequence[str]) -> set[str]:
+        """Those shards that are finished and have not changed since."""
+        finished = [url for url in urls if storage.without_query(url) in self._lines]
+        versions = zip(finished, storage.versions(finished), strict=True)
+        return {url for url, version in versions if version == self._lines[storage.without_query(url)][1]}
 
     def read(self, url: str) -> Scan:
         assert self._file
@@ -142,10 +141,6 @@ class _Journal:
     def close(self) -> None:
         if self._file:
             self._file.close()
-
-    def remove(self) -> None:
-        if self._path:
-            self._path.unlink()
 
 
 class _IndexBuilder:

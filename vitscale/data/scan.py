@@ -35,19 +35,20 @@ class Shard:
 class Scan:
     """What a pass over a shard found.
 
-    chunks: (blocks of 512 bytes, checksum) of each. damage: a sentence for each of the first
-    damaged places: num_damaged samples, and the archive itself. damaged_chunks: those that hold
-    damaged samples, by number in the shard. reasons: by reason, how many places, and where the
-    first is. repeated_keys: how many samples have the key of an earlier one of the shard, and
-    where the first is. passed_over: by extension, how many files are neither image nor label.
-    tar_damage: whether the archive itself is broken. rare: by label, the samples of labels that
-    may stand alone in the whole set (is_lone). key_hashes: of all samples, in order.
-    hash_ranges: by label, the lowest and the highest of them. num_neighbours: pairs of
-    consecutive samples that can be used. shared_labels: how many labels they have in common,
-    added up.
+    version: that of storage.versions when the pass began. chunks: (blocks of 512 bytes,
+    checksum) of each. damage: a sentence for each of the first damaged places: num_damaged
+    samples, and the archive itself. damaged_chunks: those that hold damaged samples, by number
+    in the shard. reasons: by reason, how many places, and where the first is. repeated_keys:
+    how many samples have the key of an earlier one of the shard, and where the first is.
+    passed_over: by extension, how many files are neither image nor label. tar_damage: whether
+    the archive itself is broken. rare: by label, the samples of labels that may stand alone in
+    the whole set (is_lone). key_hashes: of all samples, in order. hash_ranges: by label, the
+    lowest and the highest of them. num_neighbours: pairs of consecutive samples that can be
+    used. shared_labels: how many labels they have in common, added up.
     """
 
     shard: Shard
+    version: str
     chunks: list[tuple[int, int]]
     label_counts: dict[int, int]
     max_labels: int
@@ -121,6 +122,7 @@ def scan_shard(
     builder = _ScanBuilder(name, listed)
     chunks = _ChunkCutter()
     try:
+        (version,) = storage.versions([url])
         with storage.open_stream(url) as raw:
             stream = _RecordingStream(raw, chunks)
             try:
@@ -157,7 +159,7 @@ def scan_shard(
         num_samples=builder.num_samples,
         checksum=stream.hash.hexdigest(),
     )
-    return builder.scan(shard, chunks.finished)
+    return builder.scan(shard, version, chunks.finished)
 
 
 class _ScanBuilder:
@@ -215,11 +217,12 @@ class _ScanBuilder:
             self.damage.append(self.tar_damage)
             add_reason(self.reasons, "a broken archive", 1, self.tar_damage)
 
-    def scan(self, shard: Shard, chunks: list[tuple[int, int]]) -> Scan:
+    def scan(self, shard: Shard, version: str, chunks: list[tuple[int, int]]) -> Scan:
         passed_over: dict[str, int] = {}
         add_counts(passed_over, self.passed_over)
         return Scan(
             shard=shard,
+            version=version,
             chunks=chunks,
             label_counts=dict(self.labels),
             max_labels=self.max_labels,
