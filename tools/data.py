@@ -207,7 +207,13 @@ def warm(arguments: argparse.Namespace) -> int:
         f"{engine.cache_dir}: {share:.1%} of the run's remote shards, {warmed.num_bytes:,} of "
         f"{warmed.total_bytes:,} bytes"
     )
-    if share < 1:
+    if warmed.num_bytes < warmed.read_bytes:
+        print(
+            f"{warmed.read_bytes - warmed.num_bytes:,} bytes that were read are not there: they are damaged, "
+            f"the disk is full, or engine.cache_gb = {engine.cache_gb:g} is too little room",
+            file=sys.stderr,
+        )
+    elif share < 1:
         print(f"engine.cache_gb = {engine.cache_gb:g} holds no more", file=sys.stderr)
     if warmed.num_bad:
         print(f"{warmed.num_bad:,} samples cannot be used; training replaces them", file=sys.stderr)

@@ -1,25 +1,31 @@
 """Fills a node's cache with the chunks of a run's remote shards, before the run starts."""
 
 import functools
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 from vitscale import storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.index import Index
-from vitscale.data.reader import read_chunk
+from vitscale.data.reader import cache_key, read_chunk
 from vitscale.data.samples import BadSample
 from vitscale.data.sources import Source
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, StoreError
 from vitscale.processes import ProgressCallback, no_progress
 
 THREADS = 16  # they wait for the store, not for a core
 
 
 class Warmed(NamedTuple):
-    """What the cache holds: num_bytes of total_bytes. num_bad: samples that cannot be used."""
+    """What the cache holds: num_bytes of total_bytes, in chunks of remote shards.
+
+    read_bytes: what was read to be held. num_bad: samples that cannot be used.
+    """
 
     num_bytes: int
+    read_bytes: int
     total_bytes: int
     num_bad: int
 
@@ -30,7 +36,8 @@ def warm_cache(
     """Read chunks of remote shards into the cache, in the shards' order, until it is full.
 
     What the cache holds already is not read from the store again. progress: called with numbers
-    of shards. Raises ConfigError if no shard is remote, and StoreError if a store fails.
+    of shards. Raises ConfigError if no shard is remote, and StoreError if a store fails or the
+    folder cannot be written.
     """
     cache = NodeCache(folder, max_bytes)
     shards = [
@@ -41,13 +48,14 @@ def warm_cache(
     ]
     if not shards:
         raise ConfigError("all shards are on local disks, which need no cache; name shards in a store")
+    _check_folder(folder)
     kept: list[tuple[Index, int]] = []
-    num_bytes = 0
+    read_bytes = 0
     for index, number in shards:
-        if num_bytes + index.shards[number].data_bytes > max_bytes:
+        if read_bytes + index.shards[number].data_bytes > max_bytes:
             break
         kept.append((index, number))
-        num_bytes += index.shards[number].data_bytes
+        read_bytes += index.shards[number].data_bytes
     for url in {storage.scheme(i.shards[n].url): i.shards[n].url for i, n in kept}.values():
         storage.connect(url)
     progress(0, len(kept))
@@ -57,11 +65,35 @@ def warm_cache(
         for num_done, bad in enumerate(warmed, 1):
             num_bad += bad
             progress(num_done, len(kept))
-    return Warmed(num_bytes, sum(index.shards[number].data_bytes for index, number in shards), num_bad)
+    num_bytes = sum(_held_bytes(cache, index, number) for index, number in kept)
+    total_bytes = sum(index.shards[number].data_bytes for index, number in shards)
+    return Warmed(num_bytes, read_bytes, total_bytes, num_bad)
+
+
+def _check_folder(folder: str) -> None:
+    """Make the folder. Raises StoreError if no file can be written to it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StoreError(
+            f"engine.cache_dir {folder} cannot be written ({error.strerror}); name a folder on a local disk"
+        ) from None
+
+
+def _chunks_of(index: Index, shard: int) -> range:
+    first, end = index.layout.first_chunks[shard : shard + 2].tolist()
+    return range(first, end)
+
+
+def _held_bytes(cache: NodeCache, index: Index, shard: int) -> int:
+    """The bytes of a shard's chunks that are in the cache."""
+    places = map(index.chunk_range, _chunks_of(index, shard))
+    return sum(place[2] - place[1] for place in places if cache.holds(cache_key(*place)))
 
 
 def _warm_shard(cache: NodeCache, index: Index, shard: int) -> int:
     """Read a shard's chunks through the cache; the number of samples that cannot be used."""
-    first, end = index.layout.first_chunks[shard : shard + 2].tolist()
-    chunks = (read_chunk(index, chunk, cache) for chunk in range(first, end))
+    chunks = (read_chunk(index, chunk, cache) for chunk in _chunks_of(index, shard))
     return sum(isinstance(sample, BadSample) for chunk in chunks for sample in chunk)

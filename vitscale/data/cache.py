@@ -34,6 +34,10 @@ class NodeCache:
             return None
         return data
 
+    def holds(self, key: str) -> bool:
+        """Whether `get` would find something."""
+        return self._path(key).exists()
+
     def put(self, key: str, data: bytes) -> None:
         """Keep `data`, and remove what was not used for longest.
 

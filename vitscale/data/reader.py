@@ -13,6 +13,7 @@ from vitscale import storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.index import Index
 from vitscale.data.samples import BadSample, RawSample, parse_samples
+from vitscale.data.scan import Shard
 from vitscale.errors import DataError
 from vitscale.redaction import redact
 
@@ -30,7 +31,7 @@ def read_chunk(index: Index, chunk: int, cache: NodeCache | None = None) -> Chun
     shard, start, end = index.chunk_range(chunk)
     count = len(index.layout.chunk_ids(chunk))
     cache = None if storage.is_local(shard.url) else cache
-    key = f"{shard.checksum} {start} {end}"
+    key = cache_key(shard, start, end)
     is_right = functools.partial(index.is_intact, chunk)
     cached = cache.get(key) if cache else None
     if cached is not None and is_right(cached):
@@ -45,6 +46,11 @@ def read_chunk(index: Index, chunk: int, cache: NodeCache | None = None) -> Chun
         return parse_samples(data, start, count, index.keys)
     where = f"bytes {start:,} to {end:,} are not those that were indexed"
     return [_distrusted(sample, where) for sample in parse_samples(data, start, count, index.keys)]
+
+
+def cache_key(shard: Shard, start: int, end: int) -> str:
+    """The key of the chunk with the bytes [start, end) of a shard in a node's cache."""
+    return f"{shard.checksum} {start} {end}"
 
 
 def read_samples(index: Index, ids: Sequence[int]) -> Iterator[RawSample]:
