@@ -5,7 +5,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def pack(arguments: argparse.Namespace) -> int:
         if split == "train":
             print(f"to train on them: model.num_classes = {max(index.usual_labels) + 1}")
         report_index(index, out)
+    report_passed_over(report.passed_over)
     for sentence in report.omissions:
         print(f"left out: {sentence}", file=sys.stderr)
     if report.num_omissions:
@@ -227,9 +228,14 @@ def report_index(index: Any, path: Path) -> None:
     for sentence in commonest(index.reasons, len(index.reasons)):
         print(f"damaged: {sentence}", file=sys.stderr)
     report_doubts(index, path)
-    if index.passed_over:
-        counts = [f"{count:,} {extension}" for extension, count in sorted(index.passed_over.items())]
-        print(f"passed over, neither images nor labels: {', '.join(counts)}", file=sys.stderr)
+    report_passed_over(index.passed_over)
+
+
+def report_passed_over(counts: Mapping[str, int]) -> None:
+    """Print how many files of shards are neither images nor labels, by extension."""
+    if counts:
+        texts = [f"{count:,} {extension}" for extension, count in sorted(counts.items())]
+        print(f"passed over, neither images nor labels: {', '.join(texts)}", file=sys.stderr)
 
 
 def report_doubts(index: Any, path: str | Path) -> None:

@@ -14,9 +14,11 @@ from make import jpeg, write_tar
 from PIL import Image
 
 from tools.data import main
+from vitscale.curate.pack.shards import list_shard
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
 from vitscale.data.reader import read_samples
+from vitscale.data.samples import DEFAULT_KEYS
 
 COUNT = 12
 LABELS = [number % 3 for number in range(COUNT)]
@@ -152,12 +154,16 @@ def test_a_published_layout_is_indexed_and_packed(
     shown = capsys.readouterr()
     assert f"{COUNT} samples in" in shown.out and ", 0 of them damaged" in shown.out
     counts = ", ".join(f"{count} {extension}" for extension, count in passed_over.items())
-    assert f"passed over, neither images nor labels: {counts}" in shown.err or not passed_over
+    sentence = counts and f"passed over, neither images nor labels: {counts}\n"
+    assert shown.err == sentence
     index = Index.load(str(out))
     assert index.passed_over == passed_over and index.label_counts == {0: 4, 1: 4, 2: 4}
     assert samples_of(index) == expected_of(layout)
     packed = ["pack", pattern, str(tmp_path / "packed"), "--format", "shards", "--workers", "0", *options]
     assert main(packed) == 0
+    assert capsys.readouterr().err == sentence
+    report = json.loads((tmp_path / "packed" / "pack-report.json").read_text())
+    assert report.get("passed_over", {}) == passed_over
     assert samples_of(Index.load(str(tmp_path / "packed" / "index.json"))) == expected_of(layout)
 
 
@@ -172,7 +178,8 @@ def test_a_file_that_is_passed_over_is_never_opened(tmp_path: Path) -> None:
 def test_files_without_a_key_belong_to_no_sample(tmp_path: Path) -> None:
     others = [("README", b"x"), ("__info__/x.json", b"{}"), ("._b.jpg", b"macOS"), ("a/.DS_Store", b"x")]
     members = [("a.jpg", jpeg(0)), ("a.cls", b"0"), *others, ("b.jpg", jpeg(1)), ("b.cls", b"1")]
-    index = build_index([str(write_tar(tmp_path / "x.tar", [*others, *members]))], chunk_samples=1)
+    path = str(write_tar(tmp_path / "x.tar", [*others, *members]))
+    index = build_index([path], chunk_samples=1)
     assert index.num_samples == 2 and index.num_damaged == 0
-    assert index.passed_over == {"without a key": 8}
+    assert index.passed_over == list_shard(path, DEFAULT_KEYS).passed_over == {"without a key": 8}
     assert samples_of(index) == sorted([(jpeg(0), 0), (jpeg(1), 1)])

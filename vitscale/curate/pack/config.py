@@ -1,6 +1,7 @@
 """The options of a packing, its report, and the error by which one image is left out."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from vitscale.curate.formats import FORMAT_NAMES
@@ -118,6 +119,7 @@ class PackReport:
     num_kept_shards: how many an earlier, interrupted run had finished.
     num_omissions: how many sources were left out; `omissions` describes the first NUM_LISTED.
     edition: which edition of the data set this is, in words; "" if it has none.
+    passed_over: by extension, how many files of existing shards are neither image nor label.
     """
 
     shards: dict[str, list[str]]
@@ -126,6 +128,7 @@ class PackReport:
     num_omissions: int
     omissions: tuple[str, ...]
     edition: str = ""
+    passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Omission(ValueError):

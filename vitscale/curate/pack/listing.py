@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -61,6 +61,7 @@ class Listing:
 
     synsets: whether the class names are WordNet ids, which also get a file of their own.
     edition: which edition of the data set this is, in words; "" if it has none.
+    passed_over: by extension, how many files of existing shards are neither image nor label.
     """
 
     splits: dict[str, References]
@@ -68,6 +69,7 @@ class Listing:
     omissions: Omissions
     synsets: bool = False
     edition: str = ""
+    passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -197,12 +197,14 @@ def _report(out: Path, plan: PackPlan, listing: Listing, num_kept: int) -> PackR
         num_omissions=omissions.count,
         omissions=tuple(omissions.first[:NUM_LISTED]),
         edition=listing.edition,
+        passed_over=listing.passed_over,
     )
     values = {
         **({"edition": report.edition} if report.edition else {}),
         "num_samples": num_samples,
         "num_left_out": report.num_omissions,
         "left_out": report.omissions,
+        **({"passed_over": report.passed_over} if report.passed_over else {}),
         "num_shards": {split: len(split_paths) for split, split_paths in paths.items()},
     }
     atomic.write(out / REPORT_FILE, json.dumps(values, indent=1).encode())

@@ -1,5 +1,6 @@
 """Lists existing WebDataset shards, to shuffle, cut or encode their samples again."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -16,6 +17,7 @@ from vitscale.data.classes import names_by_label
 from vitscale.data.index import Index
 from vitscale.data.samples import (
     DEFAULT_KEYS,
+    WITHOUT_KEY,
     BadSample,
     LabelError,
     SampleKeys,
@@ -24,7 +26,7 @@ from vitscale.data.samples import (
     read_labels,
     split_name,
 )
-from vitscale.data.scan import add_reason
+from vitscale.data.scan import add_counts, add_reason
 from vitscale.data.tar import compression, decompress_hint
 from vitscale.errors import ConfigError, DataError
 from vitscale.redaction import redact
@@ -35,12 +37,14 @@ class ShardSamples:
     """The samples of a shard: (key, offset and bytes of the image, labels); those left out.
 
     damage: what is wrong with the archive; "" if nothing is. others: as in TarMembers.
+    passed_over: by extension, how many files are neither image nor label.
     """
 
     samples: list[tuple[str, int, int, tuple[int, ...]]]
     bad: list[BadSample]
     damage: str
     others: list[str]
+    passed_over: collections.Counter[str]
 
 
 def open_shards(source: str) -> tuple[list[str], SampleKeys]:
@@ -75,6 +79,7 @@ def list_shards(source: str, config: PackConfig) -> Listing:
     if config.sample_keys() != DEFAULT_KEYS:
         keys = config.sample_keys()
     omissions, reasons = Omissions(), dict[str, tuple[int, str]]()
+    passed_over: dict[str, int] = {}
     splits: dict[str, FileReferences] = {}
     shards = processes.map_in_order(functools.partial(list_shard, keys=keys), paths, config.workers)
     for path, shard in zip(paths, shards, strict=True):
@@ -84,6 +89,7 @@ def list_shards(source: str, config: PackConfig) -> Listing:
         archive = references.add_archive(path)
         if shard.damage:
             omissions.add(f"{path}: {shard.damage}")
+        add_counts(passed_over, shard.passed_over)
         for sentence in shard.others:
             omissions.add(sentence)
         for sample in shard.bad:
@@ -101,7 +107,13 @@ def list_shards(source: str, config: PackConfig) -> Listing:
         )
     classes = names_by_label(keys.classes) or _class_names(Path(paths[0]))
     synsets = bool(classes) and all(SYNSET.fullmatch(name) for name in classes)
-    return Listing(splits=dict(ordered), classes=classes, omissions=omissions, synsets=synsets)
+    return Listing(
+        splits=dict(ordered),
+        classes=classes,
+        omissions=omissions,
+        synsets=synsets,
+        passed_over=passed_over,
+    )
 
 
 def list_shard(path: str, keys: SampleKeys) -> ShardSamples:
@@ -112,18 +124,21 @@ def list_shard(path: str, keys: SampleKeys) -> ShardSamples:
     members = list_members(TarPlace(path, 0, path))
     if members.damage and not members.files and (program := compression(storage.read_range(path, 0, 8))):
         raise DataError(f"shard {path} {decompress_hint(path, program)}")
-    shard = ShardSamples([], [], members.damage, members.others)
+    shard = ShardSamples([], [], members.damage, members.others, collections.Counter())
     named = [
         (*split_name(name), offset, size)
         for name, offset, size in members.files
         if not belongs_to_no_sample(name)
     ]
+    shard.passed_over.update(itertools.repeat(WITHOUT_KEY, len(members.files) - len(named)))
     for key, group in itertools.groupby(named, key=lambda file: file[0]):
         files = [file[1:] for file in group]
-        choice = choose([extension for extension, _, _ in files], keys)
+        extensions = [extension for extension, _, _ in files]
+        choice = choose(extensions, keys)
         if isinstance(choice, str):
-            shard.bad.append(BadSample(key, choice, " ".join(f".{extension}" for extension, _, _ in files)))
+            shard.bad.append(BadSample(key, choice, " ".join(f".{extension}" for extension in extensions)))
             continue
+        shard.passed_over.update(f".{extension}" for extension in extensions if extension not in choice)
         places = {extension: (offset, size) for extension, offset, size in files}
         offset, size = places[choice.label]
         try:
