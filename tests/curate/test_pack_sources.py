@@ -265,6 +265,20 @@ def test_a_member_too_large_for_an_image_is_left_out(tmp_path: Path) -> None:
         huge.read()
 
 
+@pytest.mark.parametrize("num_more", [-1, 1, 100])
+def test_a_file_that_was_cut_or_has_grown_since_it_was_listed_is_left_out(
+    tmp_path: Path, num_more: int
+) -> None:
+    references = FileReferences(str(tmp_path))
+    references.add("x.jpg", (0,), 400)
+    (reference,) = references.take(np.arange(1))
+    (tmp_path / "x.jpg").write_bytes(bytes(400))
+    assert reference.read() == bytes(400)
+    (tmp_path / "x.jpg").write_bytes(bytes(400 + num_more))
+    with pytest.raises(Omission, match=r"x.jpg: it has not the 400 bytes that were listed"):
+        reference.read()
+
+
 def test_existing_shards_are_shuffled_cut_and_re_encoded(tmp_path: Path) -> None:
     folder = tmp_path / "old"
     folder.mkdir()

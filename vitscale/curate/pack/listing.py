@@ -92,11 +92,15 @@ class FileReference:
         try:
             if self.size == WHOLE:
                 return storage.read_bytes(self.path)
-            data = storage.read_range(self.path, self.offset, self.offset + self.size)
+            # One byte more of a whole file shows whether it has grown.
+            end = self.offset + self.size if self.offset else self.size + 1
+            data = storage.read_range(self.path, self.offset, end)
         except OSError as error:
             raise UnreadableFile(f"{self.where}: cannot be read ({error.strerror or error})") from None
-        if len(data) < self.size:
-            raise Omission(f"{self.where}: has {len(data):,} bytes, {self.size:,} were listed: it was cut")
+        if len(data) != self.size:
+            raise Omission(
+                f"{self.where}: it has not the {self.size:,} bytes that were listed; pack it again"
+            )
         return data
 
 
