@@ -1,8 +1,10 @@
 """Decoding and augmentation: strict about damage, exact about geometry, keyed by the sample."""
 
 import io
+import resource
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,6 +231,23 @@ def test_evaluation_views_that_are_no_squares() -> None:
     assert torch.equal(wide, resize(pixels[:20], 10, 16)[:, 1:8, 1:15])
     square = evaluation_view(pixels[:20], "center", (14, 14))
     assert torch.equal(square, evaluation_view(pixels[:20], "center", 14))
+
+
+def test_the_middle_of_a_very_long_image_is_enough() -> None:
+    """As a whole, 1 x 65,000 pixels of size 224 would be resized to 256 x 16,640,000: 13 GB."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 65_000, 3), dtype=np.uint8)
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (num_pages * resource.getpagesize() + (2 << 30), limits[1]))
+    try:
+        view = evaluation_view(pixels, "center", 224)
+        turned = evaluation_view(pixels.transpose(1, 0, 2), "center", 224)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert torch.equal(view, evaluation_view(pixels[:, 32_450:32_550], "center", 224))
+    assert torch.equal(turned, evaluation_view(pixels[:, 32_450:32_550].transpose(1, 0, 2), "center", 224))
+    whole = resize(pixels[:, 32_400:32_600], 16, 3200)[:, 1:15, 1593:1607]
+    assert torch.equal(evaluation_view(pixels[:, 32_400:32_600], "center", 14), whole)
 
 
 def box_of(sample: int):

@@ -31,6 +31,7 @@ from vitscale.data.turbojpeg import Box
 from vitscale.errors import ConfigError
 from vitscale.image_size import ImageSize, sides
 
+MAX_ASPECT = 100  # of an image that is resized as a whole
 PAD_FILLS = {"black": 0, "grey": 128}  # normalize() makes it -1 and 0.004
 
 
@@ -205,11 +206,16 @@ def evaluation_view(
 
     "resize" squeezes it to the size. "center" keeps its aspect ratio: it makes the image as
     small as covers size x 256 / 224, and takes the centre. For a square, the short side then
-    has size x 256 / 224 pixels.
+    has size x 256 / 224 pixels. Of an image longer than MAX_ASPECT times its short side, only
+    the middle is resized: the rest would take gigabytes and is not in the view.
     """
     rows, columns = sides(size)
     if crop == "resize":
         return resize(pixels, rows, columns).contiguous()
+    height, width = pixels.shape[:2]
+    longest = MAX_ASPECT * min(height, width)
+    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+    pixels = cut(pixels, (top, left, min(height, longest), min(width, longest)))
     height, width = pixels.shape[:2]
     scale = max(rows * 256 / 224 / height, columns * 256 / 224 / width)
     resized = resize(pixels, max(rows, round(height * scale)), max(columns, round(width * scale)))
