@@ -188,6 +188,21 @@ def test_a_source_without_any_image_is_refused_and_one_image_is_enough(tmp_path:
     assert report.num_samples == {"train": 1} and report.num_omissions == 1
 
 
+def test_a_shard_of_which_everything_is_left_out_does_not_appear(tmp_path: Path) -> None:
+    source, out = write_photos(tmp_path / "photos", 4), tmp_path / "out"
+    (tmp_path / "photos" / "cat" / "1.jpg").write_bytes(bytes(100))
+    config = PackConfig(shuffle=False, samples_per_shard=1)
+    report = pack(source, out, config)
+    names = [f"train-{number:06d}.tar" for number in (0, 1, 3)]
+    assert list(shard_bytes(out)) == [Path(path).name for path in report.shards["train"]] == names
+    assert [s.labels for s in read_all(sorted(map(str, out.glob("*.tar"))))] == [(0,), (0,), (1,)]
+    again = pack(source, out, config)
+    assert again.num_kept_shards == 4 and again.omissions == report.omissions and report.num_omissions == 1
+    (tmp_path / "photos" / "cat" / "1.jpg").write_bytes(jpeg(1)[:100])  # it only had no JPEG header
+    (out / "pack-left-out" / "train-000002.tar.json").unlink()
+    assert pack(source, out, config).num_samples == {"train": 4}
+
+
 def test_a_source_that_is_gone_is_refused_and_one_file_is_enough(tmp_path: Path) -> None:
     table, out = tmp_path / "table.csv", tmp_path / "out"
     table.write_text("path,label\n" + "".join(f"gone/{number}.jpg,1\n" for number in range(20)))

@@ -1,7 +1,9 @@
 """The plan of a packing: which samples belong to which shard. A file in OUT keeps it.
 
-A shard appears in OUT only when it is complete, and its omissions are written before it. So the
-plan and the names of the shards in OUT are all that a run needs to continue a killed one.
+A shard appears in OUT only when it is complete, and its omissions are written before it. One of
+which everything is left out does not appear: the record of its omissions says that it is
+finished. So the plan, the names of the shards in OUT and these records are all that a run needs
+to continue a killed one.
 """
 
 import contextlib
@@ -108,7 +110,8 @@ def prepare(out: Path, plan: PackPlan, overwrite: bool) -> set[str]:
         for path in _matching(folder, _LEFTOVER):
             path.unlink()
     plan.save(out)
-    return {path.name for path in _matching(out, _SHARD)}
+    finished = {path.name for path in _matching(out, _SHARD)}
+    return finished | {s.name for s in plan.shards() if len(read_omissions(out, s.name)) == s.count}
 
 
 @contextlib.contextmanager

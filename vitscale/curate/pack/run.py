@@ -1,9 +1,11 @@
 """Packing: list the source, plan the shards, write each as a task of its own.
 
 The same source and options give the same bytes, whatever the number of workers, and however
-often the packing was killed. To write one shard again, remove it and run the same command.
+often the packing was killed. To write one shard again, remove it and run the same command. If
+everything was left out of it, it has no file: remove its record in pack-left-out/ instead.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -77,6 +79,10 @@ class ShardTask:
     quality: int
 
 
+class _NoSample(Exception):
+    """Everything was left out of a shard, so it is not to appear."""
+
+
 def pack(source: str, out: Path, config: PackConfig, progress: ProgressCallback = no_progress) -> PackReport:
     """Write the images of a source to shards in `out`, or those shards that are missing.
 
@@ -108,10 +114,12 @@ def pack(source: str, out: Path, config: PackConfig, progress: ProgressCallback 
 def write_shard(task: ShardTask) -> int:
     """Write one shard and record its omissions; return the number of its references.
 
+    A shard without any sample, which an index refuses, does not appear.
+
     Raises OSError if it cannot be written, DataError if none of its many files can be read.
     """
     omissions: list[Omission] = []
-    with open_shard(task.path) as write:
+    with contextlib.suppress(_NoSample), open_shard(task.path) as write:
         for position, reference in enumerate(task.references, task.first):
             try:
                 write(make_sample(reference, task.split, position, task.short_side, task.quality))
@@ -120,6 +128,8 @@ def write_shard(task: ShardTask) -> int:
         if len(omissions) == len(task.references) >= _NUM_GONE:
             _refuse_missing_source(task, omissions)
         write_omissions(task.path, [str(omission) for omission in omissions])
+        if len(omissions) == len(task.references):
+            raise _NoSample
     return len(task.references)
 
 
@@ -179,7 +189,7 @@ def _report(out: Path, plan: PackPlan, listing: Listing, num_kept: int) -> PackR
     omissions = Omissions(listing.omissions.count, list(listing.omissions.first))
     for shard in plan.shards():
         sentences = read_omissions(out, shard.name)
-        if len(sentences) < shard.count:  # or it is an empty archive, which only marks it as finished
+        if len(sentences) < shard.count:  # or there is none; earlier commits left an empty archive
             paths[shard.split].append(str(out / shard.name))
         for sentence in sentences:
             num_samples[shard.split] -= 1
