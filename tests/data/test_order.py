@@ -134,7 +134,7 @@ def test_windows_say_where_the_next_one_begins() -> None:
     """The samples after `last` in its chunk are the first ones of the lane's next window."""
     order = make_order(lanes=3)
     for window, following in itertools.pairwise(itertools.islice(order.lane_stream(1, 0), 10)):
-        chunk = order.layout.chunk_ids(int(order.layout.chunk_of(np.array([window.last]))[0]))
+        chunk = order.layout.chunk_ids(order.layout.chunk_with(window.last))
         assert set(range(window.last + 1, chunk.stop)) <= set(following.ids.tolist())
         assert window.last in window.ids
 

@@ -18,7 +18,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -30,9 +30,9 @@ from vitscale.curate.phash import BITS, MAX_THRESHOLD, MIN_DETAIL, SIDE, HashTab
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.index import Index
 from vitscale.data.indexing import open_index
-from vitscale.data.reader import read_samples
-from vitscale.data.samples import RawSample
-from vitscale.errors import ConfigError, DataError
+from vitscale.data.reader import describe, read_any
+from vitscale.data.samples import BadSample
+from vitscale.errors import ConfigError
 from vitscale.processes import ProgressCallback, map_in_order, no_progress
 from vitscale.redaction import redact
 
@@ -173,9 +173,9 @@ def _hash_range(index: Index, ids: range) -> _ImageHashes:
     digests = np.zeros(len(ids), dtype=np.uint64)
     grey = np.zeros((len(ids), SIDE, SIDE), dtype=np.float32)
     readable = np.zeros(len(ids), dtype=bool)
-    for position, sample in enumerate(_read_each(index, ids)):
-        if isinstance(sample, DataError):
-            damage.append(str(sample))
+    for position, sample in enumerate(read_any(index, ids)):
+        if isinstance(sample, BadSample):
+            damage.append(f"{describe(index, ids[position])}: {sample.describe()}")
             continue
         try:
             pixels = decode(sample.image)
@@ -187,19 +187,6 @@ def _hash_range(index: Index, ids: range) -> _ImageHashes:
     hashes, mirrored, detail = hash_luminance(grey)
     detailed = readable & (detail >= MIN_DETAIL)
     return _ImageHashes(keys, digests, hashes, mirrored, readable, detailed, damage)
-
-
-def _read_each(index: Index, ids: range) -> Iterator[RawSample | DataError]:
-    """Every sample, or why it cannot be read."""
-    start = ids.start
-    while start < ids.stop:
-        try:
-            for sample in read_samples(index, range(start, ids.stop)):
-                yield sample
-                start += 1
-        except DataError as error:
-            yield error
-            start += 1
 
 
 def _pixel_digest(pixels: UInt8[np.ndarray, "h w 3"]) -> int:

@@ -1,8 +1,6 @@
 """What deduplication results in: a list for training to exclude, and pairs to judge by eye."""
 
-import bisect
 import dataclasses
-import itertools
 import json
 import math
 from pathlib import Path
@@ -168,5 +166,4 @@ def _pair_to_json(index: Index, pair: Pair) -> dict[str, Any]:
 
 def shard_of(index: Index, sample_id: int) -> str:
     """The URL of the shard that holds a sample."""
-    ends = list(itertools.accumulate(shard.num_samples for shard in index.shards))
-    return redact(index.shards[bisect.bisect_right(ends, sample_id)].url)
+    return redact(index.shards[index.layout.shard_of(index.layout.chunk_with(sample_id))].url)

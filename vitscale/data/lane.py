@@ -158,7 +158,7 @@ class _WindowReader:
         held = self._held if window.epoch == self._epoch else {}
         missing = np.array([sample_id for sample_id in drawn if sample_id not in held], dtype=np.int64)
         # The chunk in which the window ends holds the first samples of the next one.
-        end = self._layout.chunk_ids(int(self._layout.chunk_of(np.array([window.last]))[0])).stop
+        end = self._layout.chunk_ids(self._layout.chunk_with(window.last)).stop
         wanted = {*drawn, *range(window.last + 1, end)}
         chunks = np.unique(self._layout.chunk_of(missing)).tolist()
         reads = [self._threads.submit(self._fetch, chunk, wanted) for chunk in chunks]
@@ -255,5 +255,5 @@ class Augmenter:
 
     def _sample(self, sample_id: int) -> RawSample | BadSample:
         layout = self._source.index.layout
-        chunk = int(layout.chunk_of(np.array([sample_id]))[0])
+        chunk = layout.chunk_with(sample_id)
         return self._read(chunk)[sample_id - layout.chunk_ids(chunk).start]

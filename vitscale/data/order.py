@@ -75,6 +75,10 @@ class ShardLayout:
         shards = np.searchsorted(self.first_ids, ids, side="right") - 1  # [n]
         return self.first_chunks[shards] + (ids - self.first_ids[shards]) // self.chunk_samples
 
+    def chunk_with(self, sample_id: int) -> int:
+        """The chunk that holds one sample."""
+        return int(self.chunk_of(np.array([sample_id]))[0])
+
     def shard_of(self, chunk: int) -> int:
         """The shard that holds a chunk."""
         return int(np.searchsorted(self.first_chunks, chunk, side="right")) - 1

@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from vitscale import storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.index import Index
@@ -65,7 +63,7 @@ def read_any(index: Index, ids: Sequence[int]) -> Iterator[RawSample | BadSample
     """The samples of `ids`, in that order; for rising ids, each chunk is read once."""
     read, samples = -1, Chunk()  # the chunk that was read last
     for sample_id in ids:
-        chunk = int(index.layout.chunk_of(np.array([sample_id]))[0])
+        chunk = index.layout.chunk_with(sample_id)
         if chunk != read:
             read, samples = chunk, read_chunk(index, chunk)
         yield samples[sample_id - index.layout.chunk_ids(chunk).start]
@@ -73,7 +71,7 @@ def read_any(index: Index, ids: Sequence[int]) -> Iterator[RawSample | BadSample
 
 def describe(index: Index, sample_id: int) -> str:
     """Where a sample is, for messages: its shard, the bytes of its chunk, its number."""
-    shard, start, end = index.chunk_range(int(index.layout.chunk_of(np.array([sample_id]))[0]))
+    shard, start, end = index.chunk_range(index.layout.chunk_with(sample_id))
     return f"{redact(shard.url)}, bytes {start:,} to {end:,}, sample number {sample_id:,}"
 
 

@@ -70,7 +70,7 @@ class SourceRecord:
         """The chunk of a sample that the run found damaged; None if it is of another index."""
         if place.sample_id >= self.layout.num_samples:
             return None
-        chunk = int(self.layout.chunk_of(np.array([place.sample_id]))[0])
+        chunk = self.layout.chunk_with(place.sample_id)
         first = int(self.layout.first_chunks[self.layout.shard_of(chunk)])
         end = int(self.chunks["blocks"][first : chunk + 1].sum(dtype=np.int64)) * BLOCK
         start = end - int(self.chunks["blocks"][chunk]) * BLOCK

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from vitscale import storage
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.index import Index
@@ -68,7 +66,7 @@ class Shards:
 
 def read_as_it_is(index: Index, sample_id: int) -> RawSample | BadSample:
     """A sample that the bytes hold now, even of a chunk that was damaged after indexing."""
-    chunk = int(index.layout.chunk_of(np.array([sample_id]))[0])
+    chunk = index.layout.chunk_with(sample_id)
     shard, start, end = index.chunk_range(chunk)
     ids = index.layout.chunk_ids(chunk)
     samples = parse_samples(storage.read_range(shard.url, start, end), start, len(ids), index.keys)
