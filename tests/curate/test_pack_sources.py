@@ -81,6 +81,15 @@ def test_class_folders_become_labels_and_other_files_are_reported(tmp_path: Path
         packed(tmp_path / "photos", tmp_path / "other")
 
 
+@pytest.mark.parametrize("path", ["train/1.jpg", "train/steam/1.jpg"])
+def test_a_class_named_like_a_split_is_refused(tmp_path: Path, path: str) -> None:
+    for name in (path, "bus/1.jpg", "car/1.jpg", ".hidden/1.jpg", "lists/notes.txt", "validation/bus/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(0))
+    with pytest.raises(DataError, match=r"folders of images \(bus, car\) beside train, which is taken for"):
+        packed(tmp_path, tmp_path.parent / "out")
+
+
 def test_a_source_without_class_folders_or_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for source, sentence in (

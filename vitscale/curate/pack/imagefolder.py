@@ -14,9 +14,11 @@ def list_imagefolder(source: str, config: PackConfig) -> Listing:
     """source/CLASS/**/IMAGE.jpg, or source/{train,val,test}/CLASS/**/IMAGE.jpg.
 
     The class folders of the training split, sorted, are the classes. Raises DataError for a
-    class that only another split has, and for a split without images.
+    class that only another split has, for a split without images, and for class folders beside
+    splits: one of the splits is then a class of that name.
     """
     folders = find_splits(Path(source))
+    _refuse_classes_beside(Path(source), folders)
     classes = class_names(next(iter(folders.values())))
     omissions = Omissions()
     splits = {split: _list_split(source, folder, classes, omissions) for split, folder in folders.items()}
@@ -85,6 +87,18 @@ def _list_split(source: str, folder: Path, classes: list[str], omissions: Omissi
     if not len(references):
         raise DataError(f"{folder} holds no image: .{', .'.join(IMAGE_EXTENSIONS)} are read")
     return references
+
+
+def _refuse_classes_beside(source: Path, folders: Mapping[str, Path]) -> None:
+    if source in folders.values():
+        return
+    others = sorted(set(filter(Path.is_dir, source.glob("[!.]*"))) - set(folders.values()))
+    classes = [path.name for path in others if any(map(is_image_name, os.listdir(path)))]
+    if classes:
+        raise DataError(
+            f"{source} holds folders of images ({', '.join(classes[:3])}) beside {', '.join(folders)}, which is "
+            f"taken for a split; move all classes into {source / 'train'}, or the other folders away"
+        )
 
 
 def _add_unexpected(source: Path, folders: Mapping[str, Path], omissions: Omissions) -> None:
