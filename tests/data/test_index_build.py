@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 from tools.data import main
 from vitscale import storage
+from vitscale.curate import stats
 from vitscale.curate.stats import measure
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
@@ -161,6 +163,26 @@ def test_images_whose_headers_are_damaged_are_counted_as_unreadable(tmp_path: Pa
         members += [(f"s{number}.png", image), (f"s{number}.cls", b"0")]
     stats = measure(build_index([str(write_tar(tmp_path / "x.tar", members))]))
     assert (stats.unreadable, len(stats.short_sides)) == (2, 1)
+
+
+@pytest.mark.parametrize("chunk_samples", [1, 16, 65_535])
+def test_statistics_read_several_images_of_a_few_chunks(
+    tmp_path: Path, monkeypatch, chunk_samples: int
+) -> None:
+    index = Index.load(str(write_index(tmp_path, [200, 3, 197], chunk_samples)))
+    monkeypatch.setattr(stats, "NUM_SAMPLED", 40)
+    assert 25 < len(measure(index).image_bytes) <= 40
+    if chunk_samples == 16:
+        before = bytes_read()
+        measure(index)
+        assert bytes_read() - before < index.num_bytes / 3
+    monkeypatch.undo()
+    assert len(measure(index).image_bytes) == index.num_samples
+
+
+def bytes_read() -> int:
+    """By this process so far."""
+    return int(re.findall(r"rchar: (\d+)", Path("/proc/self/io").read_text())[0])
 
 
 def test_a_picture_of_the_data_set_is_drawn(tmp_path: Path, capsys) -> None:

@@ -12,10 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vitscale import storage
 from vitscale.data.index import Index
-from vitscale.data.reader import read_samples
-from vitscale.errors import StoreError
+from vitscale.data.order import ShardLayout
+from vitscale.data.reader import read_any
+from vitscale.data.samples import BadSample
 
 NUM_SAMPLED = 2000
+NUM_OF_CHUNK = 8  # images of a chunk, if there are enough chunks
 NUM_ROWS = 20  # of a text histogram, whose longest bar has BAR_CHARACTERS
 BAR_CHARACTERS = 40
 NUM_BINS = 40  # of a drawn histogram
@@ -38,17 +40,17 @@ class Stats:
 
 
 def measure(index: Index) -> Stats:
-    """Read the headers of up to 2,000 images that are spread evenly over the set."""
-    num_sampled = min(NUM_SAMPLED, index.num_samples)
-    ids = np.unique(np.linspace(0, index.num_samples - 1, num_sampled).astype(int))
+    """Read the headers of up to 2,000 images of chunks that are spread evenly over the set."""
+    ids = _spread_ids(index.layout)
     sizes, image_bytes = [], []
-    for sample_id in ids.tolist():
+    for sample in read_any(index, ids):
+        if isinstance(sample, BadSample):
+            continue
         try:
-            sample = next(read_samples(index, [sample_id]))
             with Image.open(io.BytesIO(sample.image), formats=("JPEG", "PNG", "WEBP")) as image:
                 sizes.append(image.size)
             image_bytes.append(len(sample.image))
-        except (StoreError, MemoryError):
+        except MemoryError:
             raise
         except Exception:  # what Pillow raises for damage is of any kind
             continue
@@ -59,6 +61,18 @@ def measure(index: Index) -> Stats:
         image_bytes=tuple(image_bytes),
         unreadable=len(ids) - len(sizes),
     )
+
+
+def _spread_ids(layout: ShardLayout) -> list[int]:
+    """Up to NUM_SAMPLED samples in rising order, several of each chunk that has to be read."""
+    if layout.num_samples <= NUM_SAMPLED:
+        return list(range(layout.num_samples))
+    num_chunks = min(layout.num_chunks, NUM_SAMPLED // min(NUM_OF_CHUNK, layout.chunk_samples))
+    of_chunk = np.arange(NUM_SAMPLED // num_chunks)  # [m]
+    chunks = np.linspace(0, layout.num_chunks - 1, num_chunks).astype(int)
+    first_ids, counts = layout.spans(chunks)  # [num_chunks] each
+    ids = first_ids[:, None] + counts[:, None] * of_chunk // len(of_chunk)  # [num_chunks, m]
+    return np.unique(ids).tolist()
 
 
 def describe(stats: Stats) -> str:

@@ -96,8 +96,8 @@ def _refuse_classes_beside(source: Path, folders: Mapping[str, Path]) -> None:
     classes = [path.name for path in others if any(map(is_image_name, os.listdir(path)))]
     if classes:
         raise DataError(
-            f"{source} holds folders of images ({', '.join(classes[:3])}) beside {', '.join(folders)}, which is "
-            f"taken for a split; move all classes into {source / 'train'}, or the other folders away"
+            f"{source} holds folders of images ({', '.join(classes[:3])}) beside {', '.join(folders)}, which "
+            f"is taken for a split; move all classes into {source / 'train'}, or the other folders away"
         )
 
 
