@@ -19,7 +19,7 @@ from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import Manifest, TensorInfo, TrainState, joined
 from vitscale.checkpoint.safetensors import write_safetensors
 from vitscale.checkpoint.store import Home
-from vitscale.checkpoint.verify import Checkpoint, alone, good, newest_good
+from vitscale.checkpoint.verify import Checkpoint, alone, newest_good, open_directory
 from vitscale.data.indexing import build_index
 from vitscale.engine.fragments import Counters
 
@@ -164,12 +164,12 @@ def manifest_of(step: int, header: dict[str, Any]) -> Manifest:
 
 def verified(folder: Path) -> Manifest:
     """The manifest of a step directory that passes. Raises CheckpointError if it does not."""
-    return good(alone(str(folder))).manifest
+    return open_directory(str(folder)).manifest
 
 
 def newest(directory: Path) -> Checkpoint | None:
     """The newest checkpoint below a folder that passes, as a run finds it."""
-    return newest_good(Home(directory).committed(), str(directory), alone)
+    return newest_good(Home(directory).committed, str(directory), alone)
 
 
 def _cuts(num_values: int, world_size: int, seed: int) -> list[tuple[int, int]]:

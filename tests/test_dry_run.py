@@ -196,7 +196,7 @@ tensorboard = false
         ("evals.x.test=nowhere/index.json", "index nowhere/index.json is missing"),
         ("optim.freeze=['no_such.*']", "optim.freeze 'no_such.*' matches no parameter"),
         ("init.checkpoint=nowhere", "nowhere is not a checkpoint"),
-        ("init={checkpoint='nowhere',full_state=true}", "nowhere holds no checkpoint with training state"),
+        ("init={checkpoint='nowhere',full_state=true}", "nowhere is not a checkpoint: give a run"),
         ("run_dir=", 'run_dir is empty; name a folder, like "runs/a"'),
         (
             "run_dir=s3://b/x",

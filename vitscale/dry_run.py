@@ -9,7 +9,7 @@ from vitscale import config as configs
 from vitscale import distributed, memory
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.store import Home
-from vitscale.checkpoint.verify import Checkpoint
+from vitscale.checkpoint.verify import Checkpoint, open_together
 from vitscale.data.data_config import SourceConfig
 from vitscale.data.sources import Source, check_sources, missing_sources, open_sources
 from vitscale.data.split import split_classes
@@ -24,7 +24,7 @@ from vitscale.objectives import DistillationConfig
 from vitscale.optim import freeze
 from vitscale.redaction import redact
 from vitscale.run_dir import check_continuation, check_new_length, check_place, check_run_dir, check_teacher
-from vitscale.teacher import Teacher, load_teacher
+from vitscale.teacher import Teacher, load_teacher, place_of
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel
 
@@ -68,7 +68,8 @@ def _open_teacher(config: TrainConfig) -> Teacher | None:
     section = config.objective
     if not isinstance(section, DistillationConfig) or (section.is_timms and not section.teacher_weights):
         return None
-    return load_teacher(section, config.model, torch.device("cpu"), DTYPES[config.precision])
+    place = place_of(section)
+    return load_teacher(section, place, config.model, torch.device("cpu"), DTYPES[config.precision])
 
 
 def _check_start(job: Job, model: Model, teacher: Teacher | None) -> None:
@@ -92,7 +93,7 @@ def _check_start(job: Job, model: Model, teacher: Teacher | None) -> None:
 def _check_init(job: Job, model: Model) -> None:
     config = job.config
     if config.init.full_state:
-        checkpoint = load.find_other(config.init.checkpoint)
+        checkpoint = open_together(config.init.checkpoint)
         check_new_length(checkpoint.folder, checkpoint.manifest.step, job.total_steps)
         _check_state(checkpoint, config, model)
     elif config.init.checkpoint:

@@ -6,7 +6,7 @@ import torch
 
 from vitscale import distributed, hardware
 from vitscale.checkpoint.manifest import saved_config
-from vitscale.checkpoint.verify import open_directory
+from vitscale.checkpoint.verify import Checkpoint
 from vitscale.data.sources import Source, open_sources
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig, EvalConfig, open_task
@@ -18,8 +18,7 @@ from vitscale.evals.task import run_task, within_memory
 from vitscale.job import derive
 from vitscale.losses import LossConfig
 from vitscale.train_config import TrainConfig
-from vitscale.weights.files import find_export
-from vitscale.weights.saved import Slot, load_model, locate
+from vitscale.weights.saved import SavedModel, Slot, locate
 
 
 def evaluate(
@@ -47,15 +46,15 @@ def evaluate(
     is no such split.
     """
     hardware.allow_tf32(False)
-    # The newest checkpoint of a live run may change meanwhile, so rank 0 decides which it is.
-    path, step = distributed.on_main(lambda: locate(checkpoint, slot))
-    module = distributed.together(lambda: load_model(path, slot=slot, device=device))
+    place = locate(checkpoint)
+    saved = distributed.together(lambda: SavedModel(place, slot=slot))
+    module = distributed.together(lambda: saved.load(device))
     weights = digest_of(module.state_dict().items()) if cache else ""
     model = FrozenModel(module, device, FeatureStore(cache, weights))
     splits = isinstance(config, ClassifyConfig) and config.split
-    source, loss = distributed.together(lambda: training_data(path)) if splits else (None, None)
+    source, loss = distributed.together(lambda: training_data(place)) if splits else (None, None)
     task = distributed.together(lambda: open_task(name, config, model.image_size, source, loss))
-    outcome = {"checkpoint": checkpoint, "step": step}
+    outcome = {"checkpoint": checkpoint, "step": saved.step}
     if not isinstance(task, ClassifyTask):
         return {**outcome, "results": run_task(task, model)}
     found = within_memory(task, lambda: predict(task, model))
@@ -65,26 +64,25 @@ def evaluate(
     return {**outcome, "results": results, "details": summary(found, task.test)}
 
 
-def training_data(path: str) -> tuple[Source, LossConfig]:
-    """The data that the run of a step directory was trained on, and the loss.
+def training_data(place: str | Checkpoint) -> tuple[Source, LossConfig]:
+    """The data that the run of a checkpoint was trained on, and the loss. place: from locate.
 
     Raises ConfigError if they are several sources or have no validation split, and if they are
     others now: samples of the split might then have been trained on.
     """
-    if find_export(path):
+    if not isinstance(place, Checkpoint):
         raise ConfigError(
-            f"{path} is an export, which does not name the data that it was trained on; evaluate the run "
+            f"{place} is an export, which does not name the data that it was trained on; evaluate the run "
             "itself, or name test shards with --data"
         )
-    checkpoint = open_directory(path)
-    train = checkpoint.manifest.train
-    config = saved_config(TrainConfig, train.config, "", checkpoint.folder, train.writer)
+    path, train = place.folder, place.manifest.train
+    config = saved_config(TrainConfig, train.config, "", path, train.writer)
     if not config.data.validation_fraction:
         raise ConfigError(
             f"{path} was trained with data.validation_fraction = 0, on all of its data; name test shards "
             "with --data"
         )
-    job = derive(config, checkpoint.manifest.world_size, open_sources(config.data))
+    job = derive(config, place.manifest.world_size, open_sources(config.data))
     if job.data_fingerprint() != train.data_fingerprint:
         raise ConfigError(
             f"{path} was trained on other data than its config names now, so it may have been trained on "

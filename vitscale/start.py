@@ -19,6 +19,7 @@ from vitscale import distributed, hardware, memory
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.save import Saver
 from vitscale.checkpoint.store import Home
+from vitscale.checkpoint.verify import Checkpoint, open_together
 from vitscale.data.cache import NodeCache
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches, on_device
@@ -118,19 +119,19 @@ def open_teacher(config: TrainConfig) -> Teacher | None:
     objective = config.objective
     if not isinstance(objective, DistillationConfig):
         return None
-    path = distributed.on_main(lambda: place_of(objective))
-    section = dataclasses.replace(objective, teacher=path)
+    place = place_of(objective)
     device, dtype = distributed.device(), DTYPES[config.precision]
-    teacher = distributed.together(lambda: load_teacher(section, config.model, device, dtype))
+    teacher = distributed.together(lambda: load_teacher(objective, place, config.model, device, dtype))
     if distributed.is_main():
+        path = place.folder if isinstance(place, Checkpoint) else place
         logger.info("the teacher is %s, of weights %s", path, teacher.digest)
     return teacher
 
 
-def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine, Progress, tuple[int, ...]]:
+def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine, Progress, tuple[str, ...]]:
     """Start the engine in the order of the module's list; every rank calls it.
 
-    Returns the engine, where the run is, and the steps whose checkpoints did not verify.
+    Returns the engine, where the run is, and its checkpoints that did not verify.
     """
     config = job.config
     checkpoint = load.find(home)
@@ -142,7 +143,7 @@ def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine,
                 check_teacher(checkpoint, teacher.digest)
         distributed.on_main(lambda: write_record(job))
     elif config.init.full_state:
-        checkpoint = load.find_other(config.init.checkpoint)
+        checkpoint = open_together(config.init.checkpoint)
         with distributed.alike():
             check_new_length(checkpoint.folder, checkpoint.manifest.step, job.total_steps)
     initial = () if checkpoint else initial_values(config)
@@ -179,9 +180,8 @@ def initial_values(config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
     if not config.init.checkpoint:
         return from_seed
     slot: Slot = "ema" if config.init.ema else "fp32"
-    # The newest checkpoint of a live run may change: rank 0 decides once which one to take.
-    path, _ = distributed.on_main(lambda: locate(config.init.checkpoint, slot))
-    saved, names = distributed.together(lambda: _open_backbone(path, slot, config))
+    place = locate(config.init.checkpoint)
+    saved, names = distributed.together(lambda: _open_backbone(place, slot, config))
     if distributed.is_main():
         logger.info("initialising %d tensors from %s (step %d)", len(names), saved.path, saved.step)
     return itertools.chain(from_seed, _backbone(saved, names, config))
@@ -197,9 +197,9 @@ def _backbone(saved: SavedModel, names: Sequence[str], config: TrainConfig) -> I
         yield name, transferred(name, tensor, saved.config, config.model)
 
 
-def _open_backbone(path: str, slot: Slot, config: TrainConfig) -> tuple[SavedModel, list[str]]:
+def _open_backbone(place: str | Checkpoint, slot: Slot, config: TrainConfig) -> tuple[SavedModel, list[str]]:
     """The model of [init], and the names of the tensors that are taken over from it."""
-    saved = SavedModel(path, slot=slot)
+    saved = SavedModel(place, slot=slot)
     saved.empty_model()  # refuses tensors that are not those of the model
     check_backbone(saved.config, config.model)
     if config.init.head:

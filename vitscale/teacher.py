@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vitscale.checkpoint.verify import Checkpoint
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.evals.store import digest_of
 from vitscale.image_size import ImageSize, pixels, written
@@ -48,26 +49,34 @@ class Teacher:
             return self._module(pixels).float()
 
 
-def place_of(config: DistillationConfig) -> str:
-    """What objective.teacher means at this moment: of a live run, its newest checkpoint."""
+def place_of(config: DistillationConfig) -> str | Checkpoint:
+    """What objective.teacher means at this moment: of a live run, its newest checkpoint.
+
+    Every rank calls it.
+    """
     is_place = config.is_timms or config.teacher.endswith(_NPZ)
-    return config.teacher if is_place else locate(config.teacher)[0]
+    return config.teacher if is_place else locate(config.teacher)
 
 
 def load_teacher(
-    config: DistillationConfig, student: ModelConfig, device: torch.device, dtype: torch.dtype
+    config: DistillationConfig,
+    place: str | Checkpoint,
+    student: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Teacher:
-    """The teacher of a config, for the images and classes of its student.
+    """The teacher of a config, for the images and classes of its student. place: from place_of.
 
     Raises CheckpointError for what cannot be read, and ConfigError for a teacher that takes
     other images or has other classes.
     """
-    module = _timms(config, student) if config.is_timms else _ours(config.teacher, student)
+    module = _timms(config, student) if config.is_timms else _ours(place, student)
     return Teacher(module, device, dtype)
 
 
-def _ours(path: str, student: ModelConfig) -> Model:
-    module = load_npz(path) if path.endswith(_NPZ) else load_model(path)
+def _ours(place: str | Checkpoint, student: ModelConfig) -> Model:
+    path = place.folder if isinstance(place, Checkpoint) else place
+    module = load_npz(path) if path.endswith(_NPZ) else load_model(place)
     config = module.config
     _check_classes(path, config.num_classes, student)
     if isinstance(config, ResNetConfig):  # it takes images of any size

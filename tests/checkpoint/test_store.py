@@ -196,7 +196,7 @@ def test_a_link_that_leads_nowhere_is_named_and_does_not_stop_the_next_save(
     write_model(tmp_path, 3)
     link = store.step_directory(directory, 9)
     link.symlink_to(tmp_path / "gone")
-    assert newest(directory).passed_over == (9,)
+    assert newest(directory).passed_over == (str(link),)
     assert f"{link} is a link to {tmp_path}/gone, which does not exist" in caplog.text
     temporary = write_step(tmp_path / "written", 9, state_of(9))
     store.commit(Manifest.load(temporary), temporary, link)
@@ -211,7 +211,7 @@ def test_of_a_linked_step_retention_deletes_the_link_alone(tmp_path: Path, direc
     link.rename(tmp_path / "elsewhere")
     link.symlink_to(tmp_path / "elsewhere")
     assert verified(link).step == 3
-    store.apply_retention(store.Home(directory), CheckpointConfig(keep_last=1), (), lambda step: True)
+    store.apply_retention(store.Home(directory), CheckpointConfig(keep_last=1), (), lambda folder: True)
     assert store.steps_on_disk(directory) == [4] and verified(tmp_path / "elsewhere").step == 3
     assert not list(directory.glob(".tmp-*"))
 
@@ -301,7 +301,7 @@ def test_an_export_gives_the_same_model_without_deepspeed(tmp_path: Path) -> Non
     state = write_model(tmp_path / "run", 3)
     for out in ("one.safetensors", "folder"):
         path = export_safetensors(tmp_path / "run", tmp_path / out)
-        assert locate(path) == (str(path), 3)
+        assert locate(path) == str(path) and SavedModel(path).step == 3
         for source in (
             tmp_path / "run",
             store.step_directory(tmp_path / "run" / "checkpoints", 3),

@@ -65,7 +65,7 @@ def find_together(sound: Path, folder: Path, places: int, result: Path) -> None:
         distributed.barrier()
         checkpoint = load.find(Home(folder))
         assert checkpoint, damage.name
-        results.append([damage.name, checkpoint.folder, list(checkpoint.passed_over)])
+        results.append([damage.name, checkpoint.folder, list(map(store.step_of, checkpoint.passed_over))])
         assert distributed.gather_json(results[-1]) == [results[-1]] * distributed.world_size()
     if distributed.is_main():
         result.write_text(json.dumps(results))

@@ -12,7 +12,7 @@ from vitscale import ending, restarts, storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.verify import open_directory
-from vitscale.evaluate import load_model
+from vitscale.weights.saved import load_model
 
 
 @pytest.fixture

@@ -101,7 +101,8 @@ STUDENT = ViTConfig(variant="Ti/8", image_size=64, num_classes=5)
 
 def teacher_of(weights: str, dtype: torch.dtype = torch.float32, **student: int) -> Any:
     config = DistillationConfig(teacher="timm:regnety_002", teacher_weights=weights)
-    return load_teacher(config, dataclasses.replace(STUDENT, **student), torch.device("cpu"), dtype)
+    config_of_student = dataclasses.replace(STUDENT, **student)
+    return load_teacher(config, config.teacher, config_of_student, torch.device("cpu"), dtype)
 
 
 def test_timms_regnet_sees_the_students_images_as_it_was_trained(tmp_path: Path, timm: Any) -> None:
@@ -144,14 +145,14 @@ def test_a_teacher_of_timm_that_does_not_fit_is_refused(tmp_path: Path, timm: An
     device = torch.device("cpu")
     unknown = DistillationConfig(teacher="timm:no_such_net", teacher_weights=str(file))
     with pytest.raises(ConfigError, match=r"timm cannot make this model .* name one of"):
-        load_teacher(unknown, STUDENT, device, torch.float32)
+        load_teacher(unknown, unknown.teacher, STUDENT, device, torch.float32)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=5)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
     sized = DistillationConfig(
         teacher="timm:vit_tiny_patch16_224", teacher_weights=str(tmp_path / "vit.safetensors")
     )
     with pytest.raises(ConfigError, match=r"takes images of 224 px, and model\.image_size is 64"):
-        load_teacher(sized, STUDENT, device, torch.float32)
+        load_teacher(sized, sized.teacher, STUDENT, device, torch.float32)
 
 
 def test_without_timm_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

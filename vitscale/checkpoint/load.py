@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from vitscale import distributed, storage
-from vitscale.checkpoint import store
-from vitscale.checkpoint.manifest import MANIFEST, Manifest
+from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.checkpoint.store import Home
-from vitscale.checkpoint.verify import Checkpoint, good, newest_good, together
+from vitscale.checkpoint.verify import Checkpoint, newest_good, together
 from vitscale.engine.engine import Engine
 from vitscale.engine.fragments import FP32, UNTRAINED, Wanted
 from vitscale.errors import CheckpointError
@@ -95,29 +94,8 @@ def find(home: Home) -> Checkpoint | None:
     Raises CheckpointError if there are some and none passes, and StoreError if they cannot be
     read: a store that does not answer says nothing about what it holds.
     """
-    candidates = distributed.on_main(home.committed)
     with distributed.alike():
-        return newest_good(candidates, home.store or str(home.directory), together)
-
-
-def find_other(path: str) -> Checkpoint:
-    """As find, for another run or one of its step directories, in a folder or a store.
-
-    Every rank calls it. Raises CheckpointError if there is none.
-    """
-    place = str(store.directory_of(path)) if storage.is_local(path) else store.child_of_run(path)
-    is_step = MANIFEST in distributed.on_main(lambda: storage.names_in(path))
-    steps = [] if is_step else distributed.on_main(lambda: store.steps_on_disk(place))
-    candidates = [(step, store.step_folder(place, step)) for step in reversed(steps)]
-    with distributed.alike():
-        if is_step:
-            return good(together(path))
-        newest = newest_good(candidates, place, together)
-        if not newest:
-            raise CheckpointError(
-                f"{path} holds no checkpoint with training state: give a run directory or a step directory"
-            )
-        return newest
+        return newest_good(lambda: distributed.on_main(home.committed), home.place, together)
 
 
 def resume(engine: Engine, checkpoint: Checkpoint) -> None:

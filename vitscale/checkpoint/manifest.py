@@ -252,7 +252,7 @@ def read_text(directory: str | Path) -> str:
     try:
         return storage.read_bytes(path).decode()
     except FileNotFoundError:
-        raise CheckpointError(_absence(str(directory))) from None
+        raise CheckpointError(absence(str(directory))) from None
     except UnicodeDecodeError:
         raise CheckpointError(_NO_MANIFEST.format(path)) from None
 
@@ -279,12 +279,13 @@ def _readers(writer: Any) -> str:
     return f"this vitscale ({importlib.metadata.version('vitscale')}; it was written by {writer})"
 
 
-def _absence(directory: str) -> str:
+def absence(directory: str) -> str:
     """Why a directory holds no manifest, as a sentence."""
-    if storage.is_local(directory):
-        folder = Path(storage.local_path(directory))
-        if folder.is_symlink() and not folder.exists():
-            return f"{directory} is a link to {folder.readlink()}, which does not exist"
+    folder = Path(storage.local_path(directory))
+    if folder.is_symlink() and not folder.exists():
+        return f"{directory} is a link to {folder.readlink()}, which does not exist"
+    if not folder.exists() and not storage.names_in(directory):
+        return f"{directory} does not exist; its run may have deleted it (checkpoint.keep_last)"
     return f"{directory} holds no {MANIFEST}: it is not a finished checkpoint"
 
 

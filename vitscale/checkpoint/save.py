@@ -38,7 +38,7 @@ class _Save:
 class Saver:
     """Makes the checkpoints of a run; every rank has one and calls it at the same steps.
 
-    distrusted: steps of checkpoints that did not verify, which retention does not touch.
+    distrusted: checkpoints that did not verify, which retention does not touch.
     best_of: which step among some is the best by an evaluation; None = none is.
 
     Use it as a context manager: if training ends with an error, the save under way is finished.
@@ -48,12 +48,12 @@ class Saver:
         self,
         home: Home,
         config: CheckpointConfig,
-        distrusted: Sequence[int] = (),
+        distrusted: Sequence[str] = (),
         best_of: Callable[[Sequence[int]], int | None] = lambda steps: None,
     ) -> None:
         self._home, self._config, self._best_of = home, config, best_of
         self._distrusted = set(distrusted)
-        self._healthy: dict[int, bool] = {}  # by step
+        self._healthy: dict[str, bool] = {}  # by folder or URL
         self._buffer = HostBuffer() if config.background else None
         self._channel = distributed.new_channel()
         self._saves: list[_Save] = []  # not yet reported by finished()
@@ -126,9 +126,10 @@ class Saver:
         began = time.perf_counter()
         try:
             snapshot.write(taken, self._home, self._channel)
-            self._distrusted.discard(save.step)
+            folder = store.step_folder(self._home.place, save.step)
+            self._distrusted.discard(folder)
             if distributed.is_main():
-                self._healthy[save.step] = taken.train.healthy
+                self._healthy[folder] = taken.train.healthy
                 self.retain()
             save.seconds = time.perf_counter() - began
             save.done = True
@@ -144,29 +145,25 @@ class Saver:
 
     def retain(self) -> None:
         """Name the best checkpoint, and delete those that need not be kept; rank 0 calls it."""
-        distrusted = sorted(self._distrusted)
-        store.apply_retention(self._home, self._config, distrusted, self._is_healthy, self._best_of)
+        store.apply_retention(self._home, self._config, self._distrusted, self._is_healthy, self._best_of)
 
     def newest_healthy(self) -> str:
         """The folder or URL of the newest healthy checkpoint, or "" if there is none."""
-        committed = [
-            (step, folder) for step, folder in self._home.committed() if step not in self._distrusted
-        ]
-        return next((folder for step, folder in committed if self._is_healthy(step)), "")
+        folders = [folder for _, folder in self._home.committed() if folder not in self._distrusted]
+        return next(filter(self._is_healthy, folders), "")
 
     def delete_beyond(self, step: int) -> None:
         """Delete the checkpoints of steps beyond this one; rank 0 calls it, after wait()."""
         for later, folder in self._home.committed():
             if later > step:
                 store.delete_checkpoint(folder)
-                self._healthy.pop(later, None)
+                self._healthy.pop(folder, None)
 
-    def _is_healthy(self, step: int) -> bool:
+    def _is_healthy(self, folder: str) -> bool:
         """Whether a checkpoint says so; one that cannot be read does not."""
-        if step not in self._healthy:
-            folder = store.step_folder(self._home.store or str(self._home.directory), step)
+        if folder not in self._healthy:
             try:
-                self._healthy[step] = Manifest.load(folder).train.healthy
+                self._healthy[folder] = Manifest.load(folder).train.healthy
             except CheckpointError:
-                self._healthy[step] = False
-        return self._healthy[step]
+                self._healthy[folder] = False
+        return self._healthy[folder]

@@ -26,10 +26,11 @@ the newest checkpoint that verifies.
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from vitscale import atomic, storage
@@ -96,6 +97,11 @@ class Home:
     @classmethod
     def of(cls, run_dir: str, config: CheckpointConfig) -> "Home":
         return cls(directory_of(run_dir), child_of_run(config.store) if config.store else "")
+
+    @property
+    def place(self) -> str:
+        """Where it commits checkpoints now; there may be earlier ones in the folder."""
+        return self.store or str(self.directory)
 
     def committed(self) -> list[tuple[int, str]]:
         """(step, folder or URL) of the committed checkpoints in both places, newest first."""
@@ -239,27 +245,30 @@ def retained(
 def apply_retention(
     home: Home,
     config: CheckpointConfig,
-    distrusted: Sequence[int],
-    is_healthy: Callable[[int], bool],
+    distrusted: Collection[str],
+    is_healthy: Callable[[str], bool],
     best_of: Callable[[Sequence[int]], int | None] = lambda steps: None,
 ) -> None:
     """Delete the checkpoints that need not be kept; rank 0 calls it.
 
-    distrusted: steps that did not verify; they are neither counted nor deleted.
-    is_healthy: of the others.
+    distrusted: checkpoints that did not verify; they are neither counted nor deleted.
+    is_healthy: of the others, by folder or URL.
     best_of: which step among some is the best; None = none is.
 
     A failed deletion is logged, and tried again after the next save.
     """
-    place = home.store or str(home.directory)
+    place = home.place
+    folder_of = functools.partial(step_folder, place)
     try:
-        steps = [step for step in steps_on_disk(place) if step not in distrusted]
+        steps = [step for step in steps_on_disk(place) if folder_of(step) not in distrusted]
         best = best_of(steps)
         if best is not None:
             _write_name(place, BEST, best)
-        kept = retained(steps, config.keep_last, config.keep_every_steps, is_healthy, best)
+        kept = retained(
+            steps, config.keep_last, config.keep_every_steps, lambda step: is_healthy(folder_of(step)), best
+        )
         for step in sorted(set(steps) - kept):
-            delete_checkpoint(step_folder(place, step))
+            delete_checkpoint(folder_of(step))
         for folder in _unpublished(home.store, max(steps, default=0)) if home.store else ():
             storage.delete(folder)
     except (OSError, StoreError) as error:

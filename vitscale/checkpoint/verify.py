@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vitscale import distributed, storage
 from vitscale.checkpoint import store
-from vitscale.checkpoint.manifest import MANIFEST, Manifest, read_text
+from vitscale.checkpoint.manifest import MANIFEST, Manifest, absence, read_text
 from vitscale.checkpoint.safetensors import FileInfo, hash_file
 from vitscale.errors import CheckpointError, StoreError
 
@@ -35,48 +35,48 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that passed, in a folder or store. passed_over: newer steps that failed."""
+    """A checkpoint that passed, in a folder or store. passed_over: the newer that failed."""
 
     folder: str
     manifest: Manifest
-    passed_over: tuple[int, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
 
 Check = Callable[[str], Verdict]
+Candidates = Sequence[tuple[int, str]]  # (step, folder), the newest first
 
 
-def newest_good(candidates: Iterable[tuple[int, str]], place: str, check: Check) -> Checkpoint | None:
-    """The first of `candidates` that passes, or None if there are none.
+def newest_good(listing: Callable[[], Candidates], place: str, check: Check) -> Checkpoint | None:
+    """The first candidate that passes, or None if there are none.
 
-    candidates: (step, folder), the newest first.
-    place: what to call all of them in the error.
-    check: `alone` or `together`.
+    listing: gives the candidates. It is called again if none passes: a live run may have saved
+        another checkpoint, and deleted those that were listed.
+    place: what to call all of them in the error; a step directory that is the one candidate.
+    check: `alone`, `at_a_glance` or `together`.
 
     Each candidate that is passed over is logged as a warning. Raises CheckpointError if there
     are some and none passes: to start from scratch would lose the run.
     """
-    passed_over, problems = [], []
-    for step, folder in candidates:
-        verdict = check(folder)
-        if verdict.manifest and not verdict.problem:
-            return Checkpoint(folder, verdict.manifest, tuple(passed_over))
-        passed_over.append(step)
-        problems.append(verdict.problem)
-        if distributed.is_main():
-            logger.warning("checkpoint passed over: %s", verdict.problem)
-    if problems:
-        raise CheckpointError(
-            f"no checkpoint in {place} verifies ({problems[0]}); restore one, or move the folder away to "
-            "start from scratch"
-        )
+    candidates = listing()
+    while candidates:
+        passed_over, problems = [], []
+        for _, folder in candidates:
+            verdict = check(folder)
+            if verdict.manifest and not verdict.problem:
+                return Checkpoint(folder, verdict.manifest, tuple(passed_over))
+            passed_over.append(folder)
+            problems.append(verdict.problem)
+            if distributed.is_main() and folder != place:
+                logger.warning("checkpoint passed over: %s", verdict.problem)
+        before, candidates = candidates, listing()
+        if passed_over == [place]:
+            raise CheckpointError(problems[0])
+        if candidates == before or not candidates:
+            raise CheckpointError(
+                f"no checkpoint in {place} verifies ({problems[0]}); restore one, or move the folder away "
+                "to start from scratch"
+            )
     return None
-
-
-def good(verdict: Verdict) -> Checkpoint:
-    """The checkpoint, if it passed. Raises CheckpointError with its problem if not."""
-    if verdict.problem or not verdict.manifest:
-        raise CheckpointError(verdict.problem)
-    return Checkpoint(verdict.folder, verdict.manifest)
 
 
 def alone(folder: str) -> Verdict:
@@ -84,10 +84,15 @@ def alone(folder: str) -> Verdict:
     return check_all([folder])[0]
 
 
+def at_a_glance(folder: str) -> Verdict:
+    """As alone, by the sizes of the files: nothing is hashed."""
+    return check_all([folder], checksums=False)[0]
+
+
 def together(folder: str) -> Verdict:
     """Check a step directory on all ranks, each hashing its share of the files.
 
-    Rank 0 reads the manifest for all of them.
+    Rank 0 reads the manifest for all of them. A share is hashed by a few threads.
     Every rank gets the same verdict. Raises StoreError on every rank if one of them gets a
     refusal or no answer, which says nothing about the checkpoint.
     """
@@ -123,8 +128,11 @@ def _check_share(folder: str, text: str) -> tuple[Manifest | None, str]:
             return None, f"{differs}: run_dir must be shared by all nodes"
         manifest = Manifest.parse(text, folder)
         problem = check_manifest(folder, manifest)
-        for name in manifest.file_names[distributed.rank() :: distributed.world_size()]:
-            problem = problem or check_file(folder, name, manifest.files[name])
+        share = [] if problem else manifest.file_names[distributed.rank() :: distributed.world_size()]
+        storage.connect(folder)
+        with ThreadPoolExecutor(THREADS) as pool:
+            problems = pool.map(lambda name: check_file(folder, name, manifest.files[name]), share)
+            problem = next(filter(None, (problem, *problems)), "")
     except CheckpointError as error:
         problem = str(error)
     except PermissionError as error:
@@ -159,20 +167,40 @@ def committed(run: str) -> list[tuple[int, str]]:
     )
 
 
-def open_directory(path: str) -> Checkpoint:
-    """A run's newest good checkpoint, or a step directory's.
+def candidates_at(path: str) -> Candidates:
+    """The checkpoints that a path means: a step directory itself, a run all of its own.
 
-    Raises CheckpointError if there is none that passes.
+    Raises CheckpointError if there are none.
     """
     if MANIFEST in storage.names_in(path):
-        return good(alone(path))
-    newest = newest_good(reversed(committed(path)), path, alone)
-    if not newest:
-        raise CheckpointError(
-            f"{path} is not a checkpoint: give a run directory with checkpoints in it, "
-            "a step directory, or an export"
-        )
-    return newest
+        return [(store.step_of(path) or 0, path)]
+    candidates = committed(path)[::-1]
+    if candidates:
+        return candidates
+    if store.step_of(path) is not None:
+        raise CheckpointError(absence(path))
+    raise CheckpointError(
+        f"{path} is not a checkpoint: give a run directory with checkpoints in it, a step directory, or "
+        "for weights alone an export"
+    )
+
+
+def open_directory(path: str, check: Check = alone) -> Checkpoint:
+    """The checkpoint that a path means: a run's newest good one, or a step directory.
+
+    check: `alone` or `at_a_glance`. Raises CheckpointError if there is none that passes.
+    """
+    checkpoint = newest_good(lambda: candidates_at(path), path, check)
+    assert checkpoint, "there are candidates, or an error"
+    return checkpoint
+
+
+def open_together(path: str) -> Checkpoint:
+    """As open_directory, checked by all ranks together; every rank calls it."""
+    with distributed.alike():
+        checkpoint = newest_good(lambda: distributed.on_main(lambda: candidates_at(path)), path, together)
+    assert checkpoint, "there are candidates, or an error"
+    return checkpoint
 
 
 def check_all(folders: Sequence[str], *, checksums: bool = True) -> list[Verdict]:

@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import get_args
 
-from vitscale import memory, storage
-from vitscale.checkpoint.manifest import MANIFEST, Manifest
-from vitscale.checkpoint.verify import committed
+from vitscale import memory
+from vitscale.checkpoint.verify import at_a_glance, open_directory
 from vitscale.data.mixture import lanes_of
 from vitscale.data.sources import make_mixture, open_sources
 from vitscale.engine.batches import BatchPlan, plan_batches
@@ -229,12 +228,11 @@ def _first_step(config: TrainConfig, total_steps: int) -> int | None:
     if not config.init.full_state:
         return 0
     try:
-        folder = place if MANIFEST in storage.names_in(place) else committed(place)[-1][1]
-        step = Manifest.load(folder).step
-    except (UserError, OSError, IndexError):
+        checkpoint = open_directory(place, at_a_glance)
+    except (UserError, OSError):
         return None
-    check_new_length(folder, step, total_steps)
-    return step
+    check_new_length(checkpoint.folder, checkpoint.manifest.step, total_steps)
+    return checkpoint.manifest.step
 
 
 def choose(options: Sequence[Option], num_params: int) -> Option | None:

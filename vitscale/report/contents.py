@@ -13,6 +13,7 @@ from vitscale import storage
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.safetensors import SafetensorsReader
+from vitscale.checkpoint.store import step_of
 from vitscale.checkpoint.verify import open_directory
 from vitscale.errors import CheckpointError
 from vitscale.weights.files import INDEX_NAME, find_export, read_index
@@ -71,7 +72,9 @@ def open_contents(path: str) -> Contents:
         slots=manifest.slots,
         num_bytes=manifest.num_bytes,
         num_files=len(manifest.files),
-        passed_over=tuple(step for step in checkpoint.passed_over if step > manifest.step),
+        passed_over=tuple(
+            step for folder in checkpoint.passed_over if (step := step_of(folder) or 0) > manifest.step
+        ),
         has=reader.has,
         tensor=reader.whole,
     )

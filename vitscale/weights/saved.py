@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vitscale import distributed
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import Manifest, saved_config
-from vitscale.checkpoint.verify import open_directory
+from vitscale.checkpoint.verify import Checkpoint, open_directory, open_together
 from vitscale.errors import CheckpointError
 from vitscale.models import Model, ModelConfig, empty_model
 from vitscale.weights.files import TensorSource, Weights, find_export
@@ -22,13 +23,13 @@ class SavedModel:
     """The weights and the configuration of a model on disk or in a store (a TensorSource).
 
     path: a run directory (its newest good checkpoint), a step directory, or an export (the
-    file, the index of its shards, or the folder of either). slot: "fp32" for the weights, "ema"
-    for their average over training, if the run kept one. Raises CheckpointError for anything
-    else, and for damage.
+    file, the index of its shards, or the folder of either); or a checkpoint that was verified.
+    slot: "fp32" for the weights, "ema" for their average over training, if the run kept one.
+    Raises CheckpointError for anything else, and for damage.
     """
 
-    def __init__(self, path: str | Path, *, slot: Slot = "fp32") -> None:
-        export = find_export(str(path))
+    def __init__(self, path: str | Path | Checkpoint, *, slot: Slot = "fp32") -> None:
+        export = "" if isinstance(path, Checkpoint) else find_export(str(path))
         self._source: TensorSource
         if export:
             self.path = export
@@ -36,7 +37,7 @@ class SavedModel:
             self.step, model = _read_metadata(weights)
             slots, writer = ("fp32",), weights.metadata.get("vitscale.version", "another version")
         else:
-            checkpoint = open_directory(str(path))
+            checkpoint = path if isinstance(path, Checkpoint) else open_directory(str(path))
             self.path, manifest = checkpoint.folder, checkpoint.manifest
             self._source = _CheckpointWeights(self.path, manifest, slot)
             self.step, model = manifest.step, manifest.train.config.get("model")
@@ -68,6 +69,14 @@ class SavedModel:
             raise CheckpointError(f"{problem}: {misfit} does not fit")
         return model
 
+    def load(self, device: torch.device | str = "cpu") -> Model:
+        """As load_model."""
+        model = self.empty_model().allocate(device)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param.copy_(self.tensor(name))
+        return model.eval()
+
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, as fp32."""
         if name not in self.shapes:
@@ -83,27 +92,24 @@ class SavedModel:
         return dict(self.tensors())
 
 
-def load_model(path: str | Path, *, slot: Slot = "fp32", device: torch.device | str = "cpu") -> Model:
+def load_model(
+    path: str | Path | Checkpoint, *, slot: Slot = "fp32", device: torch.device | str = "cpu"
+) -> Model:
     """The model of a checkpoint or export: a plain nn.Module in eval mode, fp32, on `device`.
 
     path, slot: as in SavedModel. One tensor at a time is read, and DeepSpeed is not needed.
     Raises CheckpointError for what is no checkpoint or export, and for damage.
     """
-    saved = SavedModel(path, slot=slot)
-    model = saved.empty_model().allocate(device)
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            param.copy_(saved.tensor(name))
-    return model.eval()
+    return SavedModel(path, slot=slot).load(device)
 
 
-def locate(path: str | Path, slot: Slot = "fp32") -> tuple[str, int]:
-    """The step directory or export that `path` means at this moment, and its step.
+def locate(path: str | Path) -> str | Checkpoint:
+    """What `path` means at this moment, for SavedModel: an export, or a verified checkpoint.
 
-    A live run saves new checkpoints, so rank 0 locates one and all ranks load that.
+    Every rank calls it, all verify together, and all get the same: a live run saves new ones.
     """
-    saved = SavedModel(path, slot=slot)
-    return saved.path, saved.step
+    export = distributed.on_main(lambda: find_export(str(path)))
+    return export or open_together(str(path))
 
 
 class _CheckpointWeights:

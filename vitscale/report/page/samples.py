@@ -24,7 +24,7 @@ from vitscale.report.page.records import Record
 from vitscale.report.page.scale import percent
 from vitscale.report.page.shards import Shards
 from vitscale.train_config import TrainConfig
-from vitscale.weights.saved import Slot, load_model, locate
+from vitscale.weights.saved import SavedModel, Slot, locate
 
 NUM_INPUTS = 16
 NUM_PREDICTIONS = 12
@@ -79,10 +79,11 @@ def predictions(record: Record) -> Html:
         return note('The config has no evaluation of kind "classify", whose images could be shown.')
     name, section = classify[0]
     slot: Slot = "ema" if config.optim.ema_decay else "fp32"
-    path, step = locate(record.path, slot)
-    source = training_data(path)[0] if section.split else None
+    place = locate(record.path)
+    saved = SavedModel(place, slot=slot)
+    source = training_data(place)[0] if section.split else None
     test = ClassifyTask.open(name, section, config.model.image_size, source).test
-    network = load_model(path, slot=slot)
+    network = saved.load()
     model = FrozenModel(network, torch.device("cpu"))
     count = min(NUM_PREDICTIONS, test.num_samples)
     chosen = np.linspace(0, test.num_samples - 1, count).astype(int)
@@ -93,8 +94,8 @@ def predictions(record: Record) -> Html:
     cards = [_prediction(*sample, test.index) for sample in zip(images, true, scores, right, strict=True)]
     weights = "the average of the weights" if slot == "ema" else "the weights"
     text = (
-        f"By {weights} of step {step:,}, on {count} images spread over evals.{name}: {sum(right)} right. "
-        "Below each image are the true class and the classes that the model holds most likely."
+        f"By {weights} of step {saved.step:,}, on {count} images spread over evals.{name}: {sum(right)} "
+        "right. Below each image are the true class and the classes that the model holds most likely."
     )
     shown = joined([note(text), gallery(cards, "predictions")])
     return joined([shown, learned(network, images)]) if isinstance(network, ViT) else shown

@@ -1,0 +1,87 @@
+"""Which checkpoint a path means: the same to every command, and to all ranks of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from make import state_of, write_step
+
+from vitscale.checkpoint import load
+from vitscale.checkpoint.save import Saver
+from vitscale.checkpoint.store import CheckpointConfig, Home, step_folder
+from vitscale.checkpoint.verify import (
+    Checkpoint,
+    Verdict,
+    alone,
+    at_a_glance,
+    open_directory,
+    open_together,
+)
+from vitscale.errors import CheckpointError
+from vitscale.weights.saved import SavedModel, locate
+
+OPENERS = [open_directory, open_together, lambda path: open_directory(path, at_a_glance)]
+
+
+def flip_the_last_byte(file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("opened", OPENERS)
+def test_a_path_means_the_same_checkpoint_however_it_is_opened(
+    tmp_path: Path, opened: Callable[[str], Checkpoint]
+) -> None:
+    """A folder stands in for the store in which the run went on."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    older, newer = write_step(run, 100, state_of(100)), write_step(elsewhere, 200, state_of(200))
+    (run / "config.toml").write_text(f'[checkpoint]\nstore = "{elsewhere}"\n')
+    for path in (str(run), f"file://{run}"):
+        assert opened(path).folder == str(newer)
+    for path in (str(older), f"file://{older}"):
+        assert opened(path).folder == path and opened(path).manifest.step == 100
+
+
+@pytest.mark.parametrize("opened", OPENERS)
+def test_a_step_directory_that_is_no_checkpoint_is_said_to_be_what_it_is(
+    tmp_path: Path, opened: Callable[[str], Checkpoint]
+) -> None:
+    folder = write_step(tmp_path, 100, state_of(100))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step-000000100 holds no manifest.json: it is not a finished"):
+        opened(str(folder))
+    with pytest.raises(CheckpointError, match=r"step-000000200 does not exist; its run may have deleted it"):
+        opened(f"{tmp_path}/checkpoints/step-000000200")
+
+
+def test_a_checkpoint_that_a_live_run_deletes_meanwhile_is_looked_for_again(tmp_path: Path) -> None:
+    folder = write_step(tmp_path, 6, state_of(6))
+
+    def check(path: str) -> Verdict:
+        if folder.exists():
+            write_step(tmp_path, 9, state_of(9))
+            folder.rename(tmp_path / "deleted")
+        return alone(path)
+
+    assert open_directory(str(tmp_path), check).manifest.step == 9
+
+
+def test_what_was_located_is_not_verified_again(tmp_path: Path) -> None:
+    folder = write_step(tmp_path, 6, state_of(6), config={"model": {"variant": "Ti/4"}})
+    place = locate(tmp_path)
+    flip_the_last_byte(folder / "rank-00002.safetensors")
+    assert isinstance(place, Checkpoint) and SavedModel(place).step == 6
+    with pytest.raises(CheckpointError, match=r"rank-00002.safetensors is damaged"):
+        SavedModel(place.folder)
+
+
+def test_a_checkpoint_in_either_place_of_a_run_counts_by_itself(tmp_path: Path) -> None:
+    """A folder stands in for the store."""
+    home, config = Home(tmp_path / "run/checkpoints", str(tmp_path / "store/checkpoints")), CheckpointConfig()
+    folder = write_step(tmp_path / "run", 100, state_of(100))
+    assert Saver(home, config).newest_healthy() == str(folder)
+    write_step(tmp_path / "store", 100, state_of(100))
+    flip_the_last_byte(folder / "rank-00000.safetensors")
+    found = load.find(home)
+    assert found and found.folder == step_folder(home.store, 100) and found.passed_over == (str(folder),)
+    assert Saver(home, config, found.passed_over).newest_healthy() == found.folder
