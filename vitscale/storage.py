@@ -103,6 +103,13 @@ def local_path(url: str) -> str:
     return url.removeprefix("file://")
 
 
+def local_output(out: str | Path) -> Path:
+    """The path of a file or folder to write. Raises ConfigError for one in a store."""
+    if not is_local(str(out)):
+        raise ConfigError(f"{out} is in a store: write to a local folder, and upload it from there")
+    return Path(local_path(str(out)))
+
+
 def absolute(url: str) -> str:
     """What names the same file from any working directory: a URL does as it is."""
     return url if "://" in url else os.path.abspath(url)

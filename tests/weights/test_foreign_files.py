@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_models import TINY, same_weights, saved_model
+from make import state_of, write_step
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -148,7 +149,9 @@ def test_what_a_format_cannot_hold_is_refused_before_writing(
         ("out", {"format": "timm", "shard_mb": 5}, "timm reads one model.safetensors, no shards"),
         ("out.npz", {"format": "safetensors"}, "has the name of a .npz file, and this is safetensors"),
         ("out.pth", {}, "has the name of a .pth file, and this is safetensors; end it in .safetensors"),
+        ("out.onnx", {"format": "safetensors"}, "has the name of a .onnx file, and this is safetensors"),
         ("out.safetensors", {"format": "timm"}, "must be a folder: timm reads config.json"),
+        ("out.onnx", {"format": "timm"}, "must be a folder: timm reads config.json"),
         ("out.npz", {"format": "transformers"}, "must be a folder: transformers reads config.json"),
         (
             "out.safetensors",
@@ -172,6 +175,31 @@ def test_an_export_has_the_format_that_its_name_says(tmp_path: Path) -> None:
     for name, content in (("a.npz", b"PK"), ("b.safetensors", b""), ("c/model.safetensors", b"")):
         assert main(["export", str(tmp_path / "ours.safetensors"), str(tmp_path / name.split("/")[0])]) == 0
         assert (tmp_path / name).read_bytes().startswith(content)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("export ours.safetensors", "x.safetensors"),
+        ("export ours.safetensors", "x.npz"),
+        ("export --format timm ours.safetensors", "x"),
+        ("import --format safetensors ours.safetensors", "x.safetensors"),
+        ("average ours.safetensors ours.safetensors", "x.safetensors"),
+        ("reshard --world 1 run", "x"),
+    ],
+)
+def test_nothing_is_written_to_a_store_and_a_file_url_is_a_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any, command: str, name: str
+) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    write_step(tmp_path / "run", 12, state_of(12))
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), f"s3://bucket/{name}"]) == 2
+    refusal = f"error: s3://bucket/{name} is in a store: write to a local folder, and upload it from there\n"
+    assert capsys.readouterr().err.endswith(refusal)
+    assert {path.name for path in tmp_path.iterdir()} == {"ours.safetensors", "run"}
+    assert main([*command.split(), f"file://{tmp_path}/{name}"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"ours.safetensors", "run", name}
 
 
 def test_a_value_beyond_fp16_is_refused(tmp_path: Path) -> None:

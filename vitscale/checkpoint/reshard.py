@@ -27,11 +27,10 @@ def reshard(checkpoint: str, out: str, world_size: int) -> Path:
 
     Every slot of every tensor is cut for `world_size` ranks as ZeRO 3 would cut it, with one
     fragment in memory at a time. Nothing has the name `out` until all of it is on disk. Raises
-    CheckpointError for bad arguments and for a damaged checkpoint.
+    CheckpointError for bad arguments and for a damaged checkpoint, and ConfigError for an `out`
+    in a store.
     """
-    if not storage.is_local(out):
-        raise CheckpointError(f"{out} is in a store: write to a local folder, and upload it from there")
-    target = Path(storage.local_path(out))
+    target = storage.local_output(out)
     if world_size < 1:
         raise CheckpointError(f"--world {world_size} must be 1 or more: it is the number of files to write")
     if target.exists():

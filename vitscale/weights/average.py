@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitscale import config as configs
+from vitscale import storage
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import ModelConfig
 from vitscale.models.hybrid import HybridConfig
@@ -34,7 +35,8 @@ def average(paths: Sequence[str | Path], out: str | Path, *, slot: Slot = "fp32"
     """
     if len(paths) < 2:
         raise ConfigError(f"average needs two checkpoints or more before OUT, not {len(paths)}")
-    if Path(out).exists():
+    out = storage.local_output(out)
+    if out.exists():
         raise CheckpointError(
             f"{out} exists, and average overwrites nothing; name OUT at the end, or delete it first"
         )
@@ -47,7 +49,7 @@ def average(paths: Sequence[str | Path], out: str | Path, *, slot: Slot = "fp32"
         "vitscale.averaged_steps": json.dumps([source.step for source in sources]),
     }
     means = ((name, _mean(sources, name)) for name in first.shapes)
-    return write_export(Path(out), means, first.shapes, metadata)
+    return write_export(out, means, first.shapes, metadata)
 
 
 def _mean(sources: Sequence[TensorSource], name: str) -> Tensor:

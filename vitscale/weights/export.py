@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vitscale import config as configs
+from vitscale import storage
 from vitscale.errors import ConfigError
 from vitscale.models import ModelConfig
 from vitscale.weights.files import Dtype, NamedTensors, Shapes, write_file, write_folder
 from vitscale.weights.publish import publishing
 from vitscale.weights.saved import SavedModel, Slot
 
-_OTHER_FILES = (".npz", ".npy", ".pth", ".pt", ".bin", ".ckpt", ".pkl")
+OTHER_FILES = (".npz", ".npy", ".onnx", ".pth", ".pt", ".bin", ".ckpt", ".pkl")
 
 
 def export_safetensors(
@@ -23,9 +24,10 @@ def export_safetensors(
     path, slot: as in SavedModel. out, shard_bytes: as in write_export. The metadata hold the
     step and [model], so load_model needs nothing else. One tensor is in memory at a time.
     """
+    out = storage.local_output(out)
     saved = SavedModel(path, slot=slot)
     metadata = export_metadata(saved.config, saved.step, dtype) | {"vitscale.state": slot}
-    return write_export(Path(out), saved.tensors(), saved.shapes, metadata, dtype, shard_bytes)
+    return write_export(out, saved.tensors(), saved.shapes, metadata, dtype, shard_bytes)
 
 
 def export_metadata(config: ModelConfig, step: int, dtype: Dtype) -> dict[str, str]:
@@ -54,7 +56,7 @@ def write_export(
     ConfigError for the name of another kind of file, and CheckpointError if `out` exists and is
     not an export.
     """
-    if out.suffix in _OTHER_FILES:
+    if out.suffix in OTHER_FILES:
         raise ConfigError(
             f"{out} has the name of a {out.suffix} file, and this is safetensors; end it in .safetensors, or "
             "name a folder"

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitscale import storage
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.image_size import sides
 from vitscale.models.model import Model
 from vitscale.weights.export import export_metadata
 from vitscale.weights.files import ONNX_NAME
 from vitscale.weights.publish import publishing
-from vitscale.weights.saved import SavedModel, Slot, load_model
+from vitscale.weights.saved import SavedModel, Slot
 
 _LARGEST_FILE = 1.9e9  # bytes of weights; Protocol Buffers end at 2 GiB
 _CHECKED_BATCHES = (1, 3)
@@ -36,9 +37,9 @@ def export_onnx(path: str | Path, out: str | Path, *, slot: Slot = "fp32") -> Pa
     Raises ConfigError for lacking packages and for the name of another kind of file, and
     CheckpointError if onnxruntime computes other outputs than the model: nothing is written.
     """
-    out = Path(out)
+    out = storage.local_output(out)
     saved = SavedModel(path, slot=slot)
-    model = load_model(saved.path, slot=slot)  # of this step, whatever a live run saves meanwhile
+    model = saved.load()
     as_folder = out.suffix != ".onnx"
     size = sum(param.nbytes for param in model.parameters())
     if not as_folder and size > _LARGEST_FILE:

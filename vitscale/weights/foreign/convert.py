@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vitscale import atomic
+from vitscale import atomic, storage
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import Model, ModelConfig, empty_model
@@ -23,7 +23,7 @@ from vitscale.models.names import Dialect, our_shapes, rules, their_shapes, to_o
 from vitscale.models.posemb import sincos2d
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
-from vitscale.weights.export import export_metadata, export_safetensors, write_export
+from vitscale.weights.export import OTHER_FILES, export_metadata, export_safetensors, write_export
 from vitscale.weights.files import Dtype, write_folder
 from vitscale.weights.foreign import configs, deduce
 from vitscale.weights.foreign.folding import fold
@@ -67,7 +67,8 @@ def export_model(
     """
     if shard_mb < 0:
         raise ConfigError(f"--shard-mb {shard_mb} must not be negative")
-    format = format or _FORMAT_OF.get(Path(out).suffix, "safetensors")
+    out = storage.local_output(out)
+    format = format or _FORMAT_OF.get(out.suffix, "safetensors")
     if format == "safetensors":
         return export_safetensors(path, out, dtype=dtype, shard_bytes=shard_mb * 10**6, slot=slot)
     if format == "onnx":
@@ -77,8 +78,8 @@ def export_model(
     saved = SavedModel(path, slot=slot)
     saved.empty_model()  # refuses tensors that are not those of the model
     if format == "npz":
-        return _export_npz(saved, Path(out), dialect, dtype, shard_mb)
-    return _export_folder(saved, Path(out), format, dtype, shard_mb * 10**6)
+        return _export_npz(saved, out, dialect, dtype, shard_mb)
+    return _export_folder(saved, out, format, dtype, shard_mb * 10**6)
 
 
 def import_model(
@@ -97,6 +98,7 @@ def import_model(
     take our pixels. out: as in write_export. Before anything is written, raises CheckpointError
     for weights that none of our models has, and ConfigError for wrong overrides.
     """
+    out = storage.local_output(out)
     source, config, step = _open_foreign(file, format, overrides)
     if pixels == "half" and any(abs(mean - 0.5) > 0.01 for mean in source.pixel_mean):
         logger.warning(
@@ -117,7 +119,7 @@ def import_model(
         tensors = _with_our_pixels(tensors, *_PIXELS[pixels])
     shapes = {name: shapes[name] for rule in table for name in rule.ours}
     metadata = export_metadata(config, step, "fp32") | {"vitscale.imported_from": Path(file).name}
-    written = write_export(Path(out), tensors, shapes, metadata)
+    written = write_export(out, tensors, shapes, metadata)
     logger.info("imported %d tensors as %s", len(shapes), config)
     return written
 
@@ -214,7 +216,7 @@ def _export_folder(
     config = saved.config
     configs.check_expressible(config, format)
     assert isinstance(config, ViTConfig), "these formats hold no other kind"
-    if out.suffix in (".safetensors", ".npz"):
+    if out.suffix in (".safetensors", *OTHER_FILES):
         raise ConfigError(f"{out} must be a folder: {format} reads config.json beside the weights")
     if format == "timm" and shard_bytes:
         raise ConfigError("timm reads one model.safetensors, no shards; drop --shard-mb")
