@@ -200,6 +200,10 @@ def cooldown(arguments: argparse.Namespace) -> int:
 
     path = write_cooldown(arguments.checkpoint, arguments.run, arguments.steps)
     print(f"{path}\nstart it as you started the trunk, with this config: python launch/train.py {path}")
+    print(
+        "until it has saved, it needs the checkpoint that [init] names: where the trunk goes on, let "
+        "checkpoint.keep_every_steps keep that, or name a copy of it (tools/checkpoint.py reshard)"
+    )
     return 0
 
 

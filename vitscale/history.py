@@ -65,8 +65,9 @@ def card(row: Mapping[str, Any]) -> str:
         f"{row['world_size']:,} ranks at ZeRO {row['zero_stage']}, "
         f"{row['grad_accum_steps']} micro batches of {row['micro_batch']} each",
     ]
-    if passed_over := row["data_step"] - row["step"]:
+    if row["rollbacks"]:
         times = "once" if row["rollbacks"] == 1 else f"{row['rollbacks']} times"
+        passed_over = row["data_step"] - row["step"]
         lines.append(f"rolled back {times}, {passed_over:,} batches passed over")
     lines += [f"{key} = {new!r}, before {old!r}" for key, (old, new) in row["changed"].items()]
     return "\n".join(lines)

@@ -134,8 +134,8 @@ def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine,
     Returns the engine, where the run is, and its checkpoints that did not verify.
     """
     config = job.config
-    checkpoint = load.find(home)
-    passed_over = checkpoint.passed_over if checkpoint else ()
+    own = checkpoint = load.find(home)
+    passed_over = own.passed_over if own else ()
     if checkpoint:
         with distributed.alike():
             check_continuation(job, checkpoint)
@@ -165,7 +165,7 @@ def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine,
         data_step=manifest.train.data_step,
         samples_seen=manifest.train.samples_seen,
         bad_samples=manifest.train.bad_samples,
-        rollbacks=manifest.train.rollbacks,
+        rollbacks=manifest.train.rollbacks if own else 0,  # guard.rollbacks is of each run
         healthy=manifest.train.healthy,
     )
     return engine, progress, passed_over

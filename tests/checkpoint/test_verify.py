@@ -1,6 +1,6 @@
 """Which checkpoint a path means: the same to every command, and to all ranks of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -85,3 +85,21 @@ def test_a_checkpoint_in_either_place_of_a_run_counts_by_itself(tmp_path: Path) 
     found = load.find(home)
     assert found and found.folder == step_folder(home.store, 100) and found.passed_over == (str(folder),)
     assert Saver(home, config, found.passed_over).newest_healthy() == found.folder
+
+
+def test_what_is_called_best_and_latest_is_there(tmp_path: Path) -> None:
+    """After a roll-back, and without keep_best."""
+    home, directory = Home(tmp_path / "checkpoints"), tmp_path / "checkpoints"
+    for step in (100, 200, 300):
+        write_step(tmp_path, step, state_of(step))
+
+    def best_of(steps: Sequence[int]) -> int | None:
+        return next((step for step in (200, 100) if step in steps), None)
+
+    saver = Saver(home, CheckpointConfig(keep_last=3), best_of=best_of)
+    saver.retain()
+    assert (directory / "best").read_text() == "step-000000200\n"
+    saver.delete_beyond(100)
+    assert (directory / "best").read_text() == (directory / "latest").read_text() == "step-000000100\n"
+    Saver(home, CheckpointConfig(keep_last=3)).retain()
+    assert not (directory / "best").exists()

@@ -29,8 +29,9 @@ def test_a_checkpoint_is_continued_to_a_rate_of_zero_and_its_run_untouched(
     checkpoint = trunk.run_dir / "checkpoints" / "step-000000018"
     done = Job(tmp_path / "done", index)
     assert main(["cooldown", str(checkpoint), str(done.run_dir), "--steps", "4"]) == 0
-    written, line = capsys.readouterr().out.splitlines()
+    written, line, needed = capsys.readouterr().out.splitlines()
     assert Path(written) == done.run_dir / "config.toml" and line.endswith(f"launch/train.py {written}")
+    assert "let checkpoint.keep_every_steps keep that, or name a copy" in needed
     assert load(TrainConfig, [written]).expect == ExpectConfig()
     done.config = Path(written)
     assert zygote.train(done, 1) == [0], done.output()

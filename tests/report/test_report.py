@@ -41,6 +41,10 @@ def test_damage_is_refused_and_a_run_falls_back_to_its_newest_good(
         (["show", "{}/text"], "is not a checkpoint: give a run directory"),
         (["diff", "{}/run", "{}/absent.safetensors"], "absent.safetensors: No such file"),
         (["verify", "{}/cut.safetensors"], "cut.safetensors ends inside b"),
+        (
+            ["verify", "{}/run/checkpoints/step-000000010/rank-00000.safetensors"],
+            "step-000000010/rank-00000.safetensors is a part of a checkpoint; give its folder",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence(

@@ -240,6 +240,10 @@ def test_what_other_formats_cannot_hold_is_refused(tmp_path: Path) -> None:
             CheckpointError, match=f"'hybrid' cannot be exported to {format}, .*use --format npz"
         ):
             export_model(ours, out, format=format)
+    pooled = tmp_path / "pooled.safetensors"
+    saved_model(pooled, dataclasses.replace(TINY, pool="map"))
+    with pytest.raises(CheckpointError, match=r"model.pool 'map' cannot .*; use --format safetensors"):
+        export_model(pooled, tmp_path / "out.npz")
     with pytest.raises(CheckpointError, match="'hybrid' cannot be exported to big_vision"):
         export_model(ours, tmp_path / "out.npz", dialect="big_vision")
     with pytest.raises(CheckpointError, match="--pixels imagenet cannot be folded into a ResNet"):

@@ -158,6 +158,9 @@ class Saver:
             if later > step:
                 store.delete_checkpoint(folder)
                 self._healthy.pop(folder, None)
+        for place in {self._home.place, str(self._home.directory)}:
+            store.name_latest(place)
+        self.retain()
 
     def _is_healthy(self, folder: str) -> bool:
         """Whether a checkpoint says so; one that cannot be read does not."""

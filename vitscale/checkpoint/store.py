@@ -179,8 +179,19 @@ def publish(manifest: Manifest, place: str) -> None:
             storage.delete(storage.child(folder, name))
 
 
-def _write_name(place: str, file: str, step: int) -> None:
-    """Write into a small file of a folder or store which step it means."""
+def name_latest(place: str) -> None:
+    """Let `latest` name the newest checkpoint that there is, after others were deleted."""
+    _write_name(place, LATEST, max(steps_on_disk(place), default=None))
+
+
+def _write_name(place: str, file: str, step: int | None) -> None:
+    """Write into a small file of a folder or store which step it means; None = delete it."""
+    if step is None:
+        if storage.is_local(place):
+            (Path(place) / file).unlink(missing_ok=True)
+        else:
+            storage.delete(storage.child(place, file))
+        return
     content = f"{step_name(step)}\n".encode()
     if storage.is_local(place):
         atomic.write(Path(place) / file, content)
@@ -262,8 +273,7 @@ def apply_retention(
     try:
         steps = [step for step in steps_on_disk(place) if folder_of(step) not in distrusted]
         best = best_of(steps)
-        if best is not None:
-            _write_name(place, BEST, best)
+        _write_name(place, BEST, best)
         kept = retained(
             steps, config.keep_last, config.keep_every_steps, lambda step: is_healthy(folder_of(step)), best
         )

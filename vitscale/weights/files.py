@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitscale import atomic, storage
+from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.safetensors import SafetensorsReader, SafetensorsWriter
 from vitscale.errors import CheckpointError
 
@@ -65,8 +66,14 @@ class Weights:
 
 
 def find_export(path: str) -> str:
-    """The safetensors file or index of shards that `path` names or contains; "" if none."""
+    """The safetensors file or index of shards that `path` names or contains; "" if none.
+
+    Raises CheckpointError for a file of a checkpoint, whose tensors are pieces.
+    """
     if path.endswith((".safetensors", INDEX_NAME)):
+        folder, _, name = path.rpartition("/")
+        if name.startswith("rank-") and MANIFEST in storage.names_in(folder or "."):
+            raise CheckpointError(f"{path} is a part of a checkpoint; give its folder")
         return path
     is_file = storage.is_local(path) and Path(storage.local_path(path)).is_file()
     names = [] if is_file else storage.names_in(path)

@@ -19,6 +19,7 @@ _NO_PATCH_HEAD = ((0,), "it has no mask token and no head on patches; export a m
 _NO_DISTILLATION = "has no distillation token; use --format timm or safetensors"
 _NO_GOOGLE_DISTILLATION = ((False,), f"Google's ViT {_NO_DISTILLATION}")
 _NO_MAP_HEAD = (("token", "mean"), "only big_vision has this head; use --dialect big_vision")
+_NO_HYBRID_MAP_HEAD = (("token", "mean"), "Google's hybrids have no such head; use --format safetensors")
 _NO_POSEMB = (("learned", "sincos2d"), "it knows no other position embeddings; use --format safetensors")
 _NO_PLACEMENT = (("input",), "it adds positions to the input alone; use --format safetensors")
 # By dialect, the keys that it limits: the allowed values, and what to do about others.
@@ -91,8 +92,11 @@ def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
         "num_patch_outputs": _NO_PATCH_HEAD,
         "posemb": _NO_POSEMB,
         "posemb_at": _NO_PLACEMENT,
+        **_LIMITS.get(dialect, {}),
     }
-    for key, (allowed, reason) in (limits | _LIMITS.get(dialect, {})).items():
+    if isinstance(config, HybridConfig):
+        limits["pool"] = _NO_HYBRID_MAP_HEAD
+    for key, (allowed, reason) in limits.items():
         value = getattr(config, key)
         if value not in allowed:
             raise CheckpointError(f"model.{key} {value!r} cannot be exported to {dialect}: {reason}")
