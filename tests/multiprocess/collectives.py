@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import torch
+from multiprocess.hooks import at_frames
 
 from vitscale import command, distributed, errors
 from vitscale.checkpoint import load
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.store import Home
+from vitscale.data.reader import read_chunk
 from vitscale.errors import UserError
+from vitscale.evals import FewShotConfig, open_task
+from vitscale.evals.fewshot import FewShotTask
 
 
 def fail(folder: Path, way: str, kind: str, failing: int) -> None:
@@ -62,6 +66,17 @@ def gather(folder: Path, with_value: int) -> None:
         first = distributed.first_of(f"rank {rank}" if rank >= with_value else None, channel)
         results = {"rows": [part.tolist() for part in rows], "texts": texts, "sent": sent, "first": first}
         (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+def label_pool(index: Path, folder: Path) -> None:
+    """RANK.json gets the labels of a few-shot pool, and how many chunks a rank read."""
+    distributed.initialize()
+    chunks: list[int] = []
+    at_frames(read_chunk, lambda frame: chunks.append(frame.f_locals["chunk"]))
+    task = open_task("few", FewShotConfig(train=str(index), test=str(index)), 16)
+    assert isinstance(task, FewShotTask)
+    said = [task.pool.tolist(), len(chunks)]
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(said))
 
 
 def find(runs: Path, nodes: list[int], result: Path) -> None:

@@ -1,8 +1,10 @@
 """Evaluations in training are the same on any number of ranks, and leave the losses alone."""
 
+import json
 from pathlib import Path
 
 import pytest
+from multiprocess.collectives import label_pool
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
@@ -53,6 +55,17 @@ def test_evaluations_are_equal_on_1_2_and_3_ranks_and_leave_the_losses_alone(
     assert zygote.train(with_them, 2, *common, *sections(index)) == [0, 0], with_them.output()
     assert zygote.train(without, 2, *common) == [0, 0], without.output()
     assert with_them.column("train/loss") == without.column("train/loss")
+
+
+def test_each_rank_reads_the_chunks_of_its_block_for_the_labels_of_a_few_shot_pool(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    """22 chunks of 83 samples, in blocks of 28, 28 and 27; one chunk lies in two blocks."""
+    log = tmp_path / "log"
+    assert zygote.run(3, label_pool, index, tmp_path, log=log) == [0, 0, 0], log.read_text()
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert [labels for labels, _ in said] == [[sample % 5 for sample in range(83)]] * 3
+    assert [num_chunks for _, num_chunks in said] == [7, 8, 8]
 
 
 @pytest.mark.parametrize(

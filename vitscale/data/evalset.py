@@ -1,7 +1,6 @@
 """Evaluation data: labelled samples by number. Nothing is augmented, and nothing replaced."""
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Literal
@@ -78,10 +77,9 @@ class EvaluationSet:
         digest.update(np.ascontiguousarray(self._ids).tobytes())
         return digest.hexdigest()
 
-    @functools.cached_property
-    def labels(self) -> Int64[np.ndarray, "n M"]:
-        """Labels of all samples, padded with -1: one pass over the shards, nothing decoded."""
-        rows = [sample.labels for sample in read_samples(self.index, self._ids.tolist())]
+    def labels(self, indices: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, "n M"]:
+        """Labels of `indices`, padded with -1: their chunks are read, nothing is decoded."""
+        rows = [sample.labels for sample in read_samples(self.index, self._ids[indices].tolist())]
         return pad_labels(rows, self.index.max_labels).numpy()
 
     def keys(self) -> Iterator[str]:

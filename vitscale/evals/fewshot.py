@@ -7,18 +7,20 @@ Only the choice of the training images is random, and its seeds are part of the 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float64, Int, Int64
 
 from vitscale import distributed
 from vitscale.config import positive
 from vitscale.data.evalset import EvaluationSet
 from vitscale.errors import DataError
-from vitscale.evals.features import extract
+from vitscale.evals.features import extract, own_indices
 from vitscale.evals.probe import ProbeConfig, known_labels, open_sets, single_labels
 from vitscale.evals.task import EvalModel
 from vitscale.image_size import ImageSize
@@ -63,12 +65,22 @@ class FewShotTask:
         train, test = open_sets(config, image_size)
         return cls(name=name, config=config, train=train, test=test)
 
+    @functools.cached_property
+    def pool(self) -> Int64[np.ndarray, " n"]:
+        """The label of each training image, on every rank; every rank calls it.
+
+        Each rank reads its block of the images: their labels are in the shards alone.
+        """
+        own, count = own_indices(np.arange(self.train.num_samples))
+        labels = distributed.together(lambda: self.train.labels(own))
+        rows = distributed.all_gather_rows(torch.from_numpy(labels[:count]))
+        with distributed.alike():
+            return single_labels(rows.numpy(), f"{self.name}: {self.config.train}", self.config.kind)
+
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"1shot": 0.31, "1shot_std": 0.02, ...}, fractions of 1."""
-        config = self.config
-        labels = distributed.together(lambda: self.train.labels)
+        config, pool = self.config, self.pool
         with distributed.alike():
-            pool = single_labels(labels, f"{self.name}: {config.train}", config.kind)
             pairs = itertools.product(config.shots, config.seeds)
             draws = [support_indices(pool, shots, seed, self.train.index.named) for shots, seed in pairs]
         # Only the images of some draw are decoded: the pool may be all of ImageNet.
