@@ -199,7 +199,9 @@ def _add_cache(command: argparse.ArgumentParser) -> None:
 def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     command = _add(commands, name, summary)
     command.add_argument(
-        "--crop", choices=("resize", "center"), help="squeeze to the model's image size, or centre crop"
+        "--crop",
+        choices=("resize", "resize_center", "center"),
+        help="squeeze to the model's image size, squeeze and centre crop, or centre crop alone",
     )
     command.add_argument("--batch-size", type=int, help="images at a time on each device")
     command.add_argument("--num-workers", type=int, help="decoding processes on each rank")

@@ -214,6 +214,8 @@ def test_evaluation_views_and_normalisation() -> None:
     pixels = np.zeros((20, 40, 3), dtype=np.uint8)
     pixels[:, 10:30] = 255
     assert evaluation_view(pixels, "resize", 14).shape == (3, 14, 14)
+    squeezed = evaluation_view(pixels, "resize_center", 14)
+    assert torch.equal(squeezed, resize(pixels, 16, 16)[:, 1:15, 1:15])
     assert (evaluation_view(pixels, "center", 14) == 255).all()
     levels = normalize(torch.tensor([0, 255, 127], dtype=torch.uint8).reshape(1, 3, 1, 1), torch.float32)
     assert levels.flatten().tolist() == pytest.approx([-1.0, 1.0, -0.5 / 127.5])
@@ -222,9 +224,12 @@ def test_evaluation_views_and_normalisation() -> None:
 def test_evaluation_views_that_are_no_squares() -> None:
     """By hand. 14 x 7 of an image of 32 x 32: it is resized to cover 16 x 8, so to 16 x 16, and
     rows 1 to 15 and columns 4 to 11 are kept. 7 x 14 of 20 x 32 (8 x 16 to cover): 10 x 16.
+    Squeezed, it is 16 x 8 before the crop.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     assert torch.equal(evaluation_view(pixels, "resize", (14, 7)), resize(pixels, 14, 7))
+    tall = evaluation_view(pixels, "resize_center", (14, 7))
+    assert torch.equal(tall, resize(pixels, 16, 8)[:, 1:15, 0:7])
     tall = evaluation_view(pixels, "center", (14, 7))
     assert torch.equal(tall, resize(pixels, 16, 16)[:, 1:15, 4:11])
     wide = evaluation_view(pixels[:20], "center", (7, 14))

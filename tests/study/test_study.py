@@ -78,6 +78,8 @@ def test_every_study_that_is_shipped_lists_its_runs_without_data(
     assert f"{len(runs)} runs; to do: " in listed(study, runs)
     for cell in runs:
         check_recipes(study, cell)
+        few_shot = [task for task in cell.config.evals.values() if task.kind == "fewshot"]
+        assert {task.crop for task in few_shot} <= {"resize_center"}  # as big_vision crops there
 
 
 def test_the_models_of_table_6_cost_what_the_paper_says(monkeypatch: pytest.MonkeyPatch) -> None:

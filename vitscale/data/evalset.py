@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,12 +19,11 @@ from vitscale.data.loader import end_workers, noticing_deaths, pad_labels, prepa
 from vitscale.data.reader import describe, read_any, read_samples
 from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import Source, label_problem
-from vitscale.data.transforms import evaluation_view
+from vitscale.data.transforms import Crop, evaluation_view
 from vitscale.errors import DataError, UserError
 from vitscale.image_size import ImageSize, sides
 
 logger = logging.getLogger(__name__)
-Crop = Literal["resize", "center"]
 PREFETCHED_BATCHES = 2  # that each data worker holds ready
 
 

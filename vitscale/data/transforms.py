@@ -31,7 +31,8 @@ from vitscale.data.turbojpeg import Box
 from vitscale.errors import ConfigError
 from vitscale.image_size import ImageSize, sides
 
-MAX_ASPECT = 100  # of an image that is resized as a whole
+MAX_ASPECT = 100  # of an image that is resized as a whole, for crop = "center"
+Crop = Literal["resize", "resize_center", "center"]  # of an evaluation
 PAD_FILLS = {"black": 0, "grey": 128}  # normalize() makes it -1 and 0.004
 
 
@@ -200,27 +201,34 @@ def _distort_image(image: Image.Image, config: AugmentConfig, key: ViewKey) -> I
 
 
 def evaluation_view(
-    pixels: UInt8[np.ndarray, "h w 3"], crop: Literal["resize", "center"], size: ImageSize
+    pixels: UInt8[np.ndarray, "h w 3"], crop: Crop, size: ImageSize
 ) -> UInt8[Tensor, "3 H W"]:
     """The evaluation view of a decoded image.
 
-    "resize" squeezes it to the size. "center" keeps its aspect ratio: it makes the image as
-    small as covers size x 256 / 224, and takes the centre. For a square, the short side then
-    has size x 256 / 224 pixels. Of an image longer than MAX_ASPECT times its short side, only
-    the middle is resized: the rest would take gigabytes and is not in the view.
+    "resize" squeezes it to the size. "resize_center" squeezes it to size x 256 / 224, and takes
+    the centre. "center" keeps its aspect ratio: it makes the image as small as covers
+    size x 256 / 224, and takes the centre. For a square, the short side then has
+    size x 256 / 224 pixels. Of an image longer than MAX_ASPECT times its short side, it resizes
+    the middle alone: the rest would take gigabytes and is not in the view.
     """
     rows, columns = sides(size)
     if crop == "resize":
         return resize(pixels, rows, columns).contiguous()
-    height, width = pixels.shape[:2]
-    longest = MAX_ASPECT * min(height, width)
-    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
-    pixels = cut(pixels, (top, left, min(height, longest), min(width, longest)))
-    height, width = pixels.shape[:2]
-    scale = max(rows * 256 / 224 / height, columns * 256 / 224 / width)
-    resized = resize(pixels, max(rows, round(height * scale)), max(columns, round(width * scale)))
+    height, width = rows * 256 / 224, columns * 256 / 224
+    if crop == "center":
+        pixels = _middle(pixels, MAX_ASPECT * min(pixels.shape[:2]))
+        scale = max(height / pixels.shape[0], width / pixels.shape[1])
+        height, width = pixels.shape[0] * scale, pixels.shape[1] * scale
+    resized = resize(pixels, max(rows, round(height)), max(columns, round(width)))
     top, left = (resized.shape[1] - rows) // 2, (resized.shape[2] - columns) // 2
     return resized[:, top : top + rows, left : left + columns].contiguous()
+
+
+def _middle(pixels: UInt8[np.ndarray, "h w 3"], longest: int) -> UInt8[np.ndarray, "H W 3"]:
+    """The middle of an image, with no side above `longest`."""
+    height, width = (min(longest, side) for side in pixels.shape[:2])
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return cut(pixels, (top, left, height, width))
 
 
 def resize(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[Tensor, "3 H W"]:

@@ -2,8 +2,9 @@
 
 The protocol of the paper ("regularised least-squares regression mapping the frozen
 representation of a subset of training images to {-1, 1}^K"), to the letter of big_vision's
-evaluators/fewshot_lsr.py, so that its numbers compare with published ones. Nothing is tuned.
-Only the choice of the training images is random, and its seeds are part of the protocol.
+evaluators/fewshot_lsr.py, so that its numbers compare with published ones if the images are
+prepared alike (crop = "resize_center"). Nothing is tuned. Only the choice of the training
+images is random, and its seeds are part of the protocol.
 """
 
 import dataclasses

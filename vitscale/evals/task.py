@@ -13,8 +13,9 @@ from torch import Tensor
 
 from vitscale import hardware
 from vitscale.config import dotted, positive
-from vitscale.data.evalset import Crop, EvaluationSet
+from vitscale.data.evalset import EvaluationSet
 from vitscale.data.sources import Source
+from vitscale.data.transforms import Crop
 from vitscale.errors import ConfigError
 from vitscale.evals.store import FeatureStore
 from vitscale.image_size import ImageSize
@@ -29,7 +30,8 @@ class TaskConfig:
     kind:         each kind's own class sets it
     test:         the shards to score (a glob, brace pattern or URL), or an index.json
     every_steps:  how often it runs in training, besides before and after all steps
-    crop:         "resize" squeezes the image to image_size; "center" keeps its aspect ratio:
+    crop:         "resize" squeezes the image to image_size; "resize_center" squeezes it to
+                  image_size * 256 / 224, and crops the centre; "center" keeps its aspect ratio:
                   it resizes the image to cover image_size * 256 / 224, and crops the centre
     batch_size:   images in a forward pass of one rank
     num_workers:  decoding processes per rank; 0 decodes in the main process; -1 = as many as
