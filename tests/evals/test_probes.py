@@ -16,10 +16,9 @@ from vitscale.errors import ConfigError, DataError
 from vitscale.evals import EvalConfig, KMeansConfig, KnnConfig, LinearConfig, open_task
 from vitscale.evals.kmeans import agreement
 from vitscale.evals.knn import votes
-from vitscale.evals.linear import COSINE, MOMENTUM, train_heads
+from vitscale.evals.linear import MOMENTUM, predict, train_heads
 from vitscale.evals.logistic import fit
 from vitscale.evals.probe import best_of, dev_split
-from vitscale.schedule import learning_rate
 
 CLASSES = 5
 
@@ -33,7 +32,7 @@ def drawn(num: int, seed: int) -> tuple[Tensor, Tensor]:
     return 3 + rows * torch.logspace(-2, 1, 24), labels
 
 
-@pytest.mark.parametrize("temperature", [0.07, 0.5])
+@pytest.mark.parametrize("temperature", [1e-4, 0.07, 0.5])
 def test_each_vote_is_that_of_scikit_learn(temperature: float):
     train, labels = drawn(400, 0)
     queries, _ = drawn(300, 1)
@@ -42,7 +41,7 @@ def test_each_vote_is_that_of_scikit_learn(temperature: float):
     predictions = votes(train, labels, queries, (1, 10, 60), temperature)
     for k, prediction in zip((1, 10, 60), predictions, strict=True):
         reference = KNeighborsClassifier(
-            k, metric="cosine", weights=lambda distances: np.exp((1 - distances) / temperature)
+            k, metric="cosine", weights=lambda distances: np.exp((distances[:, :1] - distances) / temperature)
         ).fit(train.numpy(), labels.numpy())
         assert np.array_equal(prediction.numpy(), reference.predict(queries.numpy()))
 
@@ -92,6 +91,13 @@ def test_heads_that_are_trained_together_are_those_of_pytorch_one_by_one():
         assert torch.allclose(head, plain_sgd(x, labels, rate, config), atol=1e-10)
 
 
+def test_a_single_step_trains() -> None:
+    labels = torch.arange(100) % 2
+    x = (2.0 * labels - 1)[:, None].double()
+    (head,) = train_heads(x, labels, 2, [0.1], LinearConfig(train="a", test="b", epochs=1))
+    assert torch.equal(predict(x, head), labels)
+
+
 def plain_sgd(x: Tensor, labels: Tensor, rate: float, config: LinearConfig) -> Tensor:
     from vitscale import rng
 
@@ -100,14 +106,16 @@ def plain_sgd(x: Tensor, labels: Tensor, rate: float, config: LinearConfig) -> T
     torch.nn.init.zeros_(layer.bias)
     optimizer = torch.optim.SGD(layer.parameters(), lr=rate, momentum=MOMENTUM)
     per_epoch = len(x) // config.batch
-    for step in range(config.epochs * per_epoch):
+    total = config.epochs * per_epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
+    for step in range(total):
         epoch, position = divmod(step, per_epoch)
         order = torch.from_numpy(rng.permutation(len(x), config.seed, "linear", epoch))
         chosen = order[position * config.batch : (position + 1) * config.batch]
-        optimizer.param_groups[0]["lr"] = learning_rate(step + 1, config.epochs * per_epoch, rate, COSINE)
         optimizer.zero_grad()
         cross_entropy(layer(x[chosen]), labels[chosen]).backward()
         optimizer.step()
+        schedule.step()
     return torch.cat([layer.weight.T, layer.bias[None]]).detach()
 
 

@@ -84,7 +84,9 @@ def votes(
     winners: list[list[Tensor]] = [[] for _ in ks]
     for rows in queries.split(max(1, _SIMILARITIES // len(train))):
         nearest = (rows @ train.T).topk(max(ks), dim=1)  # [b, K], highest first
-        weights = (nearest.values.double() / temperature).exp()
+        similarities = nearest.values.double()  # [b, K]
+        # Without the subtraction, which changes no vote, low temperatures overflow.
+        weights = ((similarities - similarities[:, :1]) / temperature).exp()
         for won, k in zip(winners, ks, strict=True):
             sums = weights.new_zeros(len(rows), num_classes)
             won.append(sums.scatter_add_(1, labels[nearest.indices[:, :k]], weights[:, :k]).argmax(1))

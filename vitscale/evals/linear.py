@@ -130,5 +130,6 @@ def train_heads(
         errors = (rows @ weights).softmax(-1)  # [L, B, C]: of the cross-entropy by the logits
         errors[:, torch.arange(batch, device=x.device), labels[chosen]] -= 1
         momentum = MOMENTUM * momentum + rows.T @ errors / batch
-        weights = weights - peak * learning_rate(step + 1, total, 1.0, COSINE) * momentum
+        # Not step + 1, as in training: the last update would have a rate of 0.
+        weights = weights - peak * learning_rate(step, total, 1.0, COSINE) * momentum
     return weights
