@@ -82,6 +82,9 @@ def test_distances_are_those_of_patches_whatever_goes_to_other_tokens() -> None:
     to_first = [0, 1, 2, 1, math.sqrt(2), math.sqrt(5)]
     found = attention_distance(weights, (2, 3), 10)
     assert found.tolist() == pytest.approx([0, 10 * sum(to_first) / 6], abs=1e-4)
+    weights[0, 1, 6, 1] = 0  # the last patch, which is farthest, looks at the class token alone
+    found = attention_distance(weights, (2, 3), 10)
+    assert found.tolist() == pytest.approx([0, 10 * sum(to_first[:5]) / 5], abs=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"pool": "mean"}, REGISTERS, {"posemb": "relative"}])

@@ -97,15 +97,16 @@ def attention_distance(
 
     The mean is over images and query patches, and weighted by attention; distances are those of
     patch centres. The paper does not say what becomes of the class token: here it is left out,
-    as are registers, and the weights of each query are scaled to sum to 1 again.
+    as are registers, and the weights of each query are scaled to sum to 1 again. A query that
+    gives the patches no weight at all does not count; a head without any other has NaN.
     """
     patches = grid[0] * grid[1]
     weights = weights[..., -patches:, -patches:]
-    weights = weights / weights.sum(dim=-1, keepdim=True)
+    weights = weights / weights.sum(dim=-1, keepdim=True)  # NaN for a query without weight
     rows, cols = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     centres = patch_size * torch.stack([rows, cols], dim=-1).reshape(patches, 2).to(weights)  # [n, 2]
     distances = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")  # [n, n]
-    return (weights * distances).sum(dim=-1).mean(dim=(0, 2))
+    return (weights * distances).sum(dim=-1).nanmean(dim=(0, 2))
 
 
 class Rollout:
