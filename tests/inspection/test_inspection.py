@@ -1,6 +1,7 @@
 """What a ViT has learned: known answers, and attention as the model itself computes it."""
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -144,6 +145,16 @@ def test_a_map_shows_where_information_comes_from(changes: dict[str, object]) ->
 
 # files
 
+DRAW_POSITIONS = """
+import json, torch
+from vitscale.inspection.figures import draw_positions
+axes, colorbar = draw_positions(torch.arange(225.0).reshape(3, 5, 3, 5)).axes
+labels = [[text.get_text() for text in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels())]
+shown = axes.images[0].get_array()
+centres = [float(shown[int(y), int(x)]) for y in axes.get_yticks() for x in axes.get_xticks()]
+print(json.dumps([labels, centres, colorbar.get_ylabel()]))
+"""
+
 
 def test_every_figure_is_drawn_by_the_command(tmp_path: Path) -> None:
     saved_model(tmp_path / "ours.safetensors")
@@ -158,7 +169,7 @@ def test_every_figure_is_drawn_by_the_command(tmp_path: Path) -> None:
     }
     script = (
         "import sys; sys.path.insert(0, 'tools'); import visualize\n"
-        "for line in sys.stdin: print(visualize.main(line.split()))"
+        "for line in sys.stdin: print(visualize.main(line.split()))\n"
     )
     lines = [
         " ".join([name, f"{tmp_path}/ours.safetensors", f"{tmp_path}/out/{name}.png", *options])
@@ -166,14 +177,22 @@ def test_every_figure_is_drawn_by_the_command(tmp_path: Path) -> None:
     ]
     lines.append(f"attention-map {tmp_path}/ours.safetensors {tmp_path}/out/none.png")
     done = subprocess.run(
-        [sys.executable, "-c", script], input="\n".join(lines), capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", script + DRAW_POSITIONS],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
-    assert done.stdout.split()[1::2] == ["0"] * 4 and done.stdout.split()[-1] == "2", done.stderr
+    said, _, positions = done.stdout.rstrip().rpartition("\n")
+    assert said.split()[1::2] == ["0"] * 4 and said.split()[-1] == "2", done.stderr
     assert "give --data SHARDS or --images FILE ..., one of them" in done.stderr
     for name in arguments:
         with Image.open(tmp_path / "out" / f"{name}.png") as figure:
             drawn = np.asarray(figure.convert("RGB"))
         assert min(drawn.shape[:2]) > 200 and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 20, name
+    labels, centres, meaning = json.loads(positions)  # of one picture of all tiles
+    assert labels == [["1", "2", "3"], ["1", "2", "3", "4", "5"]] and meaning == "cosine similarity"
+    assert centres == [15 * patch + 7 for patch in range(15)]
 
 
 def test_images_are_drawn_evenly_from_a_set(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscale import atomic
 from vitscale.errors import ConfigError
 from vitscale.inspection.images import lit
+from vitscale.inspection.mosaics import GAP, tiled
 from vitscale.inspection.weights import Components
 
 if TYPE_CHECKING:
@@ -39,21 +40,18 @@ def draw_filters(components: Components) -> "Figure":
 def draw_positions(similarity: Float[Tensor, "h w h w"]) -> "Figure":
     """Figure 7, centre: for each patch, the similarity of its position to those of all."""
     rows, cols = similarity.shape[:2]
-    figure = new_figure(6, 6 * rows / cols)
-    axes = figure.subplots(rows, cols, squeeze=False)
-    for row in range(rows):
-        for col in range(cols):
-            place = axes[row, col]
-            shown = place.imshow(similarity[row, col].numpy(), vmin=-1, vmax=1, cmap="viridis")
-            place.set_xticks([])
-            place.set_yticks([])
-            if row == rows - 1:
-                place.set_xlabel(str(col + 1))
-            if col == 0:
-                place.set_ylabel(str(row + 1))
-    figure.suptitle("Position embedding similarity")
-    figure.supxlabel("input patch column")
-    figure.supylabel("input patch row")
+    figure = new_figure(6, 5 * rows / cols)
+    axes = figure.subplots()
+    tiles = tiled(similarity, gap=math.nan)[:-GAP, :-GAP]
+    shown = axes.imshow(tiles.numpy(), vmin=-1, vmax=1, cmap="viridis")
+    for axis, count in ((axes.xaxis, cols), (axes.yaxis, rows)):
+        numbers = np.arange(count)
+        axis.set_ticks((count - 1) / 2 + (count + GAP) * numbers, map(str, numbers + 1))
+    axes.tick_params(length=0, labelsize=min(10, 200 / max(rows, cols)))
+    axes.spines[:].set_visible(False)
+    axes.set_title("Position embedding similarity")
+    axes.set_xlabel("input patch column")
+    axes.set_ylabel("input patch row")
     figure.colorbar(shown, ax=axes, label="cosine similarity", shrink=0.8)
     return figure
 

@@ -5,15 +5,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-_GAP = 1  # pixels between the tiles of positions
+GAP = 1  # pixels between the tiles of positions
 
 
 def position_mosaic(similarity: Float[Tensor, "h w h w"]) -> UInt8[Tensor, "y x 3"]:
     """Tiles in rows and columns, in grey, with gaps of the middle grey between them."""
-    rows, cols = similarity.shape[:2]
-    tiles = F.pad(similarity, (0, _GAP, 0, _GAP))  # [h, w, h + 1, w + 1]
-    grey = tiles.permute(0, 2, 1, 3).reshape(rows * (rows + _GAP), cols * (cols + _GAP))
+    grey = tiled(similarity)
     return (127.5 + 127.5 * grey).round().clamp(0, 255).to(torch.uint8)[..., None].expand(-1, -1, 3)
+
+
+def tiled(similarity: Float[Tensor, "h w h w"], gap: float = 0.0) -> Float[Tensor, "y x"]:
+    """Tiles in rows and columns, with a line of the value `gap` below and right of each."""
+    rows, cols = similarity.shape[:2]
+    tiles = F.pad(similarity, (0, GAP, 0, GAP), value=gap)  # [h, w, h + 1, w + 1]
+    return tiles.permute(0, 2, 1, 3).reshape(rows * (rows + GAP), cols * (cols + GAP))
 
 
 def filter_tiles(filters: Float[Tensor, "K P P 3"]) -> UInt8[Tensor, "K P P 3"]:
