@@ -12,7 +12,7 @@ from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig, EvalConfig, open_task
 from vitscale.evals.adapters import FrozenModel
 from vitscale.evals.classify import ClassifyTask
-from vitscale.evals.predictions import predict, summary, write
+from vitscale.evals.predictions import summary, write
 from vitscale.evals.store import FeatureStore, digest_of
 from vitscale.evals.task import run_task, within_memory
 from vitscale.job import derive
@@ -57,7 +57,7 @@ def evaluate(
     outcome = {"checkpoint": checkpoint, "step": saved.step}
     if not isinstance(task, ClassifyTask):
         return {**outcome, "results": run_task(task, model)}
-    found = within_memory(task, lambda: predict(task, model))
+    found = within_memory(task, lambda: task.predict(model).gathered())
     if predictions:
         distributed.on_main(lambda: write(predictions, found, task.test))
     results = task.results(found.counts(), model)

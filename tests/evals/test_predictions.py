@@ -14,7 +14,7 @@ from vitscale.data.indexing import build_index
 from vitscale.data.sources import Source
 from vitscale.evals import ClassifyConfig, open_task
 from vitscale.evals.classify import ClassifyTask
-from vitscale.evals.predictions import Predictions, calibration_error, confusions, predict, summary, write
+from vitscale.evals.predictions import Predictions, calibration_error, confusions, summary, write
 
 
 def open_classify(shards: str, batch_size: int = 3) -> ClassifyTask:
@@ -32,11 +32,12 @@ class Confused(ColourModel):
         return logits
 
 
-def test_the_counts_are_those_of_the_task(tmp_path: Path):
+def test_the_results_are_those_of_the_predictions(tmp_path: Path):
     shards = write_shard(tmp_path / "test.tar", [str(i % 7) for i in range(20)] + ["1 4", "2 5"])
     task, model = open_classify(shards), Confused()
-    predictions = predict(task, model)
-    assert task.results(predictions.counts(), model) == task.run(model)
+    predictions = task.predict(model)
+    assert task.run(model) == {"top1": 19 / 22, "top5": 1.0, "num_samples": 22}  # not the 3 of class 2
+    assert task.results(predictions.gathered().counts(), model) == task.run(model)
     assert predictions.classes.shape == (22, 5) and predictions.labels.shape == (22, 2)
     assert (predictions.probabilities.diff(dim=1) <= 0).all()
 
@@ -46,7 +47,7 @@ def test_a_line_for_each_image_with_its_key(tmp_path: Path):
     shards = write_shard(tmp_path / "test.tar", ["0", "2", "1 4"])
     task = open_classify(shards)
     path = tmp_path / "out" / "predictions.jsonl"
-    write(path, predict(task, Confused()), task.test)
+    write(path, task.predict(Confused()), task.test)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["key"] for row in rows] == ["sample00000", "sample00001", "sample00002"]
     assert [row["labels"] for row in rows] == [[0], [2], [1, 4]]
@@ -59,7 +60,7 @@ def test_a_summary_says_which_class_is_taken_for_which(tmp_path: Path):
     (tmp_path / "classes.json").write_text('["red", "green", "blue", "yellow", "cyan", "magenta", "grey"]')
     shards = write_shard(tmp_path / "test.tar", ["0"] * 3 + ["2"] * 4 + ["5"] * 2 + ["2 5"])
     task = open_classify(shards)
-    details = summary(predict(task, Confused()), task.test)
+    details = summary(task.predict(Confused()), task.test)
     assert details["per_class"] == [
         {"class": 0, "name": "0 (red)", "num_samples": 3, "accuracy": 1.0},
         {"class": 2, "name": "2 (blue)", "num_samples": 5, "accuracy": 0.0},

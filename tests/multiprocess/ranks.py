@@ -31,7 +31,8 @@ from vitscale.ending import Ending
 from vitscale.engine import zero
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.engine import Engine
-from vitscale.evals.classify import ClassifyTask, topk_correct
+from vitscale.evals.classify import ClassifyTask
+from vitscale.evals.predictions import Predictions
 from vitscale.health import Health
 from vitscale.models import build_model
 from vitscale.train import train as train_config
@@ -91,7 +92,7 @@ class StopInEvaluation:
 
     def arm(self) -> None:
         if rank() == self.rank:
-            at_calls(topk_correct, lambda n: n == self.batch and os.kill(os.getpid(), signal.SIGTERM))
+            at_calls(Predictions.of, lambda n: n == self.batch and os.kill(os.getpid(), signal.SIGTERM))
 
 
 @dataclasses.dataclass(frozen=True)

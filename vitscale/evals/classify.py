@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vitscale import distributed
@@ -14,6 +15,7 @@ from vitscale.data.evalset import EvaluationSet
 from vitscale.data.sources import Source
 from vitscale.errors import ConfigError, DataError
 from vitscale.evals.features import own_indices
+from vitscale.evals.predictions import Counts, Predictions
 from vitscale.evals.task import EvalModel, TaskConfig, open_shards, open_split
 from vitscale.image_size import ImageSize
 from vitscale.losses import LossConfig, sample_losses, to_targets
@@ -52,23 +54,6 @@ class ClassifyConfig(TaskConfig):
         return values
 
 
-class Counts(NamedTuple):
-    """How many samples have a label, how many are right, and the sum of their losses."""
-
-    num_samples: int
-    top1: int
-    top5: int
-    loss: float = 0.0
-
-    def plus(self, other: "Counts") -> "Counts":
-        return Counts(
-            num_samples=self.num_samples + other.num_samples,
-            top1=self.top1 + other.top1,
-            top5=self.top5 + other.top5,
-            loss=self.loss + other.loss,
-        )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifyTask:
     """Counts how often the head is right. Of several labels of an image, any one will do."""
@@ -101,25 +86,27 @@ class ClassifyTask:
 
         Of a validation split also its "loss", without label smoothing.
         """
-        self.check_labels(model.num_classes)
-        indices, remaining = own_indices(np.arange(self.test.num_samples))
-        counts = Counts(0, 0, 0)
-        batches = self.test.batches(indices, self.config.batch_size, num_classes=model.num_classes)
-        for images, labels in batches:
-            own = max(0, min(len(images), remaining))  # the rest only fills up this rank's share
-            logits = model.logits(images).float().cpu()[:own]
-            targets = to_targets(labels[:own], model.num_classes)
-            losses = self.losses(logits, targets)
-            counts = counts.plus(topk_correct(logits, targets)._replace(loss=float(losses.double().sum())))
-            remaining -= own
-        self.test.report_left_out()
+        counts = self.predict(model).counts()
         *whole, loss = distributed.all_reduce_sum(list(map(float, counts)))
         return self.results(Counts(*map(int, whole), loss=loss), model)
 
-    def losses(self, logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Float[Tensor, " B"]:
+    def predict(self, model: EvalModel) -> Predictions:
+        """The predictions of this rank's share of the images, in order; every rank calls it."""
+        self.check_labels(model.num_classes)
+        indices, count = own_indices(np.arange(self.test.num_samples))
+        parts: list[Predictions] = []
+        batches = self.test.batches(indices, self.config.batch_size, num_classes=model.num_classes)
+        for images, labels in batches:
+            logits = model.logits(images).float().cpu()
+            parts.append(Predictions.of(logits, labels, self._losses(logits, labels)))
+        self.test.report_left_out()
+        return Predictions(*(torch.cat(column)[:count] for column in zip(*parts, strict=True)))
+
+    def _losses(self, logits: Float[Tensor, "B C"], labels: Int64[Tensor, "B M"]) -> Float[Tensor, " B"]:
         """Of each sample; 0 without a label, and where none is computed."""
         if not self.loss:
             return logits.new_zeros(len(logits))
+        targets = to_targets(labels, logits.shape[1])
         losses = sample_losses(dataclasses.replace(self.loss, label_smoothing=0.0), logits, targets)
         return losses * targets.any(1)
 
@@ -150,20 +137,3 @@ class ClassifyTask:
                 f"model of {num_classes} classes; give the test set that the head was trained for",
                 shared=True,
             )
-
-
-def topk_correct(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Counts:
-    """Count the samples that have a label at their highest logit, and among their 5 highest.
-
-    targets: multi-hot. A sample without labels counts neither as right nor as wrong, which is
-    the rule of ImageNet-ReaL (big_vision evaluators/classification.py, lines 40-52). With
-    fewer than 5 classes, top5 looks at all of them.
-    """
-    positive = targets > 0
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5], highest first
-    hits = positive.gather(1, best)  # [B, 5]; a sample without labels has no hit
-    return Counts(
-        num_samples=int(positive.any(dim=1).sum()),
-        top1=int(hits[:, 0].sum()),
-        top5=int(hits.any(dim=1).sum()),
-    )

@@ -5,21 +5,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from vitscale import atomic, distributed
 from vitscale.data.evalset import EvaluationSet
-from vitscale.evals.classify import ClassifyTask, Counts
-from vitscale.evals.features import own_indices
-from vitscale.evals.task import EvalModel
-from vitscale.losses import to_targets
 
 TOP = 5
 BINS = 15  # of the calibration error, as in Guo et al., "On Calibration of Modern Neural Networks"
 NUM_CONFUSIONS = 20  # that a summary lists
+
+
+class Counts(NamedTuple):
+    """How many samples have a label, how many are right, and the sum of their losses."""
+
+    num_samples: int
+    top1: int
+    top5: int
+    loss: float = 0.0
 
 
 class Predictions(NamedTuple):
@@ -30,12 +34,28 @@ class Predictions(NamedTuple):
     labels: Int64[Tensor, "n M"]
     losses: Float[Tensor, " n"]
 
+    @classmethod
+    def of(
+        cls, logits: Float[Tensor, "n C"], labels: Int64[Tensor, "n M"], losses: Float[Tensor, " n"]
+    ) -> "Predictions":
+        """With the TOP highest classes, or all if they are fewer."""
+        classes = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+        return cls(classes, logits.softmax(1).gather(1, classes), labels, losses)
+
+    def gathered(self) -> "Predictions":
+        """Those of all ranks, in rank order; every rank calls it."""
+        return Predictions(*map(distributed.all_gather_rows, self))
+
     def right(self) -> Bool[Tensor, " n"]:
         """Whether the first class is one of the labels, which are padded with -1."""
         return (self.labels == self.classes[:, :1]).any(1)
 
     def counts(self) -> Counts:
-        """How many have a label, and how many of those are right, as ClassifyTask counts."""
+        """How many have labels, how many have one as the first class, and how many as any.
+
+        An image without labels counts neither as right nor as wrong, which is the rule of
+        ImageNet-ReaL (big_vision evaluators/classification.py, lines 40-52).
+        """
         hits = (self.labels[:, None, :] == self.classes[:, :, None]).any(2)  # [n, k]
         return Counts(
             num_samples=int((self.labels >= 0).any(1).sum()),
@@ -48,22 +68,6 @@ class Predictions(NamedTuple):
         """Those of images that have a label: the others are not scored."""
         has_label = (self.labels >= 0).any(1)
         return Predictions(*(column[has_label] for column in self))
-
-
-def predict(task: ClassifyTask, model: EvalModel) -> Predictions:
-    """The predictions of all images of the task's set, in its order; every rank calls it."""
-    task.check_labels(model.num_classes)
-    indices, count = own_indices(np.arange(task.test.num_samples))
-    parts = []
-    batches = task.test.batches(indices, task.config.batch_size, num_classes=model.num_classes)
-    for images, labels in batches:
-        logits = model.logits(images).float().cpu()
-        classes = logits.topk(min(TOP, model.num_classes), dim=1).indices  # highest first
-        losses = task.losses(logits, to_targets(labels, model.num_classes))
-        parts.append((classes, logits.softmax(1).gather(1, classes), labels, losses))
-    task.test.report_left_out()
-    columns = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
-    return Predictions(*(distributed.all_gather_rows(column) for column in columns))
 
 
 def write(path: str | Path, predictions: Predictions, test: EvaluationSet) -> None:
