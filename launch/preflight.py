@@ -2,8 +2,6 @@
 """Check that hosts can run a job together: one table, and a sentence for all that is wrong."""
 
 import argparse
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +52,6 @@ def start(arguments: argparse.Namespace) -> int:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     status = main()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # as launch/train.py: threads of torch's may abort a normal exit
+    from vitscale import command
+
+    command.leave(status)

@@ -3,7 +3,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,11 +70,9 @@ if __name__ == "__main__":
         status = main()
     except SystemExit as end:  # of argparse
         status = end.code if isinstance(end.code, int) else 1
-    except BaseException as error:  # os._exit() prints nothing: a bug of ours would end without a word
+    except BaseException as error:  # leave() prints nothing: a bug of ours would end without a word
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
-        logging.shutdown()
-        sys.stdout.flush()
-        # Not sys.exit(): about one exit in a hundred would end with SIGABRT in a thread of
-        # torch's, after all the work is done. And a failed rank must not wait for anything.
-        os._exit(status)
+        from vitscale import command
+
+        command.leave(status)

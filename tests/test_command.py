@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,46 @@ def test_no_traceback_holds_the_secret_of_a_url() -> None:
 def test_an_interrupt_ends_without_a_traceback(capsys) -> None:
     assert command.run(raising(KeyboardInterrupt())) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["launch/train.py", "a.toml"],
+        ["launch/preflight.py", "a.toml"],
+        ["launch/ended.py", "a.toml"],
+        ["tools/data.py", "verify", "a.json"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_interrupt_of_the_imports_ends_alike_also_without_stdout(words: list[str], tmp_path: Path) -> None:
+    """Importing torch takes the first second of a program; here Ctrl-C comes in it."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    program = shlex.join([sys.executable, str(ROOT / words[0]), *words[1:]])
+    done = subprocess.run(
+        ["bash", "-c", f"{program} >&-"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (130, 1), done.stderr
+    assert done.stderr.startswith("stopped; ")
+
+
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")  # to save its import
+    program = "from vitscale import command; print(command.run(lambda: 0), 'na\\u00efve')"
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **ascii_only, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "130 na\\xefve\n"), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,20 @@
 
 Status 0 is success, 2 a mistake that the user can fix, printed as one sentence, and 1 a failure
 without one: a rank that was lost, a store that does not answer, or our bug, which keeps its
-traceback. Other statuses are the program's own.
+traceback. Other statuses are the program's own. Nothing here takes long to import: Ctrl-C while
+torch is imported ends a program as later.
 """
 
+import io
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from types import TracebackType
+from typing import NoReturn
 
-from vitscale import distributed
+from vitscale import slurm
 from vitscale.errors import FAILED, MISTAKE, Told, UserError, killed_worker, status_of
 from vitscale.redaction import redact
 
@@ -25,13 +28,21 @@ def run(program: Callable[[], int]) -> int:
     Under a launcher every rank calls it. Rank 0 alone prints an error that all ranks raise
     (UserError.shared); an error of a single rank is printed by that rank.
     """
-    rank = distributed.launched_rank()
+    rank = int(slurm.launched().get("RANK", "0"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes, and no error
+            stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Redacting("%(levelname)s %(message)s"))
     sys.excepthook = _print_traceback
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, handlers=[handler])
     try:
-        return program()
+        from vitscale import distributed
+
+        try:
+            return program()
+        finally:
+            distributed.shutdown()
     except UserError as error:
         if rank == 0 or not error.shared:
             print(f"error: {error}", file=sys.stderr)
@@ -60,8 +71,21 @@ def run(program: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return MISTAKE
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with a status; what cannot be printed any more changes nothing.
+
+    Not by sys.exit(): about one exit in a hundred would end with SIGABRT in a thread of
+    torch's, after all the work is done. And a failed rank must not wait for anything.
+    """
+    try:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            if stream:  # None: it was closed before the start
+                stream.flush()
     finally:
-        distributed.shutdown()
+        os._exit(status)
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import psutil
@@ -78,16 +78,9 @@ def wait_longer(group: dist.ProcessGroup | None = None) -> None:
     dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
 
 
-def _launched() -> Mapping[str, str]:
-    """The environment, with the variables that srun lacks."""
-    if "WORLD_SIZE" not in os.environ:
-        os.environ.update(slurm.variables(os.environ))
-    return os.environ
-
-
 def is_launched() -> bool:
     """Whether a launcher started this process, which ends with a status of its own."""
-    return "WORLD_SIZE" in _launched()
+    return "WORLD_SIZE" in slurm.launched()
 
 
 def num_cores() -> int:
@@ -121,12 +114,12 @@ def rank() -> int:
 
 def launched_rank() -> int:
     """As rank, but already known before initialize: what the launcher says."""
-    return rank() if dist.is_initialized() else int(_launched().get("RANK", "0"))
+    return rank() if dist.is_initialized() else int(slurm.launched().get("RANK", "0"))
 
 
 def launched_world_size() -> int:
     """As world_size, but already known before initialize: what the launcher says."""
-    return world_size() if dist.is_initialized() else int(_launched().get("WORLD_SIZE", "1"))
+    return world_size() if dist.is_initialized() else int(slurm.launched().get("WORLD_SIZE", "1"))
 
 
 def world_size() -> int:

@@ -1,5 +1,6 @@
 """What srun tells its tasks, in the variables that torchrun and deepspeed set."""
 
+import os
 import re
 from collections.abc import Mapping
 
@@ -28,6 +29,13 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
         "MASTER_PORT": str(FIRST_PORT + (17 * job + step) % NUM_PORTS),
     }
     return found | {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
+
+
+def launched() -> Mapping[str, str]:
+    """The environment of this process, with the variables that srun lacks."""
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(variables(os.environ))
+    return os.environ
 
 
 def first_host(nodes: str) -> str:
