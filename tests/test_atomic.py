@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vitscale import atomic
+from vitscale.errors import ConfigError, StoreError
 
 
 @pytest.fixture
@@ -38,3 +39,34 @@ def test_what_killed_writers_left_is_cleaned_and_nothing_else(tmp_path: Path) ->
         (tmp_path / name).touch()
     atomic.clean(tmp_path / "time.json")
     assert {path.name for path in tmp_path.iterdir()} == {".model.npz.tmp-12", "time.json"}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "sentence"),
+    [
+        ("HERE", ConfigError, r"is a folder; name a file in it, like .*/out\.json"),
+        ("HERE/train-000000.tar", ConfigError, r"train-000000\.tar does not end in \.json; name a file that"),
+        ("HERE/train-000000.tar/a.json", StoreError, r"a\.json cannot be written \((Not a d|File ex).*; n"),
+        ("HERE/long/" + "a" * 300 + ".json", StoreError, r"a\.json cannot be written \(File name too long\)"),
+        ("/proc/a.json", StoreError, r"^/proc/a\.json cannot be written \(.*\); name another file$"),
+    ],
+    ids=["a folder", "a shard", "in a file", "too long", "where no file can be made"],
+)
+def test_what_could_not_be_written_at_the_end_is_refused_at_the_start(
+    tmp_path: Path, path: str, kind: type[Exception], sentence: str
+) -> None:
+    (tmp_path / "train-000000.tar").write_bytes(b"images")
+    path = path.replace("HERE", str(tmp_path))
+    with pytest.raises(kind, match=sentence):
+        atomic.check_writable(path, ".json")
+    if kind is StoreError:
+        with pytest.raises(StoreError, match=r"; name another folder$"):
+            atomic.check_folder(path if "long" in path else Path(path).parent)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["train-000000.tar"]
+    assert (tmp_path / "train-000000.tar").read_bytes() == b"images"
+
+
+def test_a_check_leaves_only_the_folder(tmp_path: Path) -> None:
+    atomic.check_writable(tmp_path / "new" / "a.json", ".json")
+    atomic.check_folder(tmp_path / "new" / "features")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["features"]

@@ -135,6 +135,35 @@ def test_what_the_user_gets_wrong_is_one_sentence_and_status_2(
 
 
 @pytest.mark.parametrize(
+    ("option", "path", "message"),
+    [
+        ("--json", "data/train-000000.tar", "train-000000.tar does not end in .json; name a file that does"),
+        ("--json", "/proc/result.json", "/proc/result.json cannot be written ("),
+        ("--predictions", "data", "data is a folder; name a file in it, like data/out.jsonl"),
+        ("--predictions", "data/classes.json", "classes.json does not end in .jsonl; name a file that does"),
+        ("--cache", "data/classes.json", "data/classes.json cannot be written ("),
+    ],
+)
+def test_a_place_for_results_is_refused_before_the_checkpoint_is_opened(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    path: str,
+    message: str,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    (tmp_path / "data").mkdir()
+    for name in ("train-000000.tar", "classes.json"):
+        (tmp_path / "data" / name).write_text("kept")
+    kind = "kmeans" if option == "--cache" else "classify"
+    assert main([kind, "nowhere", "--data", "data/test-*.tar", option, path]) == 2
+    assert message in capsys.readouterr().err
+    assert {file.read_text() for file in (tmp_path / "data").iterdir()} == {"kept"}
+
+
+@pytest.mark.parametrize(
     ("program", "words"),
     [
         (main, ["finetune", "x", "--recipe", "x", "--out", "x"]),

@@ -42,13 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    results = COMMANDS[arguments.command](arguments)
-    print_table(results)
+    from vitscale import atomic
+
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(
-            json.dumps({"bench": arguments.command, "results": results}, indent=1) + "\n"
-        )
+        atomic.check_writable(arguments.json, ".json")
+    results = COMMANDS[arguments.command](arguments)
+    if arguments.json:
+        values = json.dumps({"bench": arguments.command, "results": results}, indent=1) + "\n"
+        atomic.write(arguments.json, values.encode())
+    print_table(results)
     return 0
 
 
@@ -147,7 +149,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     scale.add_argument("--zero", type=_integers, default=(1, 3), help="one or more ZeRO stages")
     scale.add_argument("--variant", default="H/14", help="of the model, NAME/PATCH")
     for command in (data, order, in_order, checkpoint, step, scale):
-        command.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file")
+        command.add_argument("--json", type=Path, metavar="OUT.json", help="also write the results there")
     return parser.parse_args(argv)
 
 

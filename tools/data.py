@@ -3,7 +3,6 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,7 +63,7 @@ def pack(arguments: argparse.Namespace) -> int:
 
 
 def index_shards(arguments: argparse.Namespace) -> int:
-    from vitscale import storage
+    from vitscale import atomic, storage
     from vitscale.data.classes import read_classes
     from vitscale.data.indexing import build_index
     from vitscale.data.samples import SampleKeys
@@ -82,7 +81,7 @@ def index_shards(arguments: argparse.Namespace) -> int:
             "name a local file with --out"
         )
     out = arguments.out or Path(storage.local_path(shards[0])).parent / "index.json"
-    check_writable(out, ".json")
+    atomic.check_writable(out, ".json")
     journal = out.with_suffix(".partial")
     with Bar("shard") as bar:
         index = build_index(
@@ -128,11 +127,12 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def stats(arguments: argparse.Namespace) -> int:
+    from vitscale import atomic
     from vitscale.curate.stats import describe, draw, measure
     from vitscale.data.index import Index
 
     if arguments.png:
-        check_writable(arguments.png, ".png")
+        atomic.check_writable(arguments.png, ".png")
     measured = measure(Index.load(arguments.index))
     print(describe(measured))
     report_doubts(measured.index, arguments.index)
@@ -143,13 +143,14 @@ def stats(arguments: argparse.Namespace) -> int:
 
 
 def dedup(arguments: argparse.Namespace) -> int:
+    from vitscale import atomic
     from vitscale.curate.dedup import THRESHOLD, find_duplicates
     from vitscale.curate.duplicates import contact_sheet
     from vitscale.data.index import Index
 
-    check_writable(arguments.out, ".json")
+    atomic.check_writable(arguments.out, ".json")
     if arguments.sheet:
-        check_writable(arguments.sheet, ".png")
+        atomic.check_writable(arguments.sheet, ".png")
     index = Index.load(arguments.index)
     with Bar("image") as bar:
         duplicates = find_duplicates(
@@ -252,23 +253,6 @@ def report_damage(sentences: Sequence[str], total: int) -> None:
         print(f"damaged: {sentence}", file=sys.stderr)
     if total > len(sentences):
         print(f"damaged: and {total - len(sentences):,} more", file=sys.stderr)
-
-
-def check_writable(path: Path, ending: str) -> None:
-    """Make the folder of an output file, before any long work.
-
-    Raises StoreError for what cannot be written, ConfigError for a name without that ending.
-    """
-    from vitscale.errors import ConfigError, StoreError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
-            raise StoreError(f"{path} cannot be written; name another file")
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written ({error.strerror}); name another file") from None
-    if path.suffix != ending:  # a shard, say, which would be lost
-        raise ConfigError(f"{path} does not end in {ending}; name a file that does")
 
 
 class Bar:

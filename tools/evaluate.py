@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
     distributed.initialize()
     config = distributed.together(lambda: from_dict(EvalConfig, _config_values(args)))
+    distributed.on_main(lambda: _check_outputs(args))
     slot = "ema" if args.ema else "fp32"
     outcome = evaluate(
         args.checkpoint,
@@ -208,7 +209,7 @@ def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     command.add_argument(
         "--ema", action="store_true", help="use the average of the weights (optim.ema_decay)"
     )
-    command.add_argument("--json", metavar="OUT", help="also write the results to this file")
+    command.add_argument("--json", metavar="OUT.json", help="also write the results to this file")
     return command
 
 
@@ -252,17 +253,28 @@ def _config_values(args: argparse.Namespace) -> dict[str, Any]:
     return {"test": args.data if is_shards else f"{args.data.rstrip('/')}/test-*.tar", **values}
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse what could not be written at the end, when all is computed."""
+    from vitscale import atomic
+
+    if args.json:
+        atomic.check_writable(args.json, ".json")
+    if predictions := getattr(args, "predictions", ""):
+        atomic.check_writable(predictions, ".jsonl")
+    if cache := getattr(args, "cache", ""):
+        atomic.check_folder(cache)
+
+
 def _report(outcome: dict[str, Any], path: str | None) -> None:
     from vitscale import atomic
 
+    if path:
+        atomic.write(path, (json.dumps(outcome, indent=2) + "\n").encode())
     print(f"{outcome['checkpoint']}  step {outcome['step']:,}")
     for name, value in outcome["results"].items():
         print(f"  {name:<14}{value:>10,}" if isinstance(value, int) else f"  {name:<14}{value:>10.4f}")
     if details := outcome.get("details"):
         print_details(details)
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, (json.dumps(outcome, indent=2) + "\n").encode())
 
 
 def print_details(details: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="RESULTS.json",
         help="take speeds from this file of tools/bench.py step, in place of guesses",
     )
-    add("--json", type=Path, metavar="OUT", help="also write the plan to this file")
+    add("--json", type=Path, metavar="OUT.json", help="also write the plan to this file")
     # What is not given is left to the defaults of a Cluster.
     option = functools.partial(add, default=argparse.SUPPRESS)
     option("--gpu", help="their kind, as h100, h200, a100 or b200; default: h100")
@@ -63,12 +63,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    from vitscale import config
+    from vitscale import atomic, config
     from vitscale.plan import text
     from vitscale.plan.make import Cluster, make_plan
     from vitscale.plan.speed import Speed, read_measurements
     from vitscale.train_config import TrainConfig
 
+    if arguments.json:
+        atomic.check_writable(arguments.json, ".json")
     names = [field.name for field in dataclasses.fields(Cluster) if field.name in arguments]
     options = {name: getattr(arguments, name) for name in names}
     numbers = {f"--{name.replace('_', '-')}": options[name] for name in names if name != "gpu"}
@@ -76,10 +78,10 @@ def plan(arguments: argparse.Namespace) -> int:
     speed = read_measurements(arguments.calibrate) if arguments.calibrate else Speed()
     loaded = config.load(TrainConfig, *config.divided(arguments.configs))
     made = make_plan(loaded, Cluster(**options), speed)
-    print(text.render(made))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"results": text.results(made)}, indent=1) + "\n")
+        values = json.dumps({"results": text.results(made)}, indent=1) + "\n"
+        atomic.write(arguments.json, values.encode())
+    print(text.render(made))
     return 0
 
 

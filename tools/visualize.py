@@ -38,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.count is not None and arguments.count < 1:
         parser.error(f"--count {arguments.count} must be above 0")
-    if Path(arguments.out).suffix != ".png":
-        parser.error(f"{arguments.out} must end in .png")
 
     from vitscale import command
 
@@ -47,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def visualize(arguments: argparse.Namespace) -> int:
+    from vitscale import atomic
     from vitscale.inspection import run
 
+    atomic.check_writable(arguments.out, ".png")
     pictures = run.Pictures(data=arguments.data, files=arguments.images, count=arguments.count or 0)
     slot = "ema" if arguments.ema else "fp32"
     run.visualize(arguments.figure, arguments.checkpoint, arguments.out, pictures, slot=slot)

@@ -7,8 +7,11 @@ folder stays behind, whose name begins with a dot and ends in `.tmp-PID`.
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from vitscale.errors import ConfigError, StoreError
 
 Rename = Callable[[Path, Path], None]
 
@@ -39,6 +42,29 @@ def write(path: str | Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def check_writable(path: str | Path, ending: str) -> None:
+    """Make the folder of an output file, and try it, before any long work.
+
+    ending: of all such files, like ".json": another file would be lost. Raises StoreError for
+    what cannot be written, ConfigError for a folder or a name without that ending.
+    """
+    path = Path(path)
+    with _refused(path, "name another file"):
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; name a file in it, like {path / f'out{ending}'}")
+        if path.suffix != ending:
+            raise ConfigError(f"{path} does not end in {ending}; name a file that does")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise StoreError(f"{path} cannot be written; name another file")
+        _try_folder(path.parent, path.name)
+
+
+def check_folder(path: str | Path) -> None:
+    """Make a folder for output, and try it. Raises StoreError if it cannot be written."""
+    with _refused(Path(path), "name another folder"):
+        _try_folder(Path(path), "")
+
+
 def clean(path: str | Path) -> None:
     """Delete what killed processes left of `path` beside it; nobody may be writing it."""
     for leftover in Path(path).parent.glob(f".{Path(path).name}.tmp-*"):
@@ -67,6 +93,24 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _refused(path: Path, way_out: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written ({error.strerror}); {way_out}") from None
+
+
+def _try_folder(folder: Path, name: str) -> None:
+    """Raise OSError unless the folder is there, or can be made, and takes a file of the name.
+
+    Permissions do not tell: root has all of them in /proc.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.tmp-"):
+        return
 
 
 def _remove(path: Path) -> None:

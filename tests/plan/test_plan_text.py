@@ -42,6 +42,7 @@ REFUSED = [
         ["--gpus", "8", "augment.mixup=0.2", "global_batch=8"],
         "augment.mixup and augment.cutmix pair neighbours, so the micro batch of 1 must be even; change",
     ),
+    (["--gpus", "8", "--json", "train-000000.tar"], "train-000000.tar does not end in .json; name a file"),
     (["--gpus", "8", "--calibrate", "nowhere.json"], "--calibrate nowhere.json cannot be read: No such file"),
 ]
 

@@ -166,7 +166,7 @@ def test_what_is_no_run_is_refused_in_one_sentence(
 
 def test_a_folder_is_no_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(run, "--out", tmp_path) == 2
-    assert "is a folder; name the page in it, like" in capsys.readouterr().err
+    assert "is a folder; name a file in it, like" in capsys.readouterr().err
 
 
 def test_a_page_replaces_nothing_that_is_no_page(run: Path, tmp_path: Path, capsys) -> None:

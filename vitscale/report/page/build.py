@@ -4,10 +4,8 @@ import base64
 import datetime
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from vitscale import atomic
-from vitscale.errors import ConfigError
 from vitscale.report.page import course, curves, damage, overview, samples
 from vitscale.report.page.html import Html, details, element, joined, unless_unreadable
 from vitscale.report.page.records import Record, read_records
@@ -19,17 +17,12 @@ def write_page(runs: Sequence[str], out: str, *, with_images: bool = True) -> in
     """Write the page of some runs, whole or not at all; returns its bytes.
 
     with_images: look at the data and at a checkpoint, for pictures. Raises ConfigError for what
-    is no run directory.
+    is no run directory, and as atomic.check_writable does.
     """
-    path = Path(out)
-    if path.is_dir():
-        raise ConfigError(f"{out} is a folder; name the page in it, like {path / 'report.html'}")
-    if path.suffix != ".html":  # a file of another kind, which would be lost
-        raise ConfigError(f"{out} does not end in .html; name a file that does")
+    atomic.check_writable(out, ".html")
     records = read_records(list(dict.fromkeys(runs)))
     content = page(records, datetime.datetime.now(datetime.UTC), with_images=with_images).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(path, content)
+    atomic.write(out, content)
     return len(content)
 
 
