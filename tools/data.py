@@ -52,7 +52,7 @@ def pack(arguments: argparse.Namespace) -> int:
         num_classes = len(index.label_counts)
         print(f"{out}: {index.num_samples:,} samples in {len(shards)} shards, {num_classes:,} classes")
         if split == "train":
-            print(f"to train on them: model.num_classes = {max(index.usual_labels) + 1}")
+            report_classes(index)
         report_index(index, out)
     report_passed_over(report.passed_over)
     for sentence in report.omissions:
@@ -65,6 +65,7 @@ def pack(arguments: argparse.Namespace) -> int:
 def index_shards(arguments: argparse.Namespace) -> int:
     from vitscale import atomic, storage
     from vitscale.data.classes import read_classes
+    from vitscale.data.index import check_replaceable
     from vitscale.data.indexing import build_index
     from vitscale.data.samples import SampleKeys
     from vitscale.errors import ConfigError
@@ -82,6 +83,7 @@ def index_shards(arguments: argparse.Namespace) -> int:
         )
     out = arguments.out or Path(storage.local_path(shards[0])).parent / "index.json"
     atomic.check_writable(out, ".json")
+    check_replaceable(out)
     journal = out.with_suffix(".partial")
     with Bar("shard") as bar:
         index = build_index(
@@ -237,6 +239,18 @@ def report_passed_over(counts: Mapping[str, int]) -> None:
     if counts:
         texts = [f"{count:,} {extension}" for extension, count in sorted(counts.items())]
         print(f"passed over, neither images nor labels: {', '.join(texts)}", file=sys.stderr)
+
+
+def report_classes(index: Any) -> None:
+    """Print the number of classes to train with, and which of the classes.json are without images."""
+    from vitscale.data.classes import names_beside, names_by_label
+
+    num_classes = len(names_by_label(names_beside(index.shards[0].url)))
+    print(f"to train on them: model.num_classes = {max(num_classes, max(index.usual_labels) + 1)}")
+    empty = [index.named(label) for label in range(num_classes) if label not in index.label_counts]
+    if empty:
+        more = f" and {len(empty) - 5:,} more" if len(empty) > 5 else ""
+        print(f"check: no image of class {', '.join(empty[:5])}{more}", file=sys.stderr)
 
 
 def report_doubts(index: Any, path: str | Path) -> None:

@@ -61,13 +61,20 @@ def test_the_seed_orders_the_samples_and_without_a_shuffle_the_source_does(tmp_p
     assert orders[2] == [path.read_bytes() for path in by_name]
 
 
-def test_a_finished_packing_is_kept_and_a_removed_shard_is_written_again(tmp_path: Path) -> None:
+def test_a_finished_packing_is_kept_and_a_removed_shard_is_written_again(tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO", "vitscale.curate.pack")
     source, out = write_photos(tmp_path / "photos"), tmp_path / "out"
     config = PackConfig(samples_per_shard=10)
     pack(source, out, config)
     before, times = shard_bytes(out), [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
+    assert pack(source, out, config).num_kept_shards == 3
     (out / "train-000001.tar").unlink()
     assert pack(source, out, config).num_kept_shards == 2
+    said = "shards finished already"
+    assert caplog.messages == [
+        f"{said}: 3 of 3; nothing is left to write",
+        f"{said}: 2 of 3; writing the others",
+    ]
     assert shard_bytes(out) == before
     assert (out / "train-000002.tar").stat().st_mtime_ns == times[2]
 
@@ -320,6 +327,18 @@ def test_the_tool_packs_indexes_and_verifies(tmp_path: Path, capsys) -> None:
     assert main(["demo", str(shard / "below_a_file")]) == 2
     errors = capsys.readouterr().err
     assert "it was cut" in errors and "no file matches" in errors and "Traceback" not in errors
+
+
+def test_classes_without_an_image_are_counted_and_named(tmp_path: Path, capsys) -> None:
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+    for name in ("a", "c"):
+        (tmp_path / "photos" / name / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "photos" / "d" / "1.heic").write_bytes(b"heic")
+    assert main(["pack", str(tmp_path / "photos"), str(tmp_path / "out"), "--workers", "0"]) == 0
+    shown = capsys.readouterr()
+    assert "2 samples in 1 shards, 2 classes\nto train on them: model.num_classes = 4\n" in shown.out
+    assert "check: no image of class 1 (b), 3 (d)\n" in shown.err
 
 
 def test_a_named_pipe_is_skipped(tmp_path: Path) -> None:

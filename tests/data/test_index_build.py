@@ -123,7 +123,7 @@ def test_what_was_allowed_to_be_damaged_is_refused_by_the_next_build(
     Path(shards[0]).write_bytes(Path(shards[0]).read_bytes()[:4000])
     with pytest.raises(Stopped):
         build_index(shards, allow_damaged=True, journal=journal, progress=stop_after(3))
-    with pytest.raises(DataError, match="restore the shard"):
+    with pytest.raises(DataError, match=r"restore the shard, .*data\.py index SHARDS --allow-damaged"):
         build_index(shards, journal=journal)
 
 
@@ -198,6 +198,7 @@ def test_a_picture_of_the_data_set_is_drawn(tmp_path: Path, capsys) -> None:
     ("arguments", "sentence"),
     [
         (["index", "{shards}", "--out", "{shards}"], "does not end in .json"),
+        (["index", "{shards}", "--out", "{folder}/classes.json"], "is there and is not an index; name anoth"),
         (["index", "{shards}", "--workers", "-1"], "must not be negative"),
         (["index", "{shards}", "--chunk-samples", "65536"], "from 1 to 65,535"),
         (["index", "{shards}", "--chunk-samples", "0"], "from 1 to 65,535"),
@@ -214,6 +215,7 @@ def test_wrong_options_are_one_sentence(tmp_path: Path, capsys, arguments: list[
     index = write_index(tmp_path, [3])
     shard = tmp_path / "train-000000.tar"
     before = shard.read_bytes()
+    (tmp_path / "classes.json").write_text('["cat", "dog"]')
     try:
         status = main([text.format(shards=shard, index=index, folder=tmp_path) for text in arguments])
     except SystemExit as stopped:  # by argparse
@@ -228,7 +230,8 @@ def test_wrong_options_are_one_sentence(tmp_path: Path, capsys, arguments: list[
 def test_options_at_their_bounds_are_accepted(tmp_path: Path, options: list[str]) -> None:
     (shard,) = write_shards(tmp_path, [3])
     out = tmp_path / "other.json"
-    assert main(["index", shard, "--out", str(out), *options]) == 0
+    for _ in range(2):  # an index is replaced
+        assert main(["index", shard, "--out", str(out), *options]) == 0
     assert Index.load(str(out)).num_samples == 3
 
 

@@ -297,9 +297,11 @@ def test_a_damaged_or_missing_index_is_refused(tmp_path: Path, index: Index) -> 
         Index.load(str(tmp_path / "shards" / "index.json"))
     with pytest.raises(DataError, match="is missing"):
         Index.load(str(tmp_path / "nothing.json"))
-    (tmp_path / "bad.json").write_text("[1]")
-    with pytest.raises(DataError, match="is not an index"):
-        Index.load(str(tmp_path / "bad.json"))
+    for other in ('[1]', '["cat", "dog"]', '{"format": "vitscale-duplicates", "version": 1}'):
+        (tmp_path / "bad.json").write_text(other)
+        with pytest.raises(DataError, match="is not an index") as refused:
+            Index.load(str(tmp_path / "bad.json"))
+        assert "--out" not in str(refused.value)  # it would replace what is not ours
 
 
 @pytest.mark.parametrize(
@@ -324,7 +326,7 @@ def test_an_edited_index_is_refused(tmp_path: Path, index: Index, edit) -> None:
     assert Index.load(str(path)).fingerprint() == index.fingerprint()
     edit(values)
     path.write_text(json.dumps(values))
-    with pytest.raises(DataError, match=r"make it with: python tools/data\.py index"):
+    with pytest.raises(DataError, match=r"make (it|one) with: python tools/data\.py index"):
         Index.load(str(path))
 
 

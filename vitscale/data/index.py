@@ -216,13 +216,18 @@ class Index:
             reason = error.strerror or error
             raise StoreError(f"index {path} cannot be read: {reason}; name an index.json") from None
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-            raise DataError(f"{path} is not an index; {remake}") from None
+            raise DataError(
+                f"{path} is not an index; name an index.json, or make one with: python tools/data.py index "
+                "SHARDS"
+            ) from None
 
     @classmethod
     def _read(cls, path: str, remake: str) -> "Index":
         values = json.loads(storage.read_bytes(path))
-        if values["format"] != FORMAT or values["version"] not in READABLE:
-            raise DataError(f"{path} is a {values['format']} of version {values['version']}; {remake}")
+        if values["format"] != FORMAT:
+            raise ValueError(values["format"])
+        if values["version"] not in READABLE:
+            raise DataError(f"{path} is an index of version {values['version']}; {remake}")
         chunks = _stored(path, values["chunks"], remake)
         shards = (Shard(**shard) for shard in values["shards"])
         index = cls(
@@ -238,6 +243,12 @@ class Index:
         if not index._is_consistent():
             raise DataError(f"the shards in {path} are not those of {values['chunks']['file']}; {remake}")
         return index
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise DataError for a file with content that is no index: a new index would replace it."""
+    if path.is_file() and (content := path.read_bytes()) and f'"{FORMAT}"'.encode() not in content[:100]:
+        raise DataError(f"{path} is there and is not an index; name another file with --out")
 
 
 def planned_index(num_samples: int) -> Index:

@@ -209,7 +209,8 @@ class _ScanBuilder:
         """Raise DataError for a shard that is empty or, unless it is allowed, damaged."""
         if self.tar_damage and not allow_damaged:
             raise DataError(
-                f"{self.tar_damage}; restore the shard, leave it out, or keep those with --allow-damaged"
+                f"{self.tar_damage}; restore the shard, leave it out, or keep those: python tools/data.py "
+                "index SHARDS --allow-damaged, and name the index.json"
             )
         if not self.num_samples and not self.tar_damage:
             raise DataError(f"shard {self.url} is empty: it holds no sample; leave it out")

@@ -153,7 +153,9 @@ def _write_shards(
     total = sum(plan.num_samples.values())
     num_done = sum(shard.count for shard in plan.shards() if shard.name in finished)
     if finished:
-        logger.info("%d shards are already finished; writing the others", len(finished))
+        num_shards = len(list(plan.shards()))
+        rest = "writing the others" if len(finished) < num_shards else "nothing is left to write"
+        logger.info("shards finished already: %d of %d; %s", len(finished), num_shards, rest)
     progress(num_done, total)
     tasks = _tasks(out, plan, listing, config, finished)
     for count in processes.map_in_order(write_shard, tasks, config.workers):
