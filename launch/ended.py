@@ -2,6 +2,7 @@
 """How the last start of a run ended, by its status.json, for scripts that start it again."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="this node's number, where several ask after the same start: only node 0 counts it (default: 0)",
     )
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.max_vain < 1:
+        parser.error(f"--max-vain {arguments.max_vain} must be at least 1")
+    if not 0 <= arguments.since < math.inf:
+        parser.error(f"--since {arguments.since:g} must be seconds since 1970, as date +%s prints them")
     from vitscale import command
 
     return command.run(lambda: start(arguments))

@@ -210,6 +210,14 @@ def test_the_largest_number_is_one_of_64_bits() -> None:
     assert (config.warmup, config.optim.lr) == (2**63 - 1, -(2.0**63))
 
 
+@pytest.mark.parametrize("epochs", ["1e308", "1e17"])
+def test_steps_beyond_64_bits_are_refused(epochs: str) -> None:
+    values = {"run_dir": "a", "data": {"index": "x"}, "global_batch": 8}
+    config = resolve(TrainConfig, [values], [f"total_epochs={epochs}"])
+    with pytest.raises(ConfigError, match="makes more steps than fit in 64 bits; lower it"):
+        config.num_steps(1_000)
+
+
 def test_files_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml does not exist"):
         load(Outer, [tmp_path / "none.toml"])

@@ -180,6 +180,12 @@ def test_a_number_of_processes_below_1_is_refused(
     assert ended.value.code == 2 and f"--slots {slots} must be above 0" in capsys.readouterr().err
 
 
+def test_a_launcher_that_is_no_command_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        study.main(["run", "x", "--launcher", "deepspeed '"])
+    assert ended.value.code == 2 and "deepspeed ' is no command: No closing quot" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("num_classes", "shown"),
     [

@@ -9,6 +9,7 @@ import pytest
 from data.servers import use_s3
 from make import state_of, write_step
 
+from launch import ended
 from vitscale import attempts, ending, history, restarts
 from vitscale import config as configs
 from vitscale.restarts import Vain, decide
@@ -41,7 +42,7 @@ DONE = {"state": "done", "total_steps": 9, "reason": "", "exit_status": 0}
         (None, 0, 0, "done", "the launcher ended with status 0"),
         (None, 2, 0, "stop", "it was refused"),
         (None, 1, 0, "again", "not begun: the launcher ended with status 1"),
-        (None, None, 0, "again", "not begun: there is no status.json"),
+        (None, None, 0, "again", "not begun: there is no status.json that can be read"),
     ],
 )
 def test_what_is_done_after_an_end(
@@ -138,3 +139,29 @@ def test_after_a_start_whose_store_does_not_answer_it_counts_as_in_vain(
     away = dataclasses.replace(config, checkpoint=store, total_steps=18)
     assert restarts.newest_step(away) is None
     assert [restarts.after(away, 1, 2, since=LATER).kind for _ in range(2)] == ["again", "stop"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"step": 9}', None], ids=["torn", "list", "part", "folder"])
+def test_a_status_that_cannot_be_read_is_not_said_to_be_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str | None
+) -> None:
+    assert ending.read(tmp_path) is None and not caplog.messages
+    path = tmp_path / ending.STATUS_NAME
+    path.write_text(content) if content else path.mkdir()
+    assert ending.read(tmp_path) is None
+    (message,) = caplog.messages
+    assert message.startswith(f"{path} cannot be read (")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--max-vain", "0", "must be at least 1"),
+        ("--since", "nan", "must be seconds since 1970"),
+        ("--since", "-1", "must be seconds since 1970"),
+    ],
+)
+def test_numbers_that_decide_nothing_are_refused(capsys, option: str, value: str, said: str) -> None:
+    with pytest.raises(SystemExit) as refused:
+        ended.main(["nowhere.toml", f"{option}={value}"])
+    assert refused.value.code == 2 and f"{option} {value} {said}" in capsys.readouterr().err

@@ -242,7 +242,7 @@ def report_passed_over(counts: Mapping[str, int]) -> None:
 
 
 def report_classes(index: Any) -> None:
-    """Print the number of classes to train with, and which of the classes.json are without images."""
+    """Print the number of classes to train with, and which of classes.json have no image."""
     from vitscale.data.classes import names_beside, names_by_label
 
     num_classes = len(names_by_label(names_beside(index.shards[0].url)))

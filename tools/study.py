@@ -69,6 +69,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if (slots := getattr(arguments, "slots", None)) is not None and slots < 1:
         parser.error(f"--slots {slots} must be above 0")
+    try:
+        arguments.launcher = shlex.split(getattr(arguments, "launcher", ""))
+    except ValueError as error:
+        parser.error(f"--launcher {arguments.launcher} is no command: {error}")
     return arguments
 
 
@@ -86,7 +90,7 @@ def study(arguments: argparse.Namespace) -> int:
             only=arguments.only,
             overrides=arguments.set,
             count=arguments.slots or 0,
-            launcher=shlex.split(arguments.launcher),
+            launcher=arguments.launcher,
         )
     found = cells(loaded, arguments.only, arguments.set)
     match arguments.command:

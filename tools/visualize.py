@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.count is not None and arguments.count < 1:
         parser.error(f"--count {arguments.count} must be above 0")
+    if arguments.figure in ("filters", "posemb") and (arguments.data or arguments.images or arguments.count):
+        parser.error(f"{arguments.figure} shows weights alone: leave out --data, --images and --count")
+    if arguments.images and arguments.count:
+        parser.error("--count is of the images from --data: of --images all are taken")
 
     from vitscale import command
 

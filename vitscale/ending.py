@@ -20,6 +20,7 @@ Schedulers decide by this file: launchers return 0, 1, 143 and others for the sa
 import contextlib
 import datetime
 import json
+import logging
 import math
 import os
 import secrets
@@ -35,6 +36,7 @@ from vitscale.errors import FAILED, RankLost, Told, UserError, killed_worker, st
 from vitscale.progress import Progress
 from vitscale.redaction import redact
 
+logger = logging.getLogger(__name__)
 STATUS_NAME = "status.json"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 PREEMPTED = 75  # stopped after a clean save: start it again
@@ -156,12 +158,19 @@ class Ending:
 
 
 def read(run_dir: str | Path) -> dict[str, Any] | None:
-    """The content of RUN/status.json; None if there is none that can be read."""
+    """The content of RUN/status.json; None if there is none, or none that can be read."""
+    path = Path(run_dir) / STATUS_NAME
     try:
-        status = json.loads((Path(run_dir) / STATUS_NAME).read_bytes())
-        return status if {"state", "step", "total_steps"} <= status.keys() else None
-    except (OSError, ValueError, AttributeError):
+        status = json.loads(path.read_bytes())
+        if {"state", "step", "total_steps"} <= status.keys():
+            return status
+        problem = "it is none of a run"
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, AttributeError) as error:
+        problem = str(error)
+    logger.warning("%s cannot be read (%s), and does not count", path, problem)
+    return None
 
 
 def written_at(status: Mapping[str, Any]) -> float:

@@ -283,14 +283,24 @@ def best_step(scores: Mapping[int, float], judge: str) -> int | None:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order, except for a last row that is half written."""
+    """The rows of a metrics.jsonl in order, except for a last row that is half written.
+
+    Other lines that are no rows are passed over with a warning.
+    """
     return list(each_row(path))
 
 
 def each_row(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The rows of read_metrics, one at a time: those of a long run take much memory at once."""
+    num_passed_over = 0
     with open(path, "rb") as file:
-        yield from (row for row in map(_parse_row, file) if row is not None)
+        for line in file:
+            if row := _parse_row(line):
+                yield row
+            elif line.endswith(b"\n"):
+                num_passed_over += 1
+    if num_passed_over:
+        logger.warning("%s: lines that are no rows, and are passed over: %d", path, num_passed_over)
 
 
 def trim_metrics(path: Path, resume_step: int, key: str = "step") -> list[dict[str, Any]]:

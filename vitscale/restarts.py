@@ -42,7 +42,7 @@ def decide(
 ) -> Decision:
     """What to do after a start.
 
-    status: the content of status.json; None = there is none. is_old: an earlier start
+    status: the content of status.json; None = none can be read. is_old: an earlier start
     wrote it. launcher_status: what the launcher returned, which is believed where
     this start wrote no status, or where it says that the user must fix something; None = not
     known. num_vain: how many of the last starts, this one included, brought no new checkpoint;
@@ -65,7 +65,7 @@ def decide(
             return Decision("stop", "it was refused; the line above says why")
         state, reason = "not begun", f"the launcher ended with status {launcher_status}"
         if launcher_status is None:
-            reason = f"there is no {ending.STATUS_NAME}"
+            reason = f"there is no {ending.STATUS_NAME} that can be read"
     else:
         state, reason = status["state"], str(status.get("reason", ""))
         if state == "done":

@@ -363,8 +363,12 @@ class TrainConfig:
     def num_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run.
 
-        Raises ConfigError if its warmup and cooldown do not fit in.
+        Raises ConfigError if its warmup and cooldown do not fit in, or if they are too many.
         """
+        if self.total_epochs * steps_per_epoch >= 2**63:
+            raise ConfigError(
+                f"total_epochs {self.total_epochs:g} makes more steps than fit in 64 bits; lower it"
+            )
         steps = (
             self.total_steps
             or self.total_samples // self.global_batch

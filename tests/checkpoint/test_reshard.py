@@ -78,10 +78,12 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("source", "out", "world", "message"),
     [
-        ("run", "out", 0, "--world 0 must be 1 or more"),
+        ("run", "out", 0, "--world 0 must be from 1 to 100,000"),
+        ("run", "out", 100_001, "--world 100001 must be from 1 to 100,000"),
         ("run", "run", 2, "run exists and is not overwritten; choose another name"),
         ("run", "run/checkpoints/step-000000012/two", 2, "lies inside .*step-000000012"),
         ("x.safetensors", "out", 2, "x.safetensors is an export: it holds weights alone"),
+        ("exported", "out", 2, "exported is an export: it holds weights alone"),
         (
             "run",
             "shipped/step-000000001",
@@ -96,10 +98,20 @@ def test_what_cannot_be_done_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, out: str, world: int, message: str
 ) -> None:
     write_step(tmp_path / "run", 12, state_of(12))
-    (tmp_path / "x.safetensors").write_bytes(b"")
+    for export in ("x.safetensors", "exported/model.safetensors"):
+        (tmp_path / export).parent.mkdir(exist_ok=True)
+        (tmp_path / export).write_bytes(b"")
     broken = write_step(tmp_path / "damaged", 12, state_of(12)) / "rank-00000.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1] + b"\x7f")
     status = main(["reshard", str(tmp_path / source), str(tmp_path / out), "--world", str(world)])
     assert status == 2 and re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("**/.*.tmp-*"))
     assert main(["reshard", str(tmp_path / "run"), str(tmp_path / "out"), "--world", "2"]) == 0
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "model.safetensors"])
+def test_an_export_is_not_cooled_down(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    given = tmp_path if name == "model.safetensors" else tmp_path / name
+    assert main(["cooldown", str(given), str(tmp_path / "out"), "--steps", "2"]) == 2
+    assert f"{given} is an export: it holds weights alone" in capsys.readouterr().err

@@ -297,7 +297,7 @@ def test_a_damaged_or_missing_index_is_refused(tmp_path: Path, index: Index) -> 
         Index.load(str(tmp_path / "shards" / "index.json"))
     with pytest.raises(DataError, match="is missing"):
         Index.load(str(tmp_path / "nothing.json"))
-    for other in ('[1]', '["cat", "dog"]', '{"format": "vitscale-duplicates", "version": 1}'):
+    for other in ("[1]", '["cat", "dog"]', '{"format": "vitscale-duplicates", "version": 1}'):
         (tmp_path / "bad.json").write_text(other)
         with pytest.raises(DataError, match="is not an index") as refused:
             Index.load(str(tmp_path / "bad.json"))

@@ -217,6 +217,22 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(tmp_path: Path) -> None:
     assert not Path(out).exists()
 
 
+@pytest.mark.parametrize(
+    ("figure", "options"),
+    [
+        ("filters", ["--data", "a.tar"]),
+        ("posemb", ["--images", "a.jpg"]),
+        ("filters", ["--count", "3"]),
+        ("attention-map", ["--images", "a.jpg", "--count", "3"]),
+    ],
+)
+def test_options_that_a_figure_does_not_read_are_refused(capsys, figure: str, options: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main([figure, "nowhere", "out.png", *options])
+    said = "--count is of the images from --data" if figure == "attention-map" else "shows weights alone"
+    assert refused.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_no_images_are_refused_as_fewer_are(capsys) -> None:
     for count in ("0", "-1"):
         with pytest.raises(SystemExit):

@@ -181,16 +181,19 @@ def test_a_failure_that_is_noted_is_told_where_closing_the_run_hangs(
     ],
 )
 def test_a_stop_file_counts_whenever_it_came_and_never_for_the_next_start(
-    tmp_path: Path, reasons: list[str] | None, touched: bool, state: str, reason: str
+    tmp_path: Path, caplog, reasons: list[str] | None, touched: bool, state: str, reason: str
 ) -> None:
+    caplog.set_level("INFO", "vitscale.train")
     stop_file = tmp_path / "stop"
     with Ending(tmp_path, 20) as end:
         if touched:
             stop_file.touch()
+        end.progress.step = 20
         conclude(end, stop_file, reasons)
     status = ending.read(tmp_path)
     assert status and (status["state"], status["reason"]) == (state, reason.format(stop_file))
     assert not stop_file.exists()
+    assert ("all 20 steps are done" in caplog.text) == (state == "done")
 
 
 def test_a_bug_is_told_without_the_secrets_of_urls(tmp_path: Path) -> None:

@@ -187,3 +187,18 @@ def test_without_a_page_the_table_is_printed_as_before(run: Path, capsys: pytest
     assert "eval/x/top1" not in shown and "_std" not in shown and "probe" not in shown
     with pytest.raises(SystemExit):
         report(run, "--no-images")
+
+
+@pytest.mark.parametrize(("text", "passed_over"), [("", False), ('{"step": 1', False), ("[]\nhello\n", True)])
+def test_a_run_without_a_row_has_no_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog, text: str, passed_over: bool
+) -> None:
+    """A last line that is torn is no fault: the run writes it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    assert report(tmp_path) == 2
+    shown = capsys.readouterr()
+    said = f"error: {path} holds no row of numbers: {tmp_path} has logged nothing yet\n"
+    assert shown.err.endswith(said) and not shown.out
+    warned = [f"{path}: lines that are no rows, and are passed over: 2"]
+    assert caplog.messages == (warned if passed_over else [])

@@ -21,6 +21,8 @@ from vitscale.checkpoint.verify import open_directory
 from vitscale.engine.fragments import FP32, UNTRAINED
 from vitscale.errors import CheckpointError
 
+MAX_FILES = 100_000  # ranks have five digits in the names
+
 
 def reshard(checkpoint: str, out: str, world_size: int) -> Path:
     """Write a checkpoint (a run or step directory) as the step directory `out`.
@@ -31,14 +33,12 @@ def reshard(checkpoint: str, out: str, world_size: int) -> Path:
     in a store.
     """
     target = storage.local_output(out)
-    if world_size < 1:
-        raise CheckpointError(f"--world {world_size} must be 1 or more: it is the number of files to write")
+    if not 1 <= world_size <= MAX_FILES:
+        raise CheckpointError(
+            f"--world {world_size} must be from 1 to {MAX_FILES:,}: it is the number of files to write"
+        )
     if target.exists():
         raise CheckpointError(f"{out} exists and is not overwritten; choose another name, or delete it first")
-    if checkpoint.endswith(".safetensors"):
-        raise CheckpointError(
-            f"{checkpoint} is an export: it holds weights alone; give a run or step directory"
-        )
     found = open_directory(checkpoint)
     source, manifest = found.folder, found.manifest
     if store.step_of(out) not in (None, manifest.step):

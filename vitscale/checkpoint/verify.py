@@ -170,13 +170,16 @@ def committed(run: str) -> list[tuple[int, str]]:
 def candidates_at(path: str) -> Candidates:
     """The checkpoints that a path means: a step directory itself, a run all of its own.
 
-    Raises CheckpointError if there are none.
+    Raises CheckpointError if there are none, also for an export.
     """
-    if MANIFEST in storage.names_in(path):
+    names = storage.names_in(path)
+    if MANIFEST in names:
         return [(store.step_of(path) or 0, path)]
     candidates = committed(path)[::-1]
     if candidates:
         return candidates
+    if path.endswith(".safetensors") or any(name.startswith("model.safetensors") for name in names):
+        raise CheckpointError(f"{path} is an export: it holds weights alone; give a run or step directory")
     if store.step_of(path) is not None:
         raise CheckpointError(absence(path))
     raise CheckpointError(

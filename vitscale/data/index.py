@@ -246,7 +246,7 @@ class Index:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise DataError for a file with content that is no index: a new index would replace it."""
+    """Raise DataError for a file with content that is no index: it would be lost."""
     if path.is_file() and (content := path.read_bytes()) and f'"{FORMAT}"'.encode() not in content[:100]:
         raise DataError(f"{path} is there and is not an index; name another file with --out")
 

@@ -20,6 +20,8 @@ def _lines(run: str) -> Iterator[str]:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: {run} is not a run directory, or has logged nothing yet")
     columns = read_columns(path)
+    if not columns:
+        raise ConfigError(f"{path} holds no row of numbers: {run} has logged nothing yet")
     for name, column in columns.items():
         if name == "train/loss" or is_score(name):
             steps = f"{column.steps[0]:.0f} to {column.steps[-1]:.0f}"
