@@ -228,7 +228,8 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
     metrics.conclude()
     logger.info("wall time since the first start: %s", summary(ledger.write()))
     if at.step == job.total_steps and not at.healthy:
-        raise diverged(run, "losses or gradients before the last checkpoint were not finite")
+        finding = "losses or gradients before the last checkpoint were not finite"
+        raise diverged(run, finding, newest_healthy(run))
     return going_on and at.step == job.total_steps
 
 
@@ -266,10 +267,9 @@ def roll_back(run: Run) -> NoReturn:
     # What these batches showed: they are not read again.
     at.bad_samples += run.quarantine.flush(at.step, at.data_step)
     run.spikes.write()
-    run.saver.wait()
-    healthy = distributed.on_main(run.saver.newest_healthy)
+    healthy = newest_healthy(run)
     if not healthy or at.rollbacks >= guard.rollbacks:
-        raise diverged(run, finding)
+        raise diverged(run, finding, healthy)
     step = step_of(healthy)
     assert step is not None
     distributed.on_main(lambda: run.saver.delete_beyond(step))
@@ -287,10 +287,14 @@ def roll_back(run: Run) -> NoReturn:
     raise RolledBack
 
 
-def diverged(run: Run, finding: str) -> Diverged:
-    """The error for a run that must not go on; every rank calls it."""
+def newest_healthy(run: Run) -> str:
+    """The folder of the newest healthy checkpoint; "" if there is none. Every rank calls it."""
     run.saver.wait()
-    healthy = distributed.on_main(run.saver.newest_healthy)
+    return distributed.on_main(run.saver.newest_healthy)
+
+
+def diverged(run: Run, finding: str, healthy: str) -> Diverged:
+    """The error for a run that must not go on. healthy: its newest healthy checkpoint, or ""."""
     way_out = (
         f'continue from its newest healthy checkpoint in a new run_dir: [init] checkpoint = "{healthy}", '
         "full_state = true, and a lower optim.lr"
