@@ -294,7 +294,7 @@ def newest_healthy(run: Run) -> str:
 
 
 def diverged(run: Run, finding: str, healthy: str) -> Diverged:
-    """The error for a run that must not go on. healthy: its newest healthy checkpoint, or ""."""
+    """The error for a run that must not go on. healthy: its newest healthy checkpoint or ""."""
     way_out = (
         f'continue from its newest healthy checkpoint in a new run_dir: [init] checkpoint = "{healthy}", '
         "full_state = true, and a lower optim.lr"

@@ -1,18 +1,16 @@
 """Fills a node's cache with the chunks of a run's remote shards, before the run starts."""
 
 import functools
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
-from vitscale import storage
+from vitscale import atomic, storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.index import Index
 from vitscale.data.reader import cache_key, read_chunk
 from vitscale.data.samples import BadSample
 from vitscale.data.sources import Source
-from vitscale.errors import ConfigError, StoreError
+from vitscale.errors import ConfigError
 from vitscale.processes import ProgressCallback, no_progress
 
 THREADS = 16  # they wait for the store, not for a core
@@ -48,7 +46,7 @@ def warm_cache(
     ]
     if not shards:
         raise ConfigError("all shards are on local disks, which need no cache; name shards in a store")
-    _check_folder(folder)
+    atomic.check_folder(folder)
     kept: list[tuple[Index, int]] = []
     read_bytes = 0
     for index, number in shards:
@@ -68,18 +66,6 @@ def warm_cache(
     num_bytes = sum(_held_bytes(cache, index, number) for index, number in kept)
     total_bytes = sum(index.shards[number].data_bytes for index, number in shards)
     return Warmed(num_bytes, read_bytes, total_bytes, num_bad)
-
-
-def _check_folder(folder: str) -> None:
-    """Make the folder. Raises StoreError if no file can be written to it."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise StoreError(
-            f"engine.cache_dir {folder} cannot be written ({error.strerror}); name a folder on a local disk"
-        ) from None
 
 
 def _chunks_of(index: Index, shard: int) -> range:
