@@ -169,7 +169,8 @@ def verified(folder: Path) -> Manifest:
 
 def newest(directory: Path) -> Checkpoint | None:
     """The newest checkpoint below a folder that passes, as a run finds it."""
-    return newest_good(Home(directory).committed, str(directory), alone)
+    home = Home(directory)
+    return newest_good(lambda: [folder for _, folder in home.committed()], str(directory), alone)
 
 
 def _cuts(num_values: int, world_size: int, seed: int) -> list[tuple[int, int]]:
@@ -177,6 +178,12 @@ def _cuts(num_values: int, world_size: int, seed: int) -> list[tuple[int, int]]:
     rng = random.Random(f"{seed} {num_values}")
     inner = sorted(rng.randint(0, num_values) for _ in range(world_size - 1))
     return [(start, end - start) for start, end in itertools.pairwise([0, *inner, num_values])]
+
+
+def damage(path: Path) -> None:
+    """Flip a bit of the last byte of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:

@@ -62,7 +62,7 @@ def test_numbers_out_of_range_are_refused(
     assert sentence in capsys.readouterr().err
 
 
-def test_a_start_that_a_signal_ended_is_none_in_vain(tmp_path: Path) -> None:
+def test_a_start_that_a_signal_to_the_command_ended_is_none_in_vain(tmp_path: Path) -> None:
     (tmp_path / "hostfile").write_text("localhost slots=1\n")
     (tmp_path / "run.toml").write_text(CONFIG)
     words = [sys.executable, "-m", "vitscale.multinode", tmp_path / "hostfile", tmp_path / "run.toml"]

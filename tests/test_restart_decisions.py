@@ -161,7 +161,9 @@ def test_a_status_that_cannot_be_read_is_not_said_to_be_missing(
         ("--since", "-1", "must be seconds since 1970"),
     ],
 )
-def test_numbers_that_decide_nothing_are_refused(capsys, option: str, value: str, said: str) -> None:
+def test_counts_below_1_and_times_that_are_none_are_refused(
+    capsys, option: str, value: str, said: str
+) -> None:
     with pytest.raises(SystemExit) as refused:
         ended.main(["nowhere.toml", f"{option}={value}"])
     assert refused.value.code == 2 and f"{option} {value} {said}" in capsys.readouterr().err

@@ -211,10 +211,10 @@ def warm(arguments: argparse.Namespace) -> int:
         f"{engine.cache_dir}: {share:.1%} of the run's remote shards, {warmed.num_bytes:,} of "
         f"{warmed.total_bytes:,} bytes"
     )
-    if warmed.num_bytes < warmed.read_bytes:
+    if warmed.num_bytes < warmed.wanted_bytes:
         print(
-            f"{warmed.read_bytes - warmed.num_bytes:,} bytes that were read are not there: they are damaged, "
-            f"the disk is full, or engine.cache_gb = {engine.cache_gb:g} is too little room",
+            f"{warmed.wanted_bytes - warmed.num_bytes:,} bytes that should be there are not: they are "
+            f"damaged, the disk is full, or engine.cache_gb = {engine.cache_gb:g} is too little room",
             file=sys.stderr,
         )
     elif share < 1:

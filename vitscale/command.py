@@ -1,4 +1,4 @@
-"""How a program ends: the same for every program in launch/ and tools/.
+"""How a program ends: the same for each in launch/ and tools/.
 
 Status 0 is success, 2 a mistake that the user can fix, printed as one sentence, and 1 a failure
 without one: a rank that was lost, a store that does not answer, or our bug, which keeps its
@@ -37,12 +37,7 @@ def run(program: Callable[[], int]) -> int:
     sys.excepthook = _print_traceback
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, handlers=[handler])
     try:
-        from vitscale import distributed
-
-        try:
-            return program()
-        finally:
-            distributed.shutdown()
+        return program()
     except UserError as error:
         if rank == 0 or not error.shared:
             print(f"error: {error}", file=sys.stderr)
@@ -71,6 +66,9 @@ def run(program: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return MISTAKE
+    finally:  # not before: it may wait for other ranks, and the sentence has been printed
+        if distributed := sys.modules.get("vitscale.distributed"):
+            distributed.shutdown()
 
 
 def leave(status: int) -> NoReturn:

@@ -130,6 +130,7 @@ def differences(
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The dotted keys of differences."""
     return [key for key, _, _ in differences(old, new)]
 
 

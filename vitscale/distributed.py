@@ -51,8 +51,9 @@ def initialize(*, gpu: bool = True) -> None:
             logger.warning(sentence)
         # Without it, DeepSpeed warns in every process that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # The ranks of a machine share its cores; by default each would start a thread per core, and
-    # torchrun gives each of several one. For a rank that has the machine, a user has set it.
+    # The ranks of a machine share its cores; by default each would start a thread per core.
+    # Where torchrun starts several, it sets OMP_NUM_THREADS to 1 itself; for a single one the
+    # value is the user's.
     if local_world_size() > 1 or not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(max(1, num_cores() // local_world_size()))
     open_files.allow(launched_world_size(), quiet=local_rank() != 0)  # one line per node

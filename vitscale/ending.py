@@ -162,12 +162,14 @@ def read(run_dir: str | Path) -> dict[str, Any] | None:
     path = Path(run_dir) / STATUS_NAME
     try:
         status = json.loads(path.read_bytes())
-        if {"state", "step", "total_steps"} <= status.keys():
+        if isinstance(status, dict) and {"state", "step", "total_steps"} <= status.keys():
             return status
-        problem = "it is none of a run"
+        problem = "it is not the status of a run"
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError) as error:
+    except OSError as error:
+        problem = error.strerror or str(error)
+    except ValueError as error:
         problem = str(error)
     logger.warning("%s cannot be read (%s), and does not count", path, problem)
     return None

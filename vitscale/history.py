@@ -68,7 +68,7 @@ def card(row: Mapping[str, Any]) -> str:
     if row["rollbacks"]:
         times = "once" if row["rollbacks"] == 1 else f"{row['rollbacks']} times"
         passed_over = row["data_step"] - row["step"]
-        lines.append(f"rolled back {times}, {passed_over:,} batches passed over")
+        lines.append(f"rolled back {times}, {passed_over:,} batches passed over in all")
     lines += [f"{key} = {new!r}, before {old!r}" for key, (old, new) in row["changed"].items()]
     return "\n".join(lines)
 

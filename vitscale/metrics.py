@@ -85,7 +85,6 @@ class MetricsWriter:
         # Only on a terminal: in a log file, a bar is one long line full of carriage returns.
         self._bar = _open_bar(resume_step, total_steps) if sys.stderr.isatty() else None
         self._resume_step, self._total_steps = resume_step, total_steps
-        self._newest = resume_step  # the highest step written: a save has its row after later ones
         self._first: tuple[int, float] | None = None  # step and time of the first row with a loss
         self._evaluations: dict[str, None] = {}  # the names of their numbers, in order
         self._at_resume, self._judge = set[str](), judge
@@ -196,14 +195,12 @@ class MetricsWriter:
         text = _console_text(numbers)
         if not text:
             return
-        self._newest = max(self._newest, step)
         if self._bar is None:
-            # The first step of a start warms up or compiles, and says nothing about others.
+            # What comes before the first row includes warming up or compiling.
             if self._first is None and "train/loss" in numbers:
                 self._first = step, time.monotonic()
-            first, since = self._first or (self._newest, 0.0)
-            num_left = self._total_steps - self._newest
-            eta = remaining_time(time.monotonic() - since, self._newest - first, num_left)
+            first, since = self._first or (step, 0.0)
+            eta = remaining_time(time.monotonic() - since, step - first, self._total_steps - step)
             logger.info("step %d/%d  %s  eta %s", step, self._total_steps, text, eta)
         elif any(name in numbers for name, _, _ in CONSOLE):
             self._bar.set_postfix_str(text, refresh=False)
@@ -285,22 +282,22 @@ def best_step(scores: Mapping[int, float], judge: str) -> int | None:
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl in order, except for a last row that is half written.
 
-    Other lines that are no rows are passed over with a warning.
+    Other lines that are not rows are skipped with a warning.
     """
     return list(each_row(path))
 
 
 def each_row(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The rows of read_metrics, one at a time: those of a long run take much memory at once."""
-    num_passed_over = 0
+    num_skipped = 0
     with open(path, "rb") as file:
         for line in file:
             if row := _parse_row(line):
                 yield row
             elif line.endswith(b"\n"):
-                num_passed_over += 1
-    if num_passed_over:
-        logger.warning("%s: lines that are no rows, and are passed over: %d", path, num_passed_over)
+                num_skipped += 1
+    if num_skipped:
+        logger.warning("%s: skipped %d lines that are not rows", path, num_skipped)
 
 
 def trim_metrics(path: Path, resume_step: int, key: str = "step") -> list[dict[str, Any]]:

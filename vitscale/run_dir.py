@@ -34,6 +34,7 @@ REPLACED = (
 # What may change at a resume: place, speed, logging, saving, evaluation, checks, expectations,
 # and a longer total. check_continuation compares the JPEG decoder that is in use, and
 # check_teacher the weights of the teacher.
+LENGTH = ("total_steps", "total_epochs", "total_samples")
 CHANGEABLE = (
     "run_dir",
     "engine",
@@ -43,9 +44,7 @@ CHANGEABLE = (
     "evals",
     "expect",
     "finetune",
-    "total_steps",
-    "total_epochs",
-    "total_samples",
+    *LENGTH,
     "data.decoder",
     "data.max_bad_fraction",
     "data.num_samples",

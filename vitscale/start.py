@@ -123,8 +123,7 @@ def open_teacher(config: TrainConfig) -> Teacher | None:
     device, dtype = distributed.device(), DTYPES[config.precision]
     teacher = distributed.together(lambda: load_teacher(objective, place, config.model, device, dtype))
     if distributed.is_main():
-        path = place.folder if isinstance(place, Checkpoint) else place
-        logger.info("the teacher is %s, of weights %s", path, teacher.digest)
+        logger.info("the teacher is %s, of weights %s", place, teacher.digest)
     return teacher
 
 
@@ -165,7 +164,7 @@ def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine,
         data_step=manifest.train.data_step,
         samples_seen=manifest.train.samples_seen,
         bad_samples=manifest.train.bad_samples,
-        rollbacks=manifest.train.rollbacks if own else 0,  # guard.rollbacks is of each run
+        rollbacks=manifest.train.rollbacks if own else 0,  # each run has its own guard.rollbacks
         healthy=manifest.train.healthy,
     )
     return engine, progress, passed_over

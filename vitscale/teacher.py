@@ -75,7 +75,7 @@ def load_teacher(
 
 
 def _ours(place: str | Checkpoint, student: ModelConfig) -> Model:
-    path = place.folder if isinstance(place, Checkpoint) else place
+    path = str(place)
     module = load_npz(path) if path.endswith(_NPZ) else load_model(place)
     config = module.config
     _check_classes(path, config.num_classes, student)

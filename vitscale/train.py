@@ -87,7 +87,7 @@ def conclude(ending: Ending, stop_file: Path, reasons: Sequence[str] | None) -> 
     """
     if reasons is None:
         ending.write("done")
-        logger.info("all %d steps are done", ending.progress.step)
+        logger.info("all %s steps are done", f"{ending.progress.step:,}")
     else:
         wanted = any(reason.startswith(f"the file {stop_file}") for reason in reasons)
         with contextlib.suppress(OSError):  # of a file server

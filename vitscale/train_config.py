@@ -363,7 +363,7 @@ class TrainConfig:
     def num_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run.
 
-        Raises ConfigError if its warmup and cooldown do not fit in, or if they are too many.
+        Raises ConfigError if its warmup and cooldown do not fit in, or the steps into 64 bits.
         """
         if self.total_epochs * steps_per_epoch >= 2**63:
             raise ConfigError(

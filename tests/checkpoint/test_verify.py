@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from make import state_of, write_step
+from make import damage, state_of, write_step
 
 from vitscale.checkpoint import load
 from vitscale.checkpoint.save import Saver
@@ -23,11 +23,6 @@ from vitscale.weights.saved import SavedModel, locate
 OPENERS = [open_directory, open_together, lambda path: open_directory(path, at_a_glance)]
 
 
-def flip_the_last_byte(file: Path) -> None:
-    data = file.read_bytes()
-    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-
-
 @pytest.mark.parametrize("opened", OPENERS)
 def test_a_path_means_the_same_checkpoint_however_it_is_opened(
     tmp_path: Path, opened: Callable[[str], Checkpoint]
@@ -43,7 +38,7 @@ def test_a_path_means_the_same_checkpoint_however_it_is_opened(
 
 
 @pytest.mark.parametrize("opened", OPENERS)
-def test_a_step_directory_that_is_no_checkpoint_is_said_to_be_what_it_is(
+def test_a_step_directory_that_is_gone_or_unfinished_is_refused_as_that(
     tmp_path: Path, opened: Callable[[str], Checkpoint]
 ) -> None:
     folder = write_step(tmp_path, 100, state_of(100))
@@ -66,10 +61,26 @@ def test_a_checkpoint_that_a_live_run_deletes_meanwhile_is_looked_for_again(tmp_
     assert open_directory(str(tmp_path), check).manifest.step == 9
 
 
+def test_a_newer_checkpoint_of_a_live_run_is_preferred_to_an_older_one_that_was_listed(
+    tmp_path: Path,
+) -> None:
+    write_step(tmp_path, 3, state_of(3))
+    folder = write_step(tmp_path, 6, state_of(6))
+
+    def check(path: str) -> Verdict:
+        if folder.exists():
+            write_step(tmp_path, 9, state_of(9))
+            folder.rename(tmp_path / "deleted")
+        return alone(path)
+
+    found = open_directory(str(tmp_path), check)
+    assert (found.manifest.step, found.passed_over) == (9, ())
+
+
 def test_what_was_located_is_not_verified_again(tmp_path: Path) -> None:
     folder = write_step(tmp_path, 6, state_of(6), config={"model": {"variant": "Ti/4"}})
     place = locate(tmp_path)
-    flip_the_last_byte(folder / "rank-00002.safetensors")
+    damage(folder / "rank-00002.safetensors")
     assert isinstance(place, Checkpoint) and SavedModel(place).step == 6
     with pytest.raises(CheckpointError, match=r"rank-00002.safetensors is damaged"):
         SavedModel(place.folder)
@@ -81,13 +92,13 @@ def test_a_checkpoint_in_either_place_of_a_run_counts_by_itself(tmp_path: Path) 
     folder = write_step(tmp_path / "run", 100, state_of(100))
     assert Saver(home, config).newest_healthy() == str(folder)
     write_step(tmp_path / "store", 100, state_of(100))
-    flip_the_last_byte(folder / "rank-00000.safetensors")
+    damage(folder / "rank-00000.safetensors")
     found = load.find(home)
     assert found and found.folder == step_folder(home.store, 100) and found.passed_over == (str(folder),)
     assert Saver(home, config, found.passed_over).newest_healthy() == found.folder
 
 
-def test_what_is_called_best_and_latest_is_there(tmp_path: Path) -> None:
+def test_best_and_latest_name_checkpoints_that_exist(tmp_path: Path) -> None:
     """After a roll-back, and without keep_best."""
     home, directory = Home(tmp_path / "checkpoints"), tmp_path / "checkpoints"
     for step in (100, 200, 300):

@@ -81,7 +81,7 @@ def test_only_what_is_in_the_cache_afterwards_is_reported(
     held, printed = size_of(tmp_path / "cache"), capsys.readouterr()
     assert 0 < held < num_bytes
     assert f"{held / num_bytes:.1%} of the run's remote shards, {held:,} of {num_bytes:,}" in printed.out
-    assert f"{num_bytes - held:,} bytes that were read are not there" in printed.err
+    assert f"{num_bytes - held:,} bytes that should be there are not" in printed.err
 
 
 def test_what_cannot_be_warmed_is_refused(

@@ -126,7 +126,7 @@ def test_an_extra_table_is_a_new_key_or_is_refused_where_a_number_is_derived() -
 
 
 @pytest.mark.parametrize(("size", "fits"), [(800, True), (5e8, True), (804, False), (0, False)])
-def test_gathered_buckets_are_aligned(size: float, fits: bool) -> None:
+def test_a_gather_bucket_that_is_no_multiple_of_8_is_refused(size: float, fits: bool) -> None:
     extra = {"zero_optimization": {"allgather_bucket_size": size}}
     refusal = pytest.raises(ConfigError, match=rf"allgather_bucket_size = {size} must be a multiple of 8")
     with contextlib.nullcontext() if fits else refusal:

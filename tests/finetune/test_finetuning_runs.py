@@ -75,7 +75,8 @@ def stopped() -> Slots:
     return slots
 
 
-START = StartingPoint(path="s3://bucket/run/checkpoints/step-000000007", step=7, model=VIT, digest="d1")
+STEP = "s3://bucket/run/checkpoints/step-000000007"
+START = StartingPoint(named="s3://bucket/run", path=STEP, step=7, model=VIT, digest="d1")
 
 
 def test_a_vtab_run_starts_from_the_checkpoint_that_was_located(tmp_path: Path, stopped: Slots) -> None:
@@ -110,7 +111,8 @@ def test_an_export_is_known_by_its_weights(tmp_path: Path, model: Path) -> None:
 
 
 def tuning(folder: Path, start: StartingPoint = START, data: str = "/data/test.tar") -> FineTuning:
-    return FineTuning(folder=folder, start=start, values=BASE, overrides=(), score=("--data", data))
+    values = {**BASE, "init": {"checkpoint": start.path}}
+    return FineTuning(folder=folder, start=start, values=values, overrides=(), score=("--data", data))
 
 
 def test_a_result_counts_for_its_weights_and_test_set_alone(tmp_path: Path, stopped: Slots) -> None:
@@ -130,9 +132,18 @@ def test_a_result_counts_for_its_weights_and_test_set_alone(tmp_path: Path, stop
 
 
 def test_a_result_of_an_earlier_version_counts_where_its_config_fits(tmp_path: Path, stopped: Slots) -> None:
-    keep_config(tmp_path, tuning(tmp_path).config())
-    (tmp_path / "result.json").write_text(json.dumps({"results": {"top1": 0.5}}))
-    assert finetuned(tuning(tmp_path), stopped) == 0.5 and not (tmp_path / "source.json").exists()
+    """It named the run, and no step; of another run it is refused."""
+    config = tuning(tmp_path).config()
+    for place in (START.named, START.path):
+        folder = tmp_path / place.replace("/", "-")
+        keep_config(
+            folder, dataclasses.replace(config, init=dataclasses.replace(config.init, checkpoint=place))
+        )
+        (folder / "result.json").write_text(json.dumps({"results": {"top1": 0.5}}))
+        assert finetuned(tuning(folder), stopped) == 0.5 and not (folder / "source.json").exists()
+        other = dataclasses.replace(START, named="s3://bucket/other", path="s3://bucket/other/step")
+        with pytest.raises(ConfigError, match=r"other settings \(init.checkpoint\)"):
+            finetuned(tuning(folder, other), stopped)
 
 
 def test_a_probe_counts_for_its_weights_alone(tmp_path: Path, stopped: Slots) -> None:

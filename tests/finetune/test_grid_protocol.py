@@ -237,7 +237,8 @@ def test_a_model_of_14_pixels_to_a_patch_is_tuned_at_378() -> None:
 
 
 def test_a_recipe_that_keeps_its_best_checkpoint_is_tuned_without_evaluations(recipe: Path) -> None:
-    overrides = ["checkpoint.keep_best=eval/test/top1"]
-    config, _ = read(str(recipe), overrides)
+    with recipe.open("a") as file:
+        file.write('\n[checkpoint]\nkeep_best = "eval/test/top1"\n')
+    config, _ = read(str(recipe))
     values = values_for(config, "runs/vit", ViTConfig(variant="mu/4"))
     assert values["evals"] == {} and values["checkpoint"]["keep_best"] == ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from multiprocess.job import DEADLINE_SECONDS, PROGRAM, Job, reserved_port, wait_until
+from multiprocess.job import PROGRAM, TIMEOUT_SECONDS, Job, reserved_port, wait_until
 
 from vitscale import ending
 
@@ -68,8 +68,8 @@ def end_of(case: Case, job: Job) -> End:
         processes = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
         deliver(case, command, processes)
         began = time.monotonic()
-        status = command.wait(DEADLINE_SECONDS)
-        _, alive = psutil.wait_procs(processes, max(0, began + DEADLINE_SECONDS - time.monotonic()))
+        status = command.wait(TIMEOUT_SECONDS)
+        _, alive = psutil.wait_procs(processes, max(0, began + TIMEOUT_SECONDS - time.monotonic()))
         seconds = time.monotonic() - began
         left = [" ".join(process.cmdline()) for process in alive]
         for process in alive:

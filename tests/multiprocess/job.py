@@ -15,8 +15,7 @@ from vitscale.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "launch" / "train.py"
-TIMEOUT_SECONDS = 180
-DEADLINE_SECONDS = 240  # much more than anything takes, also beside other work
+TIMEOUT_SECONDS = 240  # much more than anything takes, also beside other work
 
 CONFIG = """
 run_dir = "{run_dir}"
@@ -66,7 +65,7 @@ def wait_until(
     holds: Callable[[], object], output: Callable[[], object], *processes: subprocess.Popen[bytes]
 ) -> None:
     """Wait for a condition; if it does not come, or a process ends, output() is shown."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while not holds():
         assert all(process.poll() is None for process in processes), output()
         assert time.monotonic() < deadline, output()

@@ -184,7 +184,7 @@ def test_a_new_run_continues_from_the_full_state_of_another(
     assert zygote.train(same, 2, *options) == [0, 0], same.output()
     assert same.column("step") == list(range(stopped + 1, 21))
     assert same.column("train/loss") == uninterrupted.column("train/loss")[stopped:]
-    assert Manifest.load(same.checkpoints()[20]).train.rollbacks == 0  # those of `same` alone count
+    assert Manifest.load(same.checkpoints()[20]).train.rollbacks == 0  # that it had itself
     # The learning rate is the config's, not the saved run's; the moments are the saved ones.
     assert zygote.train(other, 1, *options, "optim.lr=1e-3") == [0], other.output()
     expected = [lr / 5 for lr in uninterrupted.column("train/lr")[stopped:]]

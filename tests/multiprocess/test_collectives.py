@@ -77,8 +77,16 @@ def test_rank_0_alone_gets_the_rows_and_texts_of_all(
     [
         ([0, 0, 0], "checkpoints/step-000000003", [1, 0, 0]),
         ([0, 0, 1, 1], "checkpoints/step-000000003", [1, 0, 1, 0]),
-        ([0, 0, 2, 2], "differs between ranks 0 and 2: run_dir must be shared by all nodes", [1, 0, 1, 0]),
-        ([0, 3, 3], "differs between ranks 0 and 1: run_dir must be shared by all nodes", [1, 1, 0]),
+        (
+            [0, 0, 2, 2],
+            "differs between ranks 0 and 2: it must be on a file system that all nodes share",
+            [1, 0, 1, 0],
+        ),
+        (
+            [0, 3, 3],
+            "differs between ranks 0 and 1: it must be on a file system that all nodes share",
+            [1, 1, 0],
+        ),
     ],
 )
 def test_a_manifest_is_read_by_rank_0_and_compared_once_per_node(

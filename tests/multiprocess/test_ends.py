@@ -73,7 +73,7 @@ def check(case: Case, end: End, job: Job) -> None:
 def test_a_second_ctrl_c_ends_at_once_even_in_a_hanging_collective(tmp_path: Path, index: Path) -> None:
     job = Job(tmp_path, index)
     with job.ranks(2, "total_steps=1000000") as ranks:
-        wait_until(job.reached(5), job.output)
+        wait_until(job.reached(5), job.output, *ranks)
         ranks[1].send_signal(signal.SIGSTOP)  # rank 0 now waits for it in the next collective
         time.sleep(1)
         ranks[0].send_signal(signal.SIGINT)
@@ -90,7 +90,7 @@ def test_the_death_of_a_rank_ends_one_that_does_not_communicate(
 ) -> None:
     job = Job(tmp_path, index)
     with job.ranks(2, "total_steps=1000000", "log.every_steps=1") as ranks:
-        wait_until(job.reached(5), job.output)
+        wait_until(job.reached(5), job.output, *ranks)
         os.kill(ranks[0].pid, signal.SIGSTOP)  # both stand still, wherever they are
         ranks[1].kill()
         ranks[1].wait()

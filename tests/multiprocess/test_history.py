@@ -32,7 +32,8 @@ def test_each_start_is_a_row_with_its_layout_and_what_changed(
     assert "from step 0\n2 ranks at ZeRO " in card(one) and "rolled back" not in card(one)
     assert "\nengine.micro_batch = 4, before 2" in card(two)
     later = {**two, "step": 9, "data_step": 12, "rollbacks": 1}
-    assert "from step 9\n" in card(later) and "\nrolled back once, 3 batches passed over\n" in card(later)
+    assert "from step 9\n" in card(later)
+    assert "\nrolled back once, 3 batches passed over in all\n" in card(later)
 
 
 def test_the_steps_that_are_asked_for_are_traced_with_their_phases(

@@ -39,6 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the kept files, which is the working directory: paths in them are relative."""
     copy = shutil.copytree(KEPT, tmp_path / "kept")
     monkeypatch.chdir(copy)
+    for name, value in (("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)  # which an evaluation sets, or reads
     return copy
 
 

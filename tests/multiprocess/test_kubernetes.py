@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from multiprocess.hosts import ROOT, Hosts, send, two_hosts
-from multiprocess.job import DEADLINE_SECONDS, Job, wait_until
+from multiprocess.job import TIMEOUT_SECONDS, Job, wait_until
 
 from vitscale import ending
 
@@ -61,18 +61,18 @@ def test_pods_save_when_one_is_asked_to_go_and_their_successors_go_on(
         pods = [start_pod(hosts, job, place, "total_steps=1000000") for place in (0, 1)]
         wait_until(job.reached(8), job.output, *pods)
         send(pods[1], signal.SIGTERM)
-        assert [pod.wait(DEADLINE_SECONDS) for pod in pods] == [75, 75], job.output()
+        assert [pod.wait(TIMEOUT_SECONDS) for pod in pods] == [75, 75], job.output()
         status = ending.read(job.run_dir)
         assert status and status["state"] == "preempted"
         last = status["step"] + 5
         pods = [start_pod(hosts, job, place, f"total_steps={last}") for place in (0, 1)]
-        assert [pod.wait(DEADLINE_SECONDS) for pod in pods] == [2, 2], job.output()  # it may not be shortened
+        assert [pod.wait(TIMEOUT_SECONDS) for pod in pods] == [2, 2], job.output()  # it may not be shortened
         assert "cannot be shortened" in job.output()
         pods = [start_pod(hosts, job, place, "total_steps=1000000") for place in (0, 1)]
         wait_until(job.reached(last), job.output, *pods)
         for pod in pods:
             send(pod, signal.SIGTERM)
-        assert [pod.wait(DEADLINE_SECONDS) for pod in pods] == [75, 75], job.output()
+        assert [pod.wait(TIMEOUT_SECONDS) for pod in pods] == [75, 75], job.output()
     assert job.output().count("resumed from") == 1
 
 

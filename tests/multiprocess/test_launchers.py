@@ -1,6 +1,6 @@
 """The deepspeed launcher starts the run that other tests start by hand.
 
-That of torchrun, with a rank that dies, is in test_restarts.py.
+The run that torchrun starts, with a rank that dies, is in test_restarts.py.
 """
 
 from pathlib import Path

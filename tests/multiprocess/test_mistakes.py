@@ -24,12 +24,9 @@ def finished(tmp_path: Path, uninterrupted: Job, index: Path) -> Job:
 
 
 def sentence(job: Job) -> str:
-    """The one line that the user gets; a traceback would be our bug."""
-    output = job.output()
-    assert "Traceback" not in output, output
-    lines = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, output
-    return lines[0]
+    """The mistake of the only start that made one."""
+    assert job.output().count("\nerror: ") + job.output().startswith("error: ") == 1, job.output()
+    return job.mistake()
 
 
 def flip_byte(path: Path) -> None:

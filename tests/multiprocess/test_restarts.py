@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from multiprocess.ends import launched, ranks_of, read_status
-from multiprocess.job import DEADLINE_SECONDS, PROGRAM, Job, wait_until
+from multiprocess.job import PROGRAM, TIMEOUT_SECONDS, Job, wait_until
 from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint.manifest import Manifest
@@ -28,7 +28,7 @@ def test_ranks_that_died_are_started_again_and_resume(
         for step, rank in kills:
             wait_until(job.reached(step), job.output, agent)
             ranks_of(psutil.Process(agent.pid).children())[rank].kill()
-        assert agent.wait(DEADLINE_SECONDS) == 0, job.output()
+        assert agent.wait(TIMEOUT_SECONDS) == 0, job.output()
     assert read_status(job)["state"] == "done"
     assert job.output().count("resumed from") == len(kills)
     assert job.column("step") == list(range(1, 121))

@@ -110,7 +110,7 @@ def test_a_rank_without_data_stops_when_another_one_is_asked(
     saved_model(tmp_path / "teacher", TEACHER)
     endless = (*(option.format(folder=tmp_path) for option in options), "total_steps=100000")
     with job.ranks(2, "engine.num_workers=1", *endless) as ranks:
-        wait_until(lambda: len(job.rows()) > 7, job.output)
+        wait_until(lambda: len(job.rows()) > 7, job.output, *ranks)
         data_worker_of(psutil.Process(ranks[1].pid)).suspend()
         step = last_step(job)
         while (now := last_step(job)) != step:  # what was read ahead is used up

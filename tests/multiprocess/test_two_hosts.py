@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from multiprocess.hosts import ROOT, Hosts, send, two_hosts
-from multiprocess.job import DEADLINE_SECONDS, Job, wait_until
+from multiprocess.job import TIMEOUT_SECONDS, Job, wait_until
 
 from vitscale import ending
 from vitscale.checkpoint.manifest import Manifest
@@ -67,7 +67,7 @@ def test_a_run_outlives_a_host_and_takes_it_back(tmp_path: Path, index: Path, ho
     rank.send_signal(signal.SIGTERM)
     wait_until(lambda: "multinode: node2 has no checkout" in job.output(), job.output, command)
     assert hosts.run(2, "umount", ROOT / "launch").returncode == 0
-    assert command.wait(DEADLINE_SECONDS) == 0, job.output()
+    assert command.wait(TIMEOUT_SECONDS) == 0, job.output()
     status = ending.read(job.run_dir)
     assert status and status["state"] == "done"
     assert resumes(job) == 2 and world_size(job) == 2
@@ -92,7 +92,7 @@ def test_without_ssh_the_command_is_given_on_each_host(
     wait_until(job.reached(max(job.checkpoints()) + 3), job.output, commands[0])
     for command in commands:
         send(command, signal.SIGTERM)
-    assert [command.wait(DEADLINE_SECONDS) for command in commands] == [75, 75], job.output()
+    assert [command.wait(TIMEOUT_SECONDS) for command in commands] == [75, 75], job.output()
     status = ending.read(job.run_dir)
     assert status and status["state"] == "preempted" and status["step"] == max(job.checkpoints())
 
@@ -113,7 +113,7 @@ def test_a_network_cut_in_silence_ends_both_sides_and_one_host_goes_on(
     print(f"{time.monotonic() - cut:.1f} s from the cut to the end of the rank that is cut off")
     wait_until(lambda: resumes(job) == 1, job.output, command)
     print(f"{time.monotonic() - cut:.1f} s to the resume on the other host")
-    assert command.wait(DEADLINE_SECONDS) == 0, job.output()
+    assert command.wait(TIMEOUT_SECONDS) == 0, job.output()
     # Each side finds the other silent; either may be the first.
     assert re.search(r"the job hangs: rank [01] \(process .*; it does not answer", job.output())
     assert world_size(job) == 1 and job.column("step") == list(range(1, 61))
@@ -137,7 +137,7 @@ def test_torchrun_shrinks_and_grows(tmp_path: Path, index: Path, hosts: Hosts, s
     hosts.switch_on(2)
     agent(hosts, 2, job, *long)
     wait_until(lambda: world_size(job) == 2, job.output, first)
-    assert first.wait(2 * DEADLINE_SECONDS) == 0, job.output()
+    assert first.wait(2 * TIMEOUT_SECONDS) == 0, job.output()
     assert job.column("data/digest") == whole.column("data/digest")
     assert job.column("train/loss") == pytest.approx(whole.column("train/loss"), rel=1e-6)
 

@@ -32,11 +32,6 @@ def call_json(capsys: Capture, *arguments: object) -> Any:
     return json.loads(call(capsys, *arguments, "--json")[1], parse_constant=refuse_constant)
 
 
-def damage(path: Path) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-
-
 def export(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     write_safetensors(path, tensors, {f"vitscale.{name}": value for name, value in metadata.items()})

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from checkpoint_tool import NOW, Capture, call, call_json, damage
+from checkpoint_tool import NOW, Capture, call, call_json
 from data.servers import s3_server, use_s3
-from make import state_of, write_step
+from make import damage, state_of, write_step
 
 from vitscale.checkpoint.verify import check_all
 from vitscale.report import listing

@@ -200,5 +200,5 @@ def test_a_run_without_a_row_has_no_table(
     shown = capsys.readouterr()
     said = f"error: {path} holds no row of numbers: {tmp_path} has logged nothing yet\n"
     assert shown.err.endswith(said) and not shown.out
-    warned = [f"{path}: lines that are no rows, and are passed over: 2"]
+    warned = [f"{path}: skipped 2 lines that are not rows"]
     assert caplog.messages == (warned if passed_over else [])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_tool import Capture, call, call_json, damage, export
-from make import CONFIG, state_of, write_step
+from checkpoint_tool import Capture, call, call_json, export
+from make import CONFIG, damage, state_of, write_step
 
 
 def test_damage_is_refused_and_a_run_falls_back_to_its_newest_good(

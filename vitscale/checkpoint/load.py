@@ -94,8 +94,12 @@ def find(home: Home) -> Checkpoint | None:
     Raises CheckpointError if there are some and none passes, and StoreError if they cannot be
     read: a store that does not answer says nothing about what it holds.
     """
+
+    def listing() -> list[str]:
+        return [folder for _, folder in home.committed()]
+
     with distributed.alike():
-        return newest_good(lambda: distributed.on_main(home.committed), home.place, together)
+        return newest_good(lambda: distributed.on_main(listing), home.place, together)
 
 
 def resume(engine: Engine, checkpoint: Checkpoint) -> None:

@@ -273,7 +273,6 @@ def apply_retention(
     try:
         steps = [step for step in steps_on_disk(place) if folder_of(step) not in distrusted]
         best = best_of(steps)
-        _write_name(place, BEST, best)
         kept = retained(
             steps, config.keep_last, config.keep_every_steps, lambda step: is_healthy(folder_of(step)), best
         )
@@ -281,6 +280,7 @@ def apply_retention(
             delete_checkpoint(folder_of(step))
         for folder in _unpublished(home.store, max(steps, default=0)) if home.store else ():
             storage.delete(folder)
+        _write_name(place, BEST, best)  # last: a full disk may refuse it until something is deleted
     except (OSError, StoreError) as error:
         logger.warning("old checkpoints could not be deleted (%s); trying again after the next save", error)
 

@@ -35,48 +35,50 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that passed, in a folder or store. passed_over: the newer that failed."""
+    """A checkpoint that passed. passed_over: the folders or URLs of newer ones that failed."""
 
     folder: str
     manifest: Manifest
     passed_over: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return self.folder
+
 
 Check = Callable[[str], Verdict]
-Candidates = Sequence[tuple[int, str]]  # (step, folder), the newest first
+Listing = Callable[[], Sequence[str]]
 
 
-def newest_good(listing: Callable[[], Candidates], place: str, check: Check) -> Checkpoint | None:
+def newest_good(listing: Listing, place: str, check: Check) -> Checkpoint | None:
     """The first candidate that passes, or None if there are none.
 
-    listing: gives the candidates. It is called again if none passes: a live run may have saved
-        another checkpoint, and deleted those that were listed.
-    place: what to call all of them in the error; a step directory that is the one candidate.
+    listing: gives the candidates, the newest first. It is called again after each that fails: a
+        live run may have saved another one, and deleted that.
+    place: the run that the error names, or the step directory if that is the only candidate.
     check: `alone`, `at_a_glance` or `together`.
 
     Each candidate that is passed over is logged as a warning. Raises CheckpointError if there
     are some and none passes: to start from scratch would lose the run.
     """
-    candidates = listing()
-    while candidates:
-        passed_over, problems = [], []
-        for _, folder in candidates:
-            verdict = check(folder)
-            if verdict.manifest and not verdict.problem:
-                return Checkpoint(folder, verdict.manifest, tuple(passed_over))
-            passed_over.append(folder)
-            problems.append(verdict.problem)
-            if distributed.is_main() and folder != place:
-                logger.warning("checkpoint passed over: %s", verdict.problem)
-        before, candidates = candidates, listing()
-        if passed_over == [place]:
-            raise CheckpointError(problems[0])
-        if candidates == before or not candidates:
-            raise CheckpointError(
-                f"no checkpoint in {place} verifies ({problems[0]}); restore one, or move the folder away "
-                "to start from scratch"
-            )
-    return None
+    problems: dict[str, str] = {}  # of those that failed
+    folders = listing()
+    while folder := next((folder for folder in folders if folder not in problems), ""):
+        verdict = check(folder)
+        if verdict.manifest and not verdict.problem:
+            return Checkpoint(folder, verdict.manifest, tuple(old for old in problems if old in folders))
+        problems[folder] = verdict.problem
+        if distributed.is_main() and folder != place:
+            logger.warning("checkpoint passed over: %s", verdict.problem)
+        folders = listing()
+    if not problems:
+        return None
+    first = next(iter(problems.values()))
+    if list(problems) == [place]:
+        raise CheckpointError(first)
+    raise CheckpointError(
+        f"no checkpoint in {place} verifies ({first}); restore one, or move the folder away to start from "
+        "scratch"
+    )
 
 
 def alone(folder: str) -> Verdict:
@@ -125,7 +127,7 @@ def _check_share(folder: str, text: str) -> tuple[Manifest | None, str]:
         first_of_node = distributed.local_rank() == 0 and not distributed.is_main()
         if first_of_node and storage.is_local(folder) and _read(folder)[0] != text:
             differs = f"{folder} differs between ranks 0 and {distributed.rank()}"
-            return None, f"{differs}: run_dir must be shared by all nodes"
+            return None, f"{differs}: it must be on a file system that all nodes share"
         manifest = Manifest.parse(text, folder)
         problem = check_manifest(folder, manifest)
         share = [] if problem else manifest.file_names[distributed.rank() :: distributed.world_size()]
@@ -167,16 +169,15 @@ def committed(run: str) -> list[tuple[int, str]]:
     )
 
 
-def candidates_at(path: str) -> Candidates:
-    """The checkpoints that a path means: a step directory itself, a run all of its own.
+def candidates_at(path: str) -> list[str]:
+    """The checkpoints that a path means, the newest first: a step directory, or all of a run.
 
     Raises CheckpointError if there are none, also for an export.
     """
     names = storage.names_in(path)
     if MANIFEST in names:
-        return [(store.step_of(path) or 0, path)]
-    candidates = committed(path)[::-1]
-    if candidates:
+        return [path]
+    if candidates := [folder for _, folder in reversed(committed(path))]:
         return candidates
     if path.endswith(".safetensors") or any(name.startswith("model.safetensors") for name in names):
         raise CheckpointError(f"{path} is an export: it holds weights alone; give a run or step directory")

@@ -17,7 +17,7 @@ from vitscale.data.reader import read_any
 from vitscale.data.samples import BadSample
 
 NUM_SAMPLED = 2000
-NUM_OF_CHUNK = 8  # images of a chunk, if there are enough chunks
+NUM_PER_CHUNK = 8  # images, where there are enough chunks
 NUM_ROWS = 20  # of a text histogram, whose longest bar has BAR_CHARACTERS
 BAR_CHARACTERS = 40
 NUM_BINS = 40  # of a drawn histogram
@@ -67,7 +67,7 @@ def _spread_ids(layout: ShardLayout) -> list[int]:
     """Up to NUM_SAMPLED samples in rising order, several of each chunk that has to be read."""
     if layout.num_samples <= NUM_SAMPLED:
         return list(range(layout.num_samples))
-    num_chunks = min(layout.num_chunks, NUM_SAMPLED // min(NUM_OF_CHUNK, layout.chunk_samples))
+    num_chunks = min(layout.num_chunks, NUM_SAMPLED // min(NUM_PER_CHUNK, layout.chunk_samples))
     of_chunk = np.arange(NUM_SAMPLED // num_chunks)  # [m]
     chunks = np.linspace(0, layout.num_chunks - 1, num_chunks).astype(int)
     first_ids, counts = layout.spans(chunks)  # [num_chunks] each

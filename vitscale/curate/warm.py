@@ -19,11 +19,11 @@ THREADS = 16  # they wait for the store, not for a core
 class Warmed(NamedTuple):
     """What the cache holds: num_bytes of total_bytes, in chunks of remote shards.
 
-    read_bytes: what was read to be held. num_bad: samples that cannot be used.
+    wanted_bytes: of the shards that fit. num_bad: samples that cannot be used.
     """
 
     num_bytes: int
-    read_bytes: int
+    wanted_bytes: int
     total_bytes: int
     num_bad: int
 
@@ -48,12 +48,12 @@ def warm_cache(
         raise ConfigError("all shards are on local disks, which need no cache; name shards in a store")
     atomic.check_folder(folder)
     kept: list[tuple[Index, int]] = []
-    read_bytes = 0
+    wanted_bytes = 0
     for index, number in shards:
-        if read_bytes + index.shards[number].data_bytes > max_bytes:
+        if wanted_bytes + index.shards[number].data_bytes > max_bytes:
             break
         kept.append((index, number))
-        read_bytes += index.shards[number].data_bytes
+        wanted_bytes += index.shards[number].data_bytes
     for url in {storage.scheme(i.shards[n].url): i.shards[n].url for i, n in kept}.values():
         storage.connect(url)
     progress(0, len(kept))
@@ -65,7 +65,7 @@ def warm_cache(
             progress(num_done, len(kept))
     num_bytes = sum(_held_bytes(cache, index, number) for index, number in kept)
     total_bytes = sum(index.shards[number].data_bytes for index, number in shards)
-    return Warmed(num_bytes, read_bytes, total_bytes, num_bad)
+    return Warmed(num_bytes, wanted_bytes, total_bytes, num_bad)
 
 
 def _chunks_of(index: Index, shard: int) -> range:

@@ -46,9 +46,9 @@ class Index:
     each, and `reasons` counts them by reason and says where the first is. repeated_keys: how
     many usable samples have the key of an earlier one of their shard, and where the first is;
     indexes of earlier commits count them as damaged. passed_over: files by extension that are
-    neither images nor labels. lone_samples: where the lone_labels are;
-    empty in indexes of earlier commits. key_hashes: of all samples; None in indexes of earlier
-    commits. hash_ranges: by label, the lowest and the highest of them. num_neighbours: pairs of
+    neither images nor labels. lone_samples: where the lone_labels are; empty in indexes of
+    earlier commits. key_hashes: of all samples; None in indexes of earlier commits.
+    hash_ranges: by label, the lowest and the highest of them. num_neighbours: pairs of
     consecutive samples of a shard that can be used, and shared_labels: how many labels they
     have in common, added up; 0 in indexes of earlier commits.
     """
@@ -247,7 +247,11 @@ class Index:
 
 def check_replaceable(path: Path) -> None:
     """Raise DataError for a file with content that is no index: it would be lost."""
-    if path.is_file() and (content := path.read_bytes()) and f'"{FORMAT}"'.encode() not in content[:100]:
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        head = file.read(100)
+    if head and f'"{FORMAT}"'.encode() not in head:
         raise DataError(f"{path} is there and is not an index; name another file with --out")
 
 

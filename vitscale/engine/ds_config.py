@@ -109,7 +109,7 @@ def make_ds_config(
                 "engine.offload_folder"
             )
     size = zero.get("allgather_bucket_size", RANK_MULTIPLE)
-    if isinstance(size, int | float) and (size <= 0 or size % RANK_MULTIPLE):
+    if config.zero_stage < 3 and isinstance(size, int | float) and (size <= 0 or size % RANK_MULTIPLE):
         raise ConfigError(
             f"engine.deepspeed_extra.zero_optimization.allgather_bucket_size = {size} must be a "
             f"multiple of {RANK_MULTIPLE}, so that what NCCL sends is aligned; round it, or leave it out"

@@ -67,10 +67,10 @@ class FewShotTask:
         return cls(name=name, config=config, train=train, test=test)
 
     @functools.cached_property
-    def pool(self) -> Int64[np.ndarray, " n"]:
+    def train_labels(self) -> Int64[np.ndarray, " n"]:
         """The label of each training image, on every rank; every rank calls it.
 
-        Each rank reads its block of the images: their labels are in the shards alone.
+        Each rank reads its block of the samples: labels are stored in the shards alone.
         """
         own, count = own_indices(np.arange(self.train.num_samples))
         labels = distributed.together(lambda: self.train.labels(own))
@@ -80,7 +80,7 @@ class FewShotTask:
 
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"1shot": 0.31, "1shot_std": 0.02, ...}, fractions of 1."""
-        config, pool = self.config, self.pool
+        config, pool = self.config, self.train_labels
         with distributed.alike():
             pairs = itertools.product(config.shots, config.seeds)
             draws = [support_indices(pool, shots, seed, self.train.index.named) for shots, seed in pairs]

@@ -34,7 +34,7 @@ STD_EPSILON = 1e-6  # of MAE's BatchNorm before its probe
 class LinearConfig(ProbeConfig):
     """A linear layer on standardised features, trained by SGD, besides the common keys.
 
-    learning_rates:  to choose among, all trained at once; each falls to 0 by a cosine
+    learning_rates:  to choose among, all trained at once; each falls by a cosine
     epochs, batch:   of the training
     dev_fraction:    of the training images, to choose by; the chosen rate is trained on all
     seed:            of that choice and of the order
@@ -130,6 +130,6 @@ def train_heads(
         errors = (rows @ weights).softmax(-1)  # [L, B, C]: of the cross-entropy by the logits
         errors[:, torch.arange(batch, device=x.device), labels[chosen]] -= 1
         momentum = MOMENTUM * momentum + rows.T @ errors / batch
-        # Not step + 1, as in training: the last update would have a rate of 0.
+        # Training passes step + 1, which would give the last update a rate of 0.
         weights = weights - peak * learning_rate(step, total, 1.0, COSINE) * momentum
     return weights

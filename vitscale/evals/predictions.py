@@ -51,7 +51,7 @@ class Predictions(NamedTuple):
         return (self.labels == self.classes[:, :1]).any(1)
 
     def counts(self) -> Counts:
-        """How many have labels, how many have one as the first class, and how many as any.
+        """How many have labels, have one as the first class, and have one among the classes.
 
         An image without labels counts neither as right nor as wrong, which is the rule of
         ImageNet-ReaL (big_vision evaluators/classification.py, lines 40-52).

@@ -43,9 +43,11 @@ FREE_SECTIONS = ("engine", "log", "checkpoint")
 class StartingPoint:
     """The weights that all runs and probes of a command start from.
 
-    path: the step directory or export, absolute. model: its config. digest: of its weights.
+    named: the run, step directory or export that the user named, absolute. path: the step
+    directory or export that it was then. model: its config. digest: of its weights.
     """
 
+    named: str
     path: str
     step: int
     model: ModelConfig
@@ -61,8 +63,13 @@ def located(checkpoint: str) -> StartingPoint:
     A live run saves newer checkpoints, and an export may be replaced. Raises CheckpointError.
     """
     saved = SavedModel(checkpoint)
-    path, digest = storage.absolute(saved.path), digest_of(saved.tensors())
-    return StartingPoint(path=path, step=saved.step, model=saved.config, digest=digest)
+    return StartingPoint(
+        named=storage.absolute(checkpoint),
+        path=storage.absolute(saved.path),
+        step=saved.step,
+        model=saved.config,
+        digest=digest_of(saved.tensors()),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +160,7 @@ def finetuned(tuning: FineTuning, slots: Slots) -> float:
     Raises ConfigError if its folder holds another one, or its score on other images, and
     UserError if a process failed.
     """
-    folder, config = tuning.folder, tuning.config()
+    folder, config = tuning.folder, _as_begun(tuning.folder, tuning.config(), tuning.start)
     keep_config(folder, config)
     keep_source(folder, tuning.start, tuning.score)
     if not (folder / "result.json").exists():
@@ -248,6 +255,15 @@ def keep_config(folder: Path, config: TrainConfig) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write(path, text.encode())
+
+
+def _as_begun(folder: Path, config: TrainConfig, start: StartingPoint) -> TrainConfig:
+    """The config, with the place that was named where an earlier version wrote that one."""
+    path = folder / "config.toml"
+    kept = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("init", {}).get("checkpoint") != start.named:
+        return config
+    return dataclasses.replace(config, init=dataclasses.replace(config.init, checkpoint=start.named))
 
 
 def keep_source(folder: Path, start: StartingPoint, score: Sequence[str]) -> None:

@@ -133,7 +133,7 @@ def _probe(config: VtabConfig, task: Task, start: StartingPoint, seed: int, slot
         # A fifth of the 1,000 chooses the learning rate.
         *("--dev-fraction", "0.2", "--seed", str(seed)),
     )
-    if not (folder / "source.json").exists():  # an earlier version's result: of which weights?
+    if not (folder / "source.json").exists():  # of an earlier version, and nothing names its weights
         (folder / "result.json").unlink(missing_ok=True)
     keep_source(folder, start, options)
     evaluate = (ROOT / "tools" / "evaluate.py", "linear", start.path)

@@ -54,7 +54,7 @@ def observe(
 
     def look(layer: int, attention: Float[Tensor, "B K N N"]) -> None:
         rollout(layer, attention)
-        distances.append(attention_distance(attention, grid, patch).mean().item())
+        distances.append(attention_distance(attention, grid, patch).nanmean().item())
 
     def keep(_: object, __: object) -> None:
         positions = input_positions(model)

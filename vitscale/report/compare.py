@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from vitscale.report.contents import Contents, chunks
 from vitscale.report.text import shape_text, table
-from vitscale.run_dir import CHANGEABLE, is_among
+from vitscale.run_dir import CHANGEABLE, LENGTH, is_among
 
 # What may change in a run, but for its length.
-INCIDENTAL_CONFIG = tuple(name for name in CHANGEABLE if not name.startswith("total_"))
+INCIDENTAL_CONFIG = tuple(name for name in CHANGEABLE if name not in LENGTH)
 INCIDENTAL_FACTS = ("world_size", "zero_stage", "created", "versions", "version")
 _MAX_WIDTH = 40  # characters of a value in a table
 
@@ -146,8 +146,8 @@ def render(comparison: Comparison) -> str:
     """The text of `tools/checkpoint.py diff`."""
     lines = [f"A  {comparison.a}", f"B  {comparison.b}"]
     for counts, title in ((True, "that differ"), (False, "that may differ")):
-        for section, found in (("config", comparison.config), ("facts", comparison.facts)):
-            rows = [(d.key, _value_text(d.a), _value_text(d.b)) for d in found if d.counts is counts]
+        for section, differences in (("config", comparison.config), ("facts", comparison.facts)):
+            rows = [(d.key, _value_text(d.a), _value_text(d.b)) for d in differences if d.counts is counts]
             if rows:
                 lines += ["", *table((f"{section} {title}", "A", "B"), rows, left=(0, 1, 2))]
     for title, names in (("only in A", comparison.only_in_a), ("only in B", comparison.only_in_b)):

@@ -81,7 +81,7 @@ def open_contents(path: str) -> Contents:
 
 
 def facts_of(manifest: Manifest) -> dict[str, Any]:
-    """All that a manifest says, except for the config and what each tensor and file is.
+    """What a manifest says of a run and its state, besides the config, tensors and files.
 
     The names are those that `show` prints and that are keys of its JSON.
     """
@@ -93,6 +93,7 @@ def facts_of(manifest: Manifest) -> dict[str, Any]:
         "epoch": train.epoch,
         "step_in_epoch": train.step_in_epoch,
         "data_fingerprint": f"{train.data_fingerprint}-{train.decoder}",
+        **({"teacher": train.teacher} if train.teacher else {}),
         "optimizer": manifest.optimizer,
         "optimizer_steps": manifest.counters.updates,
         "states": manifest.slots,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from vitscale.memory import count_params
 from vitscale.models.flops import forward_macs, train_flops
@@ -96,7 +97,7 @@ def _our_column(title: str, group: Sequence[Cell], names: Sequence[str]) -> list
     ]
 
 
-def _mean_and_deviation(results: Sequence[Mapping[str, float] | None]) -> str:
+def _mean_and_deviation(results: Sequence[Mapping[str, Any] | None]) -> str:
     known = [result for result in results if result]
     if not known:
         return NOTHING

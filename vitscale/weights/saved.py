@@ -45,8 +45,8 @@ class SavedModel:
         self.shapes = dict(self._source.shapes)
         if slot == "ema" and slot not in slots:
             raise CheckpointError(
-                f"{self.path} holds no average of the weights (EMA); take the weights, without --ema or "
-                'slot="ema", or train with optim.ema_decay'
+                f"{self.path} holds no average of the weights (EMA); take the weights (without --ema, "
+                'init.ema = false, slot="fp32"), or train with optim.ema_decay'
             )
         if not isinstance(model, dict):
             raise CheckpointError(f"{self.path} names no model configuration: vitscale did not write it")

@@ -96,8 +96,9 @@ def _refuse_classes_beside(source: Path, folders: Mapping[str, Path]) -> None:
     classes = [path.name for path in others if any(map(is_image_name, os.listdir(path)))]
     if classes:
         raise DataError(
-            f"{source} holds folders of images ({', '.join(classes[:3])}) beside {', '.join(folders)}, which "
-            f"is taken for a split; move all classes into {source / 'train'}, or the other folders away"
+            f"{source} holds folders of images ({', '.join(classes[:3])}) beside the splits "
+            f"{', '.join(folders)}; if one of these is a class, move all classes into {source / 'train'}, "
+            "else move the other folders away"
         )
 
 

@@ -99,7 +99,8 @@ class FileReference:
             raise UnreadableFile(f"{self.where}: cannot be read ({error.strerror or error})") from None
         if len(data) != self.size:
             raise Omission(
-                f"{self.where}: it has not the {self.size:,} bytes that were listed; pack it again"
+                f"{self.where}: its size is no longer the {self.size:,} bytes that were listed; pack again, "
+                "with --overwrite"
             )
         return data
 

@@ -1,9 +1,9 @@
 """The plan of a packing: which samples belong to which shard. A file in OUT keeps it.
 
-A shard appears in OUT only when it is complete, and its omissions are written before it. One of
-which everything is left out does not appear: the record of its omissions says that it is
-finished. So the plan, the names of the shards in OUT and these records are all that a run needs
-to continue a killed one.
+A shard appears in OUT only when it is complete, and its omissions are written before it. One
+that would hold no sample is not written: the record of its omissions says that it is finished.
+So the plan, the names of the shards in OUT and these records are all that a run needs to
+continue a killed one.
 """
 
 import contextlib

@@ -80,7 +80,7 @@ class ShardTask:
 
 
 class _NoSample(Exception):
-    """Everything was left out of a shard, so it is not to appear."""
+    """A shard would hold no sample, so it is not written."""
 
 
 def pack(source: str, out: Path, config: PackConfig, progress: ProgressCallback = no_progress) -> PackReport:
@@ -114,9 +114,8 @@ def pack(source: str, out: Path, config: PackConfig, progress: ProgressCallback 
 def write_shard(task: ShardTask) -> int:
     """Write one shard and record its omissions; return the number of its references.
 
-    A shard without any sample, which an index refuses, does not appear.
-
-    Raises OSError if it cannot be written, DataError if none of its many files can be read.
+    One that would hold no sample, which an index refuses, is not written. Raises OSError if it
+    cannot be written, DataError if none of its many files can be read.
     """
     omissions: list[Omission] = []
     with contextlib.suppress(_NoSample), open_shard(task.path) as write:

@@ -33,7 +33,8 @@ class TarMembers:
 
     The offset is that of the data in the outermost file.
     damage: what is wrong with the archive; "" if nothing is.
-    others: a sentence for each member that is neither a regular file nor a folder, like a link.
+    others: a sentence for what is not read: each member that is neither a regular file nor a
+    folder, like a link, and data after the end of the archive.
     """
 
     files: list[tuple[str, int, int]]
@@ -77,7 +78,9 @@ def _list(file: BinaryIO, place: TarPlace, members: TarMembers) -> str:
         return f"is damaged at byte {archive.offset:,}; what follows is lost"
     while rest := file.read(max(0, min(1 << 20, end - file.tell()))):
         if any(rest):  # another archive that was appended, for example
-            return f"has data after its end mark at byte {archive.offset:,}, which is not read"
+            where = f"{place.name} in {place.path}" if place.name != place.path else place.path
+            members.others.append(f"{where}: data after the end at byte {archive.offset:,} are not read")
+            break
     return ""
 
 
