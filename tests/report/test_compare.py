@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_tool import Capture, call, call_json, export, weights
-from make import CONFIG, state_of, write_step
+from make import CONFIG, edit_manifest, state_of, write_step
 
 from vitscale.report import compare, contents
 
@@ -23,6 +23,20 @@ def test_equal_checkpoints_are_equal_whoever_wrote_them(run: Path, tmp_path: Pat
         r"config that may differ .*\nrun_dir +\"runs/a\" +\"elsewhere\"\nengine.zero_stage +1 +3", out
     )
     assert re.search(r"world_size +3 +5", out) and "that differ" not in out
+
+
+def test_the_weights_of_a_teacher_count_and_its_place_does_not(tmp_path: Path, capsys: Capture) -> None:
+    folders = [
+        write_step(tmp_path / name, 30, state_of(30), config={**CONFIG, "objective": {"teacher": name}})
+        for name in "ab"
+    ]
+    for digest, status in (("d1", 0), ("d2", 1)):
+        for folder, named in zip(folders, ("d1", digest), strict=True):
+            edit_manifest(
+                folder / "manifest.json", lambda values, named=named: values["train"].update(teacher=named)
+            )
+        ended, out, _ = call(capsys, "diff", *folders)
+        assert ended == status and ('teacher            "d1"  "d2"' in out) == bool(status), out
 
 
 def test_a_diff_says_which_tensors_differ_and_by_how_much(run: Path, tmp_path: Path, capsys: Capture) -> None:
