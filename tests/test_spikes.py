@@ -30,12 +30,16 @@ def test_a_loss_stands_out_by_its_deviations() -> None:
     assert not normal.stands_out(0.0)  # it may fall as far as it likes
 
 
-def test_spikes_do_not_become_normal() -> None:
+def test_spikes_do_not_become_normal_and_a_new_level_does() -> None:
     normal = Normal(10.0)
     for loss in losses(100):
         normal.stands_out(loss)
-    assert all(normal.stands_out(9.0) for _ in range(300))
+    for _ in range(10):
+        assert all(normal.stands_out(9.0) for _ in range(NEEDED - 1)) and not normal.stands_out(2.0)
     assert normal.median_and_deviation()[0] == pytest.approx(2.0, abs=0.05)
+    assert all(normal.stands_out(7 + loss) for loss in losses(NEEDED))
+    assert not any(normal.stands_out(7 + loss) for loss in losses(200))
+    assert normal.stands_out(12.0)
 
 
 def test_the_first_losses_are_not_judged_but_must_be_finite() -> None:

@@ -76,12 +76,12 @@ class Verdict:
 
 
 def limits(band: Band, step: int) -> tuple[float, float] | None:
-    """Low and high of a band at a step; None where there is no band.
+    """Low and high of a band at a step; None where there is none, as in an empty one.
 
     Example: [[100, 2.0, 3.0], [200, 1.0, 2.0]] is (1.5, 2.5) at step 150.
     """
     steps = [row[0] for row in band]
-    if not steps[0] <= step <= steps[-1]:
+    if not steps or not steps[0] <= step <= steps[-1]:
         return None
     place = bisect.bisect_left(steps, step)
     (after, *ends), (before, *starts) = band[place], band[max(0, place - 1)]

@@ -6,7 +6,8 @@
 
 A loss stands out if it is far above the median of the losses before it, in units of their
 deviation (1.4826 x the median absolute deviation, which is that of a normal distribution), or
-is not finite.
+is not finite. After NEEDED in a row that are finite, the loss has a new level, and the losses
+before are forgotten.
 """
 
 import collections
@@ -37,13 +38,20 @@ class Normal:
     def __init__(self, deviations: float) -> None:
         self._deviations = deviations
         self._losses: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
+        self._num_above = 0  # in a row, up to the last one
 
     def stands_out(self, loss: float) -> bool:
         """Whether a loss is far above those before it; if not, it becomes one of them."""
         median, deviation = self.median_and_deviation()
         enough = len(self._losses) >= NEEDED
-        if not math.isfinite(loss) or (enough and loss > median + self._deviations * deviation):
+        if not math.isfinite(loss):
             return True
+        if enough and loss > median + self._deviations * deviation:
+            self._num_above += 1
+            if self._num_above == NEEDED:
+                self._losses.clear()
+            return True
+        self._num_above = 0
         self._losses.append(loss)
         return False
 

@@ -169,6 +169,19 @@ def test_a_folder_is_no_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "is a folder; name a file in it, like" in capsys.readouterr().err
 
 
+def test_a_band_that_was_removed_is_not_on_the_page(run: Path, tmp_path: Path) -> None:
+    config = (
+        'run_dir = "a"\nglobal_batch = 8\ntotal_steps = 20\nmodel = {variant = "Ti/16", num_classes = 5}\n'
+    )
+    config += 'data = {index = "a.json"}\n[expect]\nsource = "before"\n[expect.bands]\n"train/loss" = BAND\n'
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.5}\n')
+    for band, told in (("[[1, 2.0, 3.0]]", True), ("[]", False)):
+        (run / "config.toml").write_text(config.replace("BAND", band))
+        assert report(run, "--out", tmp_path / "page.html", "--no-images") == 0
+        text = checked((tmp_path / "page.html").read_text()).text
+        assert ("Source of the bands: before" in text) == ("Shaded: what the config" in text) == told
+
+
 def test_a_page_replaces_nothing_that_is_no_page(run: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "README.md").write_text("mine")
     assert report(run, "--out", tmp_path / "README.md") == 2

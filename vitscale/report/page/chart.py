@@ -154,7 +154,7 @@ def _line(line: Series, x: Scale, y: Scale) -> Html:
     commands, is_open = [], False
     for at, value in points:
         if value == value:  # not nan
-            commands.append(f"{'L' if is_open else 'M'}{at:.1f} {value:.1f}")
+            commands.append(f"{'L' if is_open else 'M'}{at:.1f} {value:.4f}")  # the script reads values back
         is_open = value == value
     path = element("path", d="".join(commands), class_=style, data_label=line.label)
     dots = [

@@ -37,9 +37,10 @@ def curves(records: Sequence[Record]) -> Html:
     charts += _charts(records, OPTIMIZATION)
     names = legend([record.name for record in records]) if len(records) > 1 else Html()
     lines = "Vertical lines: starts after the first. " if _marks(records) else ""
-    expects = any(record.config and record.config.expect.bands for record in records)
+    expects = any(record.verdicts for record in records)
     bands = "Shaded: what the config expects. " if expects else ""
-    thin = "Thin: the loss of single steps. Bold: the mean since the row before. "
+    has_means = any("train/loss_mean" in record.columns for record in records)
+    thin = "Thin: the loss of single steps. Bold: the mean since the row before. " if has_means else ""
     return joined([names, note(f"{thin}{bands}{lines}".strip()), element("div", *charts, class_="charts")])
 
 
@@ -55,7 +56,7 @@ def expectations(records: Sequence[Record]) -> Html:
     parts = []
     for record in records:
         expect = record.config.expect if record.config else None
-        if not expect or not expect.bands:
+        if not expect or not record.verdicts:
             continue
         rows = []
         for name, verdict in record.verdicts.items():

@@ -79,6 +79,8 @@ class Record:
         bands = self.config.expect.bands if self.config else {}
         verdicts = dict[str, Verdict | None]()
         for name, band in bands.items():
+            if not band:  # removed by a later config
+                continue
             verdict, column = None, self.columns.get(name)
             for step, value in zip(column.steps, column.values, strict=True) if column else ():
                 verdict = judge(band, int(step), float(value), verdict)

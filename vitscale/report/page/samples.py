@@ -1,5 +1,6 @@
 """What a model was fed and what it says now: inputs as training made them, and predictions."""
 
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -8,6 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vitscale.checkpoint.manifest import Manifest
+from vitscale.checkpoint.verify import at_a_glance, open_directory
 from vitscale.data.index import Index
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches
@@ -20,7 +22,7 @@ from vitscale.models.vit import ViT
 from vitscale.report.page.html import Html, element, joined, note
 from vitscale.report.page.learned import learned
 from vitscale.report.page.pictures import card, channels_last, gallery, picture
-from vitscale.report.page.records import Record
+from vitscale.report.page.records import VERIFIED_BYTES, Record
 from vitscale.report.page.scale import percent
 from vitscale.report.page.shards import Shards
 from vitscale.train_config import TrainConfig
@@ -79,6 +81,9 @@ def predictions(record: Record) -> Html:
         return note('The config has no evaluation of kind "classify", whose images could be shown.')
     name, section = classify[0]
     slot: Slot = "ema" if config.optim.ema_decay else "fp32"
+    size = 4 * sum(map(math.prod, SavedModel(open_directory(record.path, at_a_glance)).shapes.values()))
+    if size > VERIFIED_BYTES:
+        return note(f"The model has {size / 1e9:,.1f} GB of weights, too many to load for a page.")
     place = locate(record.path)
     saved = SavedModel(place, slot=slot)
     source = training_data(place)[0] if section.split else None
