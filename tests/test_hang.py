@@ -6,6 +6,7 @@ import pytest
 
 from vitscale.hang import Answer, Place, ranges, screen, sentence, waited_for
 from vitscale.progress import Progress
+from vitscale.train_config import GuardConfig
 from vitscale.watch import Watch
 from vitscale.watchdog import Watchdog
 
@@ -134,3 +135,9 @@ def test_until_the_first_step_is_done_there_is_the_time_of_a_start() -> None:
     watchdog.starting()  # rolled back: whoever is in the loop already waits for this rank
     assert watchdog.place()[:2] == (0, "start")
     assert limits_of("data", "step", "data") == [1800.0, 1800.0, 600.0]
+
+
+def test_the_limits_are_those_of_the_guide_and_0_is_any_time() -> None:
+    limits = {"start": 1800, "data": 600, "step": 300, "log": 300, "save": 3600, "evaluate": 3600}
+    assert GuardConfig().limit_seconds() == limits
+    assert GuardConfig(save_minutes=0.0).limit_seconds() == {**limits, "save": math.inf}

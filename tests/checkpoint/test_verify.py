@@ -92,7 +92,7 @@ def test_a_checkpoint_in_either_place_of_a_run_counts_by_itself(tmp_path: Path) 
     folder = write_step(tmp_path / "run", 100, state_of(100))
     assert Saver(home, config).newest_healthy() == str(folder)
     write_step(tmp_path / "store", 100, state_of(100))
-    damage(folder / "rank-00000.safetensors")
+    damage(folder / "rank-00002.safetensors")  # of three files, here is one rank
     found = load.find(home)
     assert found and found.folder == step_folder(home.store, 100) and found.passed_over == (str(folder),)
     assert Saver(home, config, found.passed_over).newest_healthy() == found.folder

@@ -75,7 +75,7 @@ def label_pool(index: Path, folder: Path) -> None:
     at_frames(read_chunk, lambda frame: chunks.append(frame.f_locals["chunk"]))
     task = open_task("few", FewShotConfig(train=str(index), test=str(index)), 16)
     assert isinstance(task, FewShotTask)
-    said = [task.pool.tolist(), len(chunks)]
+    said = [task.train_labels.tolist(), len(chunks)]
     (folder / f"{distributed.rank()}.json").write_text(json.dumps(said))
 
 

@@ -23,7 +23,7 @@ from weights.foreign_models import import_timm
 
 from launch.train import main
 from tools.evaluate import main as evaluate_main
-from vitscale import attempts, distributed, watch
+from vitscale import attempts, distributed, ending, watch, watchdog
 from vitscale import config as configs
 from vitscale.checkpoint import snapshot
 from vitscale.checkpoint.save import Saver
@@ -190,6 +190,7 @@ class HungSave:
     rank: int
 
     def arm(self) -> None:
+        ending.NOTE_SECONDS = 1.0
         hangs = [Ending._is_first, *[snapshot._write_file] * (rank() == self.rank)]
 
         def stall(frame: FrameType, event: str, _: Any) -> None:
@@ -213,12 +214,13 @@ class Throttle:
 
 @dataclasses.dataclass(frozen=True)
 class Freeze:
-    """SIGSTOP to one rank as it begins its n-th batch (from 1)."""
+    """SIGSTOP to one rank as it begins its n-th batch (from 1); it counts as silent sooner."""
 
     rank: int
     batch: int
 
     def arm(self) -> None:
+        watchdog.SILENT_SECONDS = 6.0
         if rank() == self.rank:
             at_batch(self.batch, lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
@@ -342,6 +344,21 @@ def train_in(folder: Path, config: Path, overrides: Sequence[str]) -> int:
 def evaluate(arguments: Sequence[str]) -> int:
     """An evaluation, as tools/evaluate.py makes it."""
     return evaluate_main(arguments)
+
+
+def note_seeds(config: Path, overrides: Sequence[str], folder: Path) -> int:
+    """A run; FOLDER gets the seeds with which the forward passes of each rank begin."""
+    seeds = list[int]()
+    forward = Engine.forward
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        seeds.append(torch.initial_seed())
+        return forward(*arguments, **options)
+
+    Engine.forward = noted  # type: ignore[method-assign]
+    status = train(config, overrides)
+    (folder / f"seeds-{rank()}.json").write_text(json.dumps(seeds))
+    return status
 
 
 def train_and_note(config: Path, overrides: Sequence[str], out: Path) -> int:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from make import edit_manifest
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
@@ -63,6 +64,14 @@ def test_a_refused_change_is_made_by_the_lines_that_the_refusal_names(
     another = [f"run_dir={tmp_path}/another", "total_steps=22", *changes, *lines_of(sentence)]
     assert zygote.train(finished, 1, *another) == [0], finished.output()
     assert f"resumed from {finished.run_dir}/checkpoints/step-000000020" in finished.output()
+
+
+def test_another_jpeg_decoder_is_refused_with_the_one_to_set(finished: Job, zygote: Zygote) -> None:
+    for folder in finished.checkpoints().values():
+        edit_manifest(folder / "manifest.json", lambda values: values["train"].update(decoder="simplejpeg"))
+    assert zygote.train(finished, 1, "total_steps=22", "data.decoder=turbojpeg") == [2]
+    assert 'the JPEG decoder simplejpeg, here it is turbojpeg; set data.decoder = "simp' in finished.mistake()
+    assert zygote.train(finished, 1, "total_steps=22", "data.decoder=simplejpeg") == [0], finished.output()
 
 
 @pytest.mark.parametrize("change", ["model.width=8", "optim.name=sgd", "optim.freeze=['pos_embed']"])

@@ -23,6 +23,7 @@ from vitscale.checkpoint.manifest import Manifest
 from vitscale.models import build_model
 from vitscale.rng import derive_seed
 from vitscale.train_config import TrainConfig
+from vitscale.weights.saved import SavedModel
 
 
 def tensors_of(folder: Path, state: str = "fp32") -> dict[str, torch.Tensor]:
@@ -186,7 +187,17 @@ def test_a_new_run_continues_from_the_full_state_of_another(
     assert same.column("train/loss") == uninterrupted.column("train/loss")[stopped:]
     assert Manifest.load(same.checkpoints()[20]).train.rollbacks == 0  # that it had itself
     # The learning rate is the config's, not the saved run's; the moments are the saved ones.
-    assert zygote.train(other, 1, *options, "optim.lr=1e-3") == [0], other.output()
+    ema = ("optim.ema_decay=0.5", f"checkpoint.keep_every_steps={stopped + 1}", "checkpoint.every_steps=1")
+    assert zygote.train(other, 1, *options, "optim.lr=1e-3", *ema) == [0], other.output()
+    # An average that the state has not begins at the weights.
+    after = other.checkpoints()[stopped + 1]
+    names = SavedModel(after).shapes
+    begun, before, now = (
+        {name: tensor.double() for name, tensor in SavedModel(folder, slot=slot).tensors()}
+        for folder, slot in ((after, "ema"), (first.checkpoints()[stopped], "fp32"), (after, "fp32"))
+    )
+    for name in names:
+        torch.testing.assert_close(begun[name], (before[name] + now[name]) / 2, rtol=0, atol=1e-6)
     expected = [lr / 5 for lr in uninterrupted.column("train/lr")[stopped:]]
     assert other.column("train/lr") == pytest.approx(expected)
     first_loss = uninterrupted.column("train/loss")[stopped]

@@ -80,6 +80,14 @@ def test_a_step_is_skipped_by_all_and_the_next_one_is_not(
     assert job.column("train/skipped_steps") == [0, 0, 1, 2, 2, 2, 2, 2]
 
 
+def test_steps_that_are_skipped_now_and_then_roll_nothing_back(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job, spoiled = Job(tmp_path, index), NotFinite(rank=1, batches=range(3, 18, 2))
+    assert zygote.train(job, 2, "guard.skipped_steps=2", event=spoiled) == [0, 0], job.output()
+    assert job.column("train/skipped_steps")[-1] == 8 and "going back" not in job.output()
+
+
 def test_the_third_time_ends_the_run(tmp_path: Path, index: Path, zygote: Zygote) -> None:
     job = Job(tmp_path, index)
     spoiled = CountOldWeights(NotFinite(rank=0, batches=range(5, 100)))

@@ -1,5 +1,6 @@
 """Ranks are killed in mid-run; what comes after is what an uninterrupted run computes."""
 
+import json
 import os
 import re
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from multiprocess.job import TIMEOUT_SECONDS, Job
-from multiprocess.ranks import KillAll
+from multiprocess.ranks import KillAll, note_seeds
 from multiprocess.zygote import Zygote
 
 from vitscale.rendezvous import free_port
@@ -43,12 +44,23 @@ def test_resume_on_the_same_layout_equals_the_uninterrupted_run_bit_for_bit(
     assert same_files(job.checkpoints()[20], uninterrupted.checkpoints()[20])
 
 
-def test_dropout_is_resumed_bit_for_bit(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+def test_dropout_is_resumed_bit_for_bit(
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job
+) -> None:
     whole, killed = Job(tmp_path / "whole", index), Job(tmp_path / "killed", index)
     assert zygote.train(whole, 1, "model.dropout=0.1") == [0], whole.output()
     assert zygote.train(killed, 1, "model.dropout=0.1", event=KillAll(batch=12)) == [-9]
     assert zygote.train(killed, 1, "model.dropout=0.1") == [0], killed.output()
     assert killed.column("train/loss") == whole.column("train/loss")
+    assert abs(whole.column("train/loss")[5] - uninterrupted.column("train/loss")[5]) > 1e-4
+
+
+def test_each_forward_pass_has_a_dropout_mask_of_its_own(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job = Job(tmp_path, index)
+    options = ("model.dropout=0.1", "total_steps=3", "schedule.warmup_steps=1")
+    assert zygote.run(2, note_seeds, job.config, options, tmp_path, log=job.log) == [0, 0], job.output()
+    seeds = [json.loads((tmp_path / f"seeds-{rank}.json").read_text()) for rank in range(2)]
+    assert [len(of_rank) for of_rank in seeds] == [6, 6] and len({*seeds[0], *seeds[1]}) == 12
 
 
 def test_other_world_sizes_and_zero_stages_continue_with_the_same_data_and_losses(

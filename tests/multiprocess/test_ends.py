@@ -78,7 +78,7 @@ def test_a_second_ctrl_c_ends_at_once_even_in_a_hanging_collective(tmp_path: Pat
         time.sleep(1)
         ranks[0].send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
-            ranks[0].wait(2)
+            ranks[0].wait(1)
         ranks[0].send_signal(signal.SIGINT)
         assert ranks[0].wait(2) == 130, job.output()
     assert "error: ended by a second Ctrl-C" in job.output()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from multiprocess.hosts import ROOT, Hosts, send, two_hosts
 from multiprocess.job import TIMEOUT_SECONDS, Job, wait_until
+from multiprocess.zygote import Zygote
 
 from vitscale import ending
 from vitscale.checkpoint.manifest import Manifest
@@ -44,10 +45,12 @@ def test_hosts_leave_nothing_behind(tmp_path: Path) -> None:
     assert not {"switch", "port1", "port2"} & {path.name for path in links.iterdir()}
 
 
-def test_a_run_outlives_a_host_and_takes_it_back(tmp_path: Path, index: Path, hosts: Hosts) -> None:
+def test_a_run_outlives_a_host_and_takes_it_back(
+    tmp_path: Path, index: Path, hosts: Hosts, zygote: Zygote
+) -> None:
     """By one command: on both, on node1 alone after a power failure of node2, on both again."""
     whole, job = Job(tmp_path / "whole", index), Job(tmp_path / "job", index)
-    assert whole.start(1, *RUN, "engine.micro_batch=8") == [0], whole.output()
+    assert zygote.train(whole, 1, *RUN, "engine.micro_batch=8") == [0], whole.output()
     job.run_dir = tmp_path / ODD
     command = multinode(hosts, job, f"run_dir={job.run_dir}", "--min-hosts", "1", "--pause", "1")
     wait_until(job.reached(12), job.output, command)

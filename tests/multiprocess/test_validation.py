@@ -22,6 +22,7 @@ SPLIT = (
     "evals.val.split=validation",
     "evals.val.every_steps=7",
     "evals.val.batch_size=5",
+    "optim.ema_decay=0.9",  # evaluations take the average
 )
 
 
@@ -59,8 +60,10 @@ def test_a_killed_run_trains_on_the_same_rest_and_validates_the_same_on_other_wo
 
 
 def test_the_result_by_hand_is_that_of_the_training(trained: Job) -> None:
-    by_hand = evaluate(str(trained.run_dir), "val", ClassifyConfig(split="validation"), torch.device("cpu"))
-    assert by_hand["step"] == 20
+    config, cpu = ClassifyConfig(split="validation"), torch.device("cpu")
+    by_hand = evaluate(str(trained.run_dir), "val", config, cpu, slot="ema")
+    raw = evaluate(str(trained.run_dir), "val", config, cpu)["results"]
+    assert by_hand["step"] == 20 and abs(raw["loss"] - by_hand["results"]["loss"]) > 1e-4
     assert by_hand["results"] == pytest.approx(evaluations(trained)[-1][1], abs=1e-6)
     assert 10 < by_hand["results"]["num_samples"] < 40
 
