@@ -111,6 +111,23 @@ class Fail:
 
 
 @dataclasses.dataclass(frozen=True)
+class SlowSave:
+    """The write of each checkpoint begins a second late; then another event."""
+
+    event: Event
+
+    def arm(self) -> None:
+        write = snapshot.write
+
+        def late(*arguments: Any) -> None:
+            time.sleep(1)
+            write(*arguments)
+
+        snapshot.write = late
+        self.event.arm()
+
+
+@dataclasses.dataclass(frozen=True)
 class Sleep:
     """One rank does nothing any more as it begins its n-th batch (from 1)."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from multiprocess.ends import Case, End, end_of, read_status
 from multiprocess.job import Job, wait_until
-from multiprocess.ranks import Fail, NotFinite, OutOfMemory, SlowToClose, Stop
+from multiprocess.ranks import Fail, NotFinite, OutOfMemory, SlowSave, SlowToClose, Stop
 from multiprocess.zygote import Zygote
 
 from vitscale import command, ending
@@ -83,6 +83,12 @@ def test_a_second_ctrl_c_ends_at_once_even_in_a_hanging_collective(tmp_path: Pat
         assert ranks[0].wait(2) == 130, job.output()
     assert "error: ended by a second Ctrl-C" in job.output()
     assert (read_status(job)["state"], read_status(job)["exit_status"]) == ("failed", 130)
+
+
+def test_a_bug_does_not_cut_the_save_that_is_under_way(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    job, event = Job(tmp_path, index), SlowSave(Fail(rank=0, batch=5))
+    assert zygote.train(job, 1, "checkpoint.every_steps=4", event=event) == [1], job.output()
+    assert list(job.checkpoints()) == [4] and "a bug" in job.output()
 
 
 def test_the_death_of_a_rank_ends_one_that_does_not_communicate(

@@ -53,8 +53,8 @@ def effects_of_a_save(zygote: Zygote, job: Job) -> list[list[str]]:
     assert zygote.train(job, 2, *options, event=record) == [0, 0], job.output()
     names = [record.effects(rank, save=4) for rank in range(2)]
     assert {"write", "fsync", "replace", "rename", "unlink", "rmdir"} <= set(names[0])
-    # A power failure leaves what is on disk: a rank's file and its entry in the folder, then the
-    # manifest, then the folder's name, then `latest`; only after these is an old one deleted.
+    # A power failure leaves what is on disk: a rank's file and its entry in the folder, then
+    # the manifest, the folder's name, `latest`; only after these is an old one deleted.
     order = [[name for name in of_rank if name in ("fsync", "replace", "rename")] for of_rank in names]
     own, appears = ["fsync", "fsync"], ["fsync", "replace", "fsync"]
     assert order == [[*own, *appears, "fsync", "rename", "fsync", *appears, "rename"], own]
