@@ -6,6 +6,7 @@ traceback. Other statuses are the program's own. Nothing here takes long to impo
 torch is imported ends a program as later.
 """
 
+import contextlib
 import io
 import logging
 import os
@@ -66,9 +67,10 @@ def run(program: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return MISTAKE
-    finally:  # not before: it may wait for other ranks, and the sentence has been printed
+    finally:  # not before a mistake has been told: it may wait for other ranks
         if distributed := sys.modules.get("vitscale.distributed"):
-            distributed.shutdown()
+            with contextlib.suppress(KeyboardInterrupt):
+                distributed.shutdown()
 
 
 def leave(status: int) -> NoReturn:

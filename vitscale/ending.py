@@ -164,7 +164,7 @@ def read(run_dir: str | Path) -> dict[str, Any] | None:
         status = json.loads(path.read_bytes())
         if isinstance(status, dict) and {"state", "step", "total_steps"} <= status.keys():
             return status
-        problem = "it is not the status of a run"
+        problem = "what it holds is not the status of a run"
     except FileNotFoundError:
         return None
     except OSError as error:

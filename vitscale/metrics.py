@@ -297,7 +297,7 @@ def each_row(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             elif line.endswith(b"\n"):
                 num_skipped += 1
     if num_skipped:
-        logger.warning("%s: skipped %d lines that are not rows", path, num_skipped)
+        logger.warning("%s: lines that are not rows, skipped: %d", path, num_skipped)
 
 
 def trim_metrics(path: Path, resume_step: int, key: str = "step") -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@
 
 A loss stands out if it is far above the median of the losses before it, in units of their
 deviation (1.4826 x the median absolute deviation, which is that of a normal distribution), or
-is not finite. After NEEDED in a row that are finite, the loss has a new level, and the losses
-before are forgotten.
+is not finite. After NEEDED finite ones, with none in between that does not stand out, the loss
+has a new level, and the losses before are forgotten.
 """
 
 import collections

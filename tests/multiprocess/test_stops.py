@@ -129,5 +129,5 @@ def test_a_rank_without_data_stops_when_another_one_is_asked(
 
 
 def last_step(job: Job) -> int:
-    time.sleep(1)
+    time.sleep(2)
     return job.rows()[-1]["step"]

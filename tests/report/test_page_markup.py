@@ -213,5 +213,5 @@ def test_a_run_without_a_row_has_no_table(
     shown = capsys.readouterr()
     said = f"error: {path} holds no row of numbers: {tmp_path} has logged nothing yet\n"
     assert shown.err.endswith(said) and not shown.out
-    warned = [f"{path}: skipped 2 lines that are not rows"]
+    warned = [f"{path}: lines that are not rows, skipped: 2"]
     assert caplog.messages == (warned if passed_over else [])

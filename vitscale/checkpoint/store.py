@@ -276,13 +276,23 @@ def apply_retention(
         kept = retained(
             steps, config.keep_last, config.keep_every_steps, lambda step: is_healthy(folder_of(step)), best
         )
+        is_named = _tries_to_name(place, best)  # before a best one is deleted, unless the disk is full
         for step in sorted(set(steps) - kept):
             delete_checkpoint(folder_of(step))
         for folder in _unpublished(home.store, max(steps, default=0)) if home.store else ():
             storage.delete(folder)
-        _write_name(place, BEST, best)  # last: a full disk may refuse it until something is deleted
+        if not is_named:
+            _write_name(place, BEST, best)
     except (OSError, StoreError) as error:
         logger.warning("old checkpoints could not be deleted (%s); trying again after the next save", error)
+
+
+def _tries_to_name(place: str, best: int | None) -> bool:
+    try:
+        _write_name(place, BEST, best)
+    except (OSError, StoreError):
+        return False
+    return True
 
 
 def _unpublished(place: str, newest: int) -> Iterator[str]:

@@ -50,7 +50,7 @@ Listing = Callable[[], Sequence[str]]
 
 
 def newest_good(listing: Listing, place: str, check: Check) -> Checkpoint | None:
-    """The first candidate that passes, or None if there are none.
+    """The newest candidate that passes, or None if there are none.
 
     listing: gives the candidates, the newest first. It is called again after each that fails: a
         live run may have saved another one, and deleted that.

@@ -124,7 +124,7 @@ def _owners(recipe: TrainConfig, overrides: Sequence[str]) -> dict[str, str]:
         "seed": "finetune.seeds",
         "data.validation_fraction": "finetune.dev_fraction",
         "init.checkpoint": "CKPT",
-        "checkpoint.keep_best": "the protocol: it scores the last step",
+        "checkpoint.keep_best": "the protocol, by which the last step is scored,",
         **({"optim.lr": "finetune.learning_rates"} if recipe.finetune.learning_rates else {}),
         **{key: "CKPT" for key in keys if key.startswith("model.") and key[len("model.") :] not in KEYS},
     }

@@ -162,7 +162,8 @@ def finetuned(tuning: FineTuning, slots: Slots) -> float:
     """
     folder, config = tuning.folder, _as_begun(tuning.folder, tuning.config(), tuning.start)
     keep_config(folder, config)
-    keep_source(folder, tuning.start, tuning.score)
+    if config.init.checkpoint == tuning.start.path:
+        keep_source(folder, tuning.start, tuning.score)
     if not (folder / "result.json").exists():
         train(folder, slots)
     slot = ["--ema"] if config.optim.ema_decay else []
@@ -258,10 +259,13 @@ def keep_config(folder: Path, config: TrainConfig) -> None:
 
 
 def _as_begun(folder: Path, config: TrainConfig, start: StartingPoint) -> TrainConfig:
-    """The config, with the place that was named where an earlier version wrote that one."""
+    """The config; of a run that an earlier version began, with the place that it named."""
     path = folder / "config.toml"
     kept = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if kept.get("init", {}).get("checkpoint") != start.named:
+    if start.named == start.path or kept.get("init", {}).get("checkpoint") != start.named:
+        return config
+    if not any((folder / name).exists() for name in ("result.json", "run")):
+        path.unlink()
         return config
     return dataclasses.replace(config, init=dataclasses.replace(config.init, checkpoint=start.named))
 

@@ -157,6 +157,8 @@ def _checkpoint_facts(contents: Contents, now: datetime.datetime) -> Iterator[tu
     yield "states", ", ".join(facts["states"])
     yield "counters", _pairs(facts["counters"])
     yield "data", facts["data_fingerprint"]
+    if "teacher" in facts:
+        yield "teacher", f"weights {facts['teacher']}"
     saved, age = when(facts["created"], now)
     yield "saved", f"{saved} ({age} ago)" if age else saved
     yield "written by", f"{counted(facts['world_size'], 'rank')} at ZeRO {facts['zero_stage']}"

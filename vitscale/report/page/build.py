@@ -19,8 +19,8 @@ def write_page(runs: Sequence[str], out: str, *, with_images: bool = True) -> in
     with_images: look at the data and at a checkpoint, for pictures. Raises ConfigError for what
     is no run directory, and as atomic.check_writable does.
     """
-    records = read_records(list(dict.fromkeys(runs)))
     atomic.check_writable(out, ".html")
+    records = read_records(list(dict.fromkeys(runs)))
     content = page(records, datetime.datetime.now(datetime.UTC), with_images=with_images).encode()
     atomic.write(out, content)
     return len(content)

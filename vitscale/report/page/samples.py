@@ -81,6 +81,7 @@ def predictions(record: Record) -> Html:
         return note('The config has no evaluation of kind "classify", whose images could be shown.')
     name, section = classify[0]
     slot: Slot = "ema" if config.optim.ema_decay else "fp32"
+    # By the sizes of files alone, before all of a large one is read.
     size = 4 * sum(map(math.prod, SavedModel(open_directory(record.path, at_a_glance)).shapes.values()))
     if size > VERIFIED_BYTES:
         return note(f"The model has {size / 1e9:,.1f} GB of weights, too many to load for a page.")
