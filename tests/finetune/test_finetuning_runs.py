@@ -146,6 +146,24 @@ def test_a_result_of_an_earlier_version_counts_where_its_config_fits(tmp_path: P
             finetuned(tuning(folder, other), stopped)
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_what_an_earlier_version_left_goes_on_as_it_began_or_begins_anew(
+    tmp_path: Path, stopped: Slots, has_begun: bool
+) -> None:
+    config = tuning(tmp_path).config()
+    keep_config(
+        tmp_path, dataclasses.replace(config, init=dataclasses.replace(config.init, checkpoint=START.named))
+    )
+    if has_begun:
+        (tmp_path / "run").mkdir()
+    for _ in range(2):
+        with pytest.raises(UserError, match="ended early"):
+            finetuned(tuning(tmp_path), stopped)
+        kept = tomllib.loads((tmp_path / "config.toml").read_text())
+        assert kept["init"]["checkpoint"] == (START.named if has_begun else START.path)
+        assert (tmp_path / "source.json").exists() != has_begun  # nobody knows from which step it began
+
+
 def test_a_probe_counts_for_its_weights_alone(tmp_path: Path, stopped: Slots) -> None:
     vtab = VtabConfig(checkpoint="a", data=tmp_path / "data", out=tmp_path, protocol="linear")
     result = tmp_path / "svhn/linear-seed0/result.json"

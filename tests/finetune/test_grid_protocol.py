@@ -149,6 +149,7 @@ def test_a_recipe_that_cannot_be_done_is_refused(
         ("init.checkpoint=other", "CKPT"),
         ("model.pool=mean", "CKPT"),
         ("run_dir=x", "--out"),
+        ("checkpoint.keep_best=eval/test/top1", "the protocol, by which the last step is scored,"),
     ],
 )
 def test_what_a_fine_tuning_sets_itself_cannot_be_overridden(recipe: Path, override: str, owner: str) -> None:
