@@ -49,23 +49,11 @@ def test_a_step_directory_that_is_gone_or_unfinished_is_refused_as_that(
         opened(f"{tmp_path}/checkpoints/step-000000200")
 
 
-def test_a_checkpoint_that_a_live_run_deletes_meanwhile_is_looked_for_again(tmp_path: Path) -> None:
-    folder = write_step(tmp_path, 6, state_of(6))
-
-    def check(path: str) -> Verdict:
-        if folder.exists():
-            write_step(tmp_path, 9, state_of(9))
-            folder.rename(tmp_path / "deleted")
-        return alone(path)
-
-    assert open_directory(str(tmp_path), check).manifest.step == 9
-
-
-def test_a_newer_checkpoint_of_a_live_run_is_preferred_to_an_older_one_that_was_listed(
-    tmp_path: Path,
+@pytest.mark.parametrize("older", [[], [3]])
+def test_the_next_one_of_a_live_run_that_deletes_its_checkpoint_meanwhile_is_taken(
+    tmp_path: Path, older: list[int]
 ) -> None:
-    write_step(tmp_path, 3, state_of(3))
-    folder = write_step(tmp_path, 6, state_of(6))
+    folder = [write_step(tmp_path, step, state_of(step)) for step in (*older, 6)][-1]
 
     def check(path: str) -> Verdict:
         if folder.exists():
