@@ -40,8 +40,8 @@ def report(arguments: argparse.Namespace) -> int:
 
         print(render(arguments.runs))
         return 0
+    from vitscale.quantities import size_text
     from vitscale.report.page.build import write_page
-    from vitscale.storage import size_text
 
     num_bytes = write_page(arguments.runs, arguments.out, with_images=not arguments.no_images)
     print(f"{arguments.out}: {size_text(num_bytes)}")

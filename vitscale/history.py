@@ -22,6 +22,7 @@ from vitscale import config as configs
 from vitscale.ending import TIME_FORMAT
 from vitscale.job import Job
 from vitscale.progress import Progress
+from vitscale.quantities import counted
 from vitscale.redaction import redact
 from vitscale.train_config import TrainConfig
 
@@ -62,7 +63,7 @@ def card(row: Mapping[str, Any]) -> str:
     lines = [
         f"started at {row['time']} by {row['host']}",
         f"from step {row['step']:,}",
-        f"{row['world_size']:,} ranks at ZeRO {row['zero_stage']}, "
+        f"{counted(row['world_size'], 'rank')} at ZeRO {row['zero_stage']}, "
         f"{row['grad_accum_steps']} micro batches of {row['micro_batch']} each",
     ]
     if row["rollbacks"]:

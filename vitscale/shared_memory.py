@@ -18,7 +18,7 @@ from vitscale.data.loader import PREFETCHED_STEPS
 from vitscale.errors import ConfigError
 from vitscale.evals.task import Task, TaskConfig, num_samples
 from vitscale.image_size import sides
-from vitscale.storage import size_text
+from vitscale.quantities import size_text
 from vitscale.train_config import TrainConfig
 
 FOLDER = "/dev/shm"

@@ -24,7 +24,6 @@ from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from braceexpand import braceexpand
-from tqdm import tqdm
 
 from vitscale import attempts
 from vitscale.errors import ConfigError, StoreError
@@ -225,13 +224,6 @@ def versions(urls: Sequence[str]) -> list[str]:
     It holds the size, and the time of a local file or what a store has: a tag or a time.
     """
     return _look_up(_version, urls)
-
-
-def size_text(num_bytes: int | float) -> str:
-    """For example "1.04 GB" or "512 kB", in powers of 1,000."""
-    text = tqdm.format_sizeof(num_bytes)
-    number = text.rstrip("kMGTPEZY")
-    return f"{number} {text[len(number) :]}B"
 
 
 class _RangeFile(io.RawIOBase):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from make import edit_manifest, verified
 from multiprocess.job import Job
-from multiprocess.ranks import FileLimit, Kill, Stop, train_apart
+from multiprocess.rank_runs import train_apart
+from multiprocess.ranks import FileLimit, Kill, Stop
 from multiprocess.zygote import Zygote
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -10,7 +10,8 @@ import pytest
 from make import write_partly_broken
 from multiprocess.ends import read_status
 from multiprocess.job import Job
-from multiprocess.ranks import CountOldWeights, NotFinite, watch_health
+from multiprocess.rank_runs import watch_health
+from multiprocess.ranks import CountOldWeights, NotFinite
 from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint import store

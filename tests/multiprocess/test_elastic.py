@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 from multiprocess.job import TIMEOUT_SECONDS, Job
-from multiprocess.ranks import KillAll, note_seeds
+from multiprocess.rank_runs import note_seeds
+from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
 from vitscale.rendezvous import free_port

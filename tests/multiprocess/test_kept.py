@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from multiprocess.job import ROOT, Job
-from multiprocess.ranks import train_in
+from multiprocess.rank_runs import train_in
 from multiprocess.zygote import Zygote
 
 import vitscale

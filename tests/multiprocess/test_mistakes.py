@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from make import jpeg, newest, write_partly_broken, write_tar
-from multiprocess import ranks
+from multiprocess import rank_runs
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
@@ -158,5 +158,5 @@ def test_a_mistake_in_an_evaluation_is_told_once(
     job = Job(tmp_path / "job", index)
     names = {"RUN": uninterrupted.run_dir, "OTHER": other, "TRAIN": train}
     argv = [str(names.get(word, word)) for word in command.split()]
-    assert 2 in zygote.run(2, ranks.evaluate, argv, log=job.log)
+    assert 2 in zygote.run(2, rank_runs.evaluate, argv, log=job.log)
     assert expected in sentence(job), job.output()

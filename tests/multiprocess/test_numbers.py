@@ -8,7 +8,8 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 from multiprocess.job import Job
 from multiprocess.plain import plain_losses
-from multiprocess.ranks import KillAll, train_and_note
+from multiprocess.rank_runs import train_and_note
+from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
 

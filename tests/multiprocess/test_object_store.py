@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from data.servers import faulty_proxy, s3_environment, s3_server, use_s3
 from multiprocess.job import Job
-from multiprocess.ranks import FewAttempts, Kill, Stop, train_apart
+from multiprocess.rank_runs import train_apart
+from multiprocess.ranks import FewAttempts, Kill, Stop
 from multiprocess.zygote import Zygote
 
 from vitscale import ending, restarts, storage

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from multiprocess.job import Job
-from multiprocess.ranks import KillAll, train_and_note_files
+from multiprocess.rank_runs import train_and_note_files
+from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
 from vitscale.engine.mapped import mapped_zeros

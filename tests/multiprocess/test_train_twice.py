@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from multiprocess.job import Job
-from multiprocess.ranks import train_twice
+from multiprocess.rank_runs import train_twice
 from multiprocess.zygote import Zygote
 
 

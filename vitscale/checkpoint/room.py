@@ -7,6 +7,7 @@ from pathlib import Path
 from vitscale import distributed, storage
 from vitscale.checkpoint.store import CheckpointConfig, Home
 from vitscale.errors import ConfigError, StoreDown, StoreError
+from vitscale.quantities import size_text
 
 PROBE = ".probe-"
 
@@ -75,6 +76,6 @@ def _compare(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConfigError(
-            f"{folder} has {storage.size_text(free)} free, and {what} needs {storage.size_text(needed)}; "
+            f"{folder} has {size_text(free)} free, and {what} needs {size_text(needed)}; "
             "free some, lower checkpoint.keep_last, or choose another run_dir"
         )

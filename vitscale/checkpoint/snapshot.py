@@ -26,6 +26,7 @@ from vitscale.checkpoint.store import TEMPORARY, Home
 from vitscale.engine.engine import Engine
 from vitscale.engine.fragments import UNTRAINED, Counters
 from vitscale.errors import StoreError, UserError
+from vitscale.quantities import size_text
 
 T = TypeVar("T")
 _ALIGNMENT = 64
@@ -215,7 +216,7 @@ def _sentence(error: OSError, path: Path) -> str:
     free = ""
     if error.errno in _NO_SPACE:
         usage = shutil.disk_usage(next(folder for folder in path.parents if folder.exists()))
-        free = f" ({storage.size_text(usage.free)} of {storage.size_text(usage.total)} free there)"
+        free = f" ({size_text(usage.free)} of {size_text(usage.total)} free there)"
     return (
         f"saving {path} failed: {error.strerror or error}{free}; the last checkpoint is intact: free space "
         "(or lower checkpoint.keep_last) or fix the path, and start again"

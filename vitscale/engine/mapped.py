@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import StoreError
-from vitscale.storage import size_text
+from vitscale.quantities import size_text
 
 
 def mapped_zeros(count: int, folder: str, dtype: torch.dtype = torch.float32) -> Tensor:

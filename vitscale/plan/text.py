@@ -10,6 +10,7 @@ from vitscale.objectives import DistillationConfig
 from vitscale.plan import formulas
 from vitscale.plan.make import FITS_WHOLE, Option, Plan, Saving
 from vitscale.plan.speed import DECODE_RATE, Speed
+from vitscale.quantities import counted
 from vitscale.redaction import redact
 
 POLICY_NAMES = {
@@ -66,7 +67,7 @@ def _model_name(plan: Plan) -> str:
 
 def _head(plan: Plan) -> str:
     cluster, batch = plan.cluster, plan.config.global_batch
-    where = f"{cluster.gpus:,} x {cluster.gpu.upper()} in {_counted(cluster.nodes, 'node')}"
+    where = f"{cluster.gpus:,} x {cluster.gpu.upper()} in {counted(cluster.nodes, 'node')}"
     lines = [
         ("parameters", f"{plan.num_params:,}"),
         ("run", f"{plan.num_images:,} images in {plan.steps_left:,} steps of {batch:,}{_continued(plan)}"),
@@ -98,7 +99,7 @@ def _table(plan: Plan) -> str:
 
 
 def _rest(plan: Plan, best: Option, saving: Saving) -> list[Line]:
-    cluster, memory, cores = plan.cluster, best.memory, _counted(plan.loader_cores, "core")
+    cluster, memory, cores = plan.cluster, best.memory, counted(plan.loader_cores, "core")
     cost = f"{_figure(plan.cost)} at {cluster.price:g} a GPU hour" if cluster.price else "not known: --price"
     repeats, at_rate = plan.config.augment.repeats, f"at {plan.decode_rate:,.0f} images/s a core"
     shared = f"; fewer will do, since {repeats} views share a decoding" if repeats > 1 else ""
@@ -188,7 +189,7 @@ def _advice(plan: Plan, best: Option, saving: Saving) -> list[Line]:
             text += f"; engine.reduce_precision={config.precision} halves the bytes of gradients, inexactly"
         lines.append(("batch", text))
     if best.loader_bound:
-        cores = _counted(plan.cluster.cores_per_node, "core")
+        cores = counted(plan.cluster.cores_per_node, "core")
         text = f"{cores} of a node decode less than its GPUs train: use more, or store smaller images"
         lines.append(("loader", text))
     return lines + _save_advice(plan, best, saving)
@@ -280,10 +281,6 @@ def _measured(plan: Plan, speed: Speed) -> str:
     how = "measured" if exact else f"a guess that is corrected by {', '.join(names)}, measured"
     other = "" if speed.rows[0].gpu == plan.cluster.kind else ", another kind of GPU"
     return f"{how} on {speed.device}{other}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _section(title: str, lines: list[Line]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vitscale import open_files, shared_memory
-from vitscale.storage import size_text
+from vitscale.quantities import size_text
 
 CHECKING = "checking"  # the first host looks for all shards next
 CLOCK_SECONDS = 30.0  # stores refuse requests that are signed minutes away from their own time

@@ -13,9 +13,9 @@ from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.verify import Verdict, check_all, committed, places_of
 from vitscale.errors import CheckpointError
 from vitscale.metrics import FILE_NAME, each_row, is_score
+from vitscale.quantities import size_text
 from vitscale.report.contents import facts_of
 from vitscale.report.text import damaged_newest, table, when
-from vitscale.storage import size_text
 
 WIDTH = 120
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from vitscale import config as configs
 from vitscale.errors import CheckpointError
+from vitscale.quantities import counted, size_text
 from vitscale.report.contents import Contents, chunks
-from vitscale.report.text import counted, damaged_newest, json_values, shape_text, table, when
-from vitscale.storage import size_text
+from vitscale.report.text import damaged_newest, json_values, shape_text, table, when
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

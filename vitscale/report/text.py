@@ -39,11 +39,6 @@ def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def counted(count: int, noun: str) -> str:
-    """For example "1 file" or "1,024 files"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def damaged_newest(step: int, good: int | None) -> str:
     """What `list` and `verify` say in the end of a run whose newest checkpoint is damaged.
 

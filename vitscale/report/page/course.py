@@ -8,13 +8,13 @@ from typing import Any
 from vitscale import goodput
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.errors import UserError
+from vitscale.quantities import size_text
 from vitscale.report.listing import CheckpointRow
 from vitscale.report.page.chart import stacked_bar
 from vitscale.report.page.html import Html, details, element, joined, note, table
 from vitscale.report.page.overview import duration
 from vitscale.report.page.records import Record
 from vitscale.report.text import when
-from vitscale.storage import size_text
 
 KINDS = {
     "step": "steps", "data": "waiting for data", "evaluate": "evaluation", "save": "saving",
