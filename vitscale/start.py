@@ -36,6 +36,7 @@ from vitscale.objectives import DistillationConfig, Objective, build_objective
 from vitscale.optim import freeze
 from vitscale.pace import Pace
 from vitscale.progress import Progress
+from vitscale.quantities import counted
 from vitscale.rng import derive_seed
 from vitscale.run_dir import check_continuation, check_new_length, check_teacher, write_record
 from vitscale.spikes import FILE_NAME as SPIKES_NAME
@@ -158,7 +159,8 @@ def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine,
     manifest = checkpoint.manifest
     if distributed.is_main():
         ranks, stage = manifest.world_size, manifest.zero_stage
-        logger.info("resumed from %s, written by %d ranks at ZeRO %d", checkpoint.folder, ranks, stage)
+        writers = counted(ranks, "rank")
+        logger.info("resumed from %s, written by %s at ZeRO %d", checkpoint.folder, writers, stage)
     progress = Progress(
         step=manifest.step,
         data_step=manifest.train.data_step,
