@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._inductor.virtualized import V
 
 from vitscale import config as configs
 from vitscale import distributed
@@ -13,6 +14,7 @@ from vitscale.bench.step import Case, StepBench
 from vitscale.job import prepare
 from vitscale.models import ModelConfig, build_model
 from vitscale.models.hybrid import HybridConfig
+from vitscale.models.kernel_choices import KernelChoices
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
@@ -74,6 +76,7 @@ def compare(folder: Path, kind: str, mode: Checkpointing) -> None:
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)
     counts = torch._dynamo.utils.counters
     (folder / "graphs").write_text(str(counts["stats"]["unique_graphs"]))
+    assert isinstance(V.choices, KernelChoices)
 
 
 def count_runs(folder: Path) -> None:
@@ -88,8 +91,8 @@ def count_runs(folder: Path) -> None:
 
         return run
 
-    def compile(module: nn.Module, **options: bool) -> None:
-        module._compiled_call_impl = torch.compile(module._call_impl, backend=counted, **options)
+    def compile(module: nn.Module, dynamic: bool, **_: object) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=counted, dynamic=dynamic)
 
     def progress(stage: str) -> None:
         if "round" in stage:

@@ -125,8 +125,10 @@ def deterministic() -> None:
 
 def made() -> Model:
     model = build_model(MODEL, 1)
-    with torch.no_grad():  # a head of zeros would hide what is behind it
-        model.head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        # A head of zeros would hide what is behind it. With a larger one, gradients in fp16 are
+        # up to 45,000: another CPU's random numbers made some overflow.
+        model.head.weight.normal_(std=0.01, generator=torch.Generator().manual_seed(1))
     return model
 
 

@@ -38,7 +38,7 @@ def waits() -> Iterator[list[str]]:
         return
 
     def note(message: Warning | str, *_: Any) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing" in str(message):  # not that the mode is a prototype
             places.append(_function())
 
     with warnings.catch_warnings():

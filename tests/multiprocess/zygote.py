@@ -39,7 +39,8 @@ class Zygote:
     """The parent of many short jobs."""
 
     def __init__(self) -> None:
-        env = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        path = os.pathsep.join(filter(None, [PATH, os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         self._jobs, theirs = Pipe()
         with theirs:
             code = f"from multiprocess.zygote import main; main({theirs.fileno()})"

@@ -10,6 +10,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from vitscale.models.compiled import gelu as activation
+from vitscale.models.compiled import linear
 from vitscale.models.posemb import RelativeBias
 
 Gelu = Literal["tanh", "exact"]
@@ -91,10 +93,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, mlp_dim)
         self.fc2 = nn.Linear(mlp_dim, width)
         self.drop = nn.Dropout(dropout)
-        self.approximate = "tanh" if gelu == "tanh" else "none"
+        self.approximate: Literal["tanh", "none"] = "tanh" if gelu == "tanh" else "none"
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        x = self.drop(F.gelu(self.fc1(x), approximate=self.approximate))  # [B, N, M]
+        x = self.drop(activation(linear(x, self.fc1), self.approximate))  # [B, N, M]
         return self.drop(self.fc2(x))
 
 
@@ -115,8 +117,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"], num_outputs: int | None = None) -> Float[Tensor, "B M D"]:
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, K, N, D / K]
+        head = (self.num_heads, width // self.num_heads)
+        parts = linear(x, self.qkv).chunk(3, dim=-1)
+        query, key, value = (part.reshape(batch, tokens, *head).transpose(1, 2) for part in parts)
+        # each [B, K, N, D / K]
         bias = None if self.relative is None else self.relative(query)
         if num_outputs is not None:
             query, bias = query[:, :, :num_outputs], None if bias is None else bias[:, :, :num_outputs]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscale.image_size import ImageSize, sides
+from vitscale.models.compiled import compile_options
 from vitscale.models.layers import Checkpointing, RecomputedBlock
 
 
@@ -130,7 +131,7 @@ class Model(nn.Module, abc.ABC):
         # With recomputation, torch warns of in-place operations, which no block has.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in self._blocks():
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, options=compile_options())
 
     def _blocks(self) -> list[RecomputedBlock]:
         return [block for block in self.modules() if isinstance(block, RecomputedBlock)]
