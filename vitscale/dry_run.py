@@ -19,7 +19,6 @@ from vitscale.errors import UserError
 from vitscale.job import Job, derive, expected_first_loss, open_tasks
 from vitscale.models import Model, empty_model
 from vitscale.models.flops import train_flops
-from vitscale.models.transfer import check_backbone, check_head
 from vitscale.objectives import DistillationConfig
 from vitscale.optim import freeze
 from vitscale.redaction import redact
@@ -98,9 +97,7 @@ def _check_init(job: Job, model: Model) -> None:
         _check_state(checkpoint, config, model)
     elif config.init.checkpoint:
         saved = SavedModel(config.init.checkpoint, slot="ema" if config.init.ema else "fp32")
-        check_backbone(saved.config, config.model)
-        if config.init.head:
-            check_head(saved.config, config.model)
+        saved.names_for(config.model, head=config.init.head)
 
 
 def _check_state(checkpoint: Checkpoint, config: TrainConfig, model: Model) -> None:

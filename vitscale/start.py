@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -27,11 +27,10 @@ from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.data.quarantine import Quarantine
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
-from vitscale.errors import CheckpointError, ConfigError
+from vitscale.errors import ConfigError
 from vitscale.job import Job, Tasks, has_pairs
 from vitscale.metrics import MetricsWriter, SilentWriter, trim_metrics
 from vitscale.models import empty_model
-from vitscale.models.transfer import check_backbone, check_head, is_backbone, is_head, transferred
 from vitscale.objectives import DistillationConfig, Objective, build_objective
 from vitscale.optim import freeze
 from vitscale.pace import Pace
@@ -182,31 +181,16 @@ def initial_values(config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
         return from_seed
     slot: Slot = "ema" if config.init.ema else "fp32"
     place = locate(config.init.checkpoint)
-    saved, names = distributed.together(lambda: _open_backbone(place, slot, config))
+    saved, names = distributed.together(lambda: _open_init(place, slot, config))
     if distributed.is_main():
         logger.info("initialising %d tensors from %s (step %d)", len(names), saved.path, saved.step)
-    return itertools.chain(from_seed, _backbone(saved, names, config))
+    return itertools.chain(from_seed, saved.taken_over(config.model, head=config.init.head))
 
 
-def _backbone(saved: SavedModel, names: Sequence[str], config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        tensor = saved.tensor(name)
-        if not tensor.isfinite().all():
-            raise CheckpointError(
-                f"{saved.path}: {name} has values that are not finite; give [init] an earlier checkpoint"
-            )
-        yield name, transferred(name, tensor, saved.config, config.model)
-
-
-def _open_backbone(place: str | Checkpoint, slot: Slot, config: TrainConfig) -> tuple[SavedModel, list[str]]:
+def _open_init(place: str | Checkpoint, slot: Slot, config: TrainConfig) -> tuple[SavedModel, list[str]]:
     """The model of [init], and the names of the tensors that are taken over from it."""
     saved = SavedModel(place, slot=slot)
-    saved.empty_model()  # refuses tensors that are not those of the model
-    check_backbone(saved.config, config.model)
-    if config.init.head:
-        check_head(saved.config, config.model)
-    names = [name for name in saved.shapes if is_backbone(name) or (config.init.head and is_head(name))]
-    return saved, names
+    return saved, saved.names_for(config.model, head=config.init.head)
 
 
 def open_metrics(job: Job, progress: Progress) -> MetricsWriter | SilentWriter:

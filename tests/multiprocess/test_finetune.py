@@ -67,7 +67,7 @@ def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_tensor(
     save_file(tensors, exported, metadata)
     job = Job(tmp_path / "job", index)
     assert zygote.train(job, 2, f"init.checkpoint={exported}") == [2, 2], job.output()
-    said = f"error: {exported}: blocks.1.mlp.fc1.bias has values that are not finite; give [init] an"
+    said = f"error: {exported}: blocks.1.mlp.fc1.bias has values that are not finite; take an"
     assert job.output().count("error: ") == 1 and said in job.output(), job.output()
 
 

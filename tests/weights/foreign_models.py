@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitscale import load_model
+from vitscale import load_model, save_model
 from vitscale.image_size import sides
 from vitscale.models import ModelConfig, build_model
 from vitscale.models.vit_config import ViTConfig
-from vitscale.weights.export import export_metadata, write_export
 from vitscale.weights.foreign.convert import import_model
 
 SIZES = {"width": 32, "depth": 2, "num_heads": 4, "mlp_dim": 80, "patch_size": 4, "image_size": 12}
@@ -38,10 +37,9 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def saved_model(path: Path, config: ModelConfig = TINY, seed: int = 0, step: int = 7) -> nn.Module:
     """A random model of ours, and its export at `path`."""
-    model = randomise(build_model(config, seed=0), seed)
-    weights = {name: param.detach() for name, param in model.named_parameters()}
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    write_export(path, weights.items(), shapes, export_metadata(config, step, "fp32"))
+    model = build_model(config, seed=0)
+    randomise(model, seed)
+    save_model(model, path, step=step)
     return model
 
 

@@ -5,10 +5,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import nn
+
 from vitscale import config as configs
 from vitscale import storage
 from vitscale.errors import ConfigError
-from vitscale.models import ModelConfig
+from vitscale.models.model import CommonConfig, Model
 from vitscale.weights.files import Dtype, NamedTensors, Shapes, write_file, write_folder
 from vitscale.weights.publish import publishing
 from vitscale.weights.saved import SavedModel, Slot
@@ -30,7 +32,26 @@ def export_safetensors(
     return write_export(out, saved.tensors(), saved.shapes, metadata, dtype, shard_bytes)
 
 
-def export_metadata(config: ModelConfig, step: int, dtype: Dtype) -> dict[str, str]:
+def save_model(model: nn.Module, out: str | Path, *, dtype: Dtype = "fp32", step: int = 0) -> Path:
+    """Write a model, wherever it was trained, as an export; returns the path of the file.
+
+    load_model, [init] and every command read it. out: as in write_export. step: of its
+    training, if it has one. Raises as write_export, and TypeError for another module.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"save_model takes a model of vitscale, not {type(model).__name__}; of a wrapper like "
+            "DistributedDataParallel, pass the .module"
+        )
+    params = dict(model.named_parameters())
+    shapes = {name: tuple(param.shape) for name, param in params.items()}
+    tensors = ((name, param.detach().float().cpu()) for name, param in params.items())
+    return write_export(
+        storage.local_output(out), tensors, shapes, export_metadata(model.config, step, dtype), dtype
+    )
+
+
+def export_metadata(config: CommonConfig, step: int, dtype: Dtype) -> dict[str, str]:
     """The metadata that make a file of weights an export."""
     return {
         "format": "pt",

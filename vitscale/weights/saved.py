@@ -1,5 +1,6 @@
 """Checkpoints and exports as plain models: weights, configuration and the nn.Module."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,14 @@ from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import Manifest, saved_config
 from vitscale.checkpoint.verify import Checkpoint, open_directory, open_together
 from vitscale.errors import CheckpointError
-from vitscale.models import Model, ModelConfig, empty_model
+from vitscale.image_size import ImageSize
+from vitscale.models import Model, ModelConfig, build_model, empty_model
+from vitscale.models.transfer import check_backbone, check_head, is_backbone, is_head, transferred
 from vitscale.weights.files import TensorSource, Weights, find_export
 
 Slot = Literal["fp32", "ema"]
+# Settings of what a model for other images does not take over, and of what a new head lacks.
+_OF_PATCHES, _OF_HEAD = ("num_patch_outputs",), ("representation_size", "head_bias")
 
 
 class SavedModel:
@@ -77,6 +82,31 @@ class SavedModel:
                 param.copy_(self.tensor(name))
         return model.eval()
 
+    def names_for(self, target: ModelConfig, *, head: bool) -> list[str]:
+        """The tensors that a model of another config takes over; head: also those of the head.
+
+        Raises ConfigError, naming the key, unless the models share a backbone (and a head), and
+        CheckpointError as empty_model.
+        """
+        self.empty_model()
+        check_backbone(self.config, target)
+        if head:
+            check_head(self.config, target)
+        return [name for name in self.shapes if is_backbone(name) or (head and is_head(name))]
+
+    def taken_over(self, target: ModelConfig, *, head: bool) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of names_for as a model of `target` has them, read one by one.
+
+        Raises CheckpointError for values that are not finite.
+        """
+        for name in self.names_for(target, head=head):
+            tensor = self.tensor(name)
+            if not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{self.path}: {name} has values that are not finite; take an earlier checkpoint"
+                )
+            yield name, transferred(name, tensor, self.config, target)
+
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, as fp32."""
         if name not in self.shapes:
@@ -93,14 +123,41 @@ class SavedModel:
 
 
 def load_model(
-    path: str | Path | Checkpoint, *, slot: Slot = "fp32", device: torch.device | str = "cpu"
+    path: str | Path | Checkpoint,
+    *,
+    slot: Slot = "fp32",
+    device: torch.device | str = "cpu",
+    image_size: ImageSize | None = None,
+    num_classes: int | None = None,
 ) -> Model:
     """The model of a checkpoint or export: a plain nn.Module in eval mode, fp32, on `device`.
 
     path, slot: as in SavedModel. One tensor at a time is read, and DeepSpeed is not needed.
-    Raises CheckpointError for what is no checkpoint or export, and for damage.
+    image_size: of other images than those it was trained on, pixels of a square or (height,
+        width); position embeddings are resized (paper, section 3.2).
+    num_classes: of a new head of zeros in place of the whole one (likewise); 0 for none.
+
+    Raises CheckpointError for what is no checkpoint or export, and for damage; ConfigError for
+    a size or a number of classes that the model cannot have.
     """
-    return SavedModel(path, slot=slot).load(device)
+    saved = SavedModel(path, slot=slot)
+    if image_size is None and num_classes is None:
+        return saved.load(device)
+    new_head = num_classes is not None
+    left_out = (*_OF_PATCHES, *(_OF_HEAD if new_head else ()))
+    fields = dataclasses.fields(saved.config)
+    changes: dict[str, object] = {field.name: field.default for field in fields if field.name in left_out}
+    if image_size is not None:
+        changes["image_size"] = image_size
+    if new_head:
+        changes["num_classes"] = num_classes
+    target = dataclasses.replace(saved.config, **changes)
+    model = build_model(target, seed=0)
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in saved.taken_over(target, head=not new_head):
+            params[name].copy_(value)
+    return model.to(device).eval()
 
 
 def locate(path: str | Path) -> str | Checkpoint:
