@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from make import write_index
@@ -36,6 +37,12 @@ def shared_data() -> Path:
     if not (folder / "cifar10").is_dir():
         pytest.skip(f"real images are not here: {folder}/cifar10 is missing (set VITSCALE_TEST_DATA)")
     return folder
+
+
+@pytest.fixture
+def without_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As outside of the tests, functions take arguments of any type."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 """The config system: what it fills in, what it refuses, and what it writes back."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 
 from vitscale.config import differing_keys, from_dict, load, resolve, to_dict, to_toml
+from vitscale.curate.pack.config import PackConfig
 from vitscale.errors import ConfigError
 from vitscale.train_config import TrainConfig
 
@@ -300,3 +301,33 @@ def test_a_field_of_two_plain_types_is_our_mistake() -> None:
 
     with pytest.raises(TypeError, match="size: a config field has one type, or is a union of dataclasses"):
         from_dict(Vague, {"size": 1})
+
+
+def sections_of(hint: Any) -> Iterator[type]:
+    """The dataclasses in a type, and in the types of their fields."""
+    if dataclasses.is_dataclass(hint):
+        yield hint
+    for part in get_type_hints(hint).values() if dataclasses.is_dataclass(hint) else get_args(hint):
+        yield from sections_of(part)
+
+
+CHOICES = [
+    pytest.param(section, key, id=f"{section.__name__}.{key}")
+    for section in dict.fromkeys([*sections_of(TrainConfig), PackConfig])
+    for key, hint in get_type_hints(section).items()
+    if "Literal" in str(hint)
+]
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(("section", "key"), CHOICES)
+def test_a_section_built_in_python_takes_no_other_word_either(section: type, key: str) -> None:
+    required = {"run_dir": "a"} if section is TrainConfig else {}
+    with pytest.raises(ConfigError, match=rf"^{section.__name__}\.{key} 'Inception' is not one of '"):
+        section(**required, **{key: "Inception"})
+
+
+def test_the_sections_built_in_python_are_all_there() -> None:
+    keys = {parameters.id for parameters in CHOICES}
+    assert len(keys) == len(CHOICES) > 30
+    assert {"TrainConfig.precision", "AugmentConfig.crop", "KnnConfig.crop", "HybridConfig.pool"} < keys

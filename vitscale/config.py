@@ -7,6 +7,7 @@ wrong, where, which rule it breaks, and what to write instead.
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import tomllib
@@ -100,7 +101,7 @@ def from_dict(schema: Any, values: Mapping[str, Any], where: str = "") -> Any:
     kinds: dict[str, Any] = {member.kind: member for member in get_args(schema)}  # none of a single class
     if kinds:
         kind = values.get("kind", next(iter(kinds)))
-        schema = kinds[_choose(kind, tuple(kinds), dotted(where, "kind"))]
+        schema = kinds[choose(kind, tuple(kinds), dotted(where, "kind"))]
     return _build(schema, kinds, values, where)
 
 
@@ -139,6 +140,33 @@ def positive(where: str, **values: int | float) -> None:
     for key, value in values.items():
         if not value > 0:
             raise ConfigError(f"{dotted(where, key)} {value} must be above 0")
+
+
+def choose(value: Any, options: tuple[Any, ...], where: str) -> Any:
+    """The value. Raises ConfigError unless it is one of the options. where: its dotted name."""
+    if value in options and type(value) in set(map(type, options)):  # True == 1, but is no choice of 1
+        return value
+    near = difflib.get_close_matches(str(value), list(map(str, options)), 1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise ConfigError(f"{where} {value!r} is not one of {', '.join(map(repr, options))}{hint}")
+
+
+def check_choices(section: Any) -> None:
+    """Raise ConfigError for a field of type Literal that has another value.
+
+    A section with such a field calls it first in __post_init__: from_dict checks what files
+    say, and this what Python code builds.
+    """
+    schema = type(section)
+    for key, options in _literals(schema).items():
+        choose(getattr(section, key), options, f"{schema.__name__}.{key}")
+
+
+@functools.cache
+def _literals(schema: type) -> dict[str, tuple[Any, ...]]:
+    """The allowed values of each field of type Literal."""
+    hints = get_type_hints(schema)
+    return {key: get_args(hint) for key, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def dotted(where: str, key: str) -> str:
@@ -273,7 +301,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     if origin is Literal:
-        return _choose(value, args, where)
+        return choose(value, args, where)
     if origin is tuple:
         items = _expect(value, list | tuple, where, "a list")
         return _convert_tuple(args, items, where)
@@ -281,14 +309,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         table = _expect(value, Mapping, where, "a table")
         return {key: _convert(args[1], item, dotted(where, key)) for key, item in table.items()}
     return _convert_scalar(hint, value, where)  # pyright: ignore[reportArgumentType] (narrowed by the branches)
-
-
-def _choose(value: Any, options: tuple[Any, ...], where: str) -> Any:
-    if value in options and type(value) in set(map(type, options)):  # True == 1, but is no choice of 1
-        return value
-    near = difflib.get_close_matches(str(value), list(map(str, options)), 1)
-    hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise ConfigError(f"{where} {value!r} is not one of {', '.join(map(repr, options))}{hint}")
 
 
 def _convert_tuple(args: tuple[Any, ...], items: Sequence[Any], where: str) -> tuple[Any, ...]:

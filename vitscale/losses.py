@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from vitscale.config import check_choices
 from vitscale.errors import ConfigError
 
 
@@ -23,6 +24,7 @@ class LossConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(
                 f"loss.label_smoothing {self.label_smoothing} must lie in [0, 1); 0.1 is usual, 0 is none"

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from vitscale.config import check_choices
 from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.errors import ConfigError
 from vitscale.losses import DistillationTarget, LossConfig, compute_loss, distillation_loss, to_targets
@@ -82,6 +83,9 @@ class ClassificationConfig:
 
     kind: Literal["classification"] = "classification"
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedPatchesConfig:
@@ -106,6 +110,7 @@ class MaskedPatchesConfig:
     replaced: float = 0.1
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 < self.corrupted <= 1:
             raise ConfigError(f"objective.corrupted {self.corrupted} must lie in (0, 1]; the paper has 0.5")
         if min(self.masked, self.replaced) < 0 or self.masked + self.replaced > 1:
@@ -153,6 +158,7 @@ class DistillationConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not self.teacher or self.teacher == TIMM:
             raise ConfigError(
                 "objective.teacher is missing: name a run, a step directory, an export or an .npz file, or a "

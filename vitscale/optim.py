@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vitscale.config import positive
+from vitscale.config import check_choices, positive
 from vitscale.errors import ConfigError
 from vitscale.sliced.adafactor import Adafactor
 from vitscale.sliced.muon import MATRICES, Muon
@@ -50,6 +50,7 @@ class OptimConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         positive("optim", lr=self.lr, eps=self.eps)
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             raise ConfigError(

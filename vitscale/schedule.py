@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from vitscale.config import check_choices
 from vitscale.errors import ConfigError
 
 
@@ -34,6 +35,7 @@ class ScheduleConfig:
     cooldown_steps: int = 0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.warmup_steps < 0 or self.end_lr < 0:
             raise ConfigError(
                 f"schedule.warmup_steps {self.warmup_steps} and schedule.end_lr {self.end_lr} "

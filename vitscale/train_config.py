@@ -203,6 +203,7 @@ class TrainConfig:
     evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        configs.check_choices(self)
         if not self.run_dir.strip():
             raise ConfigError('run_dir is empty; name a folder, like "runs/a"')
         if "://" in self.run_dir:

@@ -221,6 +221,12 @@ def test_evaluation_views_and_normalisation() -> None:
     assert levels.flatten().tolist() == pytest.approx([-1.0, 1.0, -0.5 / 127.5])
 
 
+@pytest.mark.usefixtures("without_type_checks")
+def test_an_evaluation_view_takes_no_other_word_for_a_crop() -> None:
+    with pytest.raises(AssertionError, match="centre"):
+        evaluation_view(np.zeros((8, 8, 3), dtype=np.uint8), "centre", 8)  # pyright: ignore[reportArgumentType]
+
+
 def test_evaluation_views_that_are_no_squares() -> None:
     """By hand. 14 x 7 of an image of 32 x 32: it is resized to cover 16 x 8, so to 16 x 16, and
     rows 1 to 15 and columns 4 to 11 are kept. 7 x 14 of 20 x 32 (8 x 16 to cover): 10 x 16.

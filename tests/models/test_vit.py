@@ -198,6 +198,12 @@ def test_checkpointing_recomputes_all_of_a_block_or_what_is_cheap() -> None:
     assert counts["full"] == (matmuls + 3 * depth, gelus + depth)
 
 
+@pytest.mark.usefixtures("without_type_checks")
+def test_checkpointing_takes_no_other_word() -> None:
+    with pytest.raises(ConfigError, match="mode 'everything' is not one of 'none', 'selective', 'full'"):
+        build_model(TINY, 0).set_activation_checkpointing("everything")
+
+
 def test_logits_of_a_16_bit_model_are_not_rounded_to_16_bits() -> None:
     """Rounded to bf16, logits near -10 would be multiples of 1/16."""
     model = build_model(ViTConfig(**{**vars(TINY), "head_bias": -10.0}), 0).bfloat16()

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from vitscale.config import check_choices
 from vitscale.data.split import NUM_HASHES
 from vitscale.errors import ConfigError
 
@@ -92,6 +93,7 @@ class DataConfig:
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.lanes < 0:
             raise ConfigError(f"data.lanes {self.lanes} must be 0 or more")
         if self.window_chunks < 1:

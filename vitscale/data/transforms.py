@@ -6,7 +6,7 @@ cross to the device as uint8, a quarter of the bytes of float32.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, assert_never
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitscale import rng
-from vitscale.config import positive
+from vitscale.config import check_choices, positive
 from vitscale.data.crops import CROP_ATTEMPTS, RANDOM_CROPS
 from vitscale.data.decode import cut
 from vitscale.data.distortions import (
@@ -77,6 +77,7 @@ class AugmentConfig:
     repeats: int = 1
 
     def __post_init__(self) -> None:
+        check_choices(self)
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ConfigError(f"augment.crop_area {[low, high]} must rise within (0, 1], like [0.05, 1.0]")
@@ -219,6 +220,8 @@ def evaluation_view(
         pixels = _middle(pixels, MAX_ASPECT * min(pixels.shape[:2]))
         scale = max(height / pixels.shape[0], width / pixels.shape[1])
         height, width = pixels.shape[0] * scale, pixels.shape[1] * scale
+    elif crop != "resize_center":
+        assert_never(crop)
     resized = resize(pixels, max(rows, round(height)), max(columns, round(width)))
     top, left = (resized.shape[1] - rows) // 2, (resized.shape[2] - columns) // 2
     return resized[:, top : top + rows, left : left + columns].contiguous()

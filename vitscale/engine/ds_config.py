@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from vitscale.config import positive
+from vitscale.config import check_choices, positive
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.zero import RANK_MULTIPLE
 from vitscale.errors import ConfigError
@@ -53,6 +53,7 @@ class EngineConfig:
     deepspeed_extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.zero_stage == 0:
             raise ConfigError(
                 "engine.zero_stage 0 is refused: DeepSpeed's stage 0 is wrong in bf16 and its state cannot "

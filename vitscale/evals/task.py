@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vitscale import hardware
-from vitscale.config import dotted, positive
+from vitscale.config import check_choices, dotted, positive
 from vitscale.data.evalset import EvaluationSet
 from vitscale.data.sources import Source
 from vitscale.data.transforms import Crop
@@ -44,6 +44,9 @@ class TaskConfig:
     crop: Crop = "resize"
     batch_size: int = 256
     num_workers: int = -1
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def resolved_num_workers(self, of_training: int) -> int:
         """of_training: engine.num_workers, or 0 by hand."""

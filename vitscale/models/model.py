@@ -3,11 +3,12 @@
 import abc
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Protocol, overload, runtime_checkable
+from typing import Protocol, get_args, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from vitscale.config import choose
 from vitscale.image_size import ImageSize, sides
 from vitscale.models.compiled import compile_options
 from vitscale.models.layers import Checkpointing, RecomputedBlock
@@ -116,8 +117,9 @@ class Model(nn.Module, abc.ABC):
         """What each block keeps for the backward pass, which recomputes the rest.
 
         "none" keeps all activations, "selective" the outputs of matmuls, convolutions and
-        attention, and "full" the block's input alone.
+        attention, and "full" the block's input alone. Raises ConfigError for another word.
         """
+        choose(mode, get_args(Checkpointing), "mode")
         for block in self._blocks():
             block.checkpointing = mode
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitscale.config import check_choices
 from vitscale.errors import ConfigError
 from vitscale.image_size import ImageSize, sides, written
 from vitscale.models.initializers import lecun_normal
@@ -81,6 +82,7 @@ class ResNetConfig:
     head_bias: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         self._parse_variant()
         if not all(1 <= side <= MAX_IMAGE_SIZE for side in sides(self.image_size)):
             raise ConfigError(

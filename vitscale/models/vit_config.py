@@ -6,6 +6,7 @@ import math
 import re
 from typing import Literal
 
+from vitscale.config import check_choices
 from vitscale.errors import ConfigError
 from vitscale.image_size import ImageSize, image_size, sides, written
 from vitscale.models.layers import Gelu
@@ -100,6 +101,7 @@ class ViTConfig:
     norm_eps: float = 1e-6  # Flax's default, and so Google's; torch's 1e-5 is another model
 
     def __post_init__(self) -> None:
+        check_choices(self)
         self._check_variant()
         sizes = ("width", "depth", "num_heads", "mlp_dim", "patch_size", "num_classes")
         for name in (*sizes, "num_registers", "num_patch_outputs", "representation_size"):

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from vitscale.config import check_choices
 from vitscale.curate.formats import FORMAT_NAMES
 from vitscale.data.classes import read_classes
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
@@ -55,6 +56,7 @@ class PackConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.format not in FORMAT_NAMES:
             raise ConfigError(f"--format {self.format} is none of {', '.join(FORMAT_NAMES)}")
         if self.samples_per_shard < 1:
