@@ -110,6 +110,19 @@ def test_observed_attention_is_what_the_model_computes(changes: dict[str, object
     assert torch.allclose(seen[1].sum(-1), torch.ones(()))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_observed_in_eval_mode_and_leaves_in_its_own(training: bool) -> None:
+    model, seen = tiny(dropout=0.5).train(training), dict[int, Tensor]()
+    modes = set[bool]()
+    model.blocks[0].register_forward_hook(lambda block, _, __: modes.add(block.training))
+    observe_attention(model, images(TINY), seen.__setitem__)
+    assert modes == {False}
+    assert {module.training for module in model.modules()} == {training}
+    with pytest.raises(ValueError, match="images of 8 x 8 pixels"):
+        attention_maps(model, torch.zeros(1, 3, 8, 8))
+    assert model.training == training
+
+
 def test_a_rollout_multiplies_the_layers_in_their_order() -> None:
     first, second = torch.rand(1, 2, 3, 3, generator=torch.Generator().manual_seed(1)).softmax(-1), None
     second = torch.eye(3)[[1, 2, 0]].expand(1, 2, 3, 3)

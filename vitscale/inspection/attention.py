@@ -37,11 +37,16 @@ def observe_attention(model: ViT, images: Float[Tensor, "B 3 H W"], observe: Obs
     """Run the model on images, and call observe(layer, weights) for each layer from the first.
 
     weights: softmax(Q K^T / sqrt(d)) in fp32, of each head, with what relative positions add;
-    rows are queries and sum to 1.
+    rows are queries and sum to 1. The model runs in eval mode, and is then in the mode that it
+    was in.
     """
+    training = model.training
     model.eval()
-    with observing(model, observe):
-        model.features(images)
+    try:
+        with observing(model, observe):
+            model.features(images)
+    finally:
+        model.train(training)
 
 
 @contextmanager
