@@ -1,6 +1,7 @@
 """The mean of checkpoints: of runs, of exports and of averages over training, in float64."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def write_run(
 ) -> None:
     """A checkpoint with weights of `step`, an average of -step, and a frozen tensor of 0.5."""
     shapes = {name: param.shape for name, param in build_model(TINY, 0).named_parameters()}
-    values = {"fp32": float(step), "ema": -float(step)}
+    values = {"fp32": float(step), "ema": -float(step), "exp_avg": 0.0}
     tensors = {
         (slot, name): torch.full(shape, values[slot])
         for slot in slots
@@ -76,6 +77,15 @@ def test_an_export_takes_the_average_over_training_where_there_is_one(tmp_path: 
     for source in (tmp_path / "plain", out):
         with pytest.raises(CheckpointError, match=r"holds no average of the weights \(EMA\); .*slot=.fp32"):
             average([tmp_path / "a", source], tmp_path / "out", slot="ema")
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_only_the_weights_and_their_average_are_loaded_as_a_model(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 12, slots=("fp32", "ema", "exp_avg"))
+    export = export_safetensors(tmp_path / "a", tmp_path / "ema.safetensors", slot="ema")
+    for path, slot in itertools.product((tmp_path / "a", export), ("exp_avg", "EMA")):
+        with pytest.raises(ConfigError, match=f"slot '{slot}' is not one of 'fp32', 'ema'"):
+            load_model(path, slot=slot)
 
 
 def test_different_models_and_single_ones_are_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from vitscale import distributed
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import Manifest, saved_config
 from vitscale.checkpoint.verify import Checkpoint, open_directory, open_together
+from vitscale.config import choose
 from vitscale.errors import CheckpointError
 from vitscale.image_size import ImageSize
 from vitscale.models import Model, ModelConfig, build_model, empty_model
@@ -30,10 +31,11 @@ class SavedModel:
     path: a run directory (its newest good checkpoint), a step directory, or an export (the
     file, the index of its shards, or the folder of either); or a checkpoint that was verified.
     slot: "fp32" for the weights, "ema" for their average over training, if the run kept one.
-    Raises CheckpointError for anything else, and for damage.
+    Raises CheckpointError for any other path, and for damage; ConfigError for another slot.
     """
 
     def __init__(self, path: str | Path | Checkpoint, *, slot: Slot = "fp32") -> None:
+        choose(slot, get_args(Slot), "slot")
         export = "" if isinstance(path, Checkpoint) else find_export(str(path))
         self._source: TensorSource
         if export:
@@ -138,7 +140,7 @@ def load_model(
     num_classes: of a new head of zeros in place of the whole one (likewise); 0 for none.
 
     Raises CheckpointError for what is no checkpoint or export, and for damage; ConfigError for
-    a size or a number of classes that the model cannot have.
+    another slot, and a size or a number of classes that the model cannot have.
     """
     saved = SavedModel(path, slot=slot)
     if image_size is None and num_classes is None:
