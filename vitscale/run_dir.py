@@ -2,13 +2,12 @@
 
 import contextlib
 import errno
-import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import atomic, distributed, ending, goodput, history
+from vitscale import __version__, atomic, distributed, ending, goodput, history
 from vitscale import config as configs
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import saved_config
@@ -257,7 +256,7 @@ def _saved_config(path: Path) -> TrainConfig:
         return configs.load(TrainConfig, [path])
     except ConfigError as error:
         raise ConfigError(
-            f"{path} cannot be read by this vitscale ({importlib.metadata.version('vitscale')}): {error}; "
+            f"{path} cannot be read by this vitscale ({__version__}): {error}; "
             "use the version that began the run, or a later one"
         ) from None
 

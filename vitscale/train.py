@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from vitscale import __version__, distributed, history, processes, shared_memory
 from vitscale import config as configs
-from vitscale import distributed, history, processes, shared_memory
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.store import step_of
 from vitscale.ending import PREEMPTED, Ending
@@ -340,4 +340,5 @@ def train_state(job: Job, progress: Progress, teacher: Teacher | None) -> TrainS
 @functools.cache
 def versions() -> dict[str, str]:
     """The packages whose versions may change results."""
-    return {name: importlib.metadata.version(name) for name in ("vitscale", "torch", "deepspeed", "numpy")}
+    others = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")}
+    return {"vitscale": __version__, **others}

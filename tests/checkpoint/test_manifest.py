@@ -1,6 +1,8 @@
 """Manifests: every version is read; a hostile one is refused before a file is opened."""
 
 import dataclasses
+import importlib.metadata
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,22 @@ import numpy as np
 import pytest
 from make import edit_manifest, state_of, write_step
 
-from vitscale.checkpoint.manifest import MANIFEST, Fragments, Manifest, TensorInfo, TrainState, joined
+import vitscale
+from vitscale.checkpoint.manifest import (
+    MANIFEST,
+    Fragments,
+    Manifest,
+    TensorInfo,
+    TrainState,
+    joined,
+    saved_config,
+)
 from vitscale.checkpoint.reshard import piece
 from vitscale.checkpoint.verify import check_manifest
 from vitscale.errors import CheckpointError
+from vitscale.models.vit_config import ViTConfig
+from vitscale.train import versions
+from vitscale.weights.export import export_metadata
 
 
 @pytest.mark.parametrize(
@@ -183,3 +197,13 @@ def test_the_epoch_follows_from_the_batches_consumed(tmp_path: Path) -> None:
 def epoch_of(train: TrainState, data_step: int, steps_per_epoch: int) -> tuple[int, int]:
     at = dataclasses.replace(train, data_step=data_step, steps_per_epoch=steps_per_epoch)
     return at.epoch, at.step_in_epoch
+
+
+def test_the_version_that_is_written_down_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editable install keeps the version that it was made with."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"installed {name}")
+    installed = {name: f"installed {name}" for name in ("torch", "deepspeed", "numpy")}
+    assert inspect.unwrap(versions)() == {"vitscale": vitscale.__version__, **installed}
+    assert export_metadata(ViTConfig(), 3, "fp32")["vitscale.version"] == vitscale.__version__
+    with pytest.raises(CheckpointError, match=rf"this vitscale \({vitscale.__version__}; it was written by"):
+        saved_config(ViTConfig, {"mood": 1}, "model", "here", "0.0.9")

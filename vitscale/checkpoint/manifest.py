@@ -22,7 +22,6 @@ product. rank-00002.safetensors holds "fp32/norm.bias", "exp_avg/norm.bias" and
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar, get_origin, get_type_hints, overloa
 import numpy as np
 import xxhash
 
-from vitscale import atomic, storage
+from vitscale import __version__, atomic, storage
 from vitscale import config as configs
 from vitscale.checkpoint.safetensors import FileInfo, check_regular, sizes
 from vitscale.engine.fragments import UNTRAINED, Counters
@@ -276,7 +275,7 @@ def saved_config(schema: Any, values: Mapping[str, Any], where: str, place: str,
 
 
 def _readers(writer: Any) -> str:
-    return f"this vitscale ({importlib.metadata.version('vitscale')}; it was written by {writer})"
+    return f"this vitscale ({__version__}; it was written by {writer})"
 
 
 def absence(directory: str) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 
 import xxhash
 
+from vitscale import __version__, distributed, hardware, memory, shared_memory
 from vitscale import config as configs
-from vitscale import distributed, hardware, memory, shared_memory
 from vitscale.checkpoint import room
 from vitscale.checkpoint.store import Home
 from vitscale.data.sources import check_sources, open_sources
@@ -119,8 +119,8 @@ def _own(
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("torch", "deepspeed", "vitscale"):
+    found = {"vitscale": __version__}
+    for name in ("torch", "deepspeed"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,14 +1,13 @@
 """Exports: a model as a file of weights that carries its own configuration."""
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
+from vitscale import __version__, storage
 from vitscale import config as configs
-from vitscale import storage
 from vitscale.errors import ConfigError
 from vitscale.models.model import CommonConfig, Model
 from vitscale.weights.files import Dtype, NamedTensors, Shapes, write_file, write_folder
@@ -57,7 +56,7 @@ def export_metadata(config: CommonConfig, step: int, dtype: Dtype) -> dict[str, 
         "format": "pt",
         "vitscale.model": json.dumps(configs.to_dict(config)),
         "vitscale.step": str(step),
-        "vitscale.version": importlib.metadata.version("vitscale"),
+        "vitscale.version": __version__,
         "vitscale.dtype": dtype,
     }
 
