@@ -60,6 +60,18 @@ def test_whitening_leaves_zero_mean_and_unit_deviation_in_float64():
     assert append_bias((features - mean) / std)[:, -1].tolist() == [100.0] * 30
 
 
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("misfit", ["support", "test"])
+def test_labels_of_another_shape_than_one_for_each_row_are_refused(misfit: str):
+    train, labels = blobs(30, 10, 3, seed=3, spread=0.1)
+    wrong = [labels[:, None], labels[:-1], labels[:1]]
+    assert least_squares_accuracy(train, labels, train, labels) == 1.0
+    for other in wrong:
+        pair = (other, labels) if misfit == "support" else (labels, other)
+        with pytest.raises(ValueError, match=r"labels of the shape \(.*\) do not fit 30 rows of features"):
+            least_squares_accuracy(train, pair[0], train, pair[1])
+
+
 def predictions(train: np.ndarray, labels: np.ndarray, test: np.ndarray, l2_reg: float = 1024.0) -> list[int]:
     """The predicted class of each test row, read off the accuracy of that row alone."""
     classes = np.unique(labels)

@@ -137,8 +137,14 @@ def least_squares_accuracy(
 ) -> float:
     """The share of `test` whose own class scores highest in the regression fitted on `support`.
 
-    Class ids may be any integers.
+    Class ids may be any integers. Raises ValueError unless there is one for each row.
     """
+    for labels, features in ((support_labels, support), (test_labels, test)):
+        if labels.shape != features.shape[:1]:  # m x 1 labels would be compared with m predictions each
+            raise ValueError(
+                f"labels of the shape {labels.shape} do not fit {len(features)} rows of features: give one "
+                "for each row, in one dimension"
+            )
     classes, targets = np.unique(support_labels, return_inverse=True)
     signs = 2.0 * np.eye(len(classes))[targets] - 1.0  # [n, C] in {-1, 1}
     mean, std = whitening(support)
