@@ -47,6 +47,13 @@ def test_a_size_is_shown_by_height_and_width() -> None:
     assert (pixels(224), pixels((384, 128))) == ("224 px", "384 x 128 px")
 
 
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("size", [224.0, "224", None, (224,), (224, 224, 3), (224.0, 224.0)])
+def test_what_is_no_size_is_refused(size: object) -> None:
+    with pytest.raises(ValueError, match=r"image_size .* must be a whole number, like 224, or"):
+        ViTConfig(image_size=size)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -4,8 +4,13 @@ ImageSize = int | tuple[int, int]  # a square's side, or (height, width), in pix
 
 
 def sides(size: ImageSize) -> tuple[int, int]:
-    """Height and width."""
-    return (size, size) if isinstance(size, int) else size
+    """Height and width. Raises ValueError for what is no size."""
+    if isinstance(size, int):
+        return size, size
+    if not isinstance(size, tuple | list) or [type(side) for side in size] != [int, int]:
+        raise ValueError(f"image_size {size!r} must be a whole number, like 224, or (height, width)")
+    height, width = size
+    return height, width
 
 
 def image_size(height: int, width: int) -> ImageSize:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitscale.config import from_dict, to_dict
 from vitscale.errors import ConfigError, DataError, UserError
-from vitscale.evals import ClassifyConfig, EvalConfig, FewShotConfig, open_task
+from vitscale.evals import ClassifyConfig, EvalConfig, FewShotConfig, KnnConfig, LinearConfig, open_task
 from vitscale.evals.store import FeatureStore
 
 COLOURS = [
@@ -186,6 +186,21 @@ def test_a_wrong_section_is_refused_by_its_own_name(values: dict[str, object], m
     assert from_dict(EvalConfig, good, "evals.digits").shots == (1,)
     with pytest.raises(ConfigError, match=message):
         from_dict(EvalConfig, good | values, "evals.digits")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (KnnConfig(train="a.tar", test="b.tar", k=()), r"evals\.digits\.k \[\] must list"),
+        (KnnConfig(train="a.tar", test="b.tar", temperature=0.0), r"evals\.digits\.temperature 0\.0 must"),
+        (FewShotConfig(train="a.tar", test="b.tar", shots=()), r"evals\.digits\.shots \[\] must list"),
+        (LinearConfig(train="a.tar", test="b.tar", learning_rates=(-1.0,)), "numbers above 0"),
+        (ClassifyConfig(), r"evals\.digits\.test is empty"),
+    ],
+)
+def test_a_wrong_section_that_was_built_in_python_is_refused_too(section: EvalConfig, message: str):
+    with pytest.raises(ConfigError, match=message):
+        open_task("digits", section, 4)
 
 
 def test_a_section_reads_test_shards_or_a_split():

@@ -1,9 +1,11 @@
 """Evaluations by configuration ([evals.NAME]).
 
 To add a kind: write its config (a TaskConfig) and its task (a Task) in a file of their own,
-then name the config in EvalConfig and open the task in open_task.
+name the config in EvalConfig and open the task in open_task. tools/evaluate.py has a command
+for each kind.
 """
 
+from vitscale.config import dotted
 from vitscale.data.sources import Source
 from vitscale.evals.classify import ClassifyConfig, ClassifyTask
 from vitscale.evals.fewshot import FewShotConfig, FewShotTask
@@ -29,8 +31,10 @@ def open_task(
     """Open the data of [evals.NAME]. The task that it returns can run often, on any model.
 
     source, loss: of the training, for evaluations of its validation split.
-    A shard that is missing raises DataError here, and so before training starts.
+    A shard that is missing raises DataError here, and so before training starts; a value of the
+    section that does not fit, ConfigError.
     """
+    config.check(dotted("evals", name))  # of a section that Python code built, not from_dict
     match config:
         case ClassifyConfig():
             return ClassifyTask.open(name, config, image_size, source, loss)
