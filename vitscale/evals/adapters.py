@@ -14,7 +14,11 @@ from vitscale.models import Model
 
 
 class FrozenModel:
-    """A module in evaluation mode on one device, in float32, without gradients."""
+    """A module in evaluation mode on one device, in float32, without gradients.
+
+    It is for one set of weights: `stored` keeps the features of each data set, so after a step
+    of training the module needs another FrozenModel.
+    """
 
     def __init__(self, module: Model, device: torch.device, stored: FeatureStore | None = None) -> None:
         """Takes the module over: it moves to the device and leaves training mode.
