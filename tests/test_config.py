@@ -129,12 +129,12 @@ def test_false_leaves_out_a_named_section_that_was_set_before(tmp_path: Path) ->
             load(Outer, [one], [override])
 
 
-def test_the_resolved_config_loads_as_it_is(tmp_path: Path) -> None:
-    config = Outer(
-        run_dir='a "quoted" \\ path é',
-        optim=Inner(lr=1e-7),
-        evals={"x-1": Inner(), "with space": Inner(lr=3)},
-    )
+@pytest.mark.parametrize(
+    "text", ['a "quoted" \\ path é', "\U0001f642", "\x7f", "\0\b\n\x1f\x85\u2028", "", "a.b"]
+)
+def test_the_resolved_config_loads_as_it_is(tmp_path: Path, text: str) -> None:
+    evals = {"x-1": Inner(), "with space": Inner(lr=3), text: Inner()}
+    config = Outer(run_dir=text, optim=Inner(lr=1e-7), evals=evals)
     assert load(Outer, [write(tmp_path / "c.toml", to_toml(config))]) == config
 
 

@@ -374,7 +374,7 @@ def _toml_lines(values: Mapping[str, Any], where: str = "") -> Iterator[str]:
 
 
 def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_string(key)
 
 
 def _toml_value(value: Any) -> str:
@@ -382,4 +382,11 @@ def _toml_value(value: Any) -> str:
         return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_toml_key(k)} = {_toml_value(v)}' for k, v in value.items())}}}"
-    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return _toml_string(value)
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+def _toml_string(text: str) -> str:
+    """A basic string: JSON's, but TOML has no surrogate pairs, and no DEL as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
