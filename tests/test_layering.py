@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["redaction", "launch_environment", "quantities"],
     ["errors", "image_size", "progress", "hang", "slurm"],
-    ["open_files", "vtab", "hardware", "rendezvous"],
+    ["open_files", "vtab", "hardware", "rendezvous", "sealed_store"],
     ["config", "distributed", "rng", "atomic", "attempts", "hostfile"],
     ["storage", "processes", "command", "ending", "watch", "goodput", "run_lock"],
     ["sliced"],

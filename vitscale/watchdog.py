@@ -14,6 +14,7 @@ import datetime
 import itertools
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -23,12 +24,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vitscale import distributed, rendezvous
 from vitscale.errors import RankLost
 from vitscale.hang import Answer, Place, screen, sentence, waited_for
 from vitscale.progress import Progress
+from vitscale.sealed_store import SECRET_BYTES, SealedStore
 from vitscale.watch import Watch, lives
 
 BEAT_SECONDS = 2.0
@@ -147,35 +149,35 @@ class Watchdog:
                 self._hear(store, self._ranks if self._rank == 0 else [0])
                 if self._rank == 0:
                     self._judge(store)
-                elif store.check(["alarm"]):
+                elif store.get("alarm") is not None:
                     self._hand_in(store)
                 self._share_stop(store)
             except RuntimeError:  # rank 0 has ended, or its machine: what hangs here is found by _look
                 return
 
-    def _share_stop(self, store: Store) -> None:
+    def _share_stop(self, store: SealedStore) -> None:
         """Tell the others that this rank is asked to stop, or learn it in any phase."""
         if self._watch.asked:
             store.set("stop", self._watch.reason)
-        elif store.check(["stop"]):
-            self._watch.ask(store.get("stop").decode())
+        elif (reason := store.get("stop")) is not None:
+            self._watch.ask(reason)
 
     def _last_place(self, rank: int) -> Place:
         """Where a rank was at its last beat, with the time since then."""
         place = Place(*self._beats[rank][1]) if rank in self._beats else self.place()
         return place._replace(seconds=place.seconds + self._clock() - self._heard[rank])
 
-    def _beat(self, store: Store, number: int) -> None:
+    def _beat(self, store: SealedStore, number: int) -> None:
         store.set(f"place/{self._rank}", json.dumps([number, self.place()]))
 
-    def _hear(self, store: Store, ranks: Sequence[int]) -> None:
+    def _hear(self, store: SealedStore, ranks: Sequence[int]) -> None:
         now = self._clock()
-        for rank, text in zip(ranks, store.multi_get([f"place/{rank}" for rank in ranks]), strict=True):
-            beat = json.loads(text)
-            if beat != self._beats.get(rank):
+        for rank, text in zip(ranks, store.get_all([f"place/{rank}" for rank in ranks]), strict=True):
+            beat = json.loads(text) if text else None
+            if beat and beat != self._beats.get(rank):
                 self._beats[rank], self._heard[rank] = beat, now
 
-    def _judge(self, store: Store) -> None:
+    def _judge(self, store: SealedStore) -> None:
         """Rank 0 raises the alarm if the job hangs, and ends it."""
         now = self._clock()
         places = {rank: self._last_place(rank) for rank in self._ranks}
@@ -188,37 +190,37 @@ class Watchdog:
         deadline = self._clock() + ANSWER_SECONDS
         missing = [rank for rank in self._ranks[1:] if rank not in silent]
         while missing and self._clock() < deadline:
-            for rank in [rank for rank in missing if store.check([f"answer/{rank}"])]:
-                values, stack = json.loads(store.get(f"answer/{rank}"))
-                answers[rank] = Answer(Place(*values), tuple(stack))
-                missing.remove(rank)
+            for rank in tuple(missing):
+                if text := store.get(f"answer/{rank}"):
+                    values, stack = json.loads(text)
+                    answers[rank] = Answer(Place(*values), tuple(stack))
+                    missing.remove(rank)
             time.sleep(0.1)
         states = dict.fromkeys((*silent, *missing), "")
         for rank in states:
             answers[rank] = Answer(places[rank], ())
-            if store.check([f"kernel/{rank}"]):
-                states[rank] = store.get(f"kernel/{rank}").decode()
+            states[rank] = store.get(f"kernel/{rank}") or ""
         self._end(answers, states, lambda: self._let_go(store, states))
 
-    def _hand_in(self, store: Store) -> NoReturn:
+    def _hand_in(self, store: SealedStore) -> NoReturn:
         """What any other rank does after an alarm."""
         store.set(f"answer/{self._rank}", json.dumps(self._answer()))
         self._describe_others(store)
         with contextlib.suppress(RuntimeError):  # rank 0 is gone
             store.wait(["over"], datetime.timedelta(seconds=2 * ANSWER_SECONDS))
-            not_answering = json.loads(store.get("over"))
+            not_answering = json.loads(store.get("over") or "[]")
             store.set(f"seen/{self._rank}", "")
             self._kill(not_answering)
         os._exit(RankLost.status)
 
-    def _let_go(self, store: Store, states: Mapping[int, str]) -> None:
+    def _let_go(self, store: SealedStore, states: Mapping[int, str]) -> None:
         """Tell the others that it is over, and wait for them: the store ends with rank 0."""
         store.set("over", json.dumps(list(states)))
         seen = [f"seen/{rank}" for rank in self._ranks[1:] if rank not in states]
         if seen:
             store.wait(seen, SEEN_TIMEOUT)
 
-    def _describe_others(self, store: Store) -> None:
+    def _describe_others(self, store: SealedStore) -> None:
         """For each rank of this machine, in case it cannot answer."""
         for rank in self._ranks:
             if rank != self._rank and (text := self._kernel_state(rank)):
@@ -279,14 +281,16 @@ def _stack(thread: int) -> list[traceback.FrameSummary]:
     return traceback.extract_stack(innermost)
 
 
-def _open_store() -> Store:
+def _open_store() -> SealedStore:
     """A store of its own on rank 0, to which every rank connects; every rank calls it.
 
     In the store where the ranks meet, the trainer may wait for long, and hold its connection.
     """
     if distributed.is_main():
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
-        distributed.broadcast_json([rendezvous.address_here(), store.port])
-        return store
-    address, port = distributed.broadcast_json(None)
-    return TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT)
+        secret = secrets.token_hex(SECRET_BYTES)
+        distributed.broadcast_json([rendezvous.address_here(), store.port, secret])
+    else:
+        address, port, secret = distributed.broadcast_json(None)
+        store = TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT)
+    return SealedStore(store, bytes.fromhex(secret))

@@ -2,14 +2,18 @@
 
 import datetime
 import json
+import math
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
 from multiprocess.hooks import at_frames
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from vitscale import command, distributed, errors
+from vitscale import command, distributed, errors, hang, watchdog
 from vitscale.checkpoint import load
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.store import Home
@@ -17,6 +21,7 @@ from vitscale.data.reader import read_chunk
 from vitscale.errors import UserError
 from vitscale.evals import FewShotConfig, open_task
 from vitscale.evals.fewshot import FewShotTask
+from vitscale.watch import Watch
 
 
 def fail(folder: Path, way: str, kind: str, failing: int) -> None:
@@ -98,3 +103,27 @@ def find(runs: Path, nodes: list[int], result: Path) -> None:
         said = str(error)
     reads = sum(path.endswith(MANIFEST) for path in opened)
     Path(f"{result}-{distributed.rank()}").write_text(json.dumps([said, reads]))
+
+
+def intrude(folder: Path, log: Path) -> None:
+    """A stranger writes into the watchdog's store until the log says something of it.
+
+    RANK.json gets what becomes of the watchdog.
+    """
+    distributed.initialize()
+    stores: list[TCPStore] = []
+    watchdog.TCPStore = lambda *at, **how: stores.append(TCPStore(*at, **how)) or stores[0]
+    watchdog.BEAT_SECONDS = 0.02
+    limits = dict.fromkeys(hang.ORDER, math.inf)
+    with Watch(lambda _: 1) as watch, watchdog.Watchdog(limits, watch, lambda *_: 1):
+        if distributed.is_main():
+            stranger = TCPStore("localhost", stores[0].port, is_master=False)
+            deadline = time.monotonic() + 10
+            while not log.read_text() and time.monotonic() < deadline:
+                for key in ("place/1", "stop", "alarm", *stranger.list_keys()):
+                    stranger.set(key, "x")
+        distributed.barrier()
+        threads = [thread.name for thread in threading.enumerate()]
+        said = {"asked": watch.asked, "alive": "watchdog store" in threads}
+        (folder / f"{distributed.rank()}.json").write_text(json.dumps(said))
+        distributed.barrier()

@@ -1,10 +1,12 @@
 """A rank that hangs ends the job, which says who hangs where. Real ranks, really stopped."""
 
+import json
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from multiprocess.collectives import intrude
 from multiprocess.ends import launched, ranks_of, read_status
 from multiprocess.job import TIMEOUT_SECONDS, Job, wait_until
 from multiprocess.ranks import Freeze, HungSave, Sleep, Stop, Suspend
@@ -90,3 +92,13 @@ def test_under_a_launcher_a_stopped_rank_ends_the_job(
         assert not alive, [process.cmdline() for process in alive]
         print(f"{launcher}: {time.monotonic() - began:.1f} s from SIGSTOP to the end of all processes")
     assert "the job hangs: rank 1 (process " in read_status(job)["reason"], job.output()
+
+
+def test_a_stranger_in_the_store_of_the_watchdog_neither_stops_nor_blinds_it(
+    tmp_path: Path, zygote: Zygote
+) -> None:
+    log = tmp_path / "log"
+    assert zygote.run(2, intrude, tmp_path, log, log=log) == [0, 0], log.read_text()
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert said == [{"asked": False, "alive": True}] * 2, log.read_text()
+    assert 1 <= log.read_text().count("somebody else reaches the ports of this host") <= 2, log.read_text()
