@@ -1,12 +1,16 @@
 """What every kind of model promises, and the table of kinds."""
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from vitscale.errors import ConfigError
 from vitscale.models import MODELS, Model, ModelConfig, build_model
 from vitscale.models.vit import ViT
 from vitscale.models.vit_config import ViTConfig
@@ -35,6 +39,48 @@ def test_compiling_the_blocks_keeps_every_name() -> None:
     model.compile_blocks()
     assert all(block._compiled_call_impl is not None for block in model.blocks)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize(
+    ("owner", "mode", "writers"),
+    [
+        (None, 0o700, ""),
+        ("us", 0o755, ""),
+        ("us", 0o775, "group"),
+        ("us", 0o777, "others"),
+        ("another", 0o700, "others"),
+        ("another's link", 0o700, "others"),
+    ],
+)
+def test_nothing_is_compiled_with_a_cache_that_other_users_can_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: bool, owner: str | None, mode: int, writers: str
+) -> None:
+    if owner not in (None, "us") and os.getuid() != 0:
+        pytest.skip("only root makes what belongs to another user")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cache = Path(default_cache_dir())
+    if chosen:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache := tmp_path / "my" / "cache"))
+    if owner:
+        made = tmp_path / "theirs" if owner == "another's link" else cache
+        made.mkdir(parents=True)
+        made.chmod(mode)
+        if owner == "another":
+            os.chown(made, 12345, 12345)
+        elif made != cache:
+            cache.parent.mkdir(exist_ok=True)
+            cache.symlink_to(made)
+            os.lchown(cache, 12345, 12345)
+    model = build_model(TINY, 0)
+    if writers == "others" or (writers and not chosen):
+        with pytest.raises(ConfigError, match=f"{cache} on .* can be written by other users; remove it"):
+            model.compile_blocks()
+        assert all(block._compiled_call_impl is None for block in model.blocks)
+    else:
+        model.compile_blocks()
+        assert cache.stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("pool", ["token", "mean", "map"])

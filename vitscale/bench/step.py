@@ -32,6 +32,7 @@ from vitscale.hardware import lacks_memory, peak_flops
 from vitscale.image_size import pixels, sides
 from vitscale.losses import LossConfig, compute_loss, to_targets
 from vitscale.models import ModelConfig, build_model
+from vitscale.models.compiled import check_cache
 from vitscale.models.flops import train_flops
 from vitscale.models.layers import Checkpointing
 from vitscale.models.model import Model
@@ -148,6 +149,7 @@ class Plain:
         if case.compile and isinstance(network, Model):
             network.compile_blocks()
         elif case.compile:  # by block, as vitscale does it
+            check_cache()
             for block in self.network.get_submodule("blocks").children():
                 block.compile(dynamic=False)
 

@@ -57,8 +57,9 @@ class Engine:
         """Hand the module to DeepSpeed, which moves it to this rank's device.
 
         module: a whole model, or one from zero.allocate, whose values fill or restore sets.
-        Raises ConfigError for a precision that the device does not have and for sizes that
-        cannot be compiled, and StoreError if offload_folder cannot be written.
+        Raises ConfigError for a precision that the device does not have, and for sizes and a
+        cache with which torch.compile cannot be used; StoreError if offload_folder cannot be
+        written.
         """
         import deepspeed
         from deepspeed.accelerator import get_accelerator
@@ -67,7 +68,7 @@ class Engine:
         module.set_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
             check_compiled(config, module.config, precision)
-            module.compile_blocks()
+            distributed.together(module.compile_blocks)
         hardware.allow_tf32(config.tf32)
         accelerator = get_accelerator()
         if precision == "fp16" and accelerator and not accelerator.is_fp16_supported():

@@ -5,12 +5,42 @@ functions. These forms make fewer of both; uncompiled they would make more.
 """
 
 import math
+import os
+import socket
+import stat
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from vitscale.errors import ConfigError
+
+
+def check_cache() -> None:
+    """Raise ConfigError if another user could write what torch takes from its cache.
+
+    torch unpickles what it finds there, and the default is a name in /tmp that anyone can guess
+    and make first. A cache that is missing is made, for this user alone. In a folder that
+    TORCHINDUCTOR_CACHE_DIR names, a group may write.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import
+
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    path = Path(chosen or default_cache_dir())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:  # maybe by another rank
+        owners, mode = {path.lstat().st_uid, path.stat().st_uid}, path.stat().st_mode
+        writers = stat.S_IWOTH if chosen else stat.S_IWGRP | stat.S_IWOTH
+        if not owners <= {0, os.getuid()} or mode & writers:
+            raise ConfigError(
+                f"{path} on {socket.gethostname()}, from which torch.compile takes code, can be written by "
+                "other users; remove it, or set TORCHINDUCTOR_CACHE_DIR to a folder of your own"
+            ) from None
 
 
 def compile_options() -> dict[str, Any]:

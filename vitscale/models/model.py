@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitscale.config import choose
 from vitscale.image_size import ImageSize, sides
-from vitscale.models.compiled import compile_options
+from vitscale.models.compiled import check_cache, compile_options
 from vitscale.models.layers import Checkpointing, RecomputedBlock
 
 
@@ -129,7 +129,10 @@ class Model(nn.Module, abc.ABC):
         Shapes are static: blocks of one shape share a graph, made for the micro batch of
         training. A ViT has one, and another for its last block if only the class token is read;
         each stage of a ResNet has two.
+
+        Raises ConfigError for a cache of torch.compile that other users can write.
         """
+        check_cache()
         # With recomputation, torch warns of in-place operations, which no block has.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in self._blocks():
