@@ -33,6 +33,10 @@ from vitscale.weights.export import export_metadata
     "edit",
     [
         lambda v: v["files"].update({"../x": v["files"]["rank-00000.safetensors"]}),
+        lambda v: v["files"].update({"..": v["files"]["rank-00000.safetensors"]}),
+        lambda v: v["files"].update({"": v["files"]["rank-00000.safetensors"]}),
+        lambda v: v["files"].update({"a\0b": v["files"]["rank-00000.safetensors"]}),
+        lambda v: v["files"].update({"\ud800": v["files"]["rank-00000.safetensors"]}),
         lambda v: v["files"].update({"x": {"num_bytes": 5, "checksum": 5}}),
         lambda v: v["files"].update({"x": {"num_bytes": -5, "checksum": ""}}),
         lambda v: v["tensors"]["norm.bias"].update(fragments=[[0, 1, -1, 4]]),

@@ -377,8 +377,8 @@ def _parse(values: dict[str, Any]) -> Manifest:
             if type(getattr(part, key)) is not (get_origin(kind) or kind):
                 raise ValueError
     for name, info in manifest.files.items():
-        sizes([info.num_bytes])
-        if Path(name).name != name or not isinstance(info.checksum, str):
+        is_name = name.isprintable() and name.strip(".") and Path(name).name == name
+        if not (is_name and isinstance(info.checksum, str) and sizes([info.num_bytes])):
             raise ValueError
     num_bytes = np.array([manifest.files[file].num_bytes for file in manifest.file_names], dtype=np.int64)
     for info in manifest.tensors.values():
