@@ -1,6 +1,7 @@
 """Shards and their index: what is read back, and that damage is never taken for their end."""
 
 import json
+import resource
 import tarfile
 from pathlib import Path
 
@@ -35,6 +36,27 @@ def test_the_index_survives_saving_and_moving_the_folder(tmp_path: Path, index: 
     again = Index.load(str(moved / "index.json"))
     assert again.fingerprint() == index.fingerprint()
     assert next(iter(read_samples(again, [50]))).key == "s00050"
+
+
+def test_an_index_that_is_replaced_stays_readable_until_the_new_one_is_whole(
+    tmp_path: Path, index: Index
+) -> None:
+    path = tmp_path / "shards" / "index.json"
+    others = [build_index([shard.url for shard in index.shards[:count]]) for count in (1, 2)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # arrays are smaller, index.json is larger
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            others[0].save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Index.load(str(path)).num_samples == 97
+    before = Index.load(str(path))
+    others[0].save(path)
+    assert Index.load(str(path)).num_samples == 40
+    assert before.key_hashes and len(before.key_hashes.read()) == 97
+    others[1].save(path)
+    assert len(list(path.parent.glob("*.npy"))) == 4  # without those of the first index
 
 
 def test_counts_and_labels_are_in_the_index(index: Index) -> None:
@@ -289,7 +311,7 @@ def test_a_shard_changed_after_indexing_is_named_before_training(tmp_path: Path)
 
 
 def test_a_damaged_or_missing_index_is_refused(tmp_path: Path, index: Index) -> None:
-    array = tmp_path / "shards" / "index.chunks.npy"
+    (array,) = (tmp_path / "shards").glob("index.chunks.*.npy")
     data = bytearray(array.read_bytes())
     data[-1] ^= 1
     array.write_bytes(bytes(data))

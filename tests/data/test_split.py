@@ -131,7 +131,8 @@ def test_what_replaces_a_damaged_sample_is_not_of_the_split(tmp_path: Path) -> N
 
 def test_without_the_key_nothing_changes_and_the_hashes_are_not_read(index: Index, tmp_path: Path) -> None:
     index.save(tmp_path / "index.json")
-    (tmp_path / "index.keys.npy").write_bytes(b"damaged")
+    (keys,) = tmp_path.glob("index.keys.*.npy")
+    keys.write_bytes(b"damaged")
     (source,) = open_sources(DataConfig(index=str(tmp_path / "index.json")))
     assert not len(source.held_out) and source.fingerprint() == index.fingerprint()
     assert make_mixture((source,), DataConfig(), seed=1, global_batch=8).steps_per_epoch == 97 // 8
@@ -160,16 +161,15 @@ def test_an_excluded_sample_is_in_neither_part(index: Index, tmp_path: Path) -> 
 def test_a_missing_or_damaged_file_of_hashes_is_named(index: Index, tmp_path: Path) -> None:
     index.save(tmp_path / "index.json")
     config = DataConfig(index=str(tmp_path / "index.json"), validation_fraction=0.3)
-    (tmp_path / "index.keys.npy").write_bytes((tmp_path / "index.keys.npy").read_bytes()[:-1] + b"x")
-    with pytest.raises(
-        DataError, match=r"index\.keys\.npy does not match its checksum beside .*data.py index"
-    ):
+    (keys,) = tmp_path.glob("index.keys.*.npy")
+    keys.write_bytes(keys.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=rf"{keys.name} does not match its checksum beside .*data.py index"):
         open_sources(config)
-    (tmp_path / "index.keys.npy").write_bytes(b"")
-    with pytest.raises(DataError, match=r"index\.keys\.npy is empty beside .*data.py index"):
+    keys.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"{keys.name} is empty beside .*data.py index"):
         open_sources(config)
-    (tmp_path / "index.keys.npy").unlink()
-    with pytest.raises(DataError, match=r"index\.keys\.npy is missing beside .*data.py index"):
+    keys.unlink()
+    with pytest.raises(DataError, match=rf"{keys.name} is missing beside .*data.py index"):
         open_sources(config)
 
 

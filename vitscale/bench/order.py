@@ -87,7 +87,7 @@ def run(config: OrderBench, progress: Callable[[str], None]) -> dict[str, Any]:
     """Write the index and measure; memory and start-up are measured in fresh processes."""
     progress("writing the synthetic index and shard")
     index_file = write_index(config)
-    array = index_file.with_suffix(".chunks.npy")
+    array = index_file.with_name(json.loads(index_file.read_bytes())["chunks"]["file"])
     results: dict[str, Any] = {
         "index_megabytes": (index_file.stat().st_size + array.stat().st_size) / 1e6,
     }

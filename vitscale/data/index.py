@@ -4,7 +4,8 @@
 for each chunk of K consecutive samples, its length and a 16-bit checksum: 4 bytes a chunk, so
 38 MB for 303 million samples at K = 32, memory-mapped. Every read is compared with the index:
 what disagrees is damage, never the end of the data. A second array holds 16 bits of the hash of
-every sample's key, and is read only where a validation split is cut (split.py).
+every sample's key, and is read only where a validation split is cut (split.py). The arrays are
+named after their checksums: replacing index.json alone replaces the index.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from vitscale.data.neighbours import Neighbours, compare
 from vitscale.data.order import ShardLayout
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
 from vitscale.data.scan import Shard, chunk_checksum, is_lone
-from vitscale.data.stored import StoredArray, write_array
+from vitscale.data.stored import StoredArray, remove_arrays, write_array
 from vitscale.data.tar import BLOCK
 from vitscale.errors import DataError, StoreError, UserError
 
@@ -167,10 +168,15 @@ class Index:
         return [shard.data_bytes for shard in self.shards if shard.num_samples] == (blocks * BLOCK).tolist()
 
     def save(self, path: str | Path) -> None:
-        """Write `path` and the array file beside it. Shards in its folder get relative URLs."""
+        """Write `path` and the array files beside it. Shards in its folder get relative URLs.
+
+        The arrays of the index that it replaces stay for whoever is reading them; those of
+        indexes before that are removed.
+        """
         path = Path(path)
-        chunks = write_array(path.with_suffix(".chunks.npy"), self.chunks)
-        hashes = self.key_hashes and write_array(path.with_suffix(".keys.npy"), self.key_hashes.read())
+        replaced = _named_arrays(path)
+        chunks = write_array(path, "chunks", self.chunks)
+        hashes = self.key_hashes and write_array(path, "keys", self.key_hashes.read())
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -195,6 +201,7 @@ class Index:
         shards = ",\n".join(lines)  # one a line, for people and for grep
         text = f'{json.dumps(header, indent=1)[:-2]},\n "shards": [\n{shards}\n]}}\n'
         atomic.write(path, text.encode())
+        remove_arrays(path, keep=replaced | {entry["file"] for entry in (chunks, hashes) if entry})
 
     @classmethod
     def load(cls, path: str) -> "Index":
@@ -310,6 +317,15 @@ def _stored(path: str, entry: dict[str, str], remake: str) -> StoredArray:
     return StoredArray(
         url=storage.join(path, entry["file"]), checksum=entry["checksum"], remake=f"beside {path}; {remake}"
     )
+
+
+def _named_arrays(path: Path) -> set[str]:
+    """The names of the array files of a local index; none if there is no index."""
+    try:
+        values = json.loads(path.read_bytes())
+        return {values[kind]["file"] for kind in ("chunks", "key_hashes") if values.get(kind)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return set()
 
 
 def _relative(shard: Shard, path: Path) -> dict[str, Any]:

@@ -1,7 +1,11 @@
-"""Arrays in .npy files beside an index, each with its checksum."""
+"""Arrays in .npy files beside an index, each with its checksum.
+
+Other content has another name, so writing an array never changes what an index refers to.
+"""
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,8 @@ import xxhash
 
 from vitscale import atomic, storage
 from vitscale.errors import DataError, StoreError
+
+_NAME_DIGITS = 8  # of the checksum, in the name of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +50,24 @@ class StoredArray:
         return _parse(data)
 
 
-def write_array(path: Path, array: np.ndarray) -> dict[str, str]:
-    """Write the file of an array. Returns its name and checksum."""
+def write_array(index: Path, kind: str, array: np.ndarray) -> dict[str, str]:
+    """Write an array beside an index, like index.chunks.3f2a90bc.npy: its name and checksum."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     data = buffer.getvalue()
+    checksum = _checksum(data)
+    path = index.with_suffix(f".{kind}.{checksum[:_NAME_DIGITS]}.npy")
     atomic.write(path, data)
-    return {"file": path.name, "checksum": _checksum(data)}
+    return {"file": path.name, "checksum": checksum}
+
+
+def remove_arrays(index: Path, keep: set[str]) -> None:
+    """Remove the files of arrays beside an index but those of these names."""
+    # indexes of earlier commits have their arrays in index.chunks.npy and index.keys.npy
+    name = re.compile(rf"{re.escape(index.stem)}\.(chunks|keys)(\.[0-9a-f]{{{_NAME_DIGITS}}})?\.npy")
+    for path in index.parent.iterdir():
+        if name.fullmatch(path.name) and path.name not in keep:
+            path.unlink(missing_ok=True)
 
 
 def _open(url: str) -> np.ndarray:
