@@ -32,7 +32,7 @@ def demo(arguments: argparse.Namespace) -> int:
 def pack(arguments: argparse.Namespace) -> int:
     from vitscale.curate.pack import run
     from vitscale.curate.pack.config import PackConfig
-    from vitscale.data.indexing import build_index
+    from vitscale.data.indexing import build_index, journal_of
 
     names = [field.name for field in dataclasses.fields(PackConfig) if field.name != "shuffle"]
     config = PackConfig(
@@ -44,11 +44,9 @@ def pack(arguments: argparse.Namespace) -> int:
         print(report.edition)
     for split, shards in report.shards.items():
         out = arguments.out / ("index.json" if split == "train" else f"{split}.index.json")
-        journal = out.with_suffix(".partial")
-        with Bar("shard") as bar:
+        with journal_of(out) as journal, Bar("shard") as bar:
             index = build_index(shards, workers=config.workers, journal=journal, progress=bar.update)
-        index.save(out)
-        journal.unlink()
+            index.save(out)
         num_classes = len(index.label_counts)
         print(f"{out}: {index.num_samples:,} samples in {len(shards)} shards, {num_classes:,} classes")
         if split == "train":
@@ -66,7 +64,7 @@ def index_shards(arguments: argparse.Namespace) -> int:
     from vitscale import atomic, storage
     from vitscale.data.classes import read_classes
     from vitscale.data.index import check_replaceable
-    from vitscale.data.indexing import build_index
+    from vitscale.data.indexing import build_index, journal_of
     from vitscale.data.samples import SampleKeys
     from vitscale.errors import ConfigError
 
@@ -84,8 +82,7 @@ def index_shards(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path(storage.local_path(shards[0])).parent / "index.json"
     atomic.check_writable(out, ".json")
     check_replaceable(out)
-    journal = out.with_suffix(".partial")
-    with Bar("shard") as bar:
+    with journal_of(out) as journal, Bar("shard") as bar:
         index = build_index(
             shards,
             chunk_samples=arguments.chunk_samples,
@@ -95,8 +92,7 @@ def index_shards(arguments: argparse.Namespace) -> int:
             journal=journal,
             progress=bar.update,
         )
-    index.save(out)
-    journal.unlink()
+        index.save(out)
     print(out)
     if any(url != storage.without_query(url) for url in shards):
         print(

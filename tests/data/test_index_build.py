@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,9 @@ from vitscale import storage
 from vitscale.curate import stats
 from vitscale.curate.stats import measure
 from vitscale.data.index import Index
-from vitscale.data.indexing import build_index
+from vitscale.data.indexing import build_index, journal_of
 from vitscale.data.samples import SampleKeys
-from vitscale.errors import DataError
+from vitscale.errors import ConfigError, DataError
 from vitscale.processes import ProgressCallback
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +111,29 @@ def test_an_index_that_cannot_be_saved_is_not_built_again_from_the_start(
     assert (tmp_path / "index.partial").read_bytes().count(b"\n") == 1 + len(shards)
     in_the_way.rmdir()
     assert main(command) == 0 and not (tmp_path / "index.partial").exists()
+
+
+def test_one_command_at_a_time_makes_an_index(
+    tmp_path: Path, shards: list[str], capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("vitscale.file_lock._WAIT_SECONDS", 0.1)
+    out = tmp_path / "index.json"
+    command = ["index", f"{tmp_path}/shards/*.tar", "--out", str(out), "--workers", "0"]
+    with journal_of(out):
+        assert main(command) == 2
+        assert f"another command is making {out}; wait for it, or stop it" in capsys.readouterr().err
+    monkeypatch.undo()
+    with ThreadPoolExecutor() as pool:
+        with journal_of(out) as journal:
+            waiting = pool.submit(main, command)
+            time.sleep(0.2)
+        assert waiting.result() == 0 and not journal.exists()
+
+
+def test_a_refused_build_leaves_no_journal(tmp_path: Path, shards: list[str]) -> None:
+    with pytest.raises(ConfigError), journal_of(tmp_path / "index.json") as journal:
+        build_index(shards, chunk_samples=0, journal=journal)
+    assert not journal.exists()
 
 
 def test_a_build_with_other_chunks_is_not_resumed(tmp_path: Path, shards: list[str]) -> None:

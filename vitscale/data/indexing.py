@@ -1,15 +1,17 @@
 """Makes an index, in one pass over the shards; a build that was killed resumes."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from vitscale import processes, storage
+from vitscale import file_lock, processes, storage
 from vitscale.data.index import CHUNK_SAMPLES, FORMAT, MAX_CHUNK_SAMPLES, VERSION, Index
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
 from vitscale.data.scan import (
@@ -39,10 +41,10 @@ def build_index(
 ) -> Index:
     """Index shards in one pass over them, by `workers` processes (0 = in this one).
 
-    journal: a file that records each finished shard, so that a killed build resumes. The caller
-    removes it once the index is saved. progress: called with numbers of shards. A broken shard
-    raises DataError unless `allow_damaged` (see scan_shard). Samples that cannot be used are
-    counted and stay in the index; they are replaced when they are read.
+    journal: a file that records each finished shard, so that a killed build resumes; see
+    journal_of. progress: called with numbers of shards. A broken shard raises DataError unless
+    `allow_damaged` (see scan_shard). Samples that cannot be used are counted and stay in the
+    index; they are replaced when they are read.
     """
     if not 1 <= chunk_samples <= MAX_CHUNK_SAMPLES:
         raise ConfigError(f"--chunk-samples {chunk_samples} must be from 1 to {MAX_CHUNK_SAMPLES:,}")
@@ -80,6 +82,29 @@ def open_index(pattern: str) -> Index:
     index = build_index(urls)
     shards = (dataclasses.replace(shard, url=url) for shard, url in zip(index.shards, urls, strict=True))
     return dataclasses.replace(index, shards=tuple(shards))
+
+
+@contextlib.contextmanager
+def journal_of(out: Path) -> Iterator[Path]:
+    """The journal for building and saving the index `out` within the block, then removed.
+
+    An exception in the block keeps it for the next build. Raises BusyError if another process
+    is in such a block for the same index.
+    """
+    path = out.with_suffix(".partial")
+    with contextlib.ExitStack() as opened:
+        while True:
+            file = opened.enter_context(open(path, "ab"))
+            file_lock.hold(file.fileno(), f"another command is making {out}; wait for it, or stop it")
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break  # else its holder has removed it meanwhile
+        finished = False
+        try:
+            yield path
+            finished = True
+        finally:
+            if finished or not os.fstat(file.fileno()).st_size:
+                path.unlink(missing_ok=True)
 
 
 class _Journal:

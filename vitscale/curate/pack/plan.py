@@ -8,28 +8,25 @@ continue a killed one.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vitscale import atomic
+from vitscale import atomic, file_lock
 from vitscale.config import differing_keys
 from vitscale.curate.pack.config import SHARD_SPLITS, PackConfig
 from vitscale.curate.pack.listing import Listing
 from vitscale.curate.pack.writer import shard_name
-from vitscale.errors import BusyError, ConfigError, DataError
+from vitscale.errors import ConfigError, DataError
 
 PLAN_FILE, REPORT_FILE, OMISSIONS_FOLDER = "pack-plan.json", "pack-report.json", "pack-left-out"
 FORMAT, VERSION = "vitscale-pack-plan", 1
 _SHARD = re.compile(rf"({'|'.join(SHARD_SPLITS)})-\d+\.tar")
 _LEFTOVER = re.compile(r"\..+\.(tar|json)\.tmp-\d+")
-_LOCK_SECONDS = 5  # the last process of a killed run may hold the lock a moment longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +114,9 @@ def prepare(out: Path, plan: PackPlan, overwrite: bool) -> set[str]:
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keep a second packing out of the folder. Raises BusyError if another one holds it."""
-    # flock, not lockf as for a run directory: forked workers inherit it, so the folder stays
-    # locked while a worker of a killed run still writes. The kernel unlocks it after the last.
     descriptor = os.open(out, os.O_RDONLY)
-    deadline = time.monotonic() + _LOCK_SECONDS
     try:
-        while not _try_lock(descriptor):
-            if time.monotonic() > deadline:
-                raise BusyError(f"another packing into {out} is running; wait for it, or stop it")
-            time.sleep(0.05)
+        file_lock.hold(descriptor, f"another packing into {out} is running; wait for it, or stop it")
         yield
     finally:
         os.close(descriptor)
@@ -148,16 +139,6 @@ def read_omissions(out: Path, shard: str) -> list[str]:
 
 def _omissions_file(out: Path, shard: str) -> Path:
     return out / OMISSIONS_FOLDER / f"{shard}.json"
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks: the packing continues without one
-    return True
 
 
 def _load(out: Path) -> PackPlan | None:
