@@ -34,8 +34,18 @@ def test_another_error_keeps_its_own_name(tmp_path: Path) -> None:
     assert missing.value.filename == str(tmp_path / "b")
 
 
+def test_writers_of_one_path_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """In one process, as in containers on several hosts, they have the same process id."""
+    path = tmp_path / "time.json"
+    with atomic.appearing(path) as first:
+        first.write_bytes(b"first")
+        atomic.write(path, b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_killed_writers_left_is_cleaned_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".time.json.tmp-12", ".time.json.tmp-7", ".model.npz.tmp-12", "time.json"):
+    for name in (".time.json.tmp-12", ".time.json.tmp-7fa2", ".model.npz.tmp-12", "time.json"):
         (tmp_path / name).touch()
     atomic.clean(tmp_path / "time.json")
     assert {path.name for path in tmp_path.iterdir()} == {".model.npz.tmp-12", "time.json"}

@@ -1,11 +1,13 @@
 """Local files and folders that appear under their names whole and on disk, or not at all.
 
 A kill at any instant leaves either the old content or the new. At worst a temporary file or
-folder stays behind, whose name begins with a dot and ends in `.tmp-PID`.
+folder stays behind, whose name begins with a dot and ends in `.tmp-TOKEN`. The token is random:
+containers on several hosts that write the same path have the same process ids.
 """
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,8 +27,7 @@ def appearing(path: str | Path, rename: Rename = os.replace) -> Iterator[Path]:
     does the renaming; what it leaves at the temporary path is removed.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    _remove(temporary)
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
         yield temporary
         _sync(temporary)

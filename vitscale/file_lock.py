@@ -9,7 +9,7 @@ _WAIT_SECONDS = 5  # the last process of a killed command may hold the lock a mo
 
 
 def hold(descriptor: int, refusal: str) -> None:
-    """Lock an open file or folder until it is closed. Raises BusyError(refusal) if it is held."""
+    """Lock an open file or folder until it is closed. Raises BusyError(refusal)."""
     # flock, not lockf as for a run directory: forked workers inherit it, so it stays locked
     # while a worker of a killed command still writes. The kernel unlocks it after the last.
     deadline = time.monotonic() + _WAIT_SECONDS

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vitscale.data.cache import FOLDER_BYTES, NodeCache
@@ -43,6 +44,19 @@ def test_a_disk_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     cache = NodeCache(str(tmp_path / "file"), 10_000)
     cache.put("key", b"data")
     assert cache.get("key") is None
+
+
+def test_writers_with_one_process_id_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """As containers that share a node's disk may have; threads of a process always do."""
+    data = bytes(1 << 20)
+
+    def fill(_: int) -> bool:
+        cache = NodeCache(str(tmp_path), 1 << 30)
+        cache.put("key", data)
+        return cache.get("key") == data
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(fill, range(100)))
 
 
 FILLER = """

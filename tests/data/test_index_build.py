@@ -113,9 +113,7 @@ def test_an_index_that_cannot_be_saved_is_not_built_again_from_the_start(
     assert main(command) == 0 and not (tmp_path / "index.partial").exists()
 
 
-def test_one_command_at_a_time_makes_an_index(
-    tmp_path: Path, shards: list[str], capsys, monkeypatch
-) -> None:
+def test_one_command_at_a_time_makes_an_index(tmp_path: Path, shards: list[str], capsys, monkeypatch) -> None:
     monkeypatch.setattr("vitscale.file_lock._WAIT_SECONDS", 0.1)
     out = tmp_path / "index.json"
     command = ["index", f"{tmp_path}/shards/*.tar", "--out", str(out), "--workers", "0"]

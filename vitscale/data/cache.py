@@ -9,6 +9,7 @@ leaves behind is an old file like any other.
 import contextlib
 import errno
 import os
+import secrets
 from pathlib import Path
 
 import xxhash
@@ -78,7 +79,7 @@ class NodeCache:
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, and leave nothing behind if that fails."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)

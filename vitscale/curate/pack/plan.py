@@ -26,7 +26,7 @@ from vitscale.errors import ConfigError, DataError
 PLAN_FILE, REPORT_FILE, OMISSIONS_FOLDER = "pack-plan.json", "pack-report.json", "pack-left-out"
 FORMAT, VERSION = "vitscale-pack-plan", 1
 _SHARD = re.compile(rf"({'|'.join(SHARD_SPLITS)})-\d+\.tar")
-_LEFTOVER = re.compile(r"\..+\.(tar|json)\.tmp-\d+")
+_LEFTOVER = re.compile(r"\..+\.(tar|json)\.tmp-[0-9a-f]+")
 
 
 @dataclasses.dataclass(frozen=True)
