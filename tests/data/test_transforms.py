@@ -1,6 +1,7 @@
 """Decoding and augmentation: strict about damage, exact about geometry, keyed by the sample."""
 
 import io
+import itertools
 import resource
 import struct
 import zlib
@@ -16,7 +17,7 @@ from PIL import Image
 from vitscale import rng
 from vitscale.data import decode as decoding
 from vitscale.data.crops import inception_crop
-from vitscale.data.decode import DamagedImage, decode, resolve_decoder
+from vitscale.data.decode import DamagedImage, Decoder, decode, resolve_decoder
 from vitscale.data.transforms import (
     AugmentConfig,
     ViewKey,
@@ -99,6 +100,41 @@ def test_a_bomb_is_refused_by_its_header(monkeypatch) -> None:
     for data in images:
         with pytest.raises(DamagedImage, match="16 x 16 pixels; at most 255 are decoded"):
             decode(data)
+
+
+def jpeg_of_scans(num_scans: int) -> bytes:
+    """A valid progressive JPEG of 8 x 8 grey pixels: a scan of the DC, others of bits of ACs."""
+
+    def segment(marker: int, *values: int) -> bytes:
+        return struct.pack(">BBH", 0xFF, marker, len(values) + 2) + bytes(values)
+
+    def scan(first: int, before: int, after: int) -> bytes:
+        return segment(0xDA, 1, 1, 0, first, first, before << 4 | after) + b"\x7f"  # one bit, a 0
+
+    bits = [(0, 7), *((bit + 1, bit) for bit in range(6, -1, -1))]  # the highest first
+    scans = [(ac, before, after) for ac in range(1, 64) for before, after in bits]
+    code = [1, *[0] * 15, 0]  # of one bit, for a DC of 0 or the end of a block
+    return b"".join(
+        [
+            b"\xff\xd8",
+            segment(0xDB, 0, *[1] * 64),
+            segment(0xC2, 8, 0, 8, 0, 8, 1, 1, 0x11, 0),
+            segment(0xC4, 0x00, *code),
+            segment(0xC4, 0x10, *code),
+            scan(0, 0, 0),
+            *itertools.starmap(scan, scans[: num_scans - 1]),
+            b"\xff\xd9",
+        ]
+    )
+
+
+@pytest.mark.parametrize("decoder", ["turbojpeg", "simplejpeg"])
+def test_a_jpeg_of_very_many_scans_is_refused(decoder: Decoder) -> None:
+    assert decode(jpeg_of_scans(100), decoder=decoder).shape == (8, 8, 3)
+    with pytest.raises(DamagedImage, match="more than 100 scans"):
+        decode(memoryview(jpeg_of_scans(101)), decoder=decoder)
+    appended = b"\xff\xda" * 200 + b"\xff\xd9"  # as a phone appends a film
+    assert decode(jpeg(0, size=16) + appended, decoder=decoder).shape == (16, 16, 3)
 
 
 def test_resize_is_antialiased_bilinear() -> None:

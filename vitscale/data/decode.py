@@ -5,6 +5,8 @@ decoding.
 """
 
 import io
+import itertools
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -18,6 +20,9 @@ from vitscale.data.turbojpeg import Box, open_turbojpeg
 from vitscale.errors import ConfigError
 
 MAX_PIXELS = 50_000_000  # by the header, so that a decompression bomb is refused
+# Progressive JPEGs have about 10 scans. Each is a pass over all pixels, of 100 bytes or less.
+MAX_SCANS = 100
+_SCAN = re.compile(rb"\xff\xda\x00")  # the marker, and the first byte of its length
 
 Decoder = Literal["turbojpeg", "simplejpeg"]
 Choose = Callable[[int, int], Box]
@@ -51,9 +56,11 @@ def decode(
 
     `decoder` decodes JPEGs. CMYK JPEGs and the other formats go through Pillow; of 16 bits of
     grey the upper 8 are kept. Raises DamagedImage for damage, for any other content, for
-    animations and for more than MAX_PIXELS.
+    animations and for more than MAX_PIXELS or MAX_SCANS.
     """
     if data[:3] == b"\xff\xd8\xff":
+        if next(itertools.islice(_SCAN.finditer(data), MAX_SCANS, None), None):
+            raise DamagedImage(f"a JPEG of more than {MAX_SCANS} scans, which would take too long to decode")
         try:
             pixels = _decode_jpeg(data, choose, decoder)
         except ValueError as error:
