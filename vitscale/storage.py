@@ -30,15 +30,12 @@ from vitscale.errors import ConfigError, StoreError
 from vitscale.redaction import redact
 
 T = TypeVar("T")
-
 SCHEMES = ("file", "http", "https", "s3", "gs", "gcs")
 EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS = 10, 30
 LOOKUP_THREADS = 32
 STREAM_STEP_BYTES = 8 << 20
-
 URLS_VARIABLE = "VITSCALE_URLS"
-
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), "
     "and AWS_ENDPOINT_URL for a store that is not Amazon's, on every node",
@@ -224,6 +221,11 @@ def versions(urls: Sequence[str]) -> list[str]:
     It holds the size, and the time of a local file or what a store has: a tag or a time.
     """
     return _look_up(_version, urls)
+
+
+def written_at(url: str) -> float:
+    """When an object in a store was written: seconds since the epoch, by the store's clock."""
+    return _on_store(lambda fs, path: fs.modified(path), url, "looking up").timestamp()
 
 
 class _RangeFile(io.RawIOBase):

@@ -1,9 +1,11 @@
 """Checkpoints in a real object store: runs save there, are killed in it and resume from it."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from data.servers import faulty_proxy, s3_environment, s3_server, use_s3
+from make import state_of, write_step
 from multiprocess.job import Job
 from multiprocess.rank_runs import train_apart
 from multiprocess.ranks import FewAttempts, Kill, Stop
@@ -11,8 +13,10 @@ from multiprocess.zygote import Zygote
 
 from vitscale import ending, restarts, storage
 from vitscale.checkpoint import store
-from vitscale.checkpoint.manifest import MANIFEST
+from vitscale.checkpoint.manifest import MANIFEST, Manifest
+from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.checkpoint.verify import open_directory
+from vitscale.errors import CheckpointError
 from vitscale.weights.saved import load_model
 
 
@@ -55,6 +59,35 @@ def test_a_run_is_killed_and_resumed_from_the_store(
     use_s3(monkeypatch, port)
     assert open_directory("s3://runs/a").manifest.step == 20
     load_model("s3://runs/a")
+
+
+def test_two_jobs_that_save_one_step_leave_a_whole_checkpoint(tmp_path: Path, bucket, monkeypatch) -> None:
+    """As when a job that was told to end still uploads while its successor trains."""
+    use_s3(monkeypatch, bucket[1])
+    home = store.Home(tmp_path / "node", "s3://runs/h")
+
+    def uploaded(step: int, token: str) -> Manifest:
+        written = write_step(tmp_path / f"{step}-{token}", step, state_of(step))
+        manifest = Manifest.load(written)
+        files = {f"{token}-{name}": info for name, info in manifest.files.items()}
+        for name in manifest.files:
+            storage.upload(written / name, f"{store.step_folder(home.store, step)}/{token}-{name}")
+        return dataclasses.replace(manifest, files=files)
+
+    def published(manifest: Manifest) -> list[str]:
+        """What a store holds of its step, and of the earlier one, after it was saved."""
+        store.publish(manifest, home.store)
+        assert open_directory(store.step_folder(home.store, manifest.step)).manifest == manifest
+        store.apply_retention(home, CheckpointConfig(), (), lambda _: True)
+        return [name for step in (4, 5) for name in storage.names_in(store.step_folder(home.store, step))]
+
+    late, old, new = uploaded(4, "late"), uploaded(5, "old"), uploaded(5, "new")
+    for manifest in (new, old):
+        assert published(manifest) == [*late.files, MANIFEST, *new.files, *old.files]
+    monkeypatch.setattr(store, "ABANDONED_SECONDS", -60.0)
+    assert published(old) == [MANIFEST, *old.files]
+    with pytest.raises(CheckpointError, match=r"/new-rank-00000.* another job saves to checkpoint.store"):
+        store.publish(new, home.store)
 
 
 def test_a_store_that_cannot_be_written_is_refused_before_the_first_step(

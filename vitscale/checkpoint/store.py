@@ -25,6 +25,7 @@ uses, and the manifest is written last. A reader trusts checksums, not names, an
 the newest checkpoint that verifies.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -40,6 +41,8 @@ from vitscale.errors import CheckpointError, ConfigError, StoreError
 logger = logging.getLogger(__name__)
 LATEST, BEST = "latest", "best"
 TEMPORARY = ".tmp-"
+# Longer than guard.save_minutes lets a save last, so that no job is still uploading.
+ABANDONED_SECONDS = 7200.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,13 +173,27 @@ def commit(manifest: Manifest, temporary: Path, final: Path) -> None:
 
 
 def publish(manifest: Manifest, place: str) -> None:
-    """As commit, for a store, to which the ranks have uploaded their files."""
+    """As commit, for a store, to which the ranks have uploaded their files.
+
+    Two jobs may save the same step: the run's lock is in run_dir, which may be a node's own
+    disk, and a job that was told to end may still upload while its successor trains. So a file
+    that is not in this manifest is deleted only if it is abandoned, and a manifest is written
+    only while all of its files are there. Whichever is written last has its files.
+    Raises CheckpointError if another job has deleted one of them.
+    """
     folder = step_folder(place, manifest.step)
+    names = storage.names_in(folder)
+    if gone := sorted(manifest.files.keys() - set(names)):
+        raise CheckpointError(
+            f"{folder}/{gone[0]} was deleted before its checkpoint was complete: another job saves to "
+            "checkpoint.store, too; end one of the two, or give it another store"
+        )
+    now = storage.written_at(storage.child(folder, next(iter(manifest.files))))
+    left = _abandoned(folder, [name for name in names if name not in manifest.files], now)
     storage.write_bytes(storage.child(folder, MANIFEST), manifest.to_bytes())
     _write_name(place, LATEST, manifest.step)
-    for name in storage.names_in(folder):
-        if name != MANIFEST and name not in manifest.files:  # left by an earlier attempt at this step
-            storage.delete(storage.child(folder, name))
+    for name in left:
+        storage.delete(storage.child(folder, name))
 
 
 def name_latest(place: str) -> None:
@@ -301,5 +318,19 @@ def _unpublished(place: str, newest: int) -> Iterator[str]:
         step = name.removeprefix("step-")
         if name.startswith("step-") and step.isdigit() and int(step) < newest:
             folder = step_folder(place, int(step))
-            if MANIFEST not in storage.names_in(folder):
-                yield folder
+            names = storage.names_in(folder)
+            if MANIFEST not in names:
+                now = storage.written_at(storage.child(step_folder(place, newest), MANIFEST))
+                if len(_abandoned(folder, names, now)) == len(names):
+                    yield folder
+
+
+def _abandoned(folder: str, names: Sequence[str], now: float) -> list[str]:
+    """Which files but the manifest no job can still be saving. now: a time as of written_at."""
+    abandoned = []
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # another job deletes them, too
+            written = storage.written_at(storage.child(folder, name))
+            if name != MANIFEST and written < now - ABANDONED_SECONDS:
+                abandoned.append(name)
+    return abandoned
