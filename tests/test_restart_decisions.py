@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from make import state_of, write_step
 from launch import ended
 from vitscale import attempts, ending, history, restarts
 from vitscale import config as configs
+from vitscale.errors import BusyError
 from vitscale.restarts import Vain, decide
+from vitscale.run_lock import RunLock
 from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +125,30 @@ def test_a_start_is_counted_once_and_not_by_who_only_asks(config: TrainConfig) -
     assert kinds(since=LATER, node=1) == ["again"] * 3 and kinds() == ["done"] * 3
     assert kinds(since=LATER) == ["again", "again", "stop"]
     assert kinds(since=LATER) == ["again", "again", "stop"], "it was started by hand since"
+
+
+def test_ranks_that_still_save_are_waited_for(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    longer, forked = dataclasses.replace(config, total_steps=18), multiprocessing.get_context("fork")
+    ending.write(Path(config.run_dir), "running", 9, 18, "")
+    holds, saves = forked.Event(), forked.Event()
+
+    def rank() -> None:
+        lock = RunLock(config.run_dir)
+        holds.set()
+        saves.wait(30)
+        time.sleep(0.3)
+        ending.write(Path(config.run_dir), "preempted", 10, 18, "the launcher is gone (rank 0)")
+        lock.release()
+
+    process = forked.Process(target=rank)
+    process.start()
+    assert holds.wait(30)
+    with monkeypatch.context() as impatient, pytest.raises(BusyError, match="is in use by process"):
+        impatient.setattr(restarts, "SAVING_SECONDS", 0.0)
+        restarts.after(longer, -9, 5)
+    saves.set()
+    assert restarts.after(longer, -9, 5).reason == "preempted: the launcher is gone (rank 0)"
+    process.join(30)
 
 
 def test_the_newest_checkpoint_is_what_a_start_is_counted_by(config: TrainConfig) -> None:

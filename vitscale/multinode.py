@@ -22,7 +22,7 @@ from typing import Any
 from vitscale import command, ending, hostfile, launch_environment, restarts
 from vitscale import config as configs
 from vitscale.data.sources import open_sources
-from vitscale.errors import BusyError, ConfigError, StoreDown
+from vitscale.errors import ConfigError, StoreDown
 from vitscale.job import worlds
 from vitscale.preflight import compare, rounds
 from vitscale.run_lock import RunLock
@@ -31,8 +31,6 @@ from vitscale.train_config import TrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "launch/train.py"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Until the ranks have saved after their launcher has ended, which may kill them itself by then.
-SAVING_SECONDS = 300.0
 # How long to wait, after the first start, for hosts that answer but cannot run the job.
 REPAIR_SECONDS = 1800.0
 # Without them, pdsh waits for ever for a host that was switched off.
@@ -123,7 +121,7 @@ class Launch:
 
     def run(self) -> int:
         if self._arguments.no_ssh:
-            self._await_ranks()  # of the other hosts, where this one has lost its own
+            restarts.await_ranks(self._config.run_dir)  # of the other hosts, where this one has lost its own
         else:
             RunLock.check(self._config.run_dir)
         for number in SIGNALS:
@@ -173,7 +171,7 @@ class Launch:
             if self._stopped:  # just before there was a launcher
                 self._launcher.send_signal(signal.SIGTERM)
             status = self._launcher.wait()
-        self._await_ranks()
+        restarts.await_ranks(self._config.run_dir)
         return status
 
     def _asked(self) -> tuple[dict[str, int], str]:
@@ -243,18 +241,6 @@ class Launch:
             return [*words, "--no_ssh", "--node_rank", str(arguments.node_rank), PROGRAM, *self._given]
         quoted = map(launch_environment.for_pdsh, self._given)
         return [*words, "--no_ssh_check", "--force_multi", "--launcher", "pdsh", PROGRAM, *quoted]
-
-    def _await_ranks(self) -> None:
-        """Wait while a rank holds the run: it may be saving after its launcher has ended."""
-        deadline = time.monotonic() + SAVING_SECONDS
-        while True:
-            try:
-                RunLock.check(self._config.run_dir)
-                return
-            except BusyError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(0.2)
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         self._stopped = True

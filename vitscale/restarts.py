@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,8 +16,9 @@ from typing import Any, Literal, NamedTuple
 from vitscale import atomic, ending, history
 from vitscale import config as configs
 from vitscale.checkpoint.store import Home
-from vitscale.errors import MISTAKE, StoreDown
+from vitscale.errors import MISTAKE, BusyError, StoreDown
 from vitscale.run_dir import CONFIG_NAME
+from vitscale.run_lock import RunLock
 from vitscale.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 Kind = Literal["done", "again", "stop"]
 EXIT_STATUS: dict[Kind, int] = {"done": 0, "again": ending.PREEMPTED, "stop": MISTAKE}
 FILE_NAME = "restarts.json"
+# Until the ranks have saved after their launcher has ended, which may kill them itself by then.
+SAVING_SECONDS = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +111,14 @@ class Vain(NamedTuple):
 def after(
     config: TrainConfig, launcher_status: int | None, max_vain: int, *, since: float = 0.0, node: int = 0
 ) -> Decision:
-    """Decide after a start of a run, and count it in RUN/restarts.json.
+    """Decide after a start of a run, whose ranks it awaits, and count it in RUN/restarts.json.
 
     since: when the start began, in seconds since the epoch; without it the start is not
     counted. node: number of the machine that asks, of several that ask after the same start;
     machine 0 counts it.
+    Raises BusyError if a rank still holds the run after SAVING_SECONDS.
     """
+    await_ranks(config.run_dir)
     status, counts = ending.read(config.run_dir), bool(since) and not node
     vain = count(config.run_dir, newest_step(config), adds=counts)
     is_old = bool(status) and ending.written_at(status) < since and not is_finished(config, status)
@@ -120,6 +126,22 @@ def after(
     if counts and decision.kind != "again":  # whoever starts it now has dealt with what ended it
         forget(config.run_dir)
     return decision
+
+
+def await_ranks(run_dir: str | Path) -> None:
+    """Wait while a rank holds the run: it may be saving after its launcher has ended.
+
+    Raises BusyError after SAVING_SECONDS.
+    """
+    deadline = time.monotonic() + SAVING_SECONDS
+    while True:
+        try:
+            RunLock.check(run_dir)
+            return
+        except BusyError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def is_finished(config: TrainConfig, status: Mapping[str, Any]) -> bool:
