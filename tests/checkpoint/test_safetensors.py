@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vitscale.checkpoint.safetensors import SafetensorsReader, sizes, write_safetensors
+from vitscale.errors import CheckpointError
 
 
 def test_a_safetensors_file_without_tensors_is_read_and_its_header_is_aligned(tmp_path: Path) -> None:
@@ -35,6 +36,22 @@ def test_a_read_that_the_system_cuts_short_is_continued(
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:7]], offset))
     reader.read_into(destination, "a", 20)
     assert torch.equal(destination, values[20:70])
+
+
+@pytest.mark.parametrize("how", ["renamed", "written", "shorter"])
+def test_a_file_that_is_replaced_after_its_header_was_read_is_refused(tmp_path: Path, how: str) -> None:
+    path, new = tmp_path / "x.safetensors", tmp_path / "new.safetensors"
+    write_safetensors(path, {"a": torch.zeros(8), "b": torch.zeros(8)}, {})
+    os.utime(path, (1, 1))  # the clock of a file system may not tell two writes apart
+    reader, destination = SafetensorsReader(path), torch.empty(8)
+    reader.read_into(destination, "a", 0)
+    write_safetensors(new, {"a": torch.ones(8)} | ({} if how == "shorter" else {"b": torch.ones(8)}), {})
+    if how == "written":
+        path.write_bytes(new.read_bytes())
+    else:
+        new.rename(path)
+    with pytest.raises(CheckpointError, match=r"x.safetensors was replaced while it was read; run the same"):
+        reader.read_into(destination, "b", 0)
 
 
 def test_neighbours_in_a_file_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

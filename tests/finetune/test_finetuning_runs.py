@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import tomllib
@@ -12,12 +13,14 @@ import torch
 from make import write_step
 
 from vitscale import config as configs
-from vitscale.errors import ConfigError, UserError
+from vitscale.errors import CheckpointError, ConfigError, UserError
 from vitscale.finetune.runs import FineTuning, Slots, StartingPoint, finetuned, keep_config, located
 from vitscale.finetune.vtab import VtabConfig, score
 from vitscale.models.vit_config import ViTConfig
 from vitscale.train_config import TrainConfig
 from vitscale.vtab.tasks import TASKS
+from vitscale.weights.export import export_metadata, write_export
+from vitscale.weights.saved import SavedModel
 
 EVALS = {"a": {"kind": "classify", "test": "x"}}
 VIT = ViTConfig(variant="mu/16", image_size=16, num_classes=5)
@@ -75,12 +78,12 @@ def stopped() -> Slots:
     return slots
 
 
-STEP = "s3://bucket/run/checkpoints/step-000000007"
-START = StartingPoint(named="s3://bucket/run", path=STEP, step=7, model=VIT, digest="d1")
+STEP = "/bucket/run/checkpoints/step-000000007"
+START = StartingPoint(named="/bucket/run", path=STEP, step=7, model=VIT, digest="d1", version="")
 
 
 def test_a_vtab_run_starts_from_the_checkpoint_that_was_located(tmp_path: Path, stopped: Slots) -> None:
-    vtab = VtabConfig(checkpoint="s3://bucket/run", data=tmp_path / "data", out=tmp_path / "out")
+    vtab = VtabConfig(checkpoint="/bucket/run", data=tmp_path / "data", out=tmp_path / "out")
     with pytest.raises(UserError, match="ended early"):
         score(vtab, TASKS["svhn"], START, stopped)
     values = tomllib.loads((tmp_path / "out/svhn/final-seed0/config.toml").read_text())
@@ -141,7 +144,7 @@ def test_a_result_of_an_earlier_version_counts_where_its_config_fits(tmp_path: P
         )
         (folder / "result.json").write_text(json.dumps({"results": {"top1": 0.5}}))
         assert finetuned(tuning(folder), stopped) == 0.5 and not (folder / "source.json").exists()
-        other = dataclasses.replace(START, named="s3://bucket/other", path="s3://bucket/other/step")
+        other = dataclasses.replace(START, named="/bucket/other", path="/bucket/other/step")
         with pytest.raises(ConfigError, match=r"other settings \(init.checkpoint\)"):
             finetuned(tuning(folder, other), stopped)
 
@@ -162,6 +165,31 @@ def test_what_an_earlier_version_left_goes_on_as_it_began_or_begins_anew(
         kept = tomllib.loads((tmp_path / "config.toml").read_text())
         assert kept["init"]["checkpoint"] == (START.named if has_begun else START.path)
         assert (tmp_path / "source.json").exists() != has_begun  # nobody knows from which step it began
+
+
+def test_nothing_starts_from_an_export_that_was_replaced_meanwhile(
+    tmp_path: Path, model: Path, stopped: Slots
+) -> None:
+    export = tmp_path / "e.safetensors"
+    shutil.copy(model, export)
+    start = located(str(export))
+    vtab = VtabConfig(checkpoint=str(export), data=tmp_path, out=tmp_path / "vtab", protocol="linear")
+
+    def probe() -> object:
+        return score(vtab, TASKS["svhn"], start, stopped)
+
+    def training() -> object:
+        return finetuned(tuning(tmp_path / "tuned", start), stopped)
+
+    os.utime(export, (1, 1))  # copied anew
+    for begin in (training, probe):
+        with pytest.raises(UserError, match="ended early"):
+            begin()
+    tensors = {name: 2 * tensor for name, tensor in SavedModel(model).tensors()}
+    write_export(export, tensors.items(), SavedModel(model).shapes, export_metadata(start.model, 9, "fp32"))
+    for begin in (training, probe):
+        with pytest.raises(CheckpointError, match=r"e.safetensors holds other weights .* of step 0, or"):
+            begin()
 
 
 def test_a_probe_counts_for_its_weights_alone(tmp_path: Path, stopped: Slots) -> None:

@@ -117,12 +117,15 @@ class SafetensorsWriter:
 class SafetensorsReader:
     """Reads ranges of flattened tensors from a file straight into their destination.
 
-    Raises CheckpointError if the file is not safetensors, damaged, or cut short.
+    Raises CheckpointError if the file is not safetensors, damaged, or cut short, and if a local
+    one was replaced or written since its header was read.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = str(path)
         check_regular(self._path)
+        is_local = storage.is_local(self._path)
+        self._identity = _identity(os.stat(storage.local_path(self._path))) if is_local else None
         (length,) = struct.unpack("<Q", self._read_bytes(0, 8).ljust(8))
         size = storage.sizes([self._path])[0] or 0
         text = self._read_bytes(8, 8 + length) if length <= size - 8 else b""
@@ -171,7 +174,11 @@ class SafetensorsReader:
             yield None
             return
         with open(storage.local_path(self._path), "rb", buffering=0) as file:
-            yield file.fileno()
+            try:
+                yield file.fileno()
+            finally:  # not before the read: it may also be written meanwhile
+                if _identity(os.fstat(file.fileno())) != self._identity:
+                    raise _replaced(self._path)
 
     def _place(self, destination: Tensor, name: str, start: int) -> "Part":
         entry = self.header.get(name)
@@ -215,6 +222,23 @@ class SafetensorsReader:
 
     def _read_bytes(self, start: int, end: int) -> bytes:
         return storage.read_range(self._path, start, end)
+
+
+@contextlib.contextmanager
+def unreplaced(path: str) -> Iterator[None]:
+    """Raises CheckpointError if the block ends with another file of that name than it began."""
+    version = storage.versions([path])
+    yield
+    if storage.versions([path]) != version:
+        raise _replaced(path)
+
+
+def _identity(file: os.stat_result) -> tuple[int, ...]:
+    return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
+
+
+def _replaced(path: str) -> CheckpointError:
+    return CheckpointError(f"{path} was replaced while it was read; run the same command again")
 
 
 class Part(NamedTuple):

@@ -25,11 +25,13 @@ from typing import Any
 
 from vitscale import atomic, distributed, storage
 from vitscale import config as configs
+from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.ending import PREEMPTED
-from vitscale.errors import ConfigError, UserError
+from vitscale.errors import CheckpointError, ConfigError, UserError
 from vitscale.evals.store import digest_of
 from vitscale.models import ModelConfig
 from vitscale.train_config import TrainConfig
+from vitscale.weights.files import find_export
 from vitscale.weights.saved import SavedModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +46,8 @@ class StartingPoint:
     """The weights that all runs and probes of a command start from.
 
     named: the run, step directory or export that the user named, absolute. path: the step
-    directory or export that it was then. model: its config. digest: of its weights.
+    directory or export that it was then. model: its config. digest: of its weights. version: of
+    the file there that is replaced whenever they are (_version).
     """
 
     named: str
@@ -52,6 +55,7 @@ class StartingPoint:
     step: int
     model: ModelConfig
     digest: str
+    version: str
 
     def __str__(self) -> str:
         return f"{storage.without_query(self.path)} (step {self.step:,}, weights {self.digest})"
@@ -63,13 +67,33 @@ def located(checkpoint: str) -> StartingPoint:
     A live run saves newer checkpoints, and an export may be replaced. Raises CheckpointError.
     """
     saved = SavedModel(checkpoint)
+    version = _version(saved.path)  # before the weights are read
     return StartingPoint(
         named=storage.absolute(checkpoint),
         path=storage.absolute(saved.path),
         step=saved.step,
         model=saved.config,
         digest=digest_of(saved.tensors()),
+        version=version,
     )
+
+
+def check_unchanged(start: StartingPoint) -> None:
+    """Raise CheckpointError if other weights are now where a command starts from.
+
+    What is about to be done is then not what source.json says. Weights that were copied anew
+    are read again.
+    """
+    if _version(start.path) != start.version and located(start.path).digest != start.digest:
+        raise CheckpointError(
+            f"{storage.without_query(start.path)} holds other weights than when this command began; put back "
+            f"those of step {start.step:,}, or name another --out to start from the new ones"
+        )
+
+
+def _version(path: str) -> str:
+    """What changes when a step directory or an export is replaced."""
+    return storage.versions([find_export(path) or storage.child(path, MANIFEST)])[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +189,7 @@ def finetuned(tuning: FineTuning, slots: Slots) -> float:
     if config.init.checkpoint == tuning.start.path:
         keep_source(folder, tuning.start, tuning.score)
     if not (folder / "result.json").exists():
+        check_unchanged(tuning.start)
         train(folder, slots)
     slot = ["--ema"] if config.optim.ema_decay else []
     score = [ROOT / "tools" / "evaluate.py", "classify", config.run_dir, *tuning.score, *slot]

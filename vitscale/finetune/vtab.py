@@ -17,6 +17,7 @@ from vitscale.finetune.runs import (
     Slots,
     StartingPoint,
     check_overrides,
+    check_unchanged,
     deviating,
     finetuned,
     in_slots,
@@ -136,6 +137,8 @@ def _probe(config: VtabConfig, task: Task, start: StartingPoint, seed: int, slot
     if not (folder / "source.json").exists():  # of an earlier version, and nothing names its weights
         (folder / "result.json").unlink(missing_ok=True)
     keep_source(folder, start, options)
+    if not (folder / "result.json").exists():
+        check_unchanged(start)
     evaluate = (ROOT / "tools" / "evaluate.py", "linear", start.path)
     return scored(folder, (*evaluate, *options, "--cache", config.out / "features"), slots)
 

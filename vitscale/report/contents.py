@@ -12,7 +12,7 @@ from torch import Tensor
 from vitscale import storage
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import Manifest
-from vitscale.checkpoint.safetensors import SafetensorsReader
+from vitscale.checkpoint.safetensors import SafetensorsReader, unreplaced
 from vitscale.checkpoint.store import step_of
 from vitscale.checkpoint.verify import open_directory
 from vitscale.errors import CheckpointError
@@ -113,9 +113,10 @@ def chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _open_export(path: str) -> Contents:
-    metadata, file_of = read_index(path) if path.endswith(INDEX_NAME) else ({}, {})
-    files = sorted({storage.join(path, file) for file in file_of.values()}) or [path]
-    readers = [SafetensorsReader(file) for file in files]
+    with unreplaced(path):
+        metadata, file_of = read_index(path) if path.endswith(INDEX_NAME) else ({}, {})
+        files = sorted({storage.join(path, file) for file in file_of.values()}) or [path]
+        readers = [SafetensorsReader(file) for file in files]
     reader_of = {name: reader for reader in readers for name in reader.header}
     shapes = {name: tuple(reader.header[name]["shape"]) for name, reader in reader_of.items()}
     dtypes = {name: reader.dtype(name) for name, reader in reader_of.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitscale import atomic, storage
 from vitscale.checkpoint.manifest import MANIFEST
-from vitscale.checkpoint.safetensors import SafetensorsReader, SafetensorsWriter
+from vitscale.checkpoint.safetensors import SafetensorsReader, SafetensorsWriter, unreplaced
 from vitscale.errors import CheckpointError
 
 EXPORT_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -45,8 +45,9 @@ class Weights:
         """path: the file or the index. Raises CheckpointError for damaged and missing files."""
         self.path = str(path)
         if self.path.endswith(".json"):
-            self.metadata, file_of = read_index(self.path)
-            files = {file: _open(storage.join(self.path, file)) for file in sorted(set(file_of.values()))}
+            with unreplaced(self.path):
+                self.metadata, file_of = read_index(self.path)
+                files = {file: _open(storage.join(self.path, file)) for file in sorted(set(file_of.values()))}
             self._readers = {name: files[file] for name, file in file_of.items()}
         else:
             reader = _open(self.path)
