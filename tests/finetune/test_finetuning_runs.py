@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,18 @@ def test_each_process_has_one_of_the_gpus_that_are_visible(
         for _ in used:
             assert slots.run(["-c", code], tmp_path / "log", [sys.executable, "-S"]) == 0
     assert (tmp_path / "log").read_text().splitlines() == used
+
+
+def test_a_process_that_is_being_started_when_the_others_are_stopped_is_stopped(tmp_path: Path) -> None:
+    slots = Slots(1, 0)
+
+    class StoppedMeanwhile(list[str]):
+        def __iter__(self) -> Iterator[str]:
+            slots.stop()
+            return super().__iter__()
+
+    sleeping = StoppedMeanwhile(["-c", "import time; time.sleep(20)"])
+    assert slots.run(sleeping, tmp_path / "log", [sys.executable, "-S"]) == -signal.SIGTERM
 
 
 @pytest.fixture

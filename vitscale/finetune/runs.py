@@ -160,6 +160,8 @@ class Slots:
                 [*launcher, *map(str, command)], env=environment, stdout=output, stderr=output
             )
             self._running.add(process)
+            if self._stopped:  # while it was started, so that stop() may not have seen it
+                process.terminate()
             try:
                 return process.wait()
             finally:
