@@ -127,7 +127,7 @@ def check_run_dir(job: Job) -> None:
     folder = Path(job.config.run_dir)
     if not (folder / CONFIG_NAME).exists():
         return
-    old = _saved_config(folder / CONFIG_NAME)
+    old = saved_config_at(folder / CONFIG_NAME)
     # Where there is a checkpoint, its fingerprint shows whether the data are others.
     beside = ("data",) if store.Home.of(str(folder), old.checkpoint).committed() else ()
     source = old.checkpoint.store or str(folder)
@@ -148,7 +148,7 @@ def write_config(job: Job, progress: Progress, versions: Mapping[str, str]) -> d
         path = folder / CONFIG_NAME
         write_record(job)
         with _writing(job):
-            row = history.add_start(job, progress, _saved_config(path) if path.exists() else None, versions)
+            row = history.add_start(job, progress, saved_config_at(path) if path.exists() else None, versions)
             atomic.write(path, configs.to_toml(job.config).encode())
         return row
 
@@ -250,7 +250,7 @@ def check_new_length(checkpoint: str, step: int, total_steps: int) -> None:
         )
 
 
-def _saved_config(path: Path) -> TrainConfig:
+def saved_config_at(path: Path) -> TrainConfig:
     """The config of the run that is there. Raises ConfigError naming the file."""
     try:
         return configs.load(TrainConfig, [path])

@@ -49,6 +49,16 @@ def test_a_folder_with_another_run_is_left_as_it_is(tmp_path: Path, override: st
     assert configs.load(TrainConfig, [tmp_path / "config.toml"]) == config()
 
 
+def test_a_folder_of_an_earlier_version_is_continued(tmp_path: Path) -> None:
+    """It lacks the keys that were added since, and its evaluations decoded in one process."""
+    added = ("posemb_at", "distilled", "fraction", "label_smoothing", "head", "reduce_precision")
+    lines = configs.to_toml(config("evals.a.num_workers=0")).splitlines()
+    kept = [line for line in lines if line.partition(" = ")[0] not in added]
+    (tmp_path / "config.toml").write_text("\n".join(kept))
+    keep_config(tmp_path, config())
+    assert configs.load(TrainConfig, [tmp_path / "config.toml"]) == config()
+
+
 @pytest.mark.parametrize(
     ("visible", "num_gpus", "used"),
     [

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import atomic, distributed, storage
+from vitscale import atomic, distributed, run_dir, storage
 from vitscale import config as configs
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.ending import PREEMPTED
@@ -253,8 +253,14 @@ def _batch_size(config: TrainConfig) -> str:
 
 
 def is_free(key: str) -> bool:
-    """Whether a dotted key may differ where a command is repeated, by FREE_SECTIONS."""
-    return key.partition(".")[0] in FREE_SECTIONS and key != "checkpoint.keep_best"
+    """Whether a dotted key may differ where a command is repeated, by FREE_SECTIONS.
+
+    So may the number of processes that decode for an evaluation.
+    """
+    section, _, rest = key.partition(".")
+    if section == "evals":
+        return rest.endswith(".num_workers")
+    return section in FREE_SECTIONS and key != "checkpoint.keep_best"
 
 
 def deviating(overrides: Sequence[str]) -> list[str]:
@@ -276,7 +282,7 @@ def keep_config(folder: Path, config: TrainConfig) -> None:
     """Write the config.toml of a run's folder. Raises ConfigError if it holds another run."""
     path, text = folder / "config.toml", configs.to_toml(config)
     if path.exists():
-        old, new = (tomllib.loads(t) for t in (path.read_text(encoding="utf-8"), text))
+        old, new = map(configs.to_dict, (run_dir.saved_config_at(path), config))
         if keys := [key for key in configs.differing_keys(old, new) if not is_free(key)]:
             raise ConfigError(
                 f"{path.parent} holds a run with other settings ({', '.join(keys)}); name another --out"
