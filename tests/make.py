@@ -148,6 +148,7 @@ def manifest_of(step: int, header: dict[str, Any]) -> Manifest:
         "precision": "fp32",
         "config": CONFIG,
         "versions": {"vitscale": "0.1.0"},
+        "teacher": "",
     }
     values = {
         "optimizer": "adamw",

@@ -83,7 +83,7 @@ def _check_start(job: Job, model: Model, teacher: Teacher | None) -> None:
     if checkpoint:
         check_continuation(job, checkpoint)
         if teacher:
-            check_teacher(checkpoint, teacher.digest)
+            check_teacher(checkpoint, teacher.digest, teacher.weights)
         _check_state(checkpoint, config, model)
     else:
         _check_init(job, model)

@@ -13,7 +13,7 @@ from vitscale.evals import ClassifyConfig, EvalConfig, open_task
 from vitscale.evals.adapters import FrozenModel
 from vitscale.evals.classify import ClassifyTask
 from vitscale.evals.predictions import summary, write
-from vitscale.evals.store import FeatureStore, digest_of
+from vitscale.evals.store import FeatureStore, digest_of, model_digest
 from vitscale.evals.task import run_task, within_memory
 from vitscale.job import derive
 from vitscale.losses import LossConfig
@@ -49,8 +49,8 @@ def evaluate(
     place = locate(checkpoint)
     saved = distributed.together(lambda: SavedModel(place, slot=slot))
     module = distributed.together(lambda: saved.load(device))
-    weights = digest_of(module.state_dict().items()) if cache else ""
-    model = FrozenModel(module, device, FeatureStore(cache, weights))
+    digest = model_digest(digest_of(module.state_dict().items()), saved.config) if cache else ""
+    model = FrozenModel(module, device, FeatureStore(cache, digest))
     splits = isinstance(config, ClassifyConfig) and config.split
     source, loss = distributed.together(lambda: training_data(place)) if splits else (None, None)
     task = distributed.together(lambda: open_task(name, config, model.image_size, source, loss))

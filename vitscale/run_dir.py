@@ -32,7 +32,7 @@ REPLACED = (
 )  # fmt: skip
 # What may change at a resume: place, speed, logging, saving, evaluation, checks, expectations,
 # and a longer total. check_continuation compares the JPEG decoder that is in use, and
-# check_teacher the weights of the teacher.
+# check_teacher the teacher itself.
 LENGTH = ("total_steps", "total_epochs", "total_samples")
 CHANGEABLE = (
     "run_dir",
@@ -187,16 +187,17 @@ def check_continuation(job: Job, checkpoint: Checkpoint) -> None:
         )
 
 
-def check_teacher(checkpoint: Checkpoint, digest: str) -> None:
-    """Raise ConfigError if a checkpoint was distilled from a teacher of other weights.
+def check_teacher(checkpoint: Checkpoint, digest: str, weights: str) -> None:
+    """Raise ConfigError if a checkpoint was distilled from another teacher.
 
-    digest: of the teacher now. Where its files are may change.
+    digest, weights: of the teacher now; earlier versions saved that of the weights. Where its
+    files are may change.
     """
     before = checkpoint.manifest.train.teacher
-    if before != digest:
+    if before not in (digest, weights):
         raise ConfigError(
-            f"{checkpoint.folder} was distilled from another teacher, of weights {before}, and objective."
-            f"teacher has the weights {digest}; name that teacher, or choose another run_dir with [init] "
+            f"{checkpoint.folder} was distilled from another teacher, of digest {before}, and objective."
+            f"teacher has the digest {digest}; name that teacher, or choose another run_dir with [init] "
             f'checkpoint = "{checkpoint.folder}", full_state = true, which continues it with the change'
         )
 

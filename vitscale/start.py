@@ -123,7 +123,7 @@ def open_teacher(config: TrainConfig) -> Teacher | None:
     device, dtype = distributed.device(), DTYPES[config.precision]
     teacher = distributed.together(lambda: load_teacher(objective, place, config.model, device, dtype))
     if distributed.is_main():
-        logger.info("the teacher is %s, of weights %s", place, teacher.digest)
+        logger.info("the teacher is %s, of digest %s", place, teacher.digest)
     return teacher
 
 
@@ -139,7 +139,7 @@ def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine,
         with distributed.alike():
             check_continuation(job, checkpoint)
             if teacher:
-                check_teacher(checkpoint, teacher.digest)
+                check_teacher(checkpoint, teacher.digest, teacher.weights)
         distributed.on_main(lambda: write_record(job))
     elif config.init.full_state:
         checkpoint = open_together(config.init.checkpoint)

@@ -1,7 +1,7 @@
 """The teacher of a distillation: a frozen classifier, on each rank as a whole.
 
-It is no part of the engine or of checkpoints; these hold a digest of its weights, so that no
-resume continues with another one.
+It is no part of the engine or of checkpoints; these hold a digest of it, so that no resume
+continues with another one.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitscale.checkpoint.verify import Checkpoint
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.evals.store import digest_of
+from vitscale.evals.store import digest_of, model_digest
 from vitscale.image_size import ImageSize, pixels, written
 from vitscale.models import Model, ModelConfig
 from vitscale.models.resnet import ResNetConfig
@@ -30,12 +30,15 @@ _NPZ = ".npz"
 class Teacher:
     """A classifier in evaluation mode, without gradients: pixels in [-1, 1] to logits in fp32.
 
-    digest: names its weights in fp32, whatever it computes in. num_bytes: that they take.
+    digest: names it, whatever it computes in. weights: names its weights in fp32 alone, as
+    earlier versions did. num_bytes: that they take.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Takes the module over. dtype: what it computes in."""
-        self.digest = digest_of(module.state_dict().items())
+        self.weights = digest_of(module.state_dict().items())
+        ours = isinstance(module, Model)
+        self.digest = model_digest(self.weights, module.config) if ours else self.weights
         module = module.eval().requires_grad_(False).to(device)
         self._module, self._dtype = module.to(dtype) if isinstance(module, Model) else module, dtype
         self.num_bytes = sum(tensor.nbytes for tensor in self._module.state_dict().values())

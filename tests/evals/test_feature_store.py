@@ -1,6 +1,8 @@
 """Features are computed once for the same weights and the same data, and again for others."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,10 @@ from evals.test_tasks import ColourModel, write_shard
 
 from vitscale.evals import KnnConfig, open_task
 from vitscale.evals.store import FeatureStore, digest_of
+from vitscale.evaluate import evaluate
+from vitscale.models import build_model
+from vitscale.models.vit_config import ViTConfig
+from vitscale.weights.export import export_metadata, write_export
 
 
 class Counted:
@@ -57,6 +63,32 @@ def test_other_values_have_another_name():
     with torch.no_grad():
         same.bias[0] += 1e-7
     assert digest_of(one.state_dict().items()) != digest_of(same.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "files"),
+    [
+        ({"num_heads": 4}, 2),
+        ({"gelu": "exact"}, 2),
+        ({"norm_eps": 1e-3}, 2),
+        ({"dropout": 0.5, "drop_path": 0.5, "head_bias": -1.0}, 1),  # of training alone
+        ({"variant": "S/4", "width": 192, "mlp_dim": 768, "num_heads": 3}, 1),  # the same, spelled out
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
+)
+def test_equal_tensors_in_another_model_have_other_features(
+    tmp_path: Path, change: dict[str, Any], files: int
+) -> None:
+    config = ViTConfig(variant="Ti/4", depth=1, image_size=4, num_classes=2)
+    weights = {name: param.detach() for name, param in build_model(config, seed=0).named_parameters()}
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    shards, folder = write_shard(tmp_path / "a.tar", ["0", "1"] * 4), tmp_path / "features"
+    knn = KnnConfig(train=shards, test=shards, k=(1,))
+    for number, model in enumerate((config, dataclasses.replace(config, **change))):
+        path = tmp_path / f"{number}.safetensors"
+        write_export(path, weights.items(), shapes, export_metadata(model, 7, "fp32"))
+        evaluate(str(path), "a", knn, torch.device("cpu"), cache=str(folder))
+    assert len(list(folder.iterdir())) == files
 
 
 def test_another_size_crop_or_set_is_other_data(tmp_path: Path):

@@ -16,7 +16,15 @@ from make import write_step
 
 from vitscale import config as configs
 from vitscale.errors import CheckpointError, ConfigError, UserError
-from vitscale.finetune.runs import FineTuning, Slots, StartingPoint, finetuned, keep_config, located
+from vitscale.finetune.runs import (
+    FineTuning,
+    Slots,
+    StartingPoint,
+    finetuned,
+    keep_config,
+    keep_source,
+    located,
+)
 from vitscale.finetune.vtab import VtabConfig, score
 from vitscale.models.vit_config import ViTConfig
 from vitscale.train_config import TrainConfig
@@ -103,7 +111,7 @@ def stopped() -> Slots:
 
 
 STEP = "/bucket/run/checkpoints/step-000000007"
-START = StartingPoint(named="/bucket/run", path=STEP, step=7, model=VIT, digest="d1", version="")
+START = StartingPoint(named="/bucket/run", path=STEP, step=7, model=VIT, weights="w1", version="")
 
 
 def test_a_vtab_run_starts_from_the_checkpoint_that_was_located(tmp_path: Path, stopped: Slots) -> None:
@@ -130,11 +138,11 @@ def test_a_live_run_is_located_at_its_newest_step(tmp_path: Path) -> None:
     ]
     newest, older = located(str(tmp_path)), located(str(steps[0]))
     assert (newest.path, newest.step, newest.model) == (str(steps[1]), 2, VIT)
-    assert (older.path, older.step) == (str(steps[0]), 1) and older.digest != newest.digest
+    assert (older.path, older.step) == (str(steps[0]), 1) and older.weights != newest.weights
 
 
 def test_an_export_is_known_by_its_weights(tmp_path: Path, model: Path) -> None:
-    assert located(str(shutil.copy(model, tmp_path))).digest == located(str(model)).digest
+    assert located(str(shutil.copy(model, tmp_path))).weights == located(str(model)).weights
 
 
 def tuning(folder: Path, start: StartingPoint = START, data: str = "/data/test.tar") -> FineTuning:
@@ -149,13 +157,25 @@ def test_a_result_counts_for_its_weights_and_test_set_alone(tmp_path: Path, stop
     assert finetuned(tuning(tmp_path), stopped) == 0.5
     for other, said in (
         (
-            tuning(tmp_path, dataclasses.replace(START, digest="d2")),
-            r"another checkpoint \(.*step-000000007 \(step 7, weights d1\), now .*weights d2\)\); name",
+            tuning(tmp_path, dataclasses.replace(START, weights="w2")),
+            r"another checkpoint \(.*step-000000007 \(step 7, model \w{32}\), now .*model \w{32}\)\); name",
+        ),
+        (
+            tuning(tmp_path, dataclasses.replace(START, model=dataclasses.replace(VIT, gelu="exact"))),
+            r"another checkpoint \(",
         ),
         (tuning(tmp_path, data="/b"), r"another evaluation \(--data /data/test.tar, now --data /b\); name"),
     ):
         with pytest.raises(ConfigError, match=f"{tmp_path} holds results of {said}"):
             finetuned(other, stopped)
+
+
+def test_a_source_of_an_earlier_version_counts_by_its_weights(tmp_path: Path) -> None:
+    source = {"checkpoint": f"{STEP} (step 7, weights w1)", "evaluation": "--data a"}
+    (tmp_path / "source.json").write_text(json.dumps(source))
+    keep_source(tmp_path, START, ["--data", "a"])
+    with pytest.raises(ConfigError, match=r"another checkpoint \(.*weights w1\), now "):
+        keep_source(tmp_path, dataclasses.replace(START, weights="w2"), ["--data", "a"])
 
 
 def test_a_result_of_an_earlier_version_counts_where_its_config_fits(tmp_path: Path, stopped: Slots) -> None:
@@ -226,4 +246,4 @@ def test_a_probe_counts_for_its_weights_alone(tmp_path: Path, stopped: Slots) ->
     result.write_text(json.dumps({"results": {"top1": 0.5}}))
     assert score(vtab, TASKS["svhn"], START, stopped) == [0.5]
     with pytest.raises(ConfigError, match="linear-seed0 holds results of another checkpoint"):
-        score(vtab, TASKS["svhn"], dataclasses.replace(START, digest="d2"), stopped)
+        score(vtab, TASKS["svhn"], dataclasses.replace(START, weights="w2"), stopped)

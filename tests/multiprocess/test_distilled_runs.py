@@ -132,7 +132,7 @@ def test_a_resume_with_another_teacher_is_refused_in_one_sentence(
     assert zygote.train(job, 2, *by(path), event=KillAll(batch=8)) == [-9, -9], job.output()
     saved_model(path, TEACHER, seed=1)
     assert zygote.train(job, 2, *by(path)) == [2, 2]
-    assert "was distilled from another teacher, of weights" in job.output()
+    assert "was distilled from another teacher, of digest" in job.output()
     assert zygote.train(job, 2, *by(path), "--dry-run")[0] == 2
     continued = (f"init.checkpoint={job.run_dir}", "init.full_state=true", f"run_dir={tmp_path}/new")
     assert zygote.train(job, 2, *by(path), *continued) == [0, 0], job.output()

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from foreign_models import TINY, images, logits, randomise, resolved, same_weights, saved_model
+from make import write_step
 from safetensors.torch import load_file, save_file
 
 from vitscale import load_model
+from vitscale.checkpoint.verify import open_directory
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import DistillationConfig
+from vitscale.run_dir import check_teacher
 from vitscale.teacher import load_teacher
 from vitscale.weights.foreign.convert import export_model, import_model
 
@@ -94,7 +97,7 @@ def test_other_formats_have_no_place_for_the_token(tmp_path: Path, format: Any, 
         import_model(plain, tmp_path / "b", format="npz", overrides=["model.distilled=true"])
 
 
-# teachers of timm
+# teachers
 
 STUDENT = ViTConfig(variant="Ti/8", image_size=64, num_classes=5)
 
@@ -103,6 +106,24 @@ def teacher_of(weights: str, dtype: torch.dtype = torch.float32, **student: int)
     config = DistillationConfig(teacher="timm:regnety_002", teacher_weights=weights)
     config_of_student = dataclasses.replace(STUDENT, **student)
     return load_teacher(config, config.teacher, config_of_student, torch.device("cpu"), dtype)
+
+
+def test_equal_weights_in_another_model_are_another_teacher(tmp_path: Path) -> None:
+    """What an earlier version saved names the weights alone, and is continued."""
+    teachers = []
+    for gelu in ("tanh", "exact"):
+        path = tmp_path / f"{gelu}.safetensors"
+        saved_model(path, dataclasses.replace(TINY, gelu=gelu))
+        device, config = torch.device("cpu"), DistillationConfig(teacher=str(path))
+        teachers.append(load_teacher(config, str(path), TINY, device, torch.float32))
+    first, other = teachers
+    assert first.weights == other.weights
+    for number, saved in enumerate((first.digest, first.weights)):
+        step = write_step(tmp_path / str(number), 1, {("fp32", "a"): torch.zeros(2)}, teacher=saved)
+        check_teacher(open_directory(str(step)), first.digest, first.weights)
+    check_teacher(open_directory(str(step)), other.digest, other.weights)
+    with pytest.raises(ConfigError, match=f"of digest {first.digest}, and .*{other.digest};"):
+        check_teacher(open_directory(str(tmp_path / "0")), other.digest, other.weights)
 
 
 def test_timms_regnet_sees_the_students_images_as_it_was_trained(tmp_path: Path, timm: Any) -> None:

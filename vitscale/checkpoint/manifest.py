@@ -61,7 +61,7 @@ class TrainState:
     versions: of the packages that it ran with.
     healthy: since the checkpoint before it, no step was skipped (in fp16: only to find the loss
         scale), and losses and gradients were finite. True where it is not known.
-    teacher: a digest of the weights of a distillation's teacher; "" = there is none.
+    teacher: a digest of a distillation's teacher; "" = there is none.
     """
 
     step: int

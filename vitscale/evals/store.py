@@ -1,5 +1,6 @@
 """Features that were computed before: in memory, and in a folder for later commands."""
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitscale import atomic, distributed
+from vitscale.models.model import CommonConfig
+from vitscale.models.transfer import backbone_of
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +21,7 @@ class FeatureStore:
     """Tables of one model's features, by the name of the data.
 
     folder: where they are kept as safetensors; "" = in memory alone. All ranks must see it.
-    model: names the weights (digest_of).
+    model: names the model (model_digest).
     """
 
     def __init__(self, folder: str = "", model: str = "") -> None:
@@ -48,6 +51,15 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def model_digest(weights: str, config: CommonConfig) -> str:
+    """A name of a model, by digest_of its tensors and what else its features follow from.
+
+    Models with other heads or another GELU may have the same tensors.
+    """
+    values = json.dumps(backbone_of(config), sort_keys=True)
+    return xxhash.xxh3_128(f"{weights} {values}".encode()).hexdigest()
 
 
 def _is_whole(path: Path) -> bool:

@@ -28,7 +28,7 @@ from vitscale import config as configs
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.ending import PREEMPTED
 from vitscale.errors import CheckpointError, ConfigError, UserError
-from vitscale.evals.store import digest_of
+from vitscale.evals.store import digest_of, model_digest
 from vitscale.models import ModelConfig
 from vitscale.train_config import TrainConfig
 from vitscale.weights.files import find_export
@@ -46,19 +46,27 @@ class StartingPoint:
     """The weights that all runs and probes of a command start from.
 
     named: the run, step directory or export that the user named, absolute. path: the step
-    directory or export that it was then. model: its config. digest: of its weights. version: of
-    the file there that is replaced whenever they are (_version).
+    directory or export that it was then. model: its config. weights: digest_of them.
+    version: of the file there that is replaced whenever they are (_version).
     """
 
     named: str
     path: str
     step: int
     model: ModelConfig
-    digest: str
+    weights: str
     version: str
 
     def __str__(self) -> str:
-        return f"{storage.without_query(self.path)} (step {self.step:,}, weights {self.digest})"
+        return self._named(f"model {model_digest(self.weights, self.model)}")
+
+    @property
+    def in_earlier_versions(self) -> str:
+        """As they wrote it, by its weights alone."""
+        return self._named(f"weights {self.weights}")
+
+    def _named(self, digest: str) -> str:
+        return f"{storage.without_query(self.path)} (step {self.step:,}, {digest})"
 
 
 def located(checkpoint: str) -> StartingPoint:
@@ -73,7 +81,7 @@ def located(checkpoint: str) -> StartingPoint:
         path=storage.absolute(saved.path),
         step=saved.step,
         model=saved.config,
-        digest=digest_of(saved.tensors()),
+        weights=digest_of(saved.tensors()),
         version=version,
     )
 
@@ -84,7 +92,7 @@ def check_unchanged(start: StartingPoint) -> None:
     What is about to be done is then not what source.json says. Weights that were copied anew
     are read again.
     """
-    if _version(start.path) != start.version and located(start.path).digest != start.digest:
+    if _version(start.path) != start.version and str(located(start.path)) != str(start):
         raise CheckpointError(
             f"{storage.without_query(start.path)} holds other weights than when this command began; put back "
             f"those of step {start.step:,}, or name another --out to start from the new ones"
@@ -313,7 +321,7 @@ def keep_source(folder: Path, start: StartingPoint, score: Sequence[str]) -> Non
     if path.exists():
         kept = json.loads(path.read_bytes())
         for key, value in source.items():
-            if kept[key] != value:
+            if kept[key] not in (value, start.in_earlier_versions):
                 raise ConfigError(
                     f"{folder} holds results of another {key} ({kept[key]}, now {value}); name another --out"
                 )

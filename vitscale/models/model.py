@@ -19,6 +19,9 @@ class CommonConfig(Protocol):
     """What the config of every kind of model says."""
 
     @property
+    def kind(self) -> str: ...
+
+    @property
     def image_size(self) -> ImageSize: ...
 
     @property

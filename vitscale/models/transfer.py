@@ -1,9 +1,12 @@
 """Fine-tuning: which weights a model takes over from a pretrained one, and how they fit."""
 
+from typing import Any
+
 from torch import Tensor
 
 from vitscale.errors import ConfigError
 from vitscale.models import ModelConfig
+from vitscale.models.model import CommonConfig
 from vitscale.models.posemb import resize_axis, resize_posemb
 from vitscale.models.resnet import ResNetConfig
 
@@ -29,16 +32,24 @@ _SAME = {
 }
 
 
+def backbone_of(config: CommonConfig) -> dict[str, Any]:
+    """The kind of a model and the keys of [model] that its backbone follows from, resolved.
+
+    With these and its tensors, a model has the same features at the same image size.
+    """
+    values = {"kind": config.kind}
+    values |= {name.removeprefix("resolved_"): getattr(config, name) for name in _SAME[config.kind]}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
 def check_backbone(source: ModelConfig, target: ModelConfig) -> None:
     """Raise ConfigError, naming the key, unless the two models have the same backbone."""
-    for name in ("kind", *(_SAME[target.kind] if source.kind == target.kind else ())):
-        wanted, saved = getattr(target, name), getattr(source, name)
-        if wanted != saved:
-            wanted, saved = (list(v) if isinstance(v, tuple) else v for v in (wanted, saved))
-            key = name.removeprefix("resolved_")
+    saved = backbone_of(source)
+    for key, wanted in backbone_of(target).items():
+        if wanted != saved[key]:  # the kind first, which says what other keys there are
             raise ConfigError(
-                f"model.{key} is {wanted!r}, but the [init] checkpoint has {saved!r}; "
-                f"set model.{key} = {saved!r}"
+                f"model.{key} is {wanted!r}, but the [init] checkpoint has {saved[key]!r}; "
+                f"set model.{key} = {saved[key]!r}"
             )
     if isinstance(source, ResNetConfig) or isinstance(target, ResNetConfig) or source.posemb != "relative":
         return
