@@ -1,16 +1,21 @@
-"""Room in /dev/shm for what data workers hold ready."""
+"""Room in /dev/shm for what data workers hold ready, and in TMPDIR for their sockets."""
 
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from make import write_shards
+from make import write_index, write_shards
 
 from vitscale import config as configs
+from vitscale.data import load
+from vitscale.data.evalset import EvaluationSet
 from vitscale.data.loader import PREFETCHED_STEPS
+from vitscale.errors import ConfigError
 from vitscale.evals import open_task
 from vitscale.evals.task import Task
-from vitscale.shared_memory import needed
+from vitscale.shared_memory import check, needed
 from vitscale.train_config import TrainConfig
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "vit_b16_in21k.toml"
@@ -68,6 +73,30 @@ def test_an_evaluation_needs_no_more_than_its_own_images(tmp_path: Path, values:
     overrides = ["engine.num_workers=0", f"evals.a={{test='{test}', {values}}}"]
     config = configs.load(TrainConfig, [PRETRAIN], ["global_batch=4096", *overrides])
     assert needed(config, 2, open_evaluations(config)) == images * IMAGE
+
+
+def test_workers_start_only_where_the_paths_of_their_sockets_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = write_index(tmp_path, [8])
+    images = EvaluationSet.open(str(index), image_size=8, num_workers=1)
+    config = configs.load(TrainConfig, [PRETRAIN], ["engine.num_workers=1"])
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        for length in (75, 76):
+            long = Path(folder, "t" * (length - len(folder) - 1))
+            long.mkdir()
+            monkeypatch.setattr(tempfile, "tempdir", str(long))
+            for start in (
+                lambda: next(iter(load(index, global_batch=8, image_size=8, num_workers=1))),
+                lambda: next(images.batches(np.arange(8), 8)),
+                lambda: check(config, {}),
+            ):
+                if length == 75:
+                    start()
+                    continue
+                with pytest.raises(ConfigError, match=f"socket in {long} .*too long.*; set TMPDIR=/tmp, or"):
+                    start()
+        check(configs.load(TrainConfig, [PRETRAIN], ["engine.num_workers=0"]), {})
 
 
 def open_evaluations(config: TrainConfig) -> dict[str, Task]:

@@ -14,7 +14,7 @@ import torch
 
 from vitscale import distributed
 from vitscale.data.evalset import PREFETCHED_BATCHES
-from vitscale.data.loader import PREFETCHED_STEPS
+from vitscale.data.loader import PREFETCHED_STEPS, check_sockets
 from vitscale.errors import ConfigError
 from vitscale.evals.task import Task, TaskConfig, num_samples
 from vitscale.image_size import sides
@@ -73,10 +73,14 @@ def shortage(available: int, num_processes: int, each: int) -> str:
 def check(config: TrainConfig, tasks: Mapping[str, Task]) -> None:
     """Raise ConfigError if the workers of this machine's ranks would run out of it.
 
-    Every rank calls it, and one of each machine looks.
+    So too if they cannot make sockets. Every rank calls it, and one of each machine looks.
     """
-    if distributed.local_rank() or not os.path.isdir(FOLDER):
+    if distributed.local_rank():
         return
     each = needed(config, distributed.world_size(), tasks)
+    if each:
+        check_sockets()
+    if not os.path.isdir(FOLDER):
+        return
     if sentence := shortage(free(), distributed.local_world_size(), each):
         raise ConfigError(f"{socket.gethostname()}: {sentence}")

@@ -1,6 +1,7 @@
 """What one host says of itself, and the exit status of the comparison."""
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def test_shared_memory_is_what_training_will_ask_for(words: list[str]) -> None:
     facts = json.loads(program.own_facts(words))
     assert facts["errors"] == []
     assert facts["shm_needed"] == shared_memory.needed(config, 1, open_tasks(job)) > 0
+
+
+def test_a_folder_in_which_workers_cannot_make_sockets_is_named(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ("t" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("t" * 100)))
+    (error,) = json.loads(program.own_facts(words))["errors"]
+    assert "data workers cannot make a socket" in error
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vitscale import distributed, processes
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.index import Index
 from vitscale.data.indexing import open_index
-from vitscale.data.loader import end_workers, noticing_deaths, pad_labels, prepare_worker
+from vitscale.data.loader import check_sockets, end_workers, noticing_deaths, pad_labels, prepare_worker
 from vitscale.data.reader import describe, read_any, read_samples
 from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import Source, label_problem
@@ -91,10 +91,12 @@ class EvaluationSet:
 
         num_classes: of the model; a sample with a higher label cannot be used. 0 = any label.
         Raises DataError at a sample that cannot be used, unless it is of a validation split,
-        and StoreError if a store does not answer.
+        StoreError if a store does not answer, and ConfigError as check_sockets does.
         """
         parts = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
         num_workers = min(self.num_workers, len(parts))
+        if num_workers:
+            check_sockets()
         loader = DataLoader(
             dataclasses.replace(self._views, num_classes=num_classes),
             batch_size=None,

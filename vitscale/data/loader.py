@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import gc
 import queue
+import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -36,7 +38,7 @@ from vitscale.data.reader import read_chunk
 from vitscale.data.sources import Source
 from vitscale.data.stages import Stages
 from vitscale.data.transforms import finish_views
-from vitscale.errors import UserError
+from vitscale.errors import ConfigError, UserError
 
 T = TypeVar("T")
 PREFETCHED_STEPS = 2  # per worker
@@ -88,9 +90,12 @@ def batches(stream: Stream, num_workers: int) -> Generator[Batch, None, None]:
     """The stream's batches, one a step.
 
     The lanes are divided among `num_workers` processes (0 = read in this one). Raises DataError
-    if the data cannot be used, and StoreError if a store does not answer.
+    if the data cannot be used, StoreError if a store does not answer, and ConfigError as
+    check_sockets does.
     """
     workers = min(num_workers, len(stream.lanes))
+    if workers:
+        check_sockets()
     stream.mixture.draw_epochs(stream.first_step)  # once, and shared by the workers
     loader = DataLoader(
         _WorkerStream(stream),
@@ -221,6 +226,22 @@ def noticing_deaths() -> Iterator[None]:
     except (EOFError, OSError):
         time.sleep(DEATH_SECONDS)
         raise
+
+
+def check_sockets() -> None:
+    """Raise ConfigError if data workers cannot make the sockets that hand their tensors over.
+
+    They would fail in a thread, and what reads from them would wait forever. The path of a
+    socket has at most 107 bytes; 32 of them are multiprocessing's.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="pymp-") as folder, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}/listener-{'_' * 8}")
+    except OSError as error:
+        raise ConfigError(
+            f"{socket.gethostname()}: data workers cannot make a socket in {tempfile.tempdir} ({error}); "
+            "set TMPDIR=/tmp, or num_workers = 0"
+        ) from None
 
 
 def prepare_worker(_: int) -> None:

@@ -20,6 +20,7 @@ from vitscale import __version__, distributed, hardware, memory, shared_memory
 from vitscale import config as configs
 from vitscale.checkpoint import room
 from vitscale.checkpoint.store import Home
+from vitscale.data.loader import check_sockets
 from vitscale.data.sources import check_sources, open_sources
 from vitscale.errors import StoreDown, UserError
 from vitscale.job import Job, derive, open_tasks
@@ -87,6 +88,8 @@ def _own(
         index = xxhash.xxh3_64(fingerprints.encode()).hexdigest()
         job = derive(config, world_size, sources)
         shm_needed = shared_memory.needed(config, world_size, open_tasks(job))
+        if shm_needed:
+            check_sockets()
     except UserError as error:
         failure = error
     if interface := speed.missing_interface():
