@@ -92,11 +92,13 @@ def test_three_ranks_give_the_json_that_one_process_gives(
     export: Path, shards: Path, tmp_path: Path, kind: str
 ):
     outcomes = []
-    for ranks in (1, 3):
+    odd = tmp_path / "odd [x]"
+    odd.symlink_to(shards)
+    for ranks, folder in ((1, odd), (3, shards)):
         out = tmp_path / f"{ranks}.json"
         extra = ["--shots", "1,5"] if kind == "fewshot" else []
         result = run_tool(
-            kind, export, "--data", shards, "--batch-size", 5, "--json", out, *extra, ranks=ranks
+            kind, export, "--data", folder, "--batch-size", 5, "--json", out, *extra, ranks=ranks
         )
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("step 123") == 1  # one rank speaks

@@ -2,7 +2,9 @@
 """Evaluate a checkpoint: what its features are good for, or the accuracy of its head."""
 
 import argparse
+import glob
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -246,11 +248,11 @@ def _config_values(args: argparse.Namespace) -> dict[str, Any]:
         values.pop(key, None)
     if not args.data:
         return values
+    folder = (glob.escape(args.data) if os.path.isdir(args.data) else args.data).rstrip("/")
     if args.kind in PROBES:
-        folder = args.data.rstrip("/")
         return {"train": f"{folder}/train-*.tar", "test": f"{folder}/test-*.tar", **values}
     is_shards = args.data.endswith((".tar", ".json"))
-    return {"test": args.data if is_shards else f"{args.data.rstrip('/')}/test-*.tar", **values}
+    return {"test": args.data if is_shards else f"{folder}/test-*.tar", **values}
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -48,8 +48,9 @@ CREDENTIALS = {
 def expand(pattern: str) -> list[str]:
     """The sorted URLs that a glob, a brace pattern ({000..127}) or a plain URL names.
 
-    A remote pattern names its shards by braces, which needs no permission to list, or by `*`
-    where the store can list. Raises ConfigError if there are none.
+    A local path that exists is that file, whatever its name. A remote pattern names its shards
+    by braces, which needs no permission to list, or by `*` where the store can list. Raises
+    ConfigError if there are none.
     """
     urls: set[str] = set()
     try:
@@ -60,14 +61,16 @@ def expand(pattern: str) -> list[str]:
         ) from None
     for url in expanded:
         if any(c in url for c in "*?[") and is_local(url):
-            urls.update(glob.glob(local_path(url), recursive=True))
+            path = local_path(url)
+            urls.update([path] if os.path.lexists(path) else glob.glob(path, recursive=True))
         elif any(c in without_query(url) for c in "*["):
-            urls.update(_on_store(_glob, url, "listing"))
+            urls.update(_on_store(lambda fs, path: map(fs.unstrip_protocol, fs.glob(path)), url, "listing"))
         else:
             urls.add(url)
     if not urls:
+        hint = "; write [[] for each [ in the name of a folder" if "[" in pattern else ""
         raise ConfigError(
-            f"no file matches {pattern!r}; check the path, and quote it if your shell expands patterns"
+            f"no file matches {pattern!r}; check the path, and quote it if your shell expands patterns{hint}"
         )
     return sorted(urls)
 
@@ -246,10 +249,6 @@ class _RangeFile(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
-
-
-def _glob(fs: Any, path: str) -> list[str]:
-    return list(map(fs.unstrip_protocol, fs.glob(path)))
 
 
 def _pread(path: str, start: int, end: int) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from make import jpeg, write_shards, write_tar
 
+from vitscale import storage
 from vitscale.curate.stats import doubts
 from vitscale.curate.verify import verify_index
 from vitscale.data.index import Index, check_shards, damaged_chunks
@@ -350,6 +351,29 @@ def test_an_edited_index_is_refused(tmp_path: Path, index: Index, edit) -> None:
     path.write_text(json.dumps(values))
     with pytest.raises(DataError, match=r"make (it|one) with: python tools/data\.py index"):
         Index.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("{odd}/a0.tar", ["a0.tar"]),
+        ("{odd}/a[0].tar", ["a[0].tar"]),  # it exists; else a0.tar
+        ("{odd}/a{{0..1}}.tar", ["a0.tar", "a1.tar"]),
+        ("{escaped}/a?.tar", ["a0.tar", "a1.tar"]),
+        ("{odd}/a?.tar", []),
+    ],
+)
+def test_what_exists_is_no_pattern(tmp_path: Path, pattern: str, names: list[str]) -> None:
+    odd = tmp_path / "odd [x]*"
+    odd.mkdir()
+    for name in ("a0.tar", "a1.tar", "a[0].tar"):
+        (odd / name).touch()
+    pattern = pattern.format(odd=odd, escaped=tmp_path / "odd [[]x][*]")
+    if names:
+        assert storage.expand(pattern) == [f"{odd}/{name}" for name in names]
+        return
+    with pytest.raises(ConfigError, match=r"no file matches .*; write \[\[\] for each \[ in the name of a"):
+        storage.expand(pattern)
 
 
 def test_pipe_urls_are_refused() -> None:

@@ -15,9 +15,10 @@ from finetune.commands import ROOT, TIMEOUT_SECONDS, run
 from make import write_index, write_step
 
 from vitscale import config as configs
+from vitscale import storage
 from vitscale.errors import ConfigError
 from vitscale.finetune import grid
-from vitscale.finetune.grid import GridResult, read, values_for
+from vitscale.finetune.grid import GridResult, absolute_pattern, read, values_for
 from vitscale.finetune.model import KEYS, tuned_model
 from vitscale.finetune.protocols import PROTOCOLS, finetuning_config
 from vitscale.models import ModelConfig
@@ -72,6 +73,27 @@ def command(model: Path, recipe: Path, *options: str) -> list[str]:
 
 def finetune(model: Path, recipe: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return run(command(model, recipe, *options))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("./test-0.tar", ["test-0.tar"]),
+        ("test-[0].tar", ["test-0.tar"]),
+        ("x/../test-*.tar", ["test-0.tar", "test-1.tar"]),
+    ],
+)
+def test_test_shards_are_found_from_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, names: list[str]
+) -> None:
+    odd = tmp_path / "odd [x]*"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    for number in range(2):
+        (odd / f"test-{number}.tar").touch()
+    absolute = absolute_pattern(pattern)
+    assert storage.expand(absolute) == [f"{odd}/{name}" for name in names]
+    assert absolute_pattern(absolute) == absolute and absolute_pattern("s3://b/*.tar") == "s3://b/*.tar"
 
 
 def test_a_recipe_is_done_once_whole(model: Path, recipe: Path, sweep: bool) -> None:

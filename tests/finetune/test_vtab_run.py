@@ -22,19 +22,20 @@ SMALL = (
     *("total_steps=4", "global_batch=2", "model.image_size=8", "engine.num_workers=0"),
     *("engine.micro_batch=2", "log.every_steps=1", "checkpoint.every_steps=1"),
 )
+DATA = "data [x]"  # a name that is a pattern of others
 COUNTS = {"retinopathy": 3}  # whose images take long
 
 
 def make_task(folder: Path, name: str) -> None:
     raw = make_raw(name, folder / "raw" / name, COUNTS.get(name, 120))
-    out = folder / "data" / name
+    out = folder / DATA / name
     report = pack(str(raw.source), out, PackConfig(format=f"vtab/{name}", membership=raw.membership))
     for split, paths in report.shards.items():
         build_index(paths).save(out / f"{split}.index.json")
 
 
 def command(model: Path, folder: Path, *options: str) -> list[str]:
-    words = ["tools/evaluate.py", "vtab", model, "--data", folder / "data", "--out", folder / "out"]
+    words = ["tools/evaluate.py", "vtab", model, "--data", folder / DATA, "--out", folder / "out"]
     return [sys.executable, *map(str, words), *options]
 
 
@@ -82,7 +83,7 @@ def test_what_is_missing_is_told_before_anything_is_trained(tmp_path: Path, mode
     for options, sentence in (
         (
             ["--tasks", "svhn,dtd"],
-            "data/dtd holds no train800-*.tar; make it with: python tools/data.py pack",
+            f"{DATA}/dtd holds no train800-*.tar; make it with: python tools/data.py pack",
         ),
         (["--tasks", "mnist"], "--tasks mnist: name some of caltech101, "),
         (["--tasks", "svhn", "--protocol", "linear", "--set", "seed=1"], "--set changes fine-tunings"),

@@ -1,7 +1,9 @@
 """A fine-tuning as in the paper's Table 4: dev images choose the rate, seeds repeat it."""
 
 import dataclasses
+import glob
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -72,7 +74,7 @@ def run(
         chosen = values | {"run_dir": str((folder / "run").absolute()), "seed": seed}
         chosen["optim"] = values["optim"] | {"lr": rate}
         chosen["data"] = values["data"] | {"validation_fraction": dev_fraction}
-        on_test = ("--data", storage.absolute(test.test), "--crop", test.crop)
+        on_test = ("--data", absolute_pattern(test.test), "--crop", test.crop)
         score = ("--split", "validation", "--crop", test.crop) if dev_fraction else on_test
         return FineTuning(folder=folder, start=start, values=chosen, overrides=(), score=score)
 
@@ -97,6 +99,13 @@ def run(
     )
     atomic.write(out / "results.json", (json.dumps(result.to_json(), indent=2) + "\n").encode())
     return result
+
+
+def absolute_pattern(pattern: str) -> str:
+    """As storage.absolute, for shards: `*?[` in the working directory's name are text."""
+    if "://" in pattern or os.path.lexists(pattern):
+        return storage.absolute(pattern)
+    return os.path.normpath(os.path.join(glob.escape(os.getcwd()), pattern))
 
 
 def read(recipe: str, overrides: Sequence[str] = ()) -> tuple[TrainConfig, ClassifyConfig]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import glob
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -111,7 +112,7 @@ def score(config: VtabConfig, task: Task, start: StartingPoint, slots: Slots) ->
             seed=seed,
             precision="bf16" if torch.cuda.is_available() else "fp32",
         )
-        images = ("--data", f"{data}/{test}-*.tar", "--crop", "resize")
+        images = ("--data", f"{glob.escape(str(data))}/{test}-*.tar", "--crop", "resize")
         tuning = FineTuning(
             folder=folder / name, start=start, values=values, overrides=config.overrides, score=images
         )
@@ -127,7 +128,7 @@ def score(config: VtabConfig, task: Task, start: StartingPoint, slots: Slots) ->
 
 
 def _probe(config: VtabConfig, task: Task, start: StartingPoint, seed: int, slots: Slots) -> float:
-    data = (config.data / task.name).absolute()
+    data = glob.escape(str((config.data / task.name).absolute()))
     folder = config.out / task.name / f"linear-seed{seed}"
     options = (
         *("--train", f"{data}/{TRAIN800VAL200}-*.tar", "--test", f"{data}/{TEST}-*.tar", "--crop", "resize"),
