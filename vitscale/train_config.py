@@ -9,6 +9,7 @@ import math
 from vitscale import config as configs
 from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.data.data_config import DataConfig
+from vitscale.data.mixture import check_repeats
 from vitscale.data.transforms import AugmentConfig
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.errors import ConfigError
@@ -231,12 +232,7 @@ class TrainConfig:
                 f"total_epochs = {self.total_epochs} has no meaning for several data.sources, "
                 "each of which has its own epochs; use total_steps or total_samples"
             )
-        if self.augment.repeats > 1 and self.global_batch % self.augment.repeats:
-            repeats = self.augment.repeats
-            raise ConfigError(
-                f"global_batch {self.global_batch} is not a multiple of augment.repeats {repeats}; "
-                f"use {max(1, self.global_batch // repeats) * repeats}"
-            )
+        check_repeats(self.global_batch, self.augment.repeats)
         if isinstance(self.objective, MaskedPatchesConfig):
             self._check_masked_patches(self.objective)
         elif isinstance(self.model, ViTConfig) and self.model.num_patch_outputs:

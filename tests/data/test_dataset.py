@@ -121,6 +121,11 @@ def test_a_replaced_sample_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
         ({"first_step": 5}, {"first_step": -1}, "first_step -1 .* must not be negative"),
         ({"augment": AugmentConfig(repeats=2)}, {"augment": AugmentConfig(mixup=0.2)}, "set them to 0"),
         (
+            {"global_batch": 32, "augment": AugmentConfig(repeats=2)},
+            {"global_batch": 33, "augment": AugmentConfig(repeats=2)},
+            "^global_batch 33 is not a multiple of augment.repeats 2; use 32$",
+        ),
+        (
             {"global_batch": 96},
             {"global_batch": 98},
             "97 samples to train on, fewer than one",

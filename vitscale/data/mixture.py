@@ -34,20 +34,30 @@ def default_lanes(global_batch: int) -> int:
     return next(lanes for lanes in candidates if global_batch % lanes == 0)
 
 
+def check_repeats(global_batch: int, repeats: int) -> None:
+    """Raise ConfigError unless a global batch has whole samples. repeats: augment.repeats."""
+    if global_batch % repeats:
+        raise ConfigError(
+            f"global_batch {global_batch} is not a multiple of augment.repeats {repeats}; "
+            f"use {max(1, global_batch // repeats) * repeats}"
+        )
+
+
 def lanes_of(global_batch: int, lanes: int, repeats: int) -> int:
     """The lanes of a run. lanes: data.lanes, 0 to derive them. repeats: augment.repeats.
 
     Raises ConfigError if they do not divide what a step draws.
     """
+    check_repeats(global_batch, repeats)
     distinct = global_batch // repeats
     # Where samples are repeated, a lane draws two or more in a step if it can: a single one
     # would be its own neighbour.
     derived = default_lanes(max(1, distinct // 2 if repeats > 1 and distinct % 2 == 0 else distinct))
     lanes = lanes or derived
-    if global_batch % repeats or distinct % lanes:
+    if distinct % lanes:
         raise ConfigError(
             f"global_batch {global_batch} is not a multiple of data.lanes {lanes} x augment.repeats "
-            f"{repeats}; use lanes = {derived} (or 0 to derive it), and a multiple of the repeats"
+            f"{repeats}; use lanes = {derived} (or 0 to derive it)"
         )
     return lanes
 
