@@ -79,6 +79,7 @@ def test_later_files_and_then_overrides_win(tmp_path: Path) -> None:
         Outer, [one, two], ["optim.betas=[0.8, 0.9]", "run_dir=runs/x y", "warmup=1e4", "evals.a.lr=2"]
     )
     assert config.run_dir == "runs/x y" and config.warmup == 10_000
+    assert load(Outer, one) == load(Outer, str(one)) == load(Outer, [one])
     assert config.optim == Inner(name="sgd", lr=0.5, betas=(0.8, 0.9))
     assert config.evals == {"a": Inner(lr=2.0)}
 

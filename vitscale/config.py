@@ -68,13 +68,14 @@ def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if "=" not in word], [word for word in words if "=" in word]
 
 
-def load(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
-    """Fill the dataclass `schema` from TOML files and `section.key=value` overrides.
+def load(schema: type[T], paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
+    """Fill the dataclass `schema` from TOML files, or one, and `section.key=value` overrides.
 
     A later file wins over an earlier one, and an override over all files. `false` in place of a
     named section leaves out the one that was given before. Raises ConfigError for a missing or
     unreadable file, an unknown key, a wrong type, or a value that a section refuses.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
     return resolve(schema, map(_read_toml, map(Path, paths)), overrides)
 
 

@@ -8,6 +8,7 @@ import pytest
 from markup import Page, checked, outside_references
 
 from tools.report import main
+from vitscale.report.page.build import write_page
 from vitscale.report.page.html import Html, element, escaped, table
 from vitscale.report.page.records import read_columns, short_names
 
@@ -162,6 +163,11 @@ def test_what_is_no_run_is_refused_in_one_sentence(
     assert report(*(argument.format(tmp_path) for argument in arguments), "--out", out) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1 and not out.exists()
+
+
+def test_a_page_of_one_run_takes_its_name_alone(run: Path, tmp_path: Path) -> None:
+    assert write_page(str(run), str(tmp_path / "page.html"), with_images=False)
+    assert checked((tmp_path / "page.html").read_text()).text.startswith("run")
 
 
 def test_a_folder_is_no_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

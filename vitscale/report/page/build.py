@@ -13,13 +13,14 @@ from vitscale.report.page.shards import Shards
 from vitscale.report.page.style import CSS, SCRIPT
 
 
-def write_page(runs: Sequence[str], out: str, *, with_images: bool = True) -> int:
-    """Write the page of some runs, whole or not at all; returns its bytes.
+def write_page(runs: str | Sequence[str], out: str, *, with_images: bool = True) -> int:
+    """Write the page of a run, or of several, whole or not at all; returns its bytes.
 
     with_images: look at the data and at a checkpoint, for pictures. Raises ConfigError for what
     is no run directory, and as atomic.check_writable does.
     """
     atomic.check_writable(out, ".html")
+    runs = [runs] if isinstance(runs, str) else runs
     records = read_records(list(dict.fromkeys(runs)))
     content = page(records, datetime.datetime.now(datetime.UTC), with_images=with_images).encode()
     atomic.write(out, content)
