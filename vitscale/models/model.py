@@ -62,7 +62,8 @@ class Model(nn.Module, abc.ABC):
 
         images: float pixels in [-1, 1], [B, 3, H, W]; ValueError says what else came.
         tokens, layers: as in features. kept: [depth, 2, B, 1, 1], which branches of the blocks
-        count for which image, by how much (drop_path.py); None = all of them.
+        count for which image, by how much; None = all of them, also in training mode. The
+        caller draws it in each step (drop_path.draw_kept).
         """
 
     @overload

@@ -65,7 +65,9 @@ class ViTConfig:
     head_bias:            initial bias of the head; for a sigmoid loss about -ln(num_classes)
     dropout:              after the position embedding, each attention and each MLP layer
     drop_path:            the share of images whose attention, and whose MLP, the last block
-                          leaves out in training; it rises evenly from 0 in the first block
+                          leaves out in training; it rises evenly from 0 in the first block. The
+                          model itself leaves nothing out: vitscale's trainer passes
+                          kept=drop_path.draw_kept(...) to forward, and so must any other loop
     posemb:               position embeddings (paper, appendix D.4): "learned", for each place
                           in raster order and for the class token; "learned2d", for each column
                           and each row, of half the width; "relative", for each difference of
