@@ -1,15 +1,21 @@
 """Position embeddings at another resolution, and what fine-tuning takes over."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import zoom
 
-from vitscale.errors import ConfigError
-from vitscale.models import build_model
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.models import build_model, transfer
+from vitscale.models.model import CommonConfig
+from vitscale.models.names import DIALECTS_OF
 from vitscale.models.posemb import resize_posemb, sincos2d
+from vitscale.models.resnet import ResNetConfig
 from vitscale.models.transfer import check_backbone, is_backbone, transferred
 from vitscale.models.vit_config import ViTConfig
+from vitscale.weights.foreign.configs import check_expressible, unlike_google
 
 TINY = ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=16, num_classes=5)
 
@@ -104,3 +110,32 @@ def test_another_backbone_is_refused_by_its_key(change: dict, key: str) -> None:
     check_backbone(TINY, TINY)
     with pytest.raises(ConfigError, match=rf"model.{key} is .* set model.{key} ="):
         check_backbone(TINY, ViTConfig(**{**vars(TINY), **change}))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """A kind that vitscale does not have, without patch tokens."""
+
+    kind: str = "mixer"
+    variant: str = "B/16"
+    image_size: int = 224
+    num_classes: int = 10
+    head_bias: float = 0.0
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    resolved_width: int = 768
+    resolved_depth: int = 12
+    num_blocks: int = 12
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_another_kind_needs_no_key_of_a_vit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DIALECTS_OF, "mixer", ("vitscale",))
+    monkeypatch.setitem(transfer._SAME, "mixer", ("resolved_width",))
+    assert all(isinstance(config(), CommonConfig) for config in (MixerConfig, ResNetConfig, ViTConfig))
+    check_backbone(MixerConfig(), MixerConfig(num_classes=3))
+    assert unlike_google(MixerConfig()) == []
+    for dialect in ("timm", "transformers", "linen"):
+        sentence = f"model.kind 'mixer' cannot be exported to {dialect}; use --format safetensors"
+        with pytest.raises(CheckpointError, match=sentence):
+            check_expressible(MixerConfig(), dialect)

@@ -26,8 +26,7 @@ def as_vit(model: Model) -> ViT:
     """The model, if it is a ViT. Raises ConfigError for one without patches and attention."""
     if not isinstance(model, ViT):
         raise ConfigError(
-            f'a model of kind "{getattr(model.config, "kind", "")}" has no patch tokens with attention; '
-            "give a ViT"
+            f'a model of kind "{model.config.kind}" has no patch tokens with attention; give a ViT'
         )
     return model
 

@@ -8,7 +8,7 @@ from vitscale.errors import ConfigError
 from vitscale.models import ModelConfig
 from vitscale.models.model import CommonConfig
 from vitscale.models.posemb import resize_axis, resize_posemb
-from vitscale.models.resnet import ResNetConfig
+from vitscale.models.vit_config import ViTConfig
 
 _VIT = (
     "resolved_width",
@@ -51,7 +51,7 @@ def check_backbone(source: ModelConfig, target: ModelConfig) -> None:
                 f"model.{key} is {wanted!r}, but the [init] checkpoint has {saved[key]!r}; "
                 f"set model.{key} = {saved[key]!r}"
             )
-    if isinstance(source, ResNetConfig) or isinstance(target, ResNetConfig) or source.posemb != "relative":
+    if not isinstance(source, ViTConfig) or not isinstance(target, ViTConfig) or source.posemb != "relative":
         return
     if source.grid != target.grid:
         raise ConfigError(

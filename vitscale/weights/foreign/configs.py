@@ -7,7 +7,7 @@ from vitscale.errors import CheckpointError
 from vitscale.image_size import sides, written
 from vitscale.models import ModelConfig
 from vitscale.models.hybrid import HybridConfig
-from vitscale.models.names import FLAX_DIALECTS, Dialect
+from vitscale.models.names import DIALECTS_OF, FLAX_DIALECTS, Dialect
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import VARIANTS, ViTConfig
 from vitscale.weights.files import Dtype
@@ -75,13 +75,17 @@ def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
             f"model.kind 'resnet' cannot be exported to {dialect}; use --format npz, which timm's "
             "resnetv2_*_bit read as checkpoint_path, or --format safetensors"
         )
-    if isinstance(config, ResNetConfig):
-        return
     if isinstance(config, HybridConfig) and dialect not in ("original", "linen"):
         raise CheckpointError(
             f"model.kind 'hybrid' cannot be exported to {dialect}, which has no such model or one with other "
             "epsilons; use --format npz (of dialect original or linen), which timm reads, or safetensors"
         )
+    if dialect not in DIALECTS_OF[config.kind]:
+        raise CheckpointError(
+            f"model.kind {config.kind!r} cannot be exported to {dialect}; use --format safetensors"
+        )
+    if not isinstance(config, ViTConfig):
+        return
     if isinstance(config.image_size, tuple) and dialect in FLAX_DIALECTS:
         raise CheckpointError(
             f"model.image_size {written(config.image_size)} cannot be exported to {dialect}: Google's code "
@@ -104,7 +108,7 @@ def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
 
 def unlike_google(config: ModelConfig) -> list[str]:
     """The keys, as key = value, in which a model is not what readers of .npz files assume."""
-    if isinstance(config, ResNetConfig):
+    if not isinstance(config, ViTConfig):
         return []
     values = {key: getattr(config, key) for key in GOOGLE_DEFAULTS}
     return [f"model.{key} = {value!r}" for key, value in values.items() if value != GOOGLE_DEFAULTS[key]]
