@@ -4,8 +4,10 @@ No cluster is here: a host takes the part of a node, and this test that of the J
 which gives each pod its index and makes another one where one has ended with 75.
 """
 
+import fnmatch
 import signal
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,31 @@ def test_kubernetes_takes_the_manifest() -> None:
     assert mounts == {volume["name"] for volume in pod["volumes"]}
     (config, *_) = [word for word in container["args"] if word.endswith(".toml")]
     assert (ROOT / config).exists()
+
+
+def in_image(path: str) -> bool:
+    """Whether `COPY . .` takes a file: the last rule for it or a folder above it counts."""
+    taken = True
+    parts = path.split("/")
+    for rule in (ROOT / "launch" / "Dockerfile.dockerignore").read_text().splitlines():
+        pattern = rule.removeprefix("!").removeprefix("**/")
+        above = parts if "**/" in rule else ["/".join(parts[: n + 1]) for n in range(len(parts))]
+        if rule and not rule.startswith("#") and any(fnmatch.fnmatch(name, pattern) for name in above):
+            taken = rule.startswith("!")
+    return taken
+
+
+def test_the_image_has_what_a_pod_runs_and_nothing_that_lies_beside_it() -> None:
+    (container,) = resources()["Job"]["spec"]["template"]["spec"]["containers"]
+    words = " ".join(container["args"]).split()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [word for word in words if (ROOT / word).is_file()]
+    needed += ["vitscale/models/vit.py", "tools/data.py", "pyproject.toml", "constraints.txt"]
+    needed += [project["readme"], *project["license-files"]]
+    assert {"launch/train.py", "launch/ended.py"} < set(needed) and all(map(in_image, needed))
+    beside = [".deepspeed_env", ".env", ".git/config", "exports/a.safetensors", "imported/a.npz", "runs/a/x"]
+    assert not any(map(in_image, [*beside, "vitscale/models/__pycache__/vit.pyc"]))
+    assert ".deepspeed_env" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_a_manifest_that_kubernetes_would_refuse_is_found() -> None:
