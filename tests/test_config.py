@@ -157,6 +157,8 @@ def test_the_resolved_config_loads_as_it_is(tmp_path: Path, text: str) -> None:
         ({"run_dir": "a", "optim": {"betas": [0.9]}}, r"optim.betas \[0.9\] must have 2 values, not 1"),
         ({"run_dir": "a", "optim": {"steps": [1, "x"]}}, r"optim.steps\[1\] must be a whole number, not 'x'"),
         ({}, "run_dir is missing"),
+        ({"run_dir": "caf\udce9"}, r"run_dir 'caf\\udce9' is not UTF-8; rename it"),
+        ({"run_dir": "a", "evals": {"\udce9": {}}}, r"evals: '\\udce9' is not UTF-8; rename it"),
     ],
 )
 def test_mistakes_are_refused_with_what_to_write_instead(values: dict, message: str) -> None:

@@ -63,7 +63,7 @@ def pack(arguments: argparse.Namespace) -> int:
 def index_shards(arguments: argparse.Namespace) -> int:
     from vitscale import atomic, storage
     from vitscale.data.classes import read_classes
-    from vitscale.data.index import check_replaceable
+    from vitscale.data.index import check_names, check_replaceable
     from vitscale.data.indexing import build_index, journal_of
     from vitscale.data.samples import SampleKeys
     from vitscale.errors import ConfigError
@@ -82,6 +82,7 @@ def index_shards(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path(storage.local_path(shards[0])).parent / "index.json"
     atomic.check_writable(out, ".json")
     check_replaceable(out)
+    check_names(shards, out)
     with journal_of(out) as journal, Bar("shard") as bar:
         index = build_index(
             shards,

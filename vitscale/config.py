@@ -170,6 +170,14 @@ def _literals(schema: type) -> dict[str, tuple[Any, ...]]:
     return {key: get_args(hint) for key, hint in hints.items() if get_origin(hint) is Literal}
 
 
+def check_utf8(where: str, text: str) -> None:
+    """Raise ConfigError for what no config file can hold, like a byte of Latin-1 in a path."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where} {text!a} is not UTF-8; rename it") from None
+
+
 def dotted(where: str, key: str) -> str:
     """The name of a key in the section `where`; "" is the top level."""
     return f"{where}.{key}" if where else key
@@ -308,6 +316,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_tuple(args, items, where)
     if origin is dict:
         table = _expect(value, Mapping, where, "a table")
+        for key in table:
+            check_utf8(f"{where}:", key)
         return {key: _convert(args[1], item, dotted(where, key)) for key, item in table.items()}
     return _convert_scalar(hint, value, where)  # pyright: ignore[reportArgumentType] (narrowed by the branches)
 
@@ -340,6 +350,8 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
         value = float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} must be a finite number, not {value}")
+    if isinstance(value, str):
+        check_utf8(where, value)
     return _expect(value, hint, where, names[hint])
 
 
@@ -366,7 +378,7 @@ def _toml_lines(values: Mapping[str, Any], where: str = "") -> Iterator[str]:
     tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
     for key, value in values.items():
         if key not in tables:
-            yield f"{_toml_key(key)} = {_toml_value(value)}"
+            yield f"{_toml_key(key)} = {toml_value(value)}"
     for key, table in tables.items():
         name = dotted(where, _toml_key(key))
         yield ""
@@ -378,11 +390,12 @@ def _toml_key(key: str) -> str:
     return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_string(key)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A plain value as TOML; a table is an inline one."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml_value, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_toml_key(k)} = {_toml_value(v)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{_toml_key(k)} = {toml_value(v)}' for k, v in value.items())}}}"
     if isinstance(value, str):
         return _toml_string(value)
     return repr(value) if isinstance(value, float) else json.dumps(value)

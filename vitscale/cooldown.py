@@ -30,6 +30,7 @@ def write_cooldown(checkpoint: str, run_dir: str, steps: int) -> Path:
         raise ConfigError(
             f"--steps {steps} must be 1 or more; a tenth to a fifth of the run's steps is usual"
         )
+    configs.check_utf8("run_dir", run_dir)
     if path.exists():
         raise ConfigError(f"{path} exists and is not overwritten; choose another run directory")
     found = open_directory(checkpoint)

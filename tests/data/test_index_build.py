@@ -261,6 +261,17 @@ def test_options_at_their_bounds_are_accepted(tmp_path: Path, options: list[str]
     assert Index.load(str(out)).num_samples == 3
 
 
+def test_a_shard_whose_name_no_index_holds_is_refused_before_it_is_read(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    (folder / "a.tar").touch()  # is no tar
+    arguments = ["index", f"{folder}/*.tar", "--out"]
+    assert main([*arguments, str(tmp_path / "index.json")]) == 2
+    assert "caf\\udce9/a.tar' is not UTF-8, as an index has to be; rename it" in capsys.readouterr().err
+    assert main([*arguments, str(folder / "index.json")]) == 2  # a relative name can be held
+    assert "UTF-8" not in capsys.readouterr().err
+
+
 def write_labels(folder: Path, labels: list[str]) -> str:
     """Two shards with these labels in turn; their pattern."""
     for shard in range(2):

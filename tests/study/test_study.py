@@ -143,6 +143,12 @@ def test_a_value_of_the_sweep_is_chosen_by_the_mean_over_seeds(base: Path) -> No
     assert point.exaflops == train_flops(runs[0].config.model) * 6 * 8 / 1e18
 
 
+def test_a_run_lies_in_the_folder_of_its_study_whatever_its_name(base: Path) -> None:
+    out = base.parent / "out \U0001f642 é"
+    (cell,) = cells(study_of(base, out=str(out)))
+    assert Path(cell.config.run_dir).is_relative_to(out)
+
+
 def test_the_best_checkpoint_counts_where_the_run_keeps_it(base: Path) -> None:
     best = ["checkpoint.keep_best=eval/test/top1", "evals.test.kind=classify", "evals.test.test=x"]
     for overrides, step, value in ((best, 4, 0.5), ([], 6, 0.2)):

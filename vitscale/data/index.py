@@ -11,7 +11,7 @@ named after their checksums: replacing index.json alone replaces the index.
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +197,13 @@ class Index:
             "chunks": chunks,
             "key_hashes": hashes,
         }
-        lines = [json.dumps(_relative(shard, path), ensure_ascii=False) for shard in self.shards]
-        shards = ",\n".join(lines)  # one a line, for people and for grep
-        text = f'{json.dumps(header, indent=1)[:-2]},\n "shards": [\n{shards}\n]}}\n'
+        urls = [_relative(shard.url, path) for shard in self.shards]
+        shards = zip(self.shards, urls, strict=True)
+        lines = [
+            json.dumps(dataclasses.asdict(shard) | {"url": url}, ensure_ascii=False) for shard, url in shards
+        ]
+        listed = ",\n".join(lines)  # one a line, for people and for grep
+        text = f'{json.dumps(header, indent=1)[:-2]},\n "shards": [\n{listed}\n]}}\n'
         atomic.write(path, text.encode())
         remove_arrays(path, keep=replaced | {entry["file"] for entry in (chunks, hashes) if entry})
 
@@ -260,6 +264,14 @@ def check_replaceable(path: Path) -> None:
         head = file.read(100)
     if head and f'"{FORMAT}"'.encode() not in head:
         raise DataError(f"{path} is there and is not an index; name another file with --out")
+
+
+def check_names(urls: Iterable[str], path: Path) -> None:
+    """Raise DataError for a shard whose name an index at `path` cannot hold."""
+    for url in urls:
+        name = _relative(url, path)
+        if name != name.encode(errors="replace").decode():
+            raise DataError(f"the shard {name!a} is not UTF-8, as an index has to be; rename it")
 
 
 def planned_index(num_samples: int) -> Index:
@@ -328,9 +340,9 @@ def _named_arrays(path: Path) -> set[str]:
         return set()
 
 
-def _relative(shard: Shard, path: Path) -> dict[str, Any]:
-    values = dataclasses.asdict(shard)
-    if storage.is_local(shard.url):
-        local = Path(storage.local_path(shard.url)).absolute()
-        values["url"] = local.name if local.parent == path.absolute().parent else str(local)
-    return values
+def _relative(url: str, path: Path) -> str:
+    """The URL of a shard as the index at `path` has it."""
+    if not storage.is_local(url):
+        return url
+    local = Path(storage.local_path(url)).absolute()
+    return local.name if local.parent == path.absolute().parent else str(local)
