@@ -103,7 +103,7 @@ def test_a_bomb_is_refused_by_its_header(monkeypatch) -> None:
 
 
 def jpeg_of_scans(num_scans: int) -> bytes:
-    """A valid progressive JPEG of 8 x 8 grey pixels: a scan of the DC, others of bits of ACs."""
+    """A valid progressive JPEG of 8 x 8 grey pixels: a scan of the DC, others of AC bits."""
 
     def segment(marker: int, *values: int) -> bytes:
         return struct.pack(">BBH", 0xFF, marker, len(values) + 2) + bytes(values)
