@@ -169,7 +169,7 @@ def read(run_dir: str | Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         problem = error.strerror or str(error)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problem = str(error)
     logger.warning("%s cannot be read (%s), and does not count", path, problem)
     return None

@@ -27,6 +27,7 @@ FILE_NAME = "time.json"
 # that was done again, the time between two starts, and what has no name.
 KINDS: tuple[str, ...] = ("step", "data", "log", "evaluate", "save", "start", "lost", "idle", "other")
 MAX_MARKS = 32
+_MAX_SECONDS = 2**37  # since the epoch: the year 6325
 
 
 @dataclasses.dataclass
@@ -57,7 +58,13 @@ class Start:
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> "Start":
-        return cls(**{**values, "marks": [Mark(**mark) for mark in values["marks"]]})
+        """Raises ValueError, KeyError, TypeError or AttributeError for what is not a start."""
+        start = cls(**{**values, "marks": [Mark(**mark) for mark in values["marks"]]})
+        parts = (start, *start.marks)
+        spent = (number for part in parts for number in (part.step, part.elapsed, *part.seconds.values()))
+        if not start.marks or not all(abs(number) < _MAX_SECONDS for number in (start.began, *spent)):
+            raise ValueError(values)
+        return start
 
 
 def fractions(starts: Sequence[Start]) -> dict[str, float]:
@@ -83,7 +90,7 @@ def read_starts(path: Path) -> list[Start]:
     """The starts of a run, from its time.json; none if there is no file that can be read."""
     try:
         return [Start.parse(start) for start in json.loads(path.read_bytes())["starts"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 
 

@@ -331,9 +331,9 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or abs(row["step"]) >= 2**63:
         return None
     return {name: float(value) if value in NON_FINITE else value for name, value in row.items()}
 

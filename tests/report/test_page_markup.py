@@ -144,6 +144,30 @@ def test_a_damaged_run_directory_has_a_page_all_the_same(run: Path, tmp_path: Pa
     assert "2 losses stand out" in page.text and "config.toml cannot be read by this vitscale" in page.text
 
 
+START = '{"starts": [{"began": 7.0, "seconds": {}, "marks": [{"step": 0, "elapsed": 0, "seconds": {}}]}]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("time.json", START),
+        *((f"{name}.json", "[" * 20_000) for name in ("status", "time")),
+        *((f"{name}.jsonl", "[" * 20_000 + "\n") for name in ("metrics", "history", "quarantine", "spikes")),
+        ("config.toml", f"run_dir = {'[' * 20_000}"),
+        ("metrics.jsonl", f'{{"step": {"9" * 400}, "train/loss": 1.0}}\n'),
+        ("time.json", START.replace("7.0", "1e300")),
+        ("time.json", START.replace("7.0", '"x"')),
+        ("time.json", START.replace("{}", "7")),
+        ("time.json", '{"starts": [{"began": 1, "marks": []}, {"began": 2, "marks": []}]}'),
+    ],
+)
+def test_no_content_of_a_file_keeps_a_run_from_its_page(
+    run: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    (run / name).write_text(text)
+    assert report(run, "--out", tmp_path / "page.html") == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -33,5 +33,6 @@ def test_ages_are_in_the_unit_that_people_would_use(created: str, age: str) -> N
     assert text.when(created, NOW) == (f"{moment:%Y-%m-%d %H:%M}", age)
 
 
-def test_a_time_that_is_none_is_shown_as_it_is() -> None:
-    assert text.when("now", NOW) == ("now", "")
+@pytest.mark.parametrize("created", ["now", "0001-01-01T00:00:00+23:59"])
+def test_a_time_that_is_none_is_shown_as_it_is(created: str) -> None:
+    assert text.when(created, NOW) == (created, "")

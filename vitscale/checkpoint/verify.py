@@ -155,7 +155,7 @@ def places_of(run: str) -> list[str]:
     try:
         config = tomllib.loads((directory / "config.toml").read_text(encoding="utf-8"))
         url = config["checkpoint"]["store"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         url = ""
     return [str(store.directory_of(directory)), *([store.child_of_run(url)] if url else [])]
 

@@ -56,12 +56,13 @@ def when(created: str, now: datetime.datetime) -> tuple[str, str]:
     try:
         moment = datetime.datetime.fromisoformat(created)
         seconds = (now - moment).total_seconds()
-    except (ValueError, TypeError):
+        local = f"{moment.astimezone():%Y-%m-%d %H:%M}"
+    except (ValueError, TypeError, OverflowError):
         return created, ""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
-            return f"{moment.astimezone():%Y-%m-%d %H:%M}", f"{seconds / length:.0f} {unit}"
-    return f"{moment.astimezone():%Y-%m-%d %H:%M}", f"{max(0.0, seconds):.0f} s"
+            return local, f"{seconds / length:.0f} {unit}"
+    return local, f"{max(0.0, seconds):.0f} s"
 
 
 def _finite(value: Any) -> Any:

@@ -171,7 +171,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], TrainConfig | None, str]:
         return values, configs.load(TrainConfig, [path]), ""
     except FileNotFoundError:
         return values, None, f"{path} does not exist: a run writes it after its first evaluation"
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         return values, None, f"{path} cannot be read by this vitscale: {error}"
 
 
