@@ -1,5 +1,6 @@
 """Shards and their index: what is read back, and that damage is never taken for their end."""
 
+import dataclasses
 import json
 import resource
 import tarfile
@@ -327,6 +328,14 @@ def test_a_damaged_or_missing_index_is_refused(tmp_path: Path, index: Index) -> 
         assert "--out" not in str(refused.value)  # it would replace what is not ours
 
 
+def test_an_index_whose_chunks_reach_beyond_their_shard_is_refused(tmp_path: Path, index: Index) -> None:
+    chunks = index.chunks.astype([("blocks", "<i8"), ("checksum", "<u2")])
+    chunks["blocks"][:2] += (10**9, -(10**9))
+    dataclasses.replace(index, chunks=chunks).save(tmp_path / "shards" / "index.json")
+    with pytest.raises(DataError, match="are not those of"):
+        Index.load(str(tmp_path / "shards" / "index.json"))
+
+
 @pytest.mark.parametrize(
     "edit",
     [
@@ -335,6 +344,7 @@ def test_a_damaged_or_missing_index_is_refused(tmp_path: Path, index: Index) -> 
         lambda values: values.pop("shards"),
         lambda values: values["shards"][0].update(num_samples=10**9),
         lambda values: values["shards"][0].update(num_samples="x"),
+        lambda values: values["shards"][0].update(num_bytes=values["shards"][0]["data_bytes"] - 1),
         lambda values: values["shards"][0].update(more=1),
         lambda values: values["shards"][0].update(url=5),
         lambda values: values.update(chunk_samples=0),

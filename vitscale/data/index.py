@@ -157,11 +157,18 @@ class Index:
         return chunk_checksum(data) == int(self.chunks["checksum"][chunk])
 
     def _is_consistent(self) -> bool:
-        """Whether the chunks are those of the shards: one taken out would shift all others."""
+        """Whether the chunks are those of the shards: one taken out would shift all others.
+
+        They lie in the shards, whose sizes are compared before a run: no read is of more.
+        """
         if not 1 <= self.chunk_samples <= MAX_CHUNK_SAMPLES or not self.label_counts:
             return False
         counts, first_chunks = self.layout.shard_samples, self.layout.first_chunks
         if counts.min() < 0 or len(self.chunks) != self.layout.num_chunks:
+            return False
+        if self.chunks.dtype["blocks"] not in (np.uint16, np.uint32):  # others: negative, or overflow
+            return False
+        if any(shard.data_bytes > shard.num_bytes for shard in self.shards):
             return False
         filled_firsts = first_chunks[:-1][counts > 0]  # without the empty shards
         blocks = np.add.reduceat(self.chunks["blocks"], filled_firsts, dtype=np.int64)
