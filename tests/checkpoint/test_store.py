@@ -350,3 +350,9 @@ def test_each_count_of_the_config_has_its_least_value(key: str, least: int) -> N
     assert getattr(CheckpointConfig(**{key: least}), key) == least
     with pytest.raises(ConfigError, match=f"checkpoint.{key}"):
         CheckpointConfig(**{key: least - 1})
+
+
+def test_a_folder_of_another_name_is_no_save_that_was_killed(tmp_path: Path) -> None:
+    for name in ("step-²", "step-x", "step-000000001"):
+        (tmp_path / name).mkdir()
+    assert list(store._unpublished(str(tmp_path), 9)) == [store.step_folder(str(tmp_path), 1)]

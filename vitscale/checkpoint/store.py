@@ -316,7 +316,7 @@ def _unpublished(place: str, newest: int) -> Iterator[str]:
     """The folders that killed saves left in a store, at steps before its newest checkpoint."""
     for name in storage.names_in(place):
         step = name.removeprefix("step-")
-        if name.startswith("step-") and step.isdigit() and int(step) < newest:
+        if name.startswith("step-") and step.isdecimal() and int(step) < newest:
             folder = step_folder(place, int(step))
             names = storage.names_in(folder)
             if MANIFEST not in names:

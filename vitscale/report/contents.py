@@ -130,7 +130,7 @@ def _open_export(path: str) -> Contents:
     facts: dict[str, Any] = dict(metadata or readers[0].metadata)
     model = _parse_model(path, facts.pop("vitscale.model", "{}"))
     facts = {name.removeprefix("vitscale."): value for name, value in facts.items()}
-    if facts.get("step", "").isdigit():
+    if facts.get("step", "").isdecimal() and len(facts["step"]) < 20:
         facts["step"] = int(facts["step"])
     return Contents(
         path=path,

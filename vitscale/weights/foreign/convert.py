@@ -176,9 +176,9 @@ def _parse_model(text: str) -> dict[str, object]:
 
 def _step_of(source: ForeignWeights) -> int:
     step = source.metadata.get("vitscale.step", "0")
-    if not (step.isascii() and step.isdigit()):
+    if not (step.isascii() and step.isdigit() and len(step) < 20):
         raise CheckpointError(
-            f"the step in its metadata (vitscale.step) is {step!r}, not a number; copy it again"
+            f"the step in its metadata (vitscale.step) is {step[:40]!r}, not a number; copy it again"
         )
     return int(step)
 
