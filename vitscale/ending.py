@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 STATUS_NAME = "status.json"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 PREEMPTED = 75  # stopped after a clean save: start it again
-_CAUSE = ".cause-"
+_BEGUN, _CAUSE = ".begun-", ".cause-"
 # For how long to look for a dead rank once a connection is lost.
 DEATH_SECONDS = 1.0
 NOTE_SECONDS = 5.0  # for a thread's note of why the process ends: its file server may be what hangs
@@ -73,7 +73,8 @@ class Ending:
         self._noting = threading.Lock()
 
     def __enter__(self) -> "Ending":
-        self._token = distributed.on_main(self._begin)
+        self._token = distributed.broadcast_json(secrets.token_hex(4))
+        distributed.together(self._begin)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
@@ -127,11 +128,17 @@ class Ending:
                 self.write("failed", _sentence(error), status_of(error))
         return told_here
 
-    def _begin(self) -> str:
-        for old in self._folder.glob(f"{_CAUSE}*"):
-            old.unlink(missing_ok=True)
-        self.write("running")
-        return secrets.token_hex(4)
+    def _begin(self) -> None:
+        """Leave a note for the first rank that fails, in the folder of each node."""
+        if distributed.local_rank() == 0:  # with checkpoint.store, each node may have its own folder
+            self._folder.mkdir(parents=True, exist_ok=True)
+            note = self._folder / f"{_BEGUN}{self._token}"
+            for old in (*self._folder.glob(f"{_BEGUN}*"), *self._folder.glob(f"{_CAUSE}*")):
+                if old != note:
+                    old.unlink(missing_ok=True)
+            note.touch()
+        if distributed.is_main():
+            self.write("running")
 
     def _cause(self, error: BaseException) -> BaseException:
         """What a user should read in place of another library's error, where we know better."""
@@ -144,10 +151,11 @@ class Ending:
         return killed_worker(error, distributed.rank()) or error
 
     def _is_first(self) -> bool:
+        """Whether no rank of this start has failed before, and no other start has begun."""
         try:
-            os.close(os.open(self._folder / f"{_CAUSE}{self._token}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            return False
+            os.rename(self._folder / f"{_BEGUN}{self._token}", self._folder / f"{_CAUSE}{self._token}")
+        except FileNotFoundError:
+            return not os.path.exists(self._folder)
         except OSError:  # the folder is gone or full: rather twice than never
             return True
         return True

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -15,7 +16,7 @@ from multiprocess.zygote import Zygote
 
 from vitscale import command, ending
 from vitscale.ending import Ending
-from vitscale.errors import DataError, RankLost
+from vitscale.errors import DataError, RankLost, Told
 from vitscale.train import conclude
 
 TERM, INT, USR1, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL
@@ -175,6 +176,22 @@ def test_a_failure_that_is_noted_is_told_where_closing_the_run_hangs(
             raise
     status = ending.read(tmp_path)
     assert status and status["reason"] == "a shard is gone"
+
+
+def test_a_late_rank_of_a_dead_start_leaves_the_status_of_the_next_one(tmp_path: Path) -> None:
+    with pytest.raises(Told), Ending(tmp_path, 20):
+        Ending(tmp_path, 20).__enter__()
+        raise RankLost("rank 0 has died")
+    status = ending.read(tmp_path)
+    assert status and status["state"] == "running"
+
+
+def test_a_failure_is_told_also_where_the_run_directory_is_gone(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with pytest.raises(DataError), Ending(run_dir, 20):
+        shutil.rmtree(run_dir)
+        raise DataError("a shard is gone")
 
 
 @pytest.mark.parametrize(
