@@ -32,14 +32,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitscale import atomic, distributed
-from vitscale.errors import FAILED, RankLost, Told, UserError, killed_worker, status_of
+from vitscale.errors import FAILED, PREEMPTED, RankLost, Told, UserError, killed_worker, status_of
 from vitscale.progress import Progress
 from vitscale.redaction import redact
 
 logger = logging.getLogger(__name__)
 STATUS_NAME = "status.json"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
-PREEMPTED = 75  # stopped after a clean save: start it again
 _BEGUN, _CAUSE = ".begun-", ".cause-"
 # For how long to look for a dead rank once a connection is lost.
 DEATH_SECONDS = 1.0

@@ -9,6 +9,7 @@ import errno
 from vitscale.redaction import redact
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+PREEMPTED = 75  # stopped after a clean save: start it again
 # What a disk, a path or a limit refuses: the user fixes it outside of the program.
 _USERS_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
@@ -84,10 +85,16 @@ class Told(Exception):
     """Raised on a rank that fails because another one did, which has printed the cause."""
 
 
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM, where it ends a program as Ctrl-C does, after what it has started."""
+
+
 def status_of(error: BaseException) -> int:
     """The exit status of a program that an error ends."""
     if isinstance(error, UserError):
         return error.status
+    if isinstance(error, Terminated):
+        return PREEMPTED
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return MISTAKE if isinstance(error, OSError) and error.errno in _USERS_ERRNOS else FAILED

@@ -69,13 +69,14 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -
         pool.shutdown(cancel_futures=True)
 
 
-def die_with(parent: int) -> None:
-    """Let the kernel kill this process with its parent, whose process id it was given.
+def die_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Let the kernel send this process a signal when its parent, of this process id, dies.
 
-    Otherwise a SIGKILL of the parent would leave its workers running, reading and writing.
+    Otherwise a SIGKILL of the parent would leave its workers running, reading and writing. The
+    end of the thread that started this process counts as the parent's death.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before prctl
         os._exit(1)
 

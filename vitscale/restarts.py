@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from vitscale import atomic, ending, history
 from vitscale import config as configs
 from vitscale.checkpoint.store import Home
-from vitscale.errors import MISTAKE, BusyError, StoreDown
+from vitscale.errors import MISTAKE, PREEMPTED, BusyError, StoreDown
 from vitscale.run_dir import CONFIG_NAME
 from vitscale.run_lock import RunLock
 from vitscale.train_config import TrainConfig
@@ -24,7 +24,7 @@ from vitscale.train_config import TrainConfig
 logger = logging.getLogger(__name__)
 
 Kind = Literal["done", "again", "stop"]
-EXIT_STATUS: dict[Kind, int] = {"done": 0, "again": ending.PREEMPTED, "stop": MISTAKE}
+EXIT_STATUS: dict[Kind, int] = {"done": 0, "again": PREEMPTED, "stop": MISTAKE}
 FILE_NAME = "restarts.json"
 # Until the ranks have saved after their launcher has ended, which may kill them itself by then.
 SAVING_SECONDS = 300.0

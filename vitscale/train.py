@@ -16,8 +16,8 @@ from vitscale import __version__, distributed, history, processes, shared_memory
 from vitscale import config as configs
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.store import step_of
-from vitscale.ending import PREEMPTED, Ending
-from vitscale.errors import DataError, Diverged, UserError
+from vitscale.ending import Ending
+from vitscale.errors import PREEMPTED, DataError, Diverged, UserError
 from vitscale.goodput import Ledger, summary
 from vitscale.health import Health
 from vitscale.job import Job, Tasks, open_tasks, prepare

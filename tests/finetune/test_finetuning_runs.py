@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from make import write_step
+from multiprocess.job import wait_until
 
+from vitscale import command
 from vitscale import config as configs
 from vitscale.errors import CheckpointError, ConfigError, UserError
 from vitscale.finetune.runs import (
@@ -21,6 +24,7 @@ from vitscale.finetune.runs import (
     Slots,
     StartingPoint,
     finetuned,
+    in_slots,
     keep_config,
     keep_source,
     located,
@@ -100,6 +104,35 @@ def test_a_process_that_is_being_started_when_the_others_are_stopped_is_stopped(
 
     sleeping = StoppedMeanwhile(["-c", "import time; time.sleep(20)"])
     assert slots.run(sleeping, tmp_path / "log", [sys.executable, "-S"]) == -signal.SIGTERM
+
+
+SAVING = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), print("saved", flush=True), sys.exit(75)))
+print("begun", flush=True)
+time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+def test_processes_save_when_their_command_is_ended(tmp_path: Path, number: int, status: int) -> None:
+    log = tmp_path / "log"
+
+    def program() -> int:
+        with Slots(1, 0) as slots:
+            words = [sys.executable, "-S"]
+            in_slots({"a": lambda: [slots.run(["-c", SAVING], log, words)]}, slots, print)
+        return 0
+
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(command.run(program)))
+    process.start()
+    wait_until(lambda: log.exists() and log.read_text() == "begun\n", lambda: "")
+    os.kill(process.pid or 0, number)
+    process.join()
+    if number == signal.SIGTERM:  # it has waited for what it had started
+        assert log.read_text() == "begun\nsaved\n"
+    wait_until(lambda: log.read_text() == "begun\nsaved\n", log.read_text)
+    assert process.exitcode == status
 
 
 @pytest.fixture

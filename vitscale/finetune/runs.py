@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,11 +24,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import atomic, distributed, run_dir, storage
+from vitscale import atomic, distributed, processes, run_dir, storage
 from vitscale import config as configs
 from vitscale.checkpoint.manifest import MANIFEST
-from vitscale.ending import PREEMPTED
-from vitscale.errors import CheckpointError, ConfigError, UserError
+from vitscale.errors import PREEMPTED, CheckpointError, ConfigError, Terminated, UserError
 from vitscale.evals.store import digest_of, model_digest
 from vitscale.models import ModelConfig
 from vitscale.train_config import TrainConfig
@@ -127,7 +127,8 @@ class FineTuning:
 class Slots:
     """Where processes may run at the same time: one on each GPU, or on a share of the cores.
 
-    A context: processes that live on at its end are stopped, and save.
+    A context, for the main thread: processes that live on at its end are stopped, and save. A
+    SIGTERM ends it by Terminated. If this process is killed, the kernel stops the others.
     """
 
     def __init__(self, count: int, num_gpus: int) -> None:
@@ -140,10 +141,12 @@ class Slots:
         self._stopped = False
 
     def __enter__(self) -> "Slots":
+        self._previous = signal.signal(signal.SIGTERM, _terminate)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        signal.signal(signal.SIGTERM, self._previous)
 
     def stop(self) -> None:
         """Start nothing more, and stop what runs."""
@@ -165,7 +168,12 @@ class Slots:
             if self._gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
             process = subprocess.Popen(
-                [*launcher, *map(str, command)], env=environment, stdout=output, stderr=output
+                [*launcher, *map(str, command)],
+                env=environment,
+                stdout=output,
+                stderr=output,
+                # With this thread, which waits for it.
+                preexec_fn=functools.partial(processes.die_with, os.getpid(), signal.SIGTERM),
             )
             self._running.add(process)
             if self._stopped:  # while it was started, so that stop() may not have seen it
@@ -186,6 +194,15 @@ class Slots:
             with self._changed:
                 self._free.append(slot)
                 self._changed.notify()
+
+
+def _terminate(*_: object) -> None:
+    """Handle a SIGTERM; of those that follow while processes save, none breaks that off.
+
+    Not by SIG_IGN, which a process that is started meanwhile would inherit.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    raise Terminated
 
 
 def finetuned(tuning: FineTuning, slots: Slots) -> float:
