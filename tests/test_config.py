@@ -209,6 +209,12 @@ def test_numbers_that_no_run_can_have_are_refused(override: str, message: str) -
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize("key", ["optim.clip_norm", "guard.spike_deviations", "guard.step_minutes"])
+def test_inf_is_the_zero_that_it_meant_where_runs_began_with_it(key: str) -> None:
+    base = {"run_dir": "a", "data": {"index": "x"}, "total_steps": 1}
+    assert resolve(TrainConfig, [base], [f"{key}=inf"]) == resolve(TrainConfig, [base], [f"{key}=0"])
+
+
 def test_the_largest_number_is_one_of_64_bits() -> None:
     config = resolve(Outer, [{"run_dir": "a"}], [f"warmup={2**63 - 1}", f"optim.lr={-(2**63)}"])
     assert (config.warmup, config.optim.lr) == (2**63 - 1, -(2.0**63))

@@ -12,7 +12,7 @@ import json
 import math
 import tomllib
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import (
     Any,
@@ -134,6 +134,14 @@ def differences(
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The dotted keys of differences."""
     return [key for key, _, _ in differences(old, new)]
+
+
+def infinite_as_zero(values: Mapping[str, Any], keys: Collection[str]) -> Mapping[str, Any]:
+    """A section's values, for its `upgrade`, with 0 for inf at keys where both mean no limit.
+
+    Earlier versions took inf, and their runs have it in their configs.
+    """
+    return {key: 0.0 if key in keys and value == math.inf else value for key, value in values.items()}
 
 
 def positive(where: str, **values: int | float) -> None:

@@ -7,13 +7,13 @@ matrices, so they are in vitscale/sliced/.
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from vitscale.config import check_choices, positive
+from vitscale.config import check_choices, infinite_as_zero, positive
 from vitscale.errors import ConfigError
 from vitscale.sliced.adafactor import Adafactor
 from vitscale.sliced.muon import MATRICES, Muon
@@ -73,6 +73,10 @@ class OptimConfig:
             raise ConfigError(
                 'optim.weight_decay must be 0 with optim.name = "sgd": the paper fine-tunes without decay'
             )
+
+    @classmethod
+    def upgrade(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return infinite_as_zero(values, ["clip_norm"])
 
 
 # How the names of a model's embeddings begin; a ResNet's is its root.

@@ -251,14 +251,19 @@ def check_new_length(checkpoint: str, step: int, total_steps: int) -> None:
         )
 
 
-def saved_config_at(path: Path) -> TrainConfig:
-    """The config of the run that is there. Raises ConfigError naming the file."""
+def saved_config_at(path: Path, elsewhere: str = "") -> TrainConfig:
+    """The config of the run that is there.
+
+    elsewhere: what else a user may do if this version does not read it; "" = continue the run
+    in another run_dir. Raises ConfigError, which names the file and that.
+    """
+    new_run = f'another run_dir with [init] checkpoint = "{path.parent}", full_state = true'
     try:
         return configs.load(TrainConfig, [path])
     except ConfigError as error:
         raise ConfigError(
             f"{path} cannot be read by this vitscale ({__version__}): {error}; "
-            "use the version that began the run, or a later one"
+            f"use the version that began the run, or {elsewhere or new_run}"
         ) from None
 
 

@@ -5,6 +5,8 @@ The other sections are declared beside the code that reads them.
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from vitscale import config as configs
 from vitscale.checkpoint.store import CheckpointConfig
@@ -138,6 +140,11 @@ class GuardConfig:
     step_minutes: float = 5.0
     save_minutes: float = 60.0
     evaluate_minutes: float = 60.0
+
+    @classmethod
+    def upgrade(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        minutes = [key for key in values if key.endswith("_minutes")]
+        return configs.infinite_as_zero(values, ["spike_deviations", *minutes])
 
     def limit_seconds(self) -> dict[str, float]:
         """How long each phase of training may take; inf = any time."""

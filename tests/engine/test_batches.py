@@ -102,11 +102,6 @@ def test_extra_keys_that_vitscale_derives_are_refused(extra: dict[str, Any]) -> 
             "round_robin_gradients is refused",
             {"deepspeed_extra": {"zero_optimization": {"round_robin_gradients": False}}},
         ),
-        (
-            {"deepspeed_extra": {"prescale_gradients": True}},
-            "engine.deepspeed_extra.prescale_gradients is refused",
-            {},
-        ),
     ],
 )
 def test_settings_that_lose_state_are_refused_with_the_reason(
@@ -131,6 +126,13 @@ def test_a_gather_bucket_that_is_no_multiple_of_8_is_refused(size: float, fits: 
     refusal = pytest.raises(ConfigError, match=rf"allgather_bucket_size = {size} must be a multiple of 8")
     with contextlib.nullcontext() if fits else refusal:
         make_ds_config(EngineConfig(deepspeed_extra=extra), plan_batches(8, 0, 1), "fp32", 0.0)
+
+
+@pytest.mark.parametrize("key", ["prescale_gradients", "gradient_predivide_factor"])
+def test_divisors_of_gradients_are_refused_in_a_job_and_read_in_a_config(key: str) -> None:
+    config = EngineConfig(deepspeed_extra={key: 2})
+    with pytest.raises(ConfigError, match=rf"engine\.deepspeed_extra\.{key} is refused"):
+        make_ds_config(config, plan_batches(8, 0, 1), "fp32", 0.0)
 
 
 @pytest.mark.parametrize("key", ["micro_batch", "num_workers"])

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -260,11 +263,31 @@ def test_a_run_of_a_newer_version_is_refused_by_the_file_and_the_key(
     config.write_text(f"mood = 1\n{written}")
     assert zygote.train(job, 1) == [2]
     assert f"{config} cannot be read by this vitscale (0.1.0): unknown key mood" in job.output()
+    assert f'another run_dir with [init] checkpoint = "{job.run_dir}", full_state = true' in job.output()
     config.write_text(written)
     edit_manifest(job.checkpoints()[6] / "manifest.json", lambda v: v["train"]["config"].update(mood=1))
     assert zygote.train(job, 1) == [2]
     assert f"{job.checkpoints()[6]} holds a config that this vitscale (0.1.0; it was" in job.output()
     assert "Traceback" not in job.output()
+
+
+def test_a_run_that_began_with_what_is_refused_today_is_resumed(
+    tmp_path: Path, index: Path, zygote: Zygote, uninterrupted: Job
+) -> None:
+    job = Job(tmp_path, index)
+    shutil.copytree(uninterrupted.run_dir, job.run_dir)
+    config = job.run_dir / "config.toml"
+    extra = "[engine.deepspeed_extra]"
+    text = config.read_text().replace(extra, f"{extra}\nprescale_gradients = true")
+    for key in ("clip_norm", "step_minutes", "spike_deviations"):
+        text = re.sub(rf"\n{key} = .*", f"\n{key} = inf", text)
+    config.write_text(text)
+    values = tomllib.loads(config.read_text())
+    edit_manifest(job.checkpoints()[20] / "manifest.json", lambda v: v["train"].update(config=values))
+    options = ("total_steps=22", "--dry-run")
+    assert zygote.train(job, 1, "optim.clip_norm=0", *options) == [0], job.output()
+    assert zygote.train(job, 1, "optim.clip_norm=1", *options) == [2]
+    assert "optim.clip_norm was 0.0, now 1.0; set them back" in job.output()
 
 
 def test_ranks_that_share_no_disk_are_told_so_at_the_first_save(

@@ -37,8 +37,7 @@ from vitscale.engine.fragments import UNTRAINED, Counters
 from vitscale.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
-FORMAT, VERSION = "vitscale-checkpoint", 4
-READABLE = (1, 2, 3, 4)
+FORMAT, VERSION, READABLE = "vitscale-checkpoint", 4, (1, 2, 3, 4)
 MANIFEST = "manifest.json"
 _NO_MANIFEST = "{} is damaged: it is not a manifest"
 
@@ -263,14 +262,15 @@ def saved_config(schema: Any, values: Mapping[str, Any], where: str, place: str,
 def saved_config(schema: Any, values: Mapping[str, Any], where: str, place: str, writer: str) -> Any:
     """The config, or its section `where`, that vitscale of version `writer` saved at `place`.
 
-    Raises CheckpointError naming both if this version does not read it.
+    Raises CheckpointError, naming both and a way out, if this version does not read it.
     """
+    elsewhere = f'another run_dir with [init] checkpoint = "{place}", full_state = true'
     try:
         return configs.from_dict(schema, values, where)
     except ConfigError as error:
         raise CheckpointError(
             f"{place} holds a config that {_readers(writer)} cannot read: {error}; "
-            "use the version that wrote it, or a later one"
+            f"use the version that wrote it, or {'a later one' if where else elsewhere}"
         ) from None
 
 

@@ -69,12 +69,6 @@ class EngineConfig:
                 f'engine.offload_folder = "{self.offload_folder}" needs engine.offload_optimizer = true: '
                 "only an optimizer on the CPU can keep its moments on a disk"
             )
-        for key in ("prescale_gradients", "gradient_predivide_factor"):
-            if key in self.deepspeed_extra:
-                raise ConfigError(
-                    f"engine.deepspeed_extra.{key} is refused: vitscale divides sums of gradients after it "
-                    "has them; leave it out"
-                )
         zero = self.deepspeed_extra.get("zero_optimization", {})
         if not isinstance(zero, dict):
             raise ConfigError(
@@ -101,6 +95,12 @@ def make_ds_config(
             "parameters make torch.compile give up on each block in silence; use stage 1 or 2, or "
             "compile = false"
         )
+    for key in ("prescale_gradients", "gradient_predivide_factor"):
+        if key in config.deepspeed_extra:
+            raise ConfigError(
+                f"engine.deepspeed_extra.{key} is refused: vitscale divides sums of gradients after it "
+                "has them; leave it out"
+            )
     zero = config.deepspeed_extra.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):
         if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":

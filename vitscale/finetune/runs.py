@@ -307,7 +307,7 @@ def keep_config(folder: Path, config: TrainConfig) -> None:
     """Write the config.toml of a run's folder. Raises ConfigError if it holds another run."""
     path, text = folder / "config.toml", configs.to_toml(config)
     if path.exists():
-        old, new = map(configs.to_dict, (run_dir.saved_config_at(path), config))
+        old, new = map(configs.to_dict, (run_dir.saved_config_at(path, "another --out"), config))
         if keys := [key for key in configs.differing_keys(old, new) if not is_free(key)]:
             raise ConfigError(
                 f"{path.parent} holds a run with other settings ({', '.join(keys)}); name another --out"
