@@ -1,10 +1,12 @@
 """Which processes are still there, above a rank and beside it, and what asks a rank to stop."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import psutil
@@ -54,6 +56,39 @@ def test_a_launcher_is_known_by_the_environment(
     if ancestry:
         assert ancestry == [(psutil.Process(), os.getppid())]
     assert watch.intact(ancestry)
+
+
+@pytest.mark.parametrize("variable", ["CROSS_RANK", "TORCHELASTIC_RUN_ID"])
+def test_a_launcher_is_looked_for_also_where_other_users_are_hidden(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "CROSS_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "0")
+    child = os.fork()
+    if not child:
+        status = 9
+        try:
+            libc = ctypes.CDLL(None)
+            if libc.unshare(0x20000):  # CLONE_NEWNS
+                os._exit(77)
+            assert not libc.mount(b"none", b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE
+            assert not libc.mount(b"proc", b"/proc", b"proc", 0, b"hidepid=1")
+            os.setgroups([])
+            os.setgid(65534)  # a member of group 0 would see all
+            os.setuid(65534)
+            with pytest.raises(psutil.AccessDenied):
+                psutil.Process().parents()
+            ancestry = watch.launcher_ancestry()
+            status = len(ancestry) if watch.intact(ancestry) else 8
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 77:
+        pytest.skip("only root makes another /proc and becomes another user")
+    assert status == int(variable == "TORCHELASTIC_RUN_ID")
 
 
 CHILD_OF_SHELL = "import os, sys; print(os.getpid(), flush=True); sys.stdin.read()"

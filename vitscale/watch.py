@@ -203,7 +203,7 @@ def lives(process: psutil.Process | None) -> bool:
     """Whether it runs: neither its end nor a step of the clock makes another process of it."""
     try:
         return bool(process and process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+    except psutil.Error:  # AccessDenied: another user's process has the number now
         return False
 
 
@@ -219,24 +219,31 @@ def launcher_ancestry() -> list[tuple[psutil.Process, int]]:
         deepspeed by pdsh   sshd - (shell) - launch.py - rank
     """
     me = psutil.Process()
-    ancestors = me.parents()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        last = 1
-    elif "CROSS_RANK" in os.environ:
+        return [(me, os.getppid())]
+    if "CROSS_RANK" in os.environ:
+        ancestors = _ancestors(me)
         last = _top_of_deepspeed([_command(process) for process in ancestors])
-    elif "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        last = 1
-    else:
-        last = 0
-    chain = [me, *ancestors[:last]]
-    return [(process, parent.pid) for process, parent in itertools.pairwise(chain)]
+        return [(process, parent.pid) for process, parent in itertools.pairwise([me, *ancestors[:last]])]
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        return [(me, os.getppid())]
+    return []
+
+
+def _ancestors(process: psutil.Process) -> list[psutil.Process]:
+    """Nearest first, up to one of another user where /proc hides those (hidepid)."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        while parent := (found[-1] if found else process).parent():
+            found.append(parent)
+    return found
 
 
 def intact(ancestry: Sequence[tuple[psutil.Process, int]]) -> bool:
     """Whether every process still has the parent that it had."""
     try:
         return all(process.ppid() == parent for process, parent in ancestry)
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return False
 
 
@@ -256,5 +263,5 @@ def _top_of_deepspeed(commands: Sequence[str]) -> int:
 def _command(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline()[:4])
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
+    except psutil.Error:
         return ""
