@@ -149,6 +149,23 @@ def test_what_all_ranks_raise_is_printed_by_rank_0_alone(
     assert capsys.readouterr().err == ("error: cut\n" if printed else "")
 
 
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_a_program_runs_without_standard_streams(closed: str) -> None:
+    program = (
+        "import os, subprocess, sys\n"
+        "from vitscale import command\n"
+        "def program():\n"
+        "    print(sys.stdout.isatty(), sys.stderr.isatty(), file=sys.stderr)\n"
+        "    print('a')\n"
+        "    child = 'import sys; sys.exit(None in (sys.stdin, sys.stdout, sys.stderr))'\n"
+        "    alone = subprocess.call([sys.executable, '-c', child])\n"
+        "    return 7 if os.open('/dev/null', 0) > 2 and not alone else 8\n"
+        "command.leave(command.run(program))\n"
+    )
+    words = ["bash", "-c", f'exec "$@" {closed}', "bash", sys.executable, "-c", program]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True, check=False).returncode == 7
+
+
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     row = '{"step": 1, "train/loss": 1.0}\n'

@@ -30,6 +30,7 @@ def run(program: Callable[[], int]) -> int:
     (UserError.shared); an error of a single rank is printed by that rank.
     """
     rank = int(slurm.launched().get("RANK", "0"))
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes, and no error
             stream.reconfigure(errors="backslashreplace")
@@ -86,6 +87,18 @@ def leave(status: int) -> NoReturn:
                 stream.flush()
     finally:
         os._exit(status)
+
+
+def _open_streams() -> None:
+    """Open /dev/null as each standard stream that was closed before the start, as by a daemon.
+
+    Python sets such a stream to None, and the next file takes its number.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
