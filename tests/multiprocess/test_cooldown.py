@@ -51,7 +51,7 @@ def test_what_cannot_be_cooled_down_is_refused(
         ([trunk, tmp_path / "a", "--steps=4"], "the learning rate at"),
         ([trunk / "checkpoints" / "step-000000018", tmp_path / "a", "--steps=0"], "--steps 0 must be 1 or"),
         ([trunk / "checkpoints" / "step-000000018", trunk, "--steps=4"], "exists and is not overwritten"),
-        ([trunk / "checkpoints" / "step-000000018", "caf\udce9", "--steps=4"], "udce9' is not UTF-8; rename it"),
+        ([trunk / "checkpoints" / "step-000000018", "caf\udce9", "--steps=4"], "udce9' is not UTF-8; rename"),
         ([tmp_path / "none", tmp_path / "a", "--steps=4"], "is not a checkpoint"),
     ):
         assert main(["cooldown", *map(str, arguments)]) == 2
