@@ -9,4 +9,4 @@ if [ ! -x "$python" ]; then
     exit 2
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-exec "$python" -m vitscale.multinode "$@"
+exec "$python" "$root/launch/multinode.py" "$@"

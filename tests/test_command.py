@@ -104,6 +104,7 @@ def test_an_interrupt_ends_without_a_traceback(capsys) -> None:
         ["launch/train.py", "a.toml"],
         ["launch/preflight.py", "a.toml"],
         ["launch/ended.py", "a.toml"],
+        ["launch/multinode.py", "hostfile", "a.toml"],
         ["tools/checkpoint.py", "list", "a"],
     ],
     ids=lambda words: words[0],

@@ -11,6 +11,8 @@ import pytest
 
 from vitscale import multinode
 
+PROGRAM = Path(__file__).resolve().parents[1] / "launch" / "multinode.py"
+
 
 @pytest.mark.parametrize(
     ("on_path", "root", "sentence"),
@@ -65,7 +67,7 @@ def test_numbers_out_of_range_are_refused(
 def test_a_start_that_a_signal_to_the_command_ended_is_none_in_vain(tmp_path: Path) -> None:
     (tmp_path / "hostfile").write_text("localhost slots=1\n")
     (tmp_path / "run.toml").write_text(CONFIG)
-    words = [sys.executable, "-m", "vitscale.multinode", tmp_path / "hostfile", tmp_path / "run.toml"]
+    words = [sys.executable, PROGRAM, tmp_path / "hostfile", tmp_path / "run.toml"]
     words += [f"run_dir={tmp_path / 'run'}", "--no-ssh", "--node-rank=0", "--master-addr=localhost"]
     with subprocess.Popen([*words, "--max-vain=1"], stdout=subprocess.PIPE, text=True) as command:
         while not psutil.Process(command.pid).children() and command.poll() is None:

@@ -269,7 +269,3 @@ def _check_pdsh() -> None:
 
 def _say(text: str) -> None:
     print(f"multinode: {text}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
