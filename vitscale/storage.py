@@ -30,12 +30,15 @@ from vitscale.errors import ConfigError, StoreError
 from vitscale.redaction import redact
 
 T = TypeVar("T")
+
 SCHEMES = ("file", "http", "https", "s3", "gs", "gcs")
 EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS = 10, 30
 LOOKUP_THREADS = 32
 STREAM_STEP_BYTES = 8 << 20
+
 URLS_VARIABLE = "VITSCALE_URLS"
+
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), "
     "and AWS_ENDPOINT_URL for a store that is not Amazon's, on every node",
