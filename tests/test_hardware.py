@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -105,6 +106,15 @@ def test_a_start_warns_of_gpus_that_torch_does_not_use(
     distributed.initialize()
     distributed.shutdown()
     assert [text.startswith(UNUSED) for text in caplog.messages] == [True] * warns
+
+
+def test_a_process_alone_takes_connections_from_nobody_else(monkeypatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    distributed.initialize()
+    listening = [c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+    distributed.shutdown()
+    assert not {"0.0.0.0", "::"} & set(listening)
 
 
 def test_preflight_refuses_a_host_whose_gpus_torch_does_not_use(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -19,7 +19,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vitscale import errors, hardware, open_files, rendezvous, slurm
 from vitscale.errors import ConfigError, StoreError, UserError
@@ -60,7 +59,7 @@ def initialize(*, gpu: bool = True) -> None:
     try:
         where = {}
         if is_alone:
-            where = {"store": TCPStore("127.0.0.1", 0, is_master=True), "rank": 0, "world_size": 1}
+            where = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # nobody can connect to it
         elif store := rendezvous.own_store(JOIN_TIMEOUT):
             where = {"store": store, "rank": launched_rank(), "world_size": launched_world_size()}
         if uses_gpu:
