@@ -19,6 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vitscale import errors, hardware, open_files, rendezvous, slurm
 from vitscale.errors import ConfigError, StoreError, UserError
@@ -59,7 +60,7 @@ def initialize(*, gpu: bool = True) -> None:
     try:
         where = {}
         if is_alone:
-            where = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # nobody can connect to it
+            where = {"store": HashStore(), "rank": 0, "world_size": 1}  # nobody can connect to it
         elif store := rendezvous.own_store(JOIN_TIMEOUT):
             where = {"store": store, "rank": launched_rank(), "world_size": launched_world_size()}
         if uses_gpu:
