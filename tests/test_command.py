@@ -38,6 +38,11 @@ def test_what_the_user_can_fix_is_one_line_and_status_2(kind: type[UserError], c
     assert capsys.readouterr().err == "error: the shard is cut; restore it\n"
 
 
+def test_no_name_in_an_error_moves_the_cursor_or_sets_the_title(capsys) -> None:
+    assert command.run(raising(DataError("\x1b]0;t\x07a\r\x9b2J\u202eb\tc\n\U0001f642"))) == 2
+    assert capsys.readouterr().err == "error: \\x1b]0;t\\x07a\\r\\x9b2J\\u202eb\tc\n\U0001f642\n"
+
+
 def test_what_passes_by_itself_is_one_line_and_status_1(capsys) -> None:
     assert command.run(raising(StoreDown("the store does not answer"))) == 1
     assert capsys.readouterr().err == "error: the store does not answer\n"

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vitscale.redaction import redact
+
 EXAMPLE = """examples:
   python tools/checkpoint.py list runs/shapes
   python tools/checkpoint.py show runs/shapes
@@ -145,7 +147,7 @@ def list_run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(to_json(json_values(checkpoints)))
     else:
-        print(listing.render(checkpoints, _now()))
+        print(redact(listing.render(checkpoints, _now())))
     listing.check_newest(checkpoints)
     return 0
 
@@ -163,7 +165,7 @@ def show_checkpoint(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(to_json(show.values_of(contents, tensors)))
     else:
-        print(show.render(contents, tensors, _now()))
+        print(redact(show.render(contents, tensors, _now())))
     return 0
 
 
@@ -172,7 +174,7 @@ def verify(arguments: argparse.Namespace) -> int:
     from vitscale.report.show import check_newest, render_verified
 
     contents = open_contents(arguments.checkpoint)
-    print(render_verified(contents))
+    print(redact(render_verified(contents)))
     check_newest(contents)
     return 0
 
@@ -184,7 +186,7 @@ def diff(arguments: argparse.Namespace) -> int:
 
     a, b = open_contents(arguments.a), open_contents(arguments.b)
     comparison = compare.compare(a, b, all_slots=arguments.states)
-    print(to_json(json_values(comparison)) if arguments.json else compare.render(comparison))
+    print(to_json(json_values(comparison)) if arguments.json else redact(compare.render(comparison)))
     return 0 if comparison.equal else 1
 
 

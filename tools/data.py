@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vitscale.redaction import redact
+
 SUSPICIOUS_SHARE = 0.03  # of the training images that dedup finds
 
 
@@ -54,7 +56,7 @@ def pack(arguments: argparse.Namespace) -> int:
         report_index(index, out)
     report_passed_over(report.passed_over)
     for sentence in report.omissions:
-        print(f"left out: {sentence}", file=sys.stderr)
+        print(redact(f"left out: {sentence}"), file=sys.stderr)
     if report.num_omissions:
         print(f"{report.num_omissions:,} left out; see {arguments.out / 'pack-report.json'}", file=sys.stderr)
     return 0
@@ -116,7 +118,7 @@ def verify(arguments: argparse.Namespace) -> int:
             index, decode_images=arguments.decode, workers=arguments.workers, progress=bar.update
         ):
             num_damaged += 1
-            print(sentence)
+            print(redact(sentence))
     report_doubts(index, arguments.index)
     if num_damaged:
         print(f"error: {num_damaged:,} damaged places in {len(index.shards)} shards", file=sys.stderr)
@@ -226,7 +228,7 @@ def report_index(index: Any, path: Path) -> None:
     from vitscale.data.scan import commonest
 
     for sentence in commonest(index.reasons, len(index.reasons)):
-        print(f"damaged: {sentence}", file=sys.stderr)
+        print(redact(f"damaged: {sentence}"), file=sys.stderr)
     report_doubts(index, path)
     report_passed_over(index.passed_over)
 
@@ -235,7 +237,7 @@ def report_passed_over(counts: Mapping[str, int]) -> None:
     """Print how many files of shards are neither images nor labels, by extension."""
     if counts:
         texts = [f"{count:,} {extension}" for extension, count in sorted(counts.items())]
-        print(f"passed over, neither images nor labels: {', '.join(texts)}", file=sys.stderr)
+        print(redact(f"passed over, neither images nor labels: {', '.join(texts)}"), file=sys.stderr)
 
 
 def report_classes(index: Any) -> None:
@@ -247,7 +249,7 @@ def report_classes(index: Any) -> None:
     empty = [index.named(label) for label in range(num_classes) if label not in index.label_counts]
     if empty:
         more = f" and {len(empty) - 5:,} more" if len(empty) > 5 else ""
-        print(f"check: no image of class {', '.join(empty[:5])}{more}", file=sys.stderr)
+        print(redact(f"check: no image of class {', '.join(empty[:5])}{more}"), file=sys.stderr)
 
 
 def report_doubts(index: Any, path: str | Path) -> None:
@@ -255,13 +257,13 @@ def report_doubts(index: Any, path: str | Path) -> None:
     from vitscale.curate.stats import doubts
 
     for sentence in doubts(index, path):
-        print(f"check: {sentence}", file=sys.stderr)
+        print(redact(f"check: {sentence}"), file=sys.stderr)
 
 
 def report_damage(sentences: Sequence[str], total: int) -> None:
     """Print the first damaged samples. They stay in the index; training replaces them."""
     for sentence in sentences:
-        print(f"damaged: {sentence}", file=sys.stderr)
+        print(redact(f"damaged: {sentence}"), file=sys.stderr)
     if total > len(sentences):
         print(f"damaged: and {total - len(sentences):,} more", file=sys.stderr)
 

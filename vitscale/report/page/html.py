@@ -24,7 +24,7 @@ def escaped(text: str) -> Html:
     """Text as markup; Html stays as it is."""
     if isinstance(text, Html):
         return text
-    return Html(html.escape(_UNSHOWABLE.sub("\ufffd", redact(text))))
+    return Html(html.escape(redact(_UNSHOWABLE.sub("\ufffd", text))))
 
 
 def joined(parts: Iterable[str]) -> Html:
