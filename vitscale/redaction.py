@@ -14,6 +14,6 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def redact(text: str) -> str:
-    """The text without users and queries of HTTP URLs, and with control characters as escapes."""
+    """The text without users and queries of HTTP URLs, its control characters as escapes."""
     text = _QUERY.sub(r"\1***", _USER.sub(r"\1", text))
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
