@@ -236,6 +236,8 @@ def test_a_sound_compressed_archive_is_imported(tmp_path: Path) -> None:
         ("Transformer/encoderblock/x.npy", npy("(2, 3)", 24), "Transformer/encoderblock_0/x has no place"),
         ("Transformer/encoderblock/x.npy", npy("()", 4), "Transformer/encoderblock/x has no place"),
         ("Transformer/encoderblock/x.npy", npy("(1000000000000,)", 4), "is not an .npz file of arrays"),
+        ("Transformer/encoderblock/x.npy", npy("(1001,)", 4 * 1001), "encoderblock/x stacks 1,001 blocks"),
+        ("Transformer/encoderblock/x.npy", npy("(1000,)", 4 * 1000), "encoderblock_0/x has no place"),
         ("Transformer/encoderblock/x.npy", npy("(30000000, 0)", 4), "is not an .npz file of arrays"),
         ("Transformer/encoderblock/x.npy", npy("(-1, -1)", 4), "is not an .npz file of arrays"),
         ("x.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 4) + b"'''\n", "is not an .npz file of arrays"),
@@ -251,6 +253,17 @@ def test_archives_with_a_hostile_member_are_refused(
     with pytest.raises(CheckpointError, match=f"hostile.npz.*{reason}"):
         import_model(path, tmp_path / "out", format="npz")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_member_that_claims_more_bytes_than_it_can_have_is_refused(tmp_path: Path) -> None:
+    path = compressed_npz(tmp_path / "hostile.npz")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("x.npy", npy("(900000000,)", 4))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, data.rfind(b"PK\x01\x02") + 24, 0xF0000000)  # in the list of members
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"is not an \.npz file of arrays"):
+        import_model(path, tmp_path / "out", format="npz")
 
 
 def test_damaged_and_encrypted_archives_are_refused(tmp_path: Path) -> None:

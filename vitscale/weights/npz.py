@@ -54,8 +54,10 @@ class NpzReader:
                 name = info.filename.removesuffix(".npy")
                 with self._zip.open(info) as member:
                     self.shapes[name], _, self._dtypes[name] = _read_header(member)
-                # More values than bytes: reading would allocate memory for what is not there.
-                if name == info.filename or _num_values_at_least(self.shapes[name]) > info.file_size:
+                # More values than bytes, or more bytes than deflate can pack (which the archive
+                # only claims): reading would allocate memory for what is not there.
+                claimed = max(_num_values_at_least(self.shapes[name]), info.file_size)
+                if name == info.filename or claimed > min(info.file_size, 1032 * info.compress_size):
                     raise ValueError
         except _DAMAGED:
             raise CheckpointError(f"{path} is not an .npz file of arrays, or is damaged") from None

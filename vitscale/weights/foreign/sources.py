@@ -59,6 +59,7 @@ _TABLES = ("model_args", "pretrained_cfg")  # of timm's config.json
 _BIT_NUMBER = re.compile(r"/(standardized_conv2d|group_norm|conv2d)_\d+/")
 _GROUP_NORM = re.compile(r"(^|/)gn(_root|_proj|\d)/(scale|bias)$")  # of a hybrid
 _STACKED = "Transformer/encoderblock/"  # big_vision with scan: all blocks in one array
+_MAX_DEPTH = 1000  # of stacked blocks: each of them gets names of its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def open_npz(path: str) -> ForeignWeights:
     if others:
         logger.info("%d arrays outside %s are not of this model: %s, ...", len(others), prefix, others[0])
     dialect = _flax_dialect(name.removeprefix(prefix) for name in arrays.shapes if name.startswith(prefix))
-    places = _places(arrays.shapes, prefix, "params/" if dialect == "big_vision" else "")
+    places = _places(path, arrays.shapes, prefix, "params/" if dialect == "big_vision" else "")
     shapes = {
         name: arrays.shapes[array] if row is None else arrays.shapes[array][1:]
         for name, (array, row) in places.items()
@@ -165,7 +166,7 @@ def _open_bit(path: str, arrays: NpzReader) -> ForeignWeights:
     )
 
 
-def _places(shapes: Shapes, prefix: str, dialect_prefix: str) -> dict[str, tuple[str, int | None]]:
+def _places(path: str, shapes: Shapes, prefix: str, dialect_prefix: str) -> dict[str, tuple[str, int | None]]:
     """The array that holds each tensor of the dialect, and the tensor's row in a stacked one.
 
     The array opt/target/Transformer/encoderblock/LayerNorm_0/scale [depth, D] holds the tensors
@@ -179,6 +180,10 @@ def _places(shapes: Shapes, prefix: str, dialect_prefix: str) -> dict[str, tuple
             continue
         name = array.removeprefix(prefix)
         if name.startswith(_STACKED) and shape:
+            if shape[0] > _MAX_DEPTH:
+                raise CheckpointError(
+                    f"{path}: {array} stacks {shape[0]:,} blocks; at most {_MAX_DEPTH:,} are read"
+                )
             leaf = name.removeprefix(_STACKED)
             for row in range(shape[0]):
                 places[f"{dialect_prefix}Transformer/encoderblock_{row}/{leaf}"] = (array, row)
