@@ -239,6 +239,18 @@ def test_what_is_wrong_in_a_source_is_refused(tmp_path: Path, name: str, change,
         packed(raw, tmp_path / "out", name)
 
 
+@pytest.mark.parametrize(
+    ("name", "module", "limit"), [("dtd", "archives", 100_000), ("smallnorb_azimuth", "norb", 1000)]
+)
+def test_what_would_unpack_to_more_than_memory_holds_is_refused(
+    tmp_path: Path, monkeypatch, name: str, module: str, limit: int
+) -> None:
+    raw = make_raw(name, tmp_path / "raw", 30)
+    monkeypatch.setattr(f"vitscale.curate.pack.vtab.{module}.MAX_HELD_BYTES", limit)
+    with pytest.raises(DataError, match=f"holds more than {limit:,} bytes"):
+        packed(raw, tmp_path / "out", name)
+
+
 def test_an_image_that_a_list_names_and_the_source_lacks_is_refused(tmp_path: Path) -> None:
     raw = make_raw("sun397", tmp_path / "raw", 6)
     key = list(raw.examples["test"])[3]

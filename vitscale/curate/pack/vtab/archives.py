@@ -24,7 +24,8 @@ from vitscale.curate.pack.tar_members import TarPlace, list_members
 from vitscale.data.tar import MAX_MEMBER_BYTES, compression, decompress_hint
 from vitscale.errors import DataError
 
-MAX_HELD_BYTES = 1 << 30  # of a compressed archive whose members are held in memory
+MAX_HELD_BYTES = 1 << 30  # of a compressed archive, and of its members, which are held in memory
+_MEMBER_BYTES = 2048  # of memory that a member takes besides its content
 _ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 _ZIP, _EMPTY_ZIP, _LOCAL_HEADER = b"PK\x03\x04", b"PK\x05\x06", struct.Struct("<4s22xHH")
 
@@ -223,9 +224,15 @@ def _zip_members(path: str) -> dict[str, StoredFile]:
 def _hold(file: io.BufferedIOBase, path: str) -> dict[str, StoredFile]:
     """Read a compressed tar once, whole."""
     held: dict[str, StoredFile] = {}
+    num_bytes = 0
     try:
         with tarfile.open(fileobj=file, mode="r|*") as archive:
             for member in archive:
+                num_bytes += member.size + _MEMBER_BYTES
+                if num_bytes > MAX_HELD_BYTES:
+                    raise DataError(
+                        f"{path} holds more than {MAX_HELD_BYTES:,} bytes; unpack it and name the folder"
+                    )
                 content = archive.extractfile(member) if member.isfile() else None
                 if content:
                     held[member.name.removeprefix("./")] = HeldFile(
