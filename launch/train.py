@@ -14,8 +14,8 @@ EXAMPLE = """examples:
   python launch/train.py configs/demo/shapes.toml --dry-run --world-size 64           show what would run
 
 exit status: 0 done; 1 a process was lost, a store did not answer, or a bug: start it again; 2 something that
-you can fix, which one line names; 75 stopped after a clean save: by SIGTERM, SIGUSR1 or Ctrl-C, to be started
-again, or by RUN/stop; 130 ended by a second Ctrl-C, or by one before training began, without a save.
+you can fix, which one line names; 75 stopped after a clean save: by SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, to be
+started again, or by RUN/stop; 130 ended by a second Ctrl-C, or by one before training began, without a save.
 Launchers return others; whatever they return, RUN/status.json says how it ended"""
 
 

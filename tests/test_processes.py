@@ -134,7 +134,7 @@ def test_data_workers_end_with_their_parent_however_it_ends(tmp_path: Path, end:
             assert len(workers) == 2, parent.stderr.read().decode()
             if end == "wait":
                 for worker in workers:
-                    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
                         os.kill(worker, number)
                 time.sleep(0.5)
                 assert all(is_running(worker) for worker in workers)

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -149,4 +150,22 @@ def test_a_look_for_the_stop_file_that_fails_is_repeated(
             assert watching.reason == f"the file {stop_file} (rank 0)"
     finally:
         for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"), [(lambda *_: None, "SIGHUP (rank 0)"), (signal.SIG_IGN, "")], ids=["shell", "nohup"]
+)
+def test_a_terminal_that_is_closed_asks_to_stop_unless_under_nohup(before: Any, reason: str) -> None:
+    previous = {number: signal.getsignal(number) for number in watch.SIGNALS}
+    signal.signal(signal.SIGHUP, before)
+    try:
+        with watch.Watch(lambda _: 1) as watching:
+            os.kill(os.getpid(), signal.SIGHUP)
+            deadline = time.monotonic() + (5 if reason else 0.2)
+            while not watching.asked and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert watching.reason == reason
+    finally:
+        for number, handler in previous.items():
             signal.signal(number, handler)

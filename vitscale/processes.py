@@ -82,12 +82,12 @@ def die_with(parent: int, number: int = signal.SIGKILL) -> None:
 
 
 def survive_signals() -> None:
-    """Let neither a scheduler nor a Ctrl-C end this worker, but the death of its parent.
+    """Let neither a scheduler nor a terminal end this worker, but the death of its parent.
 
     A scheduler signals every process of a job, and a trainer still needs its workers for the
     steps up to the save. Such a worker has to be killed (kill_at_exit).
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     die_with(os.getppid())
 

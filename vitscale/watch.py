@@ -23,7 +23,7 @@ from vitscale import distributed
 from vitscale.errors import RankLost
 
 T = TypeVar("T")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LOOK_SECONDS = 1.0
 # From the death of a rank on this machine to the end of this one. Usually a collective fails
 # before, and says more; on a GPU it may hang. The second: if this one has failed, and closes;
@@ -38,9 +38,9 @@ class Watch:
 
     identities: of the processes of all ranks.
     peers: the processes of the other ranks of this machine; None = it was dead at the start.
-    asked: whether to save and end. SIGTERM, SIGUSR1 and Ctrl-C ask for it, and so do the
-    disappearance of a launcher and a file stop_file, which rank 0 looks for. A second Ctrl-C
-    ends the process at once.
+    asked: whether to save and end. SIGTERM, SIGUSR1, SIGHUP (which nohup ignores) and Ctrl-C
+    ask for it, and so do the disappearance of a launcher and a file stop_file, which rank 0 looks
+    for. A second Ctrl-C ends the process at once.
 
     If another rank of this machine dies, this one ends too: by the failure of a collective or,
     GRACE_SECONDS later, from here. tell(error) then says why, and gives the exit status.
@@ -74,6 +74,8 @@ class Watch:
         os.set_blocking(self._writer, False)
         self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._handle)
         self._thread.start()
         return self
@@ -211,7 +213,7 @@ def launcher_ancestry() -> list[tuple[psutil.Process, int]]:
     """(process, its parent's id) from this process up to the launcher; empty without one.
 
     A launcher is known by what it puts into the environment. A program that was started by hand
-    has none: its shell or terminal may go, and it stays.
+    has none: its parent may go, and it stays. That a terminal is closed, SIGHUP says.
 
         torchrun            torchrun - rank
         srun                slurmstepd - rank
