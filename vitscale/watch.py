@@ -39,8 +39,8 @@ class Watch:
     identities: of the processes of all ranks.
     peers: the processes of the other ranks of this machine; None = it was dead at the start.
     asked: whether to save and end. SIGTERM, SIGUSR1, SIGHUP (which nohup ignores) and Ctrl-C
-    ask for it, and so do the disappearance of a launcher and a file stop_file, which rank 0 looks
-    for. A second Ctrl-C ends the process at once.
+    ask for it, and so do the disappearance of a launcher and a file stop_file, which rank 0
+    looks for. A second Ctrl-C ends the process at once.
 
     If another rank of this machine dies, this one ends too: by the failure of a collective or,
     GRACE_SECONDS later, from here. tell(error) then says why, and gives the exit status.

@@ -18,6 +18,7 @@ from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.safetensors import SafetensorsReader, write_safetensors
 from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.config import to_dict
+from vitscale.engine.fragments import Wanted
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import build_model
 from vitscale.models.vit_config import ViTConfig
@@ -66,6 +67,18 @@ def test_any_range_is_read_from_any_fragments(tmp_path: Path, directory: Path) -
         reader.read_into(destination, "fp32", name, start)
         assert torch.equal(destination, flat[start : start + count])
     assert torch.equal(reader.whole(name), state[name])
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_said_to_be(tmp_path: Path, directory: Path) -> None:
+    write_model(tmp_path, 1)
+    checkpoint = newest(directory)
+    reader = FragmentReader(checkpoint.folder, checkpoint.manifest)
+    reader.whole("head.bias")
+    store.delete(Path(checkpoint.folder))
+    wanted = Wanted(torch.empty(1), "fp32", "head.weight", 0)
+    for read in (lambda: reader.whole("blocks.0.mlp.fc1.weight"), lambda: reader.read([wanted])):
+        with pytest.raises(CheckpointError, match=r"step-000000001 was deleted while it was read.* run the"):
+            read()
 
 
 def flip_a_bit(path: Path) -> None:

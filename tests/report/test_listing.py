@@ -1,10 +1,12 @@
 """`list`: the checkpoints of a run, with metrics, damage and leftovers."""
 
+import contextlib
 import inspect
 import json
 import re
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -78,18 +80,44 @@ def test_a_file_of_another_size_is_found_without_reading_it(run: Path) -> None:
     assert first.status == "DAMAGED" and re.search(r"has [\d,]+ bytes, the manifest says", first.problem)
 
 
-def test_a_checkpoint_that_is_deleted_while_the_others_are_checked_is_left_out(run: Path) -> None:
-    def delete_oldest(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code is inspect.unwrap(check_all).__code__:
-            shutil.rmtree(run / "checkpoints" / "step-000000010")
-
+def test_checkpoints_that_are_deleted_while_they_are_checked_are_left_out(run: Path) -> None:
     (run / "checkpoints" / "step-000000020" / "rank-00002.safetensors").unlink()
-    sys.setprofile(delete_oldest)
-    try:
+    with at_a_call(inspect.unwrap(check_all), lambda: shutil.rmtree(run / "checkpoints" / "step-000000010")):
         rows = listing.list_run(str(run)).checkpoints
+    assert [(row.step, row.status) for row in rows] == [(20, "DAMAGED"), (30, "verified")]
+
+
+def test_of_a_run_that_replaces_all_its_checkpoints_meanwhile_the_new_ones_are_listed(run: Path) -> None:
+    def save_and_delete() -> None:
+        shutil.rmtree(run / "checkpoints")
+        write_step(run, 40, state_of(40))
+
+    with at_a_call(inspect.unwrap(check_all), save_and_delete):
+        rows = listing.list_run(str(run)).checkpoints
+    assert [(row.step, row.status) for row in rows] == [(40, "verified")]
+
+
+def test_a_save_that_is_committed_while_it_is_looked_into_is_no_leftover(run: Path) -> None:
+    leftover = run / "checkpoints" / ".tmp-step-000000040"
+    leftover.mkdir()
+    with at_a_call(Path.rglob, leftover.rmdir):
+        assert not listing.list_run(str(run)).notes
+
+
+@contextlib.contextmanager
+def at_a_call(function: Callable[..., object], action: Callable[[], object]) -> Iterator[None]:
+    """Do the action just before the first call of a function within the block."""
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is function.__code__:
+            sys.setprofile(None)
+            action()
+
+    sys.setprofile(profile)
+    try:
+        yield
     finally:
         sys.setprofile(None)
-    assert [(row.step, row.status) for row in rows] == [(20, "DAMAGED"), (30, "verified")]
 
 
 def test_leftovers_and_a_wrong_latest_are_mentioned(run: Path, capsys: Capture) -> None:

@@ -1,6 +1,7 @@
 """Reading a checkpoint at any world size and ZeRO stage: each rank reads what it owns now."""
 
-from collections.abc import Collection, Iterable, Mapping
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -30,12 +31,15 @@ class FragmentReader:
             for file, part, key, first in self.ranges(each):
                 ranges.setdefault(file, []).append((part, key, first))
         for file in sorted(ranges):
-            SafetensorsReader(storage.child(self._folder, file)).read(ranges[file])
+            with self._still_there():
+                SafetensorsReader(storage.child(self._folder, file)).read(ranges[file])
 
     def read_into(self, destination: Tensor, slot: str, name: str, start: int) -> None:
         """As read, for one; the headers of its files are kept for the next one."""
         for file, part, key, first in self.ranges(Wanted(destination, slot, name, start)):
-            self._open(file).read_into(part, key, first)
+            reader = self._open(file)
+            with self._still_there():
+                reader.read_into(part, key, first)
 
     def ranges(self, wanted: Wanted) -> list[tuple[str, Tensor, str, int]]:
         """The (file, destination, tensor of the file, start in it) that make up what is wanted.
@@ -84,8 +88,20 @@ class FragmentReader:
 
     def _open(self, file: str) -> SafetensorsReader:
         if file not in self._files:
-            self._files[file] = SafetensorsReader(storage.child(self._folder, file))
+            with self._still_there():
+                self._files[file] = SafetensorsReader(storage.child(self._folder, file))
         return self._files[file]
+
+    @contextlib.contextmanager
+    def _still_there(self) -> Iterator[None]:
+        """Says of a missing file that its checkpoint, which was verified, has been deleted."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{self._folder} was deleted while it was read, as a run does that saves newer ones; run the "
+                "same command again, or name a step that is kept"
+            ) from None
 
 
 def find(home: Home) -> Checkpoint | None:

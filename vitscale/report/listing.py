@@ -1,5 +1,6 @@
 """Lists the checkpoints of a run: how far training was at each, and whether each is intact."""
 
+import contextlib
 import dataclasses
 import datetime
 import textwrap
@@ -133,11 +134,18 @@ def _read_metrics(run: str) -> list[dict[str, Any]]:
 
 
 def _checked(run: str, *, checksums: bool) -> list[tuple[int, str, Verdict]]:
-    """(step, folder, verdict) of the checkpoints; without those that were deleted meanwhile."""
-    steps = committed(run)
-    verdicts = check_all([folder for _, folder in steps], checksums=checksums)
-    still = committed(run) if any(verdict.problem for verdict in verdicts) else steps
-    return [(*place, verdict) for place, verdict in zip(steps, verdicts, strict=True) if place in still]
+    """(step, folder, verdict) of the checkpoints; without those that were deleted meanwhile.
+
+    If all were, it checks those that have taken their place.
+    """
+    still, checked = committed(run), []
+    while still and not checked:
+        steps = still
+        verdicts = check_all([folder for _, folder in steps], checksums=checksums)
+        still = committed(run) if any(verdict.problem for verdict in verdicts) else steps
+        pairs = zip(steps, verdicts, strict=True)
+        checked = [(*place, verdict) for place, verdict in pairs if place in still]
+    return checked
 
 
 def _latest(place: str) -> str:
@@ -161,7 +169,12 @@ def _misnamed(latest: Sequence[str], steps: Sequence[tuple[int, str]]) -> Iterat
 def _unfinished(places: Sequence[str]) -> Iterator[str]:
     for folder in (Path(place) for place in places if storage.is_local(place)):
         for path in sorted(folder.glob(f"{store.TEMPORARY}*")):
-            sizes = storage.sizes([str(file) for file in path.rglob("*.*")])  # None: deleted meanwhile
+            files: list[str] = []
+            with contextlib.suppress(FileNotFoundError):  # it is committed meanwhile
+                files.extend(str(file) for file in path.rglob("*.*"))
+            if not path.exists():
+                continue
+            sizes = storage.sizes(files)  # None: deleted meanwhile
             yield (
                 f"{path.name} ({size_text(sum(size or 0 for size in sizes))}) is a save in progress or the "
                 "remains of a killed one: the next start of the run removes it"
