@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from multiprocess.hooks import at_batch, rank
-from multiprocess.ranks import train
+from multiprocess.ranks import Event, train
 
 from tools.evaluate import main as evaluate_main
 from vitscale import config as configs
@@ -22,10 +22,10 @@ from vitscale.train import train as train_config
 from vitscale.train_config import TrainConfig
 
 
-def train_in(folder: Path, config: Path, overrides: Sequence[str]) -> int:
+def train_in(folder: Path, config: Path, overrides: Sequence[str], event: Event | None = None) -> int:
     """A run whose paths are relative to a folder."""
     os.chdir(folder)
-    return train(config, overrides)
+    return train(config, overrides, event)
 
 
 def evaluate(arguments: Sequence[str]) -> int:

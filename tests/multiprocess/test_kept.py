@@ -1,10 +1,11 @@
-"""Runs, exports and shards that an earlier commit wrote (tests/kept) are read and resumed.
+"""Runs, exports and shards that earlier commits wrote (tests/kept) are read and resumed.
 
 Only command lines and vitscale.load_model are used: modules may move, users' files may not.
 """
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,18 +14,22 @@ import pytest
 import torch
 from multiprocess.job import ROOT, Job
 from multiprocess.rank_runs import train_in
+from multiprocess.ranks import HasFp16
 from multiprocess.zygote import Zygote
 
 import vitscale
 from tools import checkpoint, data, evaluate
 
-KEPT = ROOT / "tests" / "kept" / "2f29909"
+KEPT = ROOT / "tests" / "kept"
+FIRST, SECOND = "2f29909", "3cac911"  # the folders, named after their commits
 EXPORTS = {
     "safetensors": "exports/model.safetensors",
     "timm": "exports/timm",
     "npz": "exports/model.npz",
 }
-EXPECTED = json.loads((KEPT / "expected.json").read_text())
+EXPECTED, EXPECTED_OF_SECOND = (json.loads((KEPT / c / "expected.json").read_text()) for c in (FIRST, SECOND))
+LOGITS = {name: EXPECTED[name] | EXPECTED_OF_SECOND[name] for name in ("logits", "last_logits")}
+STEPS = EXPECTED["steps"] | EXPECTED_OF_SECOND["steps"]
 
 
 class KeptJob(Job):
@@ -35,13 +40,17 @@ class KeptJob(Job):
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the kept files, which is the working directory: paths in them are relative."""
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory is the first in a copy of the kept folders: paths are relative."""
     copy = shutil.copytree(KEPT, tmp_path / "kept")
-    monkeypatch.chdir(copy)
+    monkeypatch.chdir(copy / FIRST)
     for name, value in (("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, value)  # which an evaluation sets, or reads
-    return copy
+
+
+def folder_of(name: str) -> str:
+    """Where a run is, from the first folder."""
+    return name if name in EXPECTED["steps"] else f"../{SECOND}/{name}"
 
 
 # On other processors the losses differ by rounding, in bf16 by much more than in fp32.
@@ -53,15 +62,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.param("bf16", 2, 3, 1e-2, id="bf16 and frozen, same layout"),
         pytest.param("bf16", 1, 1, 1e-2, id="bf16 and frozen, other layout"),
         pytest.param("version1", 1, 2, 1e-5, id="version 1, other layout"),
+        pytest.param("adafactor", 2, 3, 1e-6, id="Adafactor, same layout"),
+        pytest.param("adafactor", 1, 2, 1e-5, id="Adafactor, other layout"),
+        pytest.param("muon", 2, 2, 1e-5, id="Muon, same layout"),
+        pytest.param("muon", 1, 1, 1e-5, id="Muon, other layout"),
+        pytest.param("fp16", 2, 2, 1e-2, id="fp16, same layout"),
+        pytest.param("fp16", 1, 3, 1e-2, id="fp16, other layout"),
     ],
 )
 def test_a_run_continues_as_it_would_have_then(
-    folder: Path, zygote: Zygote, name: str, world_size: int, zero_stage: int, tolerance: float
+    zygote: Zygote, name: str, world_size: int, zero_stage: int, tolerance: float
 ) -> None:
-    job, expected = KeptJob(name), EXPECTED["steps"][name]
+    os.chdir(f"{folder_of(name)}/..")
+    job, expected = KeptJob(name), STEPS[name]
+    place, event = Path.cwd(), HasFp16() if name == "fp16" else None
     before = job.rows()
     overrides = (f"total_steps={expected[-1]['step']}", f"engine.zero_stage={zero_stage}")
-    ended = zygote.run(world_size, train_in, folder, job.config, overrides, log=folder / job.log)
+    ended = zygote.run(world_size, train_in, place, job.config, overrides, event, log=place / job.log)
     assert ended == [0] * world_size, job.output()
     rows = job.rows()
     assert rows[: len(before)] == before
@@ -71,14 +88,14 @@ def test_a_run_continues_as_it_would_have_then(
     for column in ("train/loss", "train/grad_norm"):
         values, expected_values = ([row[column] for row in rows] for rows in (after, expected))
         assert values == pytest.approx(expected_values, rel=tolerance)
-    for state, logits in EXPECTED["last_logits"][name].items():  # by the restored moments and averages
+    for state, logits in LOGITS["last_logits"][name].items():  # by the restored moments and averages
         torch.testing.assert_close(logits_of(name, state), torch.tensor(logits), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["run", "bf16", "version1"])
+@pytest.mark.parametrize("name", STEPS)
 def test_a_model_gives_the_logits_that_it_gave_then(name: str) -> None:
-    for state, logits in EXPECTED["logits"][name].items():
-        torch.testing.assert_close(logits_of(name, state), torch.tensor(logits), rtol=0, atol=1e-6)
+    for state, logits in LOGITS["logits"][name].items():
+        torch.testing.assert_close(logits_of(folder_of(name), state), torch.tensor(logits), rtol=0, atol=1e-6)
 
 
 def test_an_export_is_loaded_with_the_weights_it_was_made_of() -> None:
@@ -99,12 +116,12 @@ def test_a_run_is_exported_with_the_weights_of_then(format: str) -> None:
     assert weights_of("imported") == EXPECTED["weights"]
 
 
-@pytest.mark.parametrize(("name", "step"), [("run", 6), ("bf16", 3), ("version1", 3)])
+@pytest.mark.parametrize(("name", "step"), [(name, rows[0]["step"] - 1) for name, rows in STEPS.items()])
 def test_a_checkpoint_is_verified_listed_and_shown(
     name: str, step: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in ("verify", "list", "show"):
-        assert checkpoint.main([command, name]) == 0
+        assert checkpoint.main([command, folder_of(name)]) == 0
         printed = capsys.readouterr().out
         assert f"{name}/checkpoints" in printed and "verified" in printed and str(step) in printed
 
