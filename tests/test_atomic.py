@@ -28,6 +28,12 @@ def test_a_disk_that_refuses_is_named_and_the_file_stays_as_it_was(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["time.json"]
 
 
+def test_a_file_system_may_refuse_to_sync_its_folders_but_no_file() -> None:
+    atomic.sync_folder("/proc")
+    with pytest.raises(OSError, match="Invalid argument"):
+        atomic._sync(Path("/proc/version"))
+
+
 def test_another_error_keeps_its_own_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as missing, atomic.named(tmp_path / "a"):
         (tmp_path / "b").read_bytes()

@@ -6,6 +6,7 @@ containers on several hosts that write the same path have the same process ids.
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -89,9 +90,13 @@ def sync_folder(path: str | Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    """Sync a file or a folder. Some file systems sync no folders, and refuse to be asked."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
