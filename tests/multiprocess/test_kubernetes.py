@@ -28,7 +28,7 @@ def resources() -> dict[str, dict[str, Any]]:
 
 def test_kubernetes_takes_the_manifest() -> None:
     found = resources()
-    assert set(found) == {"Service", "Job"}
+    assert set(found) == {"Service", "NetworkPolicy", "Job"}
     for resource in found.values():
         kubernetes_validate.validate(resource, "1.37", strict=True)
     job = found["Job"]["spec"]
@@ -40,6 +40,8 @@ def test_kubernetes_takes_the_manifest() -> None:
     assert environment["MASTER_ADDR"] == f"vitscale-0.{pod['subdomain']}"
     assert pod["subdomain"] == found["Service"]["metadata"]["name"]
     assert found["Service"]["spec"]["selector"] == {"job-name": found["Job"]["metadata"]["name"]}
+    policy, label = found["NetworkPolicy"]["spec"], {"matchLabels": found["Service"]["spec"]["selector"]}
+    assert policy["podSelector"] == label and policy["ingress"] == [{"from": [{"podSelector": label}]}]
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
     (config, *_) = [word for word in container["args"] if word.endswith(".toml")]
