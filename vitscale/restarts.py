@@ -115,8 +115,7 @@ def after(
 
     since: when the start began, in seconds since the epoch; without it the start is not
     counted. node: number of the machine that asks, of several that ask after the same start;
-    machine 0 counts it.
-    Raises BusyError if a rank still holds the run after SAVING_SECONDS.
+    machine 0 counts it. Raises BusyError if a rank still holds the run after SAVING_SECONDS.
     """
     await_ranks(config.run_dir)
     status, counts = ending.read(config.run_dir), bool(since) and not node
