@@ -34,8 +34,7 @@ if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! .venv/bin/p
         index=(--extra-index-url https://download.pytorch.org/whl/cpu)
 fi
 pip install --quiet "${index[@]}" "$torch"
-# As a path: type checkers do not follow the import hook that setuptools would write.
-pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable ".$extra"
+pip install --quiet --constraint constraints.txt --editable ".$extra"
 # timm alone: the models that the tests use need no torchvision, and transformers brought the rest.
 [ "${1:-}" != dev ] || pip install --quiet --constraint constraints.txt --no-deps timm
 touch "$stamp"

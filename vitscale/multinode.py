@@ -27,10 +27,10 @@ from vitscale.job import worlds
 from vitscale.preflight import compare, rounds
 from vitscale.run_lock import RunLock
 from vitscale.train_config import TrainConfig
+from vitscale.watch import stop_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "launch/train.py"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # How long to wait, after the first start, for hosts that answer but cannot run the job.
 REPAIR_SECONDS = 1800.0
 # Without them, pdsh waits for ever for a host that was switched off.
@@ -124,7 +124,7 @@ class Launch:
             restarts.await_ranks(self._config.run_dir)  # of the other hosts, where this one has lost its own
         else:
             RunLock.check(self._config.run_dir)
-        for number in SIGNALS:
+        for number in stop_signals():
             signal.signal(number, self._stop)
         vain = restarts.Vain(restarts.newest_step(self._config) or 0)
         while not self._stopped:

@@ -73,9 +73,7 @@ class Watch:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._handle)
         self._thread.start()
         return self
@@ -199,6 +197,12 @@ def _process(pid: int) -> psutil.Process | None:
         return psutil.Process(pid)
     except psutil.NoSuchProcess:
         return None
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """SIGNALS, but for a SIGHUP that this process was started to ignore, as by nohup."""
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    return tuple(number for number in SIGNALS if number not in ignored)
 
 
 def lives(process: psutil.Process | None) -> bool:
