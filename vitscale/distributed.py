@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vitscale import errors, hardware, open_files, rendezvous, slurm
+from vitscale.cores import num_cores
 from vitscale.errors import ConfigError, StoreError, UserError
 
 logger = logging.getLogger(__name__)
@@ -82,13 +83,6 @@ def wait_longer(group: dist.ProcessGroup | None = None) -> None:
 def is_launched() -> bool:
     """Whether a launcher started this process, which ends with a status of its own."""
     return "WORLD_SIZE" in slurm.launched()
-
-
-def num_cores() -> int:
-    """The cores that this process may use: a container or taskset may leave it some of them."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def shutdown() -> None:

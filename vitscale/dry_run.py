@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vitscale import config as configs
-from vitscale import distributed, memory
+from vitscale import memory
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, open_together
+from vitscale.cores import num_cores
 from vitscale.data.data_config import SourceConfig
 from vitscale.data.sources import Source, check_sources, missing_sources, open_sources
 from vitscale.data.split import split_classes
@@ -218,5 +219,5 @@ def _memory_lines(job: Job, num_params: int, teacher: Teacher | None) -> list[tu
         ("parameters and state", f"{states / 2**30:,.2f} GiB"),
         ("activations", f"{activations / 2**30:,.2f} GiB"),
         *([("teacher", f"{teacher.num_bytes / 2**30:,.2f} GiB of weights")] if teacher else []),
-        ("host", f"{engine.num_workers} data workers per rank on {distributed.num_cores()} cores"),
+        ("host", f"{engine.num_workers} data workers per rank on {num_cores()} cores"),
     ]

@@ -182,7 +182,7 @@ def test_the_end_to_end_run_gives_its_last_row_of_speed(tmp_path: Path, monkeypa
         f"(run_dir / 'metrics.jsonl').write_text({''.join(json.dumps(row) + chr(10) for row in rows)!r})\n"
     )
     monkeypatch.setattr(suite, "PROGRAM", program)
-    monkeypatch.setattr(distributed, "num_cores", lambda: 3)
+    monkeypatch.setattr(suite, "num_cores", lambda: 3)
     assert suite.end_to_end("index.json", "S/16") == {
         "model": "S/16",
         "data workers": 2,

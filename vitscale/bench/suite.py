@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from vitscale import atomic, distributed
+from vitscale import atomic
 from vitscale.bench import step
 from vitscale.bench.step import Case, StepBench, every_case
+from vitscale.cores import num_cores
 from vitscale.errors import ConfigError, DataError
 from vitscale.metrics import FILE_NAME, read_metrics
 from vitscale.models.vit_config import ViTConfig
@@ -88,7 +89,7 @@ def run(
     here = {
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "cores": distributed.num_cores(),
+        "cores": num_cores(),
         **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
     }
     done = _read(path, here) if path.exists() else here
@@ -109,7 +110,7 @@ def run(
 
 def end_to_end(index: str, variant: str) -> dict[str, Any]:
     """Training from JPEG shards by the real program, with about a data worker per core."""
-    workers = num_workers(distributed.num_cores())
+    workers = num_workers(num_cores())
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
         path = Path(folder) / "config.toml"
         path.write_text(end_to_end_config(folder, index, variant, workers))

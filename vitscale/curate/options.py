@@ -1,11 +1,11 @@
 """The command line of tools/data.py. Nothing here takes long to import."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vitscale.cores import num_cores
 from vitscale.curate.formats import FORMAT_NAMES, PLAIN_FORMATS
 from vitscale.vtab.tasks import TASKS
 
@@ -29,7 +29,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         description=description, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_subparsers(dest="command", required=True).add_parser
-    cores = os.cpu_count() or 1
+    cores = num_cores()
 
     demo = add(
         "demo",

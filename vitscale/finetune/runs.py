@@ -24,9 +24,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import atomic, distributed, processes, run_dir, storage
+from vitscale import atomic, processes, run_dir, storage
 from vitscale import config as configs
 from vitscale.checkpoint.manifest import MANIFEST
+from vitscale.cores import num_cores
 from vitscale.errors import PREEMPTED, CheckpointError, ConfigError, Terminated, UserError
 from vitscale.evals.store import digest_of, model_digest
 from vitscale.models import ModelConfig
@@ -136,7 +137,7 @@ class Slots:
         self._free = list(range(count))
         self._changed = threading.Condition()
         self._gpus = _names_of_gpus(num_gpus)
-        self._threads = max(1, distributed.num_cores() // count)
+        self._threads = max(1, num_cores() // count)
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
 

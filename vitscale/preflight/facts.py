@@ -16,10 +16,11 @@ from typing import Any
 
 import xxhash
 
-from vitscale import __version__, distributed, hardware, memory, shared_memory
+from vitscale import __version__, hardware, memory, shared_memory
 from vitscale import config as configs
 from vitscale.checkpoint import room
 from vitscale.checkpoint.store import Home
+from vitscale.cores import num_cores
 from vitscale.data.loader import check_sockets
 from vitscale.data.sources import check_sources, open_sources
 from vitscale.errors import StoreDown, UserError
@@ -112,7 +113,7 @@ def _own(
         config=digest,
         index=index,
         errors=tuple(errors),
-        cores=distributed.num_cores(),
+        cores=num_cores(),
         shm_free=shared_memory.free(),
         shm_needed=shm_needed,
         open_files=hard if hard != resource.RLIM_INFINITY else -1,
