@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from make import edit_manifest, newest, state_of, verified, write_step
 from safetensors.torch import load_file
 
 from vitscale import load_model
-from vitscale.checkpoint import store
+from vitscale.checkpoint import snapshot, store
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.safetensors import SafetensorsReader, write_safetensors
 from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.config import to_dict
 from vitscale.engine.fragments import Wanted
-from vitscale.errors import CheckpointError, ConfigError
+from vitscale.errors import CheckpointError, ConfigError, StoreError
 from vitscale.models import build_model
 from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.export import export_safetensors
@@ -369,3 +370,15 @@ def test_a_folder_of_another_name_is_no_save_that_was_killed(tmp_path: Path) -> 
     for name in ("step-²", "step-x", "step-000000001"):
         (tmp_path / name).mkdir()
     assert list(store._unpublished(str(tmp_path), 9)) == [store.step_folder(str(tmp_path), 1)]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root only")
+def test_a_save_that_fails_for_lack_of_inodes_says_so(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=2", "tmpfs", tmp_path], check=True)
+    try:
+        (tmp_path / "other").touch()  # the second; the folder itself is the first
+        step = tmp_path / "step"
+        with pytest.raises(StoreError, match=r"No space left on device \(no inode is free there: delete"):
+            snapshot._saving(step / FIRST, step.mkdir)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -6,6 +6,7 @@ Training waits for take() only; write() does not need the engine and may run in 
 import dataclasses
 import datetime
 import errno
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -215,8 +216,11 @@ def _saving(path: Path, action: Callable[[], T]) -> T:
 def _sentence(error: OSError, path: Path) -> str:
     free = ""
     if error.errno in _NO_SPACE:
-        usage = shutil.disk_usage(next(folder for folder in path.parents if folder.exists()))
+        folder = next(folder for folder in path.parents if folder.exists())
+        usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
         free = f" ({size_text(usage.free)} of {size_text(usage.total)} free there)"
+        if inodes.f_files and not inodes.f_favail:
+            free = " (no inode is free there: delete files)"
     return (
         f"saving {path} failed: {error.strerror or error}{free}; the last checkpoint is intact: free space "
         "(or lower checkpoint.keep_last) or fix the path, and start again"
