@@ -14,6 +14,13 @@ if [ "$(uname)" != Linux ]; then
         "untested), and on macOS nobody has tried it." >&2
     exit 2
 fi
+case "${CUDA_VISIBLE_DEVICES:-}" in
+*GPU-* | *MIG-*)
+    echo "error: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES has names, and the deepspeed launcher takes numbers" \
+        "only; write those that nvidia-smi -L lists, like 0,1" >&2
+    exit 2
+    ;;
+esac
 cd "$(dirname "$0")/.."
 say() { printf '\n== %s\n' "$*"; }
 

@@ -225,6 +225,17 @@ def test_the_quickstart_refuses_arguments_in_one_sentence(tmp_path: Path) -> Non
     assert done.stderr.startswith("error: launch/quickstart.sh takes no arguments, and was given configs/")
 
 
+@pytest.mark.parametrize("devices", ["GPU-8932f937-d72c", "0,MIG-GPU-8932f937/1/0"])
+def test_the_quickstart_refuses_names_of_gpus_in_one_sentence(tmp_path: Path, devices: str) -> None:
+    """In a copy, where nothing can be installed."""
+    (tmp_path / "launch").mkdir()
+    words = ["bash", shutil.copy(ROOT / "launch/quickstart.sh", tmp_path / "launch")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"error: CUDA_VISIBLE_DEVICES={devices} has names, and ")
+
+
 @pytest.mark.parametrize("hyphen", ["-", "_"])
 def test_multinode_takes_options_as_ours_and_as_those_of_deepspeed_are_written(hyphen: str, capsys) -> None:
     options = "--no-ssh --min-hosts=1 --max-vain=3 --master-port=4 --node-rank=0"
