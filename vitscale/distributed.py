@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import resource
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -61,6 +62,7 @@ def initialize(*, gpu: bool = True) -> None:
     try:
         where = {}
         if is_alone:
+            _check_loopback()
             where = {"store": HashStore(), "rank": 0, "world_size": 1}  # nobody can connect to it
         elif store := rendezvous.own_store(JOIN_TIMEOUT):
             where = {"store": store, "rank": launched_rank(), "world_size": launched_world_size()}
@@ -73,6 +75,17 @@ def initialize(*, gpu: bool = True) -> None:
         if reason := rendezvous.explained(error, JOIN_TIMEOUT):
             raise reason from None
         raise
+
+
+def _check_loopback() -> None:
+    """Raise ConfigError where 127.0.0.1, which torch would try for minutes, is down."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"127.0.0.1 does not answer ({error.strerror}); bring its interface up: ip link set lo up"
+        ) from None
 
 
 def wait_longer(group: dist.ProcessGroup | None = None) -> None:

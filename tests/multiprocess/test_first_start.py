@@ -96,6 +96,13 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path, index: Path) -> None:
     assert "Traceback" not in job.output()
 
 
+def test_a_loopback_interface_that_is_down_is_named() -> None:
+    program = "from vitscale import command, distributed as d; exit(command.run(d.initialize))"
+    words = ["unshare", "--map-root-user", "--net", sys.executable, "-c", program]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    assert ended.returncode == 2 and "error: 127.0.0.1 does not answer (Network is unr" in ended.stderr
+
+
 def test_what_a_process_alone_starts_is_alone_too() -> None:
     """A notebook that has trained, or a script that trains twice."""
     joined = "import subprocess, sys; from vitscale import distributed as d; d.initialize(); "
