@@ -34,7 +34,8 @@ if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! .venv/bin/p
         index=(--extra-index-url https://download.pytorch.org/whl/cpu)
 fi
 pip install --quiet "${index[@]}" "$torch"
-pip install --quiet --constraint constraints.txt --editable ".$extra"
+# setuptools warns at each editable install of folders with the package's name; there is none but it.
+PYTHONWARNINGS=ignore pip install --quiet --constraint constraints.txt --editable ".$extra"
 # timm alone: the models that the tests use need no torchvision, and transformers brought the rest.
 [ "${1:-}" != dev ] || pip install --quiet --constraint constraints.txt --no-deps timm
 touch "$stamp"

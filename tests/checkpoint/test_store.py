@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from vitscale import load_model
 from vitscale.checkpoint import snapshot, store
 from vitscale.checkpoint.load import FragmentReader
-from vitscale.checkpoint.manifest import Manifest
+from vitscale.checkpoint.manifest import MANIFEST, Manifest
 from vitscale.checkpoint.safetensors import SafetensorsReader, write_safetensors
 from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.config import to_dict
@@ -367,8 +367,9 @@ def test_each_count_of_the_config_has_its_least_value(key: str, least: int) -> N
 
 
 def test_a_folder_of_another_name_is_no_save_that_was_killed(tmp_path: Path) -> None:
-    for name in ("step-²", "step-x", "step-000000001"):
+    for name in ("step-²", "step-x", "step-000000001", "step-000000009"):
         (tmp_path / name).mkdir()
+    (tmp_path / "step-000000009" / MANIFEST).touch()
     assert list(store._unpublished(str(tmp_path), 9)) == [store.step_folder(str(tmp_path), 1)]
 
 
