@@ -27,6 +27,7 @@ from typing import (
     runtime_checkable,
 )
 
+from vitscale import toml
 from vitscale.errors import ConfigError
 from vitscale.image_size import ImageSize, image_size
 
@@ -113,7 +114,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_toml(config: Any) -> str:
     """The whole resolved config as TOML, loadable as it is."""
-    return "\n".join(_toml_lines(to_dict(config))) + "\n"
+    return "\n".join(toml.lines(to_dict(config))) + "\n"
 
 
 def differences(
@@ -380,35 +381,3 @@ def _unknown_key(key: str, known: Sequence[str], kinds: Mapping[str, Any], where
     place = f"[{where}]" if where else "the top level"
     hint = f"did you mean {dotted(where, near[0])}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {dotted(where, key)} in {place}; {hint}"
-
-
-def _toml_lines(values: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
-    for key, value in values.items():
-        if key not in tables:
-            yield f"{_toml_key(key)} = {toml_value(value)}"
-    for key, table in tables.items():
-        name = dotted(where, _toml_key(key))
-        yield ""
-        yield f"[{name}]"
-        yield from _toml_lines(table, name)
-
-
-def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_string(key)
-
-
-def toml_value(value: Any) -> str:
-    """A plain value as TOML; a table is an inline one."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(toml_value, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_toml_key(k)} = {toml_value(v)}' for k, v in value.items())}}}"
-    if isinstance(value, str):
-        return _toml_string(value)
-    return repr(value) if isinstance(value, float) else json.dumps(value)
-
-
-def _toml_string(text: str) -> str:
-    """A basic string: JSON's, but TOML has no surrogate pairs, and no DEL as it is."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

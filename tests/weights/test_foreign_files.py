@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -53,27 +52,6 @@ def test_a_shard_holds_at_most_the_limit_or_one_tensor(tmp_path: Path) -> None:
     weights = Weights(tmp_path / file)
     assert all(torch.equal(weights.tensor(name), tensors[name]) for name in tensors)
     assert write_folder(tmp_path, tensors.items(), shapes, "fp16", {}, shard_bytes=26) == "model.safetensors"
-
-
-def test_shards_that_are_not_of_the_index_that_was_read_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shapes, pread = {"a": (3,), "b": (3,)}, os.pread
-    for folder, value in (("old", 0.0), ("new", 1.0)):
-        (tmp_path / folder).mkdir()
-        tensors = {name: torch.full(shape, value) for name, shape in shapes.items()}
-        index = write_folder(tmp_path / folder, tensors.items(), shapes, "fp32", {}, shard_bytes=12)
-        os.utime(tmp_path / folder / index, (value, value))
-
-    def replaced(*arguments: int) -> bytes:  # once the index has been read
-        monkeypatch.undo()
-        (tmp_path / "old").rename(tmp_path / "aside")
-        (tmp_path / "new").rename(tmp_path / "old")
-        return pread(*arguments)
-
-    monkeypatch.setattr(os, "pread", replaced)
-    with pytest.raises(CheckpointError, match=r"old/model.safetensors.index.json was replaced while"):
-        Weights(tmp_path / "old" / index)
 
 
 def test_an_export_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: Any) -> None:

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import struct
 import threading
 import zipfile
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from vitscale.config import to_dict
 from vitscale.errors import CheckpointError, StoreError
 from vitscale.report.contents import open_contents
-from vitscale.weights.files import Weights, find_export
+from vitscale.weights.files import Weights, find_export, write_folder
 from vitscale.weights.foreign.convert import export_model, import_model
 from vitscale.weights.saved import SavedModel
 
@@ -331,3 +332,24 @@ def test_damaged_and_mistaken_files_are_refused(tmp_path: Path) -> None:
             import_model(tmp_path / file, tmp_path / "out", format=format)
     with pytest.raises(CheckpointError, match=r"hf/model.safetensors was not exported by vitscale.*import"):
         SavedModel(hf)
+
+
+def test_shards_that_are_not_of_the_index_that_was_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes, pread = {"a": (3,), "b": (3,)}, os.pread
+    for folder, value in (("old", 0.0), ("new", 1.0)):
+        (tmp_path / folder).mkdir()
+        tensors = {name: torch.full(shape, value) for name, shape in shapes.items()}
+        index = write_folder(tmp_path / folder, tensors.items(), shapes, "fp32", {}, shard_bytes=12)
+        os.utime(tmp_path / folder / index, (value, value))
+
+    def replaced(*arguments: int) -> bytes:  # once the index has been read
+        monkeypatch.undo()
+        (tmp_path / "old").rename(tmp_path / "aside")
+        (tmp_path / "new").rename(tmp_path / "old")
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", replaced)
+    with pytest.raises(CheckpointError, match=r"old/model.safetensors.index.json was replaced while"):
+        Weights(tmp_path / "old" / index)

@@ -6,37 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 from foreign_models import TINY, images, logits, saved_model
+from multiprocess.compiled import MODELS
 from torch.nn.functional import cross_entropy
 
 from vitscale import load_model, save_model
 from vitscale.errors import ConfigError
 from vitscale.models import ModelConfig
-from vitscale.models.hybrid import HybridConfig
 from vitscale.models.posemb import resize_posemb
-from vitscale.models.resnet import ResNetConfig
 
-MODELS: dict[str, ModelConfig] = {
+KINDS: dict[str, ModelConfig] = {
     "vit": TINY,
     "masked": dataclasses.replace(TINY, num_patch_outputs=8, representation_size=8, head_bias=-2.0),
-    "hybrid": HybridConfig(
-        variant="R+Ti/16",
-        stem_width=32,
-        stem_stages=(1,),
-        patch_size=8,
-        width=32,
-        depth=1,
-        num_heads=4,
-        mlp_dim=48,
-        image_size=16,
-        num_classes=5,
-    ),
-    "resnet": ResNetConfig(width=32, stages=(1,), image_size=16, num_classes=5),
+    "hybrid": MODELS["hybrid"],
+    "resnet": MODELS["resnet"],
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_gets_another_size_and_head_is_trained_and_saved(tmp_path: Path, kind: str) -> None:
-    saved_model(tmp_path / "saved.safetensors", MODELS[kind])
+    saved_model(tmp_path / "saved.safetensors", KINDS[kind])
     model = load_model(tmp_path / "saved.safetensors", image_size=(32, 16), num_classes=3)
     batch, labels = images(model.config), torch.tensor([0, 2, 1])
     assert not model.training and batch.shape[2:] == (32, 16)

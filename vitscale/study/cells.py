@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import atomic
+from vitscale import atomic, toml
 from vitscale import config as configs
 from vitscale.data.index import Index
 from vitscale.errors import ConfigError
@@ -83,10 +83,10 @@ def _cells_of(study: StudyConfig, model: StudyModel, overrides: Sequence[str]) -
     for fraction, seed, swept in itertools.product(study.fractions, study.seeds, itertools.product(*values)):
         parts = [f"fraction-{fraction:g}", f"seed-{seed}", *(f"{key}-{_text(value)}" for key, value in swept)]
         folder = Path(study.out) / slug(model.name) / "/".join(map(slug, parts))
-        own = [f"{key}={configs.toml_value(value)}" for key, value in swept]
+        own = [f"{key}={toml.value(value)}" for key, value in swept]
         if fraction < 1:
             own.append(f"data.fraction={fraction!r}")
-        run_dir = f"run_dir={configs.toml_value(str((folder / 'run').absolute()))}"
+        run_dir = f"run_dir={toml.value(str((folder / 'run').absolute()))}"
         words = [*model.overrides, *study.overrides, f"seed={seed}", *own, *overrides, run_dir]
         yield Cell(
             model=model,
