@@ -1,4 +1,4 @@
-"""Operations of a block with a form of their own for torch.compile.
+"""What torch.compile is asked for, and operations of a block with a form of their own for it.
 
 A compiled block spends on a GPU some fifth of its time in passes over memory and in special
 functions. These forms make fewer of both; uncompiled they would make more.
