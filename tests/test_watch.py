@@ -82,7 +82,7 @@ def test_a_launcher_is_looked_for_also_where_other_users_are_hidden(
                 psutil.Process().parents()
             ancestry = watch.launcher_ancestry()
             status = len(ancestry) if watch.intact(ancestry) else 8
-        except BaseException:
+        except BaseException:  # pytest's own failures, too: this process must not go on as a second pytest
             traceback.print_exc()
         finally:
             os._exit(status)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from make import edit_manifest, newest, state_of, verified, write_step
 from safetensors.torch import load_file
 
 from vitscale import load_model
-from vitscale.checkpoint import snapshot, store
+from vitscale.checkpoint import store
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import MANIFEST, Manifest
 from vitscale.checkpoint.safetensors import SafetensorsReader, write_safetensors
 from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.config import to_dict
 from vitscale.engine.fragments import Wanted
-from vitscale.errors import CheckpointError, ConfigError, StoreError
+from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import build_model
 from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.export import export_safetensors
@@ -373,13 +374,16 @@ def test_a_folder_of_another_name_is_no_save_that_was_killed(tmp_path: Path) -> 
     assert list(store._unpublished(str(tmp_path), 9)) == [store.step_folder(str(tmp_path), 1)]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root only")
 def test_a_save_that_fails_for_lack_of_inodes_says_so(tmp_path: Path) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=2", "tmpfs", tmp_path], check=True)
-    try:
-        (tmp_path / "other").touch()  # the second; the folder itself is the first
-        step = tmp_path / "step"
-        with pytest.raises(StoreError, match=r"No space left on device \(no inode is free there: delete"):
-            snapshot._saving(step / FIRST, step.mkdir)
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
+    """In a mount namespace with a file system of two files: its folder, and another one."""
+    small = 'mount -t tmpfs -o nr_inodes=2 tmpfs "$0" && touch "$0/other" && exec "$@"'
+    program = (
+        "import sys; from pathlib import Path;"
+        "from vitscale import command; from vitscale.checkpoint import snapshot;"
+        "step = Path(sys.argv[1], 'step');"
+        "sys.exit(command.run(lambda: snapshot._saving(step / 'manifest.json', step.mkdir)))"
+    )
+    within = ["unshare", "--map-root-user", "--mount", "sh", "-c", small, tmp_path]
+    ended = subprocess.run([*within, sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert "No space left on device (no inode is free there: delete files)" in ended.stderr
