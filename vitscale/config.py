@@ -180,7 +180,7 @@ def _literals(schema: type) -> dict[str, tuple[Any, ...]]:
 
 
 def check_utf8(where: str, text: str) -> None:
-    """Raise ConfigError for what no config file can hold, like a byte of Latin-1 in a path."""
+    """Raise ConfigError for what no file of ours can hold, like a byte of Latin-1 in a path."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -20,6 +20,7 @@ import xxhash
 from jaxtyping import Bool
 
 from vitscale import atomic, storage
+from vitscale.config import check_utf8
 from vitscale.data.classes import names_beside
 from vitscale.data.neighbours import Neighbours, compare
 from vitscale.data.order import ShardLayout
@@ -274,11 +275,9 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_names(urls: Iterable[str], path: Path) -> None:
-    """Raise DataError for a shard whose name an index at `path` cannot hold."""
+    """Raise ConfigError for a shard whose name an index at `path` cannot hold."""
     for url in urls:
-        name = _relative(url, path)
-        if name != name.encode(errors="replace").decode():
-            raise DataError(f"the shard {name!a} is not UTF-8, as an index has to be; rename it")
+        check_utf8("the shard", _relative(url, path))
 
 
 def planned_index(num_samples: int) -> Index:
