@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--image-size", type=int, default=224, help="of the views, in pixels")
     data.add_argument(
         "--crop",
-        choices=["inception", "tensorflow", "torchvision", "pad", "resize"],
+        choices=["inception", "tensorflow", "torchvision", "proportional", "pad", "resize"],
         default="inception",
         help="as in augment.crop",
     )

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from vitscale import rng
-from vitscale.data.crops import CROP_ATTEMPTS, RANDOM_CROPS, tensorflow_crop, torchvision_crop
+from vitscale.data.crops import (
+    CROP_ATTEMPTS,
+    RANDOM_CROPS,
+    proportional_crop,
+    tensorflow_crop,
+    torchvision_crop,
+)
 from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box
 
 AREAS, ASPECTS = (0.05, 0.5), (0.75, 4 / 3)  # every attempt fits into a square
@@ -34,7 +40,7 @@ def share_below(name: str, sides: np.ndarray, *, height: bool) -> np.ndarray:
     return np.clip((sides**2 * ratio - AREAS[0]) / (AREAS[1] - AREAS[0]), 0, 1).mean(axis=0)
 
 
-@pytest.mark.parametrize("name", RANDOM_CROPS)
+@pytest.mark.parametrize("name", [name for name in RANDOM_CROPS if name != "proportional"])
 def test_heights_and_widths_have_the_density_of_the_closed_form(name: str) -> None:
     draws = rng.uniform(4 * DRAWS, 0, "crop", 1).reshape(DRAWS, 4)
     crop = RANDOM_CROPS[name]
@@ -48,7 +54,7 @@ def test_heights_and_widths_have_the_density_of_the_closed_form(name: str) -> No
         assert np.abs(places - (np.arange(DRAWS) + 0.5) / DRAWS).max() < LARGEST_GAP
 
 
-def test_the_three_differ_by_what_they_are_said_to() -> None:
+def test_they_differ_by_what_they_are_said_to() -> None:
     """The mean area: its bounds' mean, except for TensorFlow's, whose heights are uniform."""
     draws = rng.uniform(4 * 20_000, 0, "crop", 2).reshape(-1, 4)
     means = {}
@@ -58,6 +64,7 @@ def test_the_three_differ_by_what_they_are_said_to() -> None:
     low, high = map(math.sqrt, AREAS)
     uniform_height = (high**3 - low**3) / (3 * (high - low))
     assert means["inception"] == pytest.approx(0.275, abs=0.003)
+    assert means["proportional"] == pytest.approx(0.275, abs=0.003)
     assert means["torchvision"] == pytest.approx(0.275, abs=0.003)
     assert means["tensorflow"] == pytest.approx(uniform_height, abs=0.003) and uniform_height < 0.24
 
@@ -94,10 +101,22 @@ def test_torchvisions_crop_falls_back_to_the_centre() -> None:
     assert torchvision_crop(1_000, 100, (0.9, 1.0), ASPECTS, draws) == (433, 0, 133, 100)
 
 
+def test_a_proportional_crop_has_the_images_aspect_ratio() -> None:
+    """6 of 7 parts of each side, in any of the 51 x 71 places."""
+
+    def crop(height: int, width: int, place: float) -> tuple[int, int, int, int]:
+        draws = np.array([0.5, 0.5, place, place])
+        return proportional_crop(height, width, (36 / 49, 36 / 49), ASPECTS, draws)
+
+    assert crop(350, 490, 0.0) == (0, 0, 300, 420) and crop(350, 490, 0.999) == (50, 70, 300, 420)
+    assert crop(1, 700, 0.999) == (0, 100, 1, 600)
+    assert proportional_crop(1, 700, (0.1, 0.1), ASPECTS, np.zeros(4)) == (0, 0, 1, 700)
+
+
 def test_a_config_names_its_crop() -> None:
     boxes = {
         name: choose_box(AugmentConfig(crop=name), ViewKey(0, 0, 5), 400, 300)  # type: ignore[arg-type]
         for name in (*RANDOM_CROPS, "pad", "resize")
     }
     assert boxes["pad"] == boxes["resize"] == (0, 0, 400, 300)
-    assert len({boxes[name] for name in RANDOM_CROPS}) == 3
+    assert len({boxes[name] for name in RANDOM_CROPS}) == len(RANDOM_CROPS)

@@ -57,7 +57,7 @@ class DataBench:
 
     shards: str
     image_size: int = 224
-    crop: Literal["inception", "tensorflow", "torchvision", "pad", "resize"] = "inception"
+    crop: Literal["inception", "tensorflow", "torchvision", "proportional", "pad", "resize"] = "inception"
     rounds: int = 5
 
     def __post_init__(self) -> None:

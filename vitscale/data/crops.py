@@ -1,4 +1,4 @@
-"""Random crops of an area and an aspect ratio, in the three forms that published recipes have.
+"""Random crops of an area and an aspect ratio, in the four forms that published recipes have.
 
 Each takes (height, width) of an image, the lowest and highest area as shares of it, the lowest
 and highest aspect ratio (width / height), and draws: uniform in [0, 1), four for each attempt.
@@ -8,6 +8,7 @@ It returns the crop as (top, left, height, width).
     tensorflow    the height is uniform within what area and aspect ratio allow, and the aspect
                   ratio: smaller crops than the area's bounds suggest, on average
     torchvision   the area is uniform, and the logarithm of the aspect ratio
+    proportional  the area is uniform, and the aspect ratio is the image's own
 """
 
 import math
@@ -81,10 +82,18 @@ def tensorflow_crop(height: int, width: int, areas: Bounds, aspects: Bounds, dra
     return 0, 0, height, width
 
 
+def proportional_crop(height: int, width: int, areas: Bounds, _: Bounds, draws: np.ndarray) -> Box:
+    """Of uniform area and the image's own aspect ratio, as BiT crops an image that it has
+    squeezed to a square. Where a side would have no pixel, the whole image.
+    """
+    return inception_crop(height, width, areas, (width / height, width / height), draws)
+
+
 RANDOM_CROPS: Mapping[str, Callable[[int, int, Bounds, Bounds, np.ndarray], Box]] = {
     "inception": inception_crop,
     "tensorflow": tensorflow_crop,
     "torchvision": torchvision_crop,
+    "proportional": proportional_crop,
 }
 
 

@@ -41,10 +41,11 @@ class AugmentConfig:
     """Training augmentation ([augment]). Every crop is resized to model.image_size.
 
     crop:            "inception", "tensorflow" and "torchvision" take a random area and aspect
-                     ratio, each in its own way (crops.py); "pad" resizes, pads and crops at
-                     random (the CIFAR recipe); "resize" takes the whole image.
-    crop_area:       of such a crop, as a share of the image: lowest, highest.
-    crop_aspect:     of such a crop, width / height before it is resized.
+                     ratio, each in its own way (crops.py); "proportional" takes a random area
+                     in the image's own aspect ratio; "pad" resizes, pads and crops at random
+                     (the CIFAR recipe); "resize" takes the whole image.
+    crop_area:       of the first four, as a share of the image: lowest, highest.
+    crop_aspect:     of the first three, width / height before the crop is resized.
     pad:             pixels added on each side, for "pad".
     pad_fill:        their colour: "black", or "grey" (128), which the model sees as 0.
     flip:            mirror half of the images.
@@ -59,7 +60,7 @@ class AugmentConfig:
                      al. 2020); an epoch then has `repeats` times as many images.
     """
 
-    crop: Literal["inception", "tensorflow", "torchvision", "pad", "resize"] = "inception"
+    crop: Literal["inception", "tensorflow", "torchvision", "proportional", "pad", "resize"] = "inception"
     crop_area: tuple[float, float] = (0.05, 1.0)
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
     pad: int = 4

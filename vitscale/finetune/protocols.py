@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from vitscale.config import to_dict
 from vitscale.finetune.model import tuned_model
 from vitscale.models import ModelConfig
+from vitscale.vtab.tasks import Task
 
 
 class Setting(NamedTuple):
@@ -25,6 +26,7 @@ class Protocol:
 
     settings: one is taken as it is; of several, the dev images choose.
     decay: of the learning rate (vitscale.schedule). dropout: of models that have it.
+    augments: whether images are cropped and flipped as by BiT (augmentation).
     """
 
     image_size: int
@@ -33,12 +35,18 @@ class Protocol:
     decay: str
     clip_norm: float
     dropout: float
+    augments: bool
 
 
-# Images are resized to squares, and not augmented.
+# Tasks whose labels do not survive a crop or a flip (BiT, arXiv 1912.11370, appendix F).
+NO_CROP = frozenset({"clevr_count", "clevr_distance", "dmlab", "dsprites_location", "kitti_distance"})
+NO_FLIP = frozenset({"dsprites_location", "dsprites_orientation", "smallnorb_azimuth"})
+BIT_CROP = (384 / 448) ** 2  # the share of an image of 448 px that a crop of 384 px has (section 3.3)
+
 PROTOCOLS: Mapping[str, Protocol] = {
-    # ViT (arXiv 2010.11929, appendix B.1.1 and D): one setting for all tasks, at 384 px. The
-    # dropout of the paper's fine-tunings is in the README.md of vision_transformer alone.
+    # ViT (arXiv 2010.11929, appendix B.1.1 and D): one setting for all tasks, at 384 px, and
+    # BiT's crops and flips. The dropout of the paper's fine-tunings is in the README.md of
+    # vision_transformer alone. No source names a warmup.
     "paper": Protocol(
         image_size=384,
         batch=512,
@@ -46,6 +54,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         decay="cosine",
         clip_norm=1.0,
         dropout=0.1,
+        augments=True,
     ),
     # VTAB's lightweight sweep (arXiv 1910.04867): a tenth at 30, 60 and 90% of the steps.
     "light": Protocol(
@@ -55,17 +64,30 @@ PROTOCOLS: Mapping[str, Protocol] = {
         decay="step",
         clip_norm=0.0,
         dropout=0.0,
+        augments=False,
     ),
 }
+
+
+def augmentation(task: str) -> dict[str, Any]:
+    """The [augment] section of a task: BiT's random crop and flip, where its labels allow them.
+
+    Deviation: BiT resizes an image before it crops it; here the crop is resized.
+    """
+    if task in NO_CROP:
+        crop: dict[str, Any] = {"crop": "resize"}
+    else:
+        crop = {"crop": "proportional", "crop_area": [BIT_CROP, BIT_CROP]}
+    return {**crop, "flip": task not in NO_FLIP}
 
 
 def finetuning_config(
     protocol: Protocol,
     setting: Setting,
+    task: Task,
     *,
     checkpoint: str,
     model: ModelConfig,
-    num_classes: int,
     index: str,
     run_dir: str,
     seed: int,
@@ -78,7 +100,7 @@ def finetuning_config(
     """
     changes = {
         "image_size": protocol.image_size,
-        "num_classes": num_classes,
+        "num_classes": task.num_classes,
         "dropout": protocol.dropout,
     }
     return {
@@ -90,7 +112,7 @@ def finetuning_config(
         "init": {"checkpoint": checkpoint},
         "model": to_dict(tuned_model(model, changes)),
         "data": {"index": index},
-        "augment": {"crop": "resize", "flip": False},
+        "augment": augmentation(task.name) if protocol.augments else {"crop": "resize", "flip": False},
         "optim": {"name": "sgd", "lr": setting.lr, "momentum": 0.9, "clip_norm": protocol.clip_norm},
         "schedule": {"decay": protocol.decay},
         "checkpoint": {"every_steps": 500, "keep_last": 1},

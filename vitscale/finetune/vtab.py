@@ -104,9 +104,9 @@ def score(config: VtabConfig, task: Task, start: StartingPoint, slots: Slots) ->
         values = finetuning_config(
             protocol,
             setting,
+            task,
             checkpoint=start.path,
             model=start.model,
-            num_classes=task.num_classes,
             index=str(data / f"{fit_on}.index.json"),
             run_dir=str((folder / name / "run").absolute()),
             seed=seed,
