@@ -65,6 +65,8 @@ def test_the_other_test_sets_of_imagenet_only_need_their_comment_marks_removed(
         "objectnet": "objectnet/test.index.json",
     }
     assert next(iter(tests)) == "val"
+    crops = {name: task.crop for name, task in evals.items()}
+    assert crops == {**dict.fromkeys(tests, "resize"), "objectnet": "center"}
 
 
 def test_a_config_can_be_written_and_read_back(tmp_path: Path) -> None:
