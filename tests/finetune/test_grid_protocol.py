@@ -24,6 +24,7 @@ from vitscale.finetune.model import KEYS, tuned_model
 from vitscale.finetune.protocols import PROTOCOLS, finetuning_config
 from vitscale.finetune.runs import keep_config
 from vitscale.models import ModelConfig
+from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
 from vitscale.train_config import InitConfig, TrainConfig
@@ -290,6 +291,16 @@ def test_the_papers_recipes_have_its_dropout() -> None:
     for name in names:
         model = configs.load(TrainConfig, [ROOT / f"configs/finetune/{name}.toml"]).model
         assert isinstance(model, ViTConfig) and model.dropout == 0.1, name
+
+
+def test_augregs_models_are_fine_tuned_without_the_papers_dropout() -> None:
+    option = "model.dropout=0"
+    for path in (ROOT / "configs/pretrain").glob("*_augreg.toml"):
+        assert f"--set {option} " in path.read_text().partition("run_dir")[0], path.name
+    recipe, _ = read(str(ROOT / "configs/finetune/imagenet_384.toml"), [option])
+    for model in (ViTConfig(variant="B/16"), HybridConfig(variant="R26+S/32")):
+        tuned = configs.from_dict(TrainConfig, values_for(recipe, "runs/augreg", model)).model
+        assert isinstance(tuned, ViTConfig) and tuned.dropout == 0
 
 
 def test_a_model_of_14_pixels_to_a_patch_is_tuned_at_378() -> None:
