@@ -103,9 +103,20 @@ def test_figure_3_has_a_run_for_each_of_the_papers_points(monkeypatch: pytest.Mo
     assert sum(map(len, lines.values())) == len(runs)
 
 
-def test_the_runs_of_figure_4_see_equally_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runs_of_figure_4_see_equally_many_images_and_stop_by_accuracy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(ROOT)
     runs = cells(configs.load(StudyConfig, ["configs/study/figure4.toml"]))
+    assert {cell.config.total_samples for cell in runs} == {7 * 303_000_000}
+    assert {cell.config.checkpoint.keep_best for cell in runs} == {"eval/validation/top1"}
+
+
+def test_the_curves_of_figure_9_are_among_the_runs_on_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = cells(configs.load(StudyConfig, ["configs/study/ablation_head.toml"]))
+    rates = {(cell.config.model.pool, cell.config.optim.lr) for cell in runs}
+    assert {("token", 8e-4), ("mean", 8e-4), ("mean", 3e-4)} <= rates
     assert {cell.config.total_samples for cell in runs} == {7 * 303_000_000}
 
 
