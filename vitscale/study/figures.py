@@ -53,12 +53,13 @@ def draw_compute(found: Sequence[Point], families: Mapping[str, str], metric: st
     _scatter(ours, [(families[p.model.name], p.exaflops, p.mean, p.deviation, p.model.name) for p in found])
     rows = TABLE6.items()
     _scatter(
-        paper, [(row.family, row.exaflops, row.accuracy["imagenet"] / 100, 0.0, name) for name, row in rows]
+        paper,
+        [(row.family, float(row.exaflops), row.accuracy["imagenet"] / 100, 0.0, name) for name, row in rows],
     )
     ours.set_title(f"here: {metric}", fontsize="medium")
     paper.set_title("paper, Table 6: ImageNet top-1 after fine-tuning", fontsize="medium")
     for axes in (ours, paper):
-        axes.set_xlabel("pretraining compute (exaFLOPs)")
+        _log_x(axes, "pretraining compute (exaFLOPs)")
     return figure
 
 
@@ -68,14 +69,16 @@ def draw_data(found: Sequence[Point], metric: str) -> "Figure":
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for point in found:
         places = lines.setdefault(point.model.resolved_line, [])
-        places.append((point.num_images, point.mean, point.deviation))
+        places.append((float(point.num_images), point.mean, point.deviation))
     _draw_lines(ours, {name: sorted(places) for name, places in lines.items()})
     papers = FIGURE3.items()
-    _draw_lines(paper, {name: [(n, v / 100, 0.0) for n, v in values.items()] for name, values in papers})
+    _draw_lines(
+        paper, {name: [(float(n), v / 100, 0.0) for n, v in values.items()] for name, values in papers}
+    )
     ours.set_title(f"here: {metric}", fontsize="medium")
     paper.set_title("paper, Figure 3: ImageNet top-1 after fine-tuning", fontsize="medium")
     for axes in (ours, paper):
-        axes.set_xlabel("images of the pretraining data")
+        _log_x(axes, "images of the pretraining data")
     return figure
 
 
@@ -90,16 +93,24 @@ def _pair() -> "tuple[Figure, Axes, Axes]":
     """A figure with room for our points, left, and for the paper's."""
     from matplotlib.ticker import PercentFormatter
 
-    figure = new_figure(11, 4.6)
+    figure = new_figure(11.0, 4.6)
     ours, paper = figure.subplots(1, 2)
     for axes in (ours, paper):
-        axes.set_xscale("log")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.92", linewidth=0.8)
         axes.set_axisbelow(True)
     ours.set_ylabel("accuracy")
     return figure, ours, paper
+
+
+def _log_x(axes: "Axes", label: str) -> None:
+    """Name and scale x, once the points are drawn.
+
+    On a scale that is logarithmic before, matplotlib leaves a lone x out of the limits.
+    """
+    axes.set_xlabel(label)
+    axes.set_xscale("log")
 
 
 def _scatter(axes: "Axes", marks: Iterable[tuple[str, float, float, float, str]]) -> None:
