@@ -1,6 +1,9 @@
 """What the plots of a study show: every point, and a family alike beside the paper's."""
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 
 from vitscale.study.config import StudyModel
 from vitscale.study.figures import draw_compute, draw_data
@@ -19,5 +22,27 @@ def test_every_point_lies_within_its_axes(images: int, exaflops: float) -> None:
         for figure in (draw_compute(found, {"a": "ViT", "b": "Hybrid"}, "m"), draw_data(found, "m")):
             for axes in figure.axes:
                 left, right = axes.get_xlim()
-                xs = [x for line in axes.lines for x in line.get_xdata()]
+                xs = [x for line in axes.lines for x in np.asarray(line.get_xdata())]
                 assert xs and all(1.01 * left < x < right / 1.01 for x in xs)
+
+
+def colours_of(axes: Axes) -> dict[str, tuple[float, ...]]:
+    """Of what the legend names."""
+    marks, labels = axes.get_legend_handles_labels()
+    return {label: to_rgba(mark.lines[0].get_color()) for mark, label in zip(marks, labels, strict=True)}
+
+
+@pytest.mark.parametrize("family", ["ViT", "ResNet", "Hybrid"])
+def test_a_family_has_one_colour_in_both_panels(family: str) -> None:
+    ours, paper = map(colours_of, draw_compute([point("a", 9, 1.0)], {"a": family}, "m").axes)
+    assert len(set(paper.values())) == 3 and ours == {family: paper[family]}
+
+
+def test_a_line_has_one_colour_in_both_panels_and_lines_of_one_panel_differ() -> None:
+    found = [point("a", 9, 1.0, "ViT-L/16"), point("b", 9, 1.0)]
+    for shared, points in ((["ViT-L/16"], found), ([], found[1:])):
+        ours, paper = map(colours_of, draw_data(points, "m").axes)
+        assert (
+            [name for name in ours if name in paper] == shared == [n for n in ours if ours[n] == paper.get(n)]
+        )
+        assert len(set(ours.values())) == len(ours) and len(set(paper.values())) == len(paper) == 5

@@ -1,6 +1,6 @@
 """The two plots of a study, each beside the paper's: accuracy by compute, and by data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+RGBA = tuple[float, float, float, float]
 MARKERS = {"ViT": "o", "ResNet": "s", "Hybrid": "P"}
 
 
@@ -70,11 +71,11 @@ def draw_data(found: Sequence[Point], metric: str) -> "Figure":
     for point in found:
         places = lines.setdefault(point.model.resolved_line, [])
         places.append((float(point.num_images), point.mean, point.deviation))
-    _draw_lines(ours, {name: sorted(places) for name, places in lines.items()})
-    papers = FIGURE3.items()
-    _draw_lines(
-        paper, {name: [(float(n), v / 100, 0.0) for n, v in values.items()] for name, values in papers}
-    )
+    papers = {name: [(float(n), v / 100, 0.0) for n, v in row.items()] for name, row in FIGURE3.items()}
+    # A line of both panels has one colour; if there is none, each panel has the whole range.
+    both = {**papers, **lines} if papers.keys() & lines.keys() else {}
+    _draw_lines(ours, {name: sorted(places) for name, places in lines.items()}, _shades(both or lines))
+    _draw_lines(paper, papers, _shades(both or papers))
     ours.set_title(f"here: {metric}", fontsize="medium")
     paper.set_title("paper, Figure 3: ImageNet top-1 after fine-tuning", fontsize="medium")
     for axes in (ours, paper):
@@ -118,10 +119,11 @@ def _scatter(axes: "Axes", marks: Iterable[tuple[str, float, float, float, str]]
     by_family: dict[str, list[tuple[float, float, float, str]]] = {}
     for kind, *mark in marks:
         by_family.setdefault(kind, []).append(mark)  # pyright: ignore[reportArgumentType] (a list of four)
-    for colour, (kind, found) in zip(colours(len(MARKERS)), sorted(by_family.items()), strict=False):
+    shades = _shades(MARKERS)
+    for kind, found in sorted(by_family.items()):
         xs, ys, deviations, names = zip(*found, strict=True)
         axes.errorbar(
-            xs, ys, deviations, fmt=MARKERS[kind], color=colour, label=kind, capsize=2, markersize=7
+            xs, ys, deviations, fmt=MARKERS[kind], color=shades[kind], label=kind, capsize=2, markersize=7
         )
         for x, y, name in zip(xs, ys, names, strict=True):
             # Hybrids lie close to ViTs: their names stand on the other side.
@@ -133,10 +135,18 @@ def _scatter(axes: "Axes", marks: Iterable[tuple[str, float, float, float, str]]
         axes.legend(frameon=False, fontsize="small", loc="best")
 
 
-def _draw_lines(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
+def _draw_lines(
+    axes: "Axes",
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    shades: Mapping[str, RGBA],
+) -> None:
     """lines: (x, y, deviation) of each, x rising."""
-    for colour, (name, places) in zip(colours(len(lines)), lines.items(), strict=True):
+    for name, places in lines.items():
         xs, ys, deviations = zip(*places, strict=True)
-        axes.errorbar(xs, ys, deviations, fmt="o-", color=colour, label=name, capsize=2, markersize=5)
+        axes.errorbar(xs, ys, deviations, fmt="o-", color=shades[name], label=name, capsize=2, markersize=5)
     if lines:
         axes.legend(frameon=False, fontsize="small", loc="best")
+
+
+def _shades(names: Collection[str]) -> dict[str, RGBA]:
+    return dict(zip(names, colours(len(names)), strict=True))
