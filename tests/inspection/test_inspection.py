@@ -18,6 +18,7 @@ from weights.foreign_models import TINY, images, randomise, saved_model
 from tools.visualize import main
 from vitscale.errors import ConfigError, DataError
 from vitscale.inspection.attention import Rollout, attention_distance, attention_maps, observe_attention
+from vitscale.inspection.figures import draw_distances
 from vitscale.inspection.images import lit
 from vitscale.inspection.live import observe
 from vitscale.inspection.mosaics import enlarged, position_mosaic
@@ -206,6 +207,13 @@ def test_every_figure_is_drawn_by_the_command(tmp_path: Path) -> None:
     labels, centres, meaning = json.loads(positions)  # of one picture of all tiles
     assert labels == [["1", "2", "3"], ["1", "2", "3", "4", "5"]] and meaning == "cosine similarity"
     assert centres == [15 * patch + 7 for patch in range(15)]
+
+
+@pytest.mark.parametrize("lowest", [0.0, 110.0, 116.0])
+def test_the_distances_of_heads_lie_between_0_and_a_margin(lowest: float) -> None:
+    figure = draw_distances([torch.linspace(lowest, 120.0, 4)] * 2, uniform=lowest)
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom == 0 and 1.03 * 120 < top < 1.1 * 120
 
 
 def test_images_are_drawn_evenly_from_a_set(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def draw_distances(distances: Sequence[Float[Tensor, " K"]], uniform: float) -> 
 
     distances: of each layer, in pixels. uniform: that of attention to all patches alike.
     """
-    figure = new_figure(5, 4)
+    figure = new_figure(5.0, 4.0)
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots()
@@ -76,6 +76,8 @@ def draw_distances(distances: Sequence[Float[Tensor, " K"]], uniform: float) -> 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("network depth (layer)")
     axes.set_ylabel("mean attention distance (pixels)")
+    axes.update_datalim([(1, 0)])  # so that the margin above the dots is a share of the height from 0
+    axes.autoscale_view()
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
