@@ -14,10 +14,10 @@ EXAMPLE = """examples:
   python tools/study.py plot configs/study/miniature.toml plots/
   python tools/study.py table2 configs/study/table2.toml
 
-list     size, compute and state of each run; no data need to be there
+list     size, compute, state and metric of each run; no data need to be there
 run      do what is left; a killed run is resumed
 plot     OUT/by_compute.png (Figure 5) and OUT/by_data.png (Figures 3 and 4), beside the paper's points
-table2   the paper's Table 2, with what was run here
+table2   the paper's Table 2, with the results of all recipes of a study
 
 docs/studies.md has more."""
 

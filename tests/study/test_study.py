@@ -214,6 +214,16 @@ def test_table_2_has_the_papers_columns_and_ours(base: Path) -> None:
     assert float(lines["TPUv3-core-days"].split()[-1]) == pytest.approx(680 * flops / 1567e18, rel=1e-2)
 
 
+def test_the_list_has_the_mean_of_a_fine_tuning_that_is_the_metric(base: Path) -> None:
+    study = study_of(base, recipes={"cifar10": "a.toml"}, metric="finetune/cifar10")
+    (cell,) = runs = cells(study)
+    finish(cell, at_6=0.1)
+    assert listed(study, runs).splitlines()[1].split()[-2:] == ["done", "-"]
+    (cell.folder / "finetune" / "cifar10").mkdir(parents=True)
+    (cell.folder / "finetune" / "cifar10" / "results.json").write_text('{"mean": 0.625, "std": 0.0}')
+    assert listed(study, runs).splitlines()[1].split()[-2:] == ["done", "62.50%"]
+
+
 def test_a_recipe_that_does_not_fit_is_refused_before_anything_is_trained(base: Path) -> None:
     recipe = base.parent / "recipe.toml"
     recipe.write_text(base.read_text() + '\n[evals.test]\nkind = "classify"\ntest = "x"\n')

@@ -37,7 +37,7 @@ def points(study: StudyConfig, cells: Sequence[Cell]) -> list[Point]:
     found = []
     for group in _groups(chosen(study, cells), with_swept=True):
         results = [(cell, result) for cell in group if (result := cell.result())]
-        values = [_value(study, cell, result) for cell, result in results]
+        values = [value_of(study, cell, result) for cell, result in results]
         known = [value for value in values if value is not None]
         if len(known) == len(group):
             found.append(
@@ -55,6 +55,15 @@ def points(study: StudyConfig, cells: Sequence[Cell]) -> list[Point]:
 def chosen(study: StudyConfig, cells: Sequence[Cell]) -> list[Cell]:
     """The runs with the best value of the sweep, by the mean over seeds, where all are done."""
     return [cell for group in _groups(cells, with_swept=False) for cell in _best(study, group)]
+
+
+def value_of(study: StudyConfig, cell: Cell, result: Result) -> float | None:
+    """The metric of a finished run; None before the fine-tuning that it needs is done."""
+    kind, _, name = study.metric.partition("/")
+    if kind != "finetune":
+        return number_of(cell, result, study.metric)
+    tuned = finetuned(cell, name)
+    return tuned["mean"] if tuned else None
 
 
 def _best(study: StudyConfig, cells: Sequence[Cell]) -> Sequence[Cell]:
@@ -83,11 +92,3 @@ def _number(cell: Cell, name: str) -> float:
     result = cell.result()
     assert result, "its group is done"
     return number_of(cell, result, name)
-
-
-def _value(study: StudyConfig, cell: Cell, result: Result) -> float | None:
-    kind, _, name = study.metric.partition("/")
-    if kind != "finetune":
-        return number_of(cell, result, study.metric)
-    tuned = finetuned(cell, name)
-    return tuned["mean"] if tuned else None

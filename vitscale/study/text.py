@@ -8,10 +8,10 @@ from vitscale.memory import count_params
 from vitscale.models.flops import forward_macs, train_flops
 from vitscale.plan.make import num_steps
 from vitscale.report.text import table
-from vitscale.study.cells import Cell, finetuned, num_images, number_of
+from vitscale.study.cells import Cell, finetuned, num_images
 from vitscale.study.config import StudyConfig
 from vitscale.study.paper import TABLE2, TABLE6, TARGETS, TPUV3_CORE_FLOPS
-from vitscale.study.points import chosen, points
+from vitscale.study.points import chosen, points, value_of
 
 # What stands in a table for a number that is not there.
 NOTHING = "-"
@@ -130,7 +130,7 @@ def _exaflops(cell: Cell) -> str:
 def _state(study: StudyConfig, cell: Cell) -> tuple[str, str]:
     result = cell.result()
     if result:
-        is_logged = study.metric in study.logged_metrics
-        return "done", f"{number_of(cell, result, study.metric):.2%}" if is_logged else NOTHING
+        value = value_of(study, cell, result)
+        return "done", NOTHING if value is None else f"{value:.2%}"
     step = cell.last_step()
     return (f"step {step:,}" if step else NOTHING), NOTHING
