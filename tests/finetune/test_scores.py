@@ -53,6 +53,18 @@ def test_some_tasks_are_compared_with_the_papers_on_the_same() -> None:
     assert list(scores.rows())[-1] == ("mean of these 2, not of all 19", "37.50", "82.05", "80.85", "77.50")
 
 
+def test_the_chart_has_the_means_of_figure_2_and_all_tasks() -> None:
+    means, tasks = Scores(checkpoint="a", protocol="paper", accuracies=WHOLE).figure().axes
+    labels = [text.get_text() for text in means.get_xticklabels()]
+    assert labels == ["mean of 19", "mean of natural", "mean of specialized", "mean of structured"]
+    heights = [[round(float(bar.get_height()), 2) for bar in bars] for bars in means.containers]
+    assert heights[:2] == [[55.0] * 4, [77.63, 86.69, 87.0, 65.03]]
+    assert [len(bars) for bars in tasks.containers] == [19] * 4
+    (left, right), (low, high) = tasks.get_xlim(), tasks.get_ylim()
+    for bar in tasks.patches:
+        assert left < bar.get_x() and bar.get_x() + bar.get_width() < right and low <= bar.get_height() < high
+
+
 def test_every_output_says_what_is_not_the_protocol(tmp_path: Path) -> None:
     scores = Scores(checkpoint="a", protocol="paper", accuracies=WHOLE, deviations=("total_steps=20",))
     write(scores, tmp_path)

@@ -4,10 +4,14 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitscale.vtab.published import TABLE_9
 from vitscale.vtab.tasks import TASKS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GROUPS = ("natural", "specialized", "structured")
 
@@ -101,23 +105,43 @@ class Scores:
 
     def draw(self, path: Path) -> None:
         """Write a PNG of bars, beside the paper's. Raises ImportError without matplotlib."""
+        self.figure().savefig(path, dpi=150)
+
+    def figure(self) -> "Figure":
+        """Bars beside the paper's: left the means of its Figure 2, right the tasks."""
         from matplotlib.figure import Figure
 
         names = [name for group in GROUPS for name in self.accuracies if TASKS[name].group == group]
-        series = {self._label(): {name: 100 * fmean(self.accuracies[name]) for name in names}, **TABLE_9}
-        figure = Figure(figsize=(max(6.0, 0.75 * len(names)), 4.5), layout="constrained")
-        axes = figure.subplots()
-        width = 0.8 / len(series)
-        for place, (label, values) in enumerate(series.items()):
-            positions = [number + (place - (len(series) - 1) / 2) * width for number in range(len(names))]
-            axes.bar(positions, [values[name] for name in names], width, label=label)
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        axes.set_ylim(0, 100)
-        axes.set_ylabel("top-1 accuracy, %")
-        axes.set_title("VTAB-1k" + (" (not the protocol)" if self.deviations else ""))
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(frameon=False, ncols=len(series), loc="outside lower center")
-        figure.savefig(path, dpi=150)
+        groups = ["", *filter(self._has, GROUPS)]
+        labels = [f"mean of {group or len(names)}" for group in groups]
+        rows = {self._label(): {name: 100 * fmean(self.accuracies[name]) for name in names}, **TABLE_9}
+        tasks = {model: {name: row[name] for name in names} for model, row in rows.items()}
+        means = {
+            model: {label: mean_of(row, group) for label, group in zip(labels, groups, strict=True)}
+            for model, row in tasks.items()
+        }
+        widths = [len(groups), len(names)]
+        figure = Figure(figsize=(max(8.0, 0.75 * sum(widths)), 4.5), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True, width_ratios=widths)
+        for axes, series in zip(panels, (means, tasks), strict=True):
+            _draw_bars(axes, series)
+        panels[0].set_ylim(0, 100)
+        panels[0].set_ylabel("top-1 accuracy, %")
+        figure.suptitle("VTAB-1k" + (" (not the protocol)" if self.deviations else ""))
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, frameon=False, ncols=len(rows), loc="outside lower center")
+        return figure
+
+
+def _draw_bars(axes: "Axes", series: Mapping[str, Mapping[str, float]]) -> None:
+    """series: the values of each model, by the same names, in percent."""
+    width = 0.8 / len(series)
+    for place, (label, values) in enumerate(series.items()):
+        positions = [number + (place - (len(series) - 1) / 2) * width for number in range(len(values))]
+        axes.bar(positions, list(values.values()), width, label=label)
+        axes.set_xticks(range(len(values)), list(values), rotation=45, ha="right")
+        axes.set_xlim(-0.6, len(values) - 0.4)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def mean_of(accuracies: Mapping[str, float], group: str = "") -> float:
