@@ -15,7 +15,7 @@ from vitscale.finetune.scores import Scores
 from vitscale.models.flops import train_flops
 from vitscale.study.cells import Cell, cells, write_result
 from vitscale.study.config import StudyConfig
-from vitscale.study.paper import FIGURE3, TABLE2, TABLE6, TARGETS
+from vitscale.study.paper import AVERAGE5, FIGURE3, TABLE2, TABLE6, TARGETS
 from vitscale.study.points import chosen, points
 from vitscale.study.run import check_recipes, run
 from vitscale.study.text import listed, table2
@@ -120,6 +120,23 @@ def test_the_curves_of_figure_9_are_among_the_runs_on_the_head(monkeypatch: pyte
     assert {cell.config.total_samples for cell in runs} == {7 * 303_000_000}
 
 
+def test_figure_3_is_fine_tuned_on_all_of_table_5_but_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    study = configs.load(StudyConfig, ["configs/study/figure3.toml"])
+    assert {tuple(study.recipes_of(model)) for model in study.models} == {AVERAGE5}
+
+
+def test_the_runs_of_figure_10_have_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = [cell.config for cell in cells(configs.load(StudyConfig, ["configs/study/figure10.toml"]))]
+    assert [run.total_samples // 303_000_000 for run in runs] == [7, 7, 14]
+    assert [(run.optim.lr, run.optim.weight_decay) for run in runs] == [
+        (2e-4, 0.01),
+        (4e-4, 0.1),
+        (4e-4, 0.1),
+    ]
+
+
 def test_the_papers_numbers_are_consistent() -> None:
     """Table 5 has the last row of each model of Table 6 again; Table 2 is fine-tuned larger."""
     for name, row in {"ViT-B/32": "ViT-B/32 7", "ViT-B/16": "ViT-B/16 7", "ViT-L/16": "ViT-L/16 14"}.items():
@@ -212,6 +229,33 @@ def test_table_2_has_the_papers_columns_and_ours(base: Path) -> None:
     assert lines["VTAB (19 tasks)"].split()[-3:] == ["25.00", "±", "5.00"]
     flops = train_flops(runs[0].config.model) * 6 * 8
     assert float(lines["TPUv3-core-days"].split()[-1]) == pytest.approx(680 * flops / 1567e18, rel=1e-2)
+
+
+def test_average_5_is_the_mean_of_table_7_and_takes_all_five_recipes(base: Path) -> None:
+    study = study_of(base, recipes=dict.fromkeys(AVERAGE5, "a.toml"))
+    (cell,) = runs = cells(study)
+    finish(cell, at_6=0.1)
+
+    def averages() -> list[str]:
+        (line,) = [line for line in table2(study, runs).splitlines() if line.startswith("Average-5")]
+        return line.split()[1:]
+
+    for name in AVERAGE5:
+        assert not points(study, runs, AVERAGE5) and averages() == [
+            "95.97",
+            "95.63",
+            "94.40",
+            "95.33",
+            "-",
+            "-",
+        ]
+        folder = cell.folder / "finetune" / name
+        folder.mkdir(parents=True)
+        accuracy = TABLE6["R50x1 7"].accuracy[name] / 100
+        (folder / "results.json").write_text(json.dumps({"mean": accuracy, "std": 0.0}))
+    assert averages()[-1] == "89.33"
+    (point,) = points(study, runs, AVERAGE5)
+    assert point.mean == pytest.approx(0.8933) and [point.mean for point in points(study, runs)] == [0.1]
 
 
 def test_the_list_has_the_mean_of_a_fine_tuning_that_is_the_metric(base: Path) -> None:

@@ -7,6 +7,7 @@ from matplotlib.colors import to_rgba
 
 from vitscale.study.config import StudyModel
 from vitscale.study.figures import draw_compute, draw_data
+from vitscale.study.paper import AVERAGE5
 from vitscale.study.points import Point
 
 
@@ -19,7 +20,10 @@ def point(name: str, num_images: int, exaflops: float, line: str = "") -> Point:
 def test_every_point_lies_within_its_axes(images: int, exaflops: float) -> None:
     a, b = (point(name, images, exaflops) for name in "ab")
     for found in ([a], [a, b]):
-        for figure in (draw_compute(found, {"a": "ViT", "b": "Hybrid"}, "m"), draw_data(found, "m")):
+        for figure in (
+            draw_compute(found, {"a": "ViT", "b": "Hybrid"}, "m", ["imagenet"]),
+            draw_data(found, "m"),
+        ):
             for axes in figure.axes:
                 left, right = axes.get_xlim()
                 xs = [x for line in axes.lines for x in np.asarray(line.get_xdata())]
@@ -34,7 +38,7 @@ def colours_of(axes: Axes) -> dict[str, tuple[float, ...]]:
 
 @pytest.mark.parametrize("family", ["ViT", "ResNet", "Hybrid"])
 def test_a_family_has_one_colour_in_both_panels(family: str) -> None:
-    ours, paper = map(colours_of, draw_compute([point("a", 9, 1.0)], {"a": family}, "m").axes)
+    ours, paper = map(colours_of, draw_compute([point("a", 9, 1.0)], {"a": family}, "m", ["imagenet"]).axes)
     assert len(set(paper.values())) == 3 and ours == {family: paper[family]}
 
 
@@ -46,3 +50,11 @@ def test_a_line_has_one_colour_in_both_panels_and_lines_of_one_panel_differ() ->
             [name for name in ours if name in paper] == shared == [n for n in ours if ours[n] == paper.get(n)]
         )
         assert len(set(ours.values())) == len(ours) and len(set(paper.values())) == len(paper) == 5
+
+
+def test_the_papers_panel_of_average_5_has_the_means_of_five() -> None:
+    _, paper = draw_compute([point("a", 9, 1.0)], {"a": "ViT"}, "Average-5", AVERAGE5).axes
+    marks = {text.get_text(): float(text.xy[1]) for text in paper.texts}
+    assert marks["R50x1 7"] == pytest.approx(0.8933) and marks["R152x2 7"] == pytest.approx(0.9401, abs=1e-4)
+    low, high = paper.get_ylim()
+    assert len(marks) == 18 and all(low < y < high for y in marks.values())

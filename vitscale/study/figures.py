@@ -1,7 +1,8 @@
-"""The two plots of a study, each beside the paper's: accuracy by compute, and by data."""
+"""The plots of a study, each beside the paper's: accuracy by compute, and by data."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from vitscale.errors import ConfigError
@@ -9,7 +10,7 @@ from vitscale.inspection.figures import colours, new_figure, save
 from vitscale.models.resnet import ResNetConfig
 from vitscale.study.cells import Cell
 from vitscale.study.config import StudyConfig
-from vitscale.study.paper import FIGURE3, TABLE6
+from vitscale.study.paper import AVERAGE5, FIGURE3, TABLE6
 from vitscale.study.points import Point, points
 
 if TYPE_CHECKING:
@@ -21,15 +22,17 @@ MARKERS = {"ViT": "o", "ResNet": "s", "Hybrid": "P"}
 
 
 def draw(study: StudyConfig, cells: Sequence[Cell], out: Path) -> list[Path]:
-    """Both plots of what is done, as PNGs in a folder. Raises ConfigError if nothing is."""
+    """The plots of what is done, as PNGs in a folder. Raises ConfigError if nothing is."""
     found = points(study, cells)
     if not found:
         raise ConfigError(f"{study.out} holds no finished run; do one: python tools/study.py run STUDY.toml")
     families = {cell.model.name: family(cell) for cell in cells}
     plots = {
-        "by_compute.png": draw_compute(largest(found), families, study.metric),
+        "by_compute.png": draw_compute(largest(found), families, study.metric, ["imagenet"]),
         "by_data.png": draw_data(found, study.metric),
     }
+    if averages := points(study, cells, AVERAGE5):
+        plots["by_compute_average5.png"] = draw_compute(largest(averages), families, "Average-5", AVERAGE5)
     for name, plot in plots.items():
         save(plot, out / name)
     return [out / name for name in plots]
@@ -45,20 +48,24 @@ def largest(found: Sequence[Point]) -> list[Point]:
     return list(best.values())
 
 
-def draw_compute(found: Sequence[Point], families: Mapping[str, str], metric: str) -> "Figure":
+def draw_compute(
+    found: Sequence[Point], families: Mapping[str, str], metric: str, recipes: Sequence[str]
+) -> "Figure":
     """Figure 5: the metric by the FLOPs of pretraining, one mark a model.
 
-    families: of our models, by name: a key of MARKERS.
+    families: of our models, by name: a key of MARKERS. recipes: whose means are the paper's
+    points.
     """
     figure, ours, paper = _pair()
     _scatter(ours, [(families[p.model.name], p.exaflops, p.mean, p.deviation, p.model.name) for p in found])
-    rows = TABLE6.items()
-    _scatter(
-        paper,
-        [(row.family, float(row.exaflops), row.accuracy["imagenet"] / 100, 0.0, name) for name, row in rows],
-    )
+    rows = [
+        (row.family, float(row.exaflops), fmean(row.accuracy[name] for name in recipes) / 100, 0.0, model)
+        for model, row in TABLE6.items()
+    ]
+    _scatter(paper, rows)
     ours.set_title(f"here: {metric}", fontsize="medium")
-    paper.set_title("paper, Table 6: ImageNet top-1 after fine-tuning", fontsize="medium")
+    of = "ImageNet" if len(recipes) == 1 else f"mean of {len(recipes)} data sets,"
+    paper.set_title(f"paper, Table 6: {of} top-1 after fine-tuning", fontsize="medium")
     for axes in (ours, paper):
         _log_x(axes, "pretraining compute (exaFLOPs)")
     return figure

@@ -32,12 +32,15 @@ class Point:
         return pstdev(self.values)
 
 
-def points(study: StudyConfig, cells: Sequence[Cell]) -> list[Point]:
-    """A point wherever all runs are done, and the fine-tunings that the metric needs."""
+def points(study: StudyConfig, cells: Sequence[Cell], recipes: Sequence[str] = ()) -> list[Point]:
+    """A point wherever all runs are done, and the fine-tunings that its values need.
+
+    recipes: whose mean is the value; () = the metric of the study is.
+    """
     found = []
     for group in _groups(chosen(study, cells), with_swept=True):
         results = [(cell, result) for cell in group if (result := cell.result())]
-        values = [value_of(study, cell, result) for cell, result in results]
+        values = [value_of(study, cell, result, recipes) for cell, result in results]
         known = [value for value in values if value is not None]
         if len(known) == len(group):
             found.append(
@@ -57,13 +60,17 @@ def chosen(study: StudyConfig, cells: Sequence[Cell]) -> list[Cell]:
     return [cell for group in _groups(cells, with_swept=False) for cell in _best(study, group)]
 
 
-def value_of(study: StudyConfig, cell: Cell, result: Result) -> float | None:
-    """The metric of a finished run; None before the fine-tuning that it needs is done."""
+def value_of(study: StudyConfig, cell: Cell, result: Result, recipes: Sequence[str] = ()) -> float | None:
+    """The metric of a finished run, or the mean over recipes.
+
+    None before the fine-tunings that it needs are done.
+    """
     kind, _, name = study.metric.partition("/")
-    if kind != "finetune":
+    names = recipes or ([name] if kind == "finetune" else [])
+    if not names:
         return number_of(cell, result, study.metric)
-    tuned = finetuned(cell, name)
-    return tuned["mean"] if tuned else None
+    means = [tuned["mean"] for name in names if (tuned := finetuned(cell, name))]
+    return fmean(means) if len(means) == len(names) else None
 
 
 def _best(study: StudyConfig, cells: Sequence[Cell]) -> Sequence[Cell]:
