@@ -86,6 +86,12 @@ def test_a_row_torn_by_a_kill_is_dropped(tmp_path: Path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+def test_a_row_whose_steps_are_no_numbers_is_dropped_as_a_torn_one(tmp_path: Path):
+    path, whole = tmp_path / "spikes.jsonl", '{"step": 4, "data_step": 4}\n'
+    path.write_text(whole + '{"step": 4, "data_step": null}\n{"step": 4, "data_step": {}}\n{}\n')
+    assert metrics.trim_metrics(path, 4, "data_step") == [] and path.read_text() == whole
+
+
 def test_a_whole_last_row_without_its_newline_does_not_swallow_the_next(tmp_path: Path):
     write_rows(tmp_path, range(1, 3))
     path = tmp_path / "metrics.jsonl"

@@ -333,7 +333,8 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or abs(row["step"]) >= 2**63:
+    steps = (row.get("step"), row.get("data_step", 0)) if isinstance(row, dict) else (None,)
+    if not all(isinstance(step, int) and abs(step) < 2**63 for step in steps):
         return None
     return {name: float(value) if value in NON_FINITE else value for name, value in row.items()}
 
