@@ -102,7 +102,9 @@ def test_of_a_start_beyond_the_checkpoint_its_own_start_remains(tmp_path: Path) 
 
 
 def test_a_file_that_was_torn_or_is_none_of_ours_begins_anew(tmp_path: Path) -> None:
-    for text in ("", '{"starts": [{"began": 1', "[]", '{"starts": [{"step": 3}]}'):
+    mark = '{"step": 0, "elapsed": 1.0, "seconds": {"x": 1.0}}'  # a kind of a later version
+    later = f'{{"starts": [{{"began": 1.0, "marks": [{mark}]}}]}}'
+    for text in ("", '{"starts": [{"began": 1', "[]", '{"starts": [{"step": 3}]}', later):
         (tmp_path / FILE_NAME).write_text(text)
         ledger = Ledger(str(tmp_path), 0.0, writes=True)
         ledger.ready(Progress())

@@ -62,7 +62,8 @@ class Start:
         start = cls(**{**values, "marks": [Mark(**mark) for mark in values["marks"]]})
         parts = (start, *start.marks)
         spent = (number for part in parts for number in (part.step, part.elapsed, *part.seconds.values()))
-        if not start.marks or not all(abs(number) < _MAX_SECONDS for number in (start.began, *spent)):
+        is_known = all(part.seconds.keys() <= set(KINDS) for part in parts)  # later versions may have more
+        if not (start.marks and is_known and all(abs(n) < _MAX_SECONDS for n in (start.began, *spent))):
             raise ValueError(values)
         return start
 
