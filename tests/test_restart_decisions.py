@@ -90,8 +90,18 @@ def test_the_count_lasts_from_one_process_to_the_next(tmp_path: Path) -> None:
     assert restarts.count(run_dir, 500).starts == 1, "the last start began there"
     restarts.forget(run_dir)
     assert restarts.count(run_dir, 700).starts == 0
-    (run_dir / restarts.FILE_NAME).write_text('{"step": "x", "starts": null}')  # somebody's
-    assert restarts.count(run_dir, 500).starts == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"step": "x", "starts": null}', '{"step": 1e999, "starts": 1}', "[" * 100_000, b"\xff"],
+    ids=["words", "infinity", "nested", "bytes"],
+)
+def test_a_damaged_count_begins_again_at_the_last_start(tmp_path: Path, content: str | bytes) -> None:
+    line = content.encode() if isinstance(content, str) else content
+    (tmp_path / restarts.FILE_NAME).write_bytes(line)
+    (tmp_path / history.FILE_NAME).write_bytes(b'{"step": 500}\n' + line)
+    assert restarts.count(tmp_path, 500).starts == 1
 
 
 LATER = math.inf  # when a start began that came after all that these tests write
@@ -169,7 +179,11 @@ def test_after_a_start_whose_store_does_not_answer_it_counts_as_in_vain(
     assert [restarts.after(away, 1, 2, since=LATER).kind for _ in range(2)] == ["again", "stop"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"step": 9}', None], ids=["torn", "list", "part", "folder"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"step": 9}', '{"state": "done", "step": 4, "total_steps": "4"}', None],
+    ids=["torn", "list", "part", "text", "folder"],
+)
 def test_a_status_that_cannot_be_read_is_not_said_to_be_missing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str | None
 ) -> None:

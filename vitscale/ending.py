@@ -169,7 +169,8 @@ def read(run_dir: str | Path) -> dict[str, Any] | None:
     path = Path(run_dir) / STATUS_NAME
     try:
         status = json.loads(path.read_bytes())
-        if isinstance(status, dict) and {"state", "step", "total_steps"} <= status.keys():
+        is_status = isinstance(status, dict) and isinstance(status.get("state"), str)
+        if is_status and all(isinstance(status.get(key), int) for key in ("step", "total_steps")):
             return status
         problem = "what it holds is not the status of a run"
     except FileNotFoundError:

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 Kind = Literal["done", "again", "stop"]
 EXIT_STATUS: dict[Kind, int] = {"done": 0, "again": PREEMPTED, "stop": MISTAKE}
 FILE_NAME = "restarts.json"
+# What reading a step raises for a line or a file that is damaged, as a kill leaves them.
+_DAMAGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 # Until the ranks have saved after their launcher has ended, which may kill them itself by then.
 SAVING_SECONDS = 300.0
 
@@ -172,7 +174,7 @@ def count(run_dir: str | Path, newest: int | None, *, adds: bool = True) -> Vain
     try:
         values = json.loads(path.read_bytes())
         vain = Vain(int(values["step"]), int(values["starts"]))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, *_DAMAGE):
         vain = Vain(_last_beginning(run_dir))
     if adds:
         vain = vain.and_one(newest)
@@ -185,8 +187,8 @@ def count(run_dir: str | Path, newest: int | None, *, adds: bool = True) -> Vain
 def _last_beginning(run_dir: str | Path) -> int:
     """The step at which the newest start of a run began."""
     path, step = Path(run_dir) / history.FILE_NAME, 0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(*_DAMAGE):
             step = int(json.loads(line)["step"])
     return step
 
