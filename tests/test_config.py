@@ -197,12 +197,15 @@ def test_mistakes_are_refused_with_what_to_write_instead(values: dict, message: 
                 "engine.compile",
             )
         ),
+        (f"seed={'[' * 900}", "seed must be a whole number, not '[["),
+        (f"seed{'.a' * 900}=1", "override 'seed.a.a.a"),
+        ("engine.deepspeed_extra.x=[1979-05-27]", "engine.deepspeed_extra.x holds a date or a time, which"),
         ("model.variant=B/²", 'model.variant "B/²" is not NAME/PATCH with a name of '),
         (f"model.variant=B/{'9' * 5000}", 'model.variant "B/9999'),
     ],
     ids=lambda text: text[:32],
 )
-def test_numbers_that_no_run_can_have_are_refused(override: str, message: str) -> None:
+def test_values_that_no_run_can_have_are_refused(override: str, message: str) -> None:
     base = {"run_dir": "a", "data": {"index": "x"}}
     with pytest.raises(ConfigError) as error:
         resolve(TrainConfig, [base], [override])
@@ -235,6 +238,9 @@ def test_files_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
         load(Outer, [write(tmp_path / "bad.toml", "run_dir = ")])
     with pytest.raises(ConfigError, match=r"long\.toml has a number of thousands of digits"):
         load(Outer, [write(tmp_path / "long.toml", f"warmup = {'9' * 5000}")])
+    for text in (f"x = {'[' * 900}", f"seed{'.a' * 900} = 1"):
+        with pytest.raises(ConfigError, match=r"deep\.toml is not valid TOML: .* more than 50 levels deep"):
+            load(Outer, [write(tmp_path / "deep.toml", text)])
     with pytest.raises(ConfigError, match=rf"^{tmp_path} is a folder; name a \.toml file in it$"):
         load(Outer, [tmp_path])
     with pytest.raises(ConfigError, match=r"must read section.key=value"):

@@ -194,7 +194,7 @@ def dotted(where: str, key: str) -> str:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return toml.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"config file {path} does not exist; see configs/ for those that come with vitscale"
@@ -213,10 +213,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, literal = text.partition("=")
-    if not equals or not all(key.split(".")):
+    if not equals or not all(key.split(".")) or key.count(".") > toml.MAX_LEVELS:
         raise ConfigError(f"override {text!r} must read section.key=value, for example optim.lr=1e-3")
     try:
-        value = tomllib.loads(f"value = {literal}")["value"]
+        value = toml.parse(f"value = {literal}")["value"]
     except tomllib.TOMLDecodeError:
         value = literal  # an unquoted string, which every shell user writes
     except ValueError:
@@ -317,7 +317,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         raise TypeError(f"{where}: a config field has one type, or is a union of dataclasses")
     if hint is Any:
-        return value
+        return _convert_json(value, where)
     if origin is Literal:
         return choose(value, args, where)
     if origin is tuple:
@@ -329,6 +329,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             check_utf8(f"{where}:", key)
         return {key: _convert(args[1], item, dotted(where, key)) for key, item in table.items()}
     return _convert_scalar(hint, value, where)  # pyright: ignore[reportArgumentType] (narrowed by the branches)
+
+
+def _convert_json(value: Any, where: str) -> Any:
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise ConfigError(f"{where} holds a date or a time, which JSON lacks; write it as a string") from None
+    return value
 
 
 def _convert_tuple(args: tuple[Any, ...], items: Sequence[Any], where: str) -> tuple[Any, ...]:

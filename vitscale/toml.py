@@ -1,8 +1,33 @@
-"""Plain values as TOML, which the standard library reads and does not write."""
+"""Reads TOML, and writes plain values as TOML, which the standard library does not."""
 
 import json
+import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+MAX_LEVELS = 50  # of tables and lists: what later walks through them would reach Python's limit
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The values of a document.
+
+    Raises tomllib.TOMLDecodeError, also for tables and lists deeper than MAX_LEVELS, and
+    another ValueError for a number of thousands of digits.
+    """
+    try:
+        values = tomllib.loads(text)
+        _check_depth(values, 1 + MAX_LEVELS)
+    except RecursionError:
+        raise tomllib.TOMLDecodeError(f"tables or lists are more than {MAX_LEVELS} levels deep") from None
+    return values
+
+
+def _check_depth(entry: Any, levels: int) -> None:
+    """Raise RecursionError, as tomllib does for lists at some depth of its own."""
+    if levels < 0:
+        raise RecursionError
+    for item in entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ():
+        _check_depth(item, levels - 1)
 
 
 def lines(values: Mapping[str, Any], where: str = "") -> Iterator[str]:

@@ -7,14 +7,13 @@ alone, with a few threads, or on all ranks together, each hashing its share of t
 import dataclasses
 import logging
 import math
-import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
-from vitscale import distributed, storage
+from vitscale import distributed, storage, toml
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import MANIFEST, Manifest, absence, read_text
 from vitscale.checkpoint.safetensors import FileInfo, hash_file
@@ -153,9 +152,9 @@ def places_of(run: str) -> list[str]:
         return [store.child_of_run(run)]
     directory = Path(storage.local_path(run))
     try:
-        config = tomllib.loads((directory / "config.toml").read_text(encoding="utf-8"))
+        config = toml.parse((directory / "config.toml").read_text(encoding="utf-8"))
         url = config["checkpoint"]["store"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         url = ""
     return [str(store.directory_of(directory)), *([store.child_of_run(url)] if url else [])]
 

@@ -3,7 +3,6 @@
 import array
 import dataclasses
 import functools
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from vitscale import config as configs
-from vitscale import ending, goodput, history, storage
+from vitscale import ending, goodput, history, storage, toml
 from vitscale.checkpoint.verify import check_all, committed
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.errors import ConfigError, UserError
@@ -167,11 +166,11 @@ def _read_config(path: Path) -> tuple[dict[str, Any], TrainConfig | None, str]:
     """The plain values of a config.toml, the config, and why there is none."""
     values: dict[str, Any] = {}
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = toml.parse(path.read_text(encoding="utf-8"))
         return values, configs.load(TrainConfig, [path]), ""
     except FileNotFoundError:
         return values, None, f"{path} does not exist: a run writes it after its first evaluation"
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         return values, None, f"{path} cannot be read by this vitscale: {error}"
 
 
