@@ -52,6 +52,7 @@ CASES = [
         "holds no labels/train1.txt; vtab/dtd",
     ),
     ("flowers102", cut("setid.mat"), "no whole MATLAB file|no array of integers"),
+    ("flowers102", flip("setid.mat", -9), "Error -3 while decompressing"),
     ("flowers102", write("imagelabels.mat", b"x" * 200), "no whole MATLAB file"),
     ("flowers102", write("imagelabels.mat", b"MATLAB 7.3".ljust(124) + b"\0\2IM"), "it is of version 7.3"),
     ("flowers102", remove("setid.mat"), "holds no setid.mat; vtab/flowers102 reads a folder"),

@@ -56,7 +56,7 @@ def write_zip(path: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def write_mat(path: Path, **variables: np.ndarray) -> None:
-    savemat(path, variables)
+    savemat(path, variables, do_compression=True)  # as most published files are
 
 
 def write_norb(path: Path, values: np.ndarray) -> None:

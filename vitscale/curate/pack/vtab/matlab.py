@@ -10,15 +10,14 @@ from vitscale.errors import DataError
 def read_mat(content: bytes, where: str, variable: str) -> np.ndarray:
     """A variable of integers. Raises DataError for a damaged file, or one without it."""
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError, matfile_version
+    from scipy.io.matlab import matfile_version
 
-    damage = (MatReadError, OSError, ValueError, TypeError, KeyError, IndexError)  # by the damaged byte
     file = io.BytesIO(content)
     try:
         if matfile_version(file)[0] > 1:
-            raise MatReadError("it is of version 7.3, which is HDF5")
+            raise ValueError("it is of version 7.3, which is HDF5")
         value = loadmat(file, variable_names=[variable]).get(variable)
-    except damage as error:
+    except Exception as error:  # zlib.error, UnboundLocalError and others, by the damaged byte
         raise DataError(
             f"{where} is no whole MATLAB file of version 5 ({error}); download it again"
         ) from None
