@@ -38,6 +38,12 @@ def test_what_the_user_can_fix_is_one_line_and_status_2(kind: type[UserError], c
     assert capsys.readouterr().err == "error: the shard is cut; restore it\n"
 
 
+def test_a_rank_that_is_no_number_is_one_line_and_status_2(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "x")
+    assert command.run(lambda: 0) == 2
+    assert capsys.readouterr().err.startswith("error: RANK in the environment is 'x', and must be")
+
+
 def test_no_name_in_an_error_moves_the_cursor_or_sets_the_title(capsys) -> None:
     assert command.run(raising(DataError("\x1b]0;t\x07a\r\x9b2J\u202eb\tc\n\U0001f642"))) == 2
     assert capsys.readouterr().err == "error: \\x1b]0;t\\x07a\\r\\x9b2J\\u202eb\tc\n\U0001f642\n"

@@ -19,6 +19,7 @@ def test_hosts_keep_their_order() -> None:
     [
         ("node1 slots=8\nnode2\n", "hostfile h, line 2: 'node2' is not of the form `NAME slots=NUMBER`"),
         ("node1 slots=0\n", "line 1: 'node1 slots=0' is not of the form"),
+        (f"node1 slots={'8' * 5000}\n", "is not of the form"),
         ("node1 slots=8\nnode1 slots=8\n", "line 2: node1 is there twice"),
         ("# nothing\n", "hostfile h names no host"),
     ],

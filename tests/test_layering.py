@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Units of one layer do not import one another; a unit is a file or folder of vitscale/ itself.
 LAYERS = [
     ["redaction", "launch_environment", "quantities", "toml", "cores", "store_clients"],
-    ["errors", "image_size", "progress", "hang", "slurm"],
-    ["open_files", "vtab", "hardware", "rendezvous", "sealed_store"],
+    ["errors", "image_size", "progress", "hang"],
+    ["open_files", "slurm", "vtab", "hardware", "rendezvous", "sealed_store"],
     ["config", "distributed", "rng", "atomic", "attempts", "hostfile"],
     ["storage", "processes", "command", "ending", "watch", "goodput", "run_lock", "file_lock"],
     ["sliced"],

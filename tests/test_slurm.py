@@ -1,8 +1,11 @@
 """Slurm's variables, as srun sets them, in torchrun's terms."""
 
+import os
+
 import pytest
 
 from vitscale import slurm
+from vitscale.errors import ConfigError
 
 TASK = {
     "SLURM_JOB_ID": "1234",
@@ -41,6 +44,25 @@ def test_a_task_of_srun_is_a_rank() -> None:
 def test_other_processes_are_none(missing: dict[str, str]) -> None:
     environment = {name: value for name, value in (TASK | missing).items() if value}
     assert slurm.variables(environment) == {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ({"SLURM_LOCALID": ""}, r"says that this is a task of srun, but .*KeyError\('SLURM_LOCALID'\)"),
+        ({"SLURM_NODEID": "9"}, "another variable of its step is missing or damaged"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x99999999999999999999)"}, "is missing or damaged"),
+        ({"SLURM_PROCID": "x"}, "RANK in the environment is 'x', and must be a whole number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE in the environment is '-1'"),
+    ],
+)
+def test_an_environment_that_no_launcher_leaves_is_refused(
+    monkeypatch: pytest.MonkeyPatch, damage: dict[str, str], sentence: str
+) -> None:
+    environment = {name: value for name, value in (TASK | damage).items() if value}
+    monkeypatch.setattr(os, "environ", environment)
+    with pytest.raises(ConfigError, match=sentence):
+        slurm.launched()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def run(program: Callable[[], int]) -> int:
     Under a launcher every rank calls it. Rank 0 alone prints an error that all ranks raise
     (UserError.shared); an error of a single rank is printed by that rank.
     """
-    rank = int(slurm.launched().get("RANK", "0"))
+    rank = 0
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes, and no error
@@ -37,8 +37,9 @@ def run(program: Callable[[], int]) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Redacting("%(levelname)s %(message)s"))
     sys.excepthook = _print_traceback
-    logging.basicConfig(level=logging.ERROR if rank else logging.INFO, handlers=[handler])
     try:
+        rank = int(slurm.launched().get("RANK", "0"))
+        logging.basicConfig(level=logging.ERROR if rank else logging.INFO, handlers=[handler])
         return program()
     except UserError as error:
         if rank == 0 or not error.shared:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vitscale.errors import ConfigError
 
-_LINE = re.compile(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?")
+_LINE = re.compile(r"(\S+)\s+slots=([1-9]\d{0,5})\s*(#.*)?")
 
 
 def parse(text: str, where: str) -> dict[str, int]:

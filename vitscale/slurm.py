@@ -4,6 +4,8 @@ import os
 import re
 from collections.abc import Mapping
 
+from vitscale.errors import ConfigError
+
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that systems give to clients
 
 
@@ -32,9 +34,25 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def launched() -> Mapping[str, str]:
-    """The environment of this process, with the variables that srun lacks."""
+    """The environment of this process, with the variables that srun lacks.
+
+    Raises ConfigError for one that no launcher leaves.
+    """
     if "WORLD_SIZE" not in os.environ:
-        os.environ.update(variables(os.environ))
+        try:
+            os.environ.update(variables(os.environ))
+        except (LookupError, ValueError, OverflowError, MemoryError) as error:
+            raise ConfigError(
+                "SLURM_STEP_NUM_TASKS says that this is a task of srun, but another variable of its step is "
+                f"missing or damaged ({error!r}); start it with srun, or unset SLURM_STEP_NUM_TASKS"
+            ) from None
+    of_a_launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name in of_a_launcher if "WORLD_SIZE" in os.environ else ("RANK",):
+        if not re.fullmatch(r"\d{1,9}", text := os.environ.get(name, "0")):
+            raise ConfigError(
+                f"{name} in the environment is {text!r}, and must be a whole number; unset it, or start with "
+                "torchrun, deepspeed or srun"
+            )
     return os.environ
 
 
