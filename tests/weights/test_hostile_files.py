@@ -242,6 +242,8 @@ def test_a_sound_compressed_archive_is_imported(tmp_path: Path) -> None:
         ("Transformer/encoderblock/x.npy", npy("(30000000, 0)", 4), "is not an .npz file of arrays"),
         ("Transformer/encoderblock/x.npy", npy("(-1, -1)", 4), "is not an .npz file of arrays"),
         ("x.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 4) + b"'''\n", "is not an .npz file of arrays"),
+        # Python's parser has no memory for it, though it is short.
+        ("x.npy", npy(f"({'-' * 9000}1,)", 4), "is not an .npz file of arrays"),
         ("x", npy("(2, 3)", 24), "is not an .npz file of arrays"),
     ],
 )
@@ -277,10 +279,14 @@ def test_damaged_and_encrypted_archives_are_refused(tmp_path: Path) -> None:
         flipped_header[200 + i] ^= 0xFF  # near the beginning of the first array, compressed
         flipped_values[largest.header_offset + largest.compress_size // 2 + i] ^= 0xFF
     encrypted[data.find(b"PK\x01\x02") + 8] |= 1
+    other_method = bytearray(data)
+    for place in (data.find(b"PK\x03\x04") + 8, data.find(b"PK\x01\x02") + 10):
+        other_method[place] = zipfile.ZIP_BZIP2
     for hostile, reason in (
         (flipped_header, "hostile.npz is not an .npz file of arrays, or is damaged"),
         (flipped_values, "hostile.npz is damaged: .* cannot be read"),
         (encrypted, "hostile.npz is not an .npz file of arrays, or is damaged"),
+        (other_method, "hostile.npz is not an .npz file of arrays, or is damaged"),
         (data[:-500], "hostile.npz is not an .npz file of arrays, or is damaged"),
     ):
         (tmp_path / "hostile.npz").write_bytes(hostile)

@@ -4,6 +4,7 @@ Nothing in them is ever unpickled. Equal tensors make equal files, byte for byte
 """
 
 import json
+import lzma
 import math
 import os
 import struct
@@ -24,14 +25,17 @@ from vitscale.errors import CheckpointError
 from vitscale.weights.files import Dtype, NamedTensors, rounded
 
 _HEADER_READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-# What zipfile, zlib and NumPy raise for bytes that are no archive of arrays, or encrypted.
+# What zipfile, decompressors and NumPy raise for what is no archive of arrays, or encrypted.
 _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
+    lzma.LZMAError,
+    OSError,
     struct.error,
     tokenize.TokenError,
     SyntaxError,
     ValueError,
+    TypeError,
     KeyError,
     EOFError,
     RuntimeError,
@@ -59,7 +63,8 @@ class NpzReader:
                 claimed = max(_num_values_at_least(self.shapes[name]), info.file_size)
                 if name == info.filename or claimed > min(info.file_size, 1032 * info.compress_size):
                     raise ValueError
-        except _DAMAGED:
+        except (*_DAMAGED, MemoryError) as error:  # the last where a header nests too deeply
+            _let_through(error)
             raise CheckpointError(f"{path} is not an .npz file of arrays, or is damaged") from None
 
     @property
@@ -107,8 +112,15 @@ class NpzReader:
         try:
             with self._zip.open(f"{name}.npy") as member:
                 yield member
-        except _DAMAGED:
+        except _DAMAGED as error:
+            _let_through(error)
             raise CheckpointError(f"{self.path} is damaged: {name} cannot be read") from None
+
+
+def _let_through(error: BaseException) -> None:
+    """Raise what a disk refuses again; an OSError of a decompressor has no errno."""
+    if isinstance(error, OSError) and error.errno:
+        raise error
 
 
 def write_npz(path: Path, tensors: NamedTensors, dtype: Dtype, metadata: Mapping[str, str]) -> None:
