@@ -48,5 +48,14 @@ def test_a_holder_is_named_to_whoever_looks_and_stays_it(tmp_path: Path) -> None
         assert held and (tmp_path / LOCK_NAME).read_text() == held
 
     assert in_processes(1, look) == [0]
+
+    def damage(_: Barrier) -> None:
+        for content in (b"\xff", b"[" * 100_000):
+            (tmp_path / LOCK_NAME).write_bytes(content)
+            for action in (RunLock, RunLock.check):
+                with pytest.raises(BusyError, match="is in use by another process; end that job first"):
+                    action(tmp_path)
+
+    assert in_processes(1, damage) == [0]
     lock.release()
     RunLock.check(tmp_path)

@@ -43,7 +43,7 @@ class RunLock:
         Not for the holder's process: closing the file there would free its lock.
         """
         path = Path(run_dir) / LOCK_NAME
-        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # beside others that look
             except OSError as error:
@@ -57,7 +57,7 @@ class RunLock:
 
     def _open(self) -> IO[str] | None:
         """The locked file, or None if somebody removed it before it was locked."""
-        file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the lock is held)
+        file = open(self._path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (held)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -87,7 +87,7 @@ def _refusal(path: Path, holder: str) -> str:
     try:
         values = json.loads(holder)
         who = f"process {values['process']} on {values['host']} since {values['since']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         who = "another process"
     return (
         f"run_dir {path.parent} is in use by {who}; end that job first or choose another run_dir (if its "
