@@ -7,15 +7,18 @@ containers on several hosts that write the same path have the same process ids.
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
-from vitscale.errors import ConfigError, StoreError
+from vitscale.errors import ConfigError, StoreError, UserError
 
+T = TypeVar("T")
 Rename = Callable[[Path, Path], None]
 
 
@@ -42,6 +45,18 @@ def write(path: str | Path, data: bytes) -> None:
     """Write a file that is on disk on return. A kill leaves the old content or the new."""
     with named(path), appearing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def read_json(path: str | Path, parse: Callable[[Any], T], remedy: str) -> T:
+    """What `parse` makes of a JSON file that `write` wrote.
+
+    parse may raise what a missing key or a value of another type does. Raises UserError with
+    the `remedy` for a file that a disk or a hand has damaged, and OSError.
+    """
+    try:
+        return parse(json.loads(Path(path).read_bytes()))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise UserError(f"{path} is damaged, or of another version; {remedy}") from None
 
 
 def check_writable(path: str | Path, ending: str) -> None:

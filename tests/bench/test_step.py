@@ -92,6 +92,7 @@ def test_a_suite_measures_again_what_has_another_batch_or_lacks_a_case(tmp_path:
         ({"deepspeed": "0.1"}, "was measured with deepspeed 0.1, and here it is "),
         (None, "is no file of a suite; name a new one"),
         ("[1]", "is no file of a suite; name a new one"),
+        ("[" * 100_000, "cannot be read: it is not JSON; name a new file"),
         ("{", "cannot be read: it is not JSON; name a new file"),
     ],
 )

@@ -19,7 +19,7 @@ from vitscale.curate.pack.run import pack
 from vitscale.curate.pack.writer import open_shard, write_shards
 from vitscale.data.indexing import build_index
 from vitscale.data.samples import RawSample
-from vitscale.errors import BusyError, ConfigError, DataError, StoreError
+from vitscale.errors import BusyError, ConfigError, DataError, StoreError, UserError
 
 
 def make_samples(count: int) -> list[RawSample]:
@@ -92,9 +92,10 @@ def test_another_source_or_other_options_are_refused_unless_overwritten(tmp_path
     (tmp_path / "more.jpg").rename(tmp_path / "photos" / "ant" / "more.jpg")
     report = pack(source, out, PackConfig(samples_per_shard=20, overwrite=True))
     assert report.num_samples == {"train": 26} and len(shard_bytes(out)) == 2
-    (out / "pack-plan.json").write_text("{}")
-    with pytest.raises(DataError, match="is not a plan"):
-        pack(source, out, PackConfig(samples_per_shard=20))
+    for content in ("{}", "[" * 100_000):
+        (out / "pack-plan.json").write_text(content)
+        with pytest.raises(DataError, match="is not a plan"):
+            pack(source, out, PackConfig(samples_per_shard=20))
 
 
 def test_shards_of_another_origin_and_a_folder_within_the_source_are_refused(tmp_path: Path) -> None:
@@ -206,7 +207,12 @@ def test_a_shard_of_which_everything_is_left_out_does_not_appear(tmp_path: Path)
     again = pack(source, out, config)
     assert again.num_kept_shards == 4 and again.omissions == report.omissions and report.num_omissions == 1
     (tmp_path / "photos" / "cat" / "1.jpg").write_bytes(jpeg(1)[:100])  # it only had no JPEG header
-    (out / "pack-left-out" / "train-000002.tar.json").unlink()
+    left_out = out / "pack-left-out" / "train-000002.tar.json"
+    left_out.write_text("")
+    remedy = rf"delete it and {out}/train-000002\.tar, and run again"
+    with pytest.raises(UserError, match=rf"{left_out} is damaged, or of another version; {remedy}"):
+        pack(source, out, config)
+    left_out.unlink()
     assert pack(source, out, config).num_samples == {"train": 4}
 
 

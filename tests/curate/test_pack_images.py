@@ -1,12 +1,14 @@
 """The images that packing makes: shrunk ones, and the drawn ones of the demo."""
 
 import io
+from pathlib import Path
 
 import numpy as np
+import pytest
 from make import jpeg
 from PIL import Image
 
-from vitscale.curate.pack.demo import COLOURS, KINDS, digit_samples, shape_samples
+from vitscale.curate.pack.demo import COLOURS, KINDS, digit_samples, recorded, shape_samples
 from vitscale.curate.pack.encode import shrink
 from vitscale.data.decode import decode
 
@@ -44,6 +46,16 @@ def test_demo_shapes_are_deterministic_and_their_labels_cover_all_classes() -> N
     for label in ("count", "position", "orientation"):
         assert {s.labels[0] for s in shape_samples(1, 60, label)} == {0, 1, 2, 3}
     assert Image.open(io.BytesIO(samples[0].image)).size == (48, 48)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"version": 1}', "\udcff", None])
+def test_a_demo_without_a_whole_record_is_not_complete(tmp_path: Path, content: str | None) -> None:
+    record = tmp_path / "demo.json"
+    if content is not None:
+        record.write_text(content, errors="surrogateescape")
+    assert recorded(record) is None
+    record.write_text('{"version": 1, "sets": {"digits/train": 3}}')
+    assert recorded(record) == {"digits/train": 3}
 
 
 def test_demo_digits_are_all_of_scikit_learns_once() -> None:

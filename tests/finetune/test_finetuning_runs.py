@@ -29,7 +29,7 @@ from vitscale.finetune.runs import (
     keep_source,
     located,
 )
-from vitscale.finetune.vtab import VtabConfig, score
+from vitscale.finetune.vtab import VtabConfig, editions, score
 from vitscale.models.vit_config import ViTConfig
 from vitscale.train_config import TrainConfig
 from vitscale.vtab.tasks import TASKS
@@ -156,6 +156,20 @@ def test_a_vtab_run_starts_from_the_checkpoint_that_was_located(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
+    "report", ["[]", "[" * 100_000, '{"edition": 3}', None], ids=["list", "nested", "number", "none"]
+)
+def test_a_task_whose_report_is_damaged_is_of_an_unknown_edition(tmp_path: Path, report: str | None) -> None:
+    folder = tmp_path / "svhn"
+    folder.mkdir()
+    for part in ("train800", "val200", "train800val200", "test"):
+        (folder / f"{part}-000000.tar").touch()
+    if report:
+        (folder / "pack-report.json").write_text(report)
+    vtab = VtabConfig(checkpoint="a", data=tmp_path, out=tmp_path / "out")
+    assert editions(vtab, "svhn") == ["svhn: nothing says which images these are"]
+
+
+@pytest.mark.parametrize(
     ("override", "owner"), [("seed=1", "--seeds"), ("init.checkpoint=b", "CKPT"), ("run_dir=r", "--out")]
 )
 def test_what_vtab_sets_itself_cannot_be_overridden(tmp_path: Path, override: str, owner: str) -> None:
@@ -186,6 +200,9 @@ def tuning(folder: Path, start: StartingPoint = START, data: str = "/data/test.t
 def test_a_result_counts_for_its_weights_and_test_set_alone(tmp_path: Path, stopped: Slots) -> None:
     with pytest.raises(UserError, match="ended early"):
         finetuned(tuning(tmp_path), stopped)
+    (tmp_path / "result.json").write_text('{"results": {"top1"')
+    with pytest.raises(UserError, match=r"result\.json is damaged, .*; delete it, and the same command"):
+        finetuned(tuning(tmp_path), stopped)
     (tmp_path / "result.json").write_text(json.dumps({"results": {"top1": 0.5}}))
     assert finetuned(tuning(tmp_path), stopped) == 0.5
     for other, said in (
@@ -207,6 +224,11 @@ def test_a_source_of_an_earlier_version_counts_by_its_weights(tmp_path: Path) ->
     source = {"checkpoint": f"{STEP} (step 7, weights w1)", "evaluation": "--data a"}
     (tmp_path / "source.json").write_text(json.dumps(source))
     keep_source(tmp_path, START, ["--data", "a"])
+    for content in ("", "{}"):
+        (tmp_path / "source.json").write_text(content)
+        with pytest.raises(UserError, match=r"source\.json is damaged, .*; name another --out, or delete it"):
+            keep_source(tmp_path, START, ["--data", "a"])
+    (tmp_path / "source.json").write_text(json.dumps(source))
     with pytest.raises(ConfigError, match=r"another checkpoint \(.*weights w1\), now "):
         keep_source(tmp_path, dataclasses.replace(START, weights="w2"), ["--data", "a"])
 

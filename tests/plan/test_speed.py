@@ -327,7 +327,7 @@ def test_other_files_are_one_sentence(tmp_path: Path, changes: dict, sentence: s
     assert str(raised.value).startswith(f"--calibrate {path}{'' if sentence[0] == ':' else ' '}{sentence}")
 
 
-@pytest.mark.parametrize("text", ["[1]", "{}", "3", "no JSON", '{"results": 3}'])
+@pytest.mark.parametrize("text", ["[1]", "{}", "3", "no JSON", "[" * 99_999, '{"results": 3}'], ids=len)
 def test_what_is_no_table_of_results_is_one_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(text)

@@ -10,10 +10,10 @@ import pytest
 from make import write_index
 
 from vitscale import config as configs
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, UserError
 from vitscale.finetune.scores import Scores
 from vitscale.models.flops import train_flops
-from vitscale.study.cells import Cell, cells, write_result
+from vitscale.study.cells import Cell, cells, finetune_folder, finetuned, write_result
 from vitscale.study.config import StudyConfig
 from vitscale.study.paper import AVERAGE5, FIGURE3, TABLE2, TABLE6, TARGETS
 from vitscale.study.points import chosen, points
@@ -193,6 +193,19 @@ def test_a_number_that_no_run_logged_is_named(base: Path) -> None:
     (Path(cell.config.run_dir) / "metrics.jsonl").write_text('{"step": 6, "train/loss": 1.0}\n')
     with pytest.raises(ConfigError, match=r"logged no eval/test/top1; add that evaluation to .*run\.toml"):
         write_result(cell, study_of(base))
+
+
+@pytest.mark.parametrize("content", ["", '{"a": 1}'])
+def test_a_damaged_result_is_named_with_what_to_do(base: Path, content: str) -> None:
+    (cell,) = cells(study_of(base))
+    for folder, name, read in (
+        (cell.folder, "result.json", cell.result),
+        (finetune_folder(cell, "x"), "results.json", lambda: finetuned(cell, "x")),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+        with pytest.raises(UserError, match=rf"{name} is damaged, or of another version; delete it, and `"):
+            read()
 
 
 def test_a_metric_that_is_changed_later_is_read_in_the_log(base: Path) -> None:

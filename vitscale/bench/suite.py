@@ -146,7 +146,7 @@ def _read(path: Path, here: dict[str, Any]) -> dict[str, Any]:
     """What a file holds, if it continues here."""
     try:
         done = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise ConfigError(f"--suite {path} cannot be read: {reason}; name a new file") from None
     if not isinstance(done, dict) or not done.keys() >= set(SAME):

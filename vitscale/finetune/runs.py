@@ -263,7 +263,8 @@ def scored(folder: Path, command: Sequence[str | Path], slots: Slots) -> float:
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
         _succeed(slots, [*command, "--json", result], folder)
-    return json.loads(result.read_bytes())["results"]["top1"]
+    remedy = "delete it, and the same command scores again"
+    return atomic.read_json(result, lambda values: float(values["results"]["top1"]), remedy)
 
 
 def _names_of_gpus(num_gpus: int) -> list[str]:
@@ -336,7 +337,8 @@ def keep_source(folder: Path, start: StartingPoint, score: Sequence[str]) -> Non
     """
     path, source = folder / "source.json", {"checkpoint": str(start), "evaluation": " ".join(score)}
     if path.exists():
-        kept = json.loads(path.read_bytes())
+        remedy = f"name another --out, or delete it if {folder} is of the same checkpoint and test set"
+        kept = atomic.read_json(path, lambda values: {key: values[key] for key in source}, remedy)
         for key, value in source.items():
             if kept[key] not in (value, start.in_earlier_versions):
                 raise ConfigError(

@@ -66,8 +66,8 @@ def run(config: VtabConfig, said: Callable[[str], object] = print) -> Scores:
     before anything is trained, where something is missing.
     """
     start = located(config.checkpoint)
-    editions = [edition for name in config.tasks for edition in _editions(config, name)]
-    deviations = [*deviating(config.overrides), *editions]
+    others = [edition for name in config.tasks for edition in editions(config, name)]
+    deviations = [*deviating(config.overrides), *others]
     num_gpus = torch.cuda.device_count()
     count = config.slots or max(1, num_gpus)
     with Slots(count, num_gpus) as slots:
@@ -144,7 +144,7 @@ def _probe(config: VtabConfig, task: Task, start: StartingPoint, seed: int, slot
     return scored(folder, (*evaluate, *options, "--cache", config.out / "features"), slots)
 
 
-def _editions(config: VtabConfig, name: str) -> list[str]:
+def editions(config: VtabConfig, name: str) -> list[str]:
     """What the packing of a task says of its members, if they are not the published ones.
 
     Raises DataError if the task was not packed.
@@ -160,6 +160,6 @@ def _editions(config: VtabConfig, name: str) -> list[str]:
         )
     try:
         edition = json.loads((folder / "pack-report.json").read_bytes()).get("edition", "")
-    except (OSError, ValueError):
+        return [edition] if "not the published split" in edition or not edition else []
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return [f"{name}: nothing says which images these are"]
-    return [edition] if "not the published split" in edition or not edition else []

@@ -119,7 +119,7 @@ def read_measurements(path: Path) -> Speed:
     """The speeds in a file of `tools/bench.py step`. Raises ConfigError for any other file."""
     try:
         file = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise ConfigError(f"--calibrate {path} cannot be read: {reason}; {_HOW}") from None
     results = file.get("results", file) if isinstance(file, dict) else {}

@@ -20,6 +20,8 @@ from vitscale.study.config import StudyConfig, StudyModel
 from vitscale.train_config import TrainConfig
 
 RESULT_NAME = "result.json"
+_GIVEN = ("mean", "std")
+_REMEDY = "delete it, and `python tools/study.py run` writes it again"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Cell:
     def result(self) -> "Result | None":
         """What came of the run; None before it has come to its end."""
         try:
-            return Result(**json.loads((self.folder / RESULT_NAME).read_bytes()))
+            return atomic.read_json(self.folder / RESULT_NAME, lambda values: Result(**values), _REMEDY)
         except FileNotFoundError:
             return None
 
@@ -150,10 +152,11 @@ def finetune_folder(cell: Cell, recipe: str) -> Path:
     return cell.folder / "finetune" / recipe
 
 
-def finetuned(cell: Cell, recipe: str) -> dict[str, Any] | None:
-    """What a recipe gave (finetune.grid.GridResult, as JSON); None before it is there."""
+def finetuned(cell: Cell, recipe: str) -> dict[str, float] | None:
+    """What a recipe gave (finetune.grid.GridResult): mean and std; None before it is there."""
+    path = finetune_folder(cell, recipe) / "results.json"
     try:
-        return json.loads((finetune_folder(cell, recipe) / "results.json").read_bytes())
+        return atomic.read_json(path, lambda values: {name: float(values[name]) for name in _GIVEN}, _REMEDY)
     except FileNotFoundError:
         return None
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from vitscale.memory import count_params
 from vitscale.models.flops import forward_macs, train_flops
@@ -104,7 +103,7 @@ def _our_column(study: StudyConfig, title: str, group: Sequence[Cell], names: Se
     ]
 
 
-def _mean_and_deviation(results: Sequence[Mapping[str, Any] | None]) -> str:
+def _mean_and_deviation(results: Sequence[Mapping[str, float] | None]) -> str:
     known = [result for result in results if result]
     if not known:
         return NOTHING

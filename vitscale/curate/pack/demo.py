@@ -51,8 +51,8 @@ def make_demo(folder: Path) -> dict[str, int]:
     Returns the number of samples by "set/split". A folder that is complete is left as it is.
     """
     record = folder / "demo.json"  # written last
-    if record.is_file() and (values := json.loads(record.read_text())).get("version") == VERSION:
-        return values["sets"]
+    if (complete := recorded(record)) is not None:
+        return complete
     num_samples: dict[str, int] = {}
     for set_number, (name, split, count, label) in enumerate(SHAPE_SETS):
         samples = shape_samples(set_number, count, label)
@@ -61,6 +61,15 @@ def make_demo(folder: Path) -> dict[str, int]:
         num_samples[f"digits/{split}"] = _write_set(folder / "digits", split, digit_samples(split))
     atomic.write(record, json.dumps({"version": VERSION, "sets": num_samples}, indent=1).encode())
     return num_samples
+
+
+def recorded(record: Path) -> dict[str, int] | None:
+    """What was written, by the record of a complete folder; None without a whole record."""
+    try:
+        values = json.loads(record.read_bytes())
+        return dict(values["sets"]) if values["version"] == VERSION else None
+    except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def shape_samples(set_number: int, count: int, label: str) -> Iterator[RawSample]:

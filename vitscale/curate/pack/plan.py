@@ -134,7 +134,8 @@ def write_omissions(shard: Path, sentences: list[str]) -> None:
 
 def read_omissions(out: Path, shard: str) -> list[str]:
     path = _omissions_file(out, shard)
-    return json.loads(path.read_bytes()) if path.exists() else []
+    remedy = f"delete it and {out / shard}, and run again"
+    return atomic.read_json(path, list, remedy) if path.exists() else []
 
 
 def _omissions_file(out: Path, shard: str) -> Path:
@@ -150,7 +151,7 @@ def _load(out: Path) -> PackPlan | None:
         return PackPlan(**values)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is not a plan ({error}); remove it, or use --overwrite") from None
 
 
