@@ -70,6 +70,18 @@ def test_damage_is_an_error_not_a_picture(data: bytes) -> None:
         decode(data)
 
 
+def test_every_flipped_bit_of_a_png_is_noticed() -> None:
+    """Many leave a stream that inflates, to other pixels: only the chunk's checksum differs."""
+    grey = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    data = encoded(Image.fromarray(grey), "PNG")
+    assert np.array_equal(decode(data)[..., 0], grey)
+    for bit in range(8 * (len(data) - 12)):  # the last chunk, of 12 bytes, has no content
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(DamagedImage):
+            decode(bytes(damaged))
+
+
 def test_garbage_inside_a_jpeg_is_noticed() -> None:
     data = jpeg(5, size=128)
     with pytest.raises(DamagedImage):
