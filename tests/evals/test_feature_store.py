@@ -1,12 +1,14 @@
 """Features are computed once for the same weights and the same data, and again for others."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from evals.test_tasks import ColourModel, write_shard
+from safetensors.torch import save
 
 from vitscale.evals import KnnConfig, open_task
 from vitscale.evals.store import FeatureStore, digest_of
@@ -44,11 +46,24 @@ def test_a_folder_keeps_them_for_the_same_weights(tmp_path: Path):
     assert compute.calls == 3
 
 
-def test_a_damaged_file_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+        lambda data: data.replace(b'"features"', b'"fdatures"'),
+        lambda data: data.replace(b'"F32"', b'"I32"'),
+        lambda data: save({"features": torch.ones(3, 2)}),  # as before files had a digest
+    ],
+    ids=["cut", "another value", "another name", "another dtype", "no digest"],
+)
+def test_a_damaged_file_is_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
+):
     compute = Counted()
     FeatureStore(str(tmp_path), "model").get("a", compute)
     (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(damage(path.read_bytes()))
     assert FeatureStore(str(tmp_path), "model").get("a", compute)["features"][0, 0] == 2
     assert "its features are computed again" in caplog.text
     assert FeatureStore(str(tmp_path), "model").get("a", compute)["features"][0, 0] == 2

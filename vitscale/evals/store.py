@@ -66,15 +66,19 @@ def _is_whole(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        with safe_open(path, "pt"):  # its header must fit the file's length
-            return True
-    except (OSError, SafetensorError) as error:
-        logger.warning("%s cannot be read (%s): its features are computed again", path, error)
-        return False
+        with safe_open(path, "pt") as file:  # its header must fit the file's length
+            tables = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+            if digest_of(tables) == (file.metadata() or {}).get("digest"):
+                return True
+            reason = "its checksum differs, or it has none"
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy lacks
+        reason = str(error)
+    logger.warning("%s cannot be read (%s): its features are computed again", path, reason)
+    return False
 
 
 def _write(path: Path, tables: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.named(path), atomic.appearing(path) as temporary:
-        save_file(dict(tables), temporary)
+        save_file(dict(tables), temporary, {"digest": digest_of(sorted(tables.items()))})
         temporary.chmod(0o644)  # it makes a file that only its owner can read
