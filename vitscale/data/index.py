@@ -5,7 +5,8 @@ for each chunk of K consecutive samples, its length and a 16-bit checksum: 4 byt
 38 MB for 303 million samples at K = 32, memory-mapped. Every read is compared with the index:
 what disagrees is damage, never the end of the data. A second array holds 16 bits of the hash of
 every sample's key, and is read only where a validation split is cut (split.py). The arrays are
-named after their checksums: replacing index.json alone replaces the index.
+named after their checksums: replacing index.json alone replaces the index. It has a checksum of
+itself, without the URLs of the shards, which may move.
 """
 
 import dataclasses
@@ -205,12 +206,10 @@ class Index:
             "chunks": chunks,
             "key_hashes": hashes,
         }
-        urls = [_relative(shard.url, path) for shard in self.shards]
-        shards = zip(self.shards, urls, strict=True)
-        lines = [
-            json.dumps(dataclasses.asdict(shard) | {"url": url}, ensure_ascii=False) for shard, url in shards
-        ]
-        listed = ",\n".join(lines)  # one a line, for people and for grep
+        shards = [dataclasses.asdict(shard) | {"url": _relative(shard.url, path)} for shard in self.shards]
+        header["checksum"] = _checksum(header | {"shards": shards})
+        # one a line, for people and for grep
+        listed = ",\n".join(json.dumps(shard, ensure_ascii=False) for shard in shards)
         text = f'{json.dumps(header, indent=1)[:-2]},\n "shards": [\n{listed}\n]}}\n'
         atomic.write(path, text.encode())
         remove_arrays(path, keep=replaced | {entry["file"] for entry in (chunks, hashes) if entry})
@@ -247,6 +246,8 @@ class Index:
             raise ValueError(values["format"])
         if values["version"] not in READABLE:
             raise DataError(f"{path} is an index of version {values['version']}; {remake}")
+        if "checksum" in values and values["checksum"] != _checksum(values):  # earlier commits wrote none
+            raise DataError(f"{path} is damaged: its checksum does not match; {remake}")
         chunks = _stored(path, values["chunks"], remake)
         shards = (Shard(**shard) for shard in values["shards"])
         index = cls(
@@ -328,6 +329,13 @@ def _read_newer(path: str, values: dict[str, Any], remake: str) -> dict[str, Any
         "num_neighbours": values.get("num_neighbours", 0),
         "shared_labels": values.get("shared_labels", 0),
     }
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """The checksum of an index.json: of all values but itself and the URLs of the shards."""
+    shards = [shard | {"url": ""} for shard in values["shards"]]
+    content = {name: value for name, value in values.items() if name != "checksum"} | {"shards": shards}
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _stored(path: str, entry: dict[str, str], remake: str) -> StoredArray:
