@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,6 +83,34 @@ def stop_after(num_shards: int) -> ProgressCallback:
             raise Stopped
 
     return progress
+
+
+@pytest.mark.parametrize(
+    ("number", "damage"),
+    [
+        (6, lambda line: bytes(4096) + b"\n"),
+        (6, lambda line: line.replace(b'"max_labels": 1', b'"max_labels": 2')),
+        (6, lambda line: line.partition(b" ")[2]),
+        (12, lambda line: line[:-1]),
+        (0, lambda header: header.replace(b" digest", b"")),
+    ],
+    ids=["a page of zeros", "another value", "no digest", "no end of the line", "of earlier commits"],
+)
+def test_a_journal_is_used_up_to_its_first_damaged_line(
+    tmp_path: Path, shards: list[str], number: int, damage: Callable[[bytes], bytes]
+) -> None:
+    whole, journal = build_index(shards), tmp_path / "index.partial"
+    with pytest.raises(Stopped):
+        build_index(shards, journal=journal, progress=stop_after(12))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    damaged = damage(lines[number])
+    assert damaged != lines[number]
+    journal.write_bytes(b"".join([*lines[:number], damaged, *lines[number + 1 :]]))
+    with pytest.raises(Stopped):
+        build_index(shards, journal=journal, progress=stop_after(0))
+    assert journal.read_bytes() == b"".join(lines[: max(1, number)])
+    index = build_index(shards, journal=journal)
+    assert (index.shards, index.max_labels) == (whole.shards, whole.max_labels)
 
 
 @pytest.mark.parametrize("num_classes", [5, 4], ids=["of other samples", "of other labels only"])

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from vitscale import file_lock, processes, storage
 from vitscale.data.index import CHUNK_SAMPLES, FORMAT, MAX_CHUNK_SAMPLES, VERSION, Index
@@ -110,7 +111,9 @@ def journal_of(out: Path) -> Iterator[Path]:
 class _Journal:
     """The scans that a build has finished, for the next build if it is killed.
 
-    A file with one JSON line a shard, of which a kill may tear the last.
+    A file with one line a shard: the digest of its JSON, and the JSON. A kill may tear the last
+    line, and a power cut may empty others: from the first whose digest differs on, shards are
+    read again.
     """
 
     def __init__(self, path: Path | None, options: str) -> None:
@@ -119,15 +122,17 @@ class _Journal:
         if not path:
             return
         fields = " ".join(field.name for field in dataclasses.fields(Scan))
-        header = f"{FORMAT} {VERSION} {fields} {options}\n".encode()
+        header = f"{FORMAT} {VERSION} digest {fields} {options}\n".encode()
         self._file = open(path, "a+b")  # noqa: SIM115 (closed by close())
         self._file.seek(0)
         end = len(header) if self._file.readline() == header else 0
         for line in self._file if end else ():
-            if line.endswith(b"\n"):
-                values = json.loads(line)
-                self._lines[values["shard"]["url"]] = (end, values["version"])
-                end += len(line)
+            text = line.partition(b" ")[2]
+            if line != _digested(text):
+                break
+            values = json.loads(text)
+            self._lines[values["shard"]["url"]] = (end, values["version"])
+            end += len(line)
         self._file.truncate(end)
         if not end:
             self._file.write(header)
@@ -141,7 +146,7 @@ class _Journal:
     def read(self, url: str) -> Scan:
         assert self._file
         self._file.seek(self._lines[storage.without_query(url)][0])
-        values = json.loads(self._file.readline())
+        values = json.loads(self._file.readline().partition(b" ")[2])
         labels = {int(label): count for label, count in values["label_counts"].items()}
         chunks = [(blocks, checksum) for blocks, checksum in values["chunks"]]
         shard = Shard(**values["shard"])
@@ -159,13 +164,18 @@ class _Journal:
 
     def add(self, scan: Scan) -> Scan:
         if self._file:
-            self._file.write(json.dumps(dataclasses.asdict(scan)).encode() + b"\n")
+            self._file.write(_digested(json.dumps(dataclasses.asdict(scan)).encode() + b"\n"))
             self._file.flush()
         return scan
 
     def close(self) -> None:
         if self._file:
             self._file.close()
+
+
+def _digested(text: bytes) -> bytes:
+    """A line of a journal. text: its JSON, with the end of the line."""
+    return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text
 
 
 class _IndexBuilder:
