@@ -35,6 +35,7 @@ def test_an_index_whose_chunks_reach_beyond_their_shard_is_refused(tmp_path: Pat
         Index.load(str(tmp_path / "shards" / "index.json"))
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     "edit",
     [
@@ -49,6 +50,18 @@ def test_an_index_whose_chunks_reach_beyond_their_shard_is_refused(tmp_path: Pat
         lambda values: values.update(chunk_samples=0),
         lambda values: values.update(label_counts=[1]),
         lambda values: values["chunks"].pop("checksum"),
+        lambda values: values["label_counts"].update({"0": {}}),
+        lambda values: values.update(max_labels="x"),
+        lambda values: values.update(num_damaged=None),
+        lambda values: values.update(shared_labels=0.5),
+        lambda values: values.update(passed_over=[]),
+        lambda values: values.update(damage="cat", repeated_keys=[1, 1]),
+        lambda values: values.update(reasons={"cut": [1, 1]}),
+        lambda values: values.update(hash_ranges={"0": ["0", "5"]}),
+        lambda values: values.update(lone_samples={"9": [[]]}),
+        lambda values: values["keys"].update(classes=5),
+        lambda values: values["keys"].update(classes={"cat": "0"}),
+        lambda values: values["shards"][0].update(checksum=[]),
     ],
 )
 def test_an_edited_index_without_a_checksum_is_refused(tmp_path: Path, index: Index, edit) -> None:

@@ -260,6 +260,7 @@ class Index:
             damage=tuple(values["damage"]),
             **_read_newer(path, values, remake),
         )
+        _check_types(index)
         if not index._is_consistent():
             raise DataError(f"the shards in {path} are not those of {values['chunks']['file']}; {remake}")
         return index
@@ -329,6 +330,20 @@ def _read_newer(path: str, values: dict[str, Any], remake: str) -> dict[str, Any
         "num_neighbours": values.get("num_neighbours", 0),
         "shared_labels": values.get("shared_labels", 0),
     }
+
+
+def _check_types(index: Index) -> None:
+    """Raise TypeError or AttributeError for what JSON can hold and an index cannot."""
+    numbers = [index.chunk_samples, index.max_labels, index.num_damaged, index.repeated_keys[0]]
+    numbers += [index.num_neighbours, index.shared_labels, *index.label_counts.values()]
+    numbers += [*index.passed_over.values(), *index.keys.classes.values()]
+    numbers += [count for count, _ in index.reasons.values()]
+    numbers += [end for ends in index.hash_ranges.values() for end in ends]
+    texts = [index.repeated_keys[1], *index.damage, *(shard.checksum for shard in index.shards)]
+    texts += [example for _, example in index.reasons.values()]
+    texts += [sample for samples in index.lone_samples.values() for sample in samples]
+    if {type(value) for value in numbers} != {int} or {type(value) for value in texts} != {str}:
+        raise TypeError("a value of another type")
 
 
 def _checksum(values: dict[str, Any]) -> str:
