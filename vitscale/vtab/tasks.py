@@ -1,7 +1,7 @@
 """The 19 tasks of VTAB-1k (arXiv 1910.04867): classes, and which examples are in which split.
 
-The slices and labels are those of google-research/task_adaptation (data/*.py), the sizes those
-of tensorflow-datasets 4.9 (TFDS). Slices are of TFDS splits in stored order: membership.py.
+The slices are those of google-research/task_adaptation (data/*.py), the sizes those of
+tensorflow-datasets 4.9 (TFDS). Slices are of TFDS splits in stored order: membership.py.
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ class Task:
 
     sizes: the number of examples of each TFDS split that a slice is taken from.
     val200, test: the slices, as TFDS writes them.
-    label: what the classes are.
     """
 
     name: str
@@ -26,7 +25,6 @@ class Task:
     sizes: Mapping[str, int]
     val200: str = "validation[:200]"
     test: str = "test"
-    label: str
 
     def slices(self) -> dict[str, str]:
         """The slices by the names that their shards have."""
@@ -40,7 +38,6 @@ _TASKS = (
         num_classes=102,
         sizes={"train": 3060, "test": 6084},
         val200="train[2754:2954]",
-        label="the class folder, in lower case",
     ),
     Task(
         name="cifar100",
@@ -48,21 +45,18 @@ _TASKS = (
         num_classes=100,
         sizes={"train": 50_000, "test": 10_000},
         val200="train[45000:45200]",
-        label="the fine label",
     ),
     Task(
         name="dtd",
         group="natural",
         num_classes=47,
         sizes={"train": 1880, "validation": 1880, "test": 1880},
-        label="the class folder",
     ),
     Task(
         name="flowers102",
         group="natural",
         num_classes=102,
         sizes={"train": 1020, "validation": 1020, "test": 6149},
-        label="imagelabels.mat, from 0",
     ),
     Task(
         name="pets",
@@ -70,14 +64,12 @@ _TASKS = (
         num_classes=37,
         sizes={"train": 3680, "test": 3669},
         val200="train[2944:3144]",
-        label="the breed, from 0",
     ),
     Task(
         name="sun397",
         group="natural",
         num_classes=397,
         sizes={"train": 76_127, "validation": 10_875, "test": 21_750},
-        label="the folder of the image",
     ),
     Task(
         name="svhn",
@@ -85,14 +77,12 @@ _TASKS = (
         num_classes=10,
         sizes={"train": 73_257, "test": 26_032},
         val200="train[65931:66131]",
-        label="the digit: y mod 10",
     ),
     Task(
         name="patch_camelyon",
         group="specialized",
         num_classes=2,
         sizes={"train": 262_144, "validation": 32_768, "test": 32_768},
-        label="whether the centre has tumour tissue",
     ),
     Task(
         name="eurosat",
@@ -101,7 +91,6 @@ _TASKS = (
         sizes={"train": 27_000},
         val200="train[16200:16400]",
         test="train[21600:]",
-        label="the file name up to the first _",
     ),
     Task(
         name="resisc45",
@@ -110,14 +99,12 @@ _TASKS = (
         sizes={"train": 31_500},
         val200="train[18900:19100]",
         test="train[25200:]",
-        label="the class folder",
     ),
     Task(
         name="retinopathy",
         group="specialized",
         num_classes=5,
         sizes={"train": 35_126, "validation": 10_906, "test": 42_670},
-        label="the level of the disease",
     ),
     Task(
         name="clevr_count",
@@ -126,7 +113,6 @@ _TASKS = (
         sizes={"train": 70_000, "validation": 15_000},
         val200="train[63000:63200]",
         test="validation",
-        label="the number of objects, less 3",
     ),
     Task(
         name="clevr_distance",
@@ -135,14 +121,12 @@ _TASKS = (
         sizes={"train": 70_000, "validation": 15_000},
         val200="train[63000:63200]",
         test="validation",
-        label="the depth of the closest object, in bins",
     ),
     Task(
         name="dmlab",
         group="structured",
         num_classes=6,
         sizes={"train": 65_550, "validation": 22_628, "test": 22_735},
-        label="the record's: {close, far, very far} x {positive, negative}",
     ),
     Task(
         name="dsprites_location",
@@ -151,7 +135,6 @@ _TASKS = (
         sizes={"train": 737_280},
         val200="train[589824:590024]",
         test="train[663552:]",
-        label="the x position of 32, halved",
     ),
     Task(
         name="dsprites_orientation",
@@ -160,14 +143,12 @@ _TASKS = (
         sizes={"train": 737_280},
         val200="train[589824:590024]",
         test="train[663552:]",
-        label="the orientation of 40, divided by 2.5",
     ),
     Task(
         name="kitti_distance",
         group="structured",
         num_classes=4,
         sizes={"train": 6347, "validation": 423, "test": 711},
-        label="the depth of the closest vehicle, in bins",
     ),
     Task(
         name="smallnorb_azimuth",
@@ -176,7 +157,6 @@ _TASKS = (
         sizes={"train": 24_300, "test": 24_300},
         val200="test[:200]",
         test="test[12150:]",
-        label="the azimuth, in steps of 20 degrees",
     ),
     Task(
         name="smallnorb_elevation",
@@ -185,7 +165,6 @@ _TASKS = (
         sizes={"train": 24_300, "test": 24_300},
         val200="test[:200]",
         test="test[12150:]",
-        label="the elevation, in steps of 5 degrees",
     ),
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in _TASKS}
