@@ -32,7 +32,7 @@ def evaluate(run: Run, names: Sequence[str], watch: Watch) -> bool:
             raise BrokenOff
         return run.engine.forward(pixels, features_only=features_only)
 
-    model = LiveModel(forward, image_size=config.image_size, num_classes=config.num_classes)
+    model = LiveModel(forward, num_classes=config.num_classes)
     try:
         with run.engine.evaluating():
             for name in names:

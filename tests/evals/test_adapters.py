@@ -31,7 +31,7 @@ def test_a_live_model_normalises_and_gives_float32_without_gradients():
         hidden = pixels.to(torch.bfloat16).flatten(1)
         return hidden if features_only else layer(hidden)
 
-    model = LiveModel(forward, image_size=4, num_classes=5)
+    model = LiveModel(forward, num_classes=5)
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     logits, features = model.logits(images), model.features(images)
     assert [features_only for _, features_only in seen] == [False, True]

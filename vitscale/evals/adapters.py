@@ -9,7 +9,6 @@ from torch import Tensor
 from vitscale import distributed
 from vitscale.data.transforms import normalize
 from vitscale.evals.store import FeatureStore
-from vitscale.image_size import ImageSize
 from vitscale.models import Model
 
 
@@ -55,8 +54,8 @@ class LiveModel:
     caller keeps the engine in evaluation mode while the task runs.
     """
 
-    def __init__(self, forward: Forward, *, image_size: ImageSize, num_classes: int) -> None:
-        self._forward, self.image_size, self.num_classes = forward, image_size, num_classes
+    def __init__(self, forward: Forward, *, num_classes: int) -> None:
+        self._forward, self.num_classes = forward, num_classes
         self.stored = FeatureStore()  # for the evaluations of one step: the next has other weights
 
     def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:

@@ -76,9 +76,6 @@ class EvalModel(Protocol):
     """What a task needs of a model. Images come on the CPU; results may be on any device."""
 
     @property
-    def image_size(self) -> ImageSize: ...
-
-    @property
     def num_classes(self) -> int: ...
 
     @property
