@@ -140,7 +140,7 @@ def digit_samples(split: str) -> Iterator[RawSample]:
 
 def _write_set(folder: Path, split: str, samples: Iterator[RawSample]) -> int:
     """Write a split, with an index if it is for training; return the number of samples."""
-    shards = write_shards(samples, folder, split, overwrite=True)
+    shards = write_shards(samples, folder, split)
     index = build_index(shards)
     if split == "train":
         index.save(folder / "index.json")

@@ -9,7 +9,6 @@ from webdataset.writer import TarWriter
 
 from vitscale import atomic
 from vitscale.data.samples import RawSample
-from vitscale.errors import ConfigError
 
 SAMPLES_PER_SHARD = 1000
 NO_LABELS = b'{"labels": []}'  # in KEY.json: the image has no label, which an empty KEY.cls cannot say
@@ -39,21 +38,13 @@ def write_shards(
     prefix: str,
     *,
     samples_per_shard: int = SAMPLES_PER_SHARD,
-    overwrite: bool = False,
 ) -> list[str]:
     """Write PREFIX-000000.tar, ... to `folder` and return their paths.
 
-    The same samples give the same bytes. Raises ConfigError if there are shards of that prefix,
-    unless `overwrite`: then all of them are replaced.
+    The same samples give the same bytes. Shards of that prefix that are there are replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    existing = sorted(folder.glob(f"{prefix}-*.tar"))
-    if existing and not overwrite:
-        raise ConfigError(
-            f"{folder} already holds {len(existing)} shards {prefix}-*.tar; "
-            "choose another folder or --overwrite"
-        )
-    for leftover in [*existing, *folder.glob(f".{prefix}-*.tar.tmp-*")]:
+    for leftover in [*folder.glob(f"{prefix}-*.tar"), *folder.glob(f".{prefix}-*.tar.tmp-*")]:
         leftover.unlink()
     paths, remaining = [], iter(samples)
     while shard_samples := list(itertools.islice(remaining, samples_per_shard)):
