@@ -256,22 +256,21 @@ class Agreement:
         return answer
 
 
-def all_gather_rows(rows: Tensor, channel: dist.ProcessGroup | None = None) -> Tensor:
+def all_gather_rows(rows: Tensor) -> Tensor:
     """The rows [n_r, ...] of all ranks r, concatenated in rank order on the CPU of every rank.
 
-    Ranks may give different numbers of rows: all are padded to the largest, gathered, and cut
-    again. channel: from new_channel; None = the trainer's.
+    Ranks may give different numbers of rows: all are padded to the largest, gathered and cut.
     """
     rows = rows.detach().cpu().contiguous()
     if world_size() == 1:
         return rows
     counts = torch.zeros(world_size(), dtype=torch.int64)
     counts[rank()] = len(rows)
-    dist.all_reduce(counts, group=channel)
+    dist.all_reduce(counts)
     padded = rows.new_zeros(int(counts.max()), *rows.shape[1:])
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(gathered, padded, group=channel)
+    dist.all_gather(gathered, padded)
     return torch.cat([part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)])
 
 

@@ -14,6 +14,7 @@ from vitscale.errors import ConfigError
 from vitscale.evals.probe import (
     ProbeConfig,
     accuracies,
+    best_of,
     check_dev,
     check_dev_split,
     dev_split,
@@ -81,25 +82,17 @@ class LinearTask:
         device = distributed.device()
         mean, std = pair.train.double().mean(0), pair.train.double().std(0, correction=0) + STD_EPSILON
         x, labels = ((pair.train - mean) / std).to(device), pair.train_labels.to(device)
-        rate = self._choose(x, labels, pair.num_classes)
+
+        def dev_scores(rates: list[float]) -> list[float]:
+            fit_on, choose_by = dev_split(len(x), config.dev_fraction, config.seed)
+            heads = train_heads(x[fit_on], labels[fit_on], pair.num_classes, rates, config)
+            return [float((predict(x[choose_by], head) == labels[choose_by]).sum()) for head in heads]
+
+        rate = best_of(config.learning_rates, dev_scores)
         (weights,) = train_heads(x, labels, pair.num_classes, [rate], config)
         queries = ((pair.test[own_rows(len(pair.test))] - mean) / std).to(device)
         (top1,) = accuracies([predict(queries, weights).cpu()], pair.test_labels)
         return {"top1": top1, "learning_rate": rate}
-
-    def _choose(self, x: Float64[Tensor, "n D"], labels: Int64[Tensor, " n"], num_classes: int) -> float:
-        config, rates = self.config, list(self.config.learning_rates)
-        if len(rates) == 1:
-            return rates[0]
-        fit_on, choose_by = dev_split(len(x), config.dev_fraction, config.seed)
-        mine = slice(distributed.rank(), None, distributed.world_size())
-        scores = [0.0] * len(rates)
-        heads = (
-            train_heads(x[fit_on], labels[fit_on], num_classes, rates[mine], config) if rates[mine] else []
-        )
-        scores[mine] = [float((predict(x[choose_by], head) == labels[choose_by]).sum()) for head in heads]
-        scores = distributed.all_reduce_sum(scores)
-        return rates[scores.index(max(scores))]
 
 
 def predict(x: Float64[Tensor, "n D"], weights: Float64[Tensor, "D+1 C"]) -> Int64[Tensor, " n"]:

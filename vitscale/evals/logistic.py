@@ -80,7 +80,7 @@ class LogisticTask:
             weights = fit(x[fit_on], labels[fit_on], pair.num_classes, c)
             return float((predict(x[choose_by], weights) == labels[choose_by]).double().mean())
 
-        c = best_of(config.c, dev_accuracy)
+        c = best_of(config.c, lambda choices: [dev_accuracy(c) for c in choices])
         weights = fit(x, labels, pair.num_classes, c)
         queries = pair.test[own_rows(len(pair.test))].to(device, torch.float64)
         (top1,) = accuracies([predict(queries, weights).cpu()], pair.test_labels)

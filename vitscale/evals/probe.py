@@ -164,15 +164,16 @@ def check_dev(where: str, dev_fraction: float, seed: int) -> None:
         raise ConfigError(f"{dotted(where, 'seed')} {seed} must not be negative")
 
 
-def best_of(choices: Sequence[float], score: Callable[[float], float]) -> float:
+def best_of(choices: Sequence[float], scores_of: Callable[[list[float]], list[float]]) -> float:
     """The choice of the highest score, the first of several; every rank calls it.
 
-    Each rank scores its share of them. One alone is not scored.
+    scores_of gets this rank's share of them in one call. One choice alone is not scored.
     """
     if len(choices) == 1:
         return choices[0]
     scores = [0.0] * len(choices)
-    for i in range(distributed.rank(), len(choices), distributed.world_size()):
-        scores[i] = score(choices[i])
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    if share := list(choices[mine]):
+        scores[mine] = scores_of(share)
     scores = distributed.all_reduce_sum(scores)
     return choices[scores.index(max(scores))]
