@@ -7,25 +7,36 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from jaxtyping import UInt8
 from make import jpeg
 from PIL import Image
+from torch import Tensor
 
 from vitscale import rng
 from vitscale.data.crops import inception_crop
-from vitscale.data.decode import decode
+from vitscale.data.decode import cut, decode
 from vitscale.data.transforms import (
     AugmentConfig,
     ViewKey,
-    augment,
     choose_box,
     evaluation_view,
     finish_views,
     normalize,
     resize,
+    resize_box,
 )
 from vitscale.errors import ConfigError
+from vitscale.image_size import ImageSize
 
 ASPECTS = (0.75, 4 / 3)
+
+
+def augment(
+    pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, size: ImageSize, key: ViewKey
+) -> UInt8[Tensor, "3 H W"]:
+    """A training view of a decoded image."""
+    box = resize_box(cut(pixels, choose_box(config, key, *pixels.shape[:2])), size)
+    return finish_views([box], config, [key])[0]
 
 
 def test_resize_is_antialiased_bilinear() -> None:

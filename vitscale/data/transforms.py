@@ -119,14 +119,6 @@ class ViewKey(NamedTuple):
         return rng.uniform(n, self.seed, domain, self.epoch, self.sample, self.view)
 
 
-def augment(
-    pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, size: ImageSize, key: ViewKey
-) -> UInt8[Tensor, "3 H W"]:
-    """A training view of a decoded image."""
-    box = resize_box(cut(pixels, choose_box(config, key, *pixels.shape[:2])), size)
-    return finish_views([box], config, [key])[0]
-
-
 def choose_box(config: AugmentConfig, key: ViewKey, height: int, width: int) -> Box:
     """The part of an image that a view is made of, known before the image is decoded."""
     random_crop = RANDOM_CROPS.get(config.crop)
