@@ -259,11 +259,12 @@ def test_multinode_takes_options_as_ours_and_as_those_of_deepspeed_are_written(h
         ["tools/evaluate.py", "classify", "nowhere", "--data", "nowhere/test-*.tar"],
         ["tools/plan.py", "nowhere.toml", "--gpus", "8"],
         ["tools/report.py", "nowhere"],
+        ["tools/study.py", "list", "nowhere"],
         ["tools/bench.py", "data", "--shards", "nowhere/*.tar"],
     ],
     ids=lambda words: words[0],
 )
-def test_all_seven_programs_end_with_one_sentence_and_status_2(words: list[str], tmp_path: Path) -> None:
+def test_all_eight_programs_end_with_one_sentence_and_status_2(words: list[str], tmp_path: Path) -> None:
     program = [sys.executable, ROOT / words[0], *words[1:]]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr

@@ -14,6 +14,7 @@ import torch
 from finetune.commands import ROOT, TIMEOUT_SECONDS, run
 from make import write_index, write_step
 
+from tools.evaluate import main
 from vitscale import config as configs
 from vitscale import storage
 from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box
@@ -159,11 +160,12 @@ def test_all_runs_of_a_recipe_start_from_one_step(tmp_path: Path, recipe: Path) 
     ],
 )
 def test_a_recipe_that_cannot_be_done_is_refused(
-    model: Path, recipe: Path, options: list[str], sentence: str
+    model: Path, recipe: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
 ) -> None:
-    ended = finetune(model, recipe, *options)
-    assert ended.returncode == 2 and sentence in ended.stderr, ended.stderr
-    assert ended.stderr.count("error: ") == 1 and not (recipe.parent / "out").exists()
+    assert main(command(model, recipe, *options)[2:]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("error: ") == 1, error
+    assert not (recipe.parent / "out").exists()
 
 
 @pytest.mark.parametrize(

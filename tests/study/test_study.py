@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from make import write_index
 
+from tools.study import main
 from vitscale import config as configs
 from vitscale.errors import ConfigError, UserError
 from vitscale.finetune.scores import Scores
@@ -318,7 +317,7 @@ def test_a_study_that_cannot_be_is_refused(base: Path, changes: dict[str, object
         study_of(base, **changes)
 
 
-def test_mistakes_end_with_one_sentence(base: Path) -> None:
+def test_mistakes_end_with_one_sentence(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = base.parent / "study.toml"
     path.write_text(
         f'out = "{base.parent}/out"\nmetric = "eval/test/top1"\n[[models]]\nname = "a"\nconfig = "{base}"\n'
@@ -329,6 +328,6 @@ def test_mistakes_end_with_one_sentence(base: Path) -> None:
         (["list", base], "unknown key"),
         (["list", path, "--set", "optim.lrr=1"], "did you mean optim.lr"),
     ):
-        command = [sys.executable, "tools/study.py", *map(str, words)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert main(list(map(str, words))) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1, error
