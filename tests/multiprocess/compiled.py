@@ -22,7 +22,18 @@ from vitscale.step import skipped_step, train_step
 from vitscale.train_config import TrainConfig
 
 MODELS: dict[str, ModelConfig] = {
-    "vit": ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=8, num_classes=5),
+    "vit": ViTConfig(
+        variant="Ti/4",
+        width=32,
+        depth=2,
+        num_heads=4,
+        mlp_dim=48,
+        image_size=8,
+        num_classes=5,
+        distilled=True,
+        posemb="learned2d",
+        posemb_at="every_layer",
+    ),
     "relative": ViTConfig(
         variant="Ti/4",
         width=32,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from multiprocess.job import Job
 from multiprocess.plain import plain_losses
+from multiprocess.test_figures import distances
 from multiprocess.zygote import Zygote
 
 OPTIONS: Mapping[str, Sequence[str]] = {
@@ -78,11 +79,13 @@ def test_any_options_together_train_as_a_plain_loop_does(
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_compiled_blocks_with_every_option_train_as_a_plain_loop_does(
+def test_compiled_blocks_with_every_option_train_as_a_plain_loop_does_beside_their_figures(
     tmp_path: Path, index: Path, zygote: Zygote, stage: int
 ) -> None:
     row = {name: values[-1] for name, values in OPTIONS.items()} | {"engine.zero_stage": str(stage)}
     overrides = overrides_of(row)
     job = Job(tmp_path, index)
-    assert zygote.train(job, 2, *overrides, "engine.compile=true") == [0, 0], job.output()
+    compiled = ("engine.compile=true", "log.figures_every_steps=5")
+    assert zygote.train(job, 2, *overrides, *compiled) == [0, 0], job.output()
     assert job.column("train/loss") == pytest.approx(plain_losses(job.config, *overrides), abs=1e-5)
+    assert list(distances(job)) == [5, 10]

@@ -32,7 +32,7 @@ def test_a_killed_run_continues_on_other_layouts_and_is_fine_tuned(
     assert zygote.train(whole, 2, *options) == [0, 0], whole.output()
     first = ("engine.zero_stage=3", "engine.activation_checkpointing=selective")
     assert zygote.train(job, 2, *options, *first, event=KillAll(batch=5)) == [-9, -9], job.output()
-    second = ("engine.zero_stage=2", "engine.compile=true", "engine.activation_checkpointing=full")
+    second = ("engine.zero_stage=2", "engine.activation_checkpointing=full")
     assert zygote.train(job, 1, *options, *second) == [0], job.output()
     assert job.column("data/digest") == whole.column("data/digest")
     losses = whole.column("train/loss")
