@@ -87,34 +87,23 @@ def test_classify_scores_the_models_own_logits(export: Path, shards: Path):
     assert outcome == {"checkpoint": str(export), "step": 123, "results": expected}
 
 
-@pytest.mark.parametrize("kind", ["classify", "fewshot"])
-def test_three_ranks_give_the_json_that_one_process_gives(
-    export: Path, shards: Path, tmp_path: Path, kind: str
-):
+def test_three_ranks_give_the_json_that_one_process_gives(export: Path, shards: Path, tmp_path: Path):
     outcomes = []
     odd = tmp_path / "odd [x]"
     odd.symlink_to(shards)
     for ranks, folder in ((1, odd), (3, shards)):
         out = tmp_path / f"{ranks}.json"
-        extra = ["--shots", "1,5"] if kind == "fewshot" else []
-        result = run_tool(
-            kind, export, "--data", folder, "--batch-size", 5, "--json", out, *extra, ranks=ranks
-        )
+        words = ("classify", export, "--data", folder, "--batch-size", 5, "--json", out)
+        result = run_tool(*words, ranks=ranks)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("step 123") == 1  # one rank speaks
         outcomes.append(json.loads(out.read_text()))
-    if kind == "classify":  # a sum of confidences, which batches of other sizes round differently
-        errors = [outcome["details"].pop("calibration_error") for outcome in outcomes]
-        assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+    # A sum of confidences, which batches of other sizes round differently.
+    errors = [outcome["details"].pop("calibration_error") for outcome in outcomes]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
     assert outcomes[0] == outcomes[1]
-    expected = (
-        {"top1", "top5", "num_samples"}
-        if kind == "classify"
-        else {"1shot", "1shot_std", "5shot", "5shot_std"}
-    )
-    assert set(outcomes[0]["results"]) == expected
-    keys = {"checkpoint", "step", "results"} | ({"details"} if kind == "classify" else set())
-    assert set(outcomes[0]) == keys
+    assert set(outcomes[0]["results"]) == {"top1", "top5", "num_samples"}
+    assert set(outcomes[0]) == {"checkpoint", "step", "results", "details"}
 
 
 @pytest.mark.parametrize(
