@@ -41,7 +41,9 @@ SAMPLE = [
 ]
 
 
-def test_a_job_saves_or_says_why_and_leaves_nothing(tmp_path: Path, index: Path, sweep: bool) -> None:
+def test_a_job_saves_or_says_why_and_leaves_nothing(
+    tmp_path: Path, index: Path, uninterrupted: Job, sweep: bool
+) -> None:
     for number, case in enumerate(TABLE if sweep else SAMPLE):
         job = Job(tmp_path / str(number), index)
         end = end_of(case, job)
@@ -49,6 +51,7 @@ def test_a_job_saves_or_says_why_and_leaves_nothing(tmp_path: Path, index: Path,
         assert not end.left, f"{case}: {end}"
         assert end.seconds < 15, f"{case}: {end}"
         check(case, end, job)
+        assert job.column("data/digest")[:20] == uninterrupted.column("data/digest"), case  # the same run
 
 
 def check(case: Case, end: End, job: Job) -> None:

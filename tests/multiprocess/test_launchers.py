@@ -1,18 +1,13 @@
-"""The deepspeed launcher starts the run that other tests start by hand.
+"""Eight ranks of the deepspeed launcher make the run of one.
 
-The run that torchrun starts, with a rank that dies, is in test_restarts.py.
+Its run on two ranks is in test_ends.py, and that of torchrun, with a rank that dies, in
+test_restarts.py.
 """
 
 from pathlib import Path
 
 import pytest
 from multiprocess.job import Job
-
-
-def test_deepspeed_starts_the_same_run(tmp_path: Path, index: Path, uninterrupted: Job) -> None:
-    job = Job(tmp_path, index)
-    assert job.launch("deepspeed", "--num_gpus", "2") == 0, job.output()
-    assert job.column("train/loss") == uninterrupted.column("train/loss")
 
 
 def test_eight_ranks_make_the_run_of_one(tmp_path: Path, index: Path, sweep: bool) -> None:
