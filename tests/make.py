@@ -19,7 +19,7 @@ from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import Manifest, TensorInfo, TrainState, joined
 from vitscale.checkpoint.safetensors import write_safetensors
 from vitscale.checkpoint.store import Home
-from vitscale.checkpoint.verify import Checkpoint, alone, newest_good, open_directory
+from vitscale.checkpoint.verify import Checkpoint, alone, newest_good, open_directory, up_to_untried
 from vitscale.data.indexing import build_index
 from vitscale.engine.fragments import Counters
 
@@ -171,7 +171,7 @@ def verified(folder: Path) -> Manifest:
 def newest(directory: Path) -> Checkpoint | None:
     """The newest checkpoint below a folder that passes, as a run finds it."""
     home = Home(directory)
-    return newest_good(lambda: [folder for _, folder in home.committed()], str(directory), alone)
+    return newest_good(lambda failed: up_to_untried(home.committed(), failed), str(directory), alone)
 
 
 def _cuts(num_values: int, world_size: int, seed: int) -> list[tuple[int, int]]:

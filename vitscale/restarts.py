@@ -157,11 +157,11 @@ def is_finished(config: TrainConfig, status: Mapping[str, Any]) -> bool:
 def newest_step(config: TrainConfig) -> int | None:
     """Of the run's newest checkpoint; 0 if it has none, None if its store does not answer."""
     try:
-        committed = Home.of(config.run_dir, config.checkpoint).committed()
+        newest = Home.of(config.run_dir, config.checkpoint).newest()
     except StoreDown as error:
         logger.warning("%s", error)
         return None
-    return committed[0][0] if committed else 0
+    return newest[0] if newest else 0
 
 
 def count(run_dir: str | Path, newest: int | None, *, adds: bool = True) -> Vain:

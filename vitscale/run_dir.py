@@ -129,7 +129,7 @@ def check_run_dir(job: Job) -> None:
         return
     old = saved_config_at(folder / CONFIG_NAME)
     # Where there is a checkpoint, its fingerprint shows whether the data are others.
-    beside = ("data",) if store.Home.of(str(folder), old.checkpoint).committed() else ()
+    beside = ("data",) if store.Home.of(str(folder), old.checkpoint).newest() else ()
     source = old.checkpoint.store or str(folder)
     problem = _difference(f"run_dir {folder}", source, old, job, beside) or _left_behind(old, job)
     if problem:
@@ -282,11 +282,11 @@ def _left_behind(old: TrainConfig, job: Job) -> str:
     new = job.config
     if old.checkpoint.store == new.checkpoint.store:
         return ""
-    before, now = (store.Home.of(new.run_dir, c.checkpoint).committed()[:1] for c in (old, new))
-    if not before or (now and now[0][0] >= before[0][0]):
+    before, now = (store.Home.of(new.run_dir, c.checkpoint).newest() for c in (old, new))
+    if not before or (now and now[0] >= before[0]):
         return ""
     return (
-        f"run_dir {new.run_dir} has its newest checkpoint at {before[0][1]}, where checkpoint.store = "
+        f"run_dir {new.run_dir} has its newest checkpoint at {before[1]}, where checkpoint.store = "
         f"{new.checkpoint.store!r} does not look; set it back to {old.checkpoint.store!r}, or copy the "
         "checkpoints to the new place first"
     )

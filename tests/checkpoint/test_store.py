@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from vitscale import load_model
 from vitscale.checkpoint import store
 from vitscale.checkpoint.load import FragmentReader
-from vitscale.checkpoint.manifest import MANIFEST, Manifest
+from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.safetensors import SafetensorsReader, write_safetensors
 from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.config import to_dict
@@ -226,7 +226,8 @@ def test_of_a_linked_step_retention_deletes_the_link_alone(tmp_path: Path, direc
     link.rename(tmp_path / "elsewhere")
     link.symlink_to(tmp_path / "elsewhere")
     assert verified(link).step == 3
-    store.apply_retention(store.Home(directory), CheckpointConfig(keep_last=1), (), lambda folder: True)
+    config = CheckpointConfig(keep_last=1)
+    store.apply_retention(store.Home(directory), config, (), set(), lambda folder: True)
     assert store.steps_on_disk(directory) == [4] and verified(tmp_path / "elsewhere").step == 3
     assert not list(directory.glob(".tmp-*"))
 
@@ -292,26 +293,6 @@ def test_only_our_own_names_are_steps(tmp_path: Path) -> None:
     assert store.steps_on_disk(tmp_path) == [2]
 
 
-@pytest.mark.parametrize(
-    ("steps", "keep_last", "every", "unhealthy", "best", "kept"),
-    [
-        ([10, 20, 30, 40], 2, 0, [], None, {30, 40}),
-        ([10, 20, 30, 40], 1, 20, [], None, {20, 40}),
-        ([10], 3, 0, [], None, {10}),
-        ([5, 10, 15, 20, 25], 1, 10, [], None, {10, 20, 25}),
-        ([10, 20, 30, 40], 2, 0, [40], None, {30, 40}),
-        ([10, 20, 30, 40], 2, 0, [40, 30], None, {20, 30, 40}),
-        ([10, 20, 30], 1, 0, [30, 20, 10], None, {30}),
-        ([10, 20, 30], 1, 0, [], 10, {10, 30}),
-        ([10, 20, 30], 1, 0, [], 15, {30}),
-    ],
-)
-def test_retention_keeps_the_last_the_newest_healthy_the_best_and_every_nth(
-    steps: list[int], keep_last: int, every: int, unhealthy: list[int], best: int | None, kept: set[int]
-) -> None:
-    assert store.retained(steps, keep_last, every, lambda step: step not in unhealthy, best) == kept
-
-
 def test_an_export_gives_the_same_model_without_deepspeed(tmp_path: Path) -> None:
     state = write_model(tmp_path / "run", 3)
     for out in ("one.safetensors", "folder"):
@@ -365,13 +346,6 @@ def test_each_count_of_the_config_has_its_least_value(key: str, least: int) -> N
     assert getattr(CheckpointConfig(**{key: least}), key) == least
     with pytest.raises(ConfigError, match=f"checkpoint.{key}"):
         CheckpointConfig(**{key: least - 1})
-
-
-def test_a_folder_of_another_name_is_no_save_that_was_killed(tmp_path: Path) -> None:
-    for name in ("step-²", "step-x", "step-000000001", "step-000000009"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "step-000000009" / MANIFEST).touch()
-    assert list(store._unpublished(str(tmp_path), 9)) == [store.step_folder(str(tmp_path), 1)]
 
 
 def test_a_save_that_fails_for_lack_of_inodes_says_so(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_regnet_of_timm_teaches_on_any_layout(tmp_path: Path, index: Path, zyg
 
 
 def test_a_checkpoint_knows_its_teacher_but_does_not_hold_it(distilled: Job) -> None:
-    step, folder = Home(directory_of(distilled.run_dir)).committed()[0]
+    step, folder = next(Home(directory_of(distilled.run_dir)).committed())
     manifest = Manifest.load(folder)
     assert step == 20 and len(manifest.train.teacher) == 32
     assert set(manifest.tensors) == {name for name, _ in load_model(folder).named_parameters()}

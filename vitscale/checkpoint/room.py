@@ -1,5 +1,6 @@
 """Whether checkpoints can be written where they are to be kept, found before the first step."""
 
+import itertools
 import secrets
 import shutil
 from pathlib import Path
@@ -50,7 +51,8 @@ def check_space(home: Home, config: CheckpointConfig, save_bytes: int) -> None:
     With keep_best it is one more again.
     """
     extra = 2 if config.keep_best else 1
-    saves = config.keep_last + extra - min(config.keep_last, len(home.committed()))
+    num_kept = len(list(itertools.islice(home.committed(), config.keep_last)))
+    saves = config.keep_last + extra - num_kept
     what = f"checkpoint.keep_last = {config.keep_last}, and {'two' if config.keep_best else 'one'} more,"
     _compare(home.directory, saves * save_bytes, what)
 

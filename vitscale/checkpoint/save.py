@@ -54,6 +54,7 @@ class Saver:
         self._home, self._config, self._best_of = home, config, best_of
         self._distrusted = set(distrusted)
         self._healthy: dict[str, bool] = {}  # by folder or URL
+        self._published: set[str] = set()  # of apply_retention
         self._buffer = HostBuffer() if config.background else None
         self._channel = distributed.new_channel()
         self._saves: list[_Save] = []  # not yet reported by finished()
@@ -145,19 +146,23 @@ class Saver:
 
     def retain(self) -> None:
         """Name the best checkpoint, and delete those that need not be kept; rank 0 calls it."""
-        store.apply_retention(self._home, self._config, self._distrusted, self._is_healthy, self._best_of)
+        store.apply_retention(
+            self._home, self._config, self._distrusted, self._published, self._is_healthy, self._best_of
+        )
 
     def newest_healthy(self) -> str:
         """The folder or URL of the newest healthy checkpoint, or "" if there is none."""
-        folders = [folder for _, folder in self._home.committed() if folder not in self._distrusted]
+        folders = (folder for _, folder in self._home.committed() if folder not in self._distrusted)
         return next(filter(self._is_healthy, folders), "")
 
     def delete_beyond(self, step: int) -> None:
         """Delete the checkpoints of steps beyond this one; rank 0 calls it, after wait()."""
         for later, folder in self._home.committed():
-            if later > step:
-                store.delete_checkpoint(folder)
-                self._healthy.pop(folder, None)
+            if later <= step:
+                break
+            store.delete_checkpoint(folder)
+            self._healthy.pop(folder, None)
+            self._published.discard(folder)
         for place in {self._home.place, str(self._home.directory)}:
             store.name_latest(place)
         self.retain()

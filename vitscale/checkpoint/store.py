@@ -28,6 +28,7 @@ the newest checkpoint that verifies.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import shutil
@@ -106,11 +107,13 @@ class Home:
         """Where it commits checkpoints now; there may be earlier ones in the folder."""
         return self.store or str(self.directory)
 
-    def committed(self) -> list[tuple[int, str]]:
-        """(step, folder or URL) of the committed checkpoints in both places, newest first."""
-        places = [str(self.directory), self.store] if self.store else [str(self.directory)]
-        steps = [(step, step_folder(place, step)) for place in places for step in steps_on_disk(place)]
-        return sorted(steps, key=lambda pair: -pair[0])
+    def committed(self) -> Iterator[tuple[int, str]]:
+        """The committed checkpoints in both places, as committed_in gives them."""
+        return committed_in([str(self.directory), self.store] if self.store else [str(self.directory)])
+
+    def newest(self) -> tuple[int, str] | None:
+        """The first of committed(); None if there is none."""
+        return next(self.committed(), None)
 
 
 def directory_of(run_dir: str | Path) -> Path:
@@ -144,12 +147,25 @@ def step_name(step: int) -> str:
 
 def steps_on_disk(place: str | Path) -> list[int]:
     """The steps of all committed checkpoints in a folder or store, sorted by number."""
+    return sorted(step for step, _ in committed_in([str(place)]))
+
+
+def committed_in(places: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(step, folder or URL) of the committed checkpoints in some places, the newest first.
+
+    A checkpoint in a store is looked for when its turn comes, so the newest alone takes few
+    requests, however many there are.
+    """
+    named = [(step, step_folder(place, step)) for place in places for step in _named_steps(place)]
+    for step, folder in sorted(named, key=lambda pair: -pair[0]):
+        if storage.is_local(folder) or MANIFEST in storage.names_in(folder):
+            yield step, folder
+
+
+def _named_steps(place: str) -> list[int]:
+    """The steps that folders in a place are named after; a store may lack their manifests."""
     # Other names (step-5, step-000000005-copy) are somebody else's: not ours to read or delete.
-    found = map(step_of, storage.names_in(str(place)))
-    steps = sorted(step for step in found if step is not None)
-    if storage.is_local(str(place)):
-        return steps
-    return [step for step in steps if MANIFEST in storage.names_in(step_folder(str(place), step))]
+    return [step for step in map(step_of, storage.names_in(place)) if step is not None]
 
 
 def commit(manifest: Manifest, temporary: Path, final: Path) -> None:
@@ -198,7 +214,8 @@ def publish(manifest: Manifest, place: str) -> None:
 
 def name_latest(place: str) -> None:
     """Let `latest` name the newest checkpoint that there is, after others were deleted."""
-    _write_name(place, LATEST, max(steps_on_disk(place), default=None))
+    newest = next(committed_in([place]), None)
+    _write_name(place, LATEST, newest[0] if newest else None)
 
 
 def _write_name(place: str, file: str, step: int | None) -> None:
@@ -256,52 +273,87 @@ def retained(
     steps: Sequence[int],
     keep_last: int,
     keep_every_steps: int,
+    is_committed: Callable[[int], bool],
     is_healthy: Callable[[int], bool],
     best: int | None = None,
 ) -> set[int]:
     """Which steps to keep: the last, the newest healthy one, the best, and those kept for ever.
 
-    is_healthy(step) is asked from the newest step on, up to the first healthy one.
+    is_committed(step), and of those is_healthy(step), are asked from the newest step on, as far
+    as needed. Steps that are kept for ever need not be committed.
     """
+    newest_first = sorted(steps, reverse=True)
+    last = itertools.islice(filter(is_committed, newest_first), keep_last)
+    healthy = itertools.islice(filter(is_healthy, filter(is_committed, newest_first)), 1)
     forever = {step for step in steps if keep_every_steps and step % keep_every_steps == 0}
-    newest_healthy = next(filter(is_healthy, sorted(steps, reverse=True)), None)
-    healthy = set() if newest_healthy is None else {newest_healthy}
     good = {best} if best is not None and best in steps else set()
-    return {*sorted(steps)[-keep_last:], *healthy, *forever, *good}
+    return {*last, *healthy, *forever, *good}
 
 
 def apply_retention(
     home: Home,
     config: CheckpointConfig,
     distrusted: Collection[str],
+    published: set[str],
     is_healthy: Callable[[str], bool],
     best_of: Callable[[Sequence[int]], int | None] = lambda steps: None,
 ) -> None:
     """Delete the checkpoints that need not be kept; rank 0 calls it.
 
     distrusted: checkpoints that did not verify; they are neither counted nor deleted.
+    published: the URLs that earlier calls found committed in a store; this one adds to them.
+        They are counted without another look. Another job may have deleted them since, so the
+        newest, the best and those to be deleted are looked at again.
     is_healthy: of the others, by folder or URL.
     best_of: which step among some is the best; None = none is.
 
-    A failed deletion is logged, and tried again after the next save.
+    A store lists each folder once at most, and none of those kept for ever but the newest. A
+    failed deletion is logged, and tried again after the next save.
     """
     place = home.place
     folder_of = functools.partial(step_folder, place)
+    names_of = functools.cache(lambda step: storage.names_in(folder_of(step)))
+
+    def is_there(step: int) -> bool:
+        return storage.is_local(place) or MANIFEST in names_of(step)
+
+    def is_committed(step: int) -> bool:
+        if folder_of(step) not in published and is_there(step):
+            published.add(folder_of(step))
+        return folder_of(step) in published
+
     try:
-        steps = [step for step in steps_on_disk(place) if folder_of(step) not in distrusted]
-        best = best_of(steps)
+        named = [step for step in _named_steps(place) if folder_of(step) not in distrusted]
+        # From the newest checkpoint on: what is newer may be what another job still uploads.
+        steps = list(itertools.dropwhile(lambda step: not is_there(step), sorted(named, reverse=True)))
+        best = next(filter(is_there, _from_best(steps, best_of)), None)
         kept = retained(
-            steps, config.keep_last, config.keep_every_steps, lambda step: is_healthy(folder_of(step)), best
+            steps,
+            config.keep_last,
+            config.keep_every_steps,
+            is_committed,
+            lambda step: is_healthy(folder_of(step)),
+            best,
         )
         is_named = _tries_to_name(place, best)  # before a best one is deleted, unless the disk is full
         for step in sorted(set(steps) - kept):
-            delete_checkpoint(folder_of(step))
-        for folder in _unpublished(home.store, max(steps, default=0)) if home.store else ():
-            storage.delete(folder)
+            if is_there(step):
+                delete_checkpoint(folder_of(step))
+                published.discard(folder_of(step))
+            elif _is_abandoned(folder_of(step), names_of(step), folder_of(steps[0])):
+                storage.delete(folder_of(step))
         if not is_named:
             _write_name(place, BEST, best)
     except (OSError, StoreError) as error:
         logger.warning("old checkpoints could not be deleted (%s); trying again after the next save", error)
+
+
+def _from_best(steps: Sequence[int], best_of: Callable[[Sequence[int]], int | None]) -> Iterator[int]:
+    """The best of some steps, the best of the others, and so on."""
+    left = list(steps)
+    while (best := best_of(left)) is not None:
+        yield best
+        left.remove(best)
 
 
 def _tries_to_name(place: str, best: int | None) -> bool:
@@ -312,17 +364,10 @@ def _tries_to_name(place: str, best: int | None) -> bool:
     return True
 
 
-def _unpublished(place: str, newest: int) -> Iterator[str]:
-    """The folders that killed saves left in a store, at steps before its newest checkpoint."""
-    for name in storage.names_in(place):
-        step = name.removeprefix("step-")
-        if name.startswith("step-") and step.isdecimal() and int(step) < newest:
-            folder = step_folder(place, int(step))
-            names = storage.names_in(folder)
-            if MANIFEST not in names:
-                now = storage.written_at(storage.child(step_folder(place, newest), MANIFEST))
-                if len(_abandoned(folder, names, now)) == len(names):
-                    yield folder
+def _is_abandoned(folder: str, names: Sequence[str], newest: str) -> bool:
+    """Whether a folder of a store is what a killed save left. newest: a later checkpoint."""
+    now = storage.written_at(storage.child(newest, MANIFEST))
+    return len(_abandoned(folder, names, now)) == len(names)
 
 
 def _abandoned(folder: str, names: Sequence[str], now: float) -> list[str]:

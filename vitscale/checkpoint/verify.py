@@ -7,7 +7,7 @@ alone, with a few threads, or on all ranks together, each hashing its share of t
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -45,14 +45,15 @@ class Checkpoint:
 
 
 Check = Callable[[str], Verdict]
-Listing = Callable[[], Sequence[str]]
+Listing = Callable[[Collection[str]], Sequence[str]]
 
 
 def newest_good(listing: Listing, place: str, check: Check) -> Checkpoint | None:
     """The newest candidate that passes, or None if there are none.
 
-    listing: gives the candidates, the newest first. It is called again after each that fails: a
-        live run may have saved another one, and deleted that.
+    listing: gives the candidates, the newest first, up to one that is not among those that have
+        failed (up_to_untried). It is called again after each that fails: a live run may have
+        saved another one, and deleted that.
     place: the run that the error names, or the step directory if that is the only candidate.
     check: `alone`, `at_a_glance` or `together`.
 
@@ -60,15 +61,13 @@ def newest_good(listing: Listing, place: str, check: Check) -> Checkpoint | None
     are some and none passes: to start from scratch would lose the run.
     """
     problems: dict[str, str] = {}  # of those that failed
-    folders = listing()
-    while folder := next((folder for folder in folders if folder not in problems), ""):
+    while (folders := listing(problems)) and (folder := folders[-1]) not in problems:
         verdict = check(folder)
         if verdict.manifest and not verdict.problem:
-            return Checkpoint(folder, verdict.manifest, tuple(old for old in problems if old in folders))
+            return Checkpoint(folder, verdict.manifest, tuple(folders[:-1]))
         problems[folder] = verdict.problem
         if distributed.is_main() and folder != place:
             logger.warning("checkpoint passed over: %s", verdict.problem)
-        folders = listing()
     if not problems:
         return None
     first = next(iter(problems.values()))
@@ -78,6 +77,16 @@ def newest_good(listing: Listing, place: str, check: Check) -> Checkpoint | None
         f"no checkpoint in {place} verifies ({first}); restore one, or move the folder away to start from "
         "scratch"
     )
+
+
+def up_to_untried(committed: Iterable[tuple[int, str]], failed: Collection[str]) -> list[str]:
+    """The folders of committed checkpoints, up to the first that is not among those failed."""
+    folders = []
+    for _, folder in committed:
+        folders.append(folder)
+        if folder not in failed:
+            break
+    return folders
 
 
 def alone(folder: str) -> Verdict:
@@ -168,15 +177,15 @@ def committed(run: str) -> list[tuple[int, str]]:
     )
 
 
-def candidates_at(path: str) -> list[str]:
-    """The checkpoints that a path means, the newest first: a step directory, or all of a run.
+def candidates_at(path: str, failed: Collection[str]) -> list[str]:
+    """The Listing of the checkpoints that a path means: a step directory, or those of a run.
 
     Raises CheckpointError if there are none, also for an export.
     """
     names = storage.names_in(path)
     if MANIFEST in names:
         return [path]
-    if candidates := [folder for _, folder in reversed(committed(path))]:
+    if candidates := up_to_untried(store.committed_in(places_of(path)), failed):
         return candidates
     if path.endswith(".safetensors") or any(name.startswith("model.safetensors") for name in names):
         raise CheckpointError(f"{path} is an export: it holds weights alone; give a run or step directory")
@@ -193,7 +202,7 @@ def open_directory(path: str, check: Check = alone) -> Checkpoint:
 
     check: `alone` or `at_a_glance`. Raises CheckpointError if there is none that passes.
     """
-    checkpoint = newest_good(lambda: candidates_at(path), path, check)
+    checkpoint = newest_good(lambda failed: candidates_at(path, failed), path, check)
     assert checkpoint, "there are candidates, or an error"
     return checkpoint
 
@@ -201,7 +210,9 @@ def open_directory(path: str, check: Check = alone) -> Checkpoint:
 def open_together(path: str) -> Checkpoint:
     """As open_directory, checked by all ranks together; every rank calls it."""
     with distributed.alike():
-        checkpoint = newest_good(lambda: distributed.on_main(lambda: candidates_at(path)), path, together)
+        checkpoint = newest_good(
+            lambda failed: distributed.on_main(lambda: candidates_at(path, failed)), path, together
+        )
     assert checkpoint, "there are candidates, or an error"
     return checkpoint
 
