@@ -1,5 +1,6 @@
 """Where the time of a run went, from what its starts have written down."""
 
+import cProfile
 import json
 import time
 from pathlib import Path
@@ -88,6 +89,28 @@ def test_a_start_that_is_long_over_keeps_two_marks(tmp_path: Path) -> None:
     assert [[mark.step for mark in start.marks] for start in starts] == [
         [0, 3], [3, 6], [6, 7, 8, 9], [9, 10, 11, 12],
     ]  # fmt: skip
+
+
+def test_a_row_costs_as_much_after_many_starts_and_the_file_holds_them_all(tmp_path: Path) -> None:
+    costs, ledger = [], None
+    for number in range(12):
+        if ledger and number % 3 == 2:
+            ledger.rolled_back()
+        else:
+            ledger = Ledger(str(tmp_path), time.time() - 10.0, writes=True)
+        ledger.ready(at := Progress(step=3 * number))
+        ledger.ended("step", 0.1)
+        at.step += 4  # one of them is lost
+        ledger.mark()
+        with cProfile.Profile() as profile:
+            numbers = ledger.write()
+        costs.append(sum(entry.callcount for entry in profile.getstats()))
+        text = (tmp_path / FILE_NAME).read_text()
+        assert text == json.dumps(json.loads(text)) + "\n"
+        starts = read_starts(tmp_path / FILE_NAME)
+        assert len(starts) == numbers["run/starts"] == number + 1
+        assert {name: numbers[f"goodput/{name}"] for name in KINDS} == fractions(starts)
+    assert len(set(costs[1:])) == 1
 
 
 def test_of_a_start_beyond_the_checkpoint_its_own_start_remains(tmp_path: Path) -> None:

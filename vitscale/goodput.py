@@ -68,16 +68,33 @@ class Start:
         return start
 
 
-def fractions(starts: Sequence[Start]) -> dict[str, float]:
-    """The part of each kind of the time from the first start until now; they add up to 1."""
-    total = dict.fromkeys(KINDS, 0.0)
-    for number, start in enumerate(starts):
-        for kind, seconds in start.spent(is_last=number == len(starts) - 1).items():
-            total[kind] += seconds
-        if number:
-            total["idle"] += max(0.0, start.began - starts[number - 1].began - starts[number - 1].elapsed)
+def fractions(starts: Sequence[Start], before_last: Mapping[str, float] | None = None) -> dict[str, float]:
+    """The part of each kind of the time from the first start until now; they add up to 1.
+
+    before_last: seconds_before_last(starts), if it is known.
+    """
+    total = dict(before_last or seconds_before_last(starts))
+    if starts:
+        _add(total, starts, len(starts) - 1)
     whole = sum(total.values())
     return {kind: seconds / whole for kind, seconds in total.items()} if whole else total
+
+
+def seconds_before_last(starts: Sequence[Start]) -> dict[str, float]:
+    """The seconds of each kind, of all starts but the last one."""
+    total = dict.fromkeys(KINDS, 0.0)
+    for number in range(len(starts) - 1):
+        _add(total, starts, number)
+    return total
+
+
+def _add(total: dict[str, float], starts: Sequence[Start], number: int) -> None:
+    """Add the seconds of one of the starts, and of the time since the one before it."""
+    start = starts[number]
+    for kind, seconds in start.spent(is_last=number == len(starts) - 1).items():
+        total[kind] += seconds
+    if number:
+        total["idle"] += max(0.0, start.began - starts[number - 1].began - starts[number - 1].elapsed)
 
 
 def summary(numbers: Mapping[str, float]) -> str:
@@ -95,6 +112,10 @@ def read_starts(path: Path) -> list[Start]:
         return []
 
 
+def _to_json(start: Start) -> str:
+    return json.dumps(dataclasses.asdict(start))
+
+
 class Ledger:
     """Keeps RUN/time.json, if it `writes`, as rank 0 does; a listener of the loop's phases."""
 
@@ -102,6 +123,8 @@ class Ledger:
         """A start of the run, since `began`; call it within the run's lock."""
         self._path, self._writes = Path(run_dir) / FILE_NAME, writes
         self._starts = read_starts(self._path) if writes else []
+        # Of all starts but the last one: their JSON, and the seconds of each kind.
+        self._before_last: tuple[list[str], dict[str, float]] | None = None
         self._progress = Progress()
         self._begin(began)
 
@@ -116,6 +139,7 @@ class Ledger:
             start.marks = [mark for mark in start.marks if mark.step <= step] or start.marks[:1]
         for start in self._starts[:-2]:
             del start.marks[1:-1]
+        self._before_last = None
         self._progress = progress
         self._touch()
         self._now.seconds["start"] = self._now.elapsed
@@ -140,12 +164,18 @@ class Ledger:
         del self._now.marks[1:-MAX_MARKS]
 
     def write(self) -> dict[str, float]:
-        """Write the file. Returns metrics of a row: "goodput/step" and so on, "run/starts"."""
+        """Write the file. Returns metrics of a row: "goodput/step" and so on, "run/starts".
+
+        What earlier starts are in it is worked out once: a row costs as much after hundreds.
+        """
         self._touch()
+        if self._before_last is None:
+            self._before_last = list(map(_to_json, self._starts[:-1])), seconds_before_last(self._starts)
+        texts, seconds = self._before_last
         if self._writes:
-            values = {"starts": [dataclasses.asdict(start) for start in self._starts]}
-            atomic.write(self._path, json.dumps(values).encode() + b"\n")
-        parts = {f"goodput/{kind}": part for kind, part in fractions(self._starts).items()}
+            starts = ", ".join([*texts, _to_json(self._now)])
+            atomic.write(self._path, f'{{"starts": [{starts}]}}\n'.encode())
+        parts = {f"goodput/{kind}": part for kind, part in fractions(self._starts, seconds).items()}
         return {**parts, "run/starts": len(self._starts)}
 
     def _begin(self, at: float) -> None:
@@ -153,6 +183,7 @@ class Ledger:
         self._since = time.perf_counter() - max(0.0, time.time() - at)
         self._now = Start(at)
         self._starts.append(self._now)
+        self._before_last = None
 
     def _touch(self) -> None:
         self._now.elapsed = time.perf_counter() - self._since
