@@ -1,7 +1,9 @@
 """What follows from a config and its data before anything starts."""
 
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from make import write_index
 
@@ -32,6 +34,18 @@ def test_a_model_that_cannot_be_compiled_is_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path, "engine.compile=true", "precision=bf16", "model.mlp_dim=100")
     with pytest.raises(ConfigError, match=r"refused with model.mlp_dim = 100: .* use a multiple of 8"):
         derive(config, 1, open_sources(config.data))
+
+
+def test_what_a_job_reads_is_hashed_once(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    sources = open_sources(config.data)
+    fewer = [dataclasses.replace(sources[0], excluded=np.array([3, 7]))]
+    jobs = [derive(config, 1, tuple(opened)) for opened in (sources, fewer)]
+    digests = [job.data_fingerprint() for job in jobs]
+    assert digests == [job.mixture.fingerprint([job.sources[0].fingerprint()]) for job in jobs]
+    assert all(job.data_fingerprint() is digest for job, digest in zip(jobs, digests, strict=True))
+    assert jobs[0].data_fingerprint([sources[0].index.fingerprint()]) == digests[0]
+    assert len({*digests, jobs[0].data_fingerprint(["another"])}) == 3
 
 
 def config_of(folder: Path, *overrides: str) -> TrainConfig:

@@ -1,6 +1,7 @@
 """A Job: what follows from a config, its data and the world size, before anything runs."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,8 +38,15 @@ class Job:
 
         index_fingerprints: of other indexes of the sources, in place of the job's own.
         """
-        indexes = index_fingerprints or [""] * len(self.sources)
-        pairs = zip(self.sources, indexes, strict=True)
+        return self._digest(index_fingerprints) if index_fingerprints else self._own_fingerprint
+
+    @functools.cached_property
+    def _own_fingerprint(self) -> str:
+        # Every save asks for it, and hashing millions of excluded samples takes half a second.
+        return self._digest([""] * len(self.sources))
+
+    def _digest(self, index_fingerprints: Sequence[str]) -> str:
+        pairs = zip(self.sources, index_fingerprints, strict=True)
         return self.mixture.fingerprint([source.fingerprint(index) for source, index in pairs])
 
 
