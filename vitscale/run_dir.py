@@ -18,7 +18,7 @@ from vitscale.data.record import DataRecord
 from vitscale.errors import BusyError, ConfigError, StoreError, UserError
 from vitscale.job import Job
 from vitscale.metrics import FILE_NAME as METRICS_NAME
-from vitscale.metrics import read_metrics
+from vitscale.metrics import each_row
 from vitscale.progress import Progress
 from vitscale.run_lock import RunLock
 from vitscale.spikes import FILE_NAME as SPIKES_NAME
@@ -236,10 +236,11 @@ def write_record(job: Job) -> None:
             new.save(folder)
 
 
-def _replaced(folder: Path) -> list[str]:
+def _replaced(folder: Path) -> Iterator[str]:
     """The sentences about all samples that the run could not use."""
     path = folder / QUARANTINE_NAME
-    return [str(row.get("sample")) for row in read_metrics(path)] if path.exists() else []
+    for row in each_row(path) if path.exists() else ():
+        yield str(row.get("sample"))
 
 
 def check_new_length(checkpoint: str, step: int, total_steps: int) -> None:

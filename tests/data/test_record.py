@@ -78,6 +78,14 @@ def test_records_of_earlier_commits_notice_other_labels_too(tmp_path: Path, chan
     assert record.followed_by([index]).sources[0].keys == KEYS  # it says from now on
 
 
+def test_what_was_replaced_is_read_for_another_index_only(tmp_path: Path) -> None:
+    index = made(tmp_path)
+    record, replaced = kept(tmp_path, index), iter(["a", "b"])
+    assert record.change([index], replaced) == "" and next(replaced) == "a"
+    record.change([made(tmp_path, extra="dog")], replaced)
+    assert list(replaced) == []
+
+
 def test_damage_that_was_fixed_is_no_other_label(tmp_path: Path) -> None:
     broken, fixed = made(tmp_path, extra="a fox"), made(tmp_path)
     assert broken.num_damaged == 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from markup import Page, checked, outside_references
 from tools.report import main
 from vitscale.report.page.build import write_page
 from vitscale.report.page.html import Html, element, escaped, table
-from vitscale.report.page.records import read_columns, short_names
+from vitscale.report.page.records import read_columns, read_records, short_names
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -142,6 +143,18 @@ def test_a_damaged_run_directory_has_a_page_all_the_same(run: Path, tmp_path: Pa
     page = checked((tmp_path / "page.html").read_text())
     assert "2 different samples were replaced, 2 times in all" in page.text
     assert "2 losses stand out" in page.text and "config.toml cannot be read by this vitscale" in page.text
+
+
+def test_a_sample_that_every_epoch_replaces_is_kept_once(tmp_path: Path) -> None:
+    rows = [{"step": step, "sample": f"shard {step % 2}: {'x' * 1000}"} for step in range(1, 1001)]
+    (tmp_path / "status.json").write_text('{"state": "running", "step": 0, "total_steps": 9}')
+    (tmp_path / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tracemalloc.start()
+    (record,) = read_records([str(tmp_path)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [tuple(sample) for sample in record.quarantine.values()] == [(500, 1, 999), (500, 2, 1000)]
+    assert peak < 500_000  # the rows take more than 1 MB
 
 
 START = '{"starts": [{"began": 7.0, "seconds": {}, "marks": [{"step": 0, "elapsed": 0, "seconds": {}}]}]}'

@@ -96,12 +96,14 @@ class DataRecord:
     def change(self, indexes: Sequence[Index], replaced: Iterable[str]) -> str:
         """What the indexes change beside damaged samples, as a clause; "" if nothing.
 
-        replaced: the run's sentences about the samples that it could not use.
+        replaced: the run's sentences about the samples that it could not use, which may be
+        many: they are read only if an index is another one.
         """
-        places = [place for place in map(parse_place, replaced) if place]
-        for source, index, before in zip(self.sources, indexes, self.fingerprints[-1], strict=True):
-            if index.fingerprint() == before:
-                continue
+        before = zip(self.sources, indexes, self.fingerprints[-1], strict=True)
+        others = [(source, index) for source, index, name in before if index.fingerprint() != name]
+        # A sample that is not fixed is replaced again in each epoch.
+        places = {place for place in map(parse_place, replaced if others else ()) if place}
+        for source, index in others:
             chunks = [source.chunk_at(place) for place in places]
             change = source.change(index, [chunk for chunk in chunks if chunk is not None])
             if change:

@@ -27,22 +27,21 @@ def data_health(record: Record, shards: Shards) -> Html:
 
 def quarantine(record: Record, shards: Shards) -> Html:
     """The samples that could not be used, each once, with the steps at which it was drawn."""
-    steps: dict[str, list[int]] = {}
-    for row in record.quarantine:
-        steps.setdefault(str(row.get("sample", "?")), []).append(row["step"])
-    if not steps:
+    replaced = record.quarantine
+    if not replaced:
         return note("No sample had to be replaced.")
     rows = []
     looked_at = 0 if shards.problem else MAX_PICTURES
-    for number, (sentence, at) in enumerate(list(steps.items())[:MAX_ROWS]):
+    for number, (sentence, sample) in enumerate(list(replaced.items())[:MAX_ROWS]):
         shown = shards.look(sentence)[0] if number < looked_at else ""
         place, _, reason = sentence.partition(": sample ")
         key, _, why = reason.partition(": ")
-        times = f"{len(at):,}"
-        seen = f"{at[0]:,}" if len(at) == 1 else f"{at[0]:,} to {at[-1]:,}"
-        rows.append([_wide(key or "?"), shown, _wide(why), _wide(place), times, seen])
-    caption = f"{len(steps):,} different samples were replaced, {len(record.quarantine):,} times in all"
-    if len(steps) > MAX_ROWS:
+        first, last = f"{sample.first_step:,}", f"{sample.last_step:,}"
+        seen = first if sample.times == 1 else f"{first} to {last}"
+        rows.append([_wide(key or "?"), shown, _wide(why), _wide(place), f"{sample.times:,}", seen])
+    times = sum(sample.times for sample in replaced.values())
+    caption = f"{len(replaced):,} different samples were replaced, {times:,} times in all"
+    if len(replaced) > MAX_ROWS:
         caption += f"; the first {MAX_ROWS:,} are shown"
     header = ["key", "as it is now", "reason", "place", "times", "by step"]
     return table(header, rows, caption=caption, right=(4,))

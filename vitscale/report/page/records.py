@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
@@ -42,6 +42,14 @@ class Column:
         return float(self.values[-1])
 
 
+class Replaced(NamedTuple):
+    """How often a sample was replaced, and the steps of the first and last rows that say so."""
+
+    times: int
+    first_step: int
+    last_step: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
     """A run directory.
@@ -49,8 +57,8 @@ class Record:
     name: what the page calls it. columns: metrics by name, each with a value at least.
     written: when the last row was, in seconds since the epoch; 0 = never. values: of
     config.toml, as they are. config: the same, None if this version cannot read it; problem:
-    why. starts: rows of history.jsonl. times: of time.json. checkpoints: None if there are
-    none; no_checkpoints: why.
+    why. starts: rows of history.jsonl. times: of time.json. quarantine: by sentence.
+    checkpoints: None if there are none; no_checkpoints: why.
     """
 
     path: str
@@ -63,7 +71,7 @@ class Record:
     problem: str
     starts: Sequence[Mapping[str, Any]]
     times: Sequence[goodput.Start]
-    quarantine: Sequence[Mapping[str, Any]]
+    quarantine: Mapping[str, Replaced]
     spikes: Sequence[Mapping[str, Any]]
     checkpoints: RunListing | None
     no_checkpoints: str
@@ -151,11 +159,21 @@ def _read(run: str, name: str) -> Record:
         problem=problem,
         starts=_rows(folder / history.FILE_NAME),
         times=goodput.read_starts(folder / goodput.FILE_NAME),
-        quarantine=_rows(folder / QUARANTINE_NAME),
+        quarantine=_read_quarantine(folder / QUARANTINE_NAME),
         spikes=_rows(folder / SPIKES_NAME),
         checkpoints=checkpoints,
         no_checkpoints=no_checkpoints,
     )
+
+
+def _read_quarantine(path: Path) -> dict[str, Replaced]:
+    """Each sentence once: it has a row for every epoch."""
+    replaced: dict[str, Replaced] = {}
+    for row in each_row(path) if path.is_file() else ():
+        sentence, step = str(row.get("sample", "?")), row["step"]
+        before = replaced.get(sentence, Replaced(0, step, step))
+        replaced[sentence] = Replaced(before.times + 1, before.first_step, step)
+    return replaced
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
