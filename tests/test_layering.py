@@ -13,7 +13,7 @@ LAYERS = [
     ["errors", "image_size", "progress", "hang"],
     ["open_files", "slurm", "vtab", "hardware", "rendezvous", "sealed_store"],
     ["config", "distributed", "rng", "atomic", "attempts", "hostfile"],
-    ["storage", "processes", "command", "ending", "watch", "goodput", "run_lock", "file_lock"],
+    ["storage", "processes", "command", "ending", "watch", "goodput", "run_lock", "file_lock", "rows"],
     ["sliced"],
     ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace", "expect"],
     ["metrics", "spikes", "engine", "evals", "objectives", "curate"],

@@ -6,7 +6,7 @@ A row of metrics.jsonl is one JSON object:
 
 Floats have the fewest digits that read back to the same value, so two runs compare bit for bit.
 JSON has no NaN: it and the infinities are written as the strings "nan", "inf" and "-inf", which
-read_metrics turns back into floats.
+rows.py turns back into floats.
 """
 
 import json
@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from tqdm import tqdm
 from vitscale import atomic
 from vitscale.expect import Expectations, ExpectConfig
 from vitscale.redaction import redact
+from vitscale.rows import each_row, tail_start, trim_metrics
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
-NON_FINITE = ("nan", "inf", "-inf")
 NO_EXPECTATIONS = ExpectConfig()
 DIGEST = "data/digest"
 EVENTS = "events.out.tfevents."  # then the time in seconds, the host and the process
@@ -90,8 +90,10 @@ class MetricsWriter:
         self._at_resume, self._judge = set[str](), judge
         self._scores: dict[int, float] = {}  # of the judge, by step
         self._expectations = Expectations(expect)
-        for row in each_row(self._path):
+        for row in each_row(self._path, start=tail_start(self._path, resume_step)):
             self._at_resume |= row.keys() if row["step"] == resume_step else set()
+        compared = [name for name in (judge, *self._expectations.verdicts) if name]
+        for row in each_row(self._path, names=compared) if compared else ():
             if judge in row:
                 self._scores[row["step"]] = row[judge]
             self._expectations.add(row["step"], row)
@@ -277,66 +279,6 @@ def best_step(scores: Mapping[int, float], judge: str) -> int | None:
     known = [step for step in sorted(scores) if math.isfinite(scores[step])]
     sign = -1 if judge.endswith("loss") else 1
     return max(known, key=lambda step: sign * scores[step]) if known else None
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order, except for a last row that is half written.
-
-    Other lines that are not rows are skipped with a warning.
-    """
-    return list(each_row(path))
-
-
-def each_row(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The rows of read_metrics, one at a time: those of a long run take much memory at once."""
-    num_skipped = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if row := _parse_row(line):
-                yield row
-            elif line.endswith(b"\n"):
-                num_skipped += 1
-    if num_skipped:
-        logger.warning("%s: lines that are not rows, skipped: %d", path, num_skipped)
-
-
-def trim_metrics(path: Path, resume_step: int, key: str = "step") -> list[dict[str, Any]]:
-    """Drop rows past `resume_step` and torn ones, atomically; 0, a fresh start, drops all.
-
-    key: what of a row counts; "step" where it has no other. Returns the whole rows that were
-    dropped.
-    """
-    if not path.exists():
-        return []
-    beyond: dict[int, dict[str, Any] | None] = {}  # by number of the line; None = torn
-    with open(path, "rb") as file:
-        for number, row in enumerate(map(_parse_row, file)):
-            if row is None or not 0 < resume_step >= row.get(key, row["step"]):
-                beyond[number] = row
-    if beyond:
-        logger.info("%s: dropped %d rows past step %d", path, len(beyond), resume_step)
-        with (
-            atomic.named(path),
-            atomic.appearing(path) as temporary,
-            open(path, "rb") as old,
-            open(temporary, "wb") as new,
-        ):
-            new.writelines(line for number, line in enumerate(old) if number not in beyond)
-    return [row for row in beyond.values() if row is not None]
-
-
-def _parse_row(line: bytes) -> dict[str, Any] | None:
-    """A row; None if it is torn: a complete one ends in a newline."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    steps = (row.get("step"), row.get("data_step", 0)) if isinstance(row, dict) else (None,)
-    if not all(isinstance(step, int) and abs(step) < 2**63 for step in steps):
-        return None
-    return {name: float(value) if value in NON_FINITE else value for name, value in row.items()}
 
 
 def _json_number(value: float | int) -> float | int | str:

@@ -18,8 +18,8 @@ from vitscale.data.record import DataRecord
 from vitscale.errors import BusyError, ConfigError, StoreError, UserError
 from vitscale.job import Job
 from vitscale.metrics import FILE_NAME as METRICS_NAME
-from vitscale.metrics import each_row
 from vitscale.progress import Progress
+from vitscale.rows import each_row
 from vitscale.run_lock import RunLock
 from vitscale.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.train_config import TrainConfig

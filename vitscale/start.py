@@ -29,7 +29,7 @@ from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
 from vitscale.errors import ConfigError
 from vitscale.job import Job, Tasks, has_pairs
-from vitscale.metrics import MetricsWriter, SilentWriter, trim_metrics
+from vitscale.metrics import MetricsWriter, SilentWriter
 from vitscale.models import empty_model
 from vitscale.objectives import DistillationConfig, Objective, build_objective
 from vitscale.optim import freeze
@@ -37,6 +37,7 @@ from vitscale.pace import Pace
 from vitscale.progress import Progress
 from vitscale.quantities import counted
 from vitscale.rng import derive_seed
+from vitscale.rows import trim_metrics
 from vitscale.run_dir import check_continuation, check_new_length, check_teacher, write_record
 from vitscale.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.spikes import Spikes

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from vitscale.checkpoint import store
-from vitscale.metrics import read_metrics
+from vitscale.rows import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "launch" / "train.py"

@@ -16,9 +16,9 @@ from vitscale.inspection.attention import attention_distance, attention_maps, ob
 from vitscale.inspection.live import observe
 from vitscale.inspection.mosaics import enlarged, filter_tiles
 from vitscale.inspection.weights import principal_components
-from vitscale.metrics import read_metrics
 from vitscale.models.vit import ViT
 from vitscale.models.vit_config import ViTConfig
+from vitscale.rows import read_metrics
 
 FIGURES = ("log.figures_every_steps=8", "log.tensorboard=true", "total_steps=20")
 

@@ -7,7 +7,8 @@ from multiprocess.job import Job
 from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
-from vitscale.metrics import MetricsWriter, read_metrics
+from vitscale.metrics import MetricsWriter
+from vitscale.rows import read_metrics
 
 
 def section(index: Path, judge: str) -> tuple[str, ...]:

@@ -14,8 +14,9 @@ from vitscale.data.index import Index
 from vitscale.errors import ConfigError
 from vitscale.goodput import FILE_NAME as TIME_NAME
 from vitscale.goodput import read_starts
-from vitscale.metrics import FILE_NAME, best_step, read_metrics
+from vitscale.metrics import FILE_NAME, best_step
 from vitscale.models.flops import train_flops
+from vitscale.rows import read_metrics
 from vitscale.study.config import StudyConfig, StudyModel
 from vitscale.train_config import TrainConfig
 

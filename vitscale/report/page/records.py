@@ -17,8 +17,9 @@ from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.errors import ConfigError, UserError
 from vitscale.expect import Verdict, judge
 from vitscale.metrics import FILE_NAME as METRICS_NAME
-from vitscale.metrics import HASHES, each_row, read_metrics
+from vitscale.metrics import HASHES
 from vitscale.report.listing import RunListing, list_run
+from vitscale.rows import each_row, read_metrics
 from vitscale.run_dir import CONFIG_NAME
 from vitscale.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.train_config import TrainConfig
