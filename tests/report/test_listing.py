@@ -45,6 +45,23 @@ def test_many_metrics_continue_below_their_row(run: Path) -> None:
     ]
 
 
+def test_one_pass_over_the_rows_gives_the_metrics_of_every_step() -> None:
+    rows = [{"step": 0, "eval/a": 0.1}]
+    for step in range(10, 60, 10):
+        rows += [{"step": step, "train/loss": 1 / step}, {"step": step - 5, "checkpoint/seconds": 1.0}]
+        rows += [{"step": step, "eval/a": step}, {"step": step, "eval/b": 2 * step}] if step % 20 == 0 else []
+    steps = [70, 0, 5, 20, 20, 33, 50, 60]
+    assert listing.metrics_at(iter(rows), steps) == {
+        0: ({"eval/a": 0.1}, 0),
+        5: ({}, 0),
+        20: ({"train/loss": 1 / 20, "eval/a": 20, "eval/b": 40}, 20),
+        33: ({"train/loss": 1 / 30}, 30),
+        50: ({"train/loss": 1 / 50}, 50),
+        60: ({"train/loss": 1 / 50}, 50),
+        70: ({"train/loss": 1 / 50}, 50),
+    }
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_damage_is_named_in_the_list_and_does_not_end_it(run: Path, capsys: Capture, fast: bool) -> None:
     folder = run / "checkpoints"

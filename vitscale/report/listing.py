@@ -1,10 +1,11 @@
 """Lists the checkpoints of a run: how far training was at each, and whether each is intact."""
 
+import bisect
 import contextlib
 import dataclasses
 import datetime
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,10 @@ def list_run(run: str, *, checksums: bool = True) -> RunListing:
         raise CheckpointError(
             f"{run} holds no checkpoints: there are no step-* folders in {' or '.join(places)}"
         )
-    metrics_rows = _read_metrics(run)
+    by_step = metrics_at(_metrics_rows(run), [step for step, _, _ in checked])
     checkpoints = []
     for step, folder, verdict in checked:
-        metrics, loss_step = metrics_at(metrics_rows, step)
+        metrics, loss_step = by_step[step]
         status = "verified" if checksums else "not verified"
         manifest = verdict.manifest
         row = CheckpointRow(
@@ -97,18 +98,27 @@ def check_newest(listing: RunListing) -> None:
         raise CheckpointError(damaged_newest(newest[-1].step, good[-1] if good else None))
 
 
-def metrics_at(rows: Sequence[Mapping[str, Any]], step: int) -> tuple[dict[str, float], int]:
-    """The last train/loss logged up to `step` and the evaluations at `step`, and the step of
+def metrics_at(
+    rows: Iterable[Mapping[str, Any]], steps: Iterable[int]
+) -> dict[int, tuple[dict[str, float], int]]:
+    """By step, the last train/loss logged up to it and the evaluations at it, and the step of
     that loss, 0 if there is none.
     """
-    metrics, loss_step = {}, 0
+    steps = sorted(set(steps))
+    losses: dict[int, tuple[float, int]] = {}  # by step: the last after the step before it
+    evaluations: dict[int, dict[str, float]] = {step: {} for step in steps}
     for row in rows:
-        if row["step"] <= step and "train/loss" in row:
-            metrics["train/loss"], loss_step = row["train/loss"], row["step"]
-    for row in rows:
-        if row["step"] == step:
-            metrics |= {name: value for name, value in row.items() if name.startswith("eval/")}
-    return metrics, loss_step
+        place = bisect.bisect_left(steps, row["step"])
+        if "train/loss" in row and place < len(steps):
+            losses[steps[place]] = row["train/loss"], row["step"]
+        if row["step"] in evaluations:
+            evaluations[row["step"]] |= {k: value for k, value in row.items() if k.startswith("eval/")}
+    metrics, last = {}, None
+    for step in steps:
+        last = losses.get(step, last)
+        loss = {"train/loss": last[0]} if last else {}
+        metrics[step] = {**loss, **evaluations[step]}, last[1] if last else 0
+    return metrics
 
 
 def render(listing: RunListing, now: datetime.datetime) -> str:
@@ -124,14 +134,9 @@ def render(listing: RunListing, now: datetime.datetime) -> str:
     return "\n".join([*text, "", *sentences] if sentences else text)
 
 
-def _read_metrics(run: str) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, without what metrics_at does not look at."""
+def _metrics_rows(run: str) -> Iterable[Mapping[str, Any]]:
     path = Path(storage.local_path(run)) / FILE_NAME
-    rows = each_row(path) if storage.is_local(run) and path.is_file() else ()
-    return [
-        {name: row[name] for name in row if name in ("step", "train/loss") or name.startswith("eval/")}
-        for row in rows
-    ]
+    return each_row(path) if storage.is_local(run) and path.is_file() else ()
 
 
 def _checked(run: str, *, checksums: bool) -> list[tuple[int, str, Verdict]]:
