@@ -25,4 +25,4 @@ def test_a_union_and_a_digest_are_of_the_members() -> None:
     both = some.union(more)
     assert [i for i in range(100) if i in both] == [3, 64, 70, 99]
     assert len({s.digest() for s in (some, more, both)}) == 3
-    assert not len(NO_IDS)
+    assert not len(NO_IDS) and 0 not in NO_IDS and 10**9 not in NO_IDS

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vitscale.data.data_config import DataConfig, SourceConfig
-from vitscale.data.index import Index
+from vitscale.data.id_set import IdSet
+from vitscale.data.index import Index, planned_index
 from vitscale.data.sources import Source, check_labels, open_sources
 from vitscale.errors import ConfigError, DataError, StoreError
 
@@ -119,3 +121,24 @@ def test_every_change_of_what_samples_are_changes_the_fingerprint(index: Index) 
         dataclasses.replace(source, excluded=np.array([3])),
     ]
     assert len({source.fingerprint() for source in sources}) == 3
+
+
+def test_a_source_holds_sets_only_of_what_is_left_out() -> None:
+    """A bit and its counts for each sample are 76 MB of a rank's memory for JFT-300M."""
+    num_samples, nothing = 2_000_000, np.empty(0, dtype=np.int64)
+    not_chosen = IdSet.of(np.array([5]), num_samples)
+    left_out = [
+        ({}, []),
+        ({"held_out": np.array([3, 5])}, [3, 5]),
+        ({"not_chosen": not_chosen}, [5]),
+        ({"held_out": np.array([3]), "not_chosen": not_chosen}, [3, 5]),
+    ]
+    peaks = []
+    for changes, ids in left_out:
+        source = Source(name="0", index=planned_index(num_samples), label_map={}, excluded=nothing, **changes)
+        tracemalloc.start()
+        assert source.layout.num_drawn == num_samples - len(ids)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert [i for i in (0, 3, 5, num_samples - 1) if not source.is_trained_on(i)] == ids
+    assert peaks[0] < num_samples / 64 > peaks[2] and peaks[1] > num_samples

@@ -39,7 +39,7 @@ class IdSet:
 
     def __contains__(self, sample_id: int) -> bool:
         word, bit = divmod(sample_id, _BITS)
-        return bool(int(self._words[word]) >> bit & 1)
+        return word < len(self._words) and bool(int(self._words[word]) >> bit & 1)
 
     def count_below(self, ids: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """How many members are below each of `ids`, up to the number of all ids."""
@@ -66,4 +66,5 @@ class IdSet:
         return xxhash.xxh3_128(self._words.data).hexdigest()
 
 
+# The empty set among any number of ids, in no memory.
 NO_IDS = IdSet(np.empty(0, dtype=np.uint64))

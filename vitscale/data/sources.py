@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from vitscale import storage
 from vitscale.data.data_config import DataConfig, SourceConfig
 from vitscale.data.exclusions import load_exclusions
-from vitscale.data.id_set import IdSet
+from vitscale.data.id_set import NO_IDS, IdSet
 from vitscale.data.index import Index, check_shards, planned_index
 from vitscale.data.mixture import Mixture
 from vitscale.data.order import ShardLayout
@@ -49,9 +49,10 @@ class Source:
     @functools.cached_property
     def layout(self) -> ShardLayout:
         """The layout of the index, with what no epoch draws."""
-        held_out = IdSet.of(self.held_out, self.index.num_samples)
-        if self.not_chosen is not None:
-            held_out = held_out.union(self.not_chosen)
+        held_out = self.not_chosen or NO_IDS
+        if len(self.held_out):
+            split = IdSet.of(self.held_out, self.index.num_samples)
+            held_out = split.union(held_out) if held_out else split
         return dataclasses.replace(self.index.layout, held_out=held_out)
 
     def is_trained_on(self, sample_id: int) -> bool:
