@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,26 @@ def test_the_best_checkpoint_counts_where_the_run_keeps_it(base: Path) -> None:
         finish(cell, at_0=0.9, at_2=0.1, at_4=0.5, at_6=0.2)  # of the untrained model nothing is kept
         result = cell.result()
         assert result and (result.step, result.numbers["eval/test/top1"]) == (step, value)
+
+
+def test_a_long_log_is_not_held_in_memory(base: Path) -> None:
+    study = study_of(base)
+    (cell,) = cells(study)
+    folder = Path(cell.config.run_dir)
+    folder.mkdir(parents=True)
+    loss = {"run/world_size": 2, **{f"loader/number_{n}": n / 7 for n in range(20)}}
+    rows = [{"step": step, **({"eval/test/top1": 0.5} if step == 900 else loss)} for step in range(1, 2001)]
+    rows.append({"step": 1990, "checkpoint/seconds": 1.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start = {"began": 0.0, "elapsed": 86_400.0, "marks": [{"step": 0, "elapsed": 1.0, "seconds": {}}]}
+    (folder / "time.json").write_text(json.dumps({"starts": [start]}))
+    tracemalloc.start()
+    result = write_result(cell, study)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20  # the rows take three times as much
+    assert (result.step, result.numbers, result.device_days) == (2000, {"eval/test/top1": 0.5}, 2.0)
+    assert cell.last_step() == 2000
 
 
 def test_a_number_that_no_run_logged_is_named(base: Path) -> None:

@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vitscale.goodput import FILE_NAME as TIME_NAME
 from vitscale.goodput import read_starts
 from vitscale.metrics import FILE_NAME, best_step
 from vitscale.models.flops import train_flops
-from vitscale.rows import read_metrics
+from vitscale.rows import each_row, tail_start
 from vitscale.study.config import StudyConfig, StudyModel
 from vitscale.train_config import TrainConfig
 
@@ -49,7 +50,11 @@ class Cell:
     def last_step(self) -> int:
         """How far the run is, by its log."""
         path = Path(self.config.run_dir) / FILE_NAME
-        return max((row["step"] for row in read_metrics(path)), default=0) if path.is_file() else 0
+        if not path.is_file():
+            return 0
+        # Steps rise: the last is among the last rows.
+        last_rows = each_row(path, start=tail_start(path, sys.maxsize))
+        return max((row["step"] for row in last_rows), default=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,20 +112,24 @@ def write_result(cell: Cell, study: StudyConfig) -> Result:
     Raises ConfigError for a number of the study that it did not log.
     """
     config = cell.config
-    rows = read_metrics(Path(config.run_dir) / FILE_NAME)
-    judge, last_step = config.checkpoint.keep_best, max(row["step"] for row in rows)
+    judge, world_size, rows = config.checkpoint.keep_best, 1, []
+    wanted = {judge, *study.logged_metrics}
+    for row in each_row(Path(config.run_dir) / FILE_NAME):
+        world_size = row.get("run/world_size", world_size)
+        if wanted & row.keys():
+            rows.append({name: row[name] for name in ("step", *wanted) if name in row})
+    last_step = cell.last_step()
     scores = {row["step"]: row[judge] for row in rows if judge in row and row["step"]}
     step = best_step(scores, judge) or last_step
     numbers = {name: _logged(cell, name, rows, step) for name in study.logged_metrics}
     starts = read_starts(Path(config.run_dir) / TIME_NAME)
     seconds = sum(start.elapsed for start in starts)
-    world = [row["run/world_size"] for row in rows if "run/world_size" in row][-1:] or [1]
     result = Result(
         numbers=numbers,
         step=step,
         num_images=num_images(config),
         exaflops=train_flops(config.model) * last_step * config.global_batch / 1e18,
-        device_days=seconds * world[0] / 86_400,
+        device_days=seconds * world_size / 86_400,
     )
     text = json.dumps(dataclasses.asdict(result), indent=1) + "\n"
     atomic.write(cell.folder / RESULT_NAME, text.encode())
@@ -136,10 +145,10 @@ def number_of(cell: Cell, result: Result, name: str) -> float:
     if name in result.numbers:
         return result.numbers[name]
     path = Path(cell.config.run_dir) / FILE_NAME
-    return _logged(cell, name, read_metrics(path) if path.is_file() else [], result.step)
+    return _logged(cell, name, each_row(path, names=[name]) if path.is_file() else (), result.step)
 
 
-def _logged(cell: Cell, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> float:
+def _logged(cell: Cell, name: str, rows: Iterable[Mapping[str, Any]], step: int) -> float:
     found = [row[name] for row in rows if name in row and row["step"] <= step]
     if not found:
         raise ConfigError(
