@@ -12,6 +12,7 @@ from tools.report import main
 from vitscale.report.page.build import write_page
 from vitscale.report.page.html import Html, element, escaped, table
 from vitscale.report.page.records import read_columns, read_records, short_names
+from vitscale.report.runs import render
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -243,6 +244,21 @@ def test_without_a_page_the_table_is_printed_as_before(run: Path, capsys: pytest
     assert "eval/x/top1" not in shown and "_std" not in shown and "probe" not in shown
     with pytest.raises(SystemExit):
         report(run, "--no-images")
+
+
+def test_the_table_has_the_ends_of_a_long_log_without_holding_it(tmp_path: Path) -> None:
+    rows = [{"step": step, "train/loss": 1 / step, "goodput/step": 0.5} for step in range(2, 10_000)]
+    rows += [{"step": 10_000, "eval/x/top1": value} for value in (0.25, 0.5)]
+    rows += [{"step": 30, "eval/x/top1": 0.125}, {"step": 1, "train/loss": 9}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tracemalloc.start()
+    table = render([str(tmp_path)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    _, loss, top1, _ = (line.split()[1:] for line in table.splitlines())
+    assert loss == ["train/loss", "9.0000", "0.0001", "1", "to", "9999"]
+    assert top1 == ["eval/x/top1", "0.1250", "0.5000", "30", "to", "10000"]
+    assert peak < 300_000  # the numbers take more than twice as much
 
 
 @pytest.mark.parametrize(("text", "passed_over"), [("", False), ('{"step": 1', False), ("[]\nhello\n", True)])

@@ -1,12 +1,23 @@
 """What runs have achieved, from metrics.jsonl: the first and last loss and evaluations."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vitscale.errors import ConfigError
 from vitscale.goodput import summary
 from vitscale.metrics import FILE_NAME, is_score
-from vitscale.report.page.records import read_columns
+from vitscale.report.page.records import each_number
+
+
+@dataclasses.dataclass(slots=True)
+class Ends:
+    """The values of a metric at its first step and at its last one."""
+
+    first_step: int
+    first: float
+    last_step: int
+    last: float
 
 
 def render(runs: Sequence[str]) -> str:
@@ -19,13 +30,27 @@ def _lines(run: str) -> Iterator[str]:
     path = Path(run) / FILE_NAME
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: {run} is not a run directory, or has logged nothing yet")
-    columns = read_columns(path)
-    if not columns:
+    ends = _read_ends(path)
+    if not ends:
         raise ConfigError(f"{path} holds no row of numbers: {run} has logged nothing yet")
-    for name, column in columns.items():
+    for name, end in ends.items():
         if name == "train/loss" or is_score(name):
-            steps = f"{column.steps[0]:.0f} to {column.steps[-1]:.0f}"
-            yield f"{run:<24} {name:<28} {column.first:>10.4f} {column.last:>10.4f}   {steps}"
-    spent = {name: column.last for name, column in columns.items() if name.startswith("goodput/")}
+            steps = f"{end.first_step} to {end.last_step}"
+            yield f"{run:<24} {name:<28} {end.first:>10.4f} {end.last:>10.4f}   {steps}"
+    spent = {name: end.last for name, end in ends.items() if name.startswith("goodput/")}
     if spent:
         yield f"{run:<24} {'wall time':<28} {summary(spent)}"
+
+
+def _read_ends(path: Path) -> dict[str, Ends]:
+    """By metric; of rows of one step, the first is first and the last is last."""
+    ends: dict[str, Ends] = {}
+    for step, name, value in each_number(path):
+        end = ends.get(name)
+        if not end:
+            end = ends[name] = Ends(step, value, step, value)
+        if step < end.first_step:
+            end.first_step, end.first = step, value
+        if step >= end.last_step:
+            end.last_step, end.last = step, value
+    return ends

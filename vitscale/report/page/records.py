@@ -3,7 +3,7 @@
 import array
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,15 +117,22 @@ def short_names(paths: Sequence[str]) -> list[str]:
 def read_columns(path: Path) -> dict[str, Column]:
     """The numbers of metrics.jsonl by metric; what is no number is passed over."""
     columns: dict[str, tuple[array.array[float], array.array[float]]] = {}
+    for step, name, value in each_number(path):
+        arrays = columns.get(name)
+        if not arrays:
+            arrays = columns[name] = array.array("d"), array.array("d")
+        arrays[0].append(step)
+        arrays[1].append(value)
+    return {name: _column(*columns.pop(name)) for name in list(columns)}  # no more than one twice
+
+
+def each_number(path: Path) -> Iterator[tuple[int, str, float]]:
+    """(step, metric, value) of the numbers of metrics.jsonl."""
     for row in each_row(path):
         for name, value in row.items():
-            if type(value) is float or (type(value) is int and abs(value) < 2**63):
-                arrays = columns.get(name)
-                if not arrays:
-                    arrays = columns[name] = array.array("d"), array.array("d")
-                arrays[0].append(row["step"])
-                arrays[1].append(value)
-    return {name: _column(*arrays) for name, arrays in columns.items() if name not in ("step", *HASHES)}
+            is_number = type(value) is float or (type(value) is int and abs(value) < 2**63)
+            if is_number and name not in ("step", *HASHES):
+                yield row["step"], name, float(value)
 
 
 def _column(steps: "array.array[float]", values: "array.array[float]") -> Column:
