@@ -220,6 +220,13 @@ def test_a_result_counts_for_its_weights_and_test_set_alone(tmp_path: Path, stop
             finetuned(other, stopped)
 
 
+@pytest.mark.parametrize("content", [b"init = 3", b"run_dir = ", b"\xff"])
+def test_a_damaged_config_is_one_sentence(tmp_path: Path, stopped: Slots, content: bytes) -> None:
+    (tmp_path / "config.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config.toml cannot be read by this vitscale .*another --out"):
+        finetuned(tuning(tmp_path), stopped)
+
+
 def test_a_source_of_an_earlier_version_counts_by_its_weights(tmp_path: Path) -> None:
     source = {"checkpoint": f"{STEP} (step 7, weights w1)", "evaluation": "--data a"}
     (tmp_path / "source.json").write_text(json.dumps(source))

@@ -44,6 +44,7 @@ SAMPLE = [
 def test_a_job_saves_or_says_why_and_leaves_nothing(
     tmp_path: Path, index: Path, uninterrupted: Job, sweep: bool
 ) -> None:
+    losses: list[list[float]] = []
     for number, case in enumerate(TABLE if sweep else SAMPLE):
         job = Job(tmp_path / str(number), index)
         end = end_of(case, job)
@@ -51,7 +52,9 @@ def test_a_job_saves_or_says_why_and_leaves_nothing(
         assert not end.left, f"{case}: {end}"
         assert end.seconds < 15, f"{case}: {end}"
         check(case, end, job)
-        assert job.column("data/digest")[:20] == uninterrupted.column("data/digest"), case  # the same run
+        assert job.column("data/digest")[:20] == uninterrupted.column("data/digest"), case  # the same data
+        losses.append(job.column("train/loss")[:20])
+        assert losses[-1] == losses[0], case  # and the same training
 
 
 def check(case: Case, end: End, job: Job) -> None:

@@ -1,6 +1,6 @@
 """Eight ranks of the deepspeed launcher make the run of one.
 
-Its run on two ranks is in test_ends.py, and that of torchrun, with a rank that dies, in
+Two ranks of it are in test_ends.py, and those of torchrun, one of which dies, in
 test_restarts.py.
 """
 

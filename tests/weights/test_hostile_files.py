@@ -288,6 +288,7 @@ def test_damaged_and_encrypted_archives_are_refused(tmp_path: Path) -> None:
         (encrypted, "hostile.npz is not an .npz file of arrays, or is damaged"),
         (other_method, "hostile.npz is not an .npz file of arrays, or is damaged"),
         (data[:-500], "hostile.npz is not an .npz file of arrays, or is damaged"),
+        (data[100:], "hostile.npz is not an .npz file of arrays, or is damaged"),  # places before 0
     ):
         (tmp_path / "hostile.npz").write_bytes(hostile)
         with pytest.raises(CheckpointError, match=reason):

@@ -46,7 +46,7 @@ BIT_CROP = (384 / 448) ** 2  # the share of an image of 448 px that a crop of 38
 PROTOCOLS: Mapping[str, Protocol] = {
     # ViT (arXiv 2010.11929, appendix B.1.1 and D): one setting for all tasks, at 384 px, and
     # BiT's crops and flips. The dropout of the paper's fine-tunings is in the README.md of
-    # vision_transformer alone. No source names a warmup.
+    # vision_transformer alone. The papers name no warmup.
     "paper": Protocol(
         image_size=384,
         batch=512,

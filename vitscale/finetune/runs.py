@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import atomic, processes, run_dir, storage, toml
+from vitscale import atomic, processes, run_dir, storage
 from vitscale import config as configs
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.cores import num_cores
@@ -320,8 +320,8 @@ def keep_config(folder: Path, config: TrainConfig) -> None:
 def _as_begun(folder: Path, config: TrainConfig, start: StartingPoint) -> TrainConfig:
     """The config; of a run that an earlier version began, with the place that it named."""
     path = folder / "config.toml"
-    kept = toml.parse(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if start.named == start.path or kept.get("init", {}).get("checkpoint") != start.named:
+    kept = run_dir.saved_config_at(path, "another --out") if path.exists() else None
+    if start.named == start.path or not kept or kept.init.checkpoint != start.named:
         return config
     if not any((folder / name).exists() for name in ("result.json", "run")):
         path.unlink()

@@ -23,7 +23,7 @@ from vitscale.train_config import TrainConfig
 
 RESULT_NAME = "result.json"
 _GIVEN = ("mean", "std")
-_REMEDY = "delete it, and `python tools/study.py run` writes it again"
+_REMEDY = "delete it, and run again the command that wrote it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,7 @@ def table2(study: StudyConfig, cells: Sequence[Cell]) -> str:
     names = [*TARGETS, *_other_recipes(study)]
     columns = [
         *(_paper_column(name, names) for name in TABLE2),
-        *(_our_column(study, title, group, names) for title, group in ours.items()),
+        *(_our_column(title, group, names) for title, group in ours.items()),
     ]
     labels = ["", *(TARGETS.get(name, name) for name in names)]
     labels += ["Average-5", "TPUv3-core-days", "device-days"]
@@ -89,15 +89,15 @@ def _paper_column(title: str, names: Sequence[str]) -> list[str]:
     return [title, *shown, average, f"{headline.core_days:,.0f}", NOTHING]
 
 
-def _our_column(study: StudyConfig, title: str, group: Sequence[Cell], names: Sequence[str]) -> list[str]:
+def _our_column(title: str, group: Sequence[Cell], names: Sequence[str]) -> list[str]:
     results = [result for cell in group if (result := cell.result())]
-    averages = [value_of(study, cell, result, AVERAGE5) for cell, result in zip(group, results, strict=True)]
-    known = [average for average in averages if average is not None]
+    tuned = {name: [found for cell in group if (found := finetuned(cell, name))] for name in AVERAGE5}
+    means = [fmean(found["mean"] for found in runs) for runs in tuned.values() if runs]
     core_days = fmean(result.exaflops for result in results) * 1e18 / TPUV3_CORE_FLOPS / 86_400
     return [
         title,
         *(_mean_and_deviation([finetuned(cell, name) for cell in group]) for name in names),
-        f"{100 * fmean(known):.2f}" if known else NOTHING,
+        f"{100 * fmean(means):.2f}" if len(means) == len(AVERAGE5) else NOTHING,
         f"{core_days:.3g}",
         f"{fmean(result.device_days for result in results):.3g}",
     ]

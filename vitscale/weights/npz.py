@@ -3,6 +3,7 @@
 Nothing in them is ever unpickled. Equal tensors make equal files, byte for byte.
 """
 
+import errno
 import json
 import lzma
 import math
@@ -118,8 +119,10 @@ class NpzReader:
 
 
 def _let_through(error: BaseException) -> None:
-    """Raise what a disk refuses again; an OSError of a decompressor has no errno."""
-    if isinstance(error, OSError) and error.errno:
+    """Raise what a disk refuses again. An OSError of a decompressor has no errno, and EINVAL is
+    that of a place before the file's beginning.
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         raise error
 
 
