@@ -19,7 +19,7 @@ from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import Manifest, TensorInfo, TrainState, joined
 from vitscale.checkpoint.safetensors import write_safetensors
 from vitscale.checkpoint.store import Home
-from vitscale.checkpoint.verify import Checkpoint, alone, newest_good, open_directory, up_to_untried
+from vitscale.checkpoint.verify import Checkpoint, alone, first_untried, newest_good, open_directory
 from vitscale.data.indexing import build_index
 from vitscale.engine.fragments import Counters
 
@@ -168,10 +168,15 @@ def verified(folder: Path) -> Manifest:
     return open_directory(str(folder)).manifest
 
 
+def steps_on_disk(place: str | Path) -> list[int]:
+    """The steps of all committed checkpoints in a folder or store, sorted by number."""
+    return sorted(step for step, _ in store.committed_in([str(place)]))
+
+
 def newest(directory: Path) -> Checkpoint | None:
     """The newest checkpoint below a folder that passes, as a run finds it."""
     home = Home(directory)
-    return newest_good(lambda failed: up_to_untried(home.committed(), failed), str(directory), alone)
+    return newest_good(lambda failed: first_untried(home.committed(), failed), str(directory), alone)
 
 
 def _cuts(num_values: int, world_size: int, seed: int) -> list[tuple[int, int]]:

@@ -123,8 +123,9 @@ class Ledger:
         """A start of the run, since `began`; call it within the run's lock."""
         self._path, self._writes = Path(run_dir) / FILE_NAME, writes
         self._starts = read_starts(self._path) if writes else []
-        # Of all starts but the last one: their JSON, and the seconds of each kind.
-        self._before_last: tuple[list[str], dict[str, float]] | None = None
+        # Of all starts but the last, since ready(): their JSON, and the seconds of each kind.
+        self._texts_before: list[str] = []
+        self._seconds_before: dict[str, float] = {}
         self._progress = Progress()
         self._begin(began)
 
@@ -139,7 +140,8 @@ class Ledger:
             start.marks = [mark for mark in start.marks if mark.step <= step] or start.marks[:1]
         for start in self._starts[:-2]:
             del start.marks[1:-1]
-        self._before_last = None
+        self._texts_before = list(map(_to_json, self._starts[:-1]))
+        self._seconds_before = seconds_before_last(self._starts)
         self._progress = progress
         self._touch()
         self._now.seconds["start"] = self._now.elapsed
@@ -166,24 +168,20 @@ class Ledger:
     def write(self) -> dict[str, float]:
         """Write the file. Returns metrics of a row: "goodput/step" and so on, "run/starts".
 
-        What earlier starts are in it is worked out once: a row costs as much after hundreds.
+        What earlier starts add is worked out once: a row costs no more after hundreds of them.
         """
         self._touch()
-        if self._before_last is None:
-            self._before_last = list(map(_to_json, self._starts[:-1])), seconds_before_last(self._starts)
-        texts, seconds = self._before_last
         if self._writes:
-            starts = ", ".join([*texts, _to_json(self._now)])
+            starts = ", ".join([*self._texts_before, _to_json(self._now)])
             atomic.write(self._path, f'{{"starts": [{starts}]}}\n'.encode())
-        parts = {f"goodput/{kind}": part for kind, part in fractions(self._starts, seconds).items()}
-        return {**parts, "run/starts": len(self._starts)}
+        parts = fractions(self._starts, self._seconds_before).items()
+        return {**{f"goodput/{kind}": part for kind, part in parts}, "run/starts": len(self._starts)}
 
     def _begin(self, at: float) -> None:
         # From here on by the clock of the phases, which nobody sets.
         self._since = time.perf_counter() - max(0.0, time.time() - at)
         self._now = Start(at)
         self._starts.append(self._now)
-        self._before_last = None
 
     def _touch(self) -> None:
         self._now.elapsed = time.perf_counter() - self._since

@@ -32,8 +32,8 @@ def each_row(
 ) -> Iterator[dict[str, Any]]:
     """The rows of read_metrics, one at a time: those of a long run take much memory at once.
 
-    start: where the first line begins. names: only rows in which one of these occurs, which is
-    ten times as fast where it does in few; () = all rows.
+    start: where the first line begins. names: only rows that have one of these, about ten times
+    as fast if few do; () = all rows.
     """
     num_skipped, keys = 0, [json.dumps(name).encode() for name in names]
     with open(path, "rb") as file:
@@ -50,7 +50,7 @@ def each_row(
 
 
 def tail_start(path: Path, step: int, key: str = "step") -> int:
-    """Where a line near the end begins before which all rows are of steps below `step`.
+    """The offset of a line near the end; every row before it has a step below `step`.
 
     Steps rise from row to row, but for the costs of saves. key: as in trim_metrics.
     """
@@ -71,9 +71,9 @@ def tail_start(path: Path, step: int, key: str = "step") -> int:
 def trim_metrics(path: Path, resume_step: int, key: str = "step") -> list[dict[str, Any]]:
     """Drop rows past `resume_step` and torn ones, atomically; 0, a fresh start, drops all.
 
-    key: what of a row counts; "step" where it has no other. Steps rise by it, as each start
-    trims: a line long before `resume_step` is not looked at. Returns the whole rows that were
-    dropped.
+    key: what of a row counts; "step" where it has no other. Rows rise by it, because each start
+    trims the file, so lines far before `resume_step` are not read. Returns the whole rows that
+    were dropped.
     """
     if not path.exists():
         return []

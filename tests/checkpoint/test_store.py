@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from make import edit_manifest, newest, state_of, verified, write_step
+from make import edit_manifest, newest, state_of, steps_on_disk, verified, write_step
 from safetensors.torch import load_file
 
 from vitscale import load_model
@@ -227,8 +227,8 @@ def test_of_a_linked_step_retention_deletes_the_link_alone(tmp_path: Path, direc
     link.symlink_to(tmp_path / "elsewhere")
     assert verified(link).step == 3
     config = CheckpointConfig(keep_last=1)
-    store.apply_retention(store.Home(directory), config, (), set(), lambda folder: True)
-    assert store.steps_on_disk(directory) == [4] and verified(tmp_path / "elsewhere").step == 3
+    store.apply_retention(store.Home(directory), config, (), lambda folder: True)
+    assert steps_on_disk(directory) == [4] and verified(tmp_path / "elsewhere").step == 3
     assert not list(directory.glob(".tmp-*"))
 
 
@@ -284,13 +284,13 @@ def test_steps_are_ordered_by_number_and_leftovers_are_no_checkpoints(
         write_model(tmp_path, step)
     (directory / ".tmp-step-000000007").mkdir()
     (directory / "step-old").mkdir()
-    assert store.steps_on_disk(directory) == [5, 900_000_000, 2_000_000_000]
+    assert steps_on_disk(directory) == [5, 900_000_000, 2_000_000_000]
 
 
 def test_only_our_own_names_are_steps(tmp_path: Path) -> None:
     for name in ("step-²", "step-5", "step-000000004-copy", "step-٠٠٠٠٠٠٠٠٣", "step-000000002"):
         (tmp_path / name).mkdir()
-    assert store.steps_on_disk(tmp_path) == [2]
+    assert steps_on_disk(tmp_path) == [2]
 
 
 def test_an_export_gives_the_same_model_without_deepspeed(tmp_path: Path) -> None:

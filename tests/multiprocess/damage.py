@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from make import steps_on_disk
+
 from vitscale import distributed
 from vitscale.checkpoint import load, store
 from vitscale.checkpoint.manifest import MANIFEST
@@ -50,7 +52,7 @@ def damaged(damage: Damage, sound: Path, folder: Path) -> Path:
     """A fresh copy of the two checkpoints in `sound` below `folder`, the newest one damaged."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(sound, folder)
-    older, newest = (store.step_directory(folder, step) for step in store.steps_on_disk(folder))
+    older, newest = (store.step_directory(folder, step) for step in steps_on_disk(folder))
     damage.apply(older, newest)
     return folder
 
@@ -72,7 +74,7 @@ def find_together(sound: Path, folder: Path, places: int, result: Path) -> None:
 
 
 def _table(sound: Path, places: int) -> Iterator[Damage]:
-    yield from damages(store.step_directory(sound, store.steps_on_disk(sound)[-1]), places)
+    yield from damages(store.step_directory(sound, steps_on_disk(sound)[-1]), places)
 
 
 def _swap_ranks(_: Path, newest: Path) -> None:

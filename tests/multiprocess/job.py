@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from make import steps_on_disk
+
 from vitscale.checkpoint import store
 from vitscale.rows import read_metrics
 
@@ -171,7 +173,7 @@ class Job:
     def checkpoints(self) -> dict[int, Path]:
         """The folders of all committed checkpoints, by step."""
         directory = store.directory_of(self.run_dir)
-        return {step: store.step_directory(directory, step) for step in store.steps_on_disk(directory)}
+        return {step: store.step_directory(directory, step) for step in steps_on_disk(directory)}
 
     def temporary_saves(self) -> list[Path]:
         return list(store.directory_of(self.run_dir).glob(".tmp-step-*"))

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from make import newest
+from make import newest, steps_on_disk
 from multiprocess import damage as damaging
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
@@ -24,7 +24,7 @@ def places(sweep: bool) -> int:
 def sound(tmp_path: Path, uninterrupted: Job) -> Path:
     """The last two checkpoints of a run, in a folder of their own."""
     directory = store.directory_of(uninterrupted.run_dir)
-    for step in store.steps_on_disk(directory)[-2:]:
+    for step in steps_on_disk(directory)[-2:]:
         shutil.copytree(store.step_directory(directory, step), tmp_path / "sound" / store.step_name(step))
     return tmp_path / "sound"
 
@@ -32,7 +32,7 @@ def sound(tmp_path: Path, uninterrupted: Job) -> Path:
 def test_damage_is_refused_by_name_and_the_checkpoint_before_is_used(
     sound: Path, tmp_path: Path, places: int, caplog
 ) -> None:
-    older, last = (store.step_name(step) for step in store.steps_on_disk(sound))
+    older, last = (store.step_name(step) for step in steps_on_disk(sound))
     assert newest(sound).folder == str(sound / last)
     for damage in damaging.damages(sound / last, places):
         folder = damaging.damaged(damage, sound, tmp_path / "damaged")
@@ -50,7 +50,7 @@ def test_ranks_that_share_the_work_refuse_the_same_and_use_the_same(
     arguments = (sound, folder, places, result)
     statuses = zygote.run(2, damaging.find_together, *arguments, log=log, timeout_seconds=600)
     assert statuses == [0, 0], log.read_text()
-    older, last = store.steps_on_disk(sound)
+    older, last = steps_on_disk(sound)
     expected = [
         [damage.name, str(store.step_directory(folder, older)), [last]]
         for damage in damaging.damages(store.step_directory(sound, last), places)
@@ -59,7 +59,7 @@ def test_ranks_that_share_the_work_refuse_the_same_and_use_the_same(
 
 
 def test_a_stale_or_broken_name_of_the_newest_misleads_nobody(sound: Path) -> None:
-    last = store.step_directory(sound, store.steps_on_disk(sound)[-1])
+    last = store.step_directory(sound, steps_on_disk(sound)[-1])
     for content in ("step-000000015", "step-000000999", "", "../.."):
         (sound / store.LATEST).write_text(content)
         assert newest(sound).folder == str(last)

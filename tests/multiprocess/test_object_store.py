@@ -78,7 +78,7 @@ def test_two_jobs_that_save_one_step_leave_a_whole_checkpoint(tmp_path: Path, bu
         """What a store holds of its step, and of the earlier one, after it was saved."""
         store.publish(manifest, home.store)
         assert open_directory(store.step_folder(home.store, manifest.step)).manifest == manifest
-        store.apply_retention(home, CheckpointConfig(), (), set(), lambda _: True)
+        store.apply_retention(home, CheckpointConfig(), (), lambda _: True)
         return [name for step in (4, 5) for name in storage.names_in(store.step_folder(home.store, step))]
 
     late, old, new = uploaded(4, "late"), uploaded(5, "old"), uploaded(5, "new")

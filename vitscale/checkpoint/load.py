@@ -11,7 +11,7 @@ from vitscale import distributed, storage
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.checkpoint.store import Home
-from vitscale.checkpoint.verify import Checkpoint, newest_good, together, up_to_untried
+from vitscale.checkpoint.verify import Checkpoint, first_untried, newest_good, together
 from vitscale.engine.engine import Engine
 from vitscale.engine.fragments import FP32, UNTRAINED, Wanted
 from vitscale.errors import CheckpointError
@@ -111,11 +111,11 @@ def find(home: Home) -> Checkpoint | None:
     read: a store that does not answer says nothing about what it holds.
     """
 
-    def listing(failed: Collection[str]) -> list[str]:
-        return distributed.on_main(lambda: up_to_untried(home.committed(), failed))
+    def untried(failed: Collection[str]) -> str:
+        return distributed.on_main(lambda: first_untried(home.committed(), failed))
 
     with distributed.alike():
-        return newest_good(listing, home.place, together)
+        return newest_good(untried, home.place, together)
 
 
 def resume(engine: Engine, checkpoint: Checkpoint) -> None:

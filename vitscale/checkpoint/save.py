@@ -54,7 +54,6 @@ class Saver:
         self._home, self._config, self._best_of = home, config, best_of
         self._distrusted = set(distrusted)
         self._healthy: dict[str, bool] = {}  # by folder or URL
-        self._published: set[str] = set()  # of apply_retention
         self._buffer = HostBuffer() if config.background else None
         self._channel = distributed.new_channel()
         self._saves: list[_Save] = []  # not yet reported by finished()
@@ -146,9 +145,7 @@ class Saver:
 
     def retain(self) -> None:
         """Name the best checkpoint, and delete those that need not be kept; rank 0 calls it."""
-        store.apply_retention(
-            self._home, self._config, self._distrusted, self._published, self._is_healthy, self._best_of
-        )
+        store.apply_retention(self._home, self._config, self._distrusted, self._is_healthy, self._best_of)
 
     def newest_healthy(self) -> str:
         """The folder or URL of the newest healthy checkpoint, or "" if there is none."""
@@ -162,7 +159,6 @@ class Saver:
                 break
             store.delete_checkpoint(folder)
             self._healthy.pop(folder, None)
-            self._published.discard(folder)
         for place in {self._home.place, str(self._home.directory)}:
             store.name_latest(place)
         self.retain()

@@ -145,11 +145,6 @@ def step_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def steps_on_disk(place: str | Path) -> list[int]:
-    """The steps of all committed checkpoints in a folder or store, sorted by number."""
-    return sorted(step for step, _ in committed_in([str(place)]))
-
-
 def committed_in(places: Sequence[str]) -> Iterator[tuple[int, str]]:
     """(step, folder or URL) of the committed checkpoints in some places, the newest first.
 
@@ -279,8 +274,8 @@ def retained(
 ) -> set[int]:
     """Which steps to keep: the last, the newest healthy one, the best, and those kept for ever.
 
-    is_committed(step), and of those is_healthy(step), are asked from the newest step on, as far
-    as needed. Steps that are kept for ever need not be committed.
+    Steps are asked from the newest on, as far as needed: is_committed, and of the committed
+    ones is_healthy. Steps that are kept for ever need not be committed.
     """
     newest_first = sorted(steps, reverse=True)
     last = itertools.islice(filter(is_committed, newest_first), keep_last)
@@ -294,21 +289,17 @@ def apply_retention(
     home: Home,
     config: CheckpointConfig,
     distrusted: Collection[str],
-    published: set[str],
     is_healthy: Callable[[str], bool],
     best_of: Callable[[Sequence[int]], int | None] = lambda steps: None,
 ) -> None:
     """Delete the checkpoints that need not be kept; rank 0 calls it.
 
     distrusted: checkpoints that did not verify; they are neither counted nor deleted.
-    published: the URLs that earlier calls found committed in a store; this one adds to them.
-        They are counted without another look. Another job may have deleted them since, so the
-        newest, the best and those to be deleted are looked at again.
     is_healthy: of the others, by folder or URL.
     best_of: which step among some is the best; None = none is.
 
-    A store lists each folder once at most, and none of those kept for ever but the newest. A
-    failed deletion is logged, and tried again after the next save.
+    A store lists each folder once at most, and of those kept for ever only the newest ones and
+    the best. A failed deletion is logged, and tried again after the next save.
     """
     place = home.place
     folder_of = functools.partial(step_folder, place)
@@ -317,21 +308,18 @@ def apply_retention(
     def is_there(step: int) -> bool:
         return storage.is_local(place) or MANIFEST in names_of(step)
 
-    def is_committed(step: int) -> bool:
-        if folder_of(step) not in published and is_there(step):
-            published.add(folder_of(step))
-        return folder_of(step) in published
-
     try:
         named = [step for step in _named_steps(place) if folder_of(step) not in distrusted]
         # From the newest checkpoint on: what is newer may be what another job still uploads.
         steps = list(itertools.dropwhile(lambda step: not is_there(step), sorted(named, reverse=True)))
-        best = next(filter(is_there, _from_best(steps, best_of)), None)
+        best = best_of(steps)
+        if best is not None and not is_there(best):
+            best = best_of(list(filter(is_there, steps)))
         kept = retained(
             steps,
             config.keep_last,
             config.keep_every_steps,
-            is_committed,
+            is_there,
             lambda step: is_healthy(folder_of(step)),
             best,
         )
@@ -339,21 +327,12 @@ def apply_retention(
         for step in sorted(set(steps) - kept):
             if is_there(step):
                 delete_checkpoint(folder_of(step))
-                published.discard(folder_of(step))
             elif _is_abandoned(folder_of(step), names_of(step), folder_of(steps[0])):
                 storage.delete(folder_of(step))
         if not is_named:
             _write_name(place, BEST, best)
     except (OSError, StoreError) as error:
         logger.warning("old checkpoints could not be deleted (%s); trying again after the next save", error)
-
-
-def _from_best(steps: Sequence[int], best_of: Callable[[Sequence[int]], int | None]) -> Iterator[int]:
-    """The best of some steps, the best of the others, and so on."""
-    left = list(steps)
-    while (best := best_of(left)) is not None:
-        yield best
-        left.remove(best)
 
 
 def _tries_to_name(place: str, best: int | None) -> bool:

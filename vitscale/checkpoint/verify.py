@@ -45,15 +45,14 @@ class Checkpoint:
 
 
 Check = Callable[[str], Verdict]
-Listing = Callable[[Collection[str]], Sequence[str]]
+Untried = Callable[[Collection[str]], str]
 
 
-def newest_good(listing: Listing, place: str, check: Check) -> Checkpoint | None:
+def newest_good(untried: Untried, place: str, check: Check) -> Checkpoint | None:
     """The newest candidate that passes, or None if there are none.
 
-    listing: gives the candidates, the newest first, up to one that is not among those that have
-        failed (up_to_untried). It is called again after each that fails: a live run may have
-        saved another one, and deleted that.
+    untried: gives the newest candidate that is not among those that have failed, "" if there is
+        none. It looks again each time: a live run may have saved another one meanwhile.
     place: the run that the error names, or the step directory if that is the only candidate.
     check: `alone`, `at_a_glance` or `together`.
 
@@ -61,10 +60,10 @@ def newest_good(listing: Listing, place: str, check: Check) -> Checkpoint | None
     are some and none passes: to start from scratch would lose the run.
     """
     problems: dict[str, str] = {}  # of those that failed
-    while (folders := listing(problems)) and (folder := folders[-1]) not in problems:
+    while folder := untried(problems):
         verdict = check(folder)
         if verdict.manifest and not verdict.problem:
-            return Checkpoint(folder, verdict.manifest, tuple(folders[:-1]))
+            return Checkpoint(folder, verdict.manifest, tuple(problems))
         problems[folder] = verdict.problem
         if distributed.is_main() and folder != place:
             logger.warning("checkpoint passed over: %s", verdict.problem)
@@ -79,14 +78,9 @@ def newest_good(listing: Listing, place: str, check: Check) -> Checkpoint | None
     )
 
 
-def up_to_untried(committed: Iterable[tuple[int, str]], failed: Collection[str]) -> list[str]:
-    """The folders of committed checkpoints, up to the first that is not among those failed."""
-    folders = []
-    for _, folder in committed:
-        folders.append(folder)
-        if folder not in failed:
-            break
-    return folders
+def first_untried(committed: Iterable[tuple[int, str]], failed: Collection[str]) -> str:
+    """The first folder of some checkpoints that is not among those that failed; "" = none."""
+    return next((folder for _, folder in committed if folder not in failed), "")
 
 
 def alone(folder: str) -> Verdict:
@@ -170,23 +164,20 @@ def places_of(run: str) -> list[str]:
 
 def committed(run: str) -> list[tuple[int, str]]:
     """(step, folder) of all checkpoints of a run, sorted by step."""
-    return sorted(
-        (step, store.step_folder(place, step))
-        for place in places_of(run)
-        for step in store.steps_on_disk(place)
-    )
+    return sorted(store.committed_in(places_of(run)))
 
 
-def candidates_at(path: str, failed: Collection[str]) -> list[str]:
-    """The Listing of the checkpoints that a path means: a step directory, or those of a run.
+def untried_at(path: str, failed: Collection[str]) -> str:
+    """The newest checkpoint of a run or step directory that has not failed; "" = none.
 
     Raises CheckpointError if there are none, also for an export.
     """
     names = storage.names_in(path)
     if MANIFEST in names:
-        return [path]
-    if candidates := up_to_untried(store.committed_in(places_of(path)), failed):
-        return candidates
+        return "" if path in failed else path
+    folder = first_untried(store.committed_in(places_of(path)), failed)
+    if folder or (failed and path not in failed):
+        return folder
     if path.endswith(".safetensors") or any(name.startswith("model.safetensors") for name in names):
         raise CheckpointError(f"{path} is an export: it holds weights alone; give a run or step directory")
     if store.step_of(path) is not None:
@@ -202,7 +193,7 @@ def open_directory(path: str, check: Check = alone) -> Checkpoint:
 
     check: `alone` or `at_a_glance`. Raises CheckpointError if there is none that passes.
     """
-    checkpoint = newest_good(lambda failed: candidates_at(path, failed), path, check)
+    checkpoint = newest_good(lambda failed: untried_at(path, failed), path, check)
     assert checkpoint, "there are candidates, or an error"
     return checkpoint
 
@@ -211,7 +202,7 @@ def open_together(path: str) -> Checkpoint:
     """As open_directory, checked by all ranks together; every rank calls it."""
     with distributed.alike():
         checkpoint = newest_good(
-            lambda failed: distributed.on_main(lambda: candidates_at(path, failed)), path, together
+            lambda failed: distributed.on_main(lambda: untried_at(path, failed)), path, together
         )
     assert checkpoint, "there are candidates, or an error"
     return checkpoint

@@ -12,6 +12,7 @@ from jaxtyping import Float64
 
 from vitscale import config as configs
 from vitscale import ending, goodput, history, storage, toml
+from vitscale.checkpoint.verify import check_all, committed
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.errors import ConfigError, UserError
 from vitscale.expect import Verdict, judge
@@ -202,8 +203,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], TrainConfig | None, str]:
 def _read_checkpoints(run: str) -> tuple[RunListing | None, str]:
     """The listing of a run, verified if there is not too much to read, and why none."""
     try:
-        listing = list_run(run, checksums=False)
-        num_bytes = sum(row.num_bytes for row in listing.checkpoints)
-        return (list_run(run) if num_bytes <= VERIFIED_BYTES else listing), ""
+        verdicts = check_all([folder for _, folder in committed(run)], checksums=False)
+        num_bytes = sum(verdict.manifest.num_bytes for verdict in verdicts if verdict.manifest)
+        return list_run(run, checksums=num_bytes <= VERIFIED_BYTES), ""
     except UserError as error:
         return None, str(error)
