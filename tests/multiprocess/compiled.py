@@ -1,5 +1,6 @@
 """What a rank of test_compiled.py does: pytest's type checks would be compiled, too."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,30 +22,10 @@ from vitscale.start import started
 from vitscale.step import skipped_step, train_step
 from vitscale.train_config import TrainConfig
 
+VIT = ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=8, num_classes=5)
 MODELS: dict[str, ModelConfig] = {
-    "vit": ViTConfig(
-        variant="Ti/4",
-        width=32,
-        depth=2,
-        num_heads=4,
-        mlp_dim=48,
-        image_size=8,
-        num_classes=5,
-        distilled=True,
-        posemb="learned2d",
-        posemb_at="every_layer",
-    ),
-    "relative": ViTConfig(
-        variant="Ti/4",
-        width=32,
-        depth=2,
-        num_heads=4,
-        mlp_dim=48,
-        image_size=8,
-        num_classes=5,
-        pool="mean",
-        posemb="relative",
-    ),
+    "vit": dataclasses.replace(VIT, distilled=True, posemb="learned2d", posemb_at="every_layer"),
+    "relative": dataclasses.replace(VIT, pool="mean", posemb="relative"),
     "hybrid": HybridConfig(
         variant="R+Ti/16",
         stem_width=32,
