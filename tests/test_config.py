@@ -238,7 +238,7 @@ def test_files_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
         load(Outer, [write(tmp_path / "bad.toml", "run_dir = ")])
     with pytest.raises(ConfigError, match=r"long\.toml has a number of thousands of digits"):
         load(Outer, [write(tmp_path / "long.toml", f"warmup = {'9' * 5000}")])
-    for text in (f"x = {'[' * 900}", f"seed{'.a' * 900} = 1"):
+    for text in (f"x = {'[' * 900}", f"seed{'.a' * 900} = 1", f"seed{'.a' * 60} = 1"):
         with pytest.raises(ConfigError, match=r"deep\.toml is not valid TOML: .* more than 50 levels deep"):
             load(Outer, [write(tmp_path / "deep.toml", text)])
     with pytest.raises(ConfigError, match=rf"^{tmp_path} is a folder; name a \.toml file in it$"):

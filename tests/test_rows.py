@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vitscale.metrics import MetricsWriter
-from vitscale.rows import BLOCK_BYTES, each_row, read_metrics, trim_metrics
+from vitscale.rows import BLOCK_BYTES, each_row, read_metrics, tail_start, trim_metrics
 
 STEPS = 600
 
@@ -82,6 +82,15 @@ def test_a_start_reads_the_end_of_a_long_log_only(tmp_path: Path, caplog: pytest
     assert (path.stat().st_ino, path.stat().st_size) == (before.st_ino, before.st_size)
     assert caplog.text == ""
     assert len(read_metrics(path)) == len(OLD) and "not rows, skipped: 1" in caplog.text
+
+
+def test_the_end_of_a_log_has_all_rows_of_a_step_that_has_many(tmp_path: Path) -> None:
+    path, rows = (
+        tmp_path / "metrics.jsonl",
+        [line(STEPS, name="x" * 300) for _ in range(2 * BLOCK_BYTES // 300)],
+    )
+    path.write_bytes(b"".join([*OLD[:-1], *rows]))
+    assert 0 < tail_start(path, STEPS) <= sum(map(len, OLD[:-1]))
 
 
 def test_a_start_knows_all_evaluations_of_a_long_log(tmp_path: Path) -> None:
