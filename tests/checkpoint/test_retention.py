@@ -132,9 +132,8 @@ def test_of_what_is_in_a_store_only_finished_checkpoints_count(
     names = storage.names_in(home.store)
     assert [name for name in names if name != store.BEST] == [*map(store.step_name, left), "step-5"]
     if best := best_of(finished):
-        assert storage.read_bytes(storage.child(home.store, store.BEST)).decode().strip() == store.step_name(
-            best
-        )
+        named = storage.read_bytes(storage.child(home.store, store.BEST)).decode().strip()
+        assert named == store.step_name(best)
     else:
         assert store.BEST not in names
 

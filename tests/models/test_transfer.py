@@ -117,15 +117,9 @@ class MixerConfig:
     """A kind that vitscale does not have, without patch tokens."""
 
     kind: str = "mixer"
-    variant: str = "B/16"
     image_size: int = 224
     num_classes: int = 10
-    head_bias: float = 0.0
-    dropout: float = 0.0
-    drop_path: float = 0.0
     resolved_width: int = 768
-    resolved_depth: int = 12
-    num_blocks: int = 12
 
 
 @pytest.mark.usefixtures("without_type_checks")

@@ -22,7 +22,7 @@ from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint.manifest import Manifest
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA and NCCL run on no CPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NCCL and CUDA kernels")
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 LAYOUTS = [
