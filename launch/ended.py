@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(arguments: argparse.Namespace) -> int:
-    from vitscale import config, restarts
+    from vitscale import config
+    from vitscale.cluster import restarts
     from vitscale.train_config import TrainConfig
 
     paths, overrides = config.divided(arguments.configs)

@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str] | None) -> int:
-    from vitscale import multinode
+    from vitscale.cluster import multinode
 
     return multinode.main(argv)
 

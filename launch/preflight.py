@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)  # what ssh starts
     arguments = parser.parse_intermixed_args(argv)
     if arguments.answer:
-        from vitscale.preflight.rounds import answer_asker
+        from vitscale.cluster.preflight.rounds import answer_asker
 
         return answer_asker()
     if not any(text.endswith(".toml") for text in arguments.arguments):
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(arguments: argparse.Namespace) -> int:
-    from vitscale.preflight import program
+    from vitscale.cluster.preflight import program
 
     given = arguments.arguments
     if arguments.facts:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vitscale import command, multinode
+from vitscale import command
+from vitscale.cluster import multinode
 from vitscale.errors import (
     BusyError,
     CheckpointError,

@@ -9,24 +9,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Units of one layer do not import one another; a unit is a file or folder of vitscale/ itself.
 LAYERS = [
-    ["redaction", "launch_environment", "quantities", "toml", "cores", "store_clients"],
-    ["errors", "image_size", "progress", "hang"],
-    ["open_files", "slurm", "vtab", "hardware", "rendezvous", "sealed_store"],
-    ["config", "distributed", "rng", "atomic", "attempts", "hostfile"],
-    ["storage", "processes", "command", "ending", "watch", "goodput", "run_lock", "file_lock", "rows"],
-    ["sliced"],
-    ["models", "losses", "optim", "schedule", "mixup", "data", "watchdog", "pace", "expect"],
-    ["metrics", "spikes", "engine", "evals", "objectives", "curate"],
-    ["checkpoint", "health", "memory"],
+    ["redaction", "quantities", "toml", "store_clients"],
+    ["errors", "image_size", "progress"],
+    ["system", "slurm", "vtab", "rendezvous", "attempts"],
+    ["config", "distributed", "rng"],
+    ["storage", "command", "run_lock"],
+    ["sliced", "metrics"],
+    ["models", "losses", "optim", "schedule", "mixup", "data"],
+    ["engine", "evals", "objectives", "curate"],
+    ["checkpoint", "guard", "memory"],
     ["weights", "train_config"],
     ["job", "teacher", "shared_memory"],
     ["meter", "evaluate", "cooldown", "history", "profiler", "inspection"],
     ["run_dir"],
-    ["start", "dry_run", "plan", "preflight", "restarts", "report"],
+    ["start", "dry_run", "plan", "report"],
     ["step", "validation"],
     ["train"],
     ["finetune"],
-    ["bench", "multinode", "study"],
+    ["bench", "cluster", "study"],
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 MODULES = sorted((ROOT / "vitscale").rglob("*.py"))

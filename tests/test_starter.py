@@ -14,7 +14,7 @@ from make import jpeg
 from launch.train import main as train
 from tools.data import main as pack
 from vitscale import config as configs
-from vitscale.rows import read_metrics
+from vitscale.metrics.rows import read_metrics
 from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]

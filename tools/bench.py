@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    from vitscale import atomic
+    from vitscale.system import atomic
 
     if arguments.json:
         atomic.check_writable(arguments.json, ".json")

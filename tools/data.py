@@ -63,12 +63,13 @@ def pack(arguments: argparse.Namespace) -> int:
 
 
 def index_shards(arguments: argparse.Namespace) -> int:
-    from vitscale import atomic, storage
+    from vitscale import storage
     from vitscale.data.classes import read_classes
     from vitscale.data.index import check_names, check_replaceable
     from vitscale.data.indexing import build_index, journal_of
     from vitscale.data.samples import SampleKeys
     from vitscale.errors import ConfigError
+    from vitscale.system import atomic
 
     keys = SampleKeys(
         image_key=arguments.image_key,
@@ -128,9 +129,9 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def stats(arguments: argparse.Namespace) -> int:
-    from vitscale import atomic
     from vitscale.curate.stats import describe, draw, measure
     from vitscale.data.index import Index
+    from vitscale.system import atomic
 
     if arguments.png:
         atomic.check_writable(arguments.png, ".png")
@@ -144,10 +145,10 @@ def stats(arguments: argparse.Namespace) -> int:
 
 
 def dedup(arguments: argparse.Namespace) -> int:
-    from vitscale import atomic
     from vitscale.curate.dedup import THRESHOLD, find_duplicates
     from vitscale.curate.duplicates import contact_sheet
     from vitscale.data.index import Index
+    from vitscale.system import atomic
 
     atomic.check_writable(arguments.out, ".json")
     if arguments.sheet:

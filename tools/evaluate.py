@@ -257,7 +257,7 @@ def _config_values(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse what could not be written at the end, when all is computed."""
-    from vitscale import atomic
+    from vitscale.system import atomic
 
     if args.json:
         atomic.check_writable(args.json, ".json")
@@ -268,7 +268,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _report(outcome: dict[str, Any], path: str | None) -> None:
-    from vitscale import atomic
+    from vitscale.system import atomic
 
     if path:
         atomic.write(path, (json.dumps(outcome, indent=2) + "\n").encode())

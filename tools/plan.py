@@ -63,10 +63,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    from vitscale import atomic, config
+    from vitscale import config
     from vitscale.plan import text
     from vitscale.plan.make import Cluster, make_plan
     from vitscale.plan.speed import Speed, read_measurements
+    from vitscale.system import atomic
     from vitscale.train_config import TrainConfig
 
     if arguments.json:

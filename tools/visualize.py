@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def visualize(arguments: argparse.Namespace) -> int:
-    from vitscale import atomic
     from vitscale.inspection import run
+    from vitscale.system import atomic
 
     atomic.check_writable(arguments.out, ".png")
     pictures = run.Pictures(data=arguments.data, files=arguments.images, count=arguments.count or 0)

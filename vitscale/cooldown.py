@@ -6,13 +6,14 @@ The run that it comes from, the trunk, stays as it is and can go on.
 import dataclasses
 from pathlib import Path
 
-from vitscale import atomic, storage
 from vitscale import config as configs
+from vitscale import storage
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.checkpoint.verify import open_directory
 from vitscale.errors import ConfigError
-from vitscale.expect import ExpectConfig
+from vitscale.metrics.expect import ExpectConfig
 from vitscale.schedule import ScheduleConfig, learning_rate
+from vitscale.system import atomic
 from vitscale.train_config import InitConfig, TrainConfig
 
 

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from vitscale import errors, hardware, open_files, rendezvous, slurm
-from vitscale.cores import num_cores
+from vitscale import errors, rendezvous, slurm
 from vitscale.errors import ConfigError, StoreError, UserError
+from vitscale.system import hardware, open_files
+from vitscale.system.cores import num_cores
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vitscale import distributed, hardware
+from vitscale import distributed
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.checkpoint.verify import Checkpoint
 from vitscale.data.sources import Source, open_sources
@@ -17,6 +17,7 @@ from vitscale.evals.store import FeatureStore, digest_of, model_digest
 from vitscale.evals.task import run_task, within_memory
 from vitscale.job import derive
 from vitscale.losses import LossConfig
+from vitscale.system import hardware
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel, Slot, locate
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale import config as configs
-from vitscale.ending import TIME_FORMAT
+from vitscale.guard.ending import TIME_FORMAT
 from vitscale.job import Job
 from vitscale.progress import Progress
 from vitscale.quantities import counted

@@ -14,11 +14,11 @@ from vitscale.data.order import DIGEST_MASK, digest
 from vitscale.data.stages import Stages, advice
 from vitscale.engine.engine import Engine
 from vitscale.engine.norms import StepNorms
-from vitscale.hardware import peak_flops
 from vitscale.job import Job
+from vitscale.metrics.pace import Pace, SlowRank, slowest
 from vitscale.models.flops import train_flops
-from vitscale.pace import Pace, SlowRank, slowest
 from vitscale.progress import Progress
+from vitscale.system.hardware import peak_flops
 
 logger = logging.getLogger(__name__)
 ROWS_BEFORE_ADVICE = 3

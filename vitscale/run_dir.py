@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import __version__, atomic, distributed, ending, goodput, history
+from vitscale import __version__, distributed, history
 from vitscale import config as configs
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import saved_config
@@ -16,12 +16,15 @@ from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.data.record import FILE_NAME as RECORD_NAME
 from vitscale.data.record import DataRecord
 from vitscale.errors import BusyError, ConfigError, StoreError, UserError
+from vitscale.guard import ending
+from vitscale.guard.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.job import Job
-from vitscale.metrics import FILE_NAME as METRICS_NAME
+from vitscale.metrics import goodput
+from vitscale.metrics.rows import each_row
+from vitscale.metrics.writer import FILE_NAME as METRICS_NAME
 from vitscale.progress import Progress
-from vitscale.rows import each_row
 from vitscale.run_lock import RunLock
-from vitscale.spikes import FILE_NAME as SPIKES_NAME
+from vitscale.system import atomic
 from vitscale.train_config import TrainConfig
 
 CONFIG_NAME = "config.toml"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vitscale import distributed, hardware, memory
+from vitscale import distributed, memory
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.save import Saver
 from vitscale.checkpoint.store import Home
@@ -28,19 +28,20 @@ from vitscale.data.quarantine import Quarantine
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
 from vitscale.errors import ConfigError
+from vitscale.guard.spikes import FILE_NAME as SPIKES_NAME
+from vitscale.guard.spikes import Spikes
 from vitscale.job import Job, Tasks, has_pairs
-from vitscale.metrics import MetricsWriter, SilentWriter
+from vitscale.metrics.pace import Pace
+from vitscale.metrics.rows import trim_metrics
+from vitscale.metrics.writer import MetricsWriter, SilentWriter
 from vitscale.models import empty_model
 from vitscale.objectives import DistillationConfig, Objective, build_objective
 from vitscale.optim import freeze
-from vitscale.pace import Pace
 from vitscale.progress import Progress
 from vitscale.quantities import counted
 from vitscale.rng import derive_seed
-from vitscale.rows import trim_metrics
 from vitscale.run_dir import check_continuation, check_new_length, check_teacher, write_record
-from vitscale.spikes import FILE_NAME as SPIKES_NAME
-from vitscale.spikes import Spikes
+from vitscale.system import hardware
 from vitscale.teacher import Teacher, load_teacher, place_of
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel, Slot, locate

@@ -12,27 +12,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from vitscale import __version__, distributed, history, processes, shared_memory
+from vitscale import __version__, distributed, history, shared_memory
 from vitscale import config as configs
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.store import step_of
-from vitscale.ending import Ending
 from vitscale.errors import PREEMPTED, DataError, Diverged, UserError
-from vitscale.goodput import Ledger, summary
-from vitscale.health import Health
+from vitscale.guard.ending import Ending
+from vitscale.guard.health import Health
+from vitscale.guard.watch import Watch
+from vitscale.guard.watchdog import Watchdog
 from vitscale.job import Job, Tasks, open_tasks, prepare
 from vitscale.meter import Meter
+from vitscale.metrics.goodput import Ledger, summary
 from vitscale.profiler import Profiler
 from vitscale.progress import Due, Phases, Progress
 from vitscale.run_dir import claimed, note_refusal, write_config
 from vitscale.schedule import learning_rate
 from vitscale.start import Run, enough_memory, started
 from vitscale.step import skipped_step, train_step
+from vitscale.system import processes
 from vitscale.teacher import Teacher
 from vitscale.train_config import TrainConfig
 from vitscale.validation import best_so_far, draw, evaluate
-from vitscale.watch import Watch
-from vitscale.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from vitscale.data.transforms import AugmentConfig
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig, EvalConfig
-from vitscale.expect import ExpectConfig
 from vitscale.image_size import written
 from vitscale.losses import LossConfig
+from vitscale.metrics.expect import ExpectConfig
 from vitscale.models import ModelConfig
 from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import (

@@ -10,11 +10,11 @@ from vitscale import distributed
 from vitscale.errors import ConfigError
 from vitscale.evals.adapters import LiveModel
 from vitscale.evals.task import run_task
+from vitscale.guard.watch import Watch
 from vitscale.inspection.attention import as_vit
 from vitscale.inspection.live import observe
 from vitscale.job import Job
 from vitscale.start import Run
-from vitscale.watch import Watch
 
 
 def evaluate(run: Run, names: Sequence[str], watch: Watch) -> bool:

@@ -11,7 +11,7 @@ from vitscale.bench.ranks import Sharding
 from vitscale.bench.scale import Parts, ScaleBench
 from vitscale.errors import ConfigError
 from vitscale.models.vit_config import ViTConfig
-from vitscale.open_files import sockets
+from vitscale.system.open_files import sockets
 
 PARAMETERS = 76_712  # of mu/16 with 1000 classes
 BYTES = 12  # a master and two moments in fp32

@@ -112,7 +112,7 @@ def test_shards_of_another_origin_and_a_folder_within_the_source_are_refused(tmp
 
 
 def test_a_second_packing_into_the_same_folder_is_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("vitscale.file_lock._WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("vitscale.system.file_lock._WAIT_SECONDS", 0.1)
     source, out = write_photos(tmp_path / "photos"), tmp_path / "out"
     out.mkdir()
     descriptor = os.open(out, os.O_RDONLY)

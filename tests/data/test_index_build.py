@@ -24,7 +24,7 @@ from vitscale.data.index import Index
 from vitscale.data.indexing import build_index, journal_of
 from vitscale.data.samples import SampleKeys
 from vitscale.errors import ConfigError, DataError
-from vitscale.processes import ProgressCallback
+from vitscale.system.processes import ProgressCallback
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,7 +143,7 @@ def test_an_index_that_cannot_be_saved_is_not_built_again_from_the_start(
 
 
 def test_one_command_at_a_time_makes_an_index(tmp_path: Path, shards: list[str], capsys, monkeypatch) -> None:
-    monkeypatch.setattr("vitscale.file_lock._WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("vitscale.system.file_lock._WAIT_SECONDS", 0.1)
     out = tmp_path / "index.json"
     command = ["index", f"{tmp_path}/shards/*.tar", "--out", str(out), "--workers", "0"]
     with journal_of(out):

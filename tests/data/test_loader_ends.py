@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from vitscale.data import loader
 from vitscale.data.loader import in_thread, prepare_worker
 from vitscale.errors import DataError
-from vitscale.processes import no_garbage_collection
+from vitscale.system.processes import no_garbage_collection
 
 
 class Collecting(IterableDataset[bool]):

@@ -3,7 +3,7 @@
 import os
 import time
 
-from vitscale.preflight import facts, rounds
+from vitscale.cluster.preflight import facts, rounds
 
 
 def compare(config: str) -> None:

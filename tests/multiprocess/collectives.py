@@ -13,7 +13,7 @@ import torch
 from multiprocess.hooks import at_frames
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from vitscale import command, distributed, errors, hang, watchdog
+from vitscale import command, distributed, errors
 from vitscale.checkpoint import load
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.store import Home
@@ -21,7 +21,8 @@ from vitscale.data.reader import read_chunk
 from vitscale.errors import UserError
 from vitscale.evals import FewShotConfig, open_task
 from vitscale.evals.fewshot import FewShotTask
-from vitscale.watch import Watch
+from vitscale.guard import hang, watchdog
+from vitscale.guard.watch import Watch
 
 
 def fail(folder: Path, way: str, kind: str, failing: int) -> None:

@@ -12,7 +12,7 @@ from multiprocess.waits import norms_wait_a_few_times
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy
 
-from vitscale import distributed, hardware
+from vitscale import distributed
 from vitscale.bench import step as bench
 from vitscale.bench.step import RETRIES, Case, StepBench
 from vitscale.engine.batches import plan_batches
@@ -21,6 +21,7 @@ from vitscale.engine.engine import Engine
 from vitscale.models.vit_config import ViTConfig
 from vitscale.optim import OptimConfig
 from vitscale.sliced.muon import SCALE, orthogonal
+from vitscale.system import hardware
 
 OPTIM = OptimConfig(weight_decay=0.1, clip_norm=1.0)
 SHAPES = [(768, 192), (192, 768), (384, 384)]

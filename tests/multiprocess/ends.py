@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from multiprocess.job import PROGRAM, TIMEOUT_SECONDS, Job, reserved_port, wait_until
 
-from vitscale import ending
+from vitscale.guard import ending
 
 LAUNCHERS = {
     "python": [sys.executable],

@@ -13,7 +13,7 @@ from pathlib import Path
 from make import steps_on_disk
 
 from vitscale.checkpoint import store
-from vitscale.rows import read_metrics
+from vitscale.metrics.rows import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "launch" / "train.py"

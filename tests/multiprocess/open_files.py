@@ -12,12 +12,12 @@ from vitscale import config as configs
 from vitscale import distributed, start
 from vitscale import train as training
 from vitscale.errors import UserError
-from vitscale.goodput import Ledger
+from vitscale.guard.watch import Watch
+from vitscale.guard.watchdog import Watchdog
 from vitscale.job import prepare
+from vitscale.metrics.goodput import Ledger
 from vitscale.progress import Phases
 from vitscale.train_config import TrainConfig
-from vitscale.watch import Watch
-from vitscale.watchdog import Watchdog
 
 
 def join(soft: int, hard: int, result: Path) -> None:

@@ -16,7 +16,7 @@ from vitscale import config as configs
 from vitscale import distributed
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.engine import Engine
-from vitscale.health import Health
+from vitscale.guard.health import Health
 from vitscale.models import build_model
 from vitscale.train import train as train_config
 from vitscale.train_config import TrainConfig

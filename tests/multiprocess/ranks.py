@@ -20,14 +20,15 @@ from multiprocess.hooks import at_batch, at_batches, at_calls, at_effects, at_fr
 from weights.foreign_models import import_timm
 
 from launch.train import main
-from vitscale import attempts, ending, watch, watchdog
+from vitscale import attempts
 from vitscale.checkpoint import snapshot
 from vitscale.checkpoint.save import Saver
-from vitscale.ending import Ending
 from vitscale.engine import zero
 from vitscale.engine.engine import Engine
 from vitscale.evals.classify import ClassifyTask
 from vitscale.evals.predictions import Predictions
+from vitscale.guard import ending, watch, watchdog
+from vitscale.guard.ending import Ending
 
 
 class Event(Protocol):

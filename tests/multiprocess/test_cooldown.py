@@ -9,7 +9,7 @@ from multiprocess.zygote import Zygote
 
 from tools.checkpoint import main
 from vitscale.config import load
-from vitscale.expect import ExpectConfig
+from vitscale.metrics.expect import ExpectConfig
 from vitscale.train_config import TrainConfig
 
 

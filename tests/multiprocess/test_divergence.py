@@ -16,7 +16,7 @@ from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import Manifest
-from vitscale.rows import read_metrics
+from vitscale.metrics.rows import read_metrics
 
 DIVERGE = ("optim.lr=1e30", "schedule.warmup_steps=0", "checkpoint.every_steps=2")
 

@@ -14,9 +14,10 @@ from multiprocess.job import Job, wait_until
 from multiprocess.ranks import Fail, NotFinite, OutOfMemory, SlowSave, SlowToClose, Stop
 from multiprocess.zygote import Zygote
 
-from vitscale import command, ending
-from vitscale.ending import Ending
+from vitscale import command
 from vitscale.errors import DataError, RankLost, Told
+from vitscale.guard import ending
+from vitscale.guard.ending import Ending
 from vitscale.train import conclude
 
 TERM, INT, USR1, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL

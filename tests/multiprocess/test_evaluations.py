@@ -13,7 +13,7 @@ from vitscale.evals import KMeansConfig, KnnConfig, LinearConfig, LogisticConfig
 from vitscale.evals.classify import ClassifyTask
 from vitscale.evaluate import evaluate
 from vitscale.job import open_tasks, prepare
-from vitscale.rows import read_metrics
+from vitscale.metrics.rows import read_metrics
 from vitscale.train_config import TrainConfig
 
 

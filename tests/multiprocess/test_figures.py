@@ -11,14 +11,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from vitscale.data.transforms import normalize
-from vitscale.goodput import read_starts
 from vitscale.inspection.attention import attention_distance, attention_maps, observe_attention
 from vitscale.inspection.live import observe
 from vitscale.inspection.mosaics import enlarged, filter_tiles
 from vitscale.inspection.weights import principal_components
+from vitscale.metrics.goodput import read_starts
+from vitscale.metrics.rows import read_metrics
 from vitscale.models.vit import ViT
 from vitscale.models.vit_config import ViTConfig
-from vitscale.rows import read_metrics
 
 FIGURES = ("log.figures_every_steps=8", "log.tensorboard=true", "total_steps=20")
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from vitscale import load_model
 from vitscale.evals import FewShotConfig, open_task
 from vitscale.evals.adapters import FrozenModel
+from vitscale.metrics.rows import read_metrics
 from vitscale.models.posemb import resize_posemb
-from vitscale.rows import read_metrics
 from vitscale.weights.export import export_safetensors
 from vitscale.weights.files import Weights
 

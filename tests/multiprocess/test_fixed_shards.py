@@ -14,7 +14,7 @@ from multiprocess.zygote import Zygote
 from vitscale.checkpoint import store
 from vitscale.data.indexing import build_index
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
-from vitscale.rows import read_metrics
+from vitscale.metrics.rows import read_metrics
 
 SAMPLES = 64  # in two shards, in chunks of 4: 8 steps of 8 an epoch
 BROKEN = range(0, SAMPLES, 8)  # in every second chunk

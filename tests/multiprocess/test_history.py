@@ -11,7 +11,7 @@ from multiprocess.zygote import Zygote
 
 from vitscale.data.order import DIGEST_MASK, digest
 from vitscale.history import card
-from vitscale.rows import read_metrics
+from vitscale.metrics.rows import read_metrics
 
 
 def test_each_start_is_a_row_with_its_layout_and_what_changed(

@@ -7,8 +7,8 @@ from multiprocess.job import Job
 from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
-from vitscale.metrics import MetricsWriter
-from vitscale.rows import read_metrics
+from vitscale.metrics.rows import read_metrics
+from vitscale.metrics.writer import MetricsWriter
 
 
 def section(index: Path, judge: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import yaml
 from multiprocess.hosts import ROOT, Hosts, send, two_hosts
 from multiprocess.job import TIMEOUT_SECONDS, Job, wait_until
 
-from vitscale import ending
+from vitscale.guard import ending
 
 MANIFEST = ROOT / "launch" / "kubernetes.yaml"
 

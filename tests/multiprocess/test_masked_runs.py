@@ -11,7 +11,7 @@ from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
 from vitscale import load_model
-from vitscale.rows import read_metrics
+from vitscale.metrics.rows import read_metrics
 from vitscale.weights.export import export_safetensors
 
 MASKED = (

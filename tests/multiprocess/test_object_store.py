@@ -11,12 +11,14 @@ from multiprocess.rank_runs import train_apart
 from multiprocess.ranks import FewAttempts, Kill, Stop
 from multiprocess.zygote import Zygote
 
-from vitscale import ending, restarts, storage
+from vitscale import storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import MANIFEST, Manifest
 from vitscale.checkpoint.store import CheckpointConfig
 from vitscale.checkpoint.verify import open_directory
+from vitscale.cluster import restarts
 from vitscale.errors import CheckpointError
+from vitscale.guard import ending
 from vitscale.weights.saved import load_model
 
 

@@ -8,7 +8,7 @@ from multiprocess import open_files
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
-from vitscale.open_files import needed
+from vitscale.system.open_files import needed
 
 
 def results(folder: Path, world_size: int) -> list[list]:

@@ -12,10 +12,10 @@ from multiprocess.ranks import KillAll
 from multiprocess.zygote import Zygote
 
 from vitscale import load_model
+from vitscale.metrics.rows import read_metrics
 from vitscale.models import ModelConfig
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
-from vitscale.rows import read_metrics
 
 RESNET = """[model]
 kind = "resnet"

@@ -9,7 +9,7 @@ from multiprocess.hosts import ROOT
 from multiprocess.job import Job, wait_until
 from multiprocess.slurm import Slurm, two_node_slurm
 
-from vitscale import ending
+from vitscale.guard import ending
 
 NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
 PYTHON = ROOT / ".venv" / "bin" / "python"

@@ -29,8 +29,8 @@ from multiprocess.zygote import Zygote
 
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.data.indexing import build_index
-from vitscale.goodput import summary
-from vitscale.rows import read_metrics
+from vitscale.metrics.goodput import summary
+from vitscale.metrics.rows import read_metrics
 
 SEEDS = (0, 1)
 ROLLED_BACK = range(4, 14)  # ten steps in a row, after the healthy checkpoint of step 3

@@ -12,8 +12,8 @@ from multiprocess.ranks import KillAll, Stop, StopInEvaluation
 from multiprocess.zygote import Zygote
 from weights.foreign_models import saved_model
 
+from vitscale.metrics.rows import read_metrics
 from vitscale.models.vit_config import ViTConfig
-from vitscale.rows import read_metrics
 
 
 def evaluations(job: Job) -> list[tuple[int, float]]:

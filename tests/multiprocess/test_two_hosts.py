@@ -12,8 +12,8 @@ from multiprocess.hosts import ROOT, Hosts, send, two_hosts
 from multiprocess.job import TIMEOUT_SECONDS, Job, wait_until
 from multiprocess.zygote import Zygote
 
-from vitscale import ending
 from vitscale.checkpoint.manifest import Manifest
+from vitscale.guard import ending
 
 PYTHON = ROOT / ".venv" / "bin" / "python"
 # At a higher rate, the rounding of other layouts grows tenfold every few steps.

@@ -14,7 +14,7 @@ from multiprocess.zygote import Zygote
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig
 from vitscale.evaluate import evaluate
-from vitscale.rows import read_metrics
+from vitscale.metrics.rows import read_metrics
 from vitscale.weights.export import export_safetensors
 
 SPLIT = (

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from vitscale import config as configs
-from vitscale.hardware import GPUS
 from vitscale.models.flops import train_flops
 from vitscale.plan.make import Cluster, Option, Plan, make_plan
 from vitscale.plan.speed import Measured, Speed
+from vitscale.system.hardware import GPUS
 from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,6 @@ import pytest
 
 from vitscale import config as configs
 from vitscale.errors import ConfigError
-from vitscale.hardware import GPUS, Gpu
 from vitscale.image_size import pixels
 from vitscale.memory import activation_bytes
 from vitscale.models.flops import train_flops
@@ -19,6 +18,7 @@ from vitscale.models.vit_config import ViTConfig
 from vitscale.plan.make import Cluster, make_plan
 from vitscale.plan.speed import EAGER, Speed, read_measurements
 from vitscale.plan.text import render, results
+from vitscale.system.hardware import GPUS, Gpu
 from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,8 +23,8 @@ import torch
 import xxhash
 from torch.multiprocessing.spawn import start_processes
 
-from vitscale import atomic, distributed, rendezvous
 from vitscale import config as configs
+from vitscale import distributed, rendezvous
 from vitscale.checkpoint import load
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.save import Saver
@@ -36,6 +36,7 @@ from vitscale.engine.fragments import FP32, OPTIMIZER_SLOTS, Counters, Wanted
 from vitscale.errors import CheckpointError
 from vitscale.models import ModelConfig, build_model
 from vitscale.optim import OptimConfig
+from vitscale.system import atomic
 from vitscale.weights.foreign.convert import Format, export_model
 from vitscale.weights.saved import SavedModel
 

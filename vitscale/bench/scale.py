@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from vitscale import open_files
 from vitscale.bench import ranks
 from vitscale.bench.ranks import SLOTS, Sharding
 from vitscale.checkpoint.load import FragmentReader
@@ -34,6 +33,7 @@ from vitscale.memory import state_bytes
 from vitscale.models import ModelConfig, empty_model
 from vitscale.models.vit_config import ViTConfig
 from vitscale.optim import kernels
+from vitscale.system import open_files
 
 GATHERING = 4  # processes
 SAMPLED = 8  # ranks, whose reads are planned

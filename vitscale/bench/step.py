@@ -28,7 +28,6 @@ from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.engine.engine import DTYPES, Engine
-from vitscale.hardware import lacks_memory, peak_flops
 from vitscale.image_size import pixels, sides
 from vitscale.losses import LossConfig, compute_loss, to_targets
 from vitscale.models import ModelConfig, build_model
@@ -40,6 +39,7 @@ from vitscale.models.vit_config import ViTConfig
 from vitscale.objectives import BatchKey, ClassificationConfig, build_objective
 from vitscale.optim import OptimConfig, build_optimizer
 from vitscale.plan.speed import row_name
+from vitscale.system.hardware import lacks_memory, peak_flops
 
 # Kinds of blocks of a model, at most: two of each stage of a ResNet. Each is a graph.
 MAX_GRAPHS = 8

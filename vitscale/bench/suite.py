@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from vitscale import atomic
 from vitscale.bench import step
 from vitscale.bench.step import Case, StepBench, every_case
-from vitscale.cores import num_cores
 from vitscale.errors import ConfigError, DataError
-from vitscale.metrics import FILE_NAME
+from vitscale.metrics.rows import read_metrics
+from vitscale.metrics.writer import FILE_NAME
 from vitscale.models.vit_config import ViTConfig
-from vitscale.rows import read_metrics
+from vitscale.system import atomic
+from vitscale.system.cores import num_cores
 
 # Images of a step, which fit into 80 GB without recomputation.
 BATCHES = {"S/16": 1024, "B/16": 512, "L/16": 256, "H/14": 128}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vitscale import atomic, storage
+from vitscale import storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import MANIFEST, Manifest, joined, numbered
@@ -20,6 +20,7 @@ from vitscale.checkpoint.safetensors import FileInfo, SafetensorsReader, Safeten
 from vitscale.checkpoint.verify import open_directory
 from vitscale.engine.fragments import FP32, UNTRAINED
 from vitscale.errors import CheckpointError
+from vitscale.system import atomic
 
 MAX_FILES = 100_000  # ranks have five digits in the names
 

@@ -35,9 +35,10 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-from vitscale import atomic, storage
+from vitscale import storage
 from vitscale.checkpoint.manifest import MANIFEST, Manifest
 from vitscale.errors import CheckpointError, ConfigError, StoreError
+from vitscale.system import atomic
 
 logger = logging.getLogger(__name__)
 LATEST, BEST = "latest", "best"

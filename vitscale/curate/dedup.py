@@ -33,8 +33,8 @@ from vitscale.data.indexing import open_index
 from vitscale.data.reader import describe, read_any
 from vitscale.data.samples import BadSample
 from vitscale.errors import ConfigError
-from vitscale.processes import ProgressCallback, map_in_order, no_progress
 from vitscale.redaction import redact
+from vitscale.system.processes import ProgressCallback, map_in_order, no_progress
 
 THRESHOLD = 24
 LEAST_THRESHOLD = 8  # within it are 98% of copies re-encoded at quality 70 or halved, of any kind

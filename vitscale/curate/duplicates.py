@@ -8,12 +8,12 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vitscale import atomic
 from vitscale.data.decode import decode
 from vitscale.data.exclusions import FORMAT, VERSION
 from vitscale.data.index import Index
 from vitscale.data.reader import read_samples
 from vitscale.redaction import redact
+from vitscale.system import atomic
 
 NUM_LISTED_PAIRS = 1000
 NUM_SHEET_PAIRS = 24

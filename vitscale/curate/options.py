@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale.cores import num_cores
 from vitscale.curate.formats import FORMAT_NAMES, PLAIN_FORMATS
+from vitscale.system.cores import num_cores
 from vitscale.vtab.tasks import TASKS
 
 EXAMPLE = """examples:

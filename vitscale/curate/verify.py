@@ -10,7 +10,7 @@ from vitscale.data.reader import describe, read_chunk
 from vitscale.data.samples import BadSample
 from vitscale.data.scan import Shard, scan_shard
 from vitscale.errors import UserError
-from vitscale.processes import ProgressCallback, map_in_order, no_progress
+from vitscale.system.processes import ProgressCallback, map_in_order, no_progress
 
 
 def verify_index(

@@ -4,14 +4,15 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from vitscale import atomic, storage
+from vitscale import storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.index import Index
 from vitscale.data.reader import cache_key, read_chunk
 from vitscale.data.samples import BadSample
 from vitscale.data.sources import Source
 from vitscale.errors import ConfigError
-from vitscale.processes import ProgressCallback, no_progress
+from vitscale.system import atomic
+from vitscale.system.processes import ProgressCallback, no_progress
 
 THREADS = 16  # they wait for the store, not for a core
 

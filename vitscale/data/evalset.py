@@ -11,7 +11,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitscale import distributed, processes
+from vitscale import distributed
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.index import Index
 from vitscale.data.indexing import open_index
@@ -22,6 +22,7 @@ from vitscale.data.sources import Source, label_problem
 from vitscale.data.transforms import Crop, evaluation_view
 from vitscale.errors import DataError, UserError
 from vitscale.image_size import ImageSize, sides
+from vitscale.system import processes
 
 logger = logging.getLogger(__name__)
 PREFETCHED_BATCHES = 2  # that each data worker holds ready

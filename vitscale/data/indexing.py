@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from vitscale import file_lock, processes, storage
+from vitscale import storage
 from vitscale.data.index import CHUNK_SAMPLES, FORMAT, MAX_CHUNK_SAMPLES, VERSION, Index
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
 from vitscale.data.scan import (
@@ -28,6 +28,7 @@ from vitscale.data.scan import (
 )
 from vitscale.data.stored import StoredArray
 from vitscale.errors import ConfigError, DataError
+from vitscale.system import file_lock, processes
 
 
 def build_index(

@@ -30,7 +30,7 @@ from torch.utils.data._utils.signal_handling import (
     _remove_worker_pids,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from vitscale import processes, storage
+from vitscale import storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.lane import Lane, ViewConfig
 from vitscale.data.mixture import Mixture
@@ -39,6 +39,7 @@ from vitscale.data.sources import Source
 from vitscale.data.stages import Stages
 from vitscale.data.transforms import finish_views
 from vitscale.errors import ConfigError, UserError
+from vitscale.system import processes
 
 T = TypeVar("T")
 PREFETCHED_STEPS = 2  # per worker

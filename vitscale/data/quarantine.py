@@ -5,7 +5,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitscale import atomic, distributed
+from vitscale import distributed
+from vitscale.system import atomic
 
 logger = logging.getLogger(__name__)
 FILE_NAME = "quarantine.jsonl"

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vitscale import atomic
 from vitscale.data.index import Index, damaged_chunks
 from vitscale.data.order import ShardLayout
 from vitscale.data.reader import SamplePlace, parse_place
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
 from vitscale.data.tar import BLOCK
+from vitscale.system import atomic
 
 logger = logging.getLogger(__name__)
 FILE_NAME, VERSION = "data.npz", 1

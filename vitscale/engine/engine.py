@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitscale import distributed, hardware
+from vitscale import distributed
 from vitscale.engine import gradients, sliced, zero
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig, Precision, check_compiled, make_ds_config
@@ -33,6 +33,7 @@ from vitscale.errors import ConfigError
 from vitscale.models import Model
 from vitscale.models.corruption import Corruption
 from vitscale.optim import OptimConfig, build_optimizer
+from vitscale.system import hardware
 
 logger = logging.getLogger(__name__)
 NO_STEPS = Counters()

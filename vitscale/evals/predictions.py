@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from vitscale import atomic, distributed
+from vitscale import distributed
 from vitscale.data.evalset import EvaluationSet
+from vitscale.system import atomic
 
 TOP = 5
 BINS = 15  # of the calibration error, as in Guo et al., "On Calibration of Modern Neural Networks"

@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitscale import atomic, distributed
+from vitscale import distributed
 from vitscale.models.model import CommonConfig
 from vitscale.models.transfer import backbone_of
+from vitscale.system import atomic
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from typing import Protocol, TypeVar, runtime_checkable
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from vitscale import hardware
 from vitscale.config import check_choices, dotted, positive
 from vitscale.data.evalset import EvaluationSet
 from vitscale.data.sources import Source
@@ -19,6 +18,7 @@ from vitscale.data.transforms import Crop
 from vitscale.errors import ConfigError
 from vitscale.evals.store import FeatureStore
 from vitscale.image_size import ImageSize
+from vitscale.system import hardware
 
 T = TypeVar("T")
 

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from vitscale import atomic, storage
 from vitscale import config as configs
+from vitscale import storage
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig
 from vitscale.finetune.model import KEYS, tuned_model
 from vitscale.finetune.runs import FineTuning, Slots, check_overrides, deviating, located, several
 from vitscale.models import ModelConfig
 from vitscale.models.transfer import check_backbone, check_head
+from vitscale.system import atomic
 from vitscale.train_config import TrainConfig
 
 

@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import atomic, processes, run_dir, storage
 from vitscale import config as configs
+from vitscale import run_dir, storage
 from vitscale.checkpoint.manifest import MANIFEST
-from vitscale.cores import num_cores
 from vitscale.errors import PREEMPTED, CheckpointError, ConfigError, Terminated, UserError
 from vitscale.evals.store import digest_of, model_digest
 from vitscale.models import ModelConfig
+from vitscale.system import atomic, processes
+from vitscale.system.cores import num_cores
 from vitscale.train_config import TrainConfig
 from vitscale.weights.files import find_export
 from vitscale.weights.saved import SavedModel

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from vitscale import atomic
 from vitscale.errors import ConfigError, DataError
 from vitscale.finetune.protocols import PROTOCOLS, Setting, finetuning_config
 from vitscale.finetune.runs import (
@@ -27,6 +26,7 @@ from vitscale.finetune.runs import (
     scored,
 )
 from vitscale.finetune.scores import Scores
+from vitscale.system import atomic
 from vitscale.vtab.tasks import TASKS, TEST, TRAIN800, TRAIN800VAL200, VAL200, Task
 
 

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from vitscale import atomic
 from vitscale.errors import ConfigError
 from vitscale.inspection.images import lit
 from vitscale.inspection.mosaics import GAP, tiled
 from vitscale.inspection.weights import Components
+from vitscale.system import atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,6 @@ from vitscale.data.mixture import lanes_of
 from vitscale.data.sources import make_mixture, open_sources
 from vitscale.engine.batches import BatchPlan, plan_batches
 from vitscale.errors import ConfigError, UserError
-from vitscale.hardware import GPUS, Gpu, gpu_name
 from vitscale.job import check_pairs, has_pairs
 from vitscale.memory import Memory
 from vitscale.models.flops import train_flops
@@ -18,6 +17,7 @@ from vitscale.models.layers import Checkpointing
 from vitscale.plan import formulas
 from vitscale.plan.speed import DECODE_RATE, Speed
 from vitscale.run_dir import check_new_length
+from vitscale.system.hardware import GPUS, Gpu, gpu_name
 from vitscale.train_config import TrainConfig
 
 STAGES = (1, 2, 3)

@@ -15,7 +15,6 @@ import numpy as np
 
 from vitscale.config import from_dict
 from vitscale.errors import ConfigError
-from vitscale.hardware import Gpu, gpu_of
 from vitscale.image_size import image_size
 from vitscale.memory import activation_bytes, count_params, vit_activation_bytes
 from vitscale.models import ModelConfig
@@ -32,6 +31,7 @@ from vitscale.plan.formulas import (
     pass_seconds,
     update_seconds,
 )
+from vitscale.system.hardware import Gpu, gpu_of
 
 EAGER = 0.85  # without compilation; B/16 on an H200 (docs/measurements.md)
 MFU_TOLERANCE = 0.01  # of the recorded MFU, against what the model of the file computes

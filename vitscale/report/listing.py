@@ -14,11 +14,11 @@ from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.verify import Verdict, check_all, committed, places_of
 from vitscale.errors import CheckpointError
-from vitscale.metrics import FILE_NAME, is_score
+from vitscale.metrics.rows import each_row
+from vitscale.metrics.writer import FILE_NAME, is_score
 from vitscale.quantities import size_text
 from vitscale.report.contents import facts_of
 from vitscale.report.text import damaged_newest, table, when
-from vitscale.rows import each_row
 
 WIDTH = 120
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vitscale.errors import ConfigError
-from vitscale.goodput import summary
-from vitscale.metrics import FILE_NAME, is_score
+from vitscale.metrics.goodput import summary
+from vitscale.metrics.writer import FILE_NAME, is_score
 from vitscale.report.page.records import each_number
 
 

@@ -9,16 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import atomic, toml
 from vitscale import config as configs
+from vitscale import toml
 from vitscale.data.index import Index
 from vitscale.errors import ConfigError
-from vitscale.goodput import FILE_NAME as TIME_NAME
-from vitscale.goodput import read_starts
-from vitscale.metrics import FILE_NAME, best_step
+from vitscale.metrics.goodput import FILE_NAME as TIME_NAME
+from vitscale.metrics.goodput import read_starts
+from vitscale.metrics.rows import each_row, tail_start
+from vitscale.metrics.writer import FILE_NAME, best_step
 from vitscale.models.flops import train_flops
-from vitscale.rows import each_row, tail_start
 from vitscale.study.config import StudyConfig, StudyModel
+from vitscale.system import atomic
 from vitscale.train_config import TrainConfig
 
 RESULT_NAME = "result.json"

@@ -12,10 +12,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from vitscale import atomic, storage
+from vitscale import storage
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.safetensors import SafetensorsReader, SafetensorsWriter, unreplaced
 from vitscale.errors import CheckpointError
+from vitscale.system import atomic
 
 EXPORT_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 ONNX_NAME = "model.onnx"

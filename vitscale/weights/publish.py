@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vitscale import atomic
 from vitscale.errors import CheckpointError
+from vitscale.system import atomic
 from vitscale.weights.files import EXPORT_NAME, INDEX_NAME, ONNX_NAME, Weights
 from vitscale.weights.npz import NpzReader
 

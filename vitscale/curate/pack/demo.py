@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vitscale import atomic, rng
+from vitscale import rng
 from vitscale.curate.pack.writer import write_shards
 from vitscale.data.indexing import build_index
 from vitscale.data.samples import RawSample
+from vitscale.system import atomic
 
 VERSION = 1
 KINDS = ("circle", "square", "triangle", "star", "cross", "ring")

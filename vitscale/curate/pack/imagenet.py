@@ -9,12 +9,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitscale import processes
 from vitscale.curate.pack.config import Omissions, PackConfig
 from vitscale.curate.pack.imagefolder import is_image_name, list_files
 from vitscale.curate.pack.listing import WHOLE, FileReferences, Listing, References
 from vitscale.curate.pack.tar_members import TarPlace, list_members
 from vitscale.errors import DataError
+from vitscale.system import processes
 
 SYNSET = re.compile(r"n\d{8}")
 TRAIN_TAR = "ILSVRC2012_img_train.tar"

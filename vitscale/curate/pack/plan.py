@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vitscale import atomic, file_lock
 from vitscale.config import differing_keys
 from vitscale.curate.pack.config import SHARD_SPLITS, PackConfig
 from vitscale.curate.pack.listing import Listing
 from vitscale.curate.pack.writer import shard_name
 from vitscale.errors import ConfigError, DataError
+from vitscale.system import atomic, file_lock
 
 PLAN_FILE, REPORT_FILE, OMISSIONS_FOLDER = "pack-plan.json", "pack-report.json", "pack-left-out"
 FORMAT, VERSION = "vitscale-pack-plan", 1

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitscale import atomic, processes, rng
+from vitscale import rng
 from vitscale.curate.pack import cifar, imagefolder, imagenet, shards, tables
 from vitscale.curate.pack.config import (
     NUM_LISTED,
@@ -43,7 +43,8 @@ from vitscale.curate.pack.transfer import objectnet, oxford
 from vitscale.curate.pack.vtab.formats import VTAB_FORMATS
 from vitscale.curate.pack.writer import open_shard
 from vitscale.errors import ConfigError, DataError, StoreError
-from vitscale.processes import ProgressCallback, no_progress
+from vitscale.system import atomic, processes
+from vitscale.system.processes import ProgressCallback, no_progress
 
 logger = logging.getLogger(__name__)
 

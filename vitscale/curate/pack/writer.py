@@ -7,8 +7,8 @@ from pathlib import Path
 
 from webdataset.writer import TarWriter
 
-from vitscale import atomic
 from vitscale.data.samples import RawSample
+from vitscale.system import atomic
 
 SAMPLES_PER_SHARD = 1000
 NO_LABELS = b'{"labels": []}'  # in KEY.json: the image has no label, which an empty KEY.cls cannot say

@@ -5,12 +5,12 @@ import datetime
 import hashlib
 from collections.abc import Callable, Sequence
 
-from vitscale import atomic
 from vitscale.report.page import course, curves, damage, overview, samples
 from vitscale.report.page.html import Html, details, element, joined, unless_unreadable
 from vitscale.report.page.records import Record, read_records
 from vitscale.report.page.shards import Shards
 from vitscale.report.page.style import CSS, SCRIPT
+from vitscale.system import atomic
 
 
 def write_page(runs: str | Sequence[str], out: str, *, with_images: bool = True) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from vitscale.expect import Band
+from vitscale.metrics.expect import Band
 from vitscale.report.page.html import Html, element, joined
 from vitscale.report.page.scale import Scale, percent, short, thinned
 

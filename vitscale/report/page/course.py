@@ -5,9 +5,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitscale import goodput
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.errors import UserError
+from vitscale.metrics import goodput
 from vitscale.quantities import size_text
 from vitscale.report.listing import CheckpointRow
 from vitscale.report.page.chart import stacked_bar

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from vitscale.expect import Band
-from vitscale.metrics import best_step
+from vitscale.metrics.expect import Band
+from vitscale.metrics.writer import best_step
 from vitscale.report.page.chart import Series, legend, line_chart
 from vitscale.report.page.html import Html, details, element, joined, note, table
 from vitscale.report.page.overview import scores

@@ -5,12 +5,12 @@ pictures of those samples as the shards hold them now.
 from collections.abc import Mapping
 from typing import Any
 
+from vitscale.guard.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.report.page.html import Html, details, element, joined, note, table
 from vitscale.report.page.pictures import card, gallery
 from vitscale.report.page.records import Record
 from vitscale.report.page.scale import short
 from vitscale.report.page.shards import Shards
-from vitscale.spikes import FILE_NAME as SPIKES_NAME
 
 MAX_ROWS, MAX_PICTURES = 200, 24  # of different samples that were replaced
 MAX_SPIKES, SPIKES_WITH_PICTURES, PICTURES_OF_SPIKE = 50, 3, 8

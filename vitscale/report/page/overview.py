@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from vitscale import config as configs
-from vitscale import goodput
 from vitscale.data.data_config import DataConfig
 from vitscale.image_size import pixels
-from vitscale.metrics import is_score
+from vitscale.metrics import goodput
+from vitscale.metrics.writer import is_score
 from vitscale.models import empty_model
 from vitscale.report.compare import flatten
 from vitscale.report.page.html import Html, details, element, escaped, joined, note, table

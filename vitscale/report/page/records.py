@@ -11,17 +11,19 @@ import numpy as np
 from jaxtyping import Float64
 
 from vitscale import config as configs
-from vitscale import ending, goodput, history, storage, toml
+from vitscale import history, storage, toml
 from vitscale.checkpoint.verify import check_all, committed
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.errors import ConfigError, UserError
-from vitscale.expect import Verdict, judge
-from vitscale.metrics import FILE_NAME as METRICS_NAME
-from vitscale.metrics import HASHES
+from vitscale.guard import ending
+from vitscale.guard.spikes import FILE_NAME as SPIKES_NAME
+from vitscale.metrics import goodput
+from vitscale.metrics.expect import Verdict, judge
+from vitscale.metrics.rows import each_row, read_metrics
+from vitscale.metrics.writer import FILE_NAME as METRICS_NAME
+from vitscale.metrics.writer import HASHES
 from vitscale.report.listing import RunListing, list_run
-from vitscale.rows import each_row, read_metrics
 from vitscale.run_dir import CONFIG_NAME
-from vitscale.spikes import FILE_NAME as SPIKES_NAME
 from vitscale.train_config import TrainConfig
 
 VERIFIED_BYTES = 2 << 30  # checkpoints up to so many in all are read, to verify their checksums

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float64
 
-from vitscale.metrics import is_score
+from vitscale.metrics.writer import is_score
 
 HUGE = 1e300  # beyond, differences overflow
 LOG_RATIO = 100.0  # from the lowest to the highest value, above which a log scale is used
