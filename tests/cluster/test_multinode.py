@@ -5,13 +5,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
 
 from vitscale.cluster import multinode
+from vitscale.cluster.preflight import facts, rounds
 
 PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "multinode.py"
+
+
+@pytest.mark.parametrize("module", [multinode, facts, rounds])
+def test_hosts_run_in_the_checkout_and_compare_its_code(module: ModuleType) -> None:
+    assert PROGRAM == module.ROOT / "launch" / "multinode.py"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from vitscale.job import worlds
 from vitscale.run_lock import RunLock
 from vitscale.train_config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "launch/train.py"
 # How long to wait, after the first start, for hosts that answer but cannot run the job.
 REPAIR_SECONDS = 1800.0

@@ -31,7 +31,7 @@ from vitscale.system import hardware
 from vitscale.system.cores import num_cores
 from vitscale.train_config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PROBE = ".preflight-"
 # Every host calls it with a value, and gets those of all hosts; None for one that is gone.
 Gather = Callable[[Any], list[Any]]

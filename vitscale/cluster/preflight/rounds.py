@@ -26,7 +26,7 @@ from typing import Any
 from vitscale import config as configs
 from vitscale.cluster.preflight.compare import CHECKING, Answer, Facts, facts_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MARK = "vitscale-preflight "
 ROUND_SECONDS = 60.0
 CHECK_SECONDS = 1800.0  # to ask for hundreds of thousands of shards
