@@ -1,7 +1,7 @@
 """A study as text: its models before it is run, and Table 2 with what was run."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, pvariance
 
 from vitscale.memory import count_params
 from vitscale.models.flops import forward_macs, train_flops
@@ -54,8 +54,8 @@ def listed(study: StudyConfig, cells: Sequence[Cell]) -> str:
 def table2(study: StudyConfig, cells: Sequence[Cell]) -> str:
     """The paper's Table 2, and beside it a column for each model that was fine-tuned here.
 
-    A cell has the mean and the deviation over the runs of the recipe of that name, in percent;
-    Average-5 is the mean of five of those means.
+    A cell has the mean and the deviation over the runs of the recipe of that name, those of all
+    seeds of the pretraining together, in percent; Average-5 is the mean of five of those means.
     TPUv3-core-days of our own are by arithmetic: the run's exaFLOPs at what such a core
     sustained for the paper's ViT-L/16. Device-days are measured, on whatever device it was.
     """
@@ -107,8 +107,11 @@ def _mean_and_deviation(results: Sequence[Mapping[str, float] | None]) -> str:
     known = [result for result in results if result]
     if not known:
         return NOTHING
-    mean, deviation = (100 * fmean(result[name] for result in known) for name in ("mean", "std"))
-    return f"{mean:.2f} ± {deviation:.2f}"
+    means = [result["mean"] for result in known]
+    # Of all fine-tunings together, equally many for each pretrained model: the variance is the
+    # mean of those within the models, plus that between them.
+    variance = fmean(result["std"] ** 2 for result in known) + pvariance(means)
+    return f"{100 * fmean(means):.2f} ± {100 * variance**0.5:.2f}"
 
 
 def _by_model(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
