@@ -92,6 +92,13 @@ def test_the_full_set_is_what_it_was_without_the_key(index: Index, tmp_path: Pat
     assert source.fingerprint() == index.fingerprint() and len(chosen_ids(source)) == 97
 
 
+def test_a_plan_without_the_data_counts_the_samples_that_are_trained_on() -> None:
+    section = SourceConfig(index="none", num_samples=655_360)
+    config = DataConfig(sources=(section,), fraction=1e-4)  # of 65,536 hashes 7, not 6.55
+    (source,) = open_sources(config, missing=[section])
+    assert source.layout.num_drawn == 70
+
+
 def test_what_replaces_a_damaged_sample_is_of_the_part(tmp_path: Path) -> None:
     """Of 1% of the set: draws from all of it would miss that part a hundred times in a row."""
     members = []

@@ -13,7 +13,7 @@ from vitscale import config as configs
 from vitscale.errors import ConfigError, UserError
 from vitscale.finetune.scores import Scores
 from vitscale.models.flops import train_flops
-from vitscale.study.cells import Cell, cells, finetune_folder, finetuned, write_result
+from vitscale.study.cells import Cell, cells, finetune_folder, finetuned, num_images, write_result
 from vitscale.study.config import StudyConfig
 from vitscale.study.paper import AVERAGE5, FIGURE3, TABLE2, TABLE6, TARGETS
 from vitscale.study.points import chosen, points
@@ -169,6 +169,14 @@ def test_a_value_of_the_sweep_is_chosen_by_the_mean_over_seeds(base: Path) -> No
     assert point.swept == ("optim.lr=0.2",) and point.mean == pytest.approx(0.35)
     assert point.deviation == pytest.approx(0.05) and point.num_images == round(97 * 0.7)
     assert point.exaflops == train_flops(runs[0].config.model) * 6 * 8 / 1e18
+
+
+def test_the_images_of_a_small_fraction_are_counted_as_they_are_trained_on(base: Path) -> None:
+    study = study_of(base, fractions=[1e-4], overrides=["data.num_samples=655_360"])
+    overrides = ["data.validation_fraction=0.00001"]  # one hash of 65,536
+    (cell,) = cells(study, overrides=overrides)
+    assert num_images(cell.config) == 70  # 7 of them
+    assert listed(study, [cell]).splitlines()[1].split()[2] == "70"
 
 
 def test_a_run_lies_in_the_folder_of_its_study_whatever_its_name(base: Path) -> None:

@@ -18,7 +18,7 @@ from vitscale.data.id_set import NO_IDS, IdSet
 from vitscale.data.index import Index, check_shards, planned_index
 from vitscale.data.mixture import Mixture
 from vitscale.data.order import ShardLayout
-from vitscale.data.split import in_fraction, split_classes, validation_ids
+from vitscale.data.split import in_fraction, share, split_classes, validation_ids
 from vitscale.errors import ConfigError, DataError, StoreError
 
 logger = logging.getLogger(__name__)
@@ -125,10 +125,10 @@ def open_sources(config: DataConfig, missing: Sequence[SourceConfig] = ()) -> tu
 
 def _planned_source(section: SourceConfig, position: int, config: DataConfig) -> Source:
     num_samples = section.num_samples
-    num_held_out = round(config.validation_fraction * num_samples)  # about so many
+    num_held_out = round(share(config.validation_fraction) * num_samples)  # about so many
     not_chosen = None
     if config.fraction < 1:
-        num_chosen = round(config.fraction * (num_samples - num_held_out))
+        num_chosen = round(share(config.fraction) * (num_samples - num_held_out))
         not_chosen = IdSet.where(np.arange(num_samples) >= num_held_out + num_chosen)
     return Source(
         name=section.name or str(position),

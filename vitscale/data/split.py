@@ -50,6 +50,11 @@ def in_fraction(index: Index, fraction: float, seed: int, path: str) -> Bool[np.
     return (rng.permutation(NUM_HASHES, seed, "fraction") < _threshold(fraction))[hashes]
 
 
+def share(fraction: float) -> float:
+    """The share of the samples that a fraction takes, on average: a multiple of 1/65,536."""
+    return _threshold(fraction) / NUM_HASHES
+
+
 def split_classes(index: Index, fraction: float) -> SplitClasses:
     """The labels that a split leaves without validation or without training samples."""
     threshold = _threshold(fraction)

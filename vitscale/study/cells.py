@@ -12,6 +12,7 @@ from typing import Any
 from vitscale import config as configs
 from vitscale import toml
 from vitscale.data.index import Index
+from vitscale.data.split import share
 from vitscale.errors import ConfigError
 from vitscale.metrics.goodput import FILE_NAME as TIME_NAME
 from vitscale.metrics.goodput import read_starts
@@ -176,7 +177,7 @@ def num_images(config: TrainConfig) -> int:
     """Of the part of the data set that a run is trained on; about as many, by its fractions."""
     sections = config.data.all_sources()
     total = sum(section.num_samples or Index.load(section.index).num_samples for section in sections)
-    return round(total * (1 - config.data.validation_fraction) * config.data.fraction)
+    return round(total * (1 - share(config.data.validation_fraction)) * share(config.data.fraction))
 
 
 def slug(name: str) -> str:
