@@ -18,7 +18,8 @@ from multiprocess.job import wait_until
 
 from vitscale import command
 from vitscale import config as configs
-from vitscale.errors import CheckpointError, ConfigError, UserError
+from vitscale.errors import CheckpointError, ConfigError, Diverged, UserError
+from vitscale.finetune.protocols import PROTOCOLS
 from vitscale.finetune.runs import (
     FineTuning,
     Slots,
@@ -28,8 +29,10 @@ from vitscale.finetune.runs import (
     keep_config,
     keep_source,
     located,
+    train,
 )
 from vitscale.finetune.vtab import VtabConfig, editions, score
+from vitscale.guard import ending
 from vitscale.models.vit_config import ViTConfig
 from vitscale.train_config import TrainConfig
 from vitscale.vtab.tasks import TASKS
@@ -135,6 +138,31 @@ def test_processes_save_when_their_command_is_ended(tmp_path: Path, number: int,
     assert process.exitcode == status
 
 
+FAILING = """
+import pathlib, sys
+print("begun", flush=True)
+run = pathlib.Path(sys.argv[2]).parent / "run"
+run.mkdir(exist_ok=True)
+(run / "status.json").write_text('{"state": "failed", "step": 4, "total_steps": 8%s}')
+sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "starts"),
+    [(', "diverged": true', Diverged, 1), (', "diverged": false', UserError, 2), ("", UserError, 2)],
+)
+def test_a_run_that_diverged_is_not_trained_again(
+    tmp_path: Path, key: str, kind: type[UserError], starts: int
+) -> None:
+    with Slots(1, 0) as slots:
+        for _ in range(2):
+            with pytest.raises(UserError) as raised:
+                train(tmp_path, slots, [sys.executable, "-S", "-c", FAILING % key])
+            assert raised.type is kind
+    assert (tmp_path / "log").read_text() == "begun\n" * starts
+
+
 @pytest.fixture
 def stopped() -> Slots:
     """Slots that start nothing: what a folder holds is what counts."""
@@ -153,6 +181,30 @@ def test_a_vtab_run_starts_from_the_checkpoint_that_was_located(tmp_path: Path, 
         score(vtab, TASKS["svhn"], START, stopped)
     values = tomllib.loads((tmp_path / "out/svhn/final-seed0/config.toml").read_text())
     assert values["init"]["checkpoint"] == START.path
+
+
+@pytest.mark.parametrize("num_diverged", [1, 4])
+def test_a_setting_of_vtabs_sweep_that_diverged_loses(
+    tmp_path: Path, stopped: Slots, num_diverged: int
+) -> None:
+    folder, said = tmp_path / "svhn", []
+    for place, setting in enumerate(PROTOCOLS["light"].settings):
+        (folder / f"sweep-{setting}" / "run").mkdir(parents=True)
+        if place < num_diverged:
+            run = folder / f"sweep-{setting}" / "run"
+            ending.write(run, "failed", 4, 8, "the run has diverged", 2, diverged=True)
+        else:
+            result = {"results": {"top1": 0.4 if place == 2 else 0.3}}
+            (folder / f"sweep-{setting}" / "result.json").write_text(json.dumps(result))
+    vtab = VtabConfig(checkpoint="a", data=tmp_path, out=tmp_path, protocol="light")
+    sentence = "svhn/final-seed0: .* ended early" if num_diverged < 4 else "svhn: the runs of all"
+    with pytest.raises(UserError, match=sentence):
+        score(vtab, TASKS["svhn"], START, stopped, said.append)
+    assert [line.split()[-1] for line in said] == ["diverged"] * num_diverged
+    if num_diverged < 4:
+        final = configs.load(TrainConfig, [folder / "final-seed0" / "config.toml"])
+        best = PROTOCOLS["light"].settings[2]
+        assert (final.optim.lr, final.total_steps) == (best.lr, best.steps)
 
 
 @pytest.mark.parametrize(

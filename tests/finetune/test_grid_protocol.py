@@ -24,6 +24,7 @@ from vitscale.finetune.grid import GridResult, absolute_pattern, read, values_fo
 from vitscale.finetune.model import KEYS, tuned_model
 from vitscale.finetune.protocols import PROTOCOLS, finetuning_config
 from vitscale.finetune.runs import keep_config
+from vitscale.guard import ending
 from vitscale.models import ModelConfig
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
@@ -144,6 +145,35 @@ def test_all_runs_of_a_recipe_start_from_one_step(tmp_path: Path, recipe: Path) 
 
 
 @pytest.mark.parametrize(
+    ("diverged", "error"),
+    [
+        (["lr0.1"], ""),
+        (["lr0.1", "lr1e-09"], "{out}: the runs of all learning rates have diverged; lower {way_out}"),
+        (["final-seed4"], "{out}/final-seed4: the run has diverged ({out}/final-seed4/log); lower {way_out}"),
+    ],
+)
+def test_a_learning_rate_that_diverged_loses_and_only_a_recipe_without_a_result_fails(
+    model: Path, recipe: Path, capsys: pytest.CaptureFixture[str], diverged: list[str], error: str
+) -> None:
+    out = recipe.parent / "out"
+    for name in ("lr0.1", "lr1e-09", "final-seed3", "final-seed4"):  # done, so that no process starts
+        (out / name / "run").mkdir(parents=True)
+        if name in diverged:
+            ending.write(out / name / "run", "failed", 4, 8, "the run has diverged", 2, diverged=True)
+        else:
+            (out / name / "result.json").write_text(json.dumps({"results": {"top1": 0.5}}))
+    assert main(command(model, recipe)[2:]) == (2 if error else 0)
+    said = capsys.readouterr()
+    assert said.err.count("\n") == bool(error)
+    way_out = f"finetune.learning_rates in {recipe}, and delete {out} or name another --out"
+    assert error.format(out=out, way_out=way_out) in said.err
+    if not error:
+        results = json.loads((out / "results.json").read_text())
+        assert (results["dev"], results["diverged"]) == ({"1e-09": 0.5}, [0.1])
+        assert f"{out}/lr0.1 diverged" in said.out and "  rate 0.1      diverged" in said.out
+
+
+@pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (
@@ -197,7 +227,13 @@ def test_a_recipe_without_rates_and_the_models_size_can_be_overridden(recipe: Pa
 def test_overrides_that_change_no_result_are_no_deviation() -> None:
     overrides = ("engine.micro_batch=8", "checkpoint.keep_best=eval/x/top1", "log.norms=true", "optim.lr=0.1")
     result = GridResult(
-        checkpoint="c", recipe="r", dev={}, learning_rate=0.1, accuracies=(0.5,), overrides=overrides
+        checkpoint="c",
+        recipe="r",
+        dev={},
+        diverged=(),
+        learning_rate=0.1,
+        accuracies=(0.5,),
+        overrides=overrides,
     )
     said = [line for line in result.text().splitlines() if line.startswith("Not the recipe")]
     assert said == [f"Not the recipe: {overrides[1]}", "Not the recipe: optim.lr=0.1"]

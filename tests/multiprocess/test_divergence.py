@@ -112,7 +112,8 @@ def test_without_a_healthy_checkpoint_ten_skipped_steps_in_a_row_end_the_run(
     assert job.output().count("error: ") == 1, job.output()
     assert "step 11: the gradients of 10 steps in a row were not finite" in job.output()
     assert "start again in a new run_dir with a lower optim.lr" in job.output()
-    assert (read_status(job)["state"], read_status(job)["step"]) == ("failed", 11)
+    status = read_status(job)
+    assert (status["state"], status["step"], status["diverged"]) == ("failed", 11, True)
 
 
 def test_the_newest_healthy_checkpoint_is_kept_and_named(tmp_path: Path, index: Path, zygote: Zygote) -> None:

@@ -10,8 +10,9 @@ from make import write_index
 
 from tools.study import main
 from vitscale import config as configs
-from vitscale.errors import ConfigError, UserError
+from vitscale.errors import ConfigError, Diverged, UserError
 from vitscale.finetune.scores import Scores
+from vitscale.guard import ending
 from vitscale.models.flops import train_flops
 from vitscale.study.cells import Cell, cells, finetune_folder, finetuned, num_images, write_result
 from vitscale.study.config import StudyConfig
@@ -63,6 +64,11 @@ def finish(cell: Cell, **numbers: float) -> None:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_result(cell, study_of(Path(cell.model.config)))
+
+
+def diverge(cell: Cell) -> None:
+    Path(cell.config.run_dir).mkdir(parents=True)
+    ending.write(Path(cell.config.run_dir), "failed", 4, 6, "the run has diverged", 2, diverged=True)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
@@ -169,6 +175,46 @@ def test_a_value_of_the_sweep_is_chosen_by_the_mean_over_seeds(base: Path) -> No
     assert point.swept == ("optim.lr=0.2",) and point.mean == pytest.approx(0.35)
     assert point.deviation == pytest.approx(0.05) and point.num_images == round(97 * 0.7)
     assert point.exaflops == train_flops(runs[0].config.model) * 6 * 8 / 1e18
+
+
+def test_a_value_of_the_sweep_that_made_a_run_diverge_is_not_chosen(base: Path) -> None:
+    study = study_of(base, seeds=[0, 1], sweep={"optim.lr": [0.1, 0.2]})
+    runs = cells(study)  # lr 0.1, 0.2, and again by the other seed
+    diverge(runs[1])
+    finish(runs[3], at_6=0.9)
+    finish(runs[0], at_6=0.3)
+    assert not chosen(study, runs)
+    finish(runs[2], at_6=0.4)
+    assert chosen(study, runs) == [runs[0], runs[2]] and points(study, runs)[0].swept == ("optim.lr=0.1",)
+    states = [line.split()[-2] for line in listed(study, runs).splitlines()[1:5]]
+    assert states == ["done", "diverged", "done", "done"]
+    said: list[object] = []
+    run(study, said=said.append)  # starts nothing
+    assert sorted(str(line).split()[-1] for line in said) == ["30.00", "40.00", "90.00", "diverged"]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "said"),
+    [
+        ({"optim.lr": [0.1, 0.2]}, "{run}: .* diverged, as have runs by all .*; add a lower optim.lr to"),
+        ({}, "{run}: .* diverged; lower optim.lr in {config}, and delete {out}/one or name"),
+    ],
+)
+def test_a_model_whose_runs_diverged_is_named_once_all_others_are_done(
+    base: Path, sweep: dict[str, object], said: str
+) -> None:
+    models = [{"name": "one", "config": str(base)}, {"name": "two", "config": str(base)}]
+    study = study_of(base, models=models, sweep=sweep)
+    for cell in (runs := cells(study)):
+        if cell.model.name == "two":
+            finish(cell, at_6=0.3)
+        else:
+            diverge(cell)
+    lines: list[object] = []
+    expected = said.format(run=runs[0].folder, config=base, out=study.out)
+    with pytest.raises(Diverged, match=expected):
+        run(study, said=lines.append)
+    assert len(lines) == len(runs) and [point.model.name for point in points(study, runs)] == ["two"]
 
 
 def test_the_images_of_a_small_fraction_are_counted_as_they_are_trained_on(base: Path) -> None:

@@ -13,10 +13,19 @@ import torch
 
 from vitscale import config as configs
 from vitscale import storage
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, Diverged
 from vitscale.evals import ClassifyConfig
 from vitscale.finetune.model import KEYS, tuned_model
-from vitscale.finetune.runs import FineTuning, Slots, check_overrides, deviating, located, several
+from vitscale.finetune.runs import (
+    FineTuning,
+    Slots,
+    check_overrides,
+    deviating,
+    finetuned,
+    located,
+    several,
+    tried,
+)
 from vitscale.models import ModelConfig
 from vitscale.models.transfer import check_backbone, check_head
 from vitscale.system import atomic
@@ -27,13 +36,14 @@ from vitscale.train_config import TrainConfig
 class GridResult:
     """Accuracies as fractions of 1.
 
-    dev: by learning rate; empty if there was nothing to choose. accuracies: one for each seed.
-    overrides: what the user changed of the recipe.
+    dev: by learning rate; empty if there was nothing to choose. diverged: the rates whose runs
+    have none. accuracies: one for each seed. overrides: what the user changed of the recipe.
     """
 
     checkpoint: str
     recipe: str
     dev: dict[float, float]
+    diverged: tuple[float, ...]
     learning_rate: float
     accuracies: tuple[float, ...]
     overrides: tuple[str, ...]
@@ -46,6 +56,7 @@ class GridResult:
     def text(self) -> str:
         lines = [f"{self.checkpoint} by {self.recipe}"]
         lines += [f"  rate {rate:<8g} dev {100 * accuracy:.2f}%" for rate, accuracy in self.dev.items()]
+        lines += [f"  rate {rate:<8g} diverged" for rate in self.diverged]
         seeds = " ".join(f"{100 * accuracy:.2f}" for accuracy in self.accuracies)
         mean, std = fmean(self.accuracies), pstdev(self.accuracies)
         lines.append(f"  rate {self.learning_rate:<8g} test {100 * mean:.2f} ± {100 * std:.2f}% ({seeds})")
@@ -64,7 +75,8 @@ def run(
 
     recipe: a config file with [finetune] and an evaluation of kind "classify", whose images are
     the test set. count: processes at a time; 0 = one on each GPU. said: gets a line when a run
-    is done. Raises ConfigError or CheckpointError before anything is trained.
+    is done. Raises ConfigError or CheckpointError before anything is trained, and Diverged if
+    no learning rate can be chosen or a final run has diverged.
     """
     config, test = read(recipe, overrides)
     start = located(checkpoint)
@@ -82,18 +94,29 @@ def run(
     section = config.finetune
     rates = section.learning_rates or (config.optim.lr,)
     num_gpus = torch.cuda.device_count()
-    with Slots(count or max(1, num_gpus), num_gpus) as slots:
-        dev: dict[float, float] = {}
-        if len(rates) > 1:
-            tries = [tuning(f"lr{rate:g}", rate, section.seeds[0], section.dev_fraction) for rate in rates]
-            dev = dict(zip(rates, several(tries, slots, said), strict=True))
-        best = max(rates, key=lambda rate: dev.get(rate, 0.0))
-        finals = [tuning(f"final-seed{seed}", best, seed, 0.0) for seed in section.seeds]
-        accuracies = several(finals, slots, said)
+    try:
+        with Slots(count or max(1, num_gpus), num_gpus) as slots:
+            dev: dict[float, float] = {}
+            if len(rates) > 1:
+                tries = [
+                    tuning(f"lr{rate:g}", rate, section.seeds[0], section.dev_fraction) for rate in rates
+                ]
+                scores = zip(rates, several(tries, slots, said, tried), strict=True)
+                dev = {rate: score for rate, score in scores if score is not None}
+                if not dev:
+                    raise Diverged(f"{out}: the runs of all learning rates have diverged")
+            best = max(dev or rates, key=lambda rate: dev.get(rate, 0.0))
+            finals = [tuning(f"final-seed{seed}", best, seed, 0.0) for seed in section.seeds]
+            accuracies = several(finals, slots, said, finetuned)
+    except Diverged as error:
+        key = "finetune.learning_rates" if section.learning_rates else "optim.lr"
+        way_out = f"lower {key} in {recipe}, and delete {out} or name another --out"
+        raise Diverged(f"{error}; {way_out}") from None
     result = GridResult(
         checkpoint=start.path,
         recipe=recipe,
         dev=dev,
+        diverged=tuple(rate for rate in rates if dev and rate not in dev),
         learning_rate=best,
         accuracies=tuple(accuracies),
         overrides=tuple(overrides),

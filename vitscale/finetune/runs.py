@@ -2,7 +2,7 @@
 
     FOLDER/config.toml    what is trained
     FOLDER/source.json    from which weights, and what it is scored on
-    FOLDER/run/           the run; a killed one is resumed
+    FOLDER/run/           the run; a killed one is resumed, one that diverged is not
     FOLDER/log            what both processes printed
     FOLDER/result.json    the score, written last
 
@@ -21,13 +21,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vitscale import config as configs
 from vitscale import run_dir, storage
 from vitscale.checkpoint.manifest import MANIFEST
-from vitscale.errors import PREEMPTED, CheckpointError, ConfigError, Terminated, UserError
+from vitscale.errors import PREEMPTED, CheckpointError, ConfigError, Diverged, Terminated, UserError
 from vitscale.evals.store import digest_of, model_digest
+from vitscale.guard import ending
 from vitscale.models import ModelConfig
 from vitscale.system import atomic, processes
 from vitscale.system.cores import num_cores
@@ -40,6 +41,8 @@ PYTHON = (sys.executable, "-u")
 # Sections that leave results as they are up to rounding, so that a repeated command may change
 # them; but checkpoint.keep_best chooses what counts.
 FREE_SECTIONS = ("engine", "log", "checkpoint")
+# An accuracy; None = the run has diverged.
+Score = TypeVar("Score", bound=float | None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,8 +212,8 @@ def _terminate(*_: object) -> None:
 def finetuned(tuning: FineTuning, slots: Slots) -> float:
     """The top-1 accuracy of a fine-tuning, which is done unless it was.
 
-    Raises ConfigError if its folder holds another one, or its score on other images, and
-    UserError if a process failed.
+    Raises ConfigError if its folder holds another one, or its score on other images, Diverged
+    as train does, and UserError if a process failed.
     """
     folder, config = tuning.folder, _as_begun(tuning.folder, tuning.config(), tuning.start)
     keep_config(folder, config)
@@ -225,23 +228,50 @@ def finetuned(tuning: FineTuning, slots: Slots) -> float:
 
 
 def train(folder: Path, slots: Slots, launcher: Sequence[str] = PYTHON) -> None:
-    """Train the run of a folder's config.toml to its end. Raises UserError if that failed."""
-    _succeed(slots, [ROOT / "launch" / "train.py", folder / "config.toml"], folder, launcher)
+    """Train the run of a folder's config.toml to its end.
+
+    Raises Diverged if it diverges, or did in an earlier command, and UserError if it fails
+    otherwise.
+    """
+    _check_finite(folder)
+    try:
+        _succeed(slots, [ROOT / "launch" / "train.py", folder / "config.toml"], folder, launcher)
+    except UserError:
+        _check_finite(folder)
+        raise
 
 
-def several(tunings: Sequence[FineTuning], slots: Slots, said: Callable[[str], object]) -> list[float]:
-    """The accuracies of several fine-tunings, as many at a time as there are slots."""
+def _check_finite(folder: Path) -> None:
+    if ending.has_diverged(folder / "run"):
+        raise Diverged(f"{folder}: the run has diverged ({folder / 'log'})")
 
-    def score(tuning: FineTuning) -> list[float]:
-        return [finetuned(tuning, slots)]
+
+def tried(tuning: FineTuning, slots: Slots) -> float | None:
+    """As finetuned, where the best of several counts: None = it has diverged."""
+    try:
+        return finetuned(tuning, slots)
+    except Diverged:
+        return None
+
+
+def several(
+    tunings: Sequence[FineTuning],
+    slots: Slots,
+    said: Callable[[str], object],
+    one: Callable[[FineTuning, Slots], Score],
+) -> list[Score]:
+    """What `one`, finetuned or tried, gives for each, as many at a time as there are slots."""
+
+    def score(tuning: FineTuning) -> list[Score]:
+        return [one(tuning, slots)]
 
     actions = {str(tuning.folder): functools.partial(score, tuning) for tuning in tunings}
     return [value for (value,) in in_slots(actions, slots, said)]
 
 
 def in_slots(
-    actions: Mapping[str, Callable[[], list[float]]], slots: Slots, said: Callable[[str], object]
-) -> list[list[float]]:
+    actions: Mapping[str, Callable[[], list[Score]]], slots: Slots, said: Callable[[str], object]
+) -> list[list[Score]]:
     """The accuracies that actions find, in their order; each waits for a slot by itself.
 
     said: gets a line when one is done. If one fails, the others are stopped.
@@ -250,12 +280,16 @@ def in_slots(
         futures = {pool.submit(action): name for name, action in actions.items()}
         try:
             for future in concurrent.futures.as_completed(futures):
-                said(f"{futures[future]:<22} {' '.join(f'{100 * v:6.2f}' for v in future.result())}")
+                said(done_line(futures[future], future.result()))
         except BaseException:  # Ctrl-C too: the pool would wait for all that is left
             pool.shutdown(wait=False, cancel_futures=True)
             slots.stop()
             raise
         return [future.result() for future in futures]
+
+
+def done_line(name: str, scores: Sequence[float | None]) -> str:
+    return f"{name:<22} {' '.join('diverged' if v is None else f'{100 * v:6.2f}' for v in scores)}"
 
 
 def scored(folder: Path, command: Sequence[str | Path], slots: Slots) -> float:

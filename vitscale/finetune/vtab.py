@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vitscale.errors import ConfigError, DataError
+from vitscale.errors import ConfigError, DataError, Diverged
 from vitscale.finetune.protocols import PROTOCOLS, Setting, finetuning_config
 from vitscale.finetune.runs import (
     ROOT,
@@ -19,11 +19,13 @@ from vitscale.finetune.runs import (
     check_overrides,
     check_unchanged,
     deviating,
+    done_line,
     finetuned,
     in_slots,
     keep_source,
     located,
     scored,
+    tried,
 )
 from vitscale.finetune.scores import Scores
 from vitscale.system import atomic
@@ -62,8 +64,9 @@ class VtabConfig:
 def run(config: VtabConfig, said: Callable[[str], object] = print) -> Scores:
     """Do all tasks, or those that an earlier command has not done, and write the results.
 
-    said: gets a line when a task is done. Raises ConfigError, DataError or CheckpointError
-    before anything is trained, where something is missing.
+    said: gets a line when a task is done, or one of its settings has diverged. Raises
+    ConfigError, DataError or CheckpointError before anything is trained, where something is
+    missing, and Diverged for a task without a result.
     """
     start = located(config.checkpoint)
     others = [edition for name in config.tasks for edition in editions(config, name)]
@@ -71,8 +74,14 @@ def run(config: VtabConfig, said: Callable[[str], object] = print) -> Scores:
     num_gpus = torch.cuda.device_count()
     count = config.slots or max(1, num_gpus)
     with Slots(count, num_gpus) as slots:
-        actions = {name: functools.partial(score, config, TASKS[name], start, slots) for name in config.tasks}
-        accuracies = dict(zip(actions, in_slots(actions, slots, said), strict=True))
+        actions = {
+            name: functools.partial(score, config, TASKS[name], start, slots, said) for name in config.tasks
+        }
+        try:
+            accuracies = dict(zip(actions, in_slots(actions, slots, said), strict=True))
+        except Diverged as error:
+            way_out = f"lower optim.lr by --set, and delete {config.out} or name another --out"
+            raise Diverged(f"{error}; {way_out}") from None
     scores = Scores(
         checkpoint=start.path,
         protocol=config.protocol,
@@ -93,14 +102,20 @@ def write(scores: Scores, out: Path) -> None:
         (out / "results.png").unlink(missing_ok=True)
 
 
-def score(config: VtabConfig, task: Task, start: StartingPoint, slots: Slots) -> list[float]:
+def score(
+    config: VtabConfig,
+    task: Task,
+    start: StartingPoint,
+    slots: Slots,
+    said: Callable[[str], object] = print,
+) -> list[float]:
     """The accuracies on a task's test images, one for each seed."""
     folder, data = config.out / task.name, (config.data / task.name).absolute()
     if config.protocol == "linear":
         return [_probe(config, task, start, seed, slots) for seed in config.seeds]
     protocol = PROTOCOLS[config.protocol]
 
-    def tuned(setting: Setting, fit_on: str, test: str, seed: int, name: str) -> float:
+    def tuning(setting: Setting, fit_on: str, test: str, seed: int, name: str) -> FineTuning:
         values = finetuning_config(
             protocol,
             setting,
@@ -113,18 +128,25 @@ def score(config: VtabConfig, task: Task, start: StartingPoint, slots: Slots) ->
             precision="bf16" if torch.cuda.is_available() else "fp32",
         )
         images = ("--data", f"{glob.escape(str(data))}/{test}-*.tar", "--crop", "resize")
-        tuning = FineTuning(
+        return FineTuning(
             folder=folder / name, start=start, values=values, overrides=config.overrides, score=images
         )
-        return finetuned(tuning, slots)
 
-    settings = list(protocol.settings)
-    if len(settings) > 1:
-        found = [
-            tuned(setting, TRAIN800, VAL200, config.seeds[0], f"sweep-{setting}") for setting in settings
-        ]
-        settings = [settings[found.index(max(found))]]
-    return [tuned(settings[0], TRAIN800VAL200, TEST, seed, f"final-seed{seed}") for seed in config.seeds]
+    best = protocol.settings[0]
+    if len(protocol.settings) > 1:
+        found: dict[Setting, float] = {}
+        for setting in protocol.settings:
+            attempt = tuning(setting, TRAIN800, VAL200, config.seeds[0], f"sweep-{setting}")
+            accuracy = tried(attempt, slots)
+            if accuracy is None:
+                said(done_line(str(attempt.folder), [None]))
+            else:
+                found[setting] = accuracy
+        if not found:
+            raise Diverged(f"{folder}: the runs of all settings have diverged")
+        best = max(found, key=lambda setting: found[setting])
+    finals = [tuning(best, TRAIN800VAL200, TEST, seed, f"final-seed{seed}") for seed in config.seeds]
+    return [finetuned(final, slots) for final in finals]
 
 
 def _probe(config: VtabConfig, task: Task, start: StartingPoint, seed: int, slots: Slots) -> float:

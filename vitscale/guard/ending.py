@@ -1,7 +1,7 @@
 """How each start of a run ends: RUN/status.json, and the first cause of a failure, told once.
 
     {"state": "preempted", "step": 12000, "total_steps": 500000, "reason": "SIGTERM (rank 3)",
-     "exit_status": 75, "time": "2026-03-01T04:12:33+0000"}
+     "exit_status": 75, "diverged": false, "time": "2026-03-01T04:12:33+0000"}
 
     state       meaning
     running     it has begun; if no process runs any more, it was killed
@@ -12,7 +12,8 @@
 
 exit_status is that of the rank, before a launcher makes another of it; null while it runs. Of a
 run that failed it is 2 where the user must fix something, 130 after a second Ctrl-C, and else
-1: a process was lost, or a store did not answer.
+1: a process was lost, or a store did not answer. diverged: it failed because its losses or
+gradients were not finite (errors.Diverged), with exit_status 2. Earlier versions lack the key.
 
 Schedulers decide by this file: launchers return 0, 1, 143 and others for the same end.
 """
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitscale import distributed
-from vitscale.errors import FAILED, PREEMPTED, RankLost, Told, UserError, killed_worker, status_of
+from vitscale.errors import FAILED, PREEMPTED, Diverged, RankLost, Told, UserError, killed_worker, status_of
 from vitscale.progress import Progress
 from vitscale.redaction import redact
 from vitscale.system import atomic
@@ -125,7 +126,7 @@ class Ending:
             told_here = distributed.is_main()
         if told_here:
             with contextlib.suppress(OSError):  # a full disk may be the very cause
-                self.write("failed", _sentence(error), status_of(error))
+                self.write("failed", _sentence(error), status_of(error), diverged=isinstance(error, Diverged))
         return told_here
 
     def _begin(self) -> None:
@@ -160,9 +161,12 @@ class Ending:
             return True
         return True
 
-    def write(self, state: State, reason: str = "", exit_status: int | None = None) -> None:
+    def write(
+        self, state: State, reason: str = "", exit_status: int | None = None, *, diverged: bool = False
+    ) -> None:
         """Write the state of this start; the rank that knows it calls it."""
-        write(self._folder, state, self.progress.step, self._total_steps, reason, exit_status)
+        step, total_steps = self.progress.step, self._total_steps
+        write(self._folder, state, step, total_steps, reason, exit_status, diverged=diverged)
 
 
 def read(run_dir: str | Path) -> dict[str, Any] | None:
@@ -184,6 +188,12 @@ def read(run_dir: str | Path) -> dict[str, Any] | None:
     return None
 
 
+def has_diverged(run_dir: str | Path) -> bool:
+    """Whether the last start of a run ended because the run diverged, by RUN/status.json."""
+    status = read(run_dir)
+    return bool(status and status.get("diverged"))
+
+
 def written_at(status: Mapping[str, Any]) -> float:
     """When a status was written, in seconds since the epoch; infinity = it is not known."""
     try:
@@ -193,7 +203,14 @@ def written_at(status: Mapping[str, Any]) -> float:
 
 
 def write(
-    folder: Path, state: State, step: int, total_steps: int, reason: str, exit_status: int | None = None
+    folder: Path,
+    state: State,
+    step: int,
+    total_steps: int,
+    reason: str,
+    exit_status: int | None = None,
+    *,
+    diverged: bool = False,
 ) -> None:
     """Write RUN/status.json; the holder of the run's lock calls it, or a rank of its job.
 
@@ -205,6 +222,7 @@ def write(
         "total_steps": total_steps,
         "reason": reason,
         "exit_status": _EXIT_STATUS[state] if exit_status is None else exit_status,
+        "diverged": diverged,
         "time": time.strftime(TIME_FORMAT),
     }
     atomic.write(folder / STATUS_NAME, json.dumps(values, indent=1).encode() + b"\n")

@@ -14,6 +14,7 @@ from vitscale import toml
 from vitscale.data.index import Index
 from vitscale.data.split import share
 from vitscale.errors import ConfigError
+from vitscale.guard import ending
 from vitscale.metrics.goodput import FILE_NAME as TIME_NAME
 from vitscale.metrics.goodput import read_starts
 from vitscale.metrics.rows import each_row, tail_start
@@ -48,6 +49,10 @@ class Cell:
             return atomic.read_json(self.folder / RESULT_NAME, lambda values: Result(**values), _REMEDY)
         except FileNotFoundError:
             return None
+
+    def has_diverged(self) -> bool:
+        """Whether the run ended without a result, because it diverged."""
+        return self.result() is None and ending.has_diverged(self.config.run_dir)
 
     def last_step(self) -> int:
         """How far the run is, by its log."""

@@ -56,7 +56,10 @@ def points(study: StudyConfig, cells: Sequence[Cell], recipes: Sequence[str] = (
 
 
 def chosen(study: StudyConfig, cells: Sequence[Cell]) -> list[Cell]:
-    """The runs with the best value of the sweep, by the mean over seeds, where all are done."""
+    """The runs with the best value of the sweep, by the mean over seeds, where all are done.
+
+    A value that made a run diverge is not chosen.
+    """
     return [cell for group in _groups(cells, with_swept=False) for cell in _best(study, group)]
 
 
@@ -74,14 +77,14 @@ def value_of(study: StudyConfig, cell: Cell, result: Result, recipes: Sequence[s
 
 
 def _best(study: StudyConfig, cells: Sequence[Cell]) -> Sequence[Cell]:
-    if any(cell.result() is None for cell in cells):
+    if any(cell.result() is None and not cell.has_diverged() for cell in cells):
         return []
-    tried = _groups(cells, with_swept=True)
-    if not study.sweep:
-        return cells
+    sound = [group for group in _groups(cells, with_swept=True) if all(cell.result() for cell in group)]
+    if not sound or not study.sweep:
+        return sound[0] if sound else []
     name = study.resolved_choose_by
     sign = -1 if name.endswith("loss") else 1
-    return max(tried, key=lambda group: sign * fmean(_number(cell, name) for cell in group))
+    return max(sound, key=lambda group: sign * fmean(_number(cell, name) for cell in group))
 
 
 def _groups(cells: Sequence[Cell], *, with_swept: bool) -> Iterator[list[Cell]]:

@@ -1,7 +1,7 @@
 """Does a study: trains its runs, chooses among the values of a sweep, and fine-tunes.
 
-Whatever is done is not done again, and a run that was killed is resumed, so the same command
-continues a study:
+Whatever is done is not done again, a run that diverged included, and a run that was killed is
+resumed, so the same command continues a study:
 
     OUT/MODEL/fraction-1/seed-0/config.toml     of a run
                                /run/            the run
@@ -12,14 +12,15 @@ continues a study:
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from vitscale.checkpoint import store
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, Diverged
 from vitscale.finetune import grid
 from vitscale.finetune.runs import PYTHON, Slots, in_slots, keep_config, train
-from vitscale.study.cells import Cell, cells, finetune_folder, write_result
+from vitscale.study.cells import Cell, cells, finetune_folder, slug, write_result
 from vitscale.study.config import StudyConfig
 from vitscale.study.points import chosen
 
@@ -38,7 +39,8 @@ def run(
     only: names of models; none = all. overrides: KEY=VALUE for every run. count: processes at a
     time; 0 = one on each GPU. launcher: starts each training in place of a single process, like
     ["deepspeed", "--num_gpus", "8"]; then one run at a time. said: gets a line when a run is
-    done. Raises ConfigError before anything is trained, and UserError if a run failed.
+    done. Raises ConfigError before anything is trained, UserError if a run failed, and Diverged
+    once all else is done, where that leaves a model without a point.
     """
     todo = cells(study, only, overrides)
     num_gpus = torch.cuda.device_count()
@@ -52,10 +54,12 @@ def run(
             for cell in todo
         }
         in_slots(actions, slots, said)
-    for cell in chosen(study, todo):
+    counted = chosen(study, todo)
+    for cell in counted:
         for name, recipe in study.recipes_of(cell.model).items():
             folder = finetune_folder(cell, name)
             said(grid.run(_checkpoint(cell), recipe, folder, count=count, said=said).text())
+    _check_points(study, todo, counted)
 
 
 def check_recipes(study: StudyConfig, cell: Cell) -> None:
@@ -67,12 +71,29 @@ def check_recipes(study: StudyConfig, cell: Cell) -> None:
             raise ConfigError(f"{cell.model.name} cannot be fine-tuned by {recipe}: {error}") from None
 
 
-def _trained(cell: Cell, study: StudyConfig, slots: Slots, launcher: Sequence[str]) -> list[float]:
+def _trained(cell: Cell, study: StudyConfig, slots: Slots, launcher: Sequence[str]) -> list[float | None]:
     result = cell.result()
     if result is None:
-        train(cell.folder, slots, launcher)
+        try:
+            train(cell.folder, slots, launcher)
+        except Diverged:
+            return [None]
         result = write_result(cell, study)
-    return list(result.numbers.values())
+    return [*result.numbers.values()]
+
+
+def _check_points(study: StudyConfig, done: Sequence[Cell], counted: Sequence[Cell]) -> None:
+    """Raise Diverged if no value of the sweep counts for some model and fraction."""
+    found = {(cell.model.name, cell.fraction) for cell in counted}
+    for cell in done:
+        if (cell.model.name, cell.fraction) in found or not cell.has_diverged():
+            continue
+        others = ", as have runs by all other values of the sweep" if study.sweep else ""
+        folder = Path(study.out) / slug(cell.model.name)
+        way_out = f"lower optim.lr in {cell.model.config}, and delete {folder} or name another out"
+        if "optim.lr" in study.sweep:
+            way_out = "add a lower optim.lr to [sweep]"
+        raise Diverged(f"{cell.folder}: the run has diverged{others}; {way_out}")
 
 
 def _checkpoint(cell: Cell) -> str:

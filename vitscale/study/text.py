@@ -141,5 +141,7 @@ def _state(study: StudyConfig, cell: Cell) -> tuple[str, str]:
     if result:
         value = value_of(study, cell, result)
         return "done", NOTHING if value is None else f"{value:.2%}"
+    if cell.has_diverged():
+        return "diverged", NOTHING
     step = cell.last_step()
     return (f"step {step:,}" if step else NOTHING), NOTHING
