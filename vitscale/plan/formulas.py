@@ -187,16 +187,14 @@ def seconds_between_failures(nodes: int, failures_per_node_day: float) -> float:
     return SECONDS_PER_DAY / (nodes * failures_per_node_day)
 
 
-def checkpoint_interval_seconds(
-    blocking_seconds: float, between_failures_seconds: float, restart_seconds: float
-) -> float:
-    """The interval of saves that loses the least time: sqrt(2 C (M + R)).
+def checkpoint_interval_seconds(blocking_seconds: float, between_failures_seconds: float) -> float:
+    """The interval of saves that loses the least time: sqrt(2 C M).
 
-    For C = blocking_seconds, M = between_failures_seconds, R = restart_seconds. Sources: Young
-    (1974), "A first order approximation to the optimum checkpoint interval"; with R, Daly
-    (2006), "A higher order estimate of the optimum checkpoint interval", first order.
+    For C = blocking_seconds, M = between_failures_seconds. It is where lost_share is least, and
+    the time of a restart does not change it. Source: Young (1974), "A first order approximation
+    to the optimum checkpoint interval".
     """
-    return math.sqrt(2 * blocking_seconds * (between_failures_seconds + restart_seconds))
+    return math.sqrt(2 * blocking_seconds * between_failures_seconds)
 
 
 def lost_share(

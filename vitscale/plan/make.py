@@ -354,9 +354,8 @@ def _saving(config: TrainConfig, cluster: Cluster, step_seconds: float, steps_le
     write = num_bytes / (cluster.store_gb_per_s * 1e9)
     blocking = formulas.save_blocking_seconds(num_bytes, cluster.gpus)
     between = formulas.seconds_between_failures(cluster.nodes, cluster.failures_per_node_day)
-    restart = 60 * cluster.restart_minutes
     # A save begins when the one before it has been written.
-    interval = max(formulas.checkpoint_interval_seconds(blocking, between, restart), blocking + write)
+    interval = max(formulas.checkpoint_interval_seconds(blocking, between), blocking + write)
     interval = min(interval, steps_left * step_seconds)
     return Saving(
         num_bytes=num_bytes,
@@ -365,5 +364,5 @@ def _saving(config: TrainConfig, cluster: Cluster, step_seconds: float, steps_le
         between_failures_seconds=between,
         interval_seconds=interval,
         interval_steps=max(1, round(interval / step_seconds)),
-        lost_share=formulas.lost_share(interval, blocking, between, restart),
+        lost_share=formulas.lost_share(interval, blocking, between, 60 * cluster.restart_minutes),
     )
