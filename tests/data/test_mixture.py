@@ -1,4 +1,4 @@
-"""Batches over a grid of worlds, workers and sources: nothing lost, proportions exact.
+"""Batches over a grid of worlds, workers and sources: nothing lost, proportions as documented.
 
 It is pure arithmetic: no process is started.
 """
@@ -135,6 +135,20 @@ def test_proportions_of_three_sources_stay_within_two_draws() -> None:
         counts = np.sum([mixture.counts(lane, 2 * step) for lane in range(12)], axis=0)
         assert counts.sum() == 24 * step
         assert np.abs(counts - 24 * step * np.array([0.7, 0.2, 0.1])).max() <= 2
+
+
+def test_of_three_sources_the_first_is_exact_and_the_others_vary_but_do_not_drift() -> None:
+    """With one draw of 1,024 lanes a step; what docs/data.md says of it."""
+    shares, large = np.array([0.5, 0.3, 0.2]), [ShardLayout(np.array([50_000]), 32)] * 3
+    mixture = Mixture.make(
+        large, shares.tolist(), seed=0, global_batch=1024, lanes=1024, window_samples=[64] * 3
+    )
+    totals = np.array([np.sum([mixture.counts(k, n) for k in range(1024)], axis=0) for n in range(31)])
+    batches = np.diff(totals, axis=0)
+    assert (batches[:, 0] == 512).all()
+    assert 295 <= batches[:, 1].min() < 300 and 315 < batches[:, 1].max() <= 320
+    assert (batches.std(0) < np.sqrt(1024 * shares * (1 - shares))).all()  # of random draws
+    assert np.abs(totals - 1024 * np.arange(31)[:, None] * shares).max() < 13
 
 
 def test_the_counters_and_the_choice_of_a_source_agree() -> None:

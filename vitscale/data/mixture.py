@@ -202,7 +202,8 @@ class Mixture:
         where i is the lane's place in a permutation of the V lanes. The next source then takes
         its share of the rest in the same way, and the last one takes what remains. By Hermite's
         identity the first source's draws in all lanes add up to round(V n share): exact at each
-        step, not only on average. For two sources A and B at 3:1, 4 lanes and seed 0:
+        step, not only on average. Of later sources, whose rest differs by lane, the sums are so
+        on average only. For two sources A and B at 3:1, 4 lanes and seed 0:
 
             lane  phase   draw 0 1 2 3 4 5 6 7
               0    5/8         A A B A A A B A
