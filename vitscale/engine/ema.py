@@ -2,6 +2,10 @@
 
 Each rank averages the fp32 master weights that it owns, without communication, for 4 bytes a
 parameter over all ranks. In a checkpoint the average is one more slot, beside the optimizer's.
+
+An update is lost to rounding in fp32 while |weights - average| is below half a unit in the last
+place of the average over 1 - decay: 3e-4 to 6e-4 of a weight at a decay of 0.9999, 0.75e-3 to
+1.5e-3 at 0.99996.
 """
 
 import contextlib
