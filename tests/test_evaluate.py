@@ -31,13 +31,23 @@ CLASSES = 7
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny untrained model, with a head that is not zero, exported at step 123."""
+    return write_model(tmp_path_factory.mktemp("export") / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with finite weights that overflow in every forward pass."""
+    return write_model(tmp_path_factory.mktemp("export") / "overflowing.safetensors", final_norm=3e38)
+
+
+def write_model(path: Path, *, final_norm: float = 1.0) -> Path:
     config = ViTConfig(
         width=16, depth=1, num_heads=2, mlp_dim=32, patch_size=4, image_size=8, num_classes=CLASSES
     )
     state = build_model(config, seed=0).state_dict()
     generator = torch.Generator().manual_seed(1)
     state["head.weight"] = torch.randn(state["head.weight"].shape, generator=generator)
-    path = tmp_path_factory.mktemp("export") / "model.safetensors"
+    state["norm.weight"] = torch.full_like(state["norm.weight"], final_norm)
     metadata = {"format": "pt", "vitscale.model": json.dumps(to_dict(config)), "vitscale.step": "123"}
     write_safetensors(path, state, metadata)
     return path
@@ -115,19 +125,26 @@ def test_three_ranks_give_the_json_that_one_process_gives(export: Path, shards: 
         (["classify", "{export}", "--data", "nowhere"], "no file matches"),
         (["classify", "nowhere", "--data", "{shards}"], "nowhere is not a checkpoint"),
         (["classify", "{export}", "--data", "{shards}/none.tar"], "none.tar"),
+        (
+            ["classify", "{overflowing}", "--data", "{shards}", "--predictions", "{shards}/rows.jsonl"],
+            "overflowing.safetensors, step 123: the logits of 23 of 23 images are not finite, so there is",
+        ),
+        (["fewshot", "{overflowing}", "--data", "{shards}", "--shots", "1"], "step 123: the features of"),
     ],
 )
 def test_what_the_user_gets_wrong_is_one_sentence_and_status_2(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     export: Path,
+    overflowing: Path,
     shards: Path,
     arguments: list[str],
     message: str,
 ):
     monkeypatch.setenv("LOCAL_RANK", "0")
+    places = {"export": export, "overflowing": overflowing, "shards": shards}
     with pytest.raises(SystemExit) as ended:
-        sys.exit(main([argument.format(export=export, shards=shards) for argument in arguments]))
+        sys.exit(main([word.format(**places) for word in arguments]))
     error = capsys.readouterr().err
     assert ended.value.code == 2 and message in error and error.count("error: ") == 1, error
 

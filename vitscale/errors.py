@@ -62,6 +62,10 @@ class Diverged(UserError):
     """A run whose losses or gradients are no longer finite."""
 
 
+class NotFinite(UserError):
+    """Features or logits of a model that are not finite, so that nothing can be scored."""
+
+
 class RankLost(UserError):
     """A rank, or a data worker, that is dead or does not answer, though all may be right."""
 

@@ -8,13 +8,13 @@ from vitscale import distributed
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.checkpoint.verify import Checkpoint
 from vitscale.data.sources import Source, open_sources
-from vitscale.errors import ConfigError
+from vitscale.errors import CheckpointError, ConfigError, NotFinite
 from vitscale.evals import ClassifyConfig, EvalConfig, open_task
 from vitscale.evals.adapters import FrozenModel
 from vitscale.evals.classify import ClassifyTask
 from vitscale.evals.predictions import summary, write
 from vitscale.evals.store import FeatureStore, digest_of, model_digest
-from vitscale.evals.task import run_task, within_memory
+from vitscale.evals.task import EvalModel, Task, run_task, within_memory
 from vitscale.job import derive
 from vitscale.losses import LossConfig
 from vitscale.system import hardware
@@ -43,8 +43,8 @@ def evaluate(
     predictions: a file for those of the head; "" = none.
     slot: "ema" takes the average of the weights, as evaluations in training do where there
     is one. A validation split is that of the data that the run was trained on. Raises
-    CheckpointError or DataError for what cannot be read as it is, and ConfigError where there
-    is no such split.
+    CheckpointError or DataError for what cannot be read as it is, CheckpointError for a model
+    whose features or logits are not finite, and ConfigError where there is no such split.
     """
     hardware.allow_tf32(False)
     place = locate(checkpoint)
@@ -55,14 +55,27 @@ def evaluate(
     splits = isinstance(config, ClassifyConfig) and config.split
     source, loss = distributed.together(lambda: training_data(place)) if splits else (None, None)
     task = distributed.together(lambda: open_task(name, config, model.image_size, source, loss))
-    outcome = {"checkpoint": checkpoint, "step": saved.step}
+    try:
+        return {"checkpoint": checkpoint, "step": saved.step, **scored(task, model, predictions)}
+    except NotFinite as error:
+        raise CheckpointError(
+            f"{checkpoint}, step {saved.step:,}: {error}, so there is nothing to score; evaluate a "
+            "checkpoint of an earlier step",
+            shared=True,
+        ) from None
+
+
+def scored(task: Task, model: EvalModel, predictions: str) -> dict[str, Any]:
+    """The "results" of a task, and the "details" where the head is evaluated.
+
+    Every rank calls it. predictions: as of evaluate.
+    """
     if not isinstance(task, ClassifyTask):
-        return {**outcome, "results": run_task(task, model)}
+        return {"results": run_task(task, model)}
     found = within_memory(task, lambda: task.predict(model).gathered())
     if predictions:
         distributed.on_main(lambda: write(predictions, found, task.test))
-    results = task.results(found.counts(), model)
-    return {**outcome, "results": results, "details": summary(found, task.test)}
+    return {"results": task.results(found.counts(), model), "details": summary(found, task.test)}
 
 
 def training_data(place: str | Checkpoint) -> tuple[Source, LossConfig]:

@@ -1,20 +1,24 @@
 """Evaluations of the model in training, and pictures of what it has learned."""
 
 import functools
+import logging
+import math
 from collections.abc import Mapping, Sequence
 
 from jaxtyping import UInt8
 from torch import Tensor
 
 from vitscale import distributed
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, NotFinite
 from vitscale.evals.adapters import LiveModel
-from vitscale.evals.task import run_task
+from vitscale.evals.task import EvalModel, Task, run_task
 from vitscale.guard.watch import Watch
 from vitscale.inspection.attention import as_vit
 from vitscale.inspection.live import observe
 from vitscale.job import Job
 from vitscale.start import Run
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(run: Run, names: Sequence[str], watch: Watch) -> bool:
@@ -36,13 +40,27 @@ def evaluate(run: Run, names: Sequence[str], watch: Watch) -> bool:
     try:
         with run.engine.evaluating():
             for name in names:
-                results = run_task(run.tasks[name], model, f"evals.{name}")
+                results = results_at(run.progress.step, run.tasks[name], model, f"evals.{name}")
                 numbers = {f"eval/{name}/{key}": value for key, value in results.items()}
                 check_judge(run.job, name, numbers)
                 run.metrics.write(run.progress.step, numbers)
     except BrokenOff:
         return False
     return True
+
+
+def results_at(step: int, task: Task, model: EvalModel, where: str) -> dict[str, float]:
+    """The results of a task, all nan if the model's features or logits are not finite.
+
+    Every rank calls it. The run goes on: its guard decides whether it has diverged.
+    where: the section's dotted name.
+    """
+    try:
+        return run_task(task, model, where)
+    except NotFinite as error:
+        if distributed.is_main():
+            logger.warning("step %d: %s: %s, so its results are nan", step, where, error)
+        return dict.fromkeys(task.names(model), math.nan)
 
 
 def draw(run: Run, images: UInt8[Tensor, "B 3 H W"]) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitscale.config import from_dict, to_dict
-from vitscale.errors import ConfigError, DataError, UserError
+from vitscale.errors import ConfigError, DataError, NotFinite, UserError
 from vitscale.evals import ClassifyConfig, EvalConfig, FewShotConfig, KnnConfig, LinearConfig, open_task
 from vitscale.evals.store import FeatureStore
 
@@ -116,6 +116,43 @@ def test_classify_leaves_top5_out_where_it_says_nothing(tmp_path: Path):
 
     test = write_shard(tmp_path / "test.tar", ["0", "1", "2"])
     assert run(ClassifyConfig(test=test), Five()) == {"top1": 0.0, "num_samples": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "what", "value"),
+    [
+        ("classify", {}, "logits of 1 of 45", "nan"),
+        ("classify", {}, "logits of 1 of 45", "-inf"),
+        ("kmeans", {}, "features of 1 of 45", "nan"),
+        ("fewshot", {"shots": [1, 3], "seeds": [0]}, "features of 1 of 21", "nan"),
+        ("knn", {"k": [1, 5]}, "features of 1 of 140", "nan"),
+        ("logistic", {"c": [1e-9]}, "features of 1 of 140", "inf"),
+        ("linear", {"learning_rates": [0.1], "epochs": 1}, "features of 1 of 140", "nan"),
+    ],
+)
+def test_each_kind_names_its_results_and_scores_no_value_that_is_not_finite(
+    colour_shards: tuple[str, str], kind: str, values: dict[str, object], what: str, value: str
+):
+    train, test = colour_shards
+    paths = {"test": test} if kind in ("classify", "kmeans") else {"train": train, "test": test}
+    section = from_dict(EvalConfig, {"kind": kind, **values, **paths}, "evals.colours")
+    task = open_task("colours", section, 4)
+
+    class Overflowing(ColourModel):
+        def spoiled(self, rows: Tensor) -> Tensor:
+            rows[0, -1] = float(value)
+            return rows
+
+        def features(self, images: Tensor) -> Tensor:
+            return self.spoiled(super().features(images))
+
+        def logits(self, images: Tensor) -> Tensor:
+            return self.spoiled(super().logits(images))
+
+    sound = ColourModel()
+    assert list(task.run(sound)) == task.names(sound)
+    with pytest.raises(NotFinite, match=f"^the {what} images are not finite$"):
+        task.run(Overflowing())
 
 
 def test_a_class_beyond_the_head_is_refused(tmp_path: Path):

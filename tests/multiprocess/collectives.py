@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from multiprocess.hooks import at_frames
+from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vitscale import command, distributed, errors
@@ -18,8 +19,9 @@ from vitscale.checkpoint import load
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.store import Home
 from vitscale.data.reader import read_chunk
-from vitscale.errors import UserError
-from vitscale.evals import FewShotConfig, open_task
+from vitscale.errors import NotFinite, UserError
+from vitscale.evals import ClassifyConfig, FewShotConfig, KnnConfig, open_task
+from vitscale.evals.adapters import LiveModel
 from vitscale.evals.fewshot import FewShotTask
 from vitscale.guard import hang, watchdog
 from vitscale.guard.watch import Watch
@@ -82,6 +84,25 @@ def label_pool(index: Path, folder: Path) -> None:
     task = open_task("few", FewShotConfig(train=str(index), test=str(index)), 16)
     assert isinstance(task, FewShotTask)
     said = [task.train_labels.tolist(), len(chunks)]
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(said))
+
+
+def overflow(index: Path, folder: Path) -> None:
+    """RANK.json gets what a rank is told of a model that overflows on one image of rank 1."""
+    distributed.initialize()
+
+    def forward(pixels: Tensor, *, features_only: bool) -> Tensor:
+        rows = pixels.flatten(1)[:, :5].clone()
+        if distributed.rank() == 1:
+            rows[0, 0] = math.inf
+        return rows
+
+    sets, said = {"test": str(index), "batch_size": 100}, []
+    for config in (ClassifyConfig(**sets), KnnConfig(train=str(index), k=(1,), **sets)):
+        try:
+            open_task("a", config, 16).run(LiveModel(forward, num_classes=5))
+        except NotFinite as error:
+            said.append([str(error), error.shared])
     (folder / f"{distributed.rank()}.json").write_text(json.dumps(said))
 
 

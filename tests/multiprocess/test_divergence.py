@@ -137,6 +137,35 @@ def test_the_end_of_a_run_without_a_healthy_checkpoint_is_a_failure(
     assert job.output().count("error: the run has diverged by step 8: losses or gradients") == 2
 
 
+def test_evaluations_of_a_model_that_is_not_finite_are_nan_once_and_training_goes_on(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    job, common = Job(tmp_path, index), f"test='{index.parent}/train-*.tar', every_steps=4"
+    options = (
+        *DIVERGE,
+        "total_steps=8",
+        f"evals.top={{{common}}}",
+        f"evals.few={{kind='fewshot', shots=[1], train='{index.parent}/train-*.tar', {common}}}",
+        f"evals.clusters={{kind='kmeans', {common}}}",
+        "checkpoint.keep_best=eval/few/1shot",
+        "expect.source=x",
+        "expect.bands={'eval/top/top1'=[[0, 0, 1], [8, 0, 1]]}",
+    )
+    for _ in range(2):  # a resume does not repeat them
+        assert zygote.train(job, 1, *options) == [2], job.output()
+        assert "the run has diverged by step 8: losses or gradients" in job.mistake()
+    names = ("top/top1", "top/num_samples", "few/1shot", "few/1shot_std", "clusters/nmi", "clusters/accuracy")
+    rows = read_metrics(job.run_dir / "metrics.jsonl")
+    for name in names:
+        values = [(row["step"], row[f"eval/{name}"]) for row in rows if f"eval/{name}" in row]
+        assert [step for step, value in values if math.isfinite(value)] == [0], values
+        assert [step for step, value in values if math.isnan(value)] == [4, 8], values
+    assert job.output().count("step 4: evals.top: the logits of 83 of 83 images are not finite, so ") == 1
+    assert job.output().count("so its results are nan") == 6
+    assert "eval/top/top1: not finite since step 4" in job.output()
+    assert not (job.run_dir / "checkpoints" / "best").exists()
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_counts_on_all(
     tmp_path: Path, index: Path, zygote: Zygote
 ) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from multiprocess.collectives import label_pool
+from multiprocess.collectives import label_pool, overflow
 from multiprocess.job import Job
 from multiprocess.zygote import Zygote
 
@@ -68,6 +68,16 @@ def test_each_rank_reads_the_chunks_of_its_block_for_the_labels_of_a_few_shot_po
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     assert [labels for labels, _ in said] == [[sample % 5 for sample in range(83)]] * 3
     assert [num_chunks for _, num_chunks in said] == [7, 8, 8]
+
+
+def test_a_model_that_overflows_on_an_image_of_one_rank_is_refused_by_all(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    log = tmp_path / "log"
+    assert zygote.run(3, overflow, index, tmp_path, log=log) == [0, 0, 0], log.read_text()
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    told = [[f"the {what} of 1 of 83 images are not finite", True] for what in ("logits", "features")]
+    assert said == [told] * 3
 
 
 @pytest.mark.parametrize(

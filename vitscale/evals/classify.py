@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from vitscale import distributed
@@ -14,7 +14,7 @@ from vitscale.config import dotted
 from vitscale.data.evalset import EvaluationSet
 from vitscale.data.sources import Source
 from vitscale.errors import ConfigError, DataError
-from vitscale.evals.features import own_indices
+from vitscale.evals.features import check_finite, finite_rows, own_indices
 from vitscale.evals.predictions import Counts, Predictions
 from vitscale.evals.task import EvalModel, TaskConfig, open_shards, open_split
 from vitscale.image_size import ImageSize
@@ -81,6 +81,10 @@ class ClassifyTask:
             test = open_split(source, config, image_size)
         return cls(name=name, config=config, test=test, loss=loss)
 
+    def names(self, model: EvalModel) -> list[str]:
+        top5, loss = ["top5"] if model.num_classes > 5 else [], ["loss"] if self.loss else []
+        return ["top1", *top5, *loss, "num_samples"]
+
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"top1": 0.6, "top5": 0.9, "num_samples": 10000}; top5 with more than 5 classes.
 
@@ -91,15 +95,22 @@ class ClassifyTask:
         return self.results(Counts(*map(int, whole), loss=loss), model)
 
     def predict(self, model: EvalModel) -> Predictions:
-        """The predictions of this rank's share of the images, in order; every rank calls it."""
+        """The predictions of this rank's share of the images, in order; every rank calls it.
+
+        Raises NotFinite on all ranks if a logit of any image is not.
+        """
         self.check_labels(model.num_classes)
         indices, count = own_indices(np.arange(self.test.num_samples))
         parts: list[Predictions] = []
+        finite: list[Bool[Tensor, " B"]] = []
         batches = self.test.batches(indices, self.config.batch_size, num_classes=model.num_classes)
         for images, labels in batches:
             logits = model.logits(images).float().cpu()
+            finite.append(finite_rows(logits))
             parts.append(Predictions.of(logits, labels, self._losses(logits, labels)))
         self.test.report_left_out()
+        own = [int(torch.cat(finite)[:count].sum()), count]
+        check_finite("logits", *distributed.all_reduce_sum_int(own))
         return Predictions(*(torch.cat(column)[:count] for column in zip(*parts, strict=True)))
 
     def _losses(self, logits: Float[Tensor, "B C"], labels: Int64[Tensor, "B M"]) -> Float[Tensor, " B"]:
@@ -121,12 +132,10 @@ class ClassifyTask:
                 f"{way_out}",
                 shared=True,
             )
-        results = {"top1": counts.top1 / counts.num_samples}
-        if model.num_classes > 5:
-            results["top5"] = counts.top5 / counts.num_samples
-        if self.loss:
-            results["loss"] = counts.loss / counts.num_samples
-        return {**results, "num_samples": counts.num_samples}
+        sums = {"top1": counts.top1, "top5": counts.top5, "loss": counts.loss}
+        results = {name: value / counts.num_samples for name, value in sums.items()}
+        results["num_samples"] = counts.num_samples
+        return {name: results[name] for name in self.names(model)}
 
     def check_labels(self, num_classes: int) -> None:
         """Raise DataError for a class that a model of so many does not have."""

@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from vitscale import distributed
 from vitscale.data.evalset import EvaluationSet
-from vitscale.errors import DataError
+from vitscale.errors import DataError, NotFinite
 from vitscale.evals.task import EvalModel
 
 
@@ -41,7 +41,7 @@ def extract(
     """Features and labels of the samples `indices`, in that order, on every rank's CPU.
 
     Every rank calls it. What the model's store has is not computed again. batch_size: per rank.
-    Labels are padded with -1.
+    Labels are padded with -1. Raises NotFinite on all ranks if a feature of any image is not.
     """
 
     def compute() -> dict[str, Tensor]:
@@ -55,4 +55,19 @@ def extract(
 
     chosen = xxhash.xxh3_64(np.ascontiguousarray(indices).tobytes()).hexdigest()
     found = model.stored.get(f"{dataset.fingerprint()}-{chosen}", compute)
+    check_finite("features", int(finite_rows(found["features"]).sum()), len(indices))
     return found["features"], found["labels"]
+
+
+def finite_rows(rows: Float[Tensor, "n D"]) -> Bool[Tensor, " n"]:
+    """Which rows have no NaN and no infinity."""
+    low, high = rows.aminmax(dim=1)  # NaN if a value is; no copy of what may be gigabytes
+    return low.isfinite() & high.isfinite()
+
+
+def check_finite(what: str, num_finite: int, num_images: int) -> None:
+    """Raise NotFinite unless all images are finite; the numbers are those of all ranks."""
+    if num_finite < num_images:
+        raise NotFinite(
+            f"the {what} of {num_images - num_finite:,} of {num_images:,} images are not finite", shared=True
+        )

@@ -78,6 +78,9 @@ class FewShotTask:
         with distributed.alike():
             return single_labels(rows.numpy(), f"{self.name}: {self.config.train}", self.config.kind)
 
+    def names(self, model: EvalModel) -> list[str]:
+        return [f"{shots}shot{end}" for shots in self.config.shots for end in ("", "_std")]
+
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"1shot": 0.31, "1shot_std": 0.02, ...}, fractions of 1."""
         config, pool = self.config, self.train_labels
@@ -100,11 +103,8 @@ class FewShotTask:
                 rows, pool[draws[i]], test.numpy(), test_labels, config.l2_reg
             )
         by_shots = np.reshape(distributed.all_reduce_sum(accuracies), (len(config.shots), len(config.seeds)))
-        results: dict[str, float] = {}
-        for shots, values in zip(config.shots, by_shots, strict=True):
-            results[f"{shots}shot"] = float(values.mean())
-            results[f"{shots}shot_std"] = float(values.std())
-        return results
+        results = [float(value) for values in by_shots for value in (values.mean(), values.std())]
+        return dict(zip(self.names(model), results, strict=True))
 
 
 def support_indices(

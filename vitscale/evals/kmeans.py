@@ -58,6 +58,9 @@ class KMeansTask:
             )
         return cls(name=name, config=config, test=test)
 
+    def names(self, model: EvalModel) -> list[str]:
+        return ["nmi", "accuracy"]
+
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"nmi": 0.3, "accuracy": 0.4}: see agreement."""
         config = self.config
@@ -71,8 +74,7 @@ class KMeansTask:
             kmeans = KMeans(count, n_init=STARTS, random_state=config.seed)  # pyright: ignore[reportArgumentType]
             return list(agreement(kmeans.fit_predict(normalize(rows, dim=1).numpy()), labels))
 
-        nmi, accuracy = distributed.on_main(cluster)
-        return {"nmi": nmi, "accuracy": accuracy}
+        return dict(zip(self.names(model), distributed.on_main(cluster), strict=True))
 
 
 def agreement(clusters: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> tuple[float, float]:

@@ -57,6 +57,9 @@ class KnnTask:
             )
         return cls(name=name, config=config, train=train, test=test)
 
+    def names(self, model: EvalModel) -> list[str]:
+        return [f"{k}nn" for k in self.config.k]
+
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"10nn": 0.41, ...}, fractions of 1."""
         pair = extract_pair(self.name, self.config, self.train, self.test, model)
@@ -65,7 +68,7 @@ class KnnTask:
         queries = normalize(pair.test[own_rows(len(pair.test))].to(device), dim=1)
         predictions = votes(train, labels, queries, self.config.k, self.config.temperature)
         shares = accuracies([prediction.cpu() for prediction in predictions], pair.test_labels)
-        return {f"{k}nn": share for k, share in zip(self.config.k, shares, strict=True)}
+        return dict(zip(self.names(model), shares, strict=True))
 
 
 def votes(

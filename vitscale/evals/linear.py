@@ -75,6 +75,9 @@ class LinearTask:
             check_dev_split(name, config, train, config.dev_fraction)
         return cls(name=name, config=config, train=train, test=test)
 
+    def names(self, model: EvalModel) -> list[str]:
+        return ["top1", "learning_rate"]
+
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"top1": 0.45, "learning_rate": 0.1}, top1 as a fraction of 1."""
         config = self.config
@@ -92,7 +95,7 @@ class LinearTask:
         (weights,) = train_heads(x, labels, pair.num_classes, [rate], config)
         queries = ((pair.test[own_rows(len(pair.test))] - mean) / std).to(device)
         (top1,) = accuracies([predict(queries, weights).cpu()], pair.test_labels)
-        return {"top1": top1, "learning_rate": rate}
+        return dict(zip(self.names(model), (top1, rate), strict=True))
 
 
 def predict(x: Float64[Tensor, "n D"], weights: Float64[Tensor, "D+1 C"]) -> Int64[Tensor, " n"]:

@@ -68,6 +68,9 @@ class LogisticTask:
             check_dev_split(name, config, train, config.dev_fraction)
         return cls(name=name, config=config, train=train, test=test)
 
+    def names(self, model: EvalModel) -> list[str]:
+        return ["top1", "c"]
+
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"top1": 0.45, "c": 0.1}, top1 as a fraction of 1."""
         config = self.config
@@ -84,7 +87,7 @@ class LogisticTask:
         weights = fit(x, labels, pair.num_classes, c)
         queries = pair.test[own_rows(len(pair.test))].to(device, torch.float64)
         (top1,) = accuracies([predict(queries, weights).cpu()], pair.test_labels)
-        return {"top1": top1, "c": c}
+        return dict(zip(self.names(model), (top1, c), strict=True))
 
 
 def predict(

@@ -96,8 +96,15 @@ class Task(Protocol):
     @property
     def config(self) -> TaskConfig: ...
 
+    def names(self, model: EvalModel) -> list[str]:
+        """The names of the results of run()."""
+        ...
+
     def run(self, model: EvalModel) -> dict[str, float]:
-        """Results by name, as fractions of 1. Every rank calls it and gets the same."""
+        """Results by name, as fractions of 1. Every rank calls it and gets the same.
+
+        Raises NotFinite, on every rank, if the model's features or logits are not finite.
+        """
         ...
 
 
