@@ -225,6 +225,17 @@ def test_the_images_of_a_small_fraction_are_counted_as_they_are_trained_on(base:
     assert listed(study, [cell]).splitlines()[1].split()[2] == "70"
 
 
+@pytest.mark.parametrize("values", [(math.nan, 0.3), (0.3, math.nan)])
+def test_a_value_of_the_sweep_that_gave_no_number_is_not_chosen(
+    base: Path, values: tuple[float, float]
+) -> None:
+    study = study_of(base, sweep={"optim.lr": [0.1, 0.2]})
+    runs = cells(study)
+    for cell, value in zip(runs, values, strict=True):
+        finish(cell, at_6=value)
+    assert [point.mean for point in points(study, runs)] == [0.3]
+
+
 def test_a_run_lies_in_the_folder_of_its_study_whatever_its_name(base: Path) -> None:
     out = base.parent / "out \U0001f642 é"
     (cell,) = cells(study_of(base, out=str(out)))

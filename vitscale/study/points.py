@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, pstdev
 
@@ -84,7 +85,12 @@ def _best(study: StudyConfig, cells: Sequence[Cell]) -> Sequence[Cell]:
         return sound[0] if sound else []
     name = study.resolved_choose_by
     sign = -1 if name.endswith("loss") else 1
-    return max(sound, key=lambda group: sign * fmean(_number(cell, name) for cell in group))
+
+    def merit(group: Sequence[Cell]) -> float:
+        mean = sign * fmean(_number(cell, name) for cell in group)
+        return mean if math.isfinite(mean) else -math.inf  # max() may return a nan
+
+    return max(sound, key=merit)
 
 
 def _groups(cells: Sequence[Cell], *, with_swept: bool) -> Iterator[list[Cell]]:
