@@ -54,6 +54,19 @@ def test_load_starts_at_any_step_and_on_any_rank(path: Path) -> None:
         assert np.array_equal(np.concatenate([part.ids for part in parts]), expected.ids)
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_of_torchrun_gets_its_part_without_asking(
+    path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    whole = next(load(path, **SIZES)).ids.tolist()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    part = next(load(path, **SIZES)).ids.tolist()
+    assert part == (whole[4:] if int(rank) else whole[:4])
+    assert next(iter(BatchDataset(path, **SIZES))).ids.tolist() == part
+    assert next(load(path, **SIZES, rank=0, world_size=1)).ids.tolist() == whole
+
+
 def test_a_pass_over_the_dataset_is_an_epoch(path: Path) -> None:
     dataset = BatchDataset(path, **SIZES)
     passes = [*dataset, *dataset]
@@ -117,6 +130,7 @@ def test_a_replaced_sample_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
         ({}, {"global_batch": 0}, "global_batch 0 must be above 0"),
         ({}, {"image_size": 0}, "image_size 0 must be above 0"),
         ({"rank": 1, "world_size": 2}, {"rank": 2, "world_size": 2}, "rank 2 must be from 0 to world_size"),
+        ({"rank": 0}, {"rank": 1}, "= 0; pass both, or neither if a launcher sets RANK and WORLD_SIZE"),
         ({"world_size": 4}, {"world_size": 3}, "3 processes cannot share 8 lanes"),
         ({"first_step": 5}, {"first_step": -1}, "first_step -1 .* must not be negative"),
         ({"augment": AugmentConfig(repeats=2)}, {"augment": AugmentConfig(mixup=0.2)}, "set them to 0"),

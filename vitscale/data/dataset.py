@@ -9,6 +9,7 @@ from typing import TypedDict
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vitscale import distributed
 from vitscale.config import positive
 from vitscale.data.data_config import DataConfig
 from vitscale.data.decode import resolve_decoder
@@ -46,6 +47,8 @@ class BatchDataset(IterableDataset[Batch]):
     index: an index.json, or shards by glob, brace pattern or URL, which are indexed in memory.
     global_batch: images in a step on all ranks together. image_size: of the views, in
     pixels: a square's side, or (height, width).
+    rank, world_size: None = as the process group or the launcher says (RANK and WORLD_SIZE in
+    the environment), else 0 and 1.
     augment: its mixup and cutmix are the loop's to apply, so they must be 0 here. first_step:
     how many global batches to pass over. Raises ConfigError for numbers that do not fit, and
     DataError or StoreError for data that cannot be read.
@@ -57,16 +60,21 @@ class BatchDataset(IterableDataset[Batch]):
         *,
         global_batch: int,
         image_size: ImageSize,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         augment: AugmentConfig = INCEPTION,
         seed: int = 0,
         first_step: int = 0,
         num_workers: int = 0,
     ) -> None:
+        rank = distributed.launched_rank() if rank is None else rank
+        world_size = distributed.launched_world_size() if world_size is None else world_size
         positive("", global_batch=global_batch, image_size=min(sides(image_size)), world_size=world_size)
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank {rank} must be from 0 to world_size - 1 = {world_size - 1}")
+            raise ConfigError(
+                f"rank {rank} must be from 0 to world_size - 1 = {world_size - 1}; pass both, or neither if "
+                "a launcher sets RANK and WORLD_SIZE"
+            )
         if min(seed, first_step, num_workers) < 0:
             raise ConfigError(
                 f"seed {seed}, first_step {first_step} and num_workers {num_workers} must not be negative"
@@ -143,8 +151,8 @@ def load(
     *,
     global_batch: int,
     image_size: ImageSize,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
     augment: AugmentConfig = INCEPTION,
     seed: int = 0,
     first_step: int = 0,
