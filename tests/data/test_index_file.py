@@ -20,9 +20,15 @@ def test_a_damaged_or_missing_index_is_refused(tmp_path: Path, index: Index) -> 
         Index.load(str(tmp_path / "shards" / "index.json"))
     with pytest.raises(DataError, match="is missing"):
         Index.load(str(tmp_path / "nothing.json"))
-    for other in ("[1]", '["cat", "dog"]', '{"format": "vitscale-duplicates", "version": 1}'):
+    foreign = [  # of MDS, litData and wids
+        '{"version": 2, "shards": [{"format": "mds", "samples": 13}]}',
+        '{"chunks": [{"chunk_size": 13, "filename": "chunk-0-0.bin"}], "config": {}}',
+        '{"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [{"url": "a.tar"}]}',
+    ]
+    for other in ("[1]", '["cat", "dog"]', '{"format": "vitscale-duplicates", "version": 1}', *foreign):
         (tmp_path / "bad.json").write_text(other)
-        with pytest.raises(DataError, match="is not an index") as refused:
+        sentence = r"is not an index of vitscale, .*; of WebDataset tars, make one with: .*\(MDS\)"
+        with pytest.raises(DataError, match=sentence) as refused:
             Index.load(str(tmp_path / "bad.json"))
         assert "--out" not in str(refused.value)  # it would replace what is not ours
 

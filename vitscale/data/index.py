@@ -236,8 +236,9 @@ class Index:
             raise StoreError(f"index {path} cannot be read: {reason}; name an index.json") from None
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise DataError(
-                f"{path} is not an index; name an index.json, or make one with: python tools/data.py index "
-                "SHARDS"
+                f"{path} is not an index of vitscale, though other tools write an index.json, too; of "
+                "WebDataset tars, make one with: python tools/data.py index SHARDS; docs/data.md says how to "
+                "convert shards of MosaicML's streaming (MDS) and of litData"
             ) from None
 
     @classmethod
