@@ -81,13 +81,54 @@ def test_class_folders_become_labels_and_other_files_are_reported(tmp_path: Path
         packed(tmp_path / "photos", tmp_path / "other")
 
 
+def write_images(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg(0))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("folders", "refused"),
+    [
+        (("Training", "Testing"), True),
+        (("training", "validation", "TEST"), True),
+        (("Train",), True),
+        (("test", "Training"), True),  # else the training images would be left out
+        (("Training", "Testing", "cat"), False),
+        (("valid", "invalid"), False),
+        (("val", "test"), False),
+    ],
+)
+def test_splits_are_not_taken_for_classes(tmp_path: Path, folders: tuple[str, ...], refused: bool) -> None:
+    source = write_images(tmp_path / "in", *(f"{folder}/bus/1.jpg" for folder in folders))
+    if refused:
+        images = write_images(tmp_path / "images", "Training/1.jpg", "Testing/1.jpg")  # are classes
+        assert packed(images, tmp_path / "out").num_samples == {"train": 2}
+        shown = ", ".join(f"{folder}/" for folder in sorted(folders))
+        with pytest.raises(
+            DataError, match=f"holds {shown}, which look like splits .* rename them to train/"
+        ):
+            packed(source, tmp_path / "out")
+    else:
+        assert sum(packed(source, tmp_path / "out").num_samples.values()) == len(folders)
+
+
+@pytest.mark.parametrize("name", ["validation", "valid"])
+def test_the_validation_split_of_other_tools_is_val(tmp_path: Path, name: str) -> None:
+    source = write_images(tmp_path / "in", "train/bus/1.jpg", f"{name}/bus/1.jpg", "test/bus/1.jpg")
+    report = packed(source, tmp_path / "out")
+    assert list(report.num_samples.items()) == [("train", 1), ("val", 1), ("test", 1)]
+    assert report.num_omissions == 0
+
+
 @pytest.mark.parametrize("path", ["train/1.jpg", "train/steam/1.jpg"])
 def test_a_class_named_like_a_split_is_refused(tmp_path: Path, path: str) -> None:
-    for name in (path, "bus/1.jpg", "car/1.jpg", ".hidden/1.jpg", "lists/notes.txt", "validation/bus/1.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(jpeg(0))
+    names = (path, "bus/1.jpg", "car/1.jpg", ".hidden/1.jpg", "lists/notes.txt", "validation/bus/1.jpg")
+    write_images(tmp_path, *names)
     with pytest.raises(
-        DataError, match=r"folders of images \(bus, car\) beside the splits train; if one of these is a class"
+        DataError,
+        match=r"folders of images \(bus, car\) beside the splits train, val; if one of these is a class",
     ):
         packed(tmp_path, tmp_path.parent / "out")
 

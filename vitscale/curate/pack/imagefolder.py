@@ -9,13 +9,17 @@ from vitscale.curate.pack.listing import FileReferences, Listing
 from vitscale.data.samples import IMAGE_EXTENSIONS
 from vitscale.errors import DataError
 
+VAL_NAMES = ("val", "validation", "valid")  # the first that is there, beside train
+SPLIT_WORDS = {*SPLITS, *VAL_NAMES, "training", "testing"}
+
 
 def list_imagefolder(source: str, config: PackConfig) -> Listing:
     """source/CLASS/**/IMAGE.jpg, or source/{train,val,test}/CLASS/**/IMAGE.jpg.
 
     The class folders of the training split, sorted, are the classes. Raises DataError for a
-    class that only another split has, for a split without images, and for class folders beside
-    splits: one of the splits is then a class of that name.
+    class that only another split has, for a split without images, for class folders beside
+    splits (one of the splits is then a class of that name), and for splits by other names,
+    which would be taken for classes.
     """
     folders = find_splits(Path(source))
     _refuse_classes_beside(Path(source), folders)
@@ -27,11 +31,33 @@ def list_imagefolder(source: str, config: PackConfig) -> Listing:
 
 
 def find_splits(source: Path) -> dict[str, Path]:
-    """The folders of train, val and test that exist, or else the source as "train"."""
+    """The folders of train, val and test that exist, or else the source as "train".
+
+    Raises DataError as list_imagefolder does for splits by other names.
+    """
     if not source.is_dir():
         raise DataError(f"{source} is not a folder; --format imagefolder packs a folder of class folders")
-    splits = {name: source / name for name in SPLITS if (source / name).is_dir()}
+    val_names = VAL_NAMES if (source / "train").is_dir() else ("val",)
+    named = {"train": ("train",), "val": val_names, "test": ("test",)}
+    found = {
+        split: [source / name for name in names if (source / name).is_dir()] for split, names in named.items()
+    }
+    splits = {split: folders[0] for split, folders in found.items() if folders}
+    if "train" not in splits:
+        _refuse_misnamed_splits(source)
     return splits or {"train": source}
+
+
+def _refuse_misnamed_splits(source: Path) -> None:
+    """Raise DataError if all folders are named like splits, and one of them holds folders."""
+    names = sorted(path.name for path in source.glob("[!.]*") if path.is_dir())
+    if set(names) <= set(SPLITS) or not {name.lower() for name in names} <= SPLIT_WORDS:
+        return
+    if any(path.is_dir() for name in names for path in (source / name).glob("[!.]*")):
+        raise DataError(
+            f"{source} holds {', '.join(f'{name}/' for name in names)}, which look like splits with class "
+            "folders; rename them to train/, val/ and test/, or, if they are classes, to other names"
+        )
 
 
 def class_names(folder: Path) -> list[str]:
