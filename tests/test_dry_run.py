@@ -113,6 +113,20 @@ def test_a_validation_split_is_counted_and_what_it_leaves_out_is_said(run: list[
     assert "leaves 2 of 5 classes without validation samples: label 0, 3" in caplog.text
 
 
+@pytest.mark.parametrize(("label_map", "warns"), [("", True), ("{map}", False)])
+def test_a_test_set_without_the_label_map_of_the_data_is_named(
+    run: list[str], tmp_path: Path, caplog, label_map: str, warns: bool
+) -> None:
+    path = tmp_path / "map.json"
+    path.write_text("[4, 3, 2, 1, 0]")
+    index = f"{tmp_path}/shards/index.json"
+    evals = [f"evals.val.test={index}", f"evals.val.label_map={label_map.format(map=path)}"]
+    evals += ["data.validation_fraction=0.2", "evals.split.split=validation"]
+    assert main([*run, "--dry-run", f"data.label_map={path}", *evals]) == 0
+    asked = f'the labels of {index} are not mapped; if they are those of {index}, set evals.val.label_map = "'
+    assert (asked + str(path) in caplog.text) == ("label_map" in caplog.text) == warns
+
+
 def test_a_number_of_classes_that_is_missing_is_named(run: list[str], capsys) -> None:
     assert main([*run, "--dry-run", "model.num_classes=0"]) == 2
     assert "model.num_classes is 0, which builds a model without a head; set it to 5" in (

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from make import write_step
 from PIL import Image
 
 from tools import study
@@ -95,6 +96,25 @@ def test_classify_scores_the_models_own_logits(export: Path, shards: Path):
     assert 0 < expected["top1"] < expected["top5"] < 1
     assert outcome.pop("details")["calibration_error"] > 0
     assert outcome == {"checkpoint": str(export), "step": 123, "results": expected}
+
+
+def test_a_label_map_is_asked_for_where_the_training_had_one(
+    export: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, capsys
+):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    model = load_model(export)
+    tensors = {("fp32", name): param.detach() for name, param in model.named_parameters()}
+    data = {"index": "data/index.json", "label_map": "data/map 1.json"}
+    write_step(tmp_path / "run", 2, tensors, config={"model": to_dict(model.config), "data": data})
+    (tmp_path / "map.json").write_text("[1, 2, 3, 4, 5, 6, 0]")
+    words = ["classify", str(tmp_path / "run"), "--data", str(shards), "--json", str(tmp_path / "out.json")]
+    asked = "those of data/index.json, pass --label-map 'data/map 1.json'"
+    for more, first in (([], "0"), (["--label-map", str(tmp_path / "map.json")], "0 (from 6)")):
+        caplog.clear()
+        assert main([*words, *more]) == 0, capsys.readouterr().err
+        assert (asked in caplog.text) == (not more)
+        details = json.loads((tmp_path / "out.json").read_text())["details"]
+        assert details["per_class"][0]["name"] == first
 
 
 def test_three_ranks_give_the_json_that_one_process_gives(export: Path, shards: Path, tmp_path: Path):

@@ -143,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what data.validation_fraction kept from the training of the run",
     )
     classify.add_argument(
+        "--label-map", metavar="FILE.json", help="from the labels of --data to the model's, as data.label_map"
+    )
+    classify.add_argument(
         "--predictions", default="", metavar="OUT.jsonl", help="write a line for each image, with its key"
     )
     _add_finetunings(commands)

@@ -1,5 +1,7 @@
 """Evaluate a checkpoint: from the file to a plain module, to a task, to numbers."""
 
+import logging
+import shlex
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from vitscale.losses import LossConfig
 from vitscale.system import hardware
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel, Slot, locate
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -48,6 +52,7 @@ def evaluate(
     """
     hardware.allow_tf32(False)
     place = locate(checkpoint)
+    _warn_of_map(place, config)
     saved = distributed.together(lambda: SavedModel(place, slot=slot))
     module = distributed.together(lambda: saved.load(device))
     digest = model_digest(digest_of(module.state_dict().items()), saved.config) if cache else ""
@@ -76,6 +81,19 @@ def scored(task: Task, model: EvalModel, predictions: str) -> dict[str, Any]:
     if predictions:
         distributed.on_main(lambda: write(predictions, found, task.test))
     return {"results": task.results(found.counts(), model), "details": summary(found, task.test)}
+
+
+def _warn_of_map(place: str | Checkpoint, config: EvalConfig) -> None:
+    """Warn if the run's label map might be missing for test shards. place: from locate."""
+    if not (isinstance(place, Checkpoint) and isinstance(config, ClassifyConfig) and config.test):
+        return
+    data = place.manifest.train.config.get("data", {})
+    if data.get("label_map") and not config.label_map:
+        logger.warning(
+            "%s was trained with data.label_map: the labels of %s are not mapped; if they are those of %s, "
+            "pass --label-map %s",
+            place.folder, config.test, data["index"], shlex.quote(data["label_map"]),
+        )  # fmt: skip
 
 
 def training_data(place: str | Checkpoint) -> tuple[Source, LossConfig]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,11 +14,12 @@ from vitscale.data.sources import Source, check_labels, check_sources, make_mixt
 from vitscale.engine.batches import BatchPlan, plan_batches
 from vitscale.engine.ds_config import check_compiled, check_ds_config, make_ds_config
 from vitscale.errors import ConfigError
-from vitscale.evals import open_task
+from vitscale.evals import ClassifyConfig, open_task
 from vitscale.evals.task import Task
 from vitscale.objectives import COLORS, DistillationConfig, MaskedPatchesConfig
 from vitscale.train_config import TrainConfig
 
+logger = logging.getLogger(__name__)
 Tasks = Mapping[str, Task]
 
 
@@ -86,12 +88,25 @@ def derive(config: TrainConfig, world_size: int, sources: tuple[Source, ...]) ->
 
 def open_tasks(job: Job) -> Tasks:
     """The evaluations of a job, with their data open; raises what open_task raises."""
-    config, tasks = job.config, {}
+    config, tasks = job.config, dict[str, Task]()
     for name, section in config.evals.items():
         num_workers = section.resolved_num_workers(config.engine.num_workers)
         section = dataclasses.replace(section, num_workers=num_workers)
         tasks[name] = open_task(name, section, config.model.image_size, job.sources[0], config.loss)
+        if isinstance(section, ClassifyConfig) and section.test and not section.label_map:
+            _warn_of_map(job, name, section.test)
     return tasks
+
+
+def _warn_of_map(job: Job, name: str, test: str) -> None:
+    """Warn if a label map of the data might be missing for the test shards of evals.NAME."""
+    sections = job.config.data.all_sources()
+    if len(sections) == 1 and sections[0].label_map:
+        logger.warning(
+            'evals.%s has no label_map, and the data have one: the labels of %s are not mapped; if they are '
+            'those of %s, set evals.%s.label_map = "%s"',
+            name, test, sections[0].index, name, sections[0].label_map,
+        )  # fmt: skip
 
 
 def worlds(config: TrainConfig, sources: tuple[Source, ...]) -> list[int]:

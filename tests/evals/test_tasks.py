@@ -155,6 +155,26 @@ def test_each_kind_names_its_results_and_scores_no_value_that_is_not_finite(
         task.run(Overflowing())
 
 
+def test_classify_maps_the_labels_of_a_test_set(tmp_path: Path):
+    class Swapped(ColourModel):
+        """Its classes 0 and 1 are the shards' 1 and 0."""
+
+        def logits(self, images: Tensor) -> Tensor:
+            return super().logits(images)[:, [1, 0, 2, 3, 4, 5, 6]]
+
+    test = write_shard(tmp_path / "test.tar", ["0", "1", "2", "1"])
+    (tmp_path / "map.json").write_text('{"0": 1, "1": 0, "2": 2}')
+    mapped = ClassifyConfig(test=test, label_map=f"{tmp_path}/map.json")
+    assert run(mapped, Swapped())["top1"] == 1.0 and run(ClassifyConfig(test=test), Swapped())["top1"] == 0.25
+    for content, sentence in (
+        ("[1, 0]", "has no entry for label 2, which the shards hold"),
+        ("[1, 0, 7]", r"class 7 \(from 2\) does not exist in a model of 7 classes"),
+    ):
+        (tmp_path / "map.json").write_text(content)
+        with pytest.raises(DataError, match=sentence):
+            run(mapped, Swapped())
+
+
 def test_a_class_beyond_the_head_is_refused(tmp_path: Path):
     test = write_shard(tmp_path / "test.tar", ["0", "7"])
     with pytest.raises(DataError, match="class 7 does not exist in a model of 7 classes"):
@@ -246,6 +266,10 @@ def test_a_section_reads_test_shards_or_a_split():
         (
             {"split": "validation", "test": "a.tar"},
             'evals.val.test and evals.val.split are both set, .* = ""',
+        ),
+        (
+            {"split": "validation", "label_map": "a.json"},
+            "evals.val.label_map is for test shards: data.label_map maps .* leave it out",
         ),
         ({"split": "train"}, "evals.val.split 'train' is not one of '', 'validation'"),
         ({"kind": "fewshot", "split": "validation"}, 'evals.val.split: only kind = "classify" reads it'),

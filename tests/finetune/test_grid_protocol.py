@@ -23,7 +23,7 @@ from vitscale.finetune import grid
 from vitscale.finetune.grid import GridResult, absolute_pattern, read, values_for
 from vitscale.finetune.model import KEYS, tuned_model
 from vitscale.finetune.protocols import PROTOCOLS, finetuning_config
-from vitscale.finetune.runs import keep_config
+from vitscale.finetune.runs import keep_config, located
 from vitscale.guard import ending
 from vitscale.models import ModelConfig
 from vitscale.models.hybrid import HybridConfig
@@ -142,6 +142,19 @@ def test_all_runs_of_a_recipe_start_from_one_step(tmp_path: Path, recipe: Path) 
     for name in runs:
         config = configs.load(TrainConfig, [tmp_path / "out" / name / "config.toml"])
         assert config.init.checkpoint == str(step)
+
+
+def test_the_score_maps_the_labels_of_the_test_set(
+    model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe.write_text(f'{recipe.read_text()}label_map = "map.json"\n')
+    folder = tmp_path / "out" / "final-seed3"
+    folder.mkdir(parents=True)
+    source = {"checkpoint": str(located(str(model))), "evaluation": "another"}
+    (folder / "source.json").write_text(json.dumps(source))
+    with pytest.raises(ConfigError, match=rf"another evaluation \(.* --label-map {tmp_path}/map.json\)"):
+        grid.run(str(model), str(recipe), tmp_path / "out", ["finetune.learning_rates=[]"])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from vitscale.data.indexing import open_index
 from vitscale.data.loader import check_sockets, end_workers, noticing_deaths, pad_labels, prepare_worker
 from vitscale.data.reader import describe, read_any, read_samples
 from vitscale.data.samples import BadSample, RawSample
-from vitscale.data.sources import Source, label_problem
+from vitscale.data.sources import Source, label_problem, named, read_label_map
 from vitscale.data.transforms import Crop, evaluation_view
 from vitscale.errors import DataError, UserError
 from vitscale.image_size import ImageSize, sides
@@ -31,10 +31,10 @@ PREFETCHED_BATCHES = 2  # that each data worker holds ready
 class EvaluationSet:
     """Samples 0 to num_samples - 1 of a data set, as model input of one size.
 
-    These are all samples of `index`, or the validation split of `source`, which is cut from the
-    data of a run. As training tolerates damage there, so does an evaluation: a sample of the
-    split that cannot be used gets no labels, so that it does not count, and a warning names it
-    (report_left_out).
+    These are all samples of `index`, with labels mapped by `label_map` (None = as they are), or
+    the validation split of `source`, which is cut from the data of a run. As training tolerates
+    damage there, so does an evaluation: a sample of the split that cannot be used gets no
+    labels, so that it does not count, and a warning names it (report_left_out).
     """
 
     def __init__(
@@ -45,20 +45,33 @@ class EvaluationSet:
         crop: Crop = "resize",
         num_workers: int = 0,
         source: Source | None = None,
+        label_map: Mapping[int, int] | None = None,
     ) -> None:
         self.index, self.num_workers = index, num_workers
         self._ids = source.held_out if source else np.arange(index.num_samples)  # [num_samples]
-        self._views = _Views(index, self._ids, image_size, crop, source.label_map if source else {})
+        label_map = source.label_map if source else label_map or {}
+        self._views = _Views(index, self._ids, image_size, crop, label_map)
         self._source = source
         self._left_out: dict[int, str] = {}  # by sample: why it cannot be used, not yet reported
         self._reported = set[int]()
 
     @classmethod
     def open(
-        cls, pattern: str, *, image_size: ImageSize, crop: Crop = "resize", num_workers: int = 0
+        cls,
+        pattern: str,
+        *,
+        image_size: ImageSize,
+        crop: Crop = "resize",
+        num_workers: int = 0,
+        label_map: str = "",
     ) -> "EvaluationSet":
-        """Open an index.json, or plain shards by glob, brace pattern or URL (open_index)."""
-        return cls(open_index(pattern), image_size=image_size, crop=crop, num_workers=num_workers)
+        """Open an index.json, or plain shards by glob, brace pattern or URL (open_index).
+
+        label_map: a file, as of data.label_map; "" = none.
+        """
+        index = open_index(pattern)
+        mapping = read_label_map(label_map, index) if label_map else {}
+        return cls(index, image_size=image_size, crop=crop, num_workers=num_workers, label_map=mapping)
 
     @property
     def num_samples(self) -> int:
@@ -66,7 +79,12 @@ class EvaluationSet:
 
     def named(self, label: int) -> str:
         """A label of the model for messages, with the name of its class."""
-        return self._source.named(label) if self._source else self.index.named(label)
+        return named(label, self.index, self._views.label_map)
+
+    @property
+    def max_label(self) -> int:
+        """The highest label of the model that a sample has."""
+        return max(self._views.label_map.get(label, label) for label in self.index.label_counts)
 
     def fingerprint(self) -> str:
         """Names what the samples are and how they become input."""

@@ -71,14 +71,7 @@ class Source:
 
     def named(self, label: int) -> str:
         """A label of the run for messages, with the name of its class (Index.named)."""
-        if not self.label_map:
-            return self.index.named(label)
-        own = min(
-            (own for own, label_of_run in self.label_map.items() if label_of_run == label), default=None
-        )
-        if own is None:
-            return str(label)
-        return f"{label} (from {self.index.named(own)})"
+        return named(label, self.index, self.label_map)
 
     def fingerprint(self, index_fingerprint: str = "") -> str:
         """Names what decides what a sample is: shards, label map, exclusions, split, fraction.
@@ -162,7 +155,7 @@ def _open_source(section: SourceConfig, position: int, config: DataConfig) -> So
     return Source(
         name=section.name or str(position),
         index=index,
-        label_map=_read_label_map(section.label_map, index) if section.label_map else {},
+        label_map=read_label_map(section.label_map, index) if section.label_map else {},
         excluded=excluded,
         held_out=np.setdiff1d(held_out, excluded, assume_unique=True),  # what is excluded is in neither
         not_chosen=not_chosen,
@@ -237,6 +230,14 @@ def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: i
         _warn_of_split(source, config)
 
 
+def named(label: int, index: Index, label_map: Mapping[int, int]) -> str:
+    """A mapped label for messages, with the name of its class (Index.named)."""
+    if not label_map:
+        return index.named(label)
+    own = min((own for own, mapped in label_map.items() if mapped == label), default=None)
+    return str(label) if own is None else f"{label} (from {index.named(own)})"
+
+
 def label_problem(labels: Sequence[int], index: Index, label_map: Mapping[int, int], num_classes: int) -> str:
     """Why a model has no place for a sample's labels, "" if it has; with 0 classes, for any."""
     for label in labels:
@@ -262,7 +263,11 @@ def _warn_of_split(source: Source, config: DataConfig) -> None:
             )  # fmt: skip
 
 
-def _read_label_map(path: str, index: Index) -> dict[int, int]:
+def read_label_map(path: str, index: Index) -> dict[int, int]:
+    """A label map, which has all labels of an index but those that stand alone.
+
+    Raises DataError for a file that is no such map, StoreError for one that cannot be read.
+    """
     try:
         content = storage.read_bytes(path)
     except FileNotFoundError:

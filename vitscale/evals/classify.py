@@ -27,12 +27,15 @@ _FEWSHOT_KEYS = ("train", "shots", "seeds", "l2_reg")
 class ClassifyConfig(TaskConfig):
     """Accuracy of the head on a labelled test set, besides the common keys.
 
-    split:  "validation" scores the samples that data.validation_fraction keeps from training,
-            instead of `test`
+    split:      "validation" scores the samples that data.validation_fraction keeps from
+                training, instead of `test`
+    label_map:  a JSON file from the labels of `test` to the model's, as data.label_map; "" = as
+                they are, whatever data.label_map is
     """
 
     kind: Literal["classify"] = "classify"
     split: Literal["", "validation"] = ""
+    label_map: str = ""
 
     def check_test(self, where: str) -> None:
         if not self.split:
@@ -41,6 +44,11 @@ class ClassifyConfig(TaskConfig):
             raise ConfigError(
                 f"{dotted(where, 'test')} and {dotted(where, 'split')} are both set, and either says what to "
                 f'score; for test shards, set {dotted(where, "split")} = ""'
+            )
+        elif self.label_map:
+            raise ConfigError(
+                f"{dotted(where, 'label_map')} is for test shards: data.label_map maps the labels of a "
+                "validation split; leave it out"
             )
 
     @classmethod
@@ -74,7 +82,7 @@ class ClassifyTask:
     ) -> "ClassifyTask":
         """source, loss: of the training, for its validation split."""
         if not config.split:
-            test, loss = open_shards(config.test, config, image_size), None
+            test, loss = open_shards(config.test, config, image_size, config.label_map), None
         elif source is None or not len(source.held_out):
             raise ConfigError(f"{name}: these training data have no validation split; give test shards")
         else:
@@ -139,10 +147,10 @@ class ClassifyTask:
 
     def check_labels(self, num_classes: int) -> None:
         """Raise DataError for a class that a model of so many does not have."""
-        label = self.test.index.max_label
+        label = self.test.max_label
         if label >= num_classes and not self.config.split:
             raise DataError(
-                f"{self.name}: {self.config.test}: class {self.test.index.named(label)} does not exist in a "
+                f"{self.name}: {self.config.test}: class {self.test.named(label)} does not exist in a "
                 f"model of {num_classes} classes; give the test set that the head was trained for",
                 shared=True,
             )

@@ -134,13 +134,19 @@ def within_memory(task: Task, run: Callable[[], T], where: str = "") -> T:
         raise ConfigError(f"{task.name}: CUDA is out of memory with {key} {size}; {way_out}") from None
 
 
-def open_shards(pattern: str, config: TaskConfig, image_size: ImageSize) -> EvaluationSet:
-    """The samples of `pattern`, decoded by `config`. Raises DataError for missing shards."""
+def open_shards(
+    pattern: str, config: TaskConfig, image_size: ImageSize, label_map: str = ""
+) -> EvaluationSet:
+    """The samples of `pattern`, decoded by `config`. Raises DataError for missing shards.
+
+    label_map: a file, as of data.label_map; "" = none.
+    """
     return EvaluationSet.open(
         pattern,
         image_size=image_size,
         crop=config.crop,
         num_workers=config.resolved_num_workers(0),
+        label_map=label_map,
     )
 
 

@@ -87,7 +87,8 @@ def run(
         chosen = values | {"run_dir": str((folder / "run").absolute()), "seed": seed}
         chosen["optim"] = values["optim"] | {"lr": rate}
         chosen["data"] = values["data"] | {"validation_fraction": dev_fraction}
-        on_test = ("--data", absolute_pattern(test.test), "--crop", test.crop)
+        mapped = ("--label-map", storage.absolute(test.label_map)) if test.label_map else ()
+        on_test = ("--data", absolute_pattern(test.test), "--crop", test.crop, *mapped)
         score = ("--split", "validation", "--crop", test.crop) if dev_fraction else on_test
         return FineTuning(folder=folder, start=start, values=chosen, overrides=(), score=score)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.verify import at_a_glance, open_directory
-from vitscale.data.index import Index
+from vitscale.data.evalset import EvaluationSet
 from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches
 from vitscale.evals import ClassifyConfig
@@ -97,7 +97,7 @@ def predictions(record: Record) -> Html:
     scores = probabilities(model.logits(images), config)
     true = [{label for label in row if label >= 0} for row in labels.tolist()]
     right = [best in row for best, row in zip(scores.argmax(dim=1).tolist(), true, strict=True)]
-    cards = [_prediction(*sample, test.index) for sample in zip(images, true, scores, right, strict=True)]
+    cards = [_prediction(*sample, test) for sample in zip(images, true, scores, right, strict=True)]
     weights = "the average of the weights" if slot == "ema" else "the weights"
     text = (
         f"By {weights} of step {saved.step:,}, on {count} images spread over evals.{name}: {sum(right)} "
@@ -117,17 +117,17 @@ def _prediction(
     true: Collection[int],
     scores: Float[Tensor, " C"],
     is_right: bool,
-    index: Index,
+    test: EvaluationSet,
 ) -> Html:
     """An image with its true classes and the likeliest ones."""
     best = scores.topk(min(NUM_GUESSES, len(scores)))
-    names = ", ".join(map(index.named, true))
+    names = ", ".join(map(test.named, true))
     if names:
         verdict, class_ = ("\u2713 right", "right-guess") if is_right else ("\u2717 wrong", "wrong-guess")
     else:
         verdict, class_ = "without a label", ""
     lines = [
-        f"{index.named(label)}: {percent(round(score, 3))}"
+        f"{test.named(label)}: {percent(round(score, 3))}"
         for label, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
     shown = picture(channels_last(image), f"image of class {names or 'unknown'}")
