@@ -1,8 +1,10 @@
 """--dry-run shows what follows from a config and writes nothing; all of configs/ loads."""
 
+import json
 from pathlib import Path
 
 import pytest
+from make import write_index
 
 from launch.train import main
 from vitscale import config as configs
@@ -125,6 +127,21 @@ def test_a_test_set_without_the_label_map_of_the_data_is_named(
     assert main([*run, "--dry-run", f"data.label_map={path}", *evals]) == 0
     asked = f'the labels of {index} are not mapped; if they are those of {index}, set evals.val.label_map = "'
     assert (asked + str(path) in caplog.text) == ("label_map" in caplog.text) == warns
+
+
+def test_classes_that_are_numbered_differently_are_named(run: list[str], tmp_path: Path, caplog) -> None:
+    paths = [write_index(tmp_path / name, [10]) for name in ("a", "b", "test")]
+    for path, names in zip(paths, (["ant", "cat"], ["cat", "dog"], ["bee", "ant", "cat"]), strict=True):
+        (path.parent / "classes.json").write_text(json.dumps(names))
+    sources = f"data.sources=[{{index='{paths[0]}'}}, {{index='{paths[1]}'}}]"
+    assert main([*run, "--dry-run", "data.index=", sources, f"evals.val.test={paths[2]}"]) == 0
+    of_sources, of_test = (record.getMessage() for record in caplog.records)
+    assert of_sources.startswith(
+        f"class 0 is 'ant' in {paths[0]} and 'cat' in {paths[1]}: the labels of data"
+    )
+    assert of_test.startswith(
+        f"class 0 is 'ant' in {paths[0]} and 'bee' in {paths[2]}: the test labels of eva"
+    )
 
 
 def test_a_number_of_classes_that_is_missing_is_named(run: list[str], capsys) -> None:

@@ -11,12 +11,12 @@ from vitscale.checkpoint import load, room
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, open_together
 from vitscale.data.data_config import SourceConfig
-from vitscale.data.sources import Source, check_sources, missing_sources, open_sources
+from vitscale.data.sources import Source, missing_sources, open_sources
 from vitscale.data.split import split_classes
 from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES
 from vitscale.errors import UserError
-from vitscale.job import Job, derive, expected_first_loss, open_tasks
+from vitscale.job import Job, check_shards_and_classes, derive, expected_first_loss, open_tasks
 from vitscale.models import Model, empty_model
 from vitscale.models.flops import train_flops
 from vitscale.objectives import DistillationConfig
@@ -44,7 +44,7 @@ def describe(config: TrainConfig, world_size: int) -> str:
     if missing:
         notes = _missing_lines(job, model, missing)
     else:
-        check_sources(job.sources)
+        check_shards_and_classes(job)
         open_tasks(job)
         teacher = _open_teacher(config)
         _check_start(job, model, teacher)

@@ -8,13 +8,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitscale import distributed
+from vitscale.data.classes import difference
 from vitscale.data.decode import Decoder, resolve_decoder
 from vitscale.data.mixture import Mixture
-from vitscale.data.sources import Source, check_labels, check_sources, make_mixture, open_sources
+from vitscale.data.sources import (
+    Source,
+    check_labels,
+    check_sources,
+    make_mixture,
+    open_sources,
+    warn_of_classes,
+)
 from vitscale.engine.batches import BatchPlan, plan_batches
 from vitscale.engine.ds_config import check_compiled, check_ds_config, make_ds_config
 from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig, open_task
+from vitscale.evals.classify import ClassifyTask
 from vitscale.evals.task import Task
 from vitscale.objectives import COLORS, DistillationConfig, MaskedPatchesConfig
 from vitscale.train_config import TrainConfig
@@ -59,8 +68,15 @@ def prepare(config: TrainConfig, world_size: int) -> Job:
     shared store millions of times. Raises ConfigError, DataError or StoreError on every rank.
     """
     job = distributed.together(lambda: derive(config, world_size, open_sources(config.data)))
-    distributed.on_main(lambda: check_sources(job.sources))
+    distributed.on_main(lambda: check_shards_and_classes(job))
     return job
+
+
+def check_shards_and_classes(job: Job) -> None:
+    """Raise DataError as check_sources does, and warn as warn_of_classes where labels count."""
+    check_sources(job.sources)
+    if not isinstance(job.config.objective, MaskedPatchesConfig):
+        warn_of_classes(job.sources, job.config.data)
 
 
 def derive(config: TrainConfig, world_size: int, sources: tuple[Source, ...]) -> Job:
@@ -93,19 +109,30 @@ def open_tasks(job: Job) -> Tasks:
         num_workers = section.resolved_num_workers(config.engine.num_workers)
         section = dataclasses.replace(section, num_workers=num_workers)
         tasks[name] = open_task(name, section, config.model.image_size, job.sources[0], config.loss)
-        if isinstance(section, ClassifyConfig) and section.test and not section.label_map:
-            _warn_of_map(job, name, section.test)
+        if isinstance(section, ClassifyConfig) and section.test and distributed.is_main():
+            _warn_of_test_labels(job, name, section, tasks[name])
     return tasks
 
 
-def _warn_of_map(job: Job, name: str, test: str) -> None:
-    """Warn if a label map of the data might be missing for the test shards of evals.NAME."""
+def _warn_of_test_labels(job: Job, name: str, section: ClassifyConfig, task: Task) -> None:
+    """Warn, in one line, where the test shards of evals.NAME seem to have other labels."""
     sections = job.config.data.all_sources()
-    if len(sections) == 1 and sections[0].label_map:
+    if len(sections) == 1 and sections[0].label_map and not section.label_map:
         logger.warning(
             'evals.%s has no label_map, and the data have one: the labels of %s are not mapped; if they are '
             'those of %s, set evals.%s.label_map = "%s"',
-            name, test, sections[0].index, name, sections[0].label_map,
+            name, section.test, sections[0].index, name, sections[0].label_map,
+        )  # fmt: skip
+        return
+    assert isinstance(task, ClassifyTask)
+    theirs = task.test.classes, section.test
+    pairs = zip(job.sources, sections, strict=True)
+    known = ((source.classes, part.index) for source, part in pairs if source.index.label_counts)
+    if words := next(filter(None, (difference(*ours, *theirs) for ours in known)), ""):
+        logger.warning(
+            "%s: the test labels of evals.%s are not those of training; map them by evals.%s.label_map, or "
+            "pack both together",
+            words, name, name,
         )  # fmt: skip
 
 

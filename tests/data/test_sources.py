@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make import write_index
 
 from vitscale.data.data_config import DataConfig, SourceConfig
 from vitscale.data.id_set import IdSet
 from vitscale.data.index import Index, planned_index
-from vitscale.data.sources import Source, check_labels, open_sources
+from vitscale.data.sources import Source, check_labels, open_sources, warn_of_classes
 from vitscale.errors import ConfigError, DataError, StoreError
 
 
@@ -39,6 +40,34 @@ def test_sources_are_opened_with_their_label_maps(index_path: str, tmp_path: Pat
     sentence = r"holds label 11 \(from 4\), out of range for model.num_classes 11"
     with pytest.raises(ConfigError, match=sentence):
         check_labels(sources, config, 11)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "label_map", "words"),
+    [
+        (["ant", "cat"], ["cat", "dog"], "", "class 0 is 'ant' in {0} and 'cat' in {1}"),
+        (["ant", "cat"], ["cat", "dog"], "[1, 2, 3, 4, 5]", ""),
+        (["ant", "cat"], ["ant", "cat"], "[1, 2, 3, 4, 5]", "'ant' in {0} and without a name in {1}"),
+        (["tench", "eel", "ray"], ["tench, Tinca tinca", "ray", "eel"], "", "class 1 is 'eel' in {0}"),
+        (["tench", "ray"], ["tench, Tinca tinca", "ray"], "", ""),
+        (["ant", "cat"], ["cat"], "", "class 0 is 'ant' in {0} and 'cat' in {1}"),
+        (["ant", "cat"], [], "", ""),
+    ],
+)  # fmt: skip
+def test_sources_that_number_the_same_classes_differently_are_named(
+    tmp_path: Path, caplog, ours: list[str], theirs: list[str], label_map: str, words: str
+) -> None:
+    paths = []
+    for name, classes in (("a", ours), ("b", theirs)):
+        paths.append(str(write_index(tmp_path / name, [5])))
+        (tmp_path / name / "classes.json").write_text(json.dumps(classes))
+    (tmp_path / "map.json").write_text(label_map)
+    first, second = SourceConfig(index=paths[0]), SourceConfig(index=paths[1])
+    if label_map:
+        second = dataclasses.replace(second, label_map=f"{tmp_path}/map.json")
+    config = DataConfig(sources=(first, second))
+    warn_of_classes(open_sources(config), config)
+    assert len(caplog.records) == bool(words) and words.format(*paths) in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -55,3 +55,27 @@ def names_by_label(classes: Mapping[str, int]) -> tuple[str, ...]:
         names.setdefault(label, name)
     labels = range(len(names))
     return tuple(names[label] for label in labels) if sorted(names) == list(labels) else ()
+
+
+def mapped_classes(classes: Mapping[str, int], label_map: Mapping[int, int]) -> dict[str, int]:
+    """The labels of class names after a label map; {} = labels stay."""
+    if not label_map:
+        return dict(classes)
+    return {name: label_map[label] for name, label in classes.items() if label in label_map}
+
+
+def difference(ours: Mapping[str, int], our_place: str, theirs: Mapping[str, int], their_place: str) -> str:
+    """How two sets of shards number their classes differently, in words; "" if they do not.
+
+    They do if a name that both have stands at different numbers. Names that one side alone has
+    say nothing: editions of a data set spell them differently.
+    """
+    moved = [name for name, label in ours.items() if theirs.get(name, label) != label]
+    if not moved:
+        return ""
+    first = min(min(ours[name], theirs[name]) for name in moved)
+    name, other = (
+        next((repr(name) for name, label in classes.items() if label == first), "without a name")
+        for classes in (ours, theirs)
+    )
+    return f"class {first} is {name} in {our_place} and {other} in {their_place}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitscale import distributed
+from vitscale.data.classes import mapped_classes
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.index import Index
 from vitscale.data.indexing import open_index
@@ -80,6 +81,11 @@ class EvaluationSet:
     def named(self, label: int) -> str:
         """A label of the model for messages, with the name of its class."""
         return named(label, self.index, self._views.label_map)
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """The model's labels of the class names; {} if the names are not known."""
+        return mapped_classes(self.index.classes, self._views.label_map)
 
     @property
     def max_label(self) -> int:

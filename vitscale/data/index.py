@@ -108,9 +108,13 @@ class Index:
         return self.label_counts.keys() - set(self.lone_labels)
 
     @functools.cached_property
+    def classes(self) -> Mapping[str, int]:
+        """The labels of the class names; {} if the names are not known."""
+        return self.keys.classes or names_beside(self.shards[0].url)
+
+    @functools.cached_property
     def _names(self) -> dict[int, str]:
-        classes = self.keys.classes or names_beside(self.shards[0].url)
-        return {label: name for name, label in reversed(list(classes.items()))}  # the first name counts
+        return {label: name for name, label in reversed(list(self.classes.items()))}  # the first name counts
 
     def named(self, label: int) -> str:
         """A label for messages, like "17 (dog)"; "17" where its class has no known name."""

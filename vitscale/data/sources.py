@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import shlex
@@ -12,6 +13,7 @@ import xxhash
 from jaxtyping import Int64
 
 from vitscale import storage
+from vitscale.data.classes import difference, mapped_classes
 from vitscale.data.data_config import DataConfig, SourceConfig
 from vitscale.data.exclusions import load_exclusions
 from vitscale.data.id_set import NO_IDS, IdSet
@@ -72,6 +74,11 @@ class Source:
     def named(self, label: int) -> str:
         """A label of the run for messages, with the name of its class (Index.named)."""
         return named(label, self.index, self.label_map)
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """The run's labels of the class names; {} if the names are not known."""
+        return mapped_classes(self.index.classes, self.label_map)
 
     def fingerprint(self, index_fingerprint: str = "") -> str:
         """Names what decides what a sample is: shards, label map, exclusions, split, fraction.
@@ -193,6 +200,18 @@ def check_sources(sources: tuple[Source, ...]) -> None:
     """Raise DataError if a shard is missing or has another size than when it was indexed."""
     for source in sources:
         check_shards(source.index)
+
+
+def warn_of_classes(sources: tuple[Source, ...], config: DataConfig) -> None:
+    """Warn, in one line, of sources that number the same classes differently."""
+    pairs = zip(sources, config.all_sources(), strict=True)
+    known = [(source.classes, section.index) for source, section in pairs]
+    found = (difference(*one, *other) for one, other in itertools.combinations(known, 2))
+    if words := next(filter(None, found), ""):
+        logger.warning(
+            "%s: the labels of data.sources differ; map those of one by its label_map, or pack both together",
+            words,
+        )  # fmt: skip
 
 
 def check_labels(sources: tuple[Source, ...], config: DataConfig, num_classes: int) -> None:
