@@ -22,7 +22,7 @@ from vitscale.data.sources import (
 from vitscale.engine.batches import BatchPlan, plan_batches
 from vitscale.engine.ds_config import check_compiled, check_ds_config, make_ds_config
 from vitscale.errors import ConfigError
-from vitscale.evals import ClassifyConfig, open_task
+from vitscale.evals import open_task
 from vitscale.evals.classify import ClassifyTask
 from vitscale.evals.task import Task
 from vitscale.objectives import COLORS, DistillationConfig, MaskedPatchesConfig
@@ -108,15 +108,15 @@ def open_tasks(job: Job) -> Tasks:
     for name, section in config.evals.items():
         num_workers = section.resolved_num_workers(config.engine.num_workers)
         section = dataclasses.replace(section, num_workers=num_workers)
-        tasks[name] = open_task(name, section, config.model.image_size, job.sources[0], config.loss)
-        if isinstance(section, ClassifyConfig) and section.test and distributed.is_main():
-            _warn_of_test_labels(job, name, section, tasks[name])
+        tasks[name] = task = open_task(name, section, config.model.image_size, job.sources[0], config.loss)
+        if isinstance(task, ClassifyTask) and task.config.test and distributed.is_main():
+            _warn_of_test_labels(job, name, task)
     return tasks
 
 
-def _warn_of_test_labels(job: Job, name: str, section: ClassifyConfig, task: Task) -> None:
+def _warn_of_test_labels(job: Job, name: str, task: ClassifyTask) -> None:
     """Warn, in one line, where the test shards of evals.NAME seem to have other labels."""
-    sections = job.config.data.all_sources()
+    section, sections = task.config, job.config.data.all_sources()
     if len(sections) == 1 and sections[0].label_map and not section.label_map:
         logger.warning(
             'evals.%s has no label_map, and the data have one: the labels of %s are not mapped; if they are '
@@ -124,7 +124,6 @@ def _warn_of_test_labels(job: Job, name: str, section: ClassifyConfig, task: Tas
             name, section.test, sections[0].index, name, sections[0].label_map,
         )  # fmt: skip
         return
-    assert isinstance(task, ClassifyTask)
     theirs = task.test.classes, section.test
     pairs = zip(job.sources, sections, strict=True)
     known = ((source.classes, part.index) for source, part in pairs if source.index.label_counts)
