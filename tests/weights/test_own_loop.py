@@ -59,7 +59,28 @@ def test_what_a_model_cannot_be_is_refused(tmp_path: Path) -> None:
         load_model(path, image_size=13)
     with pytest.raises(ConfigError, match="num_classes"):
         load_model(path, num_classes=-1)
-    with pytest.raises(TypeError, match="takes a model of vitscale, not Sequential"):
-        save_model(torch.nn.Sequential(source), tmp_path / "out")
+    for wrapped in (torch.nn.Sequential(source), torch.compile(source)):
+        name = type(wrapped).__name__
+        with pytest.raises(TypeError, match=f"of vitscale, not {name}; .*, ._orig_mod of torch.compile"):
+            save_model(wrapped, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"out.pt has the name of a .pt file"):
         save_model(source, tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (torch.nn.Linear(32, 7), r"head.weight is \(7, 32\) in the model, but \(5, 32\) by model.config"),
+        (torch.nn.Linear(32, 5, bias=False), r"head.bias is absent in the model, but \(5,\) by"),
+        (torch.nn.Sequential(torch.nn.Linear(32, 5)), r"head.weight is absent"),
+        (torch.nn.Bilinear(32, 32, 5), r"head.weight is \(5, 32, 32\)"),
+    ],
+)
+def test_a_model_that_its_config_does_not_describe_is_not_saved(
+    tmp_path: Path, layer: torch.nn.Module, message: str
+) -> None:
+    model = saved_model(tmp_path / "saved.safetensors")
+    model.head = layer
+    with pytest.raises(ConfigError, match=message):
+        save_model(model, tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()

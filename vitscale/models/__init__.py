@@ -11,7 +11,7 @@ optim.EMBEDDINGS before those below it.
 import torch
 
 from vitscale.models.hybrid import Hybrid, HybridConfig
-from vitscale.models.model import Model
+from vitscale.models.model import CommonConfig, Model
 from vitscale.models.resnet import ResNet, ResNetConfig
 from vitscale.models.vit import ViT
 from vitscale.models.vit_config import ViTConfig
@@ -20,7 +20,7 @@ ModelConfig = ViTConfig | HybridConfig | ResNetConfig  # [model]: the first kind
 MODELS: dict[str, type[Model]] = {"vit": ViT, "hybrid": Hybrid, "resnet": ResNet}
 
 
-def empty_model(config: ModelConfig) -> Model:
+def empty_model(config: CommonConfig) -> Model:
     """The model of a config without values or memory, on the meta device."""
     with torch.device("meta"):
         return MODELS[config.kind](config)

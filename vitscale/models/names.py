@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitscale.models import ModelConfig, empty_model
 from vitscale.models.hybrid import HybridConfig
+from vitscale.models.model import CommonConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import Pool, ViTConfig
 
@@ -86,7 +87,7 @@ def to_ours(table: Iterable[Rule], read: Read) -> Iterator[tuple[str, Tensor]]:
         yield from zip(rule.ours, rule.to_ours([read(name) for name in rule.theirs]), strict=True)
 
 
-def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def our_shapes(config: CommonConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of our parameters, in the model's order."""
     return {name: tuple(param.shape) for name, param in empty_model(config).named_parameters()}
 

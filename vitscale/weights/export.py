@@ -10,6 +10,7 @@ from vitscale import __version__, storage
 from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.models.model import CommonConfig, Model
+from vitscale.models.names import our_shapes
 from vitscale.weights.files import Dtype, NamedTensors, Shapes, write_file, write_folder
 from vitscale.weights.publish import publishing
 from vitscale.weights.saved import SavedModel, Slot
@@ -35,19 +36,32 @@ def save_model(model: nn.Module, out: str | Path, *, dtype: Dtype = "fp32", step
     """Write a model, wherever it was trained, as an export; returns the path of the file.
 
     load_model, [init] and every command read it. out: as in write_export. step: of its
-    training, if it has one. Raises as write_export, and TypeError for another module.
+    training, if it has one. Raises as write_export, TypeError for another module, and
+    ConfigError for parameters that are not those of model.config, such as a replaced head.
     """
     if not isinstance(model, Model):
         raise TypeError(
-            f"save_model takes a model of vitscale, not {type(model).__name__}; of a wrapper like "
-            "DistributedDataParallel, pass the .module"
+            f"save_model takes a model of vitscale, not {type(model).__name__}; of a wrapper, pass the model "
+            "in it: .module of DistributedDataParallel, ._orig_mod of torch.compile"
         )
     params = dict(model.named_parameters())
     shapes = {name: tuple(param.shape) for name, param in params.items()}
+    _check_shapes(shapes, our_shapes(model.config))
     tensors = ((name, param.detach().float().cpu()) for name, param in params.items())
     return write_export(
         storage.local_output(out), tensors, shapes, export_metadata(model.config, step, dtype), dtype
     )
+
+
+def _check_shapes(shapes: Shapes, expected: Shapes) -> None:
+    """Raise ConfigError for the first parameter that is not as the model's config says."""
+    for name in {**expected, **shapes}:
+        shape, said = (of.get(name, "absent") for of in (shapes, expected))
+        if shape != said:
+            raise ConfigError(
+                f"{name} is {shape} in the model, but {said} by model.config, so the export could not be "
+                "loaded; for another head, take load_model(PATH, num_classes=N) and train that"
+            )
 
 
 def export_metadata(config: CommonConfig, step: int, dtype: Dtype) -> dict[str, str]:
