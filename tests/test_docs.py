@@ -166,8 +166,8 @@ def broken_flags(text: str) -> list[str]:
 
 @functools.cache
 def known_flags() -> set[str]:
-    """The options of our programs, the tests, the launchers and docker that the pages name."""
-    flags = {"--shm-size"}
+    """The options of our programs, the tests, the launchers, docker and pip that the pages name."""
+    flags = {"--shm-size", "--no-deps"}
     for path in TOOLS:
         program = str(path.relative_to(ROOT))
         _, shown = parsed(program, ("--help",))
