@@ -228,7 +228,7 @@ tensorboard = false
         ("evals.x.test=nowhere/*.tar", "no file matches 'nowhere/*.tar'"),
         ("evals.x.test=nowhere/index.json", "index nowhere/index.json is missing"),
         ("optim.freeze=['no_such.*']", "optim.freeze 'no_such.*' matches no parameter"),
-        ("init.checkpoint=nowhere", "nowhere is not a checkpoint"),
+        ("init.checkpoint=no.npz", "an export in safetensors; convert other files with tools/checkpoint.py"),
         ("init={checkpoint='nowhere',full_state=true}", "nowhere is not a checkpoint: give a run"),
         ("run_dir=", 'run_dir is empty; name a folder, like "runs/a"'),
         (

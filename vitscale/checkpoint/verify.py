@@ -183,8 +183,8 @@ def untried_at(path: str, failed: Collection[str]) -> str:
     if store.step_of(path) is not None:
         raise CheckpointError(absence(path))
     raise CheckpointError(
-        f"{path} is not a checkpoint: give a run directory with checkpoints in it, a step directory, or "
-        "for weights alone an export"
+        f"{path} is not a checkpoint: give a run directory with checkpoints in it, a step directory, or for "
+        "weights alone an export in safetensors; convert other files with tools/checkpoint.py import"
     )
 
 
