@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--world-size", type=int, metavar="N", help="with --dry-run: for so many processes, not those here"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    arguments = parser.parse_intermixed_args(argv)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        parser.error(
+            f"there is no {unknown[0]}: settings are section.key=value words, those of DeepSpeed in "
+            "[engine], and the same command resumes"
+        )
     if arguments.world_size is not None and (not arguments.dry_run or arguments.world_size < 1):
         parser.error("--world-size is a number from 1, for --dry-run only: to train, a launcher sets it")
     # Torch is imported after the arguments have been checked, so that --help is instant.

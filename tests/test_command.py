@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import train
 from vitscale import command
 from vitscale.cluster import multinode
 from vitscale.errors import (
@@ -249,6 +250,15 @@ def test_multinode_takes_options_as_ours_and_as_those_of_deepspeed_are_written(h
     with pytest.raises(SystemExit):  # without an address
         multinode.main(["hostfile", "a.toml", *re.sub(r"\b-\b", hyphen, options).split()])
     assert "error: --no-ssh needs --node-rank N" in capsys.readouterr().err
+
+
+def test_flags_of_other_trainers_are_answered_with_what_takes_their_place(capsys) -> None:
+    for words in ("--resume runs/a c.toml", "c.toml --deepspeed_config ds.json", "c.toml --optim.lr=1"):
+        with pytest.raises(SystemExit) as end:
+            train.main(words.split())
+        flag = next(word for word in words.split() if word.startswith("--"))
+        message = f"error: there is no {flag}: settings are section.key=value words, "
+        assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

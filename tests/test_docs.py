@@ -166,7 +166,7 @@ def broken_flags(text: str) -> list[str]:
 
 @functools.cache
 def known_flags() -> set[str]:
-    """The options of our programs, the tests, the launchers, docker and pip that the pages name."""
+    """The options of our programs, the tests, launchers, docker and pip that the pages name."""
     flags = {"--shm-size", "--no-deps"}
     for path in TOOLS:
         program = str(path.relative_to(ROOT))
