@@ -146,6 +146,23 @@ def test_dino_imports_without_a_config_and_with_its_prefix(tmp_path: Path) -> No
         import_model(tmp_path / "dino.safetensors", tmp_path / "guessed", format="timm")
 
 
+def test_names_that_a_wrapper_put_a_word_before_are_read(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "ours.safetensors")
+    timm = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
+    for format, prefix, file in (
+        ("timm", "_orig_mod.", timm / "model.safetensors"),  # torch.compile
+        ("timm", "model.", timm / "model.safetensors"),  # a usual LightningModule
+        ("safetensors", "module._orig_mod.", tmp_path / "ours.safetensors"),  # compiled, then in DDP
+        ("safetensors", "_orig_mod.module.", tmp_path / "ours.safetensors"),
+    ):
+        wrapped = {prefix + name: value for name, value in load_file(file).items()}
+        save_file(wrapped, tmp_path / "x.safetensors")
+        path = import_model(
+            tmp_path / "x.safetensors", tmp_path / "x", format=format, overrides=["model.num_heads=4"]
+        )
+        assert same_weights(load_model(path), model), prefix
+
+
 def test_the_size_of_images_that_are_no_squares_is_asked_for_where_no_file_says_it(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, image_size=(8, 12), gelu="exact")
     model = saved_model(tmp_path / "ours.safetensors", config)

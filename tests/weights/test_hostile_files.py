@@ -322,6 +322,7 @@ def test_damaged_and_mistaken_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
     np.savez(tmp_path / "bit.npz", **{"resnet/root_block/standardized_conv2d/kernel": np.ones(3)})
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    save_file({"net.patch_embed.proj.weight": torch.ones(1)}, tmp_path / "net.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "ours.safetensors").read_bytes()[:-8])
     (tmp_path / "empty").mkdir()
     for file, format, message in (
@@ -330,6 +331,9 @@ def test_damaged_and_mistaken_files_are_refused(tmp_path: Path) -> None:
         ("bit.npz", "npz", "bit.npz: the shapes of its tensors are not those of a BiT ResNet"),
         ("none.npz", "npz", "none.npz does not exist"),
         ("x.safetensors", "timm", "holds no patch_embed.proj.weight.* these are not the weights of a ViT"),
+        ("net.safetensors", "timm", "under names without 'net.' before them"),
+        ("net.safetensors", "safetensors", "under names without 'net.' before them"),
+        ("net.safetensors", "transformers", "use --format timm"),
         ("cut.safetensors", "safetensors", "ends inside"),
         (hf, "timm", "use --format transformers"),
         (tmp_path / "ours.safetensors", "transformers", "use --format timm"),

@@ -31,10 +31,12 @@ _LANDMARKS = {
     "transformers": "embeddings.patch_embeddings.projection.weight",
     "npz": "embedding/kernel",
 }
+# Of torch.compile, DistributedDataParallel, one in the other, and Lightning.
+_WRAPPERS = ("module._orig_mod.", "_orig_mod.module.", "_orig_mod.", "module.", "model.")
 # What may stand before its name, the longest first.
 _PREFIXES = {
-    "safetensors": ("module.", ""),
-    "timm": ("module.backbone.", "backbone.", "module.", ""),  # DINO's, and DistributedDataParallel's
+    "safetensors": (*_WRAPPERS, ""),
+    "timm": ("module.backbone.", "backbone.", *_WRAPPERS, ""),  # the first two are DINO's
     "transformers": ("vit.", "deit.", "dinov2.", "dinov2_with_registers.", ""),  # "": ViTModel's own
     "npz": ("opt/target/img/", "params/img/", "img/", "opt/target/", "params/", ""),
 }
@@ -234,8 +236,17 @@ def _find_prefix(path: str, format: str, names: Iterable[str]) -> str:
         refuse_other_architectures(sorted(names))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    fitting = [other for other, mark in _LANDMARKS.items() if any(name.endswith(mark) for name in names)]
-    hint = f"use --format {fitting[-1]}" if fitting else "these are not the weights of a ViT"
+    found = {
+        other: name.removesuffix(mark)
+        for other, mark in _LANDMARKS.items()
+        for name in sorted(names)
+        if name.endswith(mark)
+    }
+    hint = "these are not the weights of a ViT"
+    if format in found:
+        hint = f"write its tensors under names without {found[format]!r} before them"
+    elif found:
+        hint = f"use --format {list(found)[-1]}"
     raise CheckpointError(
         f"{path} holds no {_LANDMARKS[format]}, which every ViT in {format} format has; {hint}"
     )
