@@ -1,6 +1,8 @@
 """Exports and imports, tested by what matters: the other library computes the same logits."""
 
+import argparse
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -144,6 +146,26 @@ def test_dino_imports_without_a_config_and_with_its_prefix(tmp_path: Path) -> No
         CheckpointError, match=r"no file beside the weights says model.num_heads; add .* often 1"
     ):
         import_model(tmp_path / "dino.safetensors", tmp_path / "guessed", format="timm")
+
+
+def test_the_page_on_pickles_converts_what_timms_training_writes(
+    tmp_path: Path, timm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"img_size": 12, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 4}
+    other = randomise(timm.create_model("vit_base_patch16_224", num_classes=5, **sizes))
+    saver = importlib.import_module("timm.utils").CheckpointSaver(
+        other,
+        torch.optim.SGD(other.parameters(), momentum=0.9),
+        args=argparse.Namespace(model="vit_base_patch16_224"),
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(0, metric=0.5)
+    monkeypatch.chdir(tmp_path)
+    _, section = (ROOT / "docs" / "checkpoints.md").read_text().split("### Pickles")
+    exec(section.split("```")[1].removeprefix("python"), {})
+    path = import_model("model.safetensors", "ours", format="timm", overrides=["model.num_heads=4"])
+    assert (logits(load_model(path), TINY) - logits(other, TINY)).abs().max() < 1e-5
 
 
 def test_names_that_a_wrapper_put_a_word_before_are_read(tmp_path: Path) -> None:

@@ -211,7 +211,8 @@ def _refuse_pickle(path: str) -> None:
         raise CheckpointError(
             f"{path} is a pickle, whose loading can run any code, so vitscale never loads one; if you trust "
             "it, run safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors') "
-            "and import that"
+            "and import that; a training checkpoint holds the weights under a key, like ['state_dict'] "
+            "(docs/checkpoints.md#pickles)"
         )
 
 
