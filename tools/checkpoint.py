@@ -29,8 +29,8 @@ at the same point of the same experiment, 1 if not, 2 if one of them cannot be r
 
 FORMATS = ["safetensors", "timm", "transformers", "npz"]
 PIXELS = (
-    "how its images were normalised: half = as ours; imagenet (DINO, DeiT) = the difference goes into the "
-    "patch embedding"
+    "how its images were normalised, where no file beside it says so: half = as ours; imagenet (DINO, DeiT) "
+    "= the difference goes into the patch embedding"
 )
 DIALECT = "names in an .npz file: original = Google's released files, linen = its later code, big_vision"
 
@@ -111,7 +111,7 @@ def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     importing.add_argument("out", metavar="OUT", help="a folder, or FILE.safetensors")
     importing.add_argument("--format", choices=FORMATS, required=True)
-    importing.add_argument("--pixels", choices=["half", "imagenet"], default="half", help=PIXELS)
+    importing.add_argument("--pixels", choices=["half", "imagenet"], help=PIXELS)
     importing.add_argument(
         "overrides",
         metavar="model.KEY=VALUE",

@@ -23,6 +23,7 @@ from vitscale.weights.foreign.convert import import_model
 
 SIZES = {"width": 32, "depth": 2, "num_heads": 4, "mlp_dim": 80, "patch_size": 4, "image_size": 12}
 TINY = ViTConfig(**SIZES, num_classes=5)
+OUR_PIXELS = {"mean": [0.5] * 3, "std": [0.5] * 3}  # for timm's config.json
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

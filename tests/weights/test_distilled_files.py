@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_models import TINY, images, logits, randomise, resolved, same_weights, saved_model
+from foreign_models import OUR_PIXELS, TINY, images, logits, randomise, resolved, same_weights, saved_model
 from make import write_step
 from safetensors.torch import load_file, save_file
 
@@ -36,7 +36,7 @@ def test_timm_computes_the_logits_of_an_export(tmp_path: Path, timm: Any) -> Non
 
 def test_timms_deit_tiny_distilled_is_imported(tmp_path: Path, timm: Any) -> None:
     other = randomise(timm.create_model("deit_tiny_distilled_patch16_224"))
-    timm.models.save_for_hf(other, tmp_path / "timm", safe_serialization=True)
+    timm.models.save_for_hf(other, tmp_path / "timm", data_config=OUR_PIXELS, safe_serialization=True)
     model = load_model(import_model(tmp_path / "timm", tmp_path / "ours", format="timm"))
     expected = ViTConfig(variant="Ti/16", distilled=True, gelu="exact")
     assert model.config == expected
@@ -68,7 +68,9 @@ def test_transformers_deit_is_imported(tmp_path: Path, transformers: Any) -> Non
     )
     other = randomise(transformers.DeiTForImageClassificationWithTeacher(config))
     other.save_pretrained(tmp_path / "deit")
-    model = load_model(import_model(tmp_path / "deit", tmp_path / "ours", format="transformers"))
+    model = load_model(
+        import_model(tmp_path / "deit", tmp_path / "ours", format="transformers", pixels="half")
+    )
     assert resolved(model.config) == resolved(dataclasses.replace(DISTILLED, gelu="exact", norm_eps=1e-12))
     with torch.no_grad():
         outputs = other(images(TINY))

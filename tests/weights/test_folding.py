@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_models import TINY, images, logits, randomise, saved_model
+from foreign_models import OUR_PIXELS, TINY, images, logits, randomise, saved_model
 from safetensors.torch import load_file, save_file
 
 from vitscale import load_model
@@ -42,7 +42,9 @@ def test_timms_models_keep_their_outputs(
 ) -> None:
     arguments = SIZES | arguments
     other = randomise(timm.create_model(architecture, num_classes=5, **arguments))
-    timm.models.save_for_hf(other, tmp_path / "timm", model_args=arguments, safe_serialization=True)
+    timm.models.save_for_hf(
+        other, tmp_path / "timm", model_args=arguments, data_config=OUR_PIXELS, safe_serialization=True
+    )
     model = load_model(import_model(tmp_path / "timm", tmp_path / "ours", format="timm"))
     assert model.config.num_registers == arguments.get("reg_tokens", 0)
     assert (logits(model, model.config) - logits(other, model.config)).abs().max() < 1e-5
@@ -58,7 +60,7 @@ def test_transformers_dinov2_keeps_its_outputs(tmp_path: Path, transformers: Any
     config = getattr(transformers, f"{kind}Config")(image_size=12, patch_size=4, **sizes)
     other = randomise(getattr(transformers, f"{kind}Model")(config))
     other.save_pretrained(tmp_path / "hf")
-    model = load_model(import_model(tmp_path / "hf", tmp_path / "ours", format="transformers"))
+    model = load_model(import_model(tmp_path / "hf", tmp_path / "ours", format="transformers", pixels="half"))
     assert model.config.num_registers == (4 if kind == "Dinov2WithRegisters" else 0)
     assert model.config.norm_eps == 1e-6 and model.config.gelu == "exact"
     with torch.no_grad():

@@ -99,7 +99,7 @@ def test_what_a_timm_architecture_implies_is_known(tmp_path: Path, timm: Any) ->
         (tmp_path / "config.json").write_text(json.dumps(values))
         heads = other.blocks[0].attn.num_heads
         overrides = [] if "gap" in name else [f"model.num_heads={heads}"]
-        path = import_model(tmp_path, tmp_path / "out", format="timm", overrides=overrides)
+        path = import_model(tmp_path, tmp_path / "out", format="timm", overrides=overrides, pixels="half")
         config = SavedModel(path).config
         assert config.resolved_num_heads == heads, name
         tanh = "Tanh" in repr(other.blocks[0].mlp.act) or "tanh" in repr(other.blocks[0].mlp.act)
@@ -125,7 +125,8 @@ def test_the_gelu_of_a_model_like_siglip_is_asked_for_where_no_file_says_it(
     heads = "model.num_heads=4"
     with pytest.raises(CheckpointError, match=r'says model.gelu; add model.gelu=... \("tanh" or "exact"'):
         import_model(out, tmp_path / "back", format="timm", overrides=[heads])
-    back = import_model(out, tmp_path / "back", format="timm", overrides=[heads, "model.gelu=tanh"])
+    given = [heads, "model.gelu=tanh"]
+    back = import_model(out, tmp_path / "back", format="timm", overrides=given, pixels="half")
     assert torch.equal(logits(load_model(back), TINY), logits(model, TINY))
 
 
@@ -138,7 +139,11 @@ def test_dino_imports_without_a_config_and_with_its_prefix(tmp_path: Path) -> No
         {f"module.backbone.{name}": value for name, value in state.items()}, tmp_path / "dino.safetensors"
     )
     path = import_model(
-        tmp_path / "dino.safetensors", tmp_path / "dino", format="timm", overrides=["model.num_heads=4"]
+        tmp_path / "dino.safetensors",
+        tmp_path / "dino",
+        format="timm",
+        overrides=["model.num_heads=4"],
+        pixels="half",
     )
     assert same_weights(load_model(path), model)
     assert resolved(SavedModel(path).config) == resolved(config)
@@ -164,7 +169,8 @@ def test_the_page_on_pickles_converts_what_timms_training_writes(
     monkeypatch.chdir(tmp_path)
     _, section = (ROOT / "docs" / "checkpoints.md").read_text().split("### Pickles")
     exec(section.split("```")[1].removeprefix("python"), {})
-    path = import_model("model.safetensors", "ours", format="timm", overrides=["model.num_heads=4"])
+    heads = ["model.num_heads=4"]
+    path = import_model("model.safetensors", "ours", format="timm", overrides=heads, pixels="half")
     assert (logits(load_model(path), TINY) - logits(other, TINY)).abs().max() < 1e-5
 
 
@@ -180,7 +186,11 @@ def test_names_that_a_wrapper_put_a_word_before_are_read(tmp_path: Path) -> None
         wrapped = {prefix + name: value for name, value in load_file(file).items()}
         save_file(wrapped, tmp_path / "x.safetensors")
         path = import_model(
-            tmp_path / "x.safetensors", tmp_path / "x", format=format, overrides=["model.num_heads=4"]
+            tmp_path / "x.safetensors",
+            tmp_path / "x",
+            format=format,
+            overrides=["model.num_heads=4"],
+            pixels="half",
         )
         assert same_weights(load_model(path), model), prefix
 
@@ -198,25 +208,9 @@ def test_the_size_of_images_that_are_no_squares_is_asked_for_where_no_file_says_
         wrong = [heads, "model.image_size=[12,12]"]
         import_model(out, tmp_path / "back", format="timm", overrides=wrong)
     right = [heads, "model.image_size=[8,12]"]
-    back = load_model(import_model(out, tmp_path / "back", format="timm", overrides=right))
+    back = load_model(import_model(out, tmp_path / "back", format="timm", overrides=right, pixels="half"))
     assert back.config.image_size == (8, 12)
     assert torch.equal(logits(back, config), logits(model, config))
-
-
-def test_imagenets_pixels_go_into_the_patch_embedding(tmp_path: Path, caplog: Any) -> None:
-    model = saved_model(tmp_path / "ours.safetensors", dataclasses.replace(TINY, gelu="exact"))
-    out = export_model(tmp_path / "ours.safetensors", tmp_path / "timm", format="timm")
-    values = json.loads((out / "config.json").read_text())
-    values["pretrained_cfg"]["mean"] = [0.485, 0.456, 0.406]
-    (out / "config.json").write_text(json.dumps(values))
-    import_model(out, tmp_path / "plain", format="timm")
-    assert "consider --pixels imagenet" in caplog.text
-    folded = load_model(import_model(out, tmp_path / "folded", format="timm", pixels="imagenet"))
-    pixels = (images(TINY) + 1) / 2
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    with torch.no_grad():
-        expected = model((pixels - mean[:, None, None]) / std[:, None, None])
-        assert (folded(images(TINY)) - expected).abs().max() < 1e-5
 
 
 # transformers
@@ -259,7 +253,7 @@ def test_an_import_computes_the_logits_of_transformers(tmp_path: Path, transform
     other = randomise(transformers.ViTForImageClassification(config))
     other.save_pretrained(tmp_path / "hf", max_shard_size="30KB")
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
-    model = load_model(import_model(tmp_path / "hf", tmp_path / "ours", format="transformers"))
+    model = load_model(import_model(tmp_path / "hf", tmp_path / "ours", format="transformers", pixels="half"))
     assert (model.config.norm_eps, model.config.num_classes) == (1e-12, 3)
     with torch.no_grad():
         assert (logits(model, TINY) - other(images(TINY)).logits).abs().max() < 1e-5
@@ -272,7 +266,7 @@ def test_transformers_pooler_is_our_tanh_layer(tmp_path: Path, transformers: Any
     )  # fmt: skip
     other = randomise(transformers.ViTModel(config))
     other.save_pretrained(tmp_path / "hf")
-    model = load_model(import_model(tmp_path / "hf", tmp_path / "ours", format="transformers"))
+    model = load_model(import_model(tmp_path / "hf", tmp_path / "ours", format="transformers", pixels="half"))
     assert (model.config.representation_size, model.config.num_classes) == (24, 0)
     with torch.no_grad():
         assert (logits(model, TINY) - other(images(TINY)).pooler_output).abs().max() < 1e-5

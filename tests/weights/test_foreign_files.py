@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign_models import TINY, same_weights, saved_model
+from foreign_models import OUR_PIXELS, TINY, same_weights, saved_model
 from make import state_of, write_step
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -266,7 +266,7 @@ def test_other_architectures_are_refused_by_the_tensor(
         import_model(path, out, format="timm", overrides=HEADS)
     assert not out.exists()
     save_file(tensors, path)
-    assert import_model(path, out, format="timm", overrides=HEADS).exists()
+    assert import_model(path, out, format="timm", overrides=HEADS, pixels="half").exists()
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_other_architectures_are_refused_by_timms_config(tmp_path: Path, values:
     ours = {
         "model_args": {"act_layer": "gelu_tanh", "norm_layer": None, "img_size": 12},
         "global_pool": "token",
-        "pretrained_cfg": {"input_size": [3, 16, 16]},  # what it was trained at before is no matter
+        "pretrained_cfg": OUR_PIXELS | {"input_size": [3, 16, 16]},  # what it was trained at is no matter
     }
     (tmp_path / "timm" / "config.json").write_text(json.dumps(ours))
     assert import_model(tmp_path / "timm", tmp_path / "out", format="timm", overrides=HEADS).exists()

@@ -139,7 +139,8 @@ def test_timms_weights_are_imported_with_a_warning_about_its_epsilons(
             param.copy_(0.2 * torch.randn(param.shape, generator=generator) + 0.1)
     save_file(other.state_dict(), tmp_path / "model.safetensors")
     overrides = ["model.num_heads=4", "model.gelu=tanh"]
-    ours = load_model(import_model(tmp_path, tmp_path / "ours", format="timm", overrides=overrides))
+    path = import_model(tmp_path, tmp_path / "ours", format="timm", overrides=overrides, pixels="half")
+    ours = load_model(path)
     assert isinstance(ours.config, HybridConfig)
     assert ours.config == dataclasses.replace(config, variant="R+B/16")
     expected = logits(other, config)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ from vitscale.weights.export import OTHER_FILES, export_metadata, export_safeten
 from vitscale.weights.files import Dtype, write_folder
 from vitscale.weights.foreign import configs, deduce
 from vitscale.weights.foreign.folding import fold
+from vitscale.weights.foreign.pixels import OURS, Pixels, choose, fold_pixels
 from vitscale.weights.foreign.sources import ForeignWeights, open_npz, open_safetensors
 from vitscale.weights.npz import write_npz
 from vitscale.weights.onnx import export_onnx
@@ -38,14 +39,7 @@ logger = logging.getLogger(__name__)
 Format = Literal["safetensors", "timm", "transformers", "npz"]
 ExportFormat = Literal[Format, "onnx"]
 FlaxDialect = Literal["original", "linen", "big_vision"]
-Pixels = Literal["half", "imagenet"]
 _FORMAT_OF: dict[str, ExportFormat] = {".npz": "npz", ".onnx": "onnx"}
-
-# How models normalise pixels in [0, 1]: (mean, deviation) per channel. Ours is "half".
-_PIXELS = {
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 
 def export_model(
@@ -89,26 +83,25 @@ def import_model(
     *,
     format: Format,
     overrides: Sequence[str] = (),
-    pixels: Pixels = "half",
+    pixels: Pixels | None = None,
 ) -> Path:
     """Make an fp32 export from another library's weights; returns the path of its file.
 
     file: an .npz file, a safetensors file, or the folder of one or of shards, with config.json
     beside them if the library writes one. overrides: model.key=value for what no file says.
-    pixels: how its images were normalised; if not "half", the patch embedding is changed to
-    take our pixels. out: as in write_export. Before anything is written, raises CheckpointError
-    for weights that none of our models has, and ConfigError for wrong overrides.
+    pixels: how its images were normalised, where no file beside it says so; where they are not
+    as ours, the patch embedding is changed to take our pixels. out: as in write_export. Before
+    anything is written, raises CheckpointError for weights that none of our models has and for
+    unknown or contradictory pixels, and ConfigError for wrong overrides.
     """
     out = storage.local_output(out)
     source, config, step = _open_foreign(file, format, overrides)
-    if pixels == "half" and any(abs(mean - 0.5) > 0.01 for mean in source.pixel_mean):
-        logger.warning(
-            "its images had mean %s, but ours have 0.5: consider --pixels imagenet", source.pixel_mean
-        )
-    if pixels != "half" and config.kind != "vit":
+    normalisation = choose(str(file), source.dialect, source.normalisation, pixels)
+    if normalisation != OURS and config.kind != "vit":
+        what = f"--pixels {pixels}" if pixels else f"pixels of {normalisation}"
+        way_out = "; Google's models take our pixels, so drop it" if pixels else ""
         raise CheckpointError(
-            f"{file}: --pixels {pixels} cannot be folded into a ResNet, whose first convolution is "
-            "standardised; Google's models take our pixels, so drop it"
+            f"{file}: {what} cannot be folded into a ResNet, whose first convolution is standardised{way_out}"
         )
     if source.dialect == "timm" and config.kind == "hybrid":
         logger.warning(
@@ -116,8 +109,9 @@ def import_model(
         )
     table, shapes = rules(source.dialect, config), our_shapes(config)
     tensors = to_ours(table, source.tensor)
-    if pixels != "half":
-        tensors = _with_our_pixels(tensors, *_PIXELS[pixels])
+    if normalisation != OURS:
+        logger.info("its pixels had %s: folded into the patch embedding", normalisation)
+        tensors = fold_pixels(tensors, normalisation)
     shapes = {name: shapes[name] for rule in table for name in rule.ours}
     metadata = export_metadata(config, step, "fp32") | {"vitscale.imported_from": Path(file).name}
     written = write_export(out, tensors, shapes, metadata)
@@ -240,30 +234,6 @@ def _export_folder(
         for name, values in files.items():
             atomic.write(temporary / name, (json.dumps(values, indent=2) + "\n").encode())
     return out
-
-
-def _with_our_pixels(
-    tensors: Iterable[tuple[str, Tensor]], mean: Sequence[float], std: Sequence[float]
-) -> Iterator[tuple[str, Tensor]]:
-    """The same model for our pixels. `tensors`: the patch embedding's weight before its bias.
-
-    From a pixel p in [0, 1] we make x, but the model was trained on y:
-
-        x = (p - 0.5) / 0.5
-        y = (p - mean) / std = (0.5 / std) x + (0.5 - mean) / std = scale x + shift
-
-    so that kernel y + bias = (kernel scale) x + (bias + kernel shift).
-    """
-    means, deviations = (torch.tensor(values, dtype=torch.float64)[:, None] for values in (mean, std))
-    scale, shift = 0.5 / deviations, (0.5 - means) / deviations  # [3, 1] each
-    bias_shift = torch.zeros(())
-    for name, tensor in tensors:
-        if name == "patch_embed.proj.weight":
-            kernel = tensor.double().unflatten(1, (3, -1))  # [D, 3, P P]
-            tensor, bias_shift = (kernel * scale).flatten(1).float(), (kernel * shift).sum((1, 2))  # [D]
-        elif name == "patch_embed.proj.bias":
-            tensor = (tensor + bias_shift).float()
-        yield name, tensor
 
 
 def _our_tensor(saved: SavedModel, name: str) -> Tensor:

@@ -19,6 +19,7 @@ from vitscale.errors import CheckpointError
 from vitscale.models.names import BIT_ROOT, Dialect
 from vitscale.weights.files import Shapes, Weights, find_export
 from vitscale.weights.foreign.deduce import refuse_other_architectures
+from vitscale.weights.foreign.pixels import Normalisation, stated
 from vitscale.weights.npz import NpzReader
 
 logger = logging.getLogger(__name__)
@@ -69,14 +70,14 @@ class ForeignWeights:
     """Another library's weights under the names of its dialect (a TensorSource).
 
     metadata: of the file. config_json: the file of that name beside it, empty if there is none.
-    pixel_mean: subtracted from pixels in [0, 1], per channel; empty if no file says it.
+    normalisation: of its pixels; None if no file says it.
     """
 
     dialect: Dialect
     shapes: Shapes
     metadata: Mapping[str, str]
     config_json: Mapping[str, Any]
-    pixel_mean: tuple[float, ...]
+    normalisation: Normalisation | None
     tensor: Callable[[str], Tensor]
 
 
@@ -88,6 +89,7 @@ def open_safetensors(path: str, format: Literal["safetensors", "timm", "transfor
     place = _find_safetensors(path)
     weights = Weights(place)
     config_json = _read_json(storage.join(place, "config.json"))
+    processor = _read_json(storage.join(place, "preprocessor_config.json"))
     _check_model_type(path, config_json)
     prefix = _find_prefix(path, format, weights.shapes)
     stored_names = {_dialect_name(name, format, prefix): name for name in weights.shapes}
@@ -100,7 +102,7 @@ def open_safetensors(path: str, format: Literal["safetensors", "timm", "transfor
         shapes={name: weights.shapes[stored] for name, stored in stored_names.items()},
         metadata=weights.metadata,
         config_json=config_json,
-        pixel_mean=_pixel_mean(config_json, _read_json(storage.join(place, "preprocessor_config.json"))),
+        normalisation=stated(path, format, config_json, processor),
         tensor=lambda name: weights.tensor(stored_names[name]),
     )
 
@@ -140,7 +142,7 @@ def open_npz(path: str) -> ForeignWeights:
         shapes=shapes,
         metadata=arrays.metadata,
         config_json={},
-        pixel_mean=(),
+        normalisation=None,
         tensor=tensor,
     )
 
@@ -163,7 +165,7 @@ def _open_bit(path: str, arrays: NpzReader) -> ForeignWeights:
         shapes=shapes,
         metadata=arrays.metadata,
         config_json={},
-        pixel_mean=(),
+        normalisation=None,
         tensor=lambda name: arrays.tensor(array_of[name]).reshape(shapes[name]),
     )
 
@@ -285,11 +287,3 @@ def _read_json(path: str) -> dict[str, Any]:
     if isinstance(values, dict) and all(isinstance(values.get(key) or {}, dict) for key in _TABLES):
         return values
     raise CheckpointError(f"{path} is not a configuration in JSON, or is damaged; copy it again")
-
-
-def _pixel_mean(config: Mapping[str, Any], processor: Mapping[str, Any]) -> tuple[float, ...]:
-    """From timm's config.json or transformers' preprocessor_config.json."""
-    mean = (config.get("pretrained_cfg") or {}).get("mean") or processor.get("image_mean")
-    if not isinstance(mean, list) or not all(isinstance(value, int | float) for value in mean):
-        return ()
-    return tuple(map(float, mean))
