@@ -59,8 +59,8 @@ def draw_mixes(
     Mixup's box is empty. Its lambda is at least 1/2, as in big_vision: this decides only which
     row of the pair is which. Cutmix's weight outside the box is 1.
     """
-    kinds = np.stack([rng.uniform(2, seed, "mixup", step, pair) for pair in pairs])  # [P, 2]
-    centres = np.stack([rng.uniform(2, seed, "cutmix", step, pair) for pair in pairs])  # [P, 2]
+    ids = np.array([(step, pair, 0) for pair in pairs])  # [P, 3]; 0 is the id that a stream lacks
+    kinds, centres = rng.uniform_rows(2, seed, ("mixup", "cutmix"), ids)  # [P, 2] each
     is_cutmix = kinds[:, 0] < (switch if mixup and cutmix else float(cutmix > 0))  # [P]
     alpha = np.where(is_cutmix, cutmix, mixup)
     lam = scipy.special.betaincinv(alpha, alpha, kinds[:, 1])  # [P]
