@@ -15,14 +15,11 @@ import numpy as np
 
 from vitscale.config import from_dict
 from vitscale.errors import ConfigError
-from vitscale.image_size import image_size
 from vitscale.memory import activation_bytes, count_params, vit_activation_bytes
 from vitscale.models import ModelConfig
 from vitscale.models.flops import train_flops
-from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.vit_config import ViTConfig
 from vitscale.plan.formulas import (
     FORWARD_PASSES,
     RESNET_TRAFFIC,
@@ -34,7 +31,6 @@ from vitscale.plan.formulas import (
 from vitscale.system.hardware import Gpu, gpu_of
 
 EAGER = 0.85  # without compilation; B/16 on an H200 (docs/measurements.md)
-MFU_TOLERANCE = 0.01  # of the recorded MFU, against what the model of the file computes
 DECODE_RATE = 500.0  # a guess: images/s of a core, of photographs of 110 kB (docs/measurements.md)
 
 
@@ -153,35 +149,11 @@ def _speed_of(results: Mapping[str, Any], path: Path) -> Speed:
     return Speed(rows=rows, device=pieces[0]["device"], decode_rate=float(rate))
 
 
-def _model_of(piece: Mapping[str, Any], path: Path) -> ModelConfig:
-    """By its config, or in older files by its name."""
-    if "config" in piece:
-        try:
-            return from_dict(ModelConfig, piece["config"], "config")
-        except ConfigError as error:
-            raise ConfigError(f"--calibrate {path}: {error}") from None
-    variant, size = piece["model"].removesuffix(" px").split(" at ")
-    height_width = tuple(map(int, size.split(" x ")))  # of a square, one number
-    kind = HybridConfig if "+" in variant else ViTConfig if "/" in variant else ResNetConfig
-    return kind(variant=variant, image_size=image_size(height_width[0], height_width[-1]))
-
-
-def _check_mfu(piece: Mapping[str, Any], model: ModelConfig, path: Path) -> None:
-    """Raise ConfigError if a row was measured on a model that computes more or less."""
-    for row in piece.values():
-        if isinstance(row, dict) and "MFU, %" in row:
-            flops = row["MFU, %"] / 100 * piece["peak of the device, TFLOP/s"] * 1e12 / row["images/s"]
-            if not math.isclose(flops, train_flops(model), rel_tol=MFU_TOLERANCE):
-                raise ConfigError(
-                    f"--calibrate {path} names {piece['model']}, whose step computes "
-                    f"{train_flops(model) / 1e9:,.4g} GFLOP an image, but its MFU is of {flops / 1e9:,.4g}: "
-                    "the model had other sizes than its name says; measure it again"
-                )
-
-
 def _rows_of(piece: Mapping[str, Any], path: Path) -> list[Measured]:
-    model = _model_of(piece, path)
-    _check_mfu(piece, model, path)
+    try:
+        model: ModelConfig = from_dict(ModelConfig, piece["config"], "config")
+    except ConfigError as error:
+        raise ConfigError(f"--calibrate {path}: {error}") from None
     images = piece["images of a step"]
     gpu = gpu_of(piece["device"])
     if gpu is None:
