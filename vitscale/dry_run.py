@@ -56,7 +56,7 @@ def describe(config: TrainConfig, world_size: int) -> str:
             _section("data", _data_lines(job)),
             _section("batch plan", _batch_lines(job)),
             _section("model and optimizer", _model_lines(config, num_params)),
-            _section("memory per device (estimate)", _memory_lines(job, num_params, teacher)),
+            _section("memory per device (estimate)", _memory_lines(job, teacher)),
             f"# DeepSpeed JSON\n{json.dumps(job.deepspeed_config, indent=2)}",
         )
     )
@@ -202,22 +202,21 @@ def _model_lines(config: TrainConfig, num_params: int) -> list[tuple[str, str]]:
     ]
 
 
-def _memory_lines(job: Job, num_params: int, teacher: Teacher | None) -> list[tuple[str, str]]:
+def _memory_lines(job: Job, teacher: Teacher | None) -> list[tuple[str, str]]:
     config, engine = job.config, job.config.engine
-    states = memory.state_bytes(
-        num_params,
-        engine.zero_stage,
+    need = memory.estimate(
+        config.model,
+        engine,
+        job.plan.micro_batch,
         job.plan.world_size,
         config.precision,
-        engine.offload_optimizer,
-        memory.optimizer_bytes(config.model, config.optim.name),
-    )
-    activations = memory.activation_bytes(
-        config.model, job.plan.micro_batch, config.precision, engine.activation_checkpointing
+        average=config.optim.ema_decay > 0,
+        optimizer=config.optim.name,
     )
     return [
-        ("parameters and state", f"{states / 2**30:,.2f} GiB"),
-        ("activations", f"{activations / 2**30:,.2f} GiB"),
+        ("parameters and state", f"{need.state / 2**30:,.2f} GiB"),
+        ("activations", f"{need.activations / 2**30:,.2f} GiB"),
+        ("buffers", f"{need.buffers / 2**30:,.2f} GiB"),
         *([("teacher", f"{teacher.num_bytes / 2**30:,.2f} GiB of weights")] if teacher else []),
         ("host", f"{engine.num_workers} data workers per rank on {num_cores()} cores"),
     ]
