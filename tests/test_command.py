@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch import train
+from launch import multinode
 from vitscale import command
-from vitscale.cluster import multinode
 from vitscale.errors import (
     BusyError,
     CheckpointError,

@@ -175,7 +175,7 @@ def known_flags() -> set[str]:
         usage = re.search(r"\{([\w,-]+)\}", shown)
         for name in usage[1].split(",") if usage else ():
             flags.update(FLAG.findall(parsed(program, (name, "--help"))[1]))
-    sources = [ROOT / "tests" / "conftest.py", ROOT / "vitscale" / "cluster" / "multinode.py"]
+    sources = [ROOT / "tests" / "conftest.py"]
     for package, file in (
         ("deepspeed", "launcher/runner.py"),
         ("torch", "distributed/run.py"),

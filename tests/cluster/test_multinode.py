@@ -10,6 +10,7 @@ from types import ModuleType
 import psutil
 import pytest
 
+from launch.multinode import main
 from vitscale.cluster import multinode
 from vitscale.cluster.preflight import facts, rounds
 
@@ -43,7 +44,7 @@ def test_what_deepspeed_could_not_start_is_refused(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(multinode, "ROOT", Path(root))
     monkeypatch.setattr(multinode.os, "chdir", lambda _: None)
-    assert multinode.main([str(tmp_path / "hostfile"), str(tmp_path / "run.toml")]) == 2
+    assert main([str(tmp_path / "hostfile"), str(tmp_path / "run.toml")]) == 2
     assert capsys.readouterr().err.startswith(sentence)
 
 
@@ -67,7 +68,7 @@ def test_numbers_out_of_range_are_refused(
     (tmp_path / "run.toml").write_text(CONFIG)
     monkeypatch.setattr(multinode.os, "chdir", lambda _: None)
     given = [str(tmp_path / "hostfile"), str(tmp_path / "run.toml"), option]
-    assert multinode.main([*given, "--no-ssh", "--node-rank=0", "--master-addr=node1"]) == 2
+    assert main([*given, "--no-ssh", "--node-rank=0", "--master-addr=node1"]) == 2
     assert sentence in capsys.readouterr().err
 
 
