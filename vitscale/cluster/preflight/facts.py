@@ -37,15 +37,14 @@ PROBE = ".preflight-"
 Gather = Callable[[Any], list[Any]]
 
 
-def collect(
-    paths: Sequence[str], overrides: Sequence[str], place: int, world_size: int, gather: Gather
-) -> list[Any]:
+def collect(words: Sequence[str], place: int, world_size: int, gather: Gather) -> list[Any]:
     """The facts of all hosts, as JSON values in their order; every host calls it.
 
-    place: of this host among them. The first one also looks for what a rank would find at the
-    start: shards, batch plan, what is in the run directory.
+    words: paths and overrides, as for launch/train.py. place: of this host among them. The
+    first one also looks for what a rank would find at the start: shards, batch plan, what is in
+    the run directory.
     """
-    facts, config, job = _own(paths, overrides, world_size)
+    facts, config, job = _own(words, world_size)
     gather("ready")
     with _probed(config) as probe:
         facts = _looked(facts, probe, gather)
@@ -77,13 +76,11 @@ def _failing(facts: Facts, error: UserError) -> Facts:
     return dataclasses.replace(facts, errors=(*facts.errors, str(error)), store_is_down=is_down)
 
 
-def _own(
-    paths: Sequence[str], overrides: Sequence[str], world_size: int
-) -> tuple[Facts, TrainConfig | None, Job | None]:
+def _own(words: Sequence[str], world_size: int) -> tuple[Facts, TrainConfig | None, Job | None]:
     """What needs no other host; the config, if it can be read, and the job, if that fits."""
     errors, failure, config, job, digest, index, shm_needed = [], None, None, None, "", "", 0
     try:
-        config = configs.load(TrainConfig, list(paths), list(overrides))
+        config = configs.load(TrainConfig, *configs.divided(words))
         digest = xxhash.xxh3_64(configs.to_toml(config).encode()).hexdigest()
         sources = open_sources(config.data)
         fingerprints = " ".join(source.fingerprint() for source in sources)

@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import config as configs
 from vitscale.cluster.preflight.compare import CHECKING, Answer, Facts, facts_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -181,8 +180,7 @@ def answer_asker() -> int:
 
     from vitscale.cluster.preflight.facts import collect
 
-    paths, overrides = configs.divided(question["configs"])
-    collect(paths, overrides, question["place"], question["world_size"], gather)
+    collect(question["configs"], question["place"], question["world_size"], gather)
     return 0
 
 
@@ -195,8 +193,7 @@ def among_ranks(words: Sequence[str]) -> list[Answer]:
     from vitscale.cluster.preflight.facts import collect
 
     distributed.initialize(gpu=False)  # with NCCL, a host without its GPUs would be waited for
-    paths, overrides = configs.divided(words)
-    rows = collect(paths, overrides, distributed.rank(), distributed.world_size(), distributed.gather_json)
+    rows = collect(words, distributed.rank(), distributed.world_size(), distributed.gather_json)
     now, firsts = time.time(), distributed.gather_json(distributed.local_rank() == 0)
     return by_host([facts_of(row) for row in rows], firsts, now)
 
