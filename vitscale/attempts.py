@@ -39,7 +39,6 @@ def retry(
     *,
     way_out: Callable[[], str],
     is_right: Callable[[T], bool] = is_any,
-    pause_if_wrong: bool = True,
     beyond_end: T | None = None,
     denial_may_pass: bool = False,
 ) -> T:
@@ -47,9 +46,9 @@ def retry(
 
     url, doing: for messages, like "s3://bucket/x.tar" and "reading". way_out: says what a user
     does who is denied access. is_right: a result for which it is False is an error of the
-    store, but is returned if it is the last attempt's. pause_if_wrong: wait before the next
-    one. beyond_end: what to return if the store says that the range is behind the object's end.
-    denial_may_pass: call again after a denial of access, too.
+    store, but is returned if it is the last attempt's. beyond_end: what to return if the store
+    says that the range is behind the object's end. denial_may_pass: call again after a denial
+    of access, too.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -68,9 +67,6 @@ def retry(
                     "run the same command again when the store answers"
                 ) from None
             problem = _text(error)
-        else:
-            if not pause_if_wrong:
-                continue
         delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (attempt - 1))
         delay *= 0.5 + random.random()
         log = logger.warning if attempt > 2 else logger.info

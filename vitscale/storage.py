@@ -139,19 +139,13 @@ def read_bytes(url: str) -> bytes:
 def read_range(url: str, start: int, end: int, is_right: Callable[[bytes], bool] = attempts.is_any) -> bytes:
     """Bytes [start, end) of the object, fewer if it ends before.
 
-    is_right: bytes for which it is False are read again as after an error. Those that are still
-    wrong after the last attempt are returned. Raises FileNotFoundError if there is no object.
+    is_right: bytes for which it is False are read again: from a disk once, from a store as
+    after an error. Those that are still wrong after the last attempt are returned. Raises
+    FileNotFoundError if there is no object.
     """
     if is_local(url):
-        # A disk has no bad moments: it is right at once or never.
-        return attempts.retry(
-            lambda: _pread(local_path(url), start, end),
-            redact(url),
-            "reading",
-            way_out=lambda: _way_to_access(url),
-            is_right=is_right,
-            pause_if_wrong=False,
-        )
+        data = _read_local(url, start, end)
+        return data if is_right(data) else _read_local(url, start, end)
     data = _on_store(
         lambda fs, path: fs.cat_file(path, start=start, end=end),
         url,
@@ -165,6 +159,15 @@ def read_range(url: str, start: int, end: int, is_right: Callable[[bytes], bool]
             f"{len(data):,}); serve the shards with one that does not, or copy them to a local disk"
         )
     return data
+
+
+def _read_local(url: str, start: int, end: int) -> bytes:
+    return attempts.retry(
+        lambda: _pread(local_path(url), start, end),
+        redact(url),
+        "reading",
+        way_out=lambda: _way_to_access(url),
+    )
 
 
 def open_stream(url: str) -> io.BufferedReader:

@@ -53,6 +53,18 @@ def test_a_store_that_spoils_a_fifth_of_the_requests_delivers_the_same(
         assert_same_epoch(epoch(index), epoch(local))
 
 
+def test_wrong_bytes_of_a_disk_are_read_once_more(tmp_path: Path) -> None:
+    path, judged = tmp_path / "x.tar", []
+    path.write_bytes(b"wrong")
+
+    def is_right(data: bytes) -> bool:
+        judged.append(data)
+        path.write_bytes(b"right")
+        return False
+
+    assert storage.read_range(str(path), 0, 5, is_right) == b"right" and judged == [b"wrong"]
+
+
 def test_wrong_bytes_are_read_again_as_often_as_after_errors(server: int, local: Index, monkeypatch) -> None:
     index = remote_index(local, "s3://vit")
     with faulty_proxy(server, "four", 0) as port:  # three reads would not do

@@ -21,10 +21,10 @@ Chunk = list[RawSample | BadSample]
 def read_chunk(index: Index, chunk: int, cache: NodeCache | None = None) -> Chunk:
     """All samples of a chunk, as many as the index says; BadSamples where damage hides them.
 
-    Bytes that differ from those that were indexed are read again, from a store with the pauses
-    and as often as after errors. If they still differ, no sample of the chunk can be trusted,
-    and all are BadSamples. cache: for chunks of remote shards, asked first and given what was
-    read.
+    Bytes that differ from those that were indexed are read again: from a disk once, from a
+    store with the pauses and as often as after errors. If they still differ, no sample of the
+    chunk can be trusted, and all are BadSamples. cache: for chunks of remote shards, asked
+    first and given what was read.
     """
     shard, start, end = index.chunk_range(chunk)
     count = len(index.layout.chunk_ids(chunk))
