@@ -21,7 +21,7 @@ from jaxtyping import Int64
 from vitscale.bench import ranks
 from vitscale.bench.ranks import SLOTS, Sharding
 from vitscale.checkpoint.load import FragmentReader
-from vitscale.checkpoint.manifest import MANIFEST, Manifest, numbered, read_text
+from vitscale.checkpoint.manifest import MANIFEST, Manifest, TensorInfo, numbered, read_text
 from vitscale.checkpoint.reshard import piece
 from vitscale.checkpoint.safetensors import RANGE_BYTES, Part, together
 from vitscale.checkpoint.snapshot import Snapshot, assemble
@@ -156,18 +156,19 @@ def _figures(config: ScaleBench, parts: Parts, layout: Sharding, others: list[Sh
 
 
 def _snapshot(config: ScaleBench, parts: Parts, layout: Sharding) -> Snapshot:
-    return Snapshot(
+    manifest = Manifest(
         train=ranks.train_state(config.model, 1),
         optimizer=ranks.OPTIM.name,
         slots=SLOTS,
         counters=Counters(global_steps=1),
         loss_scaler={},
+        world_size=layout.world_size,
         zero_stage=layout.zero_stage,
-        shapes=parts.shapes,
-        untrained=frozenset(),
-        pieces=[],
-        tensors={},
+        created="",
+        tensors={name: TensorInfo(shape=shape, fragments=()) for name, shape in parts.shapes.items()},
+        files={},
     )
+    return Snapshot(manifest=manifest, pieces=[], tensors={})
 
 
 def _measure_manifest(build: Callable[[], Manifest]) -> tuple[Manifest, dict[str, float]]:

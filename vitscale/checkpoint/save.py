@@ -129,7 +129,7 @@ class Saver:
             folder = store.step_folder(self._home.place, save.step)
             self._distrusted.discard(folder)
             if distributed.is_main():
-                self._healthy[folder] = taken.train.healthy
+                self._healthy[folder] = taken.manifest.train.healthy
                 self.retain()
             save.seconds = time.perf_counter() - began
             save.done = True

@@ -25,7 +25,7 @@ from vitscale.checkpoint.manifest import Fragments, Manifest, TensorInfo, TrainS
 from vitscale.checkpoint.safetensors import FileInfo, write_safetensors
 from vitscale.checkpoint.store import TEMPORARY, Home
 from vitscale.engine.engine import Engine
-from vitscale.engine.fragments import UNTRAINED, Counters
+from vitscale.engine.fragments import UNTRAINED
 from vitscale.errors import StoreError, UserError
 from vitscale.quantities import size_text
 from vitscale.system import atomic
@@ -64,22 +64,14 @@ class HostBuffer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """What this rank writes, and what the manifest will say about it.
+    """What this rank writes.
 
-    shapes: the whole shape of every tensor, statistics of the optimizer among them.
-    untrained: the names of the tensors that are not trained.
+    manifest: of the checkpoint, without files and fragments, which all ranks together have.
     pieces: (name, start, count) of each fragment that this rank has.
     tensors: the 1-D values of these fragments, by SLOT/NAME.
     """
 
-    train: TrainState
-    optimizer: str
-    slots: tuple[str, ...]
-    counters: Counters
-    loss_scaler: dict[str, Any]
-    zero_stage: int
-    shapes: dict[str, tuple[int, ...]]
-    untrained: frozenset[str]
+    manifest: Manifest
     pieces: list[tuple[str, int, int]]
     tensors: dict[str, Tensor]
 
@@ -98,18 +90,24 @@ def take(engine: Engine, train: TrainState, buffer: HostBuffer | None) -> Snapsh
         if len(tensor.mine):
             tensors[f"{UNTRAINED}/{tensor.name}"] = tensor.mine.detach()
             pieces.append((tensor.name, tensor.start, len(tensor.mine)))
-    return Snapshot(
+    shapes = {**engine.shapes(), **{each.name: (len(each.held),) for each in statistics}}
+    fixed = {tensor.name for tensor in untrained}
+    manifest = Manifest(
         train=train,
         optimizer=engine.optimizer_name,
         slots=tuple(owned),
         counters=engine.counters,
         loss_scaler=engine.loss_scaler,
+        world_size=distributed.world_size(),
         zero_stage=engine.zero_stage,
-        shapes={**engine.shapes(), **{each.name: (len(each.held),) for each in statistics}},
-        untrained=frozenset(tensor.name for tensor in untrained),
-        pieces=pieces,
-        tensors=buffer.copy(tensors) if buffer else tensors,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        tensors={
+            name: TensorInfo(shape=shape, fragments=(), untrained=name in fixed)
+            for name, shape in shapes.items()
+        },
+        files={},
     )
+    return Snapshot(manifest=manifest, pieces=pieces, tensors=buffer.copy(tensors) if buffer else tensors)
 
 
 def write(snapshot: Snapshot, home: Home, channel: ProcessGroup | None = None) -> None:
@@ -120,7 +118,7 @@ def write(snapshot: Snapshot, home: Home, channel: ProcessGroup | None = None) -
     """
     # A rank of a dead job may still be writing the same step: the token keeps its files apart.
     token = distributed.broadcast_json(secrets.token_hex(4), channel)
-    temporary = home.directory / f"{TEMPORARY}{store.step_name(snapshot.train.step)}-{token}"
+    temporary = home.directory / f"{TEMPORARY}{store.step_name(snapshot.manifest.step)}-{token}"
     suffix = f"-{token}" if home.store else ""
     file = f"rank-{distributed.rank():05d}{suffix}.safetensors"
     path = temporary / file
@@ -145,7 +143,7 @@ def _write_file(snapshot: Snapshot, path: Path, home: Home) -> FileInfo:
     path.parent.mkdir(parents=True, exist_ok=True)
     info = write_safetensors(path, snapshot.tensors, {"format": "pt"})
     if home.store:
-        folder = store.step_folder(home.store, snapshot.train.step)
+        folder = store.step_folder(home.store, snapshot.manifest.step)
         storage.upload(path, storage.child(folder, path.name))
     else:
         atomic.sync_folder(path.parent)
@@ -161,7 +159,7 @@ def _commit(manifest: Manifest, temporary: Path, home: Home) -> None:
 
 def _pieces(snapshot: Snapshot) -> Int64[Tensor, "n 3"]:
     """The pieces of this rank, as in assemble."""
-    numbers = {name: number for number, name in enumerate(snapshot.shapes)}
+    numbers = {name: number for number, name in enumerate(snapshot.manifest.tensors)}
     rows = [(numbers[name], start, count) for name, start, count in snapshot.pieces]
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
 
@@ -170,29 +168,16 @@ def assemble(snapshot: Snapshot, files: list[Any], pieces: list[Tensor]) -> Mani
     """The manifest of what all ranks wrote.
 
     files: for each rank, the name of its file and the values of its FileInfo.
-    pieces: for each rank, rows of (number of the tensor in snapshot.shapes, start, count).
+    pieces: for each rank, rows of (number of the tensor in the manifest, start, count).
     """
     infos = {name: FileInfo(**info) for name, info in files}
-    numbers = numbered(infos)
-    return Manifest(
-        train=snapshot.train,
-        optimizer=snapshot.optimizer,
-        slots=snapshot.slots,
-        counters=snapshot.counters,
-        loss_scaler=snapshot.loss_scaler,
-        world_size=len(files),
-        zero_stage=snapshot.zero_stage,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        tensors={
-            name: TensorInfo(shape=shape, fragments=fragments, untrained=name in snapshot.untrained)
-            for (name, shape), fragments in zip(
-                snapshot.shapes.items(),
-                _by_tensor([numbers[name] for name, _ in files], pieces, len(snapshot.shapes)),
-                strict=True,
-            )
-        },
-        files=infos,
-    )
+    numbers, tensors = numbered(infos), snapshot.manifest.tensors
+    of_tensors = _by_tensor([numbers[name] for name, _ in files], pieces, len(tensors))
+    tensors = {
+        name: dataclasses.replace(info, fragments=fragments)
+        for (name, info), fragments in zip(tensors.items(), of_tensors, strict=True)
+    }
+    return dataclasses.replace(snapshot.manifest, tensors=tensors, files=infos)
 
 
 def _by_tensor(files: list[int], pieces: list[Tensor], num_tensors: int) -> list[tuple[Fragments, ...]]:
