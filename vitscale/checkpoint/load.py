@@ -67,21 +67,21 @@ class FragmentReader:
             )
         return ranges
 
-    def has(self, name: str, slot: str) -> bool:
-        """Whether a slot is kept of a tensor: Muon has no second moment of matrices."""
-        tensor = self._manifest.tensors[name]
-        if tensor.untrained or not tensor.fragments:
-            return slot == FP32
-        return f"{slot}/{name}" in self._open(self._manifest.file_names[tensor.fragments[0].file]).header
+    def dtype(self, name: str, slot: str) -> torch.dtype | None:
+        """Of a slot of a tensor in the files; None if they lack it.
+
+        Muon has no second moment of matrices, and an untrained tensor one slot, "fixed".
+        """
+        key, tensor = f"{slot}/{name}", self._manifest.tensors[name]
+        if not tensor.fragments or tensor.untrained != (slot == UNTRAINED):
+            return None
+        reader = self._open(self._manifest.file_names[tensor.fragments[0].file])
+        return reader.dtype(key) if slot in (FP32, UNTRAINED) or key in reader.header else None
 
     def whole(self, name: str, slot: str = "fp32") -> Tensor:
         """One whole tensor in fp32; a buffer of integers or booleans keeps its dtype."""
-        tensor = self._manifest.tensors[name]
-        dtype = torch.float32
-        if tensor.untrained and tensor.fragments:
-            file = self._manifest.file_names[tensor.fragments[0].file]
-            saved = self._open(file).dtype(f"{UNTRAINED}/{name}")
-            dtype = dtype if saved.is_floating_point else saved
+        tensor, saved = self._manifest.tensors[name], self.dtype(name, UNTRAINED)
+        dtype = torch.float32 if saved is None or saved.is_floating_point else saved
         whole = torch.empty(tensor.shape, dtype=dtype)
         self.read_into(whole.view(-1), slot, name, 0)
         return whole

@@ -16,9 +16,9 @@ from vitscale import storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import MANIFEST, Manifest, joined, numbered
-from vitscale.checkpoint.safetensors import FileInfo, SafetensorsReader, SafetensorsWriter
+from vitscale.checkpoint.safetensors import FileInfo, SafetensorsWriter
 from vitscale.checkpoint.verify import open_directory
-from vitscale.engine.fragments import FP32, UNTRAINED
+from vitscale.engine.fragments import UNTRAINED
 from vitscale.errors import CheckpointError
 from vitscale.system import atomic
 
@@ -68,7 +68,9 @@ def piece(num_values: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 def _write(source: str, manifest: Manifest, folder: Path, world_size: int) -> None:
-    reader, dtypes = FragmentReader(source, manifest), _dtypes(source, manifest)
+    reader = FragmentReader(source, manifest)
+    slots = [(slot, name) for slot in (*manifest.slots, UNTRAINED) for name in manifest.tensors]
+    dtypes = {(slot, name): dtype for slot, name in slots if (dtype := reader.dtype(name, slot))}
     names = [f"rank-{rank:05d}.safetensors" for rank in range(world_size)]
     numbers = numbered(names)
     written: dict[str, list[tuple[int, int, int]]] = {name: [] for name in manifest.tensors}
@@ -95,18 +97,3 @@ def _write(source: str, manifest: Manifest, folder: Path, world_size: int) -> No
     dataclasses.replace(manifest, world_size=world_size, zero_stage=3, tensors=tensors, files=files).save(
         folder / MANIFEST
     )
-
-
-def _dtypes(source: str, manifest: Manifest) -> dict[tuple[str, str], torch.dtype]:
-    """The dtype of each (slot, tensor) that the files hold, slot by slot."""
-    readers: dict[str, SafetensorsReader] = {}
-    dtypes: dict[tuple[str, str], torch.dtype] = {}
-    for slot in (*manifest.slots, UNTRAINED):
-        for name, info in manifest.tensors.items():
-            if info.fragments and info.untrained == (slot == UNTRAINED):
-                file = manifest.file_names[info.fragments[0].file]
-                if file not in readers:
-                    readers[file] = SafetensorsReader(storage.child(source, file))
-                if slot in (FP32, UNTRAINED) or f"{slot}/{name}" in readers[file].header:
-                    dtypes[slot, name] = readers[file].dtype(f"{slot}/{name}")
-    return dtypes

@@ -75,7 +75,7 @@ def open_contents(path: str) -> Contents:
         passed_over=tuple(
             step for folder in checkpoint.passed_over if (step := step_of(folder) or 0) > manifest.step
         ),
-        has=reader.has,
+        has=lambda name, slot: reader.dtype(name, slot) is not None,
         tensor=reader.whole,
     )
 
