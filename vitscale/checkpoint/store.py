@@ -31,7 +31,6 @@ import functools
 import itertools
 import logging
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -235,9 +234,9 @@ def delete(path: Path) -> None:
     Of a link to one, only the link is deleted.
     """
     doomed = path.with_name(f"{TEMPORARY}deleted-{path.name}")
-    _remove(doomed, ignore_errors=True)
+    atomic.remove(doomed, ignore_errors=True)
     os.rename(path, doomed)
-    _remove(doomed)
+    atomic.remove(doomed)
 
 
 def delete_checkpoint(folder: str) -> None:
@@ -250,17 +249,10 @@ def delete_checkpoint(folder: str) -> None:
     storage.delete(folder)
 
 
-def _remove(path: Path, *, ignore_errors: bool = False) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=ignore_errors)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def clean(directory: Path) -> None:
     """Delete what killed saves left in a folder; only the holder of the run's lock calls it."""
     for leftover in directory.glob(f"{TEMPORARY}*"):
-        _remove(leftover, ignore_errors=True)
+        atomic.remove(leftover, ignore_errors=True)
     for name in (LATEST, BEST):
         atomic.clean(directory / name)
 

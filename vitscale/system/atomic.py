@@ -37,7 +37,7 @@ def appearing(path: str | Path, rename: Rename = os.replace) -> Iterator[Path]:
         _sync(temporary)
         rename(temporary, path)
     finally:
-        _remove(temporary)
+        remove(temporary)
     sync_folder(path.parent)
 
 
@@ -134,8 +134,9 @@ def _try_folder(folder: Path, name: str) -> None:
         return
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a file or a folder, if it is there; of a link, only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
         path.unlink(missing_ok=True)
