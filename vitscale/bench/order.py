@@ -10,11 +10,11 @@ import io
 import itertools
 import json
 import math
-import subprocess
-import sys
+import multiprocessing
 import tarfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -329,12 +329,5 @@ def _in_fresh_process(
     probe: Callable[[OrderBench], dict[str, float]], config: OrderBench
 ) -> dict[str, float]:
     """Run a probe of this module in a process in which nothing else has used memory."""
-    values = {**dataclasses.asdict(config), "folder": str(config.folder)}
-    code = (
-        "import json, sys; from pathlib import Path; from vitscale.bench import order; "
-        "v = json.loads(sys.argv[2]); v['folder'] = Path(v['folder']); "
-        "print(json.dumps(getattr(order, sys.argv[1])(order.OrderBench(**v))))"
-    )
-    command = [sys.executable, "-c", code, probe.__name__, json.dumps(values)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(probe, config).result()
