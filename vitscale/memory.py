@@ -9,7 +9,7 @@ from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig, has_bf16_optimizer
 from vitscale.engine.fragments import OPTIMIZER_SLOTS
 from vitscale.image_size import sides
-from vitscale.models import ModelConfig, empty_model
+from vitscale.models import Model, ModelConfig, empty_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ROOT_KERNEL, ResNetConfig, halved
@@ -103,16 +103,20 @@ def optimizer_bytes(model: ModelConfig, name: str) -> OptimizerBytes:
     Adafactor    4 + 2; the second moments of rows and columns are on every rank
     Muon         4 + 4 of the kernels of the blocks, 4 + 4 + 4 of the others
     """
-    built = empty_model(model)
-    shapes = {param_name: tuple(param.shape) for param_name, param in built.named_parameters()}
-    per_param = 4.0 + sum(dtype.itemsize for dtype in OPTIMIZER_SLOTS[name].values())
-    whole = 0
-    if name == "adafactor":
-        whole = 4 * sum(second_size(*item) for item in shapes.items())
-    if name == "muon":
-        saved = 4 * sum(math.prod(shapes[kernel]) for kernel in block_kernels(built))
-        per_param -= saved / count_params(model)
-    return OptimizerBytes(per_param, whole)
+    moments, whole = _moment_bytes(empty_model(model), name)
+    return OptimizerBytes(4.0 + moments / count_params(model), whole)
+
+
+def _moment_bytes(model: Model, optimizer: str) -> tuple[int, int]:
+    """Bytes of the moments of what is trained: those that ZeRO cuts, and those it does not."""
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    per_param = sum(dtype.itemsize for dtype in OPTIMIZER_SLOTS[optimizer].values())
+    moments, whole = per_param * sum(param.numel() for param in trained.values()), 0
+    if optimizer == "adafactor":
+        whole = 4 * sum(second_size(name, tuple(param.shape)) for name, param in trained.items())
+    if optimizer == "muon":
+        moments -= 4 * sum(trained[kernel].numel() for kernel in block_kernels(model) & trained.keys())
+    return moments, whole
 
 
 def state_bytes(
@@ -388,13 +392,7 @@ def checkpoint_bytes(config: ModelConfig, optim: OptimConfig) -> int:
     """Bytes of a checkpoint: fp32 weights and, of what is trained, the other slots."""
     model = empty_model(config)
     freeze(model, optim.freeze)
-    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    moments = sum(dtype.itemsize for dtype in OPTIMIZER_SLOTS[optim.name].values())
-    moments += 4 * (optim.ema_decay > 0)
     num_bytes = 4 * sum(param.numel() for param in model.parameters())
-    num_bytes += moments * sum(param.numel() for param in trained.values())
-    if optim.name == "adafactor":
-        num_bytes += 4 * sum(second_size(name, tuple(param.shape)) for name, param in trained.items())
-    if optim.name == "muon":
-        num_bytes -= 4 * sum(trained[name].numel() for name in block_kernels(model) & trained.keys())
-    return num_bytes
+    if optim.ema_decay:
+        num_bytes += 4 * sum(param.numel() for param in model.parameters() if param.requires_grad)
+    return num_bytes + sum(_moment_bytes(model, optim.name))
