@@ -11,7 +11,7 @@ from launch.preflight import main as preflight
 from vitscale import distributed, rendezvous
 from vitscale.errors import ConfigError
 from vitscale.system import hardware
-from vitscale.system.hardware import GPUS, gpu_name, peak_flops_of
+from vitscale.system.hardware import GPUS, gpu_name, gpu_of
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,8 @@ from vitscale.system.hardware import GPUS, gpu_name, peak_flops_of
     ],
 )
 def test_the_peak_of_a_gpu_goes_by_its_whole_name(device: str, tera: float) -> None:
-    assert peak_flops_of(device) == tera * 1e12
+    gpu = gpu_of(device)
+    assert (gpu.flops if gpu else 0) == tera * 1e12
 
 
 @pytest.mark.parametrize(

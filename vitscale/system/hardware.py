@@ -94,12 +94,7 @@ def allow_tf32(allowed: bool) -> None:
 
 def peak_flops() -> float:
     """The bf16 peak of this device in FLOP/s, or 0 if it is not known (as for any CPU)."""
-    return peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else 0.0
-
-
-def peak_flops_of(device: str) -> float:
-    """The bf16 peak in FLOP/s of a GPU by its name, or 0 if it is not known."""
-    gpu = gpu_of(device)
+    gpu = gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return gpu.flops if gpu else 0.0
 
 
