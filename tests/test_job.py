@@ -41,11 +41,11 @@ def test_what_a_job_reads_is_hashed_once(tmp_path: Path) -> None:
     sources = open_sources(config.data)
     fewer = [dataclasses.replace(sources[0], excluded=np.array([3, 7]))]
     jobs = [derive(config, 1, tuple(opened)) for opened in (sources, fewer)]
-    digests = [job.data_fingerprint() for job in jobs]
+    digests = [job.data_fingerprint for job in jobs]
     assert digests == [job.mixture.fingerprint([job.sources[0].fingerprint()]) for job in jobs]
-    assert all(job.data_fingerprint() is digest for job, digest in zip(jobs, digests, strict=True))
-    assert jobs[0].data_fingerprint([sources[0].index.fingerprint()]) == digests[0]
-    assert len({*digests, jobs[0].data_fingerprint(["another"])}) == 3
+    assert all(job.data_fingerprint is digest for job, digest in zip(jobs, digests, strict=True))
+    assert jobs[0].fingerprint_with([sources[0].index.fingerprint()]) == digests[0]
+    assert len({*digests, jobs[0].fingerprint_with(["another"])}) == 3
 
 
 def config_of(folder: Path, *overrides: str) -> TrainConfig:

@@ -115,7 +115,7 @@ def training_data(place: str | Checkpoint) -> tuple[Source, LossConfig]:
             "with --data"
         )
     job = derive(config, place.manifest.world_size, open_sources(config.data))
-    if job.data_fingerprint() != train.data_fingerprint:
+    if job.data_fingerprint != train.data_fingerprint:
         raise ConfigError(
             f"{path} was trained on other data than its config names now, so it may have been trained on "
             f"samples of their validation split; restore {config.data.index}, or name test shards with --data"

@@ -44,19 +44,14 @@ class Job:
     total_steps: int
     deepspeed_config: dict[str, Any]
 
-    def data_fingerprint(self, index_fingerprints: Sequence[str] = ()) -> str:
-        """A digest of what every step reads: the samples, their order and their labels.
-
-        index_fingerprints: of other indexes of the sources, in place of the job's own.
-        """
-        return self._digest(index_fingerprints) if index_fingerprints else self._own_fingerprint
-
     @functools.cached_property
-    def _own_fingerprint(self) -> str:
+    def data_fingerprint(self) -> str:
+        """A digest of what every step reads: the samples, their order and their labels."""
         # Every save asks for it, and hashing millions of excluded samples takes half a second.
-        return self._digest([""] * len(self.sources))
+        return self.fingerprint_with([""] * len(self.sources))
 
-    def _digest(self, index_fingerprints: Sequence[str]) -> str:
+    def fingerprint_with(self, index_fingerprints: Sequence[str]) -> str:
+        """As data_fingerprint, for other indexes of the sources; "" = a source's own."""
         pairs = zip(self.sources, index_fingerprints, strict=True)
         return self.mixture.fingerprint([source.fingerprint(index) for source, index in pairs])
 

@@ -171,7 +171,7 @@ def check_continuation(job: Job, checkpoint: Checkpoint) -> None:
     problem = _difference(folder, folder, old, job, ("data", "init"))
     if problem:
         raise ConfigError(problem)
-    if train.data_fingerprint != job.data_fingerprint():
+    if train.data_fingerprint != job.data_fingerprint:
         change = distributed.on_main(lambda: _data_change(job, old, train.data_fingerprint))
         if change:
             raise ConfigError(
@@ -212,7 +212,7 @@ def _data_change(job: Job, old: TrainConfig, fingerprint: str) -> str:
     that nothing else has changed.
     """
     record = _record(job)
-    if not record or fingerprint not in map(job.data_fingerprint, record.fingerprints):
+    if not record or fingerprint not in map(job.fingerprint_with, record.fingerprints):
         changed = [change for change in _changes(old, job.config) if is_among(change[0], ("data",))]
         return _text(changed) or ("shards, their order or chunking, label maps or exclusions changed")
     return record.change([source.index for source in job.sources], _replaced(Path(job.config.run_dir)))

@@ -328,7 +328,7 @@ def train_state(job: Job, progress: Progress, teacher: Teacher | None) -> TrainS
         bad_samples=progress.bad_samples,
         rollbacks=progress.rollbacks,
         steps_per_epoch=job.mixture.steps_per_epoch,
-        data_fingerprint=job.data_fingerprint(),
+        data_fingerprint=job.data_fingerprint,
         decoder=job.decoder,
         precision=config.precision,
         config=configs.to_dict(config),

@@ -48,7 +48,7 @@ def inputs(record: Record, shards: Shards) -> Html:
     texts = [f"The first {len(cards)} images of step 1, in the order of the data, after augmentation."]
     if config.augment.mixup or config.augment.cutmix:
         texts.append("Mixup and cutmix follow on the device, and are not shown.")
-    if (fingerprint := _fingerprint(record)) and fingerprint != job.data_fingerprint():
+    if (fingerprint := _fingerprint(record)) and fingerprint != job.data_fingerprint:
         texts.append("The data are others now than those of the run, so training saw other images.")
     return joined([note(" ".join(texts)), gallery(cards)])
 
