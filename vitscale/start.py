@@ -63,7 +63,7 @@ class Run:
     quarantine: Quarantine
     spikes: Spikes
     saver: Saver
-    metrics: MetricsWriter | SilentWriter
+    metrics: MetricsWriter
     pace: Pace
 
 
@@ -195,7 +195,7 @@ def _open_init(place: str | Checkpoint, slot: Slot, config: TrainConfig) -> tupl
     return saved, saved.names_for(config.model, head=config.init.head)
 
 
-def open_metrics(job: Job, progress: Progress) -> MetricsWriter | SilentWriter:
+def open_metrics(job: Job, progress: Progress) -> MetricsWriter:
     """On rank 0 a writer, without the rows past `progress`; on other ranks a silent one."""
     config = job.config
     if not distributed.is_main():

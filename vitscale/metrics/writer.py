@@ -211,37 +211,16 @@ class MetricsWriter:
             self._bar.write(f"step {step}/{self._total_steps}  {text}", file=sys.stderr)
 
 
-class SilentWriter:
+class SilentWriter(MetricsWriter):
     """Takes the place of a MetricsWriter on ranks other than 0, and writes nothing."""
 
-    def best_of(self, steps: Sequence[int]) -> int | None:
-        return None
-
-    def is_best(self, step: int) -> bool:
-        return False
-
-    def without(self, evaluations: Sequence[str]) -> list[str]:
-        return []
+    def __init__(self) -> None:
+        self._tensorboard, self._expectations = None, Expectations(NO_EXPECTATIONS)
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         pass
 
-    def conclude(self) -> None:
-        pass
-
-    def write_images(self, tag: str, images: UInt8[Tensor, "B 3 H W"], step: int = 0) -> None:
-        pass
-
-    def write_texts(self, texts: Mapping[str, str]) -> None:
-        pass
-
-    def write_hparams(self, values: Mapping[str, Any]) -> None:
-        pass
-
-    def __enter__(self) -> "SilentWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         pass
 
 
