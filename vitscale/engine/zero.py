@@ -233,7 +233,7 @@ def check_mapping(ds: DeepSpeed) -> None:
         names.append(fragment.name)
         differs.append(_differ(live, fragment.of(fragment.flat)))
     wrong = next((name for name, value in zip(names, read_scalars(differs), strict=True) if value), "")
-    if distributed.all_reduce_max([float(bool(wrong))])[0]:
+    if distributed.any_of(bool(wrong)):
         raise RuntimeError(
             f"the map of ZeRO fragments is wrong{f' for {wrong}' if wrong else ' on another rank'}: nothing "
             "was saved; this DeepSpeed does not lay its state out as 0.19.8 does"

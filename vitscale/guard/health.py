@@ -49,7 +49,7 @@ class Health:
 
     def since_last_save(self) -> bool:
         """Whether all was sound since the last call; every rank calls it, before a save."""
-        (trouble,) = distributed.all_reduce_max([float(self._skipped or bool(self._not_finite))])
+        trouble = distributed.any_of(self._skipped or bool(self._not_finite))
         self._skipped = False
         self._not_finite.zero_()
         return not trouble
