@@ -22,51 +22,49 @@ class Ema:
     """The average of an engine's weights, which starts at its present weights."""
 
     def __init__(self, ds: zero.DeepSpeed, decay: float) -> None:
-        self.decay = decay
+        self._ds, self._decay = ds, decay
         self._flats: list[Tensor] = [flat.detach().clone() for flat in zero.flats(ds)]
         self._updates = zero.counters(ds).updates
 
     @torch.no_grad()
-    def update(self, ds: zero.DeepSpeed) -> None:
+    def update(self) -> None:
         """average = decay x average + (1 - decay) x weights, unless the step was skipped."""
-        updates = zero.counters(ds).updates
+        updates = zero.counters(self._ds).updates
         if updates > self._updates:
-            for average, master in zip(self._flats, zero.flats(ds), strict=True):
-                average.lerp_(master.detach(), 1 - self.decay)
+            for average, master in zip(self._flats, zero.flats(self._ds), strict=True):
+                average.lerp_(master.detach(), 1 - self._decay)
             self._updates = updates
 
-    def owned(self, ds: zero.DeepSpeed) -> dict[str, Tensor]:
+    def owned(self) -> dict[str, Tensor]:
         """This rank's part of the average of every parameter, as views."""
-        return {fragment.name: fragment.of(self._flats[fragment.group]) for fragment in zero.fragments(ds)}
+        return {each.name: each.of(self._flats[each.group]) for each in zero.fragments(self._ds)}
 
-    def wanted(self, ds: zero.DeepSpeed) -> list[Wanted]:
+    def wanted(self) -> list[Wanted]:
         """What a restore has to read; start comes after it."""
-        return [
-            Wanted(fragment.of(self._flats[fragment.group]), EMA, fragment.name, fragment.start)
-            for fragment in zero.fragments(ds)
-        ]
+        fragments = zero.fragments(self._ds)
+        return [Wanted(each.of(self._flats[each.group]), EMA, each.name, each.start) for each in fragments]
 
-    def start(self, ds: zero.DeepSpeed, *, at_weights: bool) -> None:
+    def start(self, *, at_weights: bool) -> None:
         """Average from the present update on, starting at the weights or at what was read."""
         if at_weights:
-            for average, master in zip(self._flats, zero.flats(ds), strict=True):
+            for average, master in zip(self._flats, zero.flats(self._ds), strict=True):
                 average.copy_(master.detach())
-        self._updates = zero.counters(ds).updates
+        self._updates = zero.counters(self._ds).updates
 
     @contextlib.contextmanager
-    def as_weights(self, ds: zero.DeepSpeed) -> Iterator[None]:
+    def as_weights(self) -> Iterator[None]:
         """Within the block, the engine computes with the average; every rank enters it."""
-        self._swap(ds)
+        self._swap()
         try:
             yield
         finally:
-            self._swap(ds)
+            self._swap()
 
     @torch.no_grad()
-    def _swap(self, ds: zero.DeepSpeed) -> None:
+    def _swap(self) -> None:
         # Swaps values, not buffers: in fp32, ZeRO 3's live parameters are views of the masters.
-        for average, master in zip(self._flats, zero.flats(ds), strict=True):
+        for average, master in zip(self._flats, zero.flats(self._ds), strict=True):
             held = master.detach().clone()
             master.detach().copy_(average)
             average.copy_(held)
-        zero.refresh_live(ds)
+        zero.refresh_live(self._ds)

@@ -125,7 +125,7 @@ class Engine:
         if self.counters.skipped_steps > skipped:
             gradients.drop(self._ds)
         if self._ema:
-            self._ema.update(self._ds)
+            self._ema.update()
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate for the coming step; a parameter group has its share of it."""
@@ -149,7 +149,7 @@ class Engine:
             # Eagerly: a set's short last batch is of another shape than training's graphs.
             with (
                 torch.compiler.set_stance("force_eager"),
-                self._ema.as_weights(self._ds) if self._ema else contextlib.nullcontext(),
+                self._ema.as_weights() if self._ema else contextlib.nullcontext(),
             ):
                 yield
         finally:
@@ -197,7 +197,7 @@ class Engine:
         optimizer = [slot for slot in self.slots if slot != EMA]
         owned = zero.owned(self._ds, optimizer)
         if self._ema:
-            owned[EMA] = self._ema.owned(self._ds)
+            owned[EMA] = self._ema.owned()
         return owned
 
     def fill(self, values: Iterable[tuple[str, Tensor]]) -> None:
@@ -210,7 +210,7 @@ class Engine:
         zero.refresh_live(self._ds)
         zero.check_mapping(self._ds)
         if self._ema:
-            self._ema.start(self._ds, at_weights=True)
+            self._ema.start(at_weights=True)
 
     def restore(
         self,
@@ -228,12 +228,12 @@ class Engine:
         """
         known = OPTIMIZER_SLOTS[self.optimizer_name]
         optimizer = {slot: dtype for slot, dtype in known.items() if slot in slots}
-        average = self._ema.wanted(self._ds) if self._ema and EMA in slots else None
+        average = self._ema.wanted() if self._ema and EMA in slots else None
         others = [*(average or ()), *self._wanted_statistics(counters.updates)]
         zero.restore(self._ds, source, optimizer, counters.updates, others)
         zero.restore_counters(self._ds, counters, loss_scaler or {})
         if self._ema:  # after the counters: it notes how many updates were made
-            self._ema.start(self._ds, at_weights=average is None)
+            self._ema.start(at_weights=average is None)
 
     def _wanted_statistics(self, updates: int) -> Iterator[Wanted]:
         for statistic in self.statistics() if updates else ():
