@@ -25,7 +25,6 @@ from vitscale.data.lane import ViewConfig
 from vitscale.data.loader import Batch, Stream, batches, on_device
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.data.quarantine import Quarantine
-from vitscale.engine import zero
 from vitscale.engine.engine import DTYPES, Engine
 from vitscale.errors import ConfigError
 from vitscale.guard.spikes import FILE_NAME as SPIKES_NAME
@@ -151,7 +150,6 @@ def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine,
     model = empty_model(config.model)
     with distributed.alike():
         freeze(model, config.optim.freeze)
-    zero.allocate(model, job.deepspeed_config, DTYPES[config.precision])
     engine = Engine(model, config.optim, config.engine, job.plan, config.precision)
     if not checkpoint:
         engine.fill(initial)

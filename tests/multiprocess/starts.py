@@ -18,8 +18,7 @@ from vitscale import config as configs
 from vitscale import distributed, start
 from vitscale.bench import ranks
 from vitscale.checkpoint.store import Home
-from vitscale.engine import zero
-from vitscale.engine.engine import DTYPES, Engine
+from vitscale.engine.engine import Engine
 from vitscale.job import prepare
 from vitscale.models import build_model, empty_model
 from vitscale.models.vit_config import ViTConfig
@@ -105,7 +104,6 @@ def check_values(config: Path, overrides: Sequence[str]) -> None:
     buffers = {name: buffer.clone() for name, buffer in whole.named_buffers()}
     model = empty_model(loaded.model)
     freeze(model, loaded.optim.freeze)
-    zero.allocate(model, job.deepspeed_config, DTYPES[loaded.precision])
     engine = Engine(model, loaded.optim, loaded.engine, job.plan, loaded.precision)
     engine.fill(empty_model(loaded.model).initial_values(seed=3))
     owned, seen = engine.owned(), set()

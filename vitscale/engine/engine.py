@@ -57,7 +57,7 @@ class Engine:
     ) -> None:
         """Hand the module to DeepSpeed, which moves it to this rank's device.
 
-        module: a whole model, or one from zero.allocate, whose values fill or restore sets.
+        module: a whole model, or an empty_model, which gets memory for fill or restore to set.
         Raises ConfigError for a precision that the device does not have, and for sizes and a
         cache with which torch.compile cannot be used; StoreError if offload_folder cannot be
         written.
@@ -66,6 +66,9 @@ class Engine:
         from deepspeed.accelerator import get_accelerator
 
         zero.set_up()
+        ds_config = make_ds_config(config, plan, precision, optim.clip_norm)
+        if any(param.is_meta for param in module.parameters()):
+            zero.allocate(module, ds_config, DTYPES[precision])
         module.set_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
             check_compiled(config, module.config, precision)
@@ -83,7 +86,7 @@ class Engine:
             self._ds, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=build_optimizer(optim, module, self._dtype),
-                config=make_ds_config(config, plan, precision, optim.clip_norm),
+                config=ds_config,
             )
         distributed.wait_longer(self._ds.data_parallel_group)
         gradients.correct(self._ds)

@@ -91,7 +91,6 @@ def allocate(model: Model, config: dict[str, Any], dtype: torch.dtype) -> None:
     """
     import deepspeed
 
-    set_up()
     for param in model.parameters():
         param.data = param.data.to(dtype)
     if config["zero_optimization"]["stage"] < 3:
