@@ -160,14 +160,10 @@ def start(job: Job, home: Home, teacher: Teacher | None = None) -> tuple[Engine,
         ranks, stage = manifest.world_size, manifest.zero_stage
         writers = counted(ranks, "rank")
         logger.info("resumed from %s, written by %s at ZeRO %d", checkpoint.folder, writers, stage)
-    progress = Progress(
-        step=manifest.step,
-        data_step=manifest.train.data_step,
-        samples_seen=manifest.train.samples_seen,
-        bad_samples=manifest.train.bad_samples,
-        rollbacks=manifest.train.rollbacks if own else 0,  # each run has its own guard.rollbacks
-        healthy=manifest.train.healthy,
-    )
+    counts = {name: getattr(manifest.train, name) for name in vars(Progress())}
+    progress = Progress(**counts)
+    if not own:
+        progress.rollbacks = 0  # each run has its own guard.rollbacks
     return engine, progress, passed_over
 
 

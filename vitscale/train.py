@@ -322,18 +322,13 @@ def train_state(job: Job, progress: Progress, teacher: Teacher | None) -> TrainS
     """The trainer's part of a checkpoint's manifest."""
     config = job.config
     return TrainState(
-        step=progress.step,
-        data_step=progress.data_step,
-        samples_seen=progress.samples_seen,
-        bad_samples=progress.bad_samples,
-        rollbacks=progress.rollbacks,
+        **vars(progress),
         steps_per_epoch=job.mixture.steps_per_epoch,
         data_fingerprint=job.data_fingerprint,
         decoder=job.decoder,
         precision=config.precision,
         config=configs.to_dict(config),
         versions=versions(),
-        healthy=progress.healthy,
         teacher=teacher.digest if teacher else "",
     )
 
