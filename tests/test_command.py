@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import train
-from launch import multinode
+from launch import multinode, train
 from vitscale import command
 from vitscale.errors import (
     BusyError,
