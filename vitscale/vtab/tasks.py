@@ -11,7 +11,7 @@ from typing import Literal
 TRAIN800, VAL200, TRAIN800VAL200, TEST = "train800", "val200", "train800val200", "test"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A task; train800 is `train[:800]` of every one.
 
@@ -31,140 +31,29 @@ class Task:
         return {TRAIN800: "train[:800]", VAL200: self.val200, TEST: self.test}
 
 
+# Sizes of data sets with two tasks each.
+_CLEVR = {"train": 70_000, "validation": 15_000}
+_DSPRITES = {"train": 737_280}
+_SMALLNORB = {"train": 24_300, "test": 24_300}
 _TASKS = (
-    Task(
-        name="caltech101",
-        group="natural",
-        num_classes=102,
-        sizes={"train": 3060, "test": 6084},
-        val200="train[2754:2954]",
-    ),
-    Task(
-        name="cifar100",
-        group="natural",
-        num_classes=100,
-        sizes={"train": 50_000, "test": 10_000},
-        val200="train[45000:45200]",
-    ),
-    Task(
-        name="dtd",
-        group="natural",
-        num_classes=47,
-        sizes={"train": 1880, "validation": 1880, "test": 1880},
-    ),
-    Task(
-        name="flowers102",
-        group="natural",
-        num_classes=102,
-        sizes={"train": 1020, "validation": 1020, "test": 6149},
-    ),
-    Task(
-        name="pets",
-        group="natural",
-        num_classes=37,
-        sizes={"train": 3680, "test": 3669},
-        val200="train[2944:3144]",
-    ),
-    Task(
-        name="sun397",
-        group="natural",
-        num_classes=397,
-        sizes={"train": 76_127, "validation": 10_875, "test": 21_750},
-    ),
-    Task(
-        name="svhn",
-        group="natural",
-        num_classes=10,
-        sizes={"train": 73_257, "test": 26_032},
-        val200="train[65931:66131]",
-    ),
-    Task(
-        name="patch_camelyon",
-        group="specialized",
-        num_classes=2,
-        sizes={"train": 262_144, "validation": 32_768, "test": 32_768},
-    ),
-    Task(
-        name="eurosat",
-        group="specialized",
-        num_classes=10,
-        sizes={"train": 27_000},
-        val200="train[16200:16400]",
-        test="train[21600:]",
-    ),
-    Task(
-        name="resisc45",
-        group="specialized",
-        num_classes=45,
-        sizes={"train": 31_500},
-        val200="train[18900:19100]",
-        test="train[25200:]",
-    ),
-    Task(
-        name="retinopathy",
-        group="specialized",
-        num_classes=5,
-        sizes={"train": 35_126, "validation": 10_906, "test": 42_670},
-    ),
-    Task(
-        name="clevr_count",
-        group="structured",
-        num_classes=8,
-        sizes={"train": 70_000, "validation": 15_000},
-        val200="train[63000:63200]",
-        test="validation",
-    ),
-    Task(
-        name="clevr_distance",
-        group="structured",
-        num_classes=6,
-        sizes={"train": 70_000, "validation": 15_000},
-        val200="train[63000:63200]",
-        test="validation",
-    ),
-    Task(
-        name="dmlab",
-        group="structured",
-        num_classes=6,
-        sizes={"train": 65_550, "validation": 22_628, "test": 22_735},
-    ),
-    Task(
-        name="dsprites_location",
-        group="structured",
-        num_classes=16,
-        sizes={"train": 737_280},
-        val200="train[589824:590024]",
-        test="train[663552:]",
-    ),
-    Task(
-        name="dsprites_orientation",
-        group="structured",
-        num_classes=16,
-        sizes={"train": 737_280},
-        val200="train[589824:590024]",
-        test="train[663552:]",
-    ),
-    Task(
-        name="kitti_distance",
-        group="structured",
-        num_classes=4,
-        sizes={"train": 6347, "validation": 423, "test": 711},
-    ),
-    Task(
-        name="smallnorb_azimuth",
-        group="structured",
-        num_classes=18,
-        sizes={"train": 24_300, "test": 24_300},
-        val200="test[:200]",
-        test="test[12150:]",
-    ),
-    Task(
-        name="smallnorb_elevation",
-        group="structured",
-        num_classes=9,
-        sizes={"train": 24_300, "test": 24_300},
-        val200="test[:200]",
-        test="test[12150:]",
-    ),
+    Task("caltech101", "natural", 102, {"train": 3060, "test": 6084}, "train[2754:2954]"),
+    Task("cifar100", "natural", 100, {"train": 50_000, "test": 10_000}, "train[45000:45200]"),
+    Task("dtd", "natural", 47, {"train": 1880, "validation": 1880, "test": 1880}),
+    Task("flowers102", "natural", 102, {"train": 1020, "validation": 1020, "test": 6149}),
+    Task("pets", "natural", 37, {"train": 3680, "test": 3669}, "train[2944:3144]"),
+    Task("sun397", "natural", 397, {"train": 76_127, "validation": 10_875, "test": 21_750}),
+    Task("svhn", "natural", 10, {"train": 73_257, "test": 26_032}, "train[65931:66131]"),
+    Task("patch_camelyon", "specialized", 2, {"train": 262_144, "validation": 32_768, "test": 32_768}),
+    Task("eurosat", "specialized", 10, {"train": 27_000}, "train[16200:16400]", "train[21600:]"),
+    Task("resisc45", "specialized", 45, {"train": 31_500}, "train[18900:19100]", "train[25200:]"),
+    Task("retinopathy", "specialized", 5, {"train": 35_126, "validation": 10_906, "test": 42_670}),
+    Task("clevr_count", "structured", 8, _CLEVR, "train[63000:63200]", "validation"),
+    Task("clevr_distance", "structured", 6, _CLEVR, "train[63000:63200]", "validation"),
+    Task("dmlab", "structured", 6, {"train": 65_550, "validation": 22_628, "test": 22_735}),
+    Task("dsprites_location", "structured", 16, _DSPRITES, "train[589824:590024]", "train[663552:]"),
+    Task("dsprites_orientation", "structured", 16, _DSPRITES, "train[589824:590024]", "train[663552:]"),
+    Task("kitti_distance", "structured", 4, {"train": 6347, "validation": 423, "test": 711}),
+    Task("smallnorb_azimuth", "structured", 18, _SMALLNORB, "test[:200]", "test[12150:]"),
+    Task("smallnorb_elevation", "structured", 9, _SMALLNORB, "test[:200]", "test[12150:]"),
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in _TASKS}
