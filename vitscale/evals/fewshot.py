@@ -19,12 +19,10 @@ from jaxtyping import Float, Float64, Int, Int64
 
 from vitscale import distributed
 from vitscale.config import positive
-from vitscale.data.evalset import EvaluationSet
 from vitscale.errors import DataError
 from vitscale.evals.features import extract, own_indices
-from vitscale.evals.probe import ProbeConfig, known_labels, open_sets, single_labels
+from vitscale.evals.probe import ProbeConfig, ProbeTask
 from vitscale.evals.task import EvalModel
-from vitscale.image_size import ImageSize
 
 BIAS_CONSTANT = 100.0  # a constant feature so large that the bias is almost unregularised
 L2_REG = 2.0**10
@@ -52,19 +50,8 @@ class FewShotConfig(ProbeConfig):
         positive(where, l2_reg=self.l2_reg)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShotTask:
+class FewShotTask(ProbeTask[FewShotConfig]):
     """Mean accuracy and its population deviation over the seeds, for each number of shots."""
-
-    name: str
-    config: FewShotConfig
-    train: EvaluationSet
-    test: EvaluationSet
-
-    @classmethod
-    def open(cls, name: str, config: FewShotConfig, image_size: ImageSize) -> "FewShotTask":
-        train, test = open_sets(config, image_size)
-        return cls(name=name, config=config, train=train, test=test)
 
     @functools.cached_property
     def train_labels(self) -> Int64[np.ndarray, " n"]:
@@ -76,7 +63,7 @@ class FewShotTask:
         labels = distributed.together(lambda: self.train.labels(own))
         rows = distributed.all_gather_rows(torch.from_numpy(labels[:count]))
         with distributed.alike():
-            return single_labels(rows.numpy(), f"{self.name}: {self.config.train}", self.config.kind)
+            return self.pool_labels(rows)
 
     def names(self, model: EvalModel) -> list[str]:
         return [f"{shots}shot{end}" for shots in self.config.shots for end in ("", "_std")]
@@ -93,7 +80,7 @@ class FewShotTask:
         everything = np.arange(self.test.num_samples)
         test, padded = extract(model, self.test, everything, config.batch_size)
         with distributed.alike():
-            test_labels = known_labels(self.name, config, self.test, padded.numpy(), pool)
+            test_labels = self.test_labels(padded, pool)
 
         # Each rank fits its share of the draws; the sum then holds all, equal on all ranks.
         accuracies = [0.0] * len(draws)

@@ -11,11 +11,9 @@ from torch.nn.functional import normalize
 
 from vitscale import distributed
 from vitscale.config import positive
-from vitscale.data.evalset import EvaluationSet
 from vitscale.errors import DataError
-from vitscale.evals.probe import ProbeConfig, accuracies, extract_pair, open_sets, own_rows
+from vitscale.evals.probe import ProbeConfig, ProbeTask, accuracies, own_rows
 from vitscale.evals.task import EvalModel
-from vitscale.image_size import ImageSize
 
 _SIMILARITIES = 1 << 26  # that are computed at a time: 256 MiB
 
@@ -38,31 +36,23 @@ class KnnConfig(ProbeConfig):
         positive(where, temperature=self.temperature)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KnnTask:
+class KnnTask(ProbeTask[KnnConfig]):
     """The accuracy of the votes, for each k."""
 
-    name: str
-    config: KnnConfig
-    train: EvaluationSet
-    test: EvaluationSet
-
-    @classmethod
-    def open(cls, name: str, config: KnnConfig, image_size: ImageSize) -> "KnnTask":
-        train, test = open_sets(config, image_size)
-        if max(config.k) > train.num_samples:
+    def check_sets(self) -> None:
+        most, num_samples = max(self.config.k), self.train.num_samples
+        if most > num_samples:
             raise DataError(
-                f"{name}: {config.train} holds {train.num_samples:,} images, fewer than the "
-                f"{max(config.k):,} neighbours of k; lower k"
+                f"{self.name}: {self.config.train} holds {num_samples:,} images, fewer than the "
+                f"{most:,} neighbours of k; lower k"
             )
-        return cls(name=name, config=config, train=train, test=test)
 
     def names(self, model: EvalModel) -> list[str]:
         return [f"{k}nn" for k in self.config.k]
 
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"10nn": 0.41, ...}, fractions of 1."""
-        pair = extract_pair(self.name, self.config, self.train, self.test, model)
+        pair = self.extract_pair(model)
         device = distributed.device()
         train, labels = normalize(pair.train.to(device), dim=1), pair.train_labels.to(device)
         queries = normalize(pair.test[own_rows(len(pair.test))].to(device), dim=1)

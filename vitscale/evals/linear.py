@@ -9,21 +9,17 @@ from torch import Tensor
 
 from vitscale import distributed, rng
 from vitscale.config import dotted, positive
-from vitscale.data.evalset import EvaluationSet
 from vitscale.errors import ConfigError
 from vitscale.evals.probe import (
-    ProbeConfig,
+    DevConfig,
+    ProbeTask,
     accuracies,
     best_of,
-    check_dev,
     check_dev_split,
     dev_split,
-    extract_pair,
-    open_sets,
     own_rows,
 )
 from vitscale.evals.task import EvalModel
-from vitscale.image_size import ImageSize
 from vitscale.schedule import ScheduleConfig, learning_rate
 
 MOMENTUM = 0.9
@@ -32,21 +28,18 @@ STD_EPSILON = 1e-6  # of MAE's BatchNorm before its probe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearConfig(ProbeConfig):
+class LinearConfig(DevConfig):
     """A linear layer on standardised features, trained by SGD, besides the common keys.
 
     learning_rates:  to choose among, all trained at once; each falls by a cosine
     epochs, batch:   of the training
-    dev_fraction:    of the training images, to choose by; the chosen rate is trained on all
-    seed:            of that choice and of the order
+    seed:            of the order, too
     """
 
     kind: Literal["linear"] = "linear"
     learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     epochs: int = 30
     batch: int = 256
-    dev_fraction: float = 0.1
-    seed: int = 0
 
     def check(self, where: str) -> None:
         super().check(where)
@@ -56,24 +49,14 @@ class LinearConfig(ProbeConfig):
                 "like [0.01, 0.1]"
             )
         positive(where, epochs=self.epochs, batch=self.batch)
-        check_dev(where, self.dev_fraction, self.seed)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearTask:
+class LinearTask(ProbeTask[LinearConfig]):
     """The accuracy of the layer whose rate the dev part of the training set chose."""
 
-    name: str
-    config: LinearConfig
-    train: EvaluationSet
-    test: EvaluationSet
-
-    @classmethod
-    def open(cls, name: str, config: LinearConfig, image_size: ImageSize) -> "LinearTask":
-        train, test = open_sets(config, image_size)
-        if len(config.learning_rates) > 1:
-            check_dev_split(name, config, train, config.dev_fraction)
-        return cls(name=name, config=config, train=train, test=test)
+    def check_sets(self) -> None:
+        if len(self.config.learning_rates) > 1:
+            check_dev_split(self.name, self.config, self.train.num_samples)
 
     def names(self, model: EvalModel) -> list[str]:
         return ["top1", "learning_rate"]
@@ -81,7 +64,7 @@ class LinearTask:
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"top1": 0.45, "learning_rate": 0.1}, top1 as a fraction of 1."""
         config = self.config
-        pair = extract_pair(self.name, config, self.train, self.test, model)
+        pair = self.extract_pair(model)
         device = distributed.device()
         mean, std = pair.train.double().mean(0), pair.train.double().std(0, correction=0) + STD_EPSILON
         x, labels = ((pair.train - mean) / std).to(device), pair.train_labels.to(device)

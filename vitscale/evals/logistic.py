@@ -11,62 +11,44 @@ from torch.nn.functional import cross_entropy
 
 from vitscale import distributed
 from vitscale.config import dotted
-from vitscale.data.evalset import EvaluationSet
 from vitscale.errors import ConfigError
 from vitscale.evals.probe import (
-    ProbeConfig,
+    DevConfig,
+    ProbeTask,
     accuracies,
     best_of,
-    check_dev,
     check_dev_split,
     dev_split,
-    extract_pair,
-    open_sets,
     own_rows,
 )
 from vitscale.evals.task import EvalModel
-from vitscale.image_size import ImageSize
 
 MAX_ITERATIONS = 1000
 GRADIENT_TOLERANCE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogisticConfig(ProbeConfig):
+class LogisticConfig(DevConfig):
     """Multinomial logistic regression, besides the common keys.
 
-    c:             the inverse penalties to choose among; one alone is taken
-    dev_fraction:  of the training images, to choose by; the chosen one is fitted on all
-    seed:          of that choice
+    c:  the inverse penalties to choose among; one alone is taken
     """
 
     kind: Literal["logistic"] = "logistic"
     c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    dev_fraction: float = 0.1
-    seed: int = 0
 
     def check(self, where: str) -> None:
         super().check(where)
         if not self.c or not all(0 < value < math.inf for value in self.c):
             raise ConfigError(f"{dotted(where, 'c')} {list(self.c)} must list numbers above 0, like [1.0]")
-        check_dev(where, self.dev_fraction, self.seed)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogisticTask:
+class LogisticTask(ProbeTask[LogisticConfig]):
     """The accuracy of the regression that the dev part of the training set chose."""
 
-    name: str
-    config: LogisticConfig
-    train: EvaluationSet
-    test: EvaluationSet
-
-    @classmethod
-    def open(cls, name: str, config: LogisticConfig, image_size: ImageSize) -> "LogisticTask":
-        train, test = open_sets(config, image_size)
-        if len(config.c) > 1:
-            check_dev_split(name, config, train, config.dev_fraction)
-        return cls(name=name, config=config, train=train, test=test)
+    def check_sets(self) -> None:
+        if len(self.config.c) > 1:
+            check_dev_split(self.name, self.config, self.train.num_samples)
 
     def names(self, model: EvalModel) -> list[str]:
         return ["top1", "c"]
@@ -74,7 +56,7 @@ class LogisticTask:
     def run(self, model: EvalModel) -> dict[str, float]:
         """{"top1": 0.45, "c": 0.1}, top1 as a fraction of 1."""
         config = self.config
-        pair = extract_pair(self.name, config, self.train, self.test, model)
+        pair = self.extract_pair(model)
         device = distributed.device()
         x, labels = pair.train.to(device, torch.float64), pair.train_labels.to(device)
 

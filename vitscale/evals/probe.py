@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +46,30 @@ class ProbeConfig(TaskConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DevConfig(ProbeConfig):
+    """The keys of kinds that choose a value by a part of the training set.
+
+    dev_fraction:  of the training images, to choose by; the chosen value is trained on all
+    seed:          of that choice
+    """
+
+    dev_fraction: float = 0.1
+    seed: int = 0
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        if not 0 < self.dev_fraction < 1:
+            raise ConfigError(
+                f"{dotted(where, 'dev_fraction')} {self.dev_fraction} must lie in (0, 1), like 0.1"
+            )
+        if self.seed < 0:
+            raise ConfigError(f"{dotted(where, 'seed')} {self.seed} must not be negative")
+
+
+C = TypeVar("C", bound=ProbeConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FeaturePair:
     """Features of both sets, and their classes as 0 to num_classes - 1 in rising order."""
 
@@ -58,31 +83,72 @@ class FeaturePair:
         return int(self.train_labels.max()) + 1
 
 
-def extract_pair(
-    name: str, config: ProbeConfig, train: EvaluationSet, test: EvaluationSet, model: EvalModel
-) -> FeaturePair:
-    """The features of all images of both sets, on every rank; every rank calls it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeTask(Generic[C]):
+    """A task with both sets open; each kind has its own `names` and `run`."""
 
-    Raises DataError for images without one label, and for a test class that is not trained.
-    """
-    train_rows, train_padded = extract(model, train, np.arange(train.num_samples), config.batch_size)
-    test_rows, test_padded = extract(model, test, np.arange(test.num_samples), config.batch_size)
-    with distributed.alike():
-        pool = single_labels(train_padded.numpy(), f"{name}: {config.train}", config.kind)
-        targets = known_labels(name, config, test, test_padded.numpy(), pool)
-    classes = np.unique(pool)
-    return FeaturePair(
-        train=train_rows,
-        train_labels=torch.from_numpy(np.searchsorted(classes, pool)),
-        test=test_rows,
-        test_labels=torch.from_numpy(np.searchsorted(classes, targets)),
-    )
+    name: str
+    config: C
+    train: EvaluationSet
+    test: EvaluationSet
 
+    @classmethod
+    def open(cls, name: str, config: C, image_size: ImageSize) -> "ProbeTask[C]":
+        """Raises DataError for missing shards, and for sets that do not fit the config."""
+        train, test = (open_shards(pattern, config, image_size) for pattern in (config.train, config.test))
+        task = cls(name=name, config=config, train=train, test=test)
+        task.check_sets()
+        return task
 
-def open_sets(config: ProbeConfig, image_size: ImageSize) -> tuple[EvaluationSet, EvaluationSet]:
-    """The training and the test set. Raises DataError for missing shards."""
-    train, test = (open_shards(pattern, config, image_size) for pattern in (config.train, config.test))
-    return train, test
+    def check_sets(self) -> None:
+        """Raise DataError for sets that do not fit the config."""
+
+    def names(self, model: EvalModel) -> list[str]:
+        """As Task.names."""
+        raise NotImplementedError
+
+    def run(self, model: EvalModel) -> dict[str, float]:
+        """As Task.run."""
+        raise NotImplementedError
+
+    def extract_pair(self, model: EvalModel) -> FeaturePair:
+        """The features of all images of both sets, on every rank; every rank calls it.
+
+        Raises DataError for images without one label, and for a test class that is not trained.
+        """
+        (train, train_padded), (test, test_padded) = (
+            extract(model, images, np.arange(images.num_samples), self.config.batch_size)
+            for images in (self.train, self.test)
+        )
+        with distributed.alike():
+            pool = self.pool_labels(train_padded)
+            targets = self.test_labels(test_padded, pool)
+        classes = np.unique(pool)
+        return FeaturePair(
+            train=train,
+            train_labels=torch.from_numpy(np.searchsorted(classes, pool)),
+            test=test,
+            test_labels=torch.from_numpy(np.searchsorted(classes, targets)),
+        )
+
+    def pool_labels(self, padded: Int64[Tensor, "n M"]) -> Int64[np.ndarray, " n"]:
+        """The one label of each training sample."""
+        return single_labels(padded.numpy(), f"{self.name}: {self.config.train}", self.config.kind)
+
+    def test_labels(
+        self, padded: Int64[Tensor, "n M"], pool: Int64[np.ndarray, " p"]
+    ) -> Int64[np.ndarray, " n"]:
+        """The one label of each test sample. Raises DataError for one not in the pool."""
+        where = f"{self.name}: {self.config.test}"
+        singles = single_labels(padded.numpy(), where, self.config.kind)
+        unknown = np.setdiff1d(singles, pool)
+        if len(unknown):
+            label = self.test.index.named(int(unknown[0]))
+            raise DataError(
+                f"{where}: class {label} does not occur in the training shards "
+                f"{self.config.train}; give both sets of one data set"
+            )
+        return singles
 
 
 def single_labels(labels: Int64[np.ndarray, "n M"], source: str, kind: str) -> Int64[np.ndarray, " n"]:
@@ -95,25 +161,6 @@ def single_labels(labels: Int64[np.ndarray, "n M"], source: str, kind: str) -> I
             "give shards with one label per image"
         )
     return labels[np.arange(len(labels)), (labels >= 0).argmax(axis=1)]
-
-
-def known_labels(
-    name: str,
-    config: ProbeConfig,
-    test: EvaluationSet,
-    labels: Int64[np.ndarray, "n M"],
-    pool: Int64[np.ndarray, " p"],
-) -> Int64[np.ndarray, " n"]:
-    """The one label of each test sample. Raises DataError for one that is not in the pool."""
-    singles = single_labels(labels, f"{name}: {config.test}", config.kind)
-    unknown = np.setdiff1d(singles, pool)
-    if len(unknown):
-        label = test.index.named(int(unknown[0]))
-        raise DataError(
-            f"{name}: {config.test}: class {label} does not occur in the training shards "
-            f"{config.train}; give both sets of one data set"
-        )
-    return singles
 
 
 def dev_split(
@@ -130,13 +177,13 @@ def num_dev(num_samples: int, fraction: float) -> int:
     return max(1, round(fraction * num_samples))
 
 
-def check_dev_split(name: str, config: ProbeConfig, train: EvaluationSet, fraction: float) -> None:
+def check_dev_split(name: str, config: DevConfig, num_samples: int) -> None:
     """Raise DataError if the dev part leaves nothing to fit on."""
-    held_out = num_dev(train.num_samples, fraction)
-    if held_out >= train.num_samples:
+    held_out = num_dev(num_samples, config.dev_fraction)
+    if held_out >= num_samples:
         raise DataError(
-            f"{name}: dev_fraction {fraction} holds out {held_out:,} of the {train.num_samples:,} images in "
-            f"{config.train}, which leaves none to fit on; lower it, or give more images"
+            f"{name}: dev_fraction {config.dev_fraction} holds out {held_out:,} of the {num_samples:,} "
+            f"images in {config.train}, which leaves none to fit on; lower it, or give more images"
         )
 
 
@@ -154,14 +201,6 @@ def accuracies(predictions: Sequence[Int64[Tensor, " b"]], labels: Int64[Tensor,
     own = labels[own_rows(len(labels))]
     right = [float((prediction == own).sum()) for prediction in predictions]
     return [count / len(labels) for count in distributed.all_reduce_sum(right)]
-
-
-def check_dev(where: str, dev_fraction: float, seed: int) -> None:
-    """Raise ConfigError for a part of the training set that cannot choose."""
-    if not 0 < dev_fraction < 1:
-        raise ConfigError(f"{dotted(where, 'dev_fraction')} {dev_fraction} must lie in (0, 1), like 0.1")
-    if seed < 0:
-        raise ConfigError(f"{dotted(where, 'seed')} {seed} must not be negative")
 
 
 def best_of(choices: Sequence[float], scores_of: Callable[[list[float]], list[float]]) -> float:
