@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
 from vitscale.models.initializers import lecun_normal
-from vitscale.models.layers import PatchEmbed, RecomputedBlock, recomputed
+from vitscale.models.layers import PatchEmbed, RecomputedBlock
 from vitscale.models.resnet import (
     EXPANSION,
     GROUPS,
@@ -197,12 +197,6 @@ class PostActBottleneck(RecomputedBlock):
         self.norm2 = _norm(mid)
         self.conv3 = SameStdConv2d(mid, outputs, 1)
         self.norm3 = _norm(outputs)
-
-    def forward(self, x: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O h w"]:
-        # In here, not around the block, so that a compiled block holds its recomputation, too.
-        if self.checkpointing == "none" or not self.training:
-            return self._forward(x)
-        return recomputed(self._forward, x, mode=self.checkpointing, has_dropout=False)
 
     def _forward(self, x: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O h w"]:
         shortcut = x

@@ -1,7 +1,6 @@
 """The pieces of a Vision Transformer, named as timm names them."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -44,18 +43,6 @@ def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> Ch
 _keep_expensive = functools.partial(create_selective_checkpoint_contexts, _policy)
 
 
-def recomputed(
-    function: Callable[..., Tensor],
-    *inputs: Tensor | None,
-    mode: Literal["selective", "full"],
-    has_dropout: bool,
-) -> Tensor:
-    """function(*inputs); the backward pass computes again what `mode` does not keep of it."""
-    options: dict[str, Any] = {"context_fn": _keep_expensive} if mode == "selective" else {}
-    options["preserve_rng_state"] = has_dropout
-    return checkpoint(function, *inputs, use_reentrant=False, **options)
-
-
 def to_patches(images: Shaped[Tensor, "B C H W"], size: int) -> Shaped[Tensor, "B N X"]:
     """The values of each patch, row by row of the grid: by channel, then row, then column."""
     batch, channels, height, width = images.shape
@@ -65,9 +52,25 @@ def to_patches(images: Shaped[Tensor, "B C H W"], size: int) -> Shaped[Tensor, "
 
 
 class RecomputedBlock(nn.Module):
-    """A block of a model. checkpointing: what the backward pass recomputes of it."""
+    """A block of a model, which computes `_forward`.
+
+    checkpointing: what the backward pass recomputes of it. has_dropout: whether its forward
+    pass draws random numbers.
+    """
 
     checkpointing: Checkpointing = "none"
+    has_dropout = False
+
+    def forward(self, x: Tensor, *others: Tensor | int | None) -> Tensor:
+        # In here, not around the block, so that a compiled block holds its recomputation, too.
+        if self.checkpointing == "none" or not self.training:
+            return self._forward(x, *others)
+        options: dict[str, Any] = {"context_fn": _keep_expensive} if self.checkpointing == "selective" else {}
+        options["preserve_rng_state"] = self.has_dropout
+        return checkpoint(self._forward, x, *others, use_reentrant=False, **options)
+
+    def _forward(self, x: Tensor, *others: Tensor | int | None) -> Tensor:
+        raise NotImplementedError
 
 
 class PatchEmbed(nn.Module):
@@ -161,22 +164,13 @@ class Block(RecomputedBlock):
         self.drop = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, mlp_dim, dropout, gelu)
+        self.has_dropout = dropout > 0
 
-    def forward(
+    def _forward(
         self,
         x: Float[Tensor, "B N D"],
         kept: Float[Tensor, "2 B 1 1"] | None = None,
         num_outputs: int | None = None,
-    ) -> Float[Tensor, "B M D"]:
-        forward = functools.partial(self._forward, num_outputs=num_outputs)
-        # In here, not around the block, so that a compiled block holds its recomputation, too.
-        if self.checkpointing == "none" or not self.training:
-            return forward(x, kept)
-        has_dropout = self.drop.p > 0
-        return recomputed(forward, x, kept, mode=self.checkpointing, has_dropout=has_dropout)
-
-    def _forward(
-        self, x: Float[Tensor, "B N D"], kept: Float[Tensor, "2 B 1 1"] | None, num_outputs: int | None
     ) -> Float[Tensor, "B M D"]:
         mixed = self.drop(self.attn(self.norm1(x), num_outputs))
         if num_outputs is not None:

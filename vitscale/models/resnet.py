@@ -18,7 +18,7 @@ from vitscale.config import check_choices
 from vitscale.errors import ConfigError
 from vitscale.image_size import ImageSize, sides, written
 from vitscale.models.initializers import lecun_normal
-from vitscale.models.layers import Fp32Linear, RecomputedBlock, recomputed
+from vitscale.models.layers import Fp32Linear, RecomputedBlock
 from vitscale.models.limits import MAX_IMAGE_SIZE, MAX_SIZE
 from vitscale.models.model import Model, check_images
 from vitscale.models.posemb import Grid
@@ -209,12 +209,6 @@ class PreActBottleneck(RecomputedBlock):
         self.conv2 = StdConv2d(mid, mid, 3, shape.stride)
         self.norm3 = nn.GroupNorm(GROUPS, mid, eps=NORM_EPS)
         self.conv3 = StdConv2d(mid, outputs, 1)
-
-    def forward(self, x: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O h w"]:
-        # In here, not around the block, so that a compiled block holds its recomputation, too.
-        if self.checkpointing == "none" or not self.training:
-            return self._forward(x)
-        return recomputed(self._forward, x, mode=self.checkpointing, has_dropout=False)
 
     def _forward(self, x: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O h w"]:
         active = F.relu(self.norm1(x))
