@@ -15,11 +15,11 @@ from vitscale import load_model
 from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.config import to_dict
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.models import build_model
+from vitscale.models import ModelConfig, build_model
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
-from vitscale.weights.average import average
+from vitscale.weights.average import average, compared_keys
 from vitscale.weights.export import export_safetensors
 from vitscale.weights.saved import SavedModel
 
@@ -121,6 +121,14 @@ def test_the_same_model_may_be_configured_and_trained_in_two_ways(tmp_path: Path
     saved_model(tmp_path / "b.safetensors", with_numbers)
     out = average([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "out")
     assert SavedModel(out).config == config
+
+
+@pytest.mark.parametrize(
+    "config", [ViTConfig(), HybridConfig(), ResNetConfig()], ids=lambda config: config.kind
+)
+def test_every_key_that_changes_what_weights_compute_is_compared(config: ModelConfig) -> None:
+    others = set(to_dict(config)) - set(compared_keys(config))
+    assert others - {"variant"} <= {"head_bias", "dropout", "drop_path"}
 
 
 def test_resnets_are_averaged_unless_their_stages_differ(tmp_path: Path) -> None:

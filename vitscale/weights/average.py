@@ -1,9 +1,9 @@
 """Averages the weights of checkpoints: the last ones of a run, or several fine-tunings."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,17 +12,12 @@ from vitscale import config as configs
 from vitscale import storage
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import ModelConfig
-from vitscale.models.hybrid import HybridConfig
-from vitscale.models.resnet import ResNetConfig
+from vitscale.models.transfer import backbone_of
 from vitscale.weights.export import export_metadata, write_export
 from vitscale.weights.files import TensorSource
 from vitscale.weights.saved import SavedModel, Slot
 
-_TRAINING_KEYS = (
-    "head_bias",
-    "dropout",
-    "drop_path",
-)  # keys of [model] that do not change what the weights compute
+_OF_INPUTS_AND_HEADS = ("image_size", "num_classes", "representation_size", "num_patch_outputs")
 
 
 def average(paths: Sequence[str | Path], out: str | Path, *, slot: Slot = "fp32") -> Path:
@@ -66,9 +61,9 @@ def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check_same_model(a: SavedModel, b: SavedModel) -> None:
-    model_a, model_b = (configs.to_dict(_with_explicit_sizes(saved.config)) for saved in (a, b))
-    for key, ours, theirs in configs.differences(model_a, model_b):
-        if key not in _TRAINING_KEYS:
+    model_a, model_b = compared_keys(a.config), compared_keys(b.config)
+    for key, ours in model_a.items():  # the kind first, which says what other keys there are
+        if (theirs := model_b.get(key)) != ours:
             raise CheckpointError(
                 f"{b.path} is a different model from {a.path}: model.{key} is {theirs!r}, not {ours!r}; "
                 "average checkpoints of one model"
@@ -79,14 +74,7 @@ def _check_same_model(a: SavedModel, b: SavedModel) -> None:
         )
 
 
-def _with_explicit_sizes(config: ModelConfig) -> ModelConfig:
-    """The same model with its sizes as numbers, however its config gives them."""
-    if isinstance(config, ResNetConfig):
-        sizes = {"width": config.resolved_width, "stages": config.resolved_stages}
-        return dataclasses.replace(config, variant="R50x1", **sizes)
-    keys = ("width", "depth", "num_heads", "mlp_dim", "patch_size")
-    sizes = {key: getattr(config, f"resolved_{key}") for key in keys}
-    if isinstance(config, HybridConfig):
-        sizes |= {"stem_width": config.resolved_stem_width, "stem_stages": config.resolved_stem_stages}
-        return dataclasses.replace(config, variant="R+B/16", **sizes)
-    return dataclasses.replace(config, variant="B/16", **sizes)
+def compared_keys(config: ModelConfig) -> dict[str, Any]:
+    """The keys of [model] that decide what the weights compute, in which models must agree."""
+    values = configs.to_dict(config)
+    return backbone_of(config) | {key: values[key] for key in _OF_INPUTS_AND_HEADS if key in values}
