@@ -60,9 +60,10 @@ _OTHER_TYPES = {
 }
 _TABLES = ("model_args", "pretrained_cfg")  # of timm's config.json
 _BIT_NUMBER = re.compile(r"/(standardized_conv2d|group_norm|conv2d)_\d+/")
-_GROUP_NORM = re.compile(r"(^|/)gn(_root|_proj|\d)/(scale|bias)$")  # of a hybrid
+_GROUP_NORM = re.compile(r"/group_norm/|(^|/)gn(_root|_proj|\d)/(scale|bias)$")  # of BiT, of a hybrid
 _STACKED = "Transformer/encoderblock/"  # big_vision with scan: all blocks in one array
 _MAX_DEPTH = 1000  # of stacked blocks: each of them gets names of its own
+Places = dict[str, tuple[str, int | None]]  # of each tensor its array, and its row in a stacked one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,20 +112,13 @@ def open_npz(path: str) -> ForeignWeights:
     """Open one of Google's .npz files, in any dialect: a ViT, a hybrid, a BiT ResNet, a whole
     training state, or a model of images and texts. Raises as open_safetensors.
 
-    In some files the norms of a hybrid have shape [1, 1, 1, C].
+    In some files the norms of a hybrid or of BiT have shape [1, 1, 1, C].
     """
     _refuse_pickle(path)
     if not Path(path).is_file():
         raise CheckpointError(f"{path} does not exist; give the path of an .npz file on this machine")
     arrays = NpzReader(path)
-    if any(name.startswith("resnet/root_block/") for name in arrays.shapes):
-        return _open_bit(path, arrays)
-    prefix = _find_prefix(path, "npz", arrays.shapes)
-    others = [name for name in arrays.shapes if not name.startswith(prefix)]
-    if others:
-        logger.info("%d arrays outside %s are not of this model: %s, ...", len(others), prefix, others[0])
-    dialect = _flax_dialect(name.removeprefix(prefix) for name in arrays.shapes if name.startswith(prefix))
-    places = _places(path, arrays.shapes, prefix, "params/" if dialect == "big_vision" else "")
+    dialect, places = _bit_places(path, arrays.shapes) or _vit_places(path, arrays.shapes)
     shapes = {
         name: arrays.shapes[array] if row is None else arrays.shapes[array][1:]
         for name, (array, row) in places.items()
@@ -147,30 +141,29 @@ def open_npz(path: str) -> ForeignWeights:
     )
 
 
-def _open_bit(path: str, arrays: NpzReader) -> ForeignWeights:
-    """Some of BiT's files number layers, as in standardized_conv2d_17, and some have norms of
-    shape [1, 1, 1, C].
-    """
-    stored = [name for name in arrays.shapes if name.startswith("resnet/")]
-    array_of = {_BIT_NUMBER.sub(r"/\1/", name): name for name in stored}
-    if len(array_of) < len(stored):
+def _bit_places(path: str, shapes: Shapes) -> tuple[Dialect, Places] | None:
+    """Of a BiT ResNet. Some of its files number layers, as in standardized_conv2d_17."""
+    if not any(name.startswith("resnet/root_block/") for name in shapes):
+        return None
+    stored = [name for name in shapes if name.startswith("resnet/")]
+    places: Places = {_BIT_NUMBER.sub(r"/\1/", name): (name, None) for name in stored}
+    if len(places) < len(stored):
         raise CheckpointError(f"{path}: some layers are there under two numbers; write one model to a file")
-    if BIT_ROOT not in array_of:
+    if BIT_ROOT not in places:
         raise CheckpointError(f"{path} holds no {BIT_ROOT}, which every BiT ResNet has")
-    shapes = {name: arrays.shapes[array] for name, array in array_of.items()}
-    norms = {name for name, shape in shapes.items() if "/group_norm/" in name and shape[:-1] == (1, 1, 1)}
-    shapes |= {name: shapes[name][-1:] for name in norms}
-    return ForeignWeights(
-        dialect="bit",
-        shapes=shapes,
-        metadata=arrays.metadata,
-        config_json={},
-        normalisation=None,
-        tensor=lambda name: arrays.tensor(array_of[name]).reshape(shapes[name]),
-    )
+    return "bit", places
 
 
-def _places(path: str, shapes: Shapes, prefix: str, dialect_prefix: str) -> dict[str, tuple[str, int | None]]:
+def _vit_places(path: str, shapes: Shapes) -> tuple[Dialect, Places]:
+    prefix = _find_prefix(path, "npz", shapes)
+    others = [name for name in shapes if not name.startswith(prefix)]
+    if others:
+        logger.info("%d arrays outside %s are not of this model: %s, ...", len(others), prefix, others[0])
+    dialect = _flax_dialect(name.removeprefix(prefix) for name in shapes if name.startswith(prefix))
+    return dialect, _places(path, shapes, prefix, "params/" if dialect == "big_vision" else "")
+
+
+def _places(path: str, shapes: Shapes, prefix: str, dialect_prefix: str) -> Places:
     """The array that holds each tensor of the dialect, and the tensor's row in a stacked one.
 
     The array opt/target/Transformer/encoderblock/LayerNorm_0/scale [depth, D] holds the tensors
@@ -178,7 +171,7 @@ def _places(path: str, shapes: Shapes, prefix: str, dialect_prefix: str) -> dict
         params/Transformer/encoderblock_0/LayerNorm_0/scale    in row 0
         params/Transformer/encoderblock_1/LayerNorm_0/scale    in row 1, and so on
     """
-    places: dict[str, tuple[str, int | None]] = {}
+    places: Places = {}
     for array, shape in shapes.items():
         if not array.startswith(prefix):
             continue
