@@ -103,5 +103,5 @@ def write_export(
     if shard_bytes:
         raise ConfigError(f"{out} is one file, which cannot hold shards; give a folder, or drop --shard-mb")
     with publishing(out) as temporary:
-        write_file(temporary, tensors, shapes, dtype, metadata)
+        write_file(temporary, iter(tensors), shapes, dtype, metadata)
     return out

@@ -82,13 +82,6 @@ def find_export(path: str) -> str:
     return next((storage.child(path, name) for name in (EXPORT_NAME, INDEX_NAME) if name in names), "")
 
 
-def write_file(
-    path: Path, tensors: NamedTensors, shapes: Shapes, dtype: Dtype, metadata: Mapping[str, str]
-) -> None:
-    """Write one safetensors file, tensor by tensor; `tensors` come in the order of `shapes`."""
-    _write_part(path, iter(tensors), shapes, dtype, metadata)
-
-
 def write_folder(
     folder: Path,
     tensors: NamedTensors,
@@ -105,12 +98,12 @@ def write_folder(
     shards = _split_into_shards(shapes, DTYPES[dtype].itemsize, shard_bytes)
     stream = iter(tensors)
     if len(shards) == 1:
-        _write_part(folder / EXPORT_NAME, stream, shapes, dtype, metadata)
+        write_file(folder / EXPORT_NAME, stream, shapes, dtype, metadata)
         return EXPORT_NAME
     file_of = {}
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_part(folder / file, stream, {name: shapes[name] for name in names}, dtype, {"format": "pt"})
+        write_file(folder / file, stream, {name: shapes[name] for name in names}, dtype, {"format": "pt"})
         file_of |= dict.fromkeys(names, file)
     total = sum(map(math.prod, shapes.values())) * DTYPES[dtype].itemsize
     index = {"metadata": {"total_size": total, **metadata}, "weight_map": file_of}
@@ -118,14 +111,14 @@ def write_folder(
     return INDEX_NAME
 
 
-def _write_part(
+def write_file(
     path: Path,
     tensors: Iterator[tuple[str, Tensor]],
     shapes: Shapes,
     dtype: Dtype,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the next len(shapes) tensors of the iterator to a file."""
+    """Write the next len(shapes) tensors of the iterator, in their order, to a file."""
     layout = {name: (tuple(shape), DTYPES[dtype]) for name, shape in shapes.items()}
     with SafetensorsWriter(path, layout, metadata) as writer:
         for _ in layout:
