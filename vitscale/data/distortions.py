@@ -31,6 +31,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Op = Callable[[Image.Image], Image.Image]
+Enhancer = type[ImageEnhance.Color | ImageEnhance.Contrast | ImageEnhance.Brightness | ImageEnhance.Sharpness]
 
 
 class Edges(NamedTuple):
@@ -110,10 +111,10 @@ def augreg_ops(level: float, sign: int, centre: tuple[float, float]) -> dict[str
         "Rotate": functools.partial(_rotate, degrees=sign * 30 * level, edges=AUGREG_EDGES),
         "Posterize": functools.partial(_posterize, bits=int(level * 4)),
         "Solarize": functools.partial(ImageOps.solarize, threshold=int(level * 256) % 256),
-        "Color": functools.partial(_color, factor=factor),
+        "Color": functools.partial(_enhance, enhancer=ImageEnhance.Color, factor=factor),
         "Contrast": functools.partial(_contrast_from_size, factor=factor),
-        "Brightness": functools.partial(_brightness, factor=factor),
-        "Sharpness": functools.partial(_sharpness, factor=factor),
+        "Brightness": functools.partial(_enhance, enhancer=ImageEnhance.Brightness, factor=factor),
+        "Sharpness": functools.partial(_enhance, enhancer=ImageEnhance.Sharpness, factor=factor),
         "ShearX": functools.partial(_shear, x=shear, y=0.0, edges=AUGREG_EDGES),
         "ShearY": functools.partial(_shear, x=0.0, y=shear, edges=AUGREG_EDGES),
         "TranslateX": functools.partial(_translate, x=pixels, y=0.0, edges=AUGREG_EDGES),
@@ -141,10 +142,10 @@ def deit_ops(level: float, sign: int) -> dict[str, Op]:
         "PosterizeIncreasing": functools.partial(_posterize, bits=4 - int(level * 4)),
         "SolarizeIncreasing": functools.partial(ImageOps.solarize, threshold=256 - int(level * 256)),
         "SolarizeAdd": functools.partial(_solarize_add, addition=int(level * 110)),
-        "ColorIncreasing": functools.partial(_color, factor=factor),
-        "ContrastIncreasing": functools.partial(_contrast, factor=factor),
-        "BrightnessIncreasing": functools.partial(_brightness, factor=factor),
-        "SharpnessIncreasing": functools.partial(_sharpness, factor=factor),
+        "ColorIncreasing": functools.partial(_enhance, enhancer=ImageEnhance.Color, factor=factor),
+        "ContrastIncreasing": functools.partial(_enhance, enhancer=ImageEnhance.Contrast, factor=factor),
+        "BrightnessIncreasing": functools.partial(_enhance, enhancer=ImageEnhance.Brightness, factor=factor),
+        "SharpnessIncreasing": functools.partial(_enhance, enhancer=ImageEnhance.Sharpness, factor=factor),
         "ShearX": functools.partial(_shear, x=shear, y=0.0, edges=DEIT_EDGES),
         "ShearY": functools.partial(_shear, x=0.0, y=shear, edges=DEIT_EDGES),
         "TranslateXRel": functools.partial(_translate_relative, x=shift, y=0.0, edges=DEIT_EDGES),
@@ -188,12 +189,8 @@ def _solarize_add(image: Image.Image, addition: int) -> Image.Image:
     return image.point(table * 3)
 
 
-def _color(image: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Color(image).enhance(factor)
-
-
-def _contrast(image: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Contrast(image).enhance(factor)
+def _enhance(image: Image.Image, enhancer: Enhancer, factor: float) -> Image.Image:
+    return enhancer(image).enhance(factor)
 
 
 def _contrast_from_size(image: Image.Image, factor: float) -> Image.Image:
@@ -203,14 +200,6 @@ def _contrast_from_size(image: Image.Image, factor: float) -> Image.Image:
     """
     grey = min(image.width * image.height // 256, 255)
     return Image.blend(Image.new("RGB", image.size, (grey, grey, grey)), image, factor)
-
-
-def _brightness(image: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(factor)
-
-
-def _sharpness(image: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Sharpness(image).enhance(factor)
 
 
 def _cutout(image: Image.Image, half_side: int, centre: tuple[float, float]) -> Image.Image:
@@ -234,10 +223,10 @@ def color_jitter(image: Image.Image, strength: float, draws: Float64[np.ndarray,
     *factor_draws, order_draw = draws.reshape(COLOR_JITTER_DRAWS).tolist()
     low, high = max(0.0, 1 - strength), 1 + strength
     factors = [low + draw * (high - low) for draw in factor_draws]
-    steps = list(zip((_brightness, _contrast, _color), factors, strict=True))
-    orders = list(itertools.permutations(steps))
-    for op, factor in orders[int(order_draw * len(orders))]:
-        image = op(image, factor)
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    orders = list(itertools.permutations(zip(enhancers, factors, strict=True)))
+    for enhancer, factor in orders[int(order_draw * len(orders))]:
+        image = enhancer(image).enhance(factor)
     return image
 
 
