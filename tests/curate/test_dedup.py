@@ -171,7 +171,8 @@ def test_a_pair_names_the_test_set_that_holds_its_image(tmp_path: Path) -> None:
     write_set(tmp_path / "b.tar", [encode(drawing(seed)) for seed in range(3, 8)])
     index = write_set(tmp_path / "train.tar", [encode(drawing(seed), quality=60) for seed in (6, 2)])
     duplicates = find_duplicates(index, [str(tmp_path / "a.json"), str(tmp_path / "b.tar")])
-    named = [(pair.test_set.name, pair.test_id, pair.test_key) for pair in duplicates.pairs]
+    sets, pairs = duplicates.test_sets, duplicates.pairs
+    named = [(sets[pair.test_set].name, pair.test_id, pair.test_key) for pair in pairs]
     assert named == [(str(tmp_path / "b.tar"), 3, "k0003"), (str(tmp_path / "a.json"), 2, "k0002")]
 
 

@@ -14,7 +14,6 @@ streams past them through worker processes, which return only the matches. An im
 A killed run starts over. The result is the same for any number of workers.
 """
 
-import bisect
 import dataclasses
 import functools
 import itertools
@@ -99,7 +98,7 @@ def find_duplicates(
     return Duplicates(
         index=index,
         test_sets=test_sets,
-        pairs=tuple(test_images.pair(match, test_sets) for part in training for match in part.matches),
+        pairs=tuple(pair for part in training for pair in part.matches),
         unreadable=sum(part.unreadable for part in training),
         flat=sum(part.flat for part in training),
         damage=tuple(itertools.islice(damage, NUM_LISTED_DAMAGE)),
@@ -196,22 +195,10 @@ def _pixel_digest(pixels: UInt8[np.ndarray, "h w 3"]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Match:
-    """A training image, and the row of the test image that it is a copy of."""
-
-    train_id: int
-    train_key: str
-    row: int
-    distance: int
-    exact: bool
-    mirrored: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class _RangeMatches:
     """What a worker returns of a range of training images."""
 
-    matches: list[_Match]
+    matches: list[Pair]
     unreadable: int
     flat: int
     damage: list[str]
@@ -230,10 +217,12 @@ class _TestImages:
         # The table holds each detailed image twice: as it is, then as its mirror image.
         self.near_rows = np.concatenate([detailed, detailed])
         hashes = np.concatenate([images.hashes[detailed], images.mirrored[detailed]])
-        own = np.repeat(np.array(thresholds, dtype=np.uint8), [len(part.keys) for part in sets])
+        self.sizes = [len(part.keys) for part in sets]
+        self.ends = np.cumsum(self.sizes)
+        own = np.repeat(np.array(thresholds, dtype=np.uint8), self.sizes)
         self.table = HashTable(hashes, own[self.near_rows])
 
-    def match(self, images: _ImageHashes, ids: range) -> list[_Match]:
+    def match(self, images: _ImageHashes, ids: range) -> list[Pair]:
         """The nearest test image of each image that has one; the first of equally near ones."""
         place = np.searchsorted(self.digests, images.digests)  # [n]
         padded = np.append(self.digests, np.uint64(0))  # where a digest is above all of ours
@@ -249,33 +238,20 @@ class _TestImages:
             else:
                 position, distance = nearest[image]
                 row, mirrored = self.near_rows[position], position >= len(self.near_rows) // 2
+            test_set = int(np.searchsorted(self.ends, row, side="right"))
             matches.append(
-                _Match(
+                Pair(
                     train_id=ids[image],
                     train_key=images.keys[image],
-                    row=int(row),
+                    test_set=test_set,
+                    test_id=int(row - self.ends[test_set] + self.sizes[test_set]),
+                    test_key=self.keys[row],
                     distance=distance,
                     exact=bool(exact[image]),
                     mirrored=mirrored,
                 )
             )
         return matches
-
-    def pair(self, match: _Match, test_sets: Sequence[ComparedSet]) -> Pair:
-        """The match, with its test image named by set and id instead of row."""
-        ends = list(itertools.accumulate(test_set.index.num_samples for test_set in test_sets))
-        set_number = bisect.bisect_right(ends, match.row)
-        test_set = test_sets[set_number]
-        return Pair(
-            train_id=match.train_id,
-            train_key=match.train_key,
-            test_set=test_set,
-            test_id=match.row - (ends[set_number] - test_set.index.num_samples),
-            test_key=self.keys[match.row],
-            distance=match.distance,
-            exact=match.exact,
-            mirrored=match.mirrored,
-        )
 
 
 def _match_range(test_images: _TestImages, index: Index, ids: range) -> _RangeMatches:

@@ -40,13 +40,14 @@ class ComparedSet:
 class Pair:
     """A training image and the test image nearest to it.
 
+    test_set: its number among Duplicates.test_sets.
     distance: how many of the 128 bits of their hashes differ; 0 for exact copies.
     mirrored: whether the nearest is the mirror image of the test image.
     """
 
     train_id: int
     train_key: str
-    test_set: ComparedSet
+    test_set: int
     test_id: int
     test_key: str
     distance: int
@@ -81,7 +82,7 @@ class Duplicates:
             "unreadable": self.unreadable,
             "flat": self.flat,
             "damage": self.damage,
-            "pairs": [_pair_to_json(self.index, pair) for pair in closest[:NUM_LISTED_PAIRS]],
+            "pairs": [_pair_to_json(self, pair) for pair in closest[:NUM_LISTED_PAIRS]],
             "ids": [pair.train_id for pair in self.pairs],
         }
         atomic.write(path, json.dumps(values, indent=1).encode())
@@ -103,13 +104,13 @@ def contact_sheet(duplicates: Duplicates, num_pairs: int = NUM_SHEET_PAIRS) -> I
     _write(ImageDraw.Draw(sheet), (_MARGIN, 14), title, size=20, width=sheet.width - 2 * _MARGIN)
     for cell, pair in enumerate(doubtful):
         row, column = divmod(cell, _COLUMNS)
-        _draw_pair(sheet, (_MARGIN + column * _CELL[0], _HEADER + row * _CELL[1]), duplicates.index, pair)
+        _draw_pair(sheet, (_MARGIN + column * _CELL[0], _HEADER + row * _CELL[1]), duplicates, pair)
     return sheet
 
 
-def _draw_pair(sheet: Image.Image, corner: tuple[int, int], index: Index, pair: Pair) -> None:
-    left, top = corner
-    sources = [(index, pair.train_id), (pair.test_set.index, pair.test_id)]
+def _draw_pair(sheet: Image.Image, corner: tuple[int, int], duplicates: Duplicates, pair: Pair) -> None:
+    (left, top), test_set = corner, duplicates.test_sets[pair.test_set]
+    sources = [(duplicates.index, pair.train_id), (test_set.index, pair.test_id)]
     for side, (data, sample_id) in enumerate(sources):
         picture = Image.fromarray(decode(next(read_samples(data, [sample_id])).image))
         picture = ImageOps.contain(picture, (_PICTURE, _PICTURE), Image.Resampling.BICUBIC)
@@ -120,7 +121,7 @@ def _draw_pair(sheet: Image.Image, corner: tuple[int, int], index: Index, pair: 
     draw = ImageDraw.Draw(sheet)
     _write(draw, (left, top + _PICTURE + 5), _distance_text(pair), size=17, width=width)
     _write(draw, (left, top + _PICTURE + 28), f"train {pair.train_key}", size=15, width=width)
-    set_name = pair.test_set.name.rpartition("/")[2]
+    set_name = test_set.name.rpartition("/")[2]
     _write(draw, (left, top + _PICTURE + 47), f"test {pair.test_key} in {set_name}", size=15, width=width)
 
 
@@ -152,12 +153,12 @@ def _set_to_json(test_set: ComparedSet) -> dict[str, Any]:
     }
 
 
-def _pair_to_json(index: Index, pair: Pair) -> dict[str, Any]:
+def _pair_to_json(duplicates: Duplicates, pair: Pair) -> dict[str, Any]:
     return {
         "id": pair.train_id,
         "key": pair.train_key,
-        "shard": shard_of(index, pair.train_id),
-        "match": {"set": pair.test_set.name, "id": pair.test_id, "key": pair.test_key},
+        "shard": shard_of(duplicates.index, pair.train_id),
+        "match": {"set": duplicates.test_sets[pair.test_set].name, "id": pair.test_id, "key": pair.test_key},
         "distance": pair.distance,
         "exact": pair.exact,
         "mirrored": pair.mirrored,
