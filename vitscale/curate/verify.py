@@ -41,7 +41,7 @@ def _verify_shard(shard_number: int, index: Index, decode_images: bool) -> list[
             keys=index.keys,
             listed=shard.num_samples + 1,
         )
-        damage = [*scan.damage, *(_damaged_images(index, shard_number) if decode_images else ())]
+        damage = [*scan.found.damage, *(_damaged_images(index, shard_number) if decode_images else ())]
     except UserError as error:
         return [str(error)]
     name = scan.shard.url  # without the query that an index of version 2 may hold

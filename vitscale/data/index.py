@@ -45,16 +45,9 @@ class Index:
 
     chunks: an array of records (blocks: the chunk's length in blocks of 512 bytes; checksum; if
     there is any damage, damaged: whether a sample of the chunk cannot be used).
-    keys: which files are the samples' images and labels. label_counts: samples by label.
-    num_damaged: samples that cannot be used; `damage` names the first of them, one sentence
-    each, and `reasons` counts them by reason and says where the first is. repeated_keys: how
-    many usable samples have the key of an earlier one of their shard, and where the first is;
-    indexes of earlier commits count them as damaged. passed_over: files by extension that are
-    neither images nor labels. lone_samples: where the lone_labels are; empty in indexes of
-    earlier commits. key_hashes: of all samples; None in indexes of earlier commits.
-    hash_ranges: by label, the lowest and the highest of them. num_neighbours: pairs of
-    consecutive samples of a shard that can be used, and shared_labels: how many labels they
-    have in common, added up; 0 in indexes of earlier commits.
+    keys: which files are the samples' images and labels. lone_samples: where the lone_labels
+    are. key_hashes: of all samples. The rest is as in Findings. In indexes of earlier commits
+    what they did not count is empty, None or 0, and repeated keys count as damage.
     """
 
     shards: tuple[Shard, ...]

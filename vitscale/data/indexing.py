@@ -1,6 +1,5 @@
 """Makes an index, in one pass over the shards; a build that was killed resumes."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -15,17 +14,7 @@ import xxhash
 from vitscale import storage
 from vitscale.data.index import CHUNK_SAMPLES, FORMAT, MAX_CHUNK_SAMPLES, VERSION, Index
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
-from vitscale.data.scan import (
-    LISTED,
-    LONE_SAMPLES,
-    Scan,
-    Shard,
-    add_counts,
-    add_reason,
-    commonest,
-    scan_shard,
-    widen,
-)
+from vitscale.data.scan import LONE_SAMPLES, Findings, Scan, Shard, commonest, scan_shard
 from vitscale.data.stored import StoredArray
 from vitscale.errors import ConfigError, DataError
 from vitscale.system import file_lock, processes
@@ -122,7 +111,7 @@ class _Journal:
         self._lines: dict[str, tuple[int, str]] = {}  # by shard: its line's offset, its version
         if not path:
             return
-        fields = " ".join(field.name for field in dataclasses.fields(Scan))
+        fields = " ".join(field.name for kept in (Scan, Findings) for field in dataclasses.fields(kept))
         header = f"{FORMAT} {VERSION} digest {fields} {options}\n".encode()
         self._file = open(path, "a+b")  # noqa: SIM115 (closed by close())
         self._file.seek(0)
@@ -148,20 +137,17 @@ class _Journal:
         assert self._file
         self._file.seek(self._lines[storage.without_query(url)][0])
         values = json.loads(self._file.readline().partition(b" ")[2])
-        labels = {int(label): count for label, count in values["label_counts"].items()}
+        found = values["found"]
+        counts = {int(label): count for label, count in found["label_counts"].items()}
+        ranges = {int(label): (low, high) for label, (low, high) in found["hash_ranges"].items()}
+        pairs = {
+            "label_counts": counts,
+            "hash_ranges": ranges,
+            "repeated_keys": tuple(found["repeated_keys"]),
+        }
         chunks = [(blocks, checksum) for blocks, checksum in values["chunks"]]
         shard = Shard(**values["shard"])
-        ranges = {int(label): tuple(ends) for label, ends in values["hash_ranges"].items()}
-        return Scan(
-            **{
-                **values,
-                "shard": shard,
-                "chunks": chunks,
-                "label_counts": labels,
-                "repeated_keys": tuple(values["repeated_keys"]),
-                "hash_ranges": ranges,
-            }
-        )
+        return Scan(**{**values, "shard": shard, "chunks": chunks, "found": Findings(**{**found, **pairs})})
 
     def add(self, scan: Scan) -> Scan:
         if self._file:
@@ -183,46 +169,28 @@ class _IndexBuilder:
     """Adds scans up to an index, in little memory: labels are summed, chunks packed at once."""
 
     def __init__(self) -> None:
+        self.found = Findings()
         self.shards: list[Shard] = []
         self.chunks: list[np.ndarray] = []
         self.damaged: list[np.ndarray] = []  # by shard: whether each chunk holds damage
-        self.labels: collections.Counter[int] = collections.Counter()
-        self.damage: list[str] = []
-        self.reasons: dict[str, tuple[int, str]] = {}
-        self.passed_over: dict[str, int] = {}
         self.rare: dict[int, list[str]] = {}
         self.key_hashes: list[np.ndarray] = []
-        self.hash_ranges: dict[int, tuple[int, int]] = {}
-        self.repeated_keys = 0, ""
-        self.num_damaged = self.max_labels = self.num_neighbours = self.shared_labels = 0
 
     def add(self, scan: Scan) -> None:
+        self.found.add(scan.found)
         self.shards.append(scan.shard)
         self.chunks.append(np.array(scan.chunks, dtype=np.uint32).reshape(-1, 2))
         self.damaged.append(np.isin(np.arange(len(scan.chunks)), scan.damaged_chunks))
-        self.labels.update(scan.label_counts)
-        self.max_labels = max(self.max_labels, scan.max_labels)
-        self.num_neighbours += scan.num_neighbours
-        self.shared_labels += scan.shared_labels
-        self.num_damaged += scan.num_damaged
-        self.damage += scan.damage[: LISTED - len(self.damage)]
-        for reason, (count, example) in scan.reasons.items():
-            add_reason(self.reasons, reason, count, example)
-        count, example = scan.repeated_keys
-        self.repeated_keys = self.repeated_keys[0] + count, self.repeated_keys[1] or example
-        add_counts(self.passed_over, scan.passed_over)
         for label, samples in scan.rare.items():
-            if self.labels[int(label)] < LONE_SAMPLES:
+            if self.found.label_counts[int(label)] < LONE_SAMPLES:
                 self.rare.setdefault(int(label), []).extend(samples)
             else:
                 self.rare.pop(int(label), None)
         self.key_hashes.append(np.array(scan.key_hashes, dtype="<u2"))
-        for label, (lowest, highest) in scan.hash_ranges.items():
-            widen(self.hash_ranges, label, lowest, highest)
 
     def index(self, chunk_samples: int, keys: SampleKeys) -> Index:
-        if not self.labels:
-            why = "; ".join(commonest(self.reasons)) or "none has a label"
+        if not self.found.label_counts:
+            why = "; ".join(commonest(self.found.reasons)) or "none has a label"
             raise DataError(
                 f"no usable sample in {len(self.shards):,} shards: {why}. Say what holds images and labels: "
                 "python tools/data.py index SHARDS --image-key EXTENSION --label-key EXTENSION_OR_FIELD, "
@@ -241,18 +209,9 @@ class _IndexBuilder:
             shards=tuple(self.shards),
             chunk_samples=chunk_samples,
             chunks=chunks,
-            label_counts=dict(self.labels),
-            max_labels=self.max_labels,
-            num_damaged=self.num_damaged,
-            damage=tuple(self.damage),
-            reasons=self.reasons,
-            repeated_keys=self.repeated_keys,
-            passed_over=self.passed_over,
             keys=keys,
             key_hashes=StoredArray(np.concatenate(self.key_hashes)),
-            hash_ranges=self.hash_ranges,
-            num_neighbours=self.num_neighbours,
-            shared_labels=self.shared_labels,
+            **{**vars(self.found), "damage": tuple(self.found.damage)},
         )
         lone_samples = {label: self.rare[label] for label in index.lone_labels}
         return dataclasses.replace(index, lone_samples=lone_samples)

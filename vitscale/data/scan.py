@@ -32,38 +32,68 @@ class Shard:
 
 
 @dataclasses.dataclass(kw_only=True)
+class Findings:
+    """What was found in a shard, or in several.
+
+    label_counts: samples by label. num_damaged: samples that cannot be used; `damage` has a
+    sentence for each of the first damaged places, the archives themselves among them. reasons:
+    by reason, how many places, and where the first is. repeated_keys: how many usable samples
+    have the key of an earlier one of their shard, and where the first is. passed_over: by
+    extension, how many files are neither image nor label. hash_ranges: by label, the lowest and
+    the highest hash of its samples' keys. num_neighbours: pairs of consecutive samples of a
+    shard that can be used. shared_labels: how many labels they have in common, added up.
+    """
+
+    label_counts: dict[int, int] = dataclasses.field(default_factory=dict)
+    max_labels: int = 0
+    damage: list[str] = dataclasses.field(default_factory=list)
+    num_damaged: int = 0
+    reasons: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    repeated_keys: tuple[int, str] = (0, "")
+    passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
+    hash_ranges: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    num_neighbours: int = 0
+    shared_labels: int = 0
+
+    def add(self, other: "Findings") -> None:
+        """Add those of a shard that follows; the first LISTED places stay."""
+        for label, count in other.label_counts.items():
+            self.label_counts[label] = self.label_counts.get(label, 0) + count
+        self.max_labels = max(self.max_labels, other.max_labels)
+        self.damage += other.damage[: LISTED - len(self.damage)]
+        self.num_damaged += other.num_damaged
+        for reason, (count, example) in other.reasons.items():
+            add_reason(self.reasons, reason, count, example)
+        self.add_repeated(*other.repeated_keys)
+        add_counts(self.passed_over, other.passed_over)
+        for label, (lowest, highest) in other.hash_ranges.items():
+            widen(self.hash_ranges, label, lowest, highest)
+        self.num_neighbours += other.num_neighbours
+        self.shared_labels += other.shared_labels
+
+    def add_repeated(self, count: int, example: str) -> None:
+        """Count samples whose keys are an earlier one's; example: where the first is."""
+        self.repeated_keys = self.repeated_keys[0] + count, self.repeated_keys[1] or example
+
+
+@dataclasses.dataclass(kw_only=True)
 class Scan:
     """What a pass over a shard found.
 
     version: that of storage.versions when the pass began. chunks: (blocks of 512 bytes,
-    checksum) of each. damage: a sentence for each of the first damaged places: num_damaged
-    samples, and the archive itself. damaged_chunks: those that hold damaged samples, by number
-    in the shard. reasons: by reason, how many places, and where the first is. repeated_keys:
-    how many samples have the key of an earlier one of the shard, and where the first is.
-    passed_over: by extension, how many files are neither image nor label. tar_damage: whether
-    the archive itself is broken. rare: by label, the samples of labels that may stand alone in
-    the whole set (is_lone). key_hashes: of all samples, in order. hash_ranges: by label, the
-    lowest and the highest of them. num_neighbours: pairs of consecutive samples that can be
-    used. shared_labels: how many labels they have in common, added up.
+    checksum) of each. tar_damage: whether the archive itself is broken. damaged_chunks: those
+    that hold damaged samples, by number in the shard. rare: by label, the samples of labels
+    that may stand alone in the whole set (is_lone). key_hashes: of all samples, in order.
     """
 
     shard: Shard
     version: str
     chunks: list[tuple[int, int]]
-    label_counts: dict[int, int]
-    max_labels: int
-    damage: list[str]
-    num_damaged: int
-    reasons: dict[str, tuple[int, str]]
-    repeated_keys: tuple[int, str]
-    passed_over: dict[str, int]
     tar_damage: bool
     damaged_chunks: list[int]
     rare: dict[int, list[str]]
     key_hashes: list[int]
-    hash_ranges: dict[int, tuple[int, int]]
-    num_neighbours: int
-    shared_labels: int
+    found: Findings
 
 
 def is_lone(label: int, count: int, num_labels: int) -> bool:
@@ -167,18 +197,13 @@ class _ScanBuilder:
 
     def __init__(self, url: str, listed: int) -> None:
         self.url, self.listed = url, listed
-        self.num_samples = self.max_labels = self.num_damaged = 0
-        self.num_neighbours = self.shared_labels = 0
-        self.labels: collections.Counter[int] = collections.Counter()
+        self.num_samples = 0
+        self.found = Findings()
         self.passed_over: collections.Counter[str] = collections.Counter()
-        self.reasons: dict[str, tuple[int, str]] = {}
         self.samples_by_label: dict[int, list[str]] = {}  # the first of each label
-        self.damage: list[str] = []
         self.damaged_chunks: dict[int, None] = {}  # in the order of the shard, each once
         self.key_hashes: list[int] = []
-        self.hash_ranges: dict[int, tuple[int, int]] = {}
         self.tar_damage = ""
-        self.repeated_keys = 0, ""
         self._keys: set[str] = set()
         self._last_labels: frozenset[int] | None = None
 
@@ -188,21 +213,7 @@ class _ScanBuilder:
         if isinstance(sample, BadSample):
             self._add_bad(sample, chunk)
         else:
-            if sample.key in self._keys:
-                so_far, first = self.repeated_keys
-                self.repeated_keys = so_far + 1, first or f"{self.url}: sample {sample.key}"
-            self.labels.update(sample.labels)
-            for label in sample.labels:
-                widen(self.hash_ranges, label, self.key_hashes[-1], self.key_hashes[-1])
-                if self.labels[label] < LONE_SAMPLES:
-                    place = f"{self.url}: sample {sample.key}"
-                    self.samples_by_label.setdefault(label, []).append(place)
-            self.max_labels = max(self.max_labels, len(sample.labels))
-            labels = frozenset(sample.labels)
-            if self._last_labels is not None:
-                self.num_neighbours += 1
-                self.shared_labels += len(labels & self._last_labels)
-            self._last_labels = labels
+            self._add_usable(sample, self.key_hashes[-1])
         self._keys.add(sample.key)
 
     def refuse(self, allow_damaged: bool) -> None:
@@ -215,42 +226,50 @@ class _ScanBuilder:
         if not self.num_samples and not self.tar_damage:
             raise DataError(f"shard {self.url} is empty: it holds no sample; leave it out")
         if self.tar_damage:
-            self.damage.append(self.tar_damage)
-            add_reason(self.reasons, "a broken archive", 1, self.tar_damage)
+            self.found.damage.append(self.tar_damage)
+            add_reason(self.found.reasons, "a broken archive", 1, self.tar_damage)
 
     def scan(self, shard: Shard, version: str, chunks: list[tuple[int, int]]) -> Scan:
-        passed_over: dict[str, int] = {}
-        add_counts(passed_over, self.passed_over)
+        add_counts(self.found.passed_over, self.passed_over)
+        counts = self.found.label_counts
         return Scan(
             shard=shard,
             version=version,
             chunks=chunks,
-            label_counts=dict(self.labels),
-            max_labels=self.max_labels,
-            damage=self.damage,
-            num_damaged=self.num_damaged,
-            reasons=self.reasons,
-            repeated_keys=self.repeated_keys,
-            passed_over=passed_over,
             tar_damage=bool(self.tar_damage),
             damaged_chunks=list(self.damaged_chunks),
             rare={
                 label: samples
                 for label, samples in self.samples_by_label.items()
-                if is_lone(label, self.labels[label], len(self.labels))
+                if is_lone(label, counts[label], len(counts))
             },
             key_hashes=self.key_hashes,
-            hash_ranges=self.hash_ranges,
-            num_neighbours=self.num_neighbours,
-            shared_labels=self.shared_labels,
+            found=self.found,
         )
 
+    def _add_usable(self, sample: RawSample, hashed: int) -> None:
+        found = self.found
+        if sample.key in self._keys:
+            found.add_repeated(1, f"{self.url}: sample {sample.key}")
+        for label in sample.labels:
+            found.label_counts[label] = found.label_counts.get(label, 0) + 1
+            widen(found.hash_ranges, label, hashed, hashed)
+            if found.label_counts[label] < LONE_SAMPLES:
+                place = f"{self.url}: sample {sample.key}"
+                self.samples_by_label.setdefault(label, []).append(place)
+        found.max_labels = max(found.max_labels, len(sample.labels))
+        labels = frozenset(sample.labels)
+        if self._last_labels is not None:
+            found.num_neighbours += 1
+            found.shared_labels += len(labels & self._last_labels)
+        self._last_labels = labels
+
     def _add_bad(self, sample: BadSample, chunk: int) -> None:
-        self.num_damaged += 1
+        self.found.num_damaged += 1
         self.damaged_chunks[chunk] = None
-        add_reason(self.reasons, sample.reason, 1, sample.place(self.url))
-        if len(self.damage) < self.listed:
-            self.damage.append(f"{self.url}: {sample.describe()}")
+        add_reason(self.found.reasons, sample.reason, 1, sample.place(self.url))
+        if len(self.found.damage) < self.listed:
+            self.found.damage.append(f"{self.url}: {sample.describe()}")
 
 
 class _ChunkCutter:
