@@ -14,7 +14,8 @@ import torch
 
 from vitscale import distributed
 from vitscale.data.evalset import PREFETCHED_BATCHES
-from vitscale.data.loader import PREFETCHED_STEPS, check_sockets
+from vitscale.data.loader import PREFETCHED_STEPS
+from vitscale.data.workers import check_sockets
 from vitscale.errors import ConfigError
 from vitscale.evals.task import Task, TaskConfig, num_samples
 from vitscale.image_size import sides

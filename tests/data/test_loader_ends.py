@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from vitscale.data import loader
-from vitscale.data.loader import in_thread, prepare_worker
+from vitscale.data import workers as data_workers
+from vitscale.data.loader import in_thread
+from vitscale.data.workers import prepare_worker
 from vitscale.errors import DataError
 from vitscale.system.processes import no_garbage_collection
 
@@ -98,10 +99,10 @@ class Endless(IterableDataset[int]):
 
 
 def test_workers_in_the_midst_of_a_read_hold_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "KILLING_SECONDS", 0.1)
+    monkeypatch.setattr(data_workers, "KILLING_SECONDS", 0.1)
     parts = iter(DataLoader(Endless(), batch_size=None, num_workers=2, worker_init_fn=prepare_worker))
     assert [next(parts), next(parts)] == [0, 0]
     workers, began = parts._workers, time.monotonic()  # type: ignore[attr-defined]
-    loader.end_workers(parts)
+    data_workers.end_workers(parts)
     assert time.monotonic() - began < 5  # the loader waits 10 s for each
     assert [worker.exitcode for worker in workers] == [-9, -9]

@@ -26,7 +26,7 @@ from vitscale.data.decode import Decoder, decode, resolve_decoder
 from vitscale.data.index import Index
 from vitscale.data.indexing import open_index
 from vitscale.data.lane import ViewConfig
-from vitscale.data.loader import Stream, batches, pad_labels, reuse_memory
+from vitscale.data.loader import Stream, batches, pad_labels
 from vitscale.data.reader import read_chunk
 from vitscale.data.samples import RawSample
 from vitscale.data.sources import Source, make_mixture
@@ -38,6 +38,7 @@ from vitscale.data.transforms import (
     resize,
     resize_box,
 )
+from vitscale.data.workers import reuse_memory
 
 BATCH, LANES = 64, 16
 READ_PASSES = 5  # one pass of reading takes a tenth of a second, too short to be timed

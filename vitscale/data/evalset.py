@@ -1,5 +1,6 @@
 """Evaluation data: labelled samples by number. Nothing is augmented, and nothing replaced."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
@@ -9,21 +10,21 @@ import torch
 import xxhash
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vitscale import distributed
 from vitscale.data.classes import mapped_classes
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.index import Index
 from vitscale.data.indexing import open_index
-from vitscale.data.loader import check_sockets, end_workers, noticing_deaths, pad_labels, prepare_worker
+from vitscale.data.loader import pad_labels
 from vitscale.data.reader import describe, read_any, read_samples
 from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import Source, label_problem, named, read_label_map
 from vitscale.data.transforms import Crop, evaluation_view
+from vitscale.data.workers import made_by_workers
 from vitscale.errors import DataError, UserError
 from vitscale.image_size import ImageSize, sides
-from vitscale.system import processes
 
 logger = logging.getLogger(__name__)
 PREFETCHED_BATCHES = 2  # that each data worker holds ready
@@ -119,33 +120,20 @@ class EvaluationSet:
         StoreError if a store does not answer, and ConfigError as check_sockets does.
         """
         parts = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
-        num_workers = min(self.num_workers, len(parts))
-        if num_workers:
-            check_sockets()
-        loader = DataLoader(
+        made = made_by_workers(
             dataclasses.replace(self._views, num_classes=num_classes),
-            batch_size=None,
+            len(parts),
+            min(self.num_workers, len(parts)),
+            prefetched=PREFETCHED_BATCHES,
             sampler=parts,
-            num_workers=num_workers,
-            prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
             pin_memory=distributed.device().type == "cuda",
-            worker_init_fn=prepare_worker,
         )
-        with processes.kill_at_exit():
-            views = iter(loader)
-        try:
-            for _ in parts:
-                with noticing_deaths():
-                    part = next(views)
-                if isinstance(part, UserError):
-                    raise part
-                images, labels, problems = part
+        with contextlib.closing(made):
+            for images, labels, problems in made:
                 if problems and not self._source:
                     raise DataError(next(iter(problems.values())))
                 self._left_out |= problems
                 yield images, labels
-        finally:
-            end_workers(views)
 
     def report_left_out(self) -> None:
         """Warn, on rank 0, of the samples that any rank left out; every rank calls it."""

@@ -22,8 +22,8 @@ from vitscale.checkpoint import room
 from vitscale.checkpoint.store import Home
 from vitscale.cluster.preflight import speed
 from vitscale.cluster.preflight.compare import CHECKING, Facts
-from vitscale.data.loader import check_sockets
 from vitscale.data.sources import check_sources, open_sources
+from vitscale.data.workers import check_sockets
 from vitscale.errors import StoreDown, UserError
 from vitscale.job import Job, derive, open_tasks
 from vitscale.run_dir import check_run_dir
