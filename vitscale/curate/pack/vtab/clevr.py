@@ -1,15 +1,14 @@
 """CLEVR: images, and scenes that describe them in the same order."""
 
-import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from vitscale.curate.pack.config import PackConfig
 from vitscale.curate.pack.listing import Listing
-from vitscale.curate.pack.vtab.archives import Files, StoredFile, open_files
-from vitscale.curate.pack.vtab.examples import Examples, make_listing
+from vitscale.curate.pack.vtab.archives import Files, open_files
+from vitscale.curate.pack.vtab.examples import Examples, held, make_listing
 from vitscale.errors import DataError
 from vitscale.vtab import labels as rules
 from vitscale.vtab.tasks import TASKS
@@ -51,7 +50,7 @@ def _list_split(files: Files, part: str, rule: Callable[[list[dict[str, Any]]], 
             f"{files.source} holds {len(keys):,} images in images/{part} and {len(labels):,} scenes in "
             f"{scenes_file}; they belong together by position, so restore what is missing"
         )
-    return Examples(keys=keys, labels=labels, images=functools.partial(_images, images, keys))
+    return Examples(keys=keys, labels=labels, images=held([images[key] for key in keys]))
 
 
 def _count(objects: list[dict[str, Any]]) -> int:
@@ -60,7 +59,3 @@ def _count(objects: list[dict[str, Any]]) -> int:
 
 def _distance(objects: list[dict[str, Any]]) -> int:
     return rules.clevr_distance(float(thing["pixel_coords"][2]) for thing in objects)
-
-
-def _images(images: dict[str, StoredFile], keys: Sequence[str], rows: list[int]) -> list[StoredFile]:
-    return [images[keys[row]] for row in rows]

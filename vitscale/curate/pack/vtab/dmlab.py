@@ -1,15 +1,13 @@
 """DMLab: frames of a game in TFRecord files."""
 
 import dataclasses
-import functools
 import re
-from collections.abc import Sequence
 
 from vitscale import storage
 from vitscale.curate.pack.config import Omission, PackConfig
 from vitscale.curate.pack.listing import FileReference, Listing
 from vitscale.curate.pack.vtab.archives import open_files
-from vitscale.curate.pack.vtab.examples import Examples, make_listing
+from vitscale.curate.pack.vtab.examples import Examples, held, make_listing
 from vitscale.curate.pack.vtab.tfrecord import parse_example, read_records
 from vitscale.errors import DataError
 from vitscale.vtab.tasks import TASKS
@@ -62,7 +60,7 @@ def list_dmlab(source: str, config: PackConfig) -> Listing:
                 images.append(image)
                 labels.append(label)
         keys = [image.key for image in images]
-        splits[split] = Examples(keys=keys, labels=labels, images=functools.partial(_images, images))
+        splits[split] = Examples(keys=keys, labels=labels, images=held(images))
     return make_listing(TASKS["dmlab"], source, splits)
 
 
@@ -89,7 +87,3 @@ def _list_file(file: FileReference) -> list[tuple[RecordImage, int]]:
                 ) from None
             listed.append((RecordImage(file.path, file.offset + offset, len(data), key), label))
     return listed
-
-
-def _images(images: Sequence[RecordImage], rows: list[int]) -> list[RecordImage]:
-    return [images[row] for row in rows]

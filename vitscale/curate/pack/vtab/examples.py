@@ -11,11 +11,13 @@ from PIL import Image
 
 from vitscale.curate.pack.config import Omission, Omissions
 from vitscale.curate.pack.listing import Listing, Reference, References
-from vitscale.curate.pack.vtab.archives import StoredFile
+from vitscale.curate.pack.vtab.archives import Files, StoredFile
 from vitscale.data.samples import image_kind
 from vitscale.errors import DataError
 from vitscale.vtab.membership import Key, key_bytes, members
 from vitscale.vtab.tasks import TEST, TRAIN800, TRAIN800VAL200, VAL200, Task
+
+Images = Callable[[list[int]], Sequence[StoredFile]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,12 +27,32 @@ class Examples:
     keys    as TFDS has them; their type does not matter, see key_bytes
     labels  class indices from 0 on, one of each image
     images  gives the files of some rows; it is asked once for every split of VTAB-1k, so that
-            only those images need be found or read
+            only those images need be found or read (held, named)
     """
 
     keys: Sequence[Key]
     labels: Sequence[int]
-    images: Callable[[list[int]], Sequence[StoredFile]]
+    images: Images
+
+
+def held(files: Sequence[StoredFile]) -> Images:
+    """Examples.images of files that are all at hand."""
+    return lambda rows: [files[row] for row in rows]
+
+
+def named(
+    files: Files, names: Sequence[str], listed_in: str, convert: Callable[[bytes], bytes] | None = None
+) -> Images:
+    """Examples.images of files by name, which are looked up when they are asked for.
+
+    convert: what TFDS does to each of them.
+    """
+
+    def images(rows: list[int]) -> list[StoredFile]:
+        taken = files.take([names[row] for row in rows], listed_in)
+        return [ConvertedImage(file, convert) for file in taken] if convert else taken
+
+    return images
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from vitscale.curate.pack.config import PackConfig
 from vitscale.curate.pack.listing import Listing
 from vitscale.curate.pack.vtab.archives import Files, StoredFile, open_files, open_held
-from vitscale.curate.pack.vtab.examples import Examples, make_listing
+from vitscale.curate.pack.vtab.examples import Examples, held, make_listing
 from vitscale.errors import DataError
 from vitscale.vtab.membership import stored_order
 from vitscale.vtab.tasks import TASKS
@@ -58,7 +58,7 @@ def list_caltech101(source: str, config: PackConfig) -> Listing:
     splits = {}
     for split, keys in (("train", train), ("test", sorted(images.keys() - set(train)))):
         labels = [label_of[key.partition("/")[0].lower()] for key in keys]
-        splits[split] = Examples(keys=keys, labels=labels, images=_lookup(images, keys))
+        splits[split] = Examples(keys=keys, labels=labels, images=held([images[key] for key in keys]))
     return make_listing(TASKS["caltech101"], source, splits, classes, deviations)
 
 
@@ -73,7 +73,7 @@ def _list_named_as_folder(source: str, task: str, advice: str, archives: tuple[s
     examples = Examples(
         keys=[name.replace("/", "_") for name in names],
         labels=[label_of[name.partition("/")[0]] for name in names],
-        images=_lookup(images, names),
+        images=held([images[name] for name in names]),
     )
     return make_listing(TASKS[task], source, {"train": examples}, classes)
 
@@ -88,10 +88,6 @@ def _images(files: Files, pattern: re.Pattern[str]) -> dict[str, StoredFile]:
                 raise DataError(f"{files.source} holds {names[key]} and {name}; keep one of them")
             images[key], names[key] = file, name
     return images
-
-
-def _lookup(images: dict[str, StoredFile], names: list[str]):
-    return lambda rows: [images[names[row]] for row in rows]
 
 
 def _caltech_train(keys: list[str], source: str, membership: str) -> tuple[list[str], list[str]]:

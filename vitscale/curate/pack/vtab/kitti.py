@@ -7,7 +7,7 @@ import numpy as np
 from vitscale.curate.pack.config import PackConfig
 from vitscale.curate.pack.listing import Listing
 from vitscale.curate.pack.vtab.archives import Files, open_files
-from vitscale.curate.pack.vtab.examples import Examples, make_listing
+from vitscale.curate.pack.vtab.examples import Examples, make_listing, named
 from vitscale.errors import DataError
 from vitscale.vtab.labels import kitti_distance
 from vitscale.vtab.tasks import TASKS
@@ -33,9 +33,7 @@ def list_kitti_distance(source: str, config: PackConfig) -> Listing:
         splits[split] = Examples(
             keys=[f"{image:06d}.png" for image in images],
             labels=[_label(files, image) for image in images],
-            images=lambda rows, images=images: files.take(
-                [f"training/image_2/{images[row]:06d}.png" for row in rows], "the devkit"
-            ),
+            images=named(files, [f"training/image_2/{image:06d}.png" for image in images], "the devkit"),
         )
     return make_listing(TASKS["kitti_distance"], source, splits)
 

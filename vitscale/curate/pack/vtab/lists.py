@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int64
@@ -11,7 +11,7 @@ from PIL import Image
 from vitscale.curate.pack.config import PackConfig
 from vitscale.curate.pack.listing import Listing
 from vitscale.curate.pack.vtab.archives import Files, StoredFile, open_files
-from vitscale.curate.pack.vtab.examples import ConvertedImage, Examples, make_listing
+from vitscale.curate.pack.vtab.examples import ConvertedImage, Examples, make_listing, named
 from vitscale.curate.pack.vtab.matlab import read_mat
 from vitscale.curate.pack.vtab.opencv import encode_jpeg
 from vitscale.errors import DataError
@@ -46,7 +46,7 @@ def list_dtd(source: str, config: PackConfig) -> Listing:
         split: Examples(
             keys=keys,
             labels=[label_of[key.partition("/")[0]] for key in keys],
-            images=_lookup(files, keys, "images/", "its labels/"),
+            images=named(files, [f"images/{key}" for key in keys], "its labels/"),
         )
         for split, keys in lists.items()
     }
@@ -82,7 +82,7 @@ def read_flowers102(source: str, name: str) -> dict[str, Examples]:
         splits[split] = Examples(
             keys=keys,
             labels=[int(labels[image - 1]) - 1 for image in ids],
-            images=_lookup(files, keys, "", "setid.mat"),
+            images=named(files, keys, "setid.mat"),
         )
     return splits
 
@@ -128,17 +128,11 @@ def reencode_pet(image: bytes) -> bytes:
 
 
 def _pets_images(files: Files, keys: Sequence[str], listed_in: str, rows: list[int]) -> list[StoredFile]:
-    taken = _lookup(files, keys, "images/", listed_in)(rows)
+    taken = files.take([f"images/{keys[row]}" for row in rows], listed_in)
     return [
         ConvertedImage(file, reencode_pet) if keys[row].removesuffix(".jpg") in _PETS_REENCODED else file
         for row, file in zip(rows, taken, strict=True)
     ]
-
-
-def _lookup(
-    files: Files, keys: Sequence[str], folder: str, listed_in: str
-) -> Callable[[list[int]], list[StoredFile]]:
-    return lambda rows: files.take([f"{folder}{keys[row]}" for row in rows], listed_in)
 
 
 def _numbers(files: Files, name: str, variable: str) -> Int64[np.ndarray, " n"]:

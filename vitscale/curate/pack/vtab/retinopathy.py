@@ -1,15 +1,14 @@
 """Kaggle's diabetic retinopathy images, prepared as TFDS's config btgraham-300 does."""
 
 import csv
-import functools
 
 import numpy as np
 from jaxtyping import UInt8
 
 from vitscale.curate.pack.config import PackConfig
 from vitscale.curate.pack.listing import Listing
-from vitscale.curate.pack.vtab.archives import Files, StoredFile, open_files
-from vitscale.curate.pack.vtab.examples import ConvertedImage, Examples, make_listing
+from vitscale.curate.pack.vtab.archives import Files, open_files
+from vitscale.curate.pack.vtab.examples import Examples, make_listing, named
 from vitscale.curate.pack.vtab.opencv import blur, decode_rgb, disc, encode_jpeg, resize
 from vitscale.errors import DataError
 from vitscale.vtab.tasks import TASKS
@@ -34,11 +33,11 @@ def list_retinopathy(source: str, config: PackConfig) -> Listing:
         ("test", _SOLUTION, "Private"),
     ):
         rows = _rows(files, table, usage)
-        keys = [name for name, _ in rows]
+        folder = "train" if split == "train" else "test"
         splits[split] = Examples(
-            keys=keys,
+            keys=[name for name, _ in rows],
             labels=[level for _, level in rows],
-            images=functools.partial(_images, files, keys, table, "train" if split == "train" else "test"),
+            images=named(files, [f"{folder}/{name}.jpeg" for name, _ in rows], table, prepare),
         )
     return make_listing(TASKS["retinopathy"], source, splits)
 
@@ -69,11 +68,6 @@ def _mask_and_crop(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w
         slice(max(size // 2 - MASK_RADIUS, 0), size // 2 + MASK_RADIUS) for size in (height, width)
     )
     return masked[rows, columns]
-
-
-def _images(files: Files, keys: list[str], table: str, folder: str, rows: list[int]) -> list[StoredFile]:
-    taken = files.take([f"{folder}/{keys[row]}.jpeg" for row in rows], table)
-    return [ConvertedImage(file, prepare) for file in taken]
 
 
 def _rows(files: Files, table: str, usage: str) -> list[tuple[str, int]]:

@@ -1,13 +1,11 @@
 """SUN397 with the split of TFDS, whose lists are in the wheel of tensorflow-datasets."""
 
-import functools
-
 import numpy as np
 
 from vitscale.curate.pack.config import PackConfig
 from vitscale.curate.pack.listing import Listing
-from vitscale.curate.pack.vtab.archives import Files, StoredFile, open_files
-from vitscale.curate.pack.vtab.examples import ConvertedImage, Examples, make_listing
+from vitscale.curate.pack.vtab.archives import open_files
+from vitscale.curate.pack.vtab.examples import Examples, make_listing, named
 from vitscale.curate.pack.vtab.opencv import decode_rgb, encode_jpeg, resize
 from vitscale.errors import DataError
 from vitscale.vtab.tasks import TASKS
@@ -44,7 +42,10 @@ def list_sun397(source: str, config: PackConfig) -> Listing:
         if bad := [key for key in kept if not key.startswith("/")]:
             raise DataError(f"{lists.source} lists {bad[0]!r}; a line is a path like /a/abbey/sun_x.jpg")
         labels = [label_of[key.rpartition("/")[0]] for key in kept]
-        splits[split] = Examples(keys=kept, labels=labels, images=functools.partial(_images, files, kept))
+        names = [key.removeprefix("/") for key in kept]
+        splits[split] = Examples(
+            keys=kept, labels=labels, images=named(files, names, "the list of its split", reencode)
+        )
     return make_listing(TASKS["sun397"], source, splits, classes)
 
 
@@ -59,8 +60,3 @@ def reencode(image: bytes) -> bytes:
     if count > MAX_PIXELS:
         pixels = resize(pixels, float(np.sqrt(MAX_PIXELS / count)))
     return encode_jpeg(pixels, QUALITY)
-
-
-def _images(files: Files, keys: list[str], rows: list[int]) -> list[StoredFile]:
-    taken = files.take([keys[row].removeprefix("/") for row in rows], "the list of its split")
-    return [ConvertedImage(file, reencode) for file in taken]
