@@ -19,9 +19,8 @@ from tools.visualize import main
 from vitscale.errors import ConfigError, DataError
 from vitscale.inspection.attention import Rollout, attention_distance, attention_maps, observe_attention
 from vitscale.inspection.figures import draw_distances
-from vitscale.inspection.images import lit
 from vitscale.inspection.live import observe
-from vitscale.inspection.mosaics import enlarged, position_mosaic
+from vitscale.inspection.mosaics import enlarged, lit, position_mosaic
 from vitscale.inspection.run import Pictures, read_images, visualize
 from vitscale.inspection.weights import input_positions, position_similarity, principal_components
 from vitscale.models import build_model

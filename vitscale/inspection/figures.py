@@ -10,8 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vitscale.errors import ConfigError
-from vitscale.inspection.images import lit
-from vitscale.inspection.mosaics import GAP, tiled
+from vitscale.inspection.mosaics import GAP, lit, tiled
 from vitscale.inspection.weights import Components
 from vitscale.system import atomic
 

@@ -18,8 +18,7 @@ from vitscale.inspection.attention import (
     mean_row,
     observing,
 )
-from vitscale.inspection.images import lit
-from vitscale.inspection.mosaics import enlarged, filter_tiles, position_mosaic
+from vitscale.inspection.mosaics import enlarged, filter_tiles, lit, position_mosaic
 from vitscale.inspection.weights import (
     input_positions,
     position_similarity,

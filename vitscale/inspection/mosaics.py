@@ -31,3 +31,10 @@ def enlarged(pixels: UInt8[Tensor, "*K h w 3"], side: int) -> UInt8[Tensor, "*K 
     """Each pixel as a square, as large as `side` allows for the longest side."""
     factor = max(1, side // max(pixels.shape[-3:-1]))
     return pixels.repeat_interleave(factor, dim=-3).repeat_interleave(factor, dim=-2)
+
+
+def lit(images: UInt8[Tensor, "B 3 H W"], maps: Float[Tensor, "B h w"]) -> UInt8[Tensor, "B 3 H W"]:
+    """The images times maps of any scale: the largest value of a map leaves its pixels."""
+    masks = F.interpolate(maps[:, None], images.shape[2:], mode="bilinear", align_corners=False)  # [B 1 H W]
+    masks = masks / masks.amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (images * masks).to(torch.uint8)

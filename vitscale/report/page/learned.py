@@ -6,8 +6,7 @@ from torch import Tensor
 
 from vitscale.data.transforms import normalize
 from vitscale.inspection.attention import attention_maps
-from vitscale.inspection.images import lit
-from vitscale.inspection.mosaics import enlarged, filter_tiles, position_mosaic
+from vitscale.inspection.mosaics import enlarged, filter_tiles, lit, position_mosaic
 from vitscale.inspection.weights import (
     input_positions,
     position_similarity,
