@@ -31,8 +31,7 @@ from vitscale.models.names import (
 from vitscale.models.resnet import MAX_STAGES, ROOT_WIDTH, STAGES
 from vitscale.models.vit_config import VARIANTS, ViTConfig
 from vitscale.weights.files import Shapes
-from vitscale.weights.foreign import sizes
-from vitscale.weights.foreign.config_json import EXTRAS
+from vitscale.weights.foreign.config_json import EXTRAS, parsed_size, patches_of, stated_size
 from vitscale.weights.foreign.configs import GOOGLE_DEFAULTS
 
 logger = logging.getLogger(__name__)
@@ -166,8 +165,8 @@ def _given_size(overrides: Sequence[str]) -> ImageSize:
 
 def _stated_size(dialect: Dialect, config_json: Mapping[str, Any]) -> ImageSize:
     """The image size of config.json; 0 if it has none."""
-    stated = sizes.stated(dialect, config_json)
-    return (sizes.parsed(stated[1]) if stated else None) or 0
+    stated = stated_size(dialect, config_json)
+    return (parsed_size(stated[1]) if stated else None) or 0
 
 
 def _sizes(dialect: Dialect, shapes: Shapes, given: ImageSize) -> Values:
@@ -278,7 +277,7 @@ def _count_blocks(first: str, shapes: Shapes) -> int:
 
 def _image_size(num_patches: int, patch_size: int, name: str, given: ImageSize) -> ImageSize:
     """That of so many patches: as given, if it is no square and has as many; else a square."""
-    if isinstance(given, tuple) and sizes.num_patches(given, patch_size) == num_patches:
+    if isinstance(given, tuple) and patches_of(given, patch_size) == num_patches:
         return given
     side = math.isqrt(max(0, num_patches))
     if side * side != num_patches:
@@ -292,8 +291,8 @@ def _image_size(num_patches: int, patch_size: int, name: str, given: ImageSize) 
 
 def _check_image_size(dialect: Dialect, config_json: Mapping[str, Any], values: Values) -> None:
     """Raise CheckpointError if config.json states another image size than that of `values`."""
-    stated = sizes.stated(dialect, config_json)
-    if stated and sizes.parsed(stated[1]) != values["image_size"]:
+    stated = stated_size(dialect, config_json)
+    if stated and parsed_size(stated[1]) != values["image_size"]:
         key, size = stated
         raise CheckpointError(
             f"config.json has {key} {size!r}, but the position embeddings would be those of "

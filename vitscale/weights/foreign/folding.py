@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import CheckpointError
-from vitscale.weights.foreign import sizes
+from vitscale.weights.foreign.config_json import parsed_size, patches_of, stated_size
 from vitscale.weights.foreign.sources import ForeignWeights
 
 # A layer scale, and the layer beside it whose outputs it multiplies.
@@ -98,11 +98,11 @@ def _fold_positions(weights: ForeignWeights) -> ForeignWeights:
 
 def _stated_grid(weights: ForeignWeights) -> Callable[[int], bool] | None:
     """Whether so many patches are those of the images that config.json states, no squares."""
-    stated, kernel = sizes.stated("timm", weights.config_json), weights.shapes.get(_KERNEL, ())
-    size = sizes.parsed(stated[1]) if stated else None
+    stated, kernel = stated_size("timm", weights.config_json), weights.shapes.get(_KERNEL, ())
+    size = parsed_size(stated[1]) if stated else None
     if not isinstance(size, tuple) or len(kernel) != 4:
         return None
-    patches = sizes.num_patches(size, kernel[-1])
+    patches = patches_of(size, kernel[-1])
     return lambda count: 0 < count == patches
 
 
