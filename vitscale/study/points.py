@@ -1,9 +1,8 @@
 """What a study has found: for each model and each fraction of the data, one point."""
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from statistics import fmean, pstdev
 
 from vitscale.study.cells import Cell, Result, finetuned, number_of
@@ -39,7 +38,7 @@ def points(study: StudyConfig, cells: Sequence[Cell], recipes: Sequence[str] = (
     recipes: whose mean is the value; () = the metric of the study is.
     """
     found = []
-    for group in _groups(chosen(study, cells), with_swept=True):
+    for group in groups(chosen(study, cells), with_swept=True):
         results = [(cell, result) for cell in group if (result := cell.result())]
         values = [value_of(study, cell, result, recipes) for cell, result in results]
         known = [value for value in values if value is not None]
@@ -61,7 +60,7 @@ def chosen(study: StudyConfig, cells: Sequence[Cell]) -> list[Cell]:
 
     A value that made a run diverge is not chosen.
     """
-    return [cell for group in _groups(cells, with_swept=False) for cell in _best(study, group)]
+    return [cell for group in groups(cells, with_swept=False) for cell in _best(study, group)]
 
 
 def value_of(study: StudyConfig, cell: Cell, result: Result, recipes: Sequence[str] = ()) -> float | None:
@@ -80,7 +79,7 @@ def value_of(study: StudyConfig, cell: Cell, result: Result, recipes: Sequence[s
 def _best(study: StudyConfig, cells: Sequence[Cell]) -> Sequence[Cell]:
     if any(cell.result() is None and not cell.has_diverged() for cell in cells):
         return []
-    sound = [group for group in _groups(cells, with_swept=True) if all(cell.result() for cell in group)]
+    sound = [group for group in groups(cells, with_swept=True) if all(cell.result() for cell in group)]
     if not sound or not study.sweep:
         return sound[0] if sound else []
     name = study.resolved_choose_by
@@ -93,15 +92,13 @@ def _best(study: StudyConfig, cells: Sequence[Cell]) -> Sequence[Cell]:
     return max(sound, key=merit)
 
 
-def _groups(cells: Sequence[Cell], *, with_swept: bool) -> Iterator[list[Cell]]:
+def groups(cells: Sequence[Cell], *, with_swept: bool) -> list[list[Cell]]:
     """Runs that differ in their seeds alone; or in the sweep, too."""
-
-    def key(cell: Cell) -> tuple[str, float, tuple[str, ...]]:
-        return cell.model.name, cell.fraction, cell.swept if with_swept else ()
-
-    order = {key(cell): place for place, cell in reversed(list(enumerate(cells)))}
-    ordered = sorted(cells, key=lambda cell: order[key(cell)])
-    return (list(group) for _, group in itertools.groupby(ordered, key))
+    found: dict[object, list[Cell]] = {}
+    for cell in cells:
+        key = cell.model.name, cell.fraction, cell.swept if with_swept else ()
+        found.setdefault(key, []).append(cell)
+    return list(found.values())
 
 
 def _number(cell: Cell, name: str) -> float:

@@ -1,6 +1,6 @@
 """A study as text: its models before it is run, and Table 2 with what was run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, pvariance
 
 from vitscale.memory import count_params
@@ -10,7 +10,7 @@ from vitscale.report.text import table
 from vitscale.study.cells import Cell, finetuned, num_images
 from vitscale.study.config import StudyConfig
 from vitscale.study.paper import AVERAGE5, TABLE2, TABLE6, TARGETS, TPUV3_CORE_FLOPS
-from vitscale.study.points import chosen, points, value_of
+from vitscale.study.points import chosen, groups, points, value_of
 
 # What stands in a table for a number that is not there.
 NOTHING = "-"
@@ -59,7 +59,7 @@ def table2(study: StudyConfig, cells: Sequence[Cell]) -> str:
     TPUv3-core-days of our own are by arithmetic: the run's exaFLOPs at what such a core
     sustained for the paper's ViT-L/16. Device-days are measured, on whatever device it was.
     """
-    ours = {_title(group): group for group in _by_model(chosen(study, cells))}
+    ours = {_title(group): group for group in groups(chosen(study, cells), with_swept=False)}
     names = [*TARGETS, *_other_recipes(study)]
     columns = [
         *(_paper_column(name, names) for name in TABLE2),
@@ -112,11 +112,6 @@ def _mean_and_deviation(results: Sequence[Mapping[str, float] | None]) -> str:
     # mean of those within the models, plus that between them.
     variance = fmean(result["std"] ** 2 for result in known) + pvariance(means)
     return f"{100 * fmean(means):.2f} ± {100 * variance**0.5:.2f}"
-
-
-def _by_model(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
-    keys = dict.fromkeys((cell.model.name, cell.fraction) for cell in cells)
-    return ([cell for cell in cells if (cell.model.name, cell.fraction) == key] for key in keys)
 
 
 def _title(group: Sequence[Cell]) -> str:
