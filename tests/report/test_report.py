@@ -39,7 +39,7 @@ def test_damage_is_refused_and_a_run_falls_back_to_its_newest_good(
         (["show", "{}/nothing"], "is not a checkpoint: give a run directory"),
         (["show", "{}"], "is not a checkpoint: give a run directory"),
         (["show", "{}/text"], "is not a checkpoint: give a run directory"),
-        (["diff", "{}/run", "{}/absent.safetensors"], "absent.safetensors: No such file"),
+        (["diff", "{}/run", "{}/absent.safetensors"], "absent.safetensors is missing; give the path"),
         (["verify", "{}/cut.safetensors"], "cut.safetensors ends inside b"),
         (
             ["verify", "{}/run/checkpoints/step-000000010/rank-00000.safetensors"],

@@ -156,6 +156,8 @@ def test_an_index_of_shards_that_do_not_hold_its_tensors_is_refused(tmp_path: Pa
     index = write_index(tmp_path, {"nothing.weight": "beside.safetensors"})
     with pytest.raises(CheckpointError, match=r"lists nothing\.weight, which its shard does not hold"):
         Weights(index)
+    with pytest.raises(CheckpointError, match=r"lists nothing\.weight, which its shard does not hold"):
+        open_contents(str(tmp_path))
     index = write_index(tmp_path, {"norm.weight": "absent.safetensors"})
     with pytest.raises(CheckpointError, match=r"absent\.safetensors is missing"):
         Weights(index)

@@ -2,21 +2,18 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitscale import storage
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import Manifest
-from vitscale.checkpoint.safetensors import SafetensorsReader, unreplaced
 from vitscale.checkpoint.store import step_of
 from vitscale.checkpoint.verify import open_directory
 from vitscale.errors import CheckpointError
-from vitscale.weights.files import INDEX_NAME, find_export, read_index
+from vitscale.weights.files import Weights, find_export
 
 CHUNK = 1 << 20  # values that are looked at together, in float64
 
@@ -113,21 +110,8 @@ def chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _open_export(path: str) -> Contents:
-    with unreplaced(path):
-        metadata, file_of = read_index(path) if path.endswith(INDEX_NAME) else ({}, {})
-        files = sorted({storage.join(path, file) for file in file_of.values()}) or [path]
-        readers = [SafetensorsReader(file) for file in files]
-    reader_of = {name: reader for reader in readers for name in reader.header}
-    shapes = {name: tuple(reader.header[name]["shape"]) for name, reader in reader_of.items()}
-    dtypes = {name: reader.dtype(name) for name, reader in reader_of.items()}
-
-    def tensor(name: str, slot: str) -> Tensor:
-        assert slot == "fp32", slot
-        flat = torch.empty(math.prod(shapes[name]), dtype=dtypes[name])
-        reader_of[name].read_into(flat, name, 0)
-        return flat.view(shapes[name])
-
-    facts: dict[str, Any] = dict(metadata or readers[0].metadata)
+    weights = Weights(path, only_floats=False)
+    facts: dict[str, Any] = dict(weights.metadata)
     model = _parse_model(path, facts.pop("vitscale.model", "{}"))
     facts = {name.removeprefix("vitscale."): value for name, value in facts.items()}
     if facts.get("step", "").isdecimal() and len(facts["step"]) < 20:
@@ -137,15 +121,15 @@ def _open_export(path: str) -> Contents:
         is_export=True,
         facts=facts,
         config={"model": model} if model else {},
-        shapes=shapes,
+        shapes=weights.shapes,
         statistics={},
         untrained=frozenset(),
         slots=("fp32",),
-        num_bytes=sum(size or 0 for size in storage.sizes(files)),
-        num_files=len(files),
+        num_bytes=sum(size or 0 for size in storage.sizes(weights.files)),
+        num_files=len(weights.files),
         passed_over=(),
         has=lambda name, slot: slot == "fp32",
-        tensor=tensor,
+        tensor=lambda name, slot: weights.stored(name),
     )
 
 

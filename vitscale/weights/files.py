@@ -42,16 +42,23 @@ class TensorSource(Protocol):
 class Weights:
     """The tensors of a safetensors file, or of shards with their index (a TensorSource)."""
 
-    def __init__(self, path: str | Path) -> None:
-        """path: the file or the index. Raises CheckpointError for damaged and missing files."""
+    def __init__(self, path: str | Path, *, only_floats: bool = True) -> None:
+        """path: the file or the index. only_floats: refuse tensors of integers and the like.
+
+        Raises CheckpointError for damaged and missing files, and for such tensors.
+        """
         self.path = str(path)
         if self.path.endswith(".json"):
             with unreplaced(self.path):
-                self.metadata, file_of = read_index(self.path)
-                files = {file: _open(storage.join(self.path, file)) for file in sorted(set(file_of.values()))}
-            self._readers = {name: files[file] for name, file in file_of.items()}
+                self.metadata, file_of = _read_index(self.path)
+                places = {file: storage.join(self.path, file) for file in sorted(set(file_of.values()))}
+                remedy = "copy it beside the other files"
+                readers = {file: _open(place, only_floats, remedy) for file, place in places.items()}
+            self.files = list(places.values())
+            self._readers = {name: readers[file] for name, file in file_of.items()}
         else:
-            reader = _open(self.path)
+            self.files = [self.path]
+            reader = _open(self.path, only_floats, "give the path of a safetensors file")
             self.metadata, self._readers = reader.metadata, dict.fromkeys(reader.header, reader)
         absent = next((name for name, reader in self._readers.items() if name not in reader.header), None)
         if absent:
@@ -62,7 +69,14 @@ class Weights:
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, as fp32."""
-        flat = torch.empty(math.prod(self.shapes[name]))
+        return self._read(name, torch.float32)
+
+    def stored(self, name: str) -> Tensor:
+        """One whole tensor, in the dtype that it is stored in."""
+        return self._read(name, self._readers[name].dtype(name))
+
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        flat = torch.empty(math.prod(self.shapes[name]), dtype=dtype)
         self._readers[name].read_into(flat, name, 0)
         return flat.view(self.shapes[name])
 
@@ -157,7 +171,7 @@ def _split_into_shards(shapes: Shapes, item_bytes: int, limit: int) -> list[list
     return shards
 
 
-def read_index(path: str) -> tuple[dict[str, str], dict[str, str]]:
+def _read_index(path: str) -> tuple[dict[str, str], dict[str, str]]:
     """The metadata of an index of shards, and the file of each tensor."""
     data = storage.read_bytes(path)  # not in the try: a StoreError is a ValueError too
     try:
@@ -174,12 +188,12 @@ def read_index(path: str) -> tuple[dict[str, str], dict[str, str]]:
     return metadata, file_of
 
 
-def _open(path: str) -> SafetensorsReader:
+def _open(path: str, only_floats: bool, if_missing: str) -> SafetensorsReader:
     try:
         reader = SafetensorsReader(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; copy it beside the other files") from None
+        raise CheckpointError(f"{path} is missing; {if_missing}") from None
     for name, entry in reader.header.items():
-        if entry["dtype"] not in _FLOATS:
+        if only_floats and entry["dtype"] not in _FLOATS:
             raise CheckpointError(f"{path}: {name} is {entry['dtype']}; write it as F32, BF16 or F16")
     return reader
