@@ -97,6 +97,11 @@ def test_each_process_has_one_of_the_gpus_that_are_visible(
     assert (tmp_path / "log").read_text().splitlines() == used
 
 
+def test_there_is_a_slot_on_each_gpu_unless_told() -> None:
+    counts = [Slots(count, num_gpus).count for count, num_gpus in ((0, 3), (0, 0), (2, 3))]
+    assert counts == [3, 1, 2]
+
+
 def test_a_process_that_is_being_started_when_the_others_are_stopped_is_stopped(tmp_path: Path) -> None:
     slots = Slots(1, 0)
 

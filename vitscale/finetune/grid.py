@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-import torch
-
 from vitscale import config as configs
 from vitscale import storage
 from vitscale.errors import ConfigError, Diverged
@@ -94,9 +92,8 @@ def run(
 
     section = config.finetune
     rates = section.learning_rates or (config.optim.lr,)
-    num_gpus = torch.cuda.device_count()
     try:
-        with Slots(count or max(1, num_gpus), num_gpus) as slots:
+        with Slots(count) as slots:
             dev: dict[float, float] = {}
             if len(rates) > 1:
                 tries = [

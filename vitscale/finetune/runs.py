@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from vitscale import config as configs
 from vitscale import run_dir, storage
 from vitscale.checkpoint.manifest import MANIFEST
@@ -135,8 +137,10 @@ class Slots:
     SIGTERM ends it by Terminated. If this process is killed, the kernel stops the others.
     """
 
-    def __init__(self, count: int, num_gpus: int) -> None:
-        self.count = count
+    def __init__(self, count: int = 0, num_gpus: int | None = None) -> None:
+        """count: 0 = one on each GPU. num_gpus: None = all of this machine."""
+        num_gpus = torch.cuda.device_count() if num_gpus is None else num_gpus
+        self.count = count = count or max(1, num_gpus)
         self._free = list(range(count))
         self._changed = threading.Condition()
         self._gpus = _names_of_gpus(num_gpus)

@@ -71,9 +71,7 @@ def run(config: VtabConfig, said: Callable[[str], object] = print) -> Scores:
     start = located(config.checkpoint)
     others = [edition for name in config.tasks for edition in editions(config, name)]
     deviations = [*deviating(config.overrides), *others]
-    num_gpus = torch.cuda.device_count()
-    count = config.slots or max(1, num_gpus)
-    with Slots(count, num_gpus) as slots:
+    with Slots(config.slots) as slots:
         actions = {
             name: functools.partial(score, config, TASKS[name], start, slots, said) for name in config.tasks
         }

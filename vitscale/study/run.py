@@ -14,8 +14,6 @@ import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from vitscale.checkpoint import store
 from vitscale.errors import ConfigError, Diverged
 from vitscale.finetune import grid
@@ -43,12 +41,11 @@ def run(
     once all else is done, where that leaves a model without a point.
     """
     todo = cells(study, only, overrides)
-    num_gpus = torch.cuda.device_count()
     for cell in todo:
         check_recipes(study, cell)
     for cell in todo:
         keep_config(cell.folder, cell.config)
-    with Slots(1 if launcher else count or max(1, num_gpus), 0 if launcher else num_gpus) as slots:
+    with Slots(1, 0) if launcher else Slots(count) as slots:
         actions = {
             str(cell.folder): functools.partial(_trained, cell, study, slots, launcher or PYTHON)
             for cell in todo
