@@ -22,15 +22,14 @@ from vitscale.errors import CheckpointError, ConfigError, Diverged, UserError
 from vitscale.finetune.protocols import PROTOCOLS
 from vitscale.finetune.runs import (
     FineTuning,
-    Slots,
     StartingPoint,
     finetuned,
-    in_slots,
     keep_config,
     keep_source,
     located,
     train,
 )
+from vitscale.finetune.slots import Slots, in_slots
 from vitscale.finetune.vtab import VtabConfig, editions, score
 from vitscale.guard import ending
 from vitscale.models.vit_config import ViTConfig

@@ -16,7 +16,6 @@ from vitscale.evals import ClassifyConfig
 from vitscale.finetune.model import KEYS, tuned_model
 from vitscale.finetune.runs import (
     FineTuning,
-    Slots,
     check_overrides,
     deviating,
     finetuned,
@@ -24,6 +23,7 @@ from vitscale.finetune.runs import (
     several,
     tried,
 )
+from vitscale.finetune.slots import Slots
 from vitscale.models import ModelConfig
 from vitscale.models.transfer import check_backbone, check_head
 from vitscale.system import atomic

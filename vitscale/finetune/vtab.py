@@ -14,20 +14,18 @@ from vitscale.finetune.protocols import PROTOCOLS, Setting, finetuning_config
 from vitscale.finetune.runs import (
     ROOT,
     FineTuning,
-    Slots,
     StartingPoint,
     check_overrides,
     check_unchanged,
     deviating,
-    done_line,
     finetuned,
-    in_slots,
     keep_source,
     located,
     scored,
     tried,
 )
 from vitscale.finetune.scores import Scores
+from vitscale.finetune.slots import Slots, done_line, in_slots
 from vitscale.system import atomic
 from vitscale.vtab.tasks import TASKS, TEST, TRAIN800, TRAIN800VAL200, VAL200, Task
 

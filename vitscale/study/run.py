@@ -17,7 +17,8 @@ from pathlib import Path
 from vitscale.checkpoint import store
 from vitscale.errors import ConfigError, Diverged
 from vitscale.finetune import grid
-from vitscale.finetune.runs import PYTHON, Slots, in_slots, keep_config, train
+from vitscale.finetune.runs import keep_config, train
+from vitscale.finetune.slots import PYTHON, Slots, in_slots
 from vitscale.study.cells import Cell, cells, finetune_folder, slug, write_result
 from vitscale.study.config import StudyConfig
 from vitscale.study.points import chosen
