@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitscale import distributed
+from vitscale.data.cache import NodeCache
 from vitscale.data.classes import difference
 from vitscale.data.decode import Decoder, resolve_decoder
+from vitscale.data.lane import ViewConfig
+from vitscale.data.loader import Stream
 from vitscale.data.mixture import Mixture
 from vitscale.data.sources import (
     Source,
@@ -43,6 +46,19 @@ class Job:
     plan: BatchPlan
     total_steps: int
     deepspeed_config: dict[str, Any]
+
+    def stream(self, lanes: range, steps: range, cache: NodeCache | None = None) -> Stream:
+        """The stream of some lanes. steps: global batches of the data, counted from 0."""
+        model = self.config.model
+        return Stream(
+            sources=self.sources,
+            mixture=self.mixture,
+            view_config=ViewConfig(self.config.augment, self.decoder, model.image_size, model.num_classes),
+            lanes=lanes,
+            first_step=steps.start,
+            last_step=steps.stop,
+            cache=cache,
+        )
 
     @functools.cached_property
     def data_fingerprint(self) -> str:

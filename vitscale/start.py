@@ -21,8 +21,7 @@ from vitscale.checkpoint.save import Saver
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, open_together
 from vitscale.data.cache import NodeCache
-from vitscale.data.lane import ViewConfig
-from vitscale.data.loader import Batch, Stream, batches, on_device
+from vitscale.data.loader import Batch, batches, on_device
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.data.quarantine import Quarantine
 from vitscale.engine.engine import DTYPES, Engine
@@ -210,17 +209,9 @@ def open_stream(job: Job, progress: Progress) -> Generator[Batch, None, None]:
     """This rank's part of every batch from where the run is to its end."""
     config = job.config
     cache = NodeCache(config.engine.cache_dir, int(config.engine.cache_gb * 1e9))
-    stream = Stream(
-        sources=job.sources,
-        mixture=job.mixture,
-        view_config=ViewConfig(
-            config.augment, job.decoder, config.model.image_size, config.model.num_classes
-        ),
-        lanes=job.mixture.rank_lanes(distributed.rank(), job.plan.world_size),
-        first_step=progress.data_step,
-        last_step=progress.data_step + job.total_steps - progress.step,
-        cache=cache if config.engine.cache_dir else None,
-    )
+    lanes = job.mixture.rank_lanes(distributed.rank(), job.plan.world_size)
+    steps = range(progress.data_step, progress.data_step + job.total_steps - progress.step)
+    stream = job.stream(lanes, steps, cache if config.engine.cache_dir else None)
     return on_device(batches(stream, config.engine.num_workers), distributed.device())
 
 

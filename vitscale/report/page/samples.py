@@ -11,8 +11,7 @@ from torch import Tensor
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.verify import at_a_glance, open_directory
 from vitscale.data.evalset import EvaluationSet
-from vitscale.data.lane import ViewConfig
-from vitscale.data.loader import Batch, Stream, batches
+from vitscale.data.loader import Batch, batches
 from vitscale.evals import ClassifyConfig
 from vitscale.evals.adapters import FrozenModel
 from vitscale.evals.classify import ClassifyTask
@@ -56,17 +55,8 @@ def inputs(record: Record, shards: Shards) -> Html:
 def first_batch(job: Job) -> Batch:
     """What the first lanes make of the first global batch: NUM_INPUTS images or more."""
     per_lane = job.config.global_batch // job.mixture.lanes
-    stream = Stream(
-        sources=job.sources,
-        mixture=job.mixture,
-        view_config=ViewConfig(
-            job.config.augment, job.decoder, job.config.model.image_size, job.config.model.num_classes
-        ),
-        lanes=range(min(job.mixture.lanes, -(-NUM_INPUTS // per_lane))),
-        first_step=0,
-        last_step=1,
-    )
-    return next(iter(batches(stream, 0)))
+    lanes = range(min(job.mixture.lanes, -(-NUM_INPUTS // per_lane)))
+    return next(iter(batches(job.stream(lanes, range(1)), 0)))
 
 
 def predictions(record: Record) -> Html:
