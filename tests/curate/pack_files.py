@@ -4,6 +4,8 @@ from pathlib import Path
 
 from make import jpeg
 
+from vitscale.curate.pack.config import PackConfig, PackReport
+from vitscale.curate.pack.run import pack
 from vitscale.data.indexing import build_index
 from vitscale.data.reader import read_samples
 from vitscale.data.samples import RawSample
@@ -26,3 +28,13 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 def read_all(shards: list[str]) -> list[RawSample]:
     index = build_index(shards)
     return list(read_samples(index, range(index.num_samples)))
+
+
+def samples_of(report: PackReport, split: str = "train") -> list[RawSample]:
+    """What the shards of a split hold, in order."""
+    return read_all(report.shards[split])
+
+
+def packed(source: Path | str, out: Path, **options) -> PackReport:
+    """The report of a packing that keeps the order of its source."""
+    return pack(str(source), out, PackConfig(shuffle=False, **options))
