@@ -20,7 +20,7 @@ LAYERS = [
     ["checkpoint", "guard", "memory"],
     ["weights", "train_config"],
     ["job", "teacher", "shared_memory"],
-    ["meter", "evaluate", "cooldown", "history", "profiler", "inspection"],
+    ["meter", "evaluate", "cooldown", "continuation", "history", "profiler", "inspection"],
     ["run_dir"],
     ["start", "dry_run", "plan", "report"],
     ["step", "validation"],

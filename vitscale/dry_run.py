@@ -10,6 +10,7 @@ from vitscale import memory
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, open_together
+from vitscale.continuation import check_continuation, check_new_length, check_teacher
 from vitscale.data.data_config import SourceConfig
 from vitscale.data.sources import Source, missing_sources, open_sources
 from vitscale.data.split import split_classes
@@ -22,7 +23,7 @@ from vitscale.models.flops import train_flops
 from vitscale.objectives import DistillationConfig
 from vitscale.optim import freeze
 from vitscale.redaction import redact
-from vitscale.run_dir import check_continuation, check_new_length, check_place, check_run_dir, check_teacher
+from vitscale.run_dir import check_place, check_run_dir
 from vitscale.system.cores import num_cores
 from vitscale.teacher import Teacher, load_teacher, place_of
 from vitscale.train_config import TrainConfig

@@ -20,6 +20,7 @@ from vitscale.checkpoint import load, room
 from vitscale.checkpoint.save import Saver
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, open_together
+from vitscale.continuation import check_continuation, check_new_length, check_teacher
 from vitscale.data.cache import NodeCache
 from vitscale.data.loader import Batch, batches, on_device
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
@@ -38,7 +39,7 @@ from vitscale.optim import freeze
 from vitscale.progress import Progress
 from vitscale.quantities import counted
 from vitscale.rng import derive_seed
-from vitscale.run_dir import check_continuation, check_new_length, check_teacher, write_record
+from vitscale.run_dir import write_record
 from vitscale.system import hardware
 from vitscale.teacher import Teacher, load_teacher, place_of
 from vitscale.train_config import TrainConfig
