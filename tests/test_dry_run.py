@@ -140,10 +140,10 @@ def test_classes_that_are_numbered_differently_are_named(run: list[str], tmp_pat
     assert main([*run, "--dry-run", "data.index=", sources, f"evals.val.test={paths[2]}"]) == 0
     of_sources, of_test = (record.getMessage() for record in caplog.records)
     assert of_sources.startswith(
-        f"class 0 is 'ant' in {paths[0]} and 'cat' in {paths[1]}: the labels of data"
+        f"'cat' is class 1 in {paths[0]} and class 0 in {paths[1]}: the labels of data"
     )
     assert of_test.startswith(
-        f"class 0 is 'ant' in {paths[0]} and 'bee' in {paths[2]}: the test labels of eva"
+        f"'ant' is class 0 in {paths[0]} and class 1 in {paths[2]}: the test labels of eva"
     )
 
 

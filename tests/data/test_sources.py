@@ -45,12 +45,12 @@ def test_sources_are_opened_with_their_label_maps(index_path: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("ours", "theirs", "label_map", "words"),
     [
-        (["ant", "cat"], ["cat", "dog"], "", "class 0 is 'ant' in {0} and 'cat' in {1}"),
+        (["ant", "cat"], ["cat", "dog"], "", "'cat' is class 1 in {0} and class 0 in {1}"),
         (["ant", "cat"], ["cat", "dog"], "[1, 2, 3, 4, 5]", ""),
-        (["ant", "cat"], ["ant", "cat"], "[1, 2, 3, 4, 5]", "'ant' in {0} and without a name in {1}"),
-        (["tench", "eel", "ray"], ["tench, Tinca tinca", "ray", "eel"], "", "class 1 is 'eel' in {0}"),
+        (["ant", "cat"], ["ant", "cat"], "[1, 2, 3, 4, 5]", "'ant' is class 0 in {0} and class 1 in {1}"),
+        (["tench", "eel", "ray"], ["tench, Tinca tinca", "ray", "eel"], "", "'eel' is class 1 in {0} and class 2 in {1}"),
         (["tench", "ray"], ["tench, Tinca tinca", "ray"], "", ""),
-        (["ant", "cat"], ["cat"], "", "class 0 is 'ant' in {0} and 'cat' in {1}"),
+        (["ant", "cat"], ["cat"], "", "'cat' is class 1 in {0} and class 0 in {1}"),
         (["ant", "cat"], [], "", ""),
     ],
 )  # fmt: skip

@@ -73,9 +73,5 @@ def difference(ours: Mapping[str, int], our_place: str, theirs: Mapping[str, int
     moved = [name for name, label in ours.items() if theirs.get(name, label) != label]
     if not moved:
         return ""
-    first = min(min(ours[name], theirs[name]) for name in moved)
-    name, other = (
-        next((repr(name) for name, label in classes.items() if label == first), "without a name")
-        for classes in (ours, theirs)
-    )
-    return f"class {first} is {name} in {our_place} and {other} in {their_place}"
+    name = min(moved, key=lambda name: min(ours[name], theirs[name]))
+    return f"{name!r} is class {ours[name]} in {our_place} and class {theirs[name]} in {their_place}"

@@ -126,7 +126,9 @@ class Ending:
             told_here = distributed.is_main()
         if told_here:
             with contextlib.suppress(OSError):  # a full disk may be the very cause
-                self.write("failed", _sentence(error), status_of(error), diverged=isinstance(error, Diverged))
+                step, total, status = self.progress.step, self._total_steps, status_of(error)
+                diverged = isinstance(error, Diverged)
+                write(self._folder, "failed", step, total, _sentence(error), status, diverged=diverged)
         return told_here
 
     def _begin(self) -> None:
@@ -161,12 +163,9 @@ class Ending:
             return True
         return True
 
-    def write(
-        self, state: State, reason: str = "", exit_status: int | None = None, *, diverged: bool = False
-    ) -> None:
-        """Write the state of this start; the rank that knows it calls it."""
-        step, total_steps = self.progress.step, self._total_steps
-        write(self._folder, state, step, total_steps, reason, exit_status, diverged=diverged)
+    def write(self, state: State, reason: str = "") -> None:
+        """Write the state of this start, which has not failed; rank 0 calls it."""
+        write(self._folder, state, self.progress.step, self._total_steps, reason)
 
 
 def read(run_dir: str | Path) -> dict[str, Any] | None:

@@ -127,7 +127,7 @@ def read_measurements(path: Path) -> Speed:
         raise ConfigError(f"--calibrate {path} does not hold results of a step; {_HOW}") from None
 
 
-_HOW = "name a file that `python tools/bench.py step` wrote with --suite or --json"
+_HOW = "name a file that `python tools/bench.py step` of this version wrote with --suite or --json"
 
 
 def row_name(loop: str, policy: Checkpointing, *, compiled: bool) -> str:
