@@ -105,7 +105,7 @@ stream = Stream(sources=sources, mixture=mixture, view_config=ViewConfig(Augment
                 lanes=range(4), first_step=0, last_step=100)
 open_batches = batches(stream, 2)
 next(open_batches)
-parts = open_batches.gi_frame.f_locals["parts"]
+parts = open_batches.gi_frame.f_locals["made"].gi_frame.f_locals["items"]
 cycle = [parts]
 cycle.append(cycle)  # as a traceback holds it: nothing closes the loader before the interpreter's end
 print(*[worker.pid for worker in parts._workers], flush=True)
