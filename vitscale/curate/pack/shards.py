@@ -4,14 +4,16 @@ import collections
 import dataclasses
 import functools
 import itertools
+import json
 import os
+from pathlib import Path
 
 from vitscale import storage
 from vitscale.curate.pack.config import SHARD_SPLITS, Omissions, PackConfig
 from vitscale.curate.pack.imagenet import SYNSET
 from vitscale.curate.pack.listing import FileReferences, Listing
 from vitscale.curate.pack.tar_members import TarPlace, list_members
-from vitscale.data.classes import names_by_label, read_classes
+from vitscale.data.classes import names_by_label
 from vitscale.data.index import Index
 from vitscale.data.samples import (
     DEFAULT_KEYS,
@@ -104,7 +106,7 @@ def list_shards(source: str, config: PackConfig) -> Listing:
             f"{source} holds no usable sample: {why}. Name other shards, or what holds images and labels: "
             "--image-key EXTENSION --label-key EXTENSION_OR_JSON_FIELD, and --classes FILE for class names"
         )
-    classes = names_by_label(keys.classes) or _classes_beside(paths[0])
+    classes = names_by_label(keys.classes) or _class_names(Path(paths[0]))
     synsets = bool(classes) and all(SYNSET.fullmatch(name) for name in classes)
     return Listing(
         splits=dict(ordered),
@@ -152,6 +154,14 @@ def list_shard(path: str, keys: SampleKeys) -> ShardSamples:
     return shard
 
 
-def _classes_beside(shard: str) -> tuple[str, ...]:
-    path = storage.join(shard, "classes.json")
-    return names_by_label(read_classes(path)) if os.path.exists(path) else ()
+def _class_names(shard: Path) -> tuple[str, ...]:
+    path = shard.with_name("classes.json")
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}); fix or remove it") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{path} must be a list of class names; fix or remove it")
+    return tuple(names)
