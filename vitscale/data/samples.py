@@ -226,7 +226,7 @@ def read_labels(choice: Choice, data: Bytes, keys: SampleKeys) -> tuple[int, ...
     """The class indices in the content of a sample's label file.
 
         KEY.cls     3  or  3 17  or  3,17
-        KEY.json    3, 3.0, [3, 17] or {"labels": [3, 17]} ("label" and "cls" will do, too)
+        KEY.json    3  or  [3, 17]  or  {"labels": [3, 17]} ("label" and "cls" will do, too)
 
     An empty list says that the image has no label: (). An empty KEY.cls does not, as a write
     that failed leaves one. Raises LabelError for what holds no labels, or if one is neither a
@@ -280,8 +280,6 @@ def _label(label: object, where: str, keys: SampleKeys) -> int:
             return keys.classes[label]
         is_number = label.isascii() and label.isdigit() and not (keys.strict and where == ".json")
         label = int(label) if is_number and len(label) < 20 else label
-    if isinstance(label, float) and label.is_integer() and not keys.strict:
-        label = int(label)  # pandas writes a column of integers with an empty cell so
     if type(label) is int and 0 <= label <= MAX_LABEL:
         return label
     if keys.classes and isinstance(label, str):
