@@ -64,8 +64,8 @@ def evaluate(
         return {"checkpoint": checkpoint, "step": saved.step, **scored(task, model, predictions)}
     except NotFinite as error:
         raise CheckpointError(
-            f"{checkpoint}, step {saved.step:,}: {error}, so there is nothing to score; evaluate a "
-            "checkpoint of an earlier step",
+            f"{checkpoint}, step {saved.step:,}: {error}, so there is nothing to score; evaluate the weights "
+            "of an earlier step",
             shared=True,
         ) from None
 
@@ -88,11 +88,12 @@ def _warn_of_map(place: str | Checkpoint, config: EvalConfig) -> None:
     if not (isinstance(place, Checkpoint) and isinstance(config, ClassifyConfig) and config.test):
         return
     data = place.manifest.train.config.get("data", {})
-    if data.get("label_map") and not config.label_map:
+    sources = data.get("sources") or [data]
+    if len(sources) == 1 and sources[0].get("label_map") and not config.label_map:
         logger.warning(
             "%s was trained with data.label_map: the labels of %s are not mapped; if they are those of %s, "
             "pass --label-map %s",
-            place.folder, config.test, data["index"], shlex.quote(data["label_map"]),
+            place.folder, config.test, sources[0]["index"], shlex.quote(sources[0]["label_map"]),
         )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ def join(soft: int, hard: int, result: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     try:
         distributed.initialize()
+        distributed.barrier()  # the store of the other rank, which may still join, ends with this one
         said = ["joined", False]
     except UserError as error:
         said = [str(error), error.shared]

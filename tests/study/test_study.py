@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from vitscale.study.points import chosen, points
 from vitscale.study.run import run
 from vitscale.study.text import listed, table2
 
+KEPT = Path(__file__).resolve().parents[1] / "kept" / "3cac911" / "adafactor"
 RUN = """
 run_dir = "unused"
 global_batch = 8
@@ -141,6 +143,26 @@ def test_the_images_of_a_small_fraction_are_counted_as_they_are_trained_on(base:
     (cell,) = cells(study, overrides=overrides)
     assert num_images(cell.config) == 70  # 7 of them
     assert listed(study, [cell]).splitlines()[1].split()[2] == "70"
+
+
+def test_a_recipe_whose_runs_diverged_leaves_the_others_to_be_done(base: Path) -> None:
+    """Nothing is left to train: the first recipe's run has diverged, the second's is done."""
+    recipes = {name: str(base.parent / f"{name}.toml") for name in ("first", "second")}
+    test = f'[evals.test]\nkind = "classify"\ntest = "{base.parent}/shards/train-*.tar"\n'
+    for recipe in recipes.values():
+        Path(recipe).write_text(f"{base.read_text()}\n{test}\n[finetune]\nseeds = [0]\n")
+    study = study_of(base, recipes=recipes)
+    (cell,) = cells(study)
+    finish(cell, at_6=0.3)
+    shutil.copytree(KEPT / "checkpoints", Path(cell.config.run_dir) / "checkpoints")
+    diverged, done = (finetune_folder(cell, name) / "final-seed0" for name in recipes)
+    (diverged / "run").mkdir(parents=True)
+    ending.write(diverged / "run", "failed", 4, 6, "the run has diverged", 2, diverged=True)
+    done.mkdir(parents=True)
+    (done / "result.json").write_text(json.dumps({"results": {"top1": 0.5}}))
+    with pytest.raises(Diverged, match=rf"^{diverged}: the run has diverged .* in {recipes['first']}, and"):
+        run(study, said=lambda _: None)
+    assert finetuned(cell, "second") == {"mean": 0.5, "std": 0.0}
 
 
 @pytest.mark.parametrize("values", [(math.nan, 0.3), (0.3, math.nan)])

@@ -94,6 +94,7 @@ def test_a_normalisation_that_is_none_is_refused(tmp_path: Path, values: dict[st
         dict(zip(("image_mean", "image_std"), IMAGENET, strict=True)),
         {"do_normalize": False},
         {"image_mean": [1.0] * 3, "image_std": [0.7] * 3, "rescale_factor": 1 / 127.5},
+        {"image_mean": [120.0] * 3, "image_std": [100.0] * 3, "do_rescale": False},
     ],
 )
 def test_an_import_takes_our_pixels_where_transformers_takes_its_own(

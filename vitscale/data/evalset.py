@@ -103,7 +103,8 @@ class EvaluationSet:
 
     def labels(self, indices: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, "n M"]:
         """Labels of `indices`, padded with -1: their chunks are read, nothing is decoded."""
-        rows = [sample.labels for sample in read_samples(self.index, self._ids[indices].tolist())]
+        samples = read_samples(self.index, self._ids[indices].tolist())
+        rows = [self._views.mapped(sample.labels) for sample in samples]
         return pad_labels(rows, self.index.max_labels).numpy()
 
     def keys(self) -> Iterator[str]:
@@ -189,5 +190,8 @@ class _Views(Dataset[tuple[Tensor, Tensor, dict[int, str]] | UserError]):
         problem = label_problem(sample.labels, self.index, self.label_map, self.num_classes)
         if problem:
             raise DamagedImage(problem)
-        labels = tuple(self.label_map.get(label, label) for label in sample.labels)
-        return evaluation_view(decode(sample.image), self.crop, self.image_size), labels
+        view = evaluation_view(decode(sample.image), self.crop, self.image_size)
+        return view, self.mapped(sample.labels)
+
+    def mapped(self, labels: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.label_map.get(label, label) for label in labels)

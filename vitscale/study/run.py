@@ -52,12 +52,17 @@ def run(
             for cell in todo
         }
         in_slots(actions, slots, said)
-    counted = chosen(study, todo)
+    counted, failed = chosen(study, todo), list[Diverged]()
     for cell in counted:
         for name, recipe in study.recipes_of(cell.model).items():
             folder = finetune_folder(cell, name)
-            said(grid.run(_checkpoint(cell), recipe, folder, count=count, said=said).text())
+            try:
+                said(grid.run(_checkpoint(cell), recipe, folder, count=count, said=said).text())
+            except Diverged as error:
+                failed.append(error)
     _check_points(study, todo, counted)
+    if failed:
+        raise failed[0]
 
 
 def check_recipes(study: StudyConfig, cell: Cell) -> None:

@@ -48,7 +48,7 @@ def stated(
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if processor.get("do_normalize") is False:
         mean, std = [0.0] * 3, [1.0] * 3
-    factor = processor.get("rescale_factor", 1 / 255)
+    factor = 1.0 if processor.get("do_rescale") is False else processor.get("rescale_factor", 1 / 255)
     return _parsed(f"{path}: preprocessor_config.json", mean, std, factor)
 
 
