@@ -47,8 +47,8 @@ class BatchDataset(IterableDataset[Batch]):
     index: an index.json, or shards by glob, brace pattern or URL, which are indexed in memory.
     global_batch: images in a step on all ranks together. image_size: of the views, in
     pixels: a square's side, or (height, width).
-    rank, world_size: None = as the process group or the launcher says (torchrun, deepspeed,
-    srun), else 0 and 1.
+    rank, world_size: None = as the process group or the launcher (torchrun, deepspeed, srun)
+    says, else 0 and 1.
     augment: its mixup and cutmix are the loop's to apply, so they must be 0 here. first_step:
     how many global batches to pass over. Raises ConfigError for numbers that do not fit, and
     DataError or StoreError for data that cannot be read.
