@@ -48,7 +48,7 @@ class BatchDataset(IterableDataset[Batch]):
     global_batch: images in a step on all ranks together. image_size: of the views, in
     pixels: a square's side, or (height, width).
     rank, world_size: None = as the process group or the launcher (torchrun, deepspeed, srun)
-    says, else 0 and 1.
+    says; without either, 0 and 1, which each of independent processes has to pass under srun.
     augment: its mixup and cutmix are the loop's to apply, so they must be 0 here. first_step:
     how many global batches to pass over. Raises ConfigError for numbers that do not fit, and
     DataError or StoreError for data that cannot be read.
