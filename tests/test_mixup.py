@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from torch import Tensor
 
+from vitscale import rng
 from vitscale.mixup import cutmix_boxes, draw_mixes, mix, pixel_weights
 
 SIZE = 16
@@ -114,6 +116,19 @@ def test_steps_seeds_and_pairs_differ() -> None:
         draw_mixes(range(8, 16), SIZE, **KINDS[0], seed=1, step=5)[:, 0],
     ]
     assert len(np.unique(np.concatenate([first, *others]))) == 32
+
+
+def test_a_pair_draws_what_it_drew_in_earlier_versions() -> None:
+    """Runs in progress continue with it: streams of its step and its number in the batch."""
+    pairs, options = range(300, 400), {"switch": 0.5, "seed": 3, "step": 7}
+    drawn, centres = (
+        np.stack([rng.uniform(2, 3, domain, 7, pair) for pair in pairs]) for domain in ("mixup", "cutmix")
+    )
+    lam = scipy.special.betaincinv(1.0, 1.0, drawn[:, 1])
+    mixed = draw_mixes(pairs, 32, mixup=1.0, cutmix=0.0, **options)
+    assert np.array_equal(mixed[:, 0], np.maximum(lam, 1 - lam))
+    cut = draw_mixes(pairs, 32, mixup=0.0, cutmix=1.0, **options)
+    assert np.array_equal(cut[:, 2:], cutmix_boxes(lam, centres, 32))
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0])

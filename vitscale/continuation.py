@@ -66,10 +66,6 @@ def check_continuation(job: Job, checkpoint: Checkpoint) -> None:
             f"{folder} was trained with the JPEG decoder {train.decoder}, here it is {job.decoder}; set "
             f'data.decoder = "{train.decoder}" (turbojpeg needs: pip install turbojpeg)'
         )
-    if train.step > job.total_steps:
-        raise ConfigError(
-            f"{folder} is beyond the run's {job.total_steps:,} steps; raise the total or use another run_dir"
-        )
 
 
 def check_teacher(checkpoint: Checkpoint, digest: str, weights: str) -> None:
