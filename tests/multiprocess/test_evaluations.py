@@ -1,7 +1,9 @@
 """Evaluations in training are the same on any number of ranks, and leave the losses alone."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from multiprocess.collectives import label_pool, overflow
@@ -59,13 +61,18 @@ def test_evaluations_are_equal_on_1_2_and_3_ranks_and_leave_the_losses_alone(
     assert with_them.column("train/loss") == without.column("train/loss")
 
 
+def said_by_three(function: Callable[..., None], index: Path, folder: Path, zygote: Zygote) -> list[Any]:
+    """What each of three ranks writes into folder/RANK.json."""
+    log = folder / "log"
+    assert zygote.run(3, function, index, folder, log=log) == [0, 0, 0], log.read_text()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
+
+
 def test_each_rank_reads_the_chunks_of_its_block_for_the_labels_of_a_few_shot_pool(
     tmp_path: Path, index: Path, zygote: Zygote
 ) -> None:
     """22 chunks of 83 samples, in blocks of 28, 28 and 27; one chunk lies in two blocks."""
-    log = tmp_path / "log"
-    assert zygote.run(3, label_pool, index, tmp_path, log=log) == [0, 0, 0], log.read_text()
-    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    said = said_by_three(label_pool, index, tmp_path, zygote)
     assert [labels for labels, _ in said] == [[sample % 5 for sample in range(83)]] * 3
     assert [num_chunks for _, num_chunks in said] == [7, 8, 8]
 
@@ -73,9 +80,7 @@ def test_each_rank_reads_the_chunks_of_its_block_for_the_labels_of_a_few_shot_po
 def test_a_model_that_overflows_on_an_image_of_one_rank_is_refused_by_all(
     tmp_path: Path, index: Path, zygote: Zygote
 ) -> None:
-    log = tmp_path / "log"
-    assert zygote.run(3, overflow, index, tmp_path, log=log) == [0, 0, 0], log.read_text()
-    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    said = said_by_three(overflow, index, tmp_path, zygote)
     told = [[f"the {what} of 1 of 83 images are not finite", True] for what in ("logits", "features")]
     assert said == [told] * 3
 
