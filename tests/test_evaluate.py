@@ -98,14 +98,16 @@ def test_classify_scores_the_models_own_logits(export: Path, shards: Path):
     assert outcome == {"checkpoint": str(export), "step": 123, "results": expected}
 
 
+@pytest.mark.parametrize("in_list", [False, True])
 def test_a_label_map_is_asked_for_where_the_training_had_one(
-    export: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, capsys
+    export: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, capsys, in_list: bool
 ):
     monkeypatch.setenv("LOCAL_RANK", "0")
     model = load_model(export)
     tensors = {("fp32", name): param.detach() for name, param in model.named_parameters()}
     data = {"index": "data/index.json", "label_map": "data/map 1.json"}
-    write_step(tmp_path / "run", 2, tensors, config={"model": to_dict(model.config), "data": data})
+    section = {"index": "", "label_map": "", "sources": [data]} if in_list else data
+    write_step(tmp_path / "run", 2, tensors, config={"model": to_dict(model.config), "data": section})
     (tmp_path / "map.json").write_text("[1, 2, 3, 4, 5, 6, 0]")
     words = ["classify", str(tmp_path / "run"), "--data", str(shards), "--json", str(tmp_path / "out.json")]
     asked = "those of data/index.json, pass --label-map 'data/map 1.json'"

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitscale.config import from_dict, to_dict
+from vitscale.data.evalset import EvaluationSet
 from vitscale.errors import ConfigError, DataError, NotFinite, UserError
 from vitscale.evals import ClassifyConfig, EvalConfig, FewShotConfig, KnnConfig, LinearConfig, open_task
 from vitscale.evals.store import FeatureStore
@@ -166,6 +167,8 @@ def test_classify_maps_the_labels_of_a_test_set(tmp_path: Path):
     (tmp_path / "map.json").write_text('{"0": 1, "1": 0, "2": 2}')
     mapped = ClassifyConfig(test=test, label_map=f"{tmp_path}/map.json")
     assert run(mapped, Swapped())["top1"] == 1.0 and run(ClassifyConfig(test=test), Swapped())["top1"] == 0.25
+    opened = EvaluationSet.open(test, image_size=4, label_map=mapped.label_map)
+    assert opened.labels(np.arange(4)).tolist() == [[1], [0], [2], [0]]
     for content, sentence in (
         ("[1, 0]", "has no entry for label 2, which the shards hold"),
         ("[1, 0, 7]", r"class 7 \(from 2\) does not exist in a model of 7 classes"),

@@ -1,5 +1,6 @@
 """What the kinds share that judge frozen features by a training and a test set."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -84,7 +85,7 @@ class FeaturePair:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeTask(Generic[C]):
+class ProbeTask(abc.ABC, Generic[C]):
     """A task with both sets open; each kind has its own `names` and `run`."""
 
     name: str
@@ -103,13 +104,13 @@ class ProbeTask(Generic[C]):
     def check_sets(self) -> None:
         """Raise DataError for sets that do not fit the config."""
 
+    @abc.abstractmethod
     def names(self, model: EvalModel) -> list[str]:
         """As Task.names."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run(self, model: EvalModel) -> dict[str, float]:
         """As Task.run."""
-        raise NotImplementedError
 
     def extract_pair(self, model: EvalModel) -> FeaturePair:
         """The features of all images of both sets, on every rank; every rank calls it.

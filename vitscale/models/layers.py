@@ -1,6 +1,7 @@
 """The pieces of a Vision Transformer, named as timm names them."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -52,7 +53,7 @@ def to_patches(images: Shaped[Tensor, "B C H W"], size: int) -> Shaped[Tensor, "
 
 
 class RecomputedBlock(nn.Module):
-    """A block of a model, which computes `_forward`.
+    """A block of a model; each kind has its own `_forward`.
 
     checkpointing: what the backward pass recomputes of it. has_dropout: whether its forward
     pass draws random numbers.
@@ -60,6 +61,7 @@ class RecomputedBlock(nn.Module):
 
     checkpointing: Checkpointing = "none"
     has_dropout = False
+    _forward: Callable[..., Tensor]
 
     def forward(self, x: Tensor, *others: Tensor | int | None) -> Tensor:
         # In here, not around the block, so that a compiled block holds its recomputation, too.
@@ -68,9 +70,6 @@ class RecomputedBlock(nn.Module):
         options: dict[str, Any] = {"context_fn": _keep_expensive} if self.checkpointing == "selective" else {}
         options["preserve_rng_state"] = self.has_dropout
         return checkpoint(self._forward, x, *others, use_reentrant=False, **options)
-
-    def _forward(self, x: Tensor, *others: Tensor | int | None) -> Tensor:
-        raise NotImplementedError
 
 
 class PatchEmbed(nn.Module):
