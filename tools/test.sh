@@ -6,17 +6,17 @@
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;; esac
 cd "$(dirname "$0")/.."
-bash tools/setup.sh dev
 # Some tests need programs of the system: web servers, two hosts with ssh and pdsh, Slurm. They are
 # installed where that takes no password; elsewhere these tests skip.
-packages=()
-missing() { [ -x "$(PATH="$PATH:/usr/sbin:/sbin" command -v "$1")" ] || packages+=("${@:2}"); }
-missing nginx nginx-light
-missing sshd openssh-server openssh-client
-missing pdsh pdsh
-missing ip iproute2
-missing slurmctld slurm-wlm munge
-if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+install_programs() {
+    packages=()
+    missing() { [ -x "$(PATH="$PATH:/usr/sbin:/sbin" command -v "$1")" ] || packages+=("${@:2}"); }
+    missing nginx nginx-light
+    missing sshd openssh-server openssh-client
+    missing pdsh pdsh
+    missing ip iproute2
+    missing slurmctld slurm-wlm munge
+    if [ ${#packages[@]} -eq 0 ] || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
     get=(apt-get install -y -qq --no-install-recommends)
     export DEBIAN_FRONTEND=noninteractive
     # No service is started by the installation.
@@ -24,11 +24,12 @@ if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/n
     [ -e "$policy" ] || { own=$policy && printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy"; }
     trap '[ -z "$own" ] || rm -f "$own"' EXIT
     # One by one if not together: a system may have only some.
-    { "${get[@]}" "${packages[@]}" || { apt-get update -qq && "${get[@]}" "${packages[@]}"; } ||
-        for package in "${packages[@]}"; do "${get[@]}" "$package" || true; done; } >/dev/null 2>&1 || true
-    [ -z "$own" ] || rm -f "$own"
-    trap - EXIT
-fi
+    "${get[@]}" "${packages[@]}" || { apt-get update -qq && "${get[@]}" "${packages[@]}"; } ||
+        for package in "${packages[@]}"; do "${get[@]}" "$package" || true; done
+}
+install_programs >/dev/null 2>&1 & # meanwhile the download of torch
+bash tools/setup.sh dev
+wait
 export OMP_NUM_THREADS=1
 if [ $# -eq 0 ]; then
     .venv/bin/ruff check .

@@ -22,6 +22,9 @@ from vitscale.start import started
 from vitscale.step import skipped_step, train_step
 from vitscale.train_config import TrainConfig
 
+# The graphs of the default backend, forward and backward, without its kernels: those take a C++
+# compiler half a minute of a model.
+WITHOUT_KERNELS = "aot_eager_decomp_partition"
 VIT = ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, image_size=8, num_classes=5)
 MODELS: dict[str, ModelConfig] = {
     "vit": dataclasses.replace(VIT, distilled=True, posemb="learned2d", posemb_at="every_layer"),
@@ -42,12 +45,24 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-def compare(folder: Path, kind: str, mode: Checkpointing) -> None:
+def compile_by(backend: str | Callable[..., object]) -> None:
+    """From now on, blocks of this process are compiled by that backend of torch.compile."""
+
+    def compile(module: nn.Module, dynamic: bool, **_: object) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, dynamic=dynamic)
+
+    nn.Module.compile = compile
+
+
+def compare(folder: Path, kind: str, mode: Checkpointing, kernels: bool) -> None:
     """Train a compiled model beside an eager one; evaluate another batch after each step.
 
     In fp64, where the order of additions does not matter: a compiler chooses it for each CPU.
+    kernels: whether they are made, by the C++ compiler; else graphs run by torch's own.
     """
     chosen: list[KernelChoices] = []
+    if not kernels:
+        compile_by(WITHOUT_KERNELS)
     KernelChoices.__init__ = lambda self: chosen.append(self)
     eager, compiled = (build_model(MODELS[kind], 0).double() for _ in range(2))
     side = MODELS[kind].image_size
@@ -69,7 +84,7 @@ def compare(folder: Path, kind: str, mode: Checkpointing) -> None:
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)
     counts = torch._dynamo.utils.counters
     (folder / "graphs").write_text(str(counts["stats"]["unique_graphs"]))
-    assert chosen  # also where graphs come from torch's cache: they are part of its key
+    assert chosen or not kernels  # also where graphs come from torch's cache: they are part of its key
 
 
 def count_runs(folder: Path) -> None:
@@ -84,14 +99,11 @@ def count_runs(folder: Path) -> None:
 
         return run
 
-    def compile(module: nn.Module, dynamic: bool, **_: object) -> None:
-        module._compiled_call_impl = torch.compile(module._call_impl, backend=counted, dynamic=dynamic)
-
     def progress(stage: str) -> None:
         if "round" in stage:
             before.append(runs)
 
-    nn.Module.compile = compile  # what takes the time is the compiler of the default backend
+    compile_by(counted)
     model = ResNetConfig(width=32, stages=(1,) * 5, image_size=32, num_classes=5)
     cases = Case(loop="vitscale", compile=True), Case(loop="plain", compile=True)
     step.run(StepBench(model=model, batch=2, precision="fp32", cases=cases, rounds=1, steps=1), progress)
@@ -102,6 +114,7 @@ def count_runs(folder: Path) -> None:
 def skip_after_a_step(config: Path, folder: Path) -> None:
     """A step of a run, and one that is skipped for want of data. `folder` gets the graphs."""
     options = ["engine.compile=true", "model.drop_path=0.2"]
+    compile_by(WITHOUT_KERNELS)
     loaded = configs.load(TrainConfig, [config], options)
     distributed.initialize()
     with started(prepare(loaded, world_size=1), {}) as run:
