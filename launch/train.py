@@ -50,12 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(arguments: argparse.Namespace) -> int:
-    import psutil
+    from vitscale import command
 
-    from vitscale import config, distributed
-    from vitscale.dry_run import describe
-    from vitscale.train import train
-    from vitscale.train_config import TrainConfig
+    with command.importing():
+        import psutil
+
+        from vitscale import config, distributed
+        from vitscale.dry_run import describe
+        from vitscale.train import train
+        from vitscale.train_config import TrainConfig
 
     paths, overrides = config.divided(arguments.configs)
     if not arguments.dry_run:

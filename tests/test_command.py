@@ -1,6 +1,7 @@
 """How a program ends: its status, a sentence for the user's mistakes, a traceback for ours."""
 
 import errno
+import gc
 import os
 import re
 import shlex
@@ -58,6 +59,17 @@ def test_what_passes_by_itself_is_one_line_and_status_1(capsys) -> None:
 def test_a_status_of_the_program_is_kept(capsys) -> None:
     assert command.run(lambda: 75) == 75
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_program_imports_is_not_searched_for_garbage() -> None:
+    cycle: list[object] = []
+    with pytest.raises(ImportError), command.importing():
+        assert not gc.isenabled()
+        cycle.append(cycle)
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+    assert not any(made is cycle for made in gc.get_objects())
+    gc.unfreeze()
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -42,7 +42,7 @@ def measure(config: Path, overrides: Sequence[str], out: Path) -> None:
 
 
 def note_programs(config: Path, out: Path) -> None:
-    """Start a run; OUT gets the other programs that were started meanwhile."""
+    """Start a run; OUT gets the programs it started, and torch's compiler if it was imported."""
     programs: list[str] = []
     sys.addaudithook(
         lambda event, values: programs.append(str(values[0])) if event == "subprocess.Popen" else None
@@ -50,7 +50,8 @@ def note_programs(config: Path, out: Path) -> None:
     distributed.initialize()
     job = prepare(configs.load(TrainConfig, [config]), distributed.world_size())
     start.start(job, Home.of(job.config.run_dir, job.config.checkpoint))
-    out.write_text(json.dumps(programs))
+    compiler = {"torch._inductor.compile_fx"} & sys.modules.keys()
+    out.write_text(json.dumps([*programs, *compiler]))
 
 
 def count_reads(config: Path, overrides: Sequence[str], out: Path) -> None:

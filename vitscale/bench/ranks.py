@@ -44,7 +44,7 @@ PRECISION = "bf16"
 OPTIM = OptimConfig(weight_decay=0.1)
 SLOTS = (FP32, *OPTIMIZER_SLOTS[OPTIM.name])
 # What starting an engine imports, which takes each rank seconds unless done before the fork.
-HEAVY = ("deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+HEAVY = ("deepspeed", "torch._dynamo")
 _M_MMAP_THRESHOLD = -3  # as in malloc.h
 RAW_BLOCK = 16 << 20
 # Without it DeepSpeed writes checkpoints that its own conversion refuses.

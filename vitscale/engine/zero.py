@@ -8,6 +8,7 @@ weights at every save.
 import contextlib
 import dataclasses
 import functools
+import importlib
 import logging
 import os
 import warnings
@@ -39,6 +40,7 @@ def set_up() -> None:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+    _import_muon()
     # As a property, since their __init__ sets it.
     multiple = property(lambda _: RANK_MULTIPLE, lambda _, value: None)
     for optimizer in (BF16_Optimizer, DeepSpeedZeroOptimizer):
@@ -55,6 +57,22 @@ def set_up() -> None:
         ops: Any = deepspeed.ops
         ops.__compatible_ops__ = {}
     deepspeed.init_distributed(verbose=False)
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which its ZeRO asks every optimizer whether it is, uncompiled.
+
+    Nothing here uses it. Its functions are decorated with torch.compile, which would import the
+    whole compiler: a fifth of the time of a start.
+    """
+    from deepspeed.runtime import compiler
+
+    compile = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile
 
 
 def _is_worth_saying(record: logging.LogRecord) -> bool:
