@@ -42,7 +42,7 @@ def measure(config: Path, overrides: Sequence[str], out: Path) -> None:
 
 
 def note_programs(config: Path, out: Path) -> None:
-    """Start a run; OUT gets the programs it started, and torch's compiler if it was imported."""
+    """Start a run; OUT gets the programs it started, and torch's compiler if it imported it."""
     programs: list[str] = []
     sys.addaudithook(
         lambda event, values: programs.append(str(values[0])) if event == "subprocess.Popen" else None
