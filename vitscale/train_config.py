@@ -5,6 +5,7 @@ The other sections are declared beside the code that reads them.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,11 +97,14 @@ class FinetuneConfig:
     learning_rates:  to choose among, in place of optim.lr; () = that one
     dev_fraction:    of the training set, to choose by; the chosen one is trained on all of it
     seeds:           of the runs at the chosen rate
+    test_sets:       the index.json of further test sets in the model's classes, by name: those
+                     runs are scored on them as well, and a file that is missing is passed over
     """
 
     learning_rates: tuple[float, ...] = ()
     dev_fraction: float = 0.0
     seeds: tuple[int, ...] = (0, 1, 2)
+    test_sets: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if any(rate <= 0 for rate in self.learning_rates):
@@ -114,6 +118,11 @@ class FinetuneConfig:
             )
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"finetune.seeds {list(self.seeds)} must list different numbers from 0 up")
+        for name in self.test_sets:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ConfigError(
+                    f"finetune.test_sets.{name!r} names a folder; take letters, digits, _ and - alone"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

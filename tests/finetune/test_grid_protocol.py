@@ -144,6 +144,29 @@ def test_all_runs_of_a_recipe_start_from_one_step(tmp_path: Path, recipe: Path) 
         assert config.init.checkpoint == str(step)
 
 
+def test_further_test_sets_are_scored_on_the_final_runs_and_change_no_training(
+    model: Path, recipe: Path
+) -> None:
+    out, said = recipe.parent / "out", []
+
+    def result_of(top1: dict[str, float], *overrides: str) -> GridResult:
+        for name, value in top1.items():  # done, so that no process starts
+            (out / name).mkdir(parents=True)
+            (out / name / "result.json").write_text(json.dumps({"results": {"top1": value}}))
+        return grid.run(str(model), str(recipe), out, overrides, said=said.append)
+
+    plain = result_of({"lr0.1": 0.2, "lr1e-09": 0.3, "final-seed3": 0.5, "final-seed4": 0.7})
+    more = "finetune.test_sets.more=/nowhere/index.json"
+    assert result_of({}, more) == dataclasses.replace(plain, overrides=(more,)) and not plain.test_sets
+    assert said[-1].startswith("more is not scored: /nowhere/index.json is missing; pack it, and the same")
+    found = result_of({"final-seed3/on-more": 0.25, "final-seed4/on-more": 0.75}, more)
+    assert found.test_sets == {"more": (0.25, 0.75)}
+    assert found.to_json()["test_sets"] == {"more": {"accuracies": (0.25, 0.75), "mean": 0.5, "std": 0.25}}
+    (out / "final-seed4/on-more/source.json").write_text(json.dumps({"checkpoint": "c", "evaluation": "e"}))
+    with pytest.raises(ConfigError, match=r"seed4/on-more holds results of another checkpoint \(c, now"):
+        result_of({}, more)
+
+
 def test_the_score_maps_the_labels_of_the_test_set(
     model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +217,10 @@ def test_a_learning_rate_that_diverged_loses_and_only_a_recipe_without_a_result_
             "finetune.dev_fraction 0.0 must lie in [0, 1), and above 0 where",
         ),
         (["--set", "finetune.seeds=[]"], "finetune.seeds [] must list different numbers"),
+        (
+            ["--set", "finetune.test_sets.a/b=x"],
+            "finetune.test_sets.'a/b' names a folder; take letters,",
+        ),
         (["--set", "finetune.learning_rates=[0]"], "finetune.learning_rates [0.0] must be above 0"),
         (
             ["--set", "init.checkpoint=x", "--set", "init.full_state=true"],
@@ -246,6 +273,7 @@ def test_overrides_that_change_no_result_are_no_deviation() -> None:
         diverged=(),
         learning_rate=0.1,
         accuracies=(0.5,),
+        test_sets={},
         overrides=overrides,
     )
     said = [line for line in result.text().splitlines() if line.startswith("Not the recipe")]

@@ -12,6 +12,7 @@ from vitscale.study.config import StudyConfig
 from vitscale.study.paper import AVERAGE5, FIGURE3, TABLE2, TABLE6, TARGETS
 from vitscale.study.run import check_recipes
 from vitscale.study.text import listed
+from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "configs" / "study").glob("*.toml"))
@@ -72,10 +73,18 @@ def test_the_curves_of_figure_9_are_among_the_runs_on_the_head(monkeypatch: pyte
     assert {cell.config.total_samples for cell in runs} == {7 * 303_000_000}
 
 
-def test_figure_3_is_fine_tuned_on_all_of_table_5_but_real(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figure_3_is_fine_tuned_on_all_of_table_5(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     study = configs.load(StudyConfig, ["configs/study/figure3.toml"])
     assert {tuple(study.recipes_of(model)) for model in study.models} == {AVERAGE5}
+
+
+@pytest.mark.parametrize("name", ["figure3", "table2", "table6"])
+def test_what_is_fine_tuned_on_imagenet_is_scored_on_real(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    study = configs.load(StudyConfig, [f"configs/study/{name}.toml"])
+    for recipe in {study.recipes_of(model)["imagenet"] for model in study.models}:
+        assert list(configs.load(TrainConfig, [recipe]).finetune.test_sets) == ["imagenet_real"]
 
 
 def test_the_runs_of_figure_10_have_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:

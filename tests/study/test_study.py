@@ -269,6 +269,19 @@ def test_table_2_has_the_papers_columns_and_ours(base: Path) -> None:
     assert float(lines["TPUv3-core-days"].split()[-1]) == pytest.approx(680 * flops / 1567e18, rel=1e-2)
 
 
+def test_the_row_of_real_is_its_own_recipes_or_that_of_imagenet(base: Path) -> None:
+    study = study_of(base, recipes={"imagenet": "a.toml"})
+    (cell,) = runs = cells(study)
+    finish(cell, at_6=0.1)
+    imagenet = {"mean": 0.4, "std": 0.0, "test_sets": {"imagenet_real": {"mean": 0.5, "std": 0.01}}}
+    for recipe, values in (("imagenet", imagenet), ("imagenet_real", {"mean": 0.6, "std": 0.0})):
+        finetune_folder(cell, recipe).mkdir(parents=True)
+        (finetune_folder(cell, recipe) / "results.json").write_text(json.dumps(values))
+        lines = {line.split("  ")[0]: line.split()[-3:] for line in table2(study, runs).splitlines()}
+        expected = ["50.00", "±", "1.00"] if recipe == "imagenet" else ["60.00", "±", "0.00"]
+        assert lines["ImageNet"] == ["40.00", "±", "0.00"] and lines["ImageNet ReaL"] == expected
+
+
 def test_average_5_is_the_mean_of_table_7_and_takes_all_five_recipes(base: Path) -> None:
     study = study_of(base, recipes=dict.fromkeys(AVERAGE5, "a.toml"), seeds=[0, 1])
     cell, other = runs = cells(study)

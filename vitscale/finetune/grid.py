@@ -1,6 +1,7 @@
 """A fine-tuning as in the paper's Table 4: dev images choose the rate, seeds repeat it."""
 
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -19,11 +20,13 @@ from vitscale.finetune.runs import (
     check_overrides,
     deviating,
     finetuned,
+    folder_on,
     located,
+    scored_on,
     several,
     tried,
 )
-from vitscale.finetune.slots import Slots
+from vitscale.finetune.slots import Slots, in_slots
 from vitscale.models import ModelConfig
 from vitscale.models.transfer import check_backbone, check_head
 from vitscale.system import atomic
@@ -35,7 +38,8 @@ class GridResult:
     """Accuracies as fractions of 1.
 
     dev: by learning rate; empty if there was nothing to choose. diverged: the rates whose runs
-    have none. accuracies: one for each seed. overrides: what the user changed of the recipe.
+    have none. accuracies: one for each seed. test_sets: the same on further test sets, by name.
+    overrides: what the user changed of the recipe.
     """
 
     checkpoint: str
@@ -44,21 +48,29 @@ class GridResult:
     diverged: tuple[float, ...]
     learning_rate: float
     accuracies: tuple[float, ...]
+    test_sets: dict[str, tuple[float, ...]]
     overrides: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         values["dev"] = {f"{rate:g}": accuracy for rate, accuracy in self.dev.items()}
-        return {**values, "mean": fmean(self.accuracies), "std": pstdev(self.accuracies)}
+        values["test_sets"] = {name: _summary(found) for name, found in self.test_sets.items()}
+        return {**values, **_summary(self.accuracies)}
 
     def text(self) -> str:
         lines = [f"{self.checkpoint} by {self.recipe}"]
         lines += [f"  rate {rate:<8g} dev {100 * accuracy:.2f}%" for rate, accuracy in self.dev.items()]
         lines += [f"  rate {rate:<8g} diverged" for rate in self.diverged]
-        seeds = " ".join(f"{100 * accuracy:.2f}" for accuracy in self.accuracies)
-        mean, std = fmean(self.accuracies), pstdev(self.accuracies)
-        lines.append(f"  rate {self.learning_rate:<8g} test {100 * mean:.2f} ± {100 * std:.2f}% ({seeds})")
+        for name, accuracies in {"test": self.accuracies, **self.test_sets}.items():
+            seeds = " ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
+            mean, std = fmean(accuracies), pstdev(accuracies)
+            score = f"{100 * mean:.2f} ± {100 * std:.2f}% ({seeds})"
+            lines.append(f"  rate {self.learning_rate:<8g} {name} {score}")
         return "\n".join([*lines, *(f"Not the recipe: {text}" for text in deviating(self.overrides))])
+
+
+def _summary(accuracies: Sequence[float]) -> dict[str, Any]:
+    return {"accuracies": accuracies, "mean": fmean(accuracies), "std": pstdev(accuracies)}
 
 
 def run(
@@ -106,6 +118,11 @@ def run(
             best = max(dev or rates, key=lambda rate: dev.get(rate, 0.0))
             finals = [tuning(f"final-seed{seed}", best, seed, 0.0) for seed in section.seeds]
             accuracies = several(finals, slots, said, finetuned)
+            test_sets = {
+                name: scores
+                for name, index in section.test_sets.items()
+                if (scores := _on_test_set(name, index, test.crop, finals, slots, said))
+            }
     except Diverged as error:
         key = "finetune.learning_rates" if section.learning_rates else "optim.lr"
         way_out = f"lower {key} in {recipe}, and delete {out} or name another --out"
@@ -117,10 +134,33 @@ def run(
         diverged=tuple(rate for rate in rates if dev and rate not in dev),
         learning_rate=best,
         accuracies=tuple(accuracies),
+        test_sets=test_sets,
         overrides=tuple(overrides),
     )
     atomic.write(out / "results.json", (json.dumps(result.to_json(), indent=2) + "\n").encode())
     return result
+
+
+def _on_test_set(
+    name: str,
+    index: str,
+    crop: str,
+    finals: Sequence[FineTuning],
+    slots: Slots,
+    said: Callable[[str], object],
+) -> tuple[float, ...]:
+    """The accuracies of the final runs on a further test set; () = its index is missing."""
+    are_done = all((folder_on(final, name) / "result.json").exists() for final in finals)
+    if not are_done and storage.sizes([index]) == [None]:
+        said(f"{name} is not scored: {index} is missing; pack it, and the same command scores it")
+        return ()
+    options = ("--data", storage.absolute(index), "--crop", crop)
+
+    def score(final: FineTuning) -> list[float]:
+        return [scored_on(final, name, options, slots)]
+
+    actions = {str(folder_on(final, name)): functools.partial(score, final) for final in finals}
+    return tuple(accuracy for (accuracy,) in in_slots(actions, slots, said))
 
 
 def absolute_pattern(pattern: str) -> str:
@@ -167,6 +207,7 @@ def values_for(recipe: TrainConfig, checkpoint: str, model: ModelConfig) -> dict
     Raises ConfigError if they do not fit each other.
     """
     values = configs.to_dict(recipe) | {"evals": {}, "expect": {}}
+    values["finetune"] = values["finetune"] | {"test_sets": {}}  # nothing of the training
     values["checkpoint"] = values["checkpoint"] | {"keep_best": ""}
     values["init"] = {
         "checkpoint": storage.absolute(checkpoint),

@@ -5,6 +5,7 @@
     FOLDER/run/           the run; a killed one is resumed, one that diverged is not
     FOLDER/log            what both processes printed
     FOLDER/result.json    the score, written last
+    FOLDER/on-NAME/       source.json, log and result.json of a further test set
 
 Each runs in processes of its own, so that several share the GPUs or cores of one machine.
 """
@@ -131,9 +132,31 @@ def finetuned(tuning: FineTuning, slots: Slots) -> float:
     if not (folder / "result.json").exists():
         check_unchanged(tuning.start)
         train(folder, slots)
+    return scored(folder, _classify(config, tuning.score), slots)
+
+
+def folder_on(tuning: FineTuning, test_set: str) -> Path:
+    """Of what a fine-tuning scores on a further test set."""
+    return tuning.folder / f"on-{test_set}"
+
+
+def scored_on(tuning: FineTuning, test_set: str, score: Sequence[str], slots: Slots) -> float:
+    """The top-1 accuracy of a fine-tuning that is done on a further test set, found once.
+
+    score: as FineTuning.score. Raises ConfigError if the folder holds a score on other images,
+    and UserError if the process failed.
+    """
+    folder, config = folder_on(tuning, test_set), _as_begun(tuning.folder, tuning.config(), tuning.start)
+    if config.init.checkpoint == tuning.start.path:
+        keep_source(folder, tuning.start, score)
+    return scored(folder, _classify(config, score), slots)
+
+
+def _classify(config: TrainConfig, score: Sequence[str]) -> list[str | Path]:
+    """The command that scores a run, by the average of its weights where it keeps one."""
     slot = ["--ema"] if config.optim.ema_decay else []
-    score = [ROOT / "tools" / "evaluate.py", "classify", config.run_dir, *tuning.score, *slot]
-    return scored(folder, [*score, "--batch-size", _batch_size(config)], slots)
+    command = [ROOT / "tools" / "evaluate.py", "classify", config.run_dir, *score, *slot]
+    return [*command, "--batch-size", _batch_size(config)]
 
 
 def train(folder: Path, slots: Slots, launcher: Sequence[str] = PYTHON) -> None:

@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vitscale.metrics.rows import each_row, tail_start
 from vitscale.metrics.writer import FILE_NAME, best_step
 from vitscale.models.flops import train_flops
 from vitscale.study.config import StudyConfig, StudyModel
+from vitscale.study.paper import TEST_SET_OF
 from vitscale.system import atomic
 from vitscale.train_config import TrainConfig
 
@@ -170,10 +171,27 @@ def finetune_folder(cell: Cell, recipe: str) -> Path:
 
 
 def finetuned(cell: Cell, recipe: str) -> dict[str, float] | None:
-    """What a recipe gave (finetune.grid.GridResult): mean and std; None before it is there."""
-    path = finetune_folder(cell, recipe) / "results.json"
+    """What a recipe gave (finetune.grid.GridResult): mean and std; None before it is there.
+
+    Without a recipe of a name in TEST_SET_OF, what that other recipe gave on this test set.
+    """
+    given = _tuned(cell, recipe, lambda values: values)
+    if given is None and recipe in TEST_SET_OF:
+        given = _tuned(cell, TEST_SET_OF[recipe], lambda values: values.get("test_sets", {}).get(recipe))
+    return given
+
+
+def _tuned(
+    cell: Cell, recipe: str, part: Callable[[dict[str, Any]], dict[str, Any] | None]
+) -> dict[str, float] | None:
+    """mean and std in a part of what a recipe gave; None where there is none."""
+
+    def parse(values: dict[str, Any]) -> dict[str, float] | None:
+        found = part(values)
+        return None if found is None else {name: float(found[name]) for name in _GIVEN}
+
     try:
-        return atomic.read_json(path, lambda values: {name: float(values[name]) for name in _GIVEN}, _REMEDY)
+        return atomic.read_json(finetune_folder(cell, recipe) / "results.json", parse, _REMEDY)
     except FileNotFoundError:
         return None
 

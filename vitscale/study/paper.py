@@ -13,6 +13,8 @@ TARGETS = {
     "flowers102": "Oxford Flowers-102",
     "vtab": "VTAB (19 tasks)",
 }
+# Test sets of another row's recipe (finetune.test_sets): nothing is trained for them.
+TEST_SET_OF = {"imagenet_real": "imagenet"}
 # What Table 7 averages over, in the paper and in Average-5 of Figure 5.
 AVERAGE5 = ("imagenet", "cifar10", "cifar100", "pets", "flowers102")
 
