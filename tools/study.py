@@ -16,7 +16,7 @@ EXAMPLE = """examples:
 
 list     size, compute, state and metric of each run; no data need to be there
 run      do what is left; a killed run is resumed
-plot     OUT/by_compute.png (Figure 5, right), by_data.png (Figures 3 and 4) and, after five recipes,
+plot     OUT/by_compute.png (Figures 5, right, and 8), by_data.png (Figures 3 and 4) and, after five recipes,
          by_compute_average5.png (Figure 5, left), beside the paper's points
 table2   the paper's Table 2, with the results of all recipes of a study
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vitscale import config as configs
-from vitscale.models.flops import train_flops
+from vitscale.models.flops import forward_macs, train_flops
 from vitscale.study.cells import cells
 from vitscale.study.config import StudyConfig
 from vitscale.study.paper import AVERAGE5, FIGURE3, TABLE2, TABLE6, TARGETS
@@ -85,6 +85,17 @@ def test_what_is_fine_tuned_on_imagenet_is_scored_on_real(name: str, monkeypatch
     study = configs.load(StudyConfig, [f"configs/study/{name}.toml"])
     for recipe in {study.recipes_of(model)["imagenet"] for model in study.models}:
         assert list(configs.load(TrainConfig, [recipe]).finetune.test_sets) == ["imagenet_real"]
+
+
+def test_the_series_of_figure_8_share_their_base_and_rise_in_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = cells(configs.load(StudyConfig, ["configs/study/ablation_shape.toml"]))
+    base = runs[0].model
+    assert len(base.series) == 5 and {name for cell in runs for name in cell.model.series} == set(base.series)
+    assert [len(cell.model.series) for cell in runs[1:]] == [1] * (len(runs) - 1)
+    for name in base.series:
+        macs = [forward_macs(cell.config.model) for cell in runs if name in cell.model.series]
+        assert len(macs) == len(set(macs)) >= 3, name
 
 
 def test_the_runs_of_figure_10_have_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:

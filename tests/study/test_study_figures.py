@@ -11,8 +11,8 @@ from vitscale.study.paper import AVERAGE5
 from vitscale.study.points import Point
 
 
-def point(name: str, num_images: int, exaflops: float, line: str = "") -> Point:
-    model = StudyModel(name=name, config="unused.toml", line=line)
+def point(name: str, num_images: int, exaflops: float, line: str = "", series: tuple[str, ...] = ()) -> Point:
+    model = StudyModel(name=name, config="unused.toml", line=line, series=series)
     return Point(model=model, swept=(), values=(0.25, 0.75), num_images=num_images, exaflops=exaflops)
 
 
@@ -40,6 +40,25 @@ def colours_of(axes: Axes) -> dict[str, tuple[float, ...]]:
 def test_a_family_has_one_colour_in_both_panels(family: str) -> None:
     ours, paper = map(colours_of, draw_compute([point("a", 9, 1.0)], {"a": family}, "m", ["imagenet"]).axes)
     assert len(set(paper.values())) == 3 and ours == {family: paper[family]}
+
+
+def test_series_are_lines_by_rising_compute_and_a_model_of_several_is_on_each() -> None:
+    named = {"base": (2.0, ("depth", "width")), "deep": (8.0, ("depth",)), "flat": (1.0, ("depth",))}
+    named |= {"wide": (4.0, ("width",)), "other": (3.0, ())}
+    found = [point(name, 9, exaflops, series=series) for name, (exaflops, series) in named.items()]
+    ours, paper = draw_compute(found, dict.fromkeys(named, "ViT"), "m", ["imagenet"]).axes
+    marks, labels = ours.get_legend_handles_labels()
+    lines = {label: mark.lines[0] for mark, label in zip(marks, labels, strict=True)}
+    assert {label: list(line.get_xdata()) for label, line in lines.items()} == {
+        "depth": [1.0, 2.0, 8.0],
+        "width": [2.0, 4.0],
+        "other": [3.0],
+    }
+    assert {line.get_linestyle() for line in lines.values()} == {"-"}
+    assert len(set(colours_of(ours).values())) == 3 and len(colours_of(paper)) == 3
+    assert sorted(text.get_text() for text in ours.texts) == sorted(named)
+    plain, _ = draw_compute([point("a", 9, 1.0)], {"a": "ViT"}, "m", ["imagenet"]).axes
+    assert {line.get_linestyle() for line in plain.lines} == {"None"}
 
 
 def test_a_line_has_one_colour_in_both_panels_and_lines_of_one_panel_differ() -> None:

@@ -16,6 +16,8 @@ class StudyModel:
     overrides:  KEY=VALUE in place of what that says
     recipes:    fine-tunings of it alone, by name, as in the study
     line:       the line of the plot against data that it is a point of; "" = its name
+    series:     the lines of the plot against compute that it is a point of; if no model has
+                any, that plot has no lines
     paper:      its row of the paper's Table 6 (vitscale/study/paper.py); "" = none
     """
 
@@ -24,6 +26,7 @@ class StudyModel:
     overrides: tuple[str, ...] = ()
     recipes: dict[str, str] = dataclasses.field(default_factory=dict)
     line: str = ""
+    series: tuple[str, ...] = ()
     paper: str = ""
 
     def __post_init__(self) -> None:

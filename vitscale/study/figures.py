@@ -51,13 +51,20 @@ def largest(found: Sequence[Point]) -> list[Point]:
 def draw_compute(
     found: Sequence[Point], families: Mapping[str, str], metric: str, recipes: Sequence[str]
 ) -> "Figure":
-    """Figure 5: the metric by the FLOPs of pretraining, one mark a model.
+    """The metric by the FLOPs of pretraining: a mark for each model (Figure 5), or series (8).
 
     families: of our models, by name: a key of MARKERS. recipes: whose means are the paper's
     points.
     """
     figure, ours, paper = _pair()
-    _scatter(ours, [(families[p.model.name], p.exaflops, p.mean, p.deviation, p.model.name) for p in found])
+    if lines := series(found):
+        _draw_lines(ours, lines, _shades(lines))
+        for point in found:
+            _annotate(ours, point.exaflops, point.mean, point.model.name)
+    else:
+        _scatter(
+            ours, [(families[p.model.name], p.exaflops, p.mean, p.deviation, p.model.name) for p in found]
+        )
     rows = [
         (row.family, float(row.exaflops), fmean(row.accuracy[name] for name in recipes) / 100, 0.0, model)
         for model, row in TABLE6.items()
@@ -69,6 +76,20 @@ def draw_compute(
     for axes in (ours, paper):
         _log_x(axes, "pretraining compute (exaFLOPs)")
     return figure
+
+
+def series(found: Sequence[Point]) -> dict[str, list[tuple[float, float, float]]]:
+    """(exaFLOPs, mean, deviation) of the models of each series, by rising compute.
+
+    A model without one is a series of its own; empty if no model has any.
+    """
+    if not any(point.model.series for point in found):
+        return {}
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for point in found:
+        for name in point.model.series or (point.model.name,):
+            lines.setdefault(name, []).append((point.exaflops, point.mean, point.deviation))
+    return {name: sorted(places) for name, places in lines.items()}
 
 
 def draw_data(found: Sequence[Point], metric: str) -> "Figure":
@@ -134,12 +155,14 @@ def _scatter(axes: "Axes", marks: Iterable[tuple[str, float, float, float, str]]
         )
         for x, y, name in zip(xs, ys, names, strict=True):
             # Hybrids lie close to ViTs: their names stand on the other side.
-            side, align = (-6, "right") if kind == "Hybrid" else (6, "left")
-            axes.annotate(
-                name, (x, y), (side, 3), textcoords="offset points", fontsize=6, color="0.35", ha=align
-            )
+            _annotate(axes, x, y, name, on_left=kind == "Hybrid")
     if by_family:
         axes.legend(frameon=False, fontsize="small", loc="best")
+
+
+def _annotate(axes: "Axes", x: float, y: float, name: str, *, on_left: bool = False) -> None:
+    side, align = (-6, "right") if on_left else (6, "left")
+    axes.annotate(name, (x, y), (side, 3), textcoords="offset points", fontsize=6, color="0.35", ha=align)
 
 
 def _draw_lines(
