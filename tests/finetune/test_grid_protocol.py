@@ -163,7 +163,7 @@ def test_further_test_sets_are_scored_on_the_final_runs_and_change_no_training(
     assert found.test_sets == {"more": (0.25, 0.75)}
     assert found.to_json()["test_sets"] == {"more": {"accuracies": (0.25, 0.75), "mean": 0.5, "std": 0.25}}
     (out / "final-seed4/on-more/source.json").write_text(json.dumps({"checkpoint": "c", "evaluation": "e"}))
-    with pytest.raises(ConfigError, match=r"seed4/on-more holds results of another checkpoint \(c, now"):
+    with pytest.raises(ConfigError, match=r"on-more holds .* checkpoint \(c, now .*, or delete that folder$"):
         result_of({}, more)
 
 

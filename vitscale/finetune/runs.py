@@ -280,7 +280,8 @@ def keep_source(folder: Path, start: StartingPoint, score: Sequence[str]) -> Non
         for key, value in source.items():
             if kept[key] not in (value, start.in_earlier_versions):
                 raise ConfigError(
-                    f"{folder} holds results of another {key} ({kept[key]}, now {value}); name another --out"
+                    f"{folder} holds results of another {key} ({kept[key]}, now {value}); "
+                    "name another --out, or delete that folder"
                 )
     elif not (folder / "result.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
