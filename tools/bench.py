@@ -19,6 +19,7 @@ EXAMPLE = """examples:
   python tools/bench.py checkpoint --variant B/16 --ranks 2 --json checkpoint.json
   python tools/bench.py step configs/pretrain/vit_b16_in21k.toml --batch 256
   python tools/bench.py step --suite tools/results/gpu.json --index data/imagenet/index.json
+  python tools/bench.py inference --json inference.json --plot inference.png
   python tools/bench.py scale --ranks 1024,4096 --variant H/14 --zero 1,3"""
 SECONDS_BETWEEN_LINES = 5
 # What `step` compares: who trains, how, and what is recomputed in the backward pass.
@@ -31,6 +32,10 @@ STEP_CASES = {
 STEP_SETTINGS = ("variant", "precision", "rounds", "steps")
 SUITE_SETTINGS = ("index", "variants")
 SUITE_VARIANTS = ("S/16", "B/16", "L/16", "H/14")
+# What `inference` measures by default: Figure 12, and batches of up to so many images.
+FIGURE12_MODELS = ("R50x1", "R50x2", "B/32", "L/32", "B/16", "L/16", "H/14", "R152x4")
+FIGURE12_SIZES = (64, 128, 224, 384, 512)
+MAX_BATCH_CPU, MAX_BATCH_GPU = 64, 65_536
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,11 +52,18 @@ def measure(arguments: argparse.Namespace) -> int:
     if arguments.json:
         atomic.check_writable(arguments.json, ".json")
     results = COMMANDS[arguments.command](arguments)
+    write(arguments, results)
+    print_table(results)
+    return 0
+
+
+def write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write the file of --json, if there is one."""
+    from vitscale.system import atomic
+
     if arguments.json:
         values = json.dumps({"bench": arguments.command, "results": results}, indent=1) + "\n"
         atomic.write(arguments.json, values.encode())
-    print_table(results)
-    return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -140,6 +152,42 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     step.add_argument("--index", help="of photographs, for the end-to-end run of the suite")
     step.add_argument("--variants", nargs="*", help=f"of the suite; default: {' '.join(SUITE_VARIANTS)}")
 
+    inference = commands.add_parser(
+        "inference",
+        help="the paper's Figure 12: images per second of a forward pass and the largest batch, by size",
+        epilog="example: python tools/bench.py inference --models B/16 R50x1 --sizes 128 224\n\n"
+        "The row of each model and size is written to --json as soon as it is measured, and is not measured\n"
+        "again. The largest batch is found on a GPU alone: a CPU would swap.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inference.add_argument("config", nargs="*", metavar="CONFIG.toml", help="measure its model")
+    inference.add_argument(
+        "--models", nargs="+", help=f"variants, R50+B/16 too; default: {' '.join(FIGURE12_MODELS)}"
+    )
+    inference.add_argument(
+        "--sizes",
+        nargs="+",
+        type=int,
+        default=FIGURE12_SIZES,
+        help="of square images, in pixels; a ViT rounds them down to whole patches",
+    )
+    inference.add_argument(
+        "--max-batch",
+        type=int,
+        help="time no larger batch; two doublings without gain end the timing before; default: "
+        f"{MAX_BATCH_CPU}, and on a GPU {MAX_BATCH_GPU:,}",
+    )
+    inference.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16"], help="default: fp32, and on a GPU bf16"
+    )
+    inference.add_argument("--rounds", type=int, default=5, help="each figure is a median over them")
+    inference.add_argument(
+        "--plot",
+        type=Path,
+        metavar="OUT.png",
+        help="also draw them, with all that is in --json; needs: bash tools/setup.sh plots",
+    )
+
     scale = commands.add_parser(
         "scale",
         help="what checkpoints cost on thousands of ranks: manifest, reads, sockets; none is started",
@@ -148,7 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     scale.add_argument("--ranks", type=_integers, default=(1024, 4096), help="one or more numbers of ranks")
     scale.add_argument("--zero", type=_integers, default=(1, 3), help="one or more ZeRO stages")
     scale.add_argument("--variant", default="H/14", help="of the model, NAME/PATCH")
-    for command in (data, order, in_order, checkpoint, step, scale):
+    for command in (data, order, in_order, checkpoint, step, inference, scale):
         command.add_argument("--json", type=Path, metavar="OUT.json", help="also write the results there")
     return parser.parse_args(argv)
 
@@ -175,6 +223,40 @@ def bench_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
     from vitscale.bench.checkpoint import CheckpointBench, run
 
     return run(_config(CheckpointBench, arguments), Progress())
+
+
+def bench_inference(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from vitscale import config as configs
+    from vitscale.bench.figures import draw_inference
+    from vitscale.bench.inference import InferenceBench, model_of, run
+    from vitscale.inspection.figures import new_figure, save
+    from vitscale.system import atomic
+    from vitscale.train_config import TrainConfig
+
+    if arguments.plot:
+        atomic.check_writable(arguments.plot, ".png")
+    figure = new_figure(11.0, 4.6) if arguments.plot else None
+    names = arguments.models or ([] if arguments.config else FIGURE12_MODELS)
+    models = {model.variant: model for model in map(model_of, names)}
+    if arguments.config:
+        paths, overrides = configs.divided(arguments.config)
+        loaded = configs.load(TrainConfig, paths, overrides)
+        models[Path(paths[-1]).stem] = loaded.model
+    precision, max_batch = ("bf16", MAX_BATCH_GPU) if torch.cuda.is_available() else ("fp32", MAX_BATCH_CPU)
+    bench = InferenceBench(
+        models=models,
+        sizes=arguments.sizes,
+        precision=arguments.precision or precision,
+        max_batch=max_batch if arguments.max_batch is None else arguments.max_batch,
+        rounds=arguments.rounds,
+    )
+    results = run(bench, arguments.json, lambda done: write(arguments, done), Progress())
+    if figure:
+        draw_inference(figure, results, arguments.sizes)
+        save(figure, arguments.plot)
+    return results
 
 
 def bench_scale(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -290,6 +372,7 @@ COMMANDS = {
     "sorted": bench_sorted,
     "checkpoint": bench_checkpoint,
     "step": bench_step,
+    "inference": bench_inference,
     "scale": bench_scale,
 }
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscale import distributed
+from vitscale.bench import device
 from vitscale.config import positive, to_dict
 from vitscale.data.transforms import AugmentConfig, normalize
 from vitscale.engine.batches import plan_batches
@@ -208,11 +209,11 @@ def measure(
     config: StepBench, build: Callable[[Case], Trainee], progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure the cases in turns, and then each alone that had no room beside the others."""
-    device = distributed.device()
+    where = distributed.device()
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch, 3, *sides(config.model.image_size))
-    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
-    labels = torch.randint(config.model.num_classes, (config.batch, 1), generator=generator).to(device)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(where)
+    labels = torch.randint(config.model.num_classes, (config.batch, 1), generator=generator).to(where)
     turns = _Turns(config, build, images, labels, progress)
     together = turns.measure(config.cases)
     alone: dict[Case, list[float]] = {}
@@ -238,7 +239,7 @@ class _Turns:
 
     def measure(self, cases: Sequence[Case]) -> dict[Case, list[float]]:
         """Seconds of a step in each round, of the cases that memory was enough for."""
-        _free()
+        device.free()
         variant, trainees = self.config.model.variant, dict[Case, Trainee]()
         for case in cases:
             self.progress(f"{variant}: warming up {case}")
@@ -258,7 +259,7 @@ class _Turns:
             trainees[case] = self.build(case)
             for _ in range(WARMUP_STEPS):
                 trainees[case].step(self.images, self.labels)
-            _wait()
+            device.wait()
             self.rows[case] = {"start and warm-up, seconds": time.perf_counter() - began}
         if peak.bytes:
             self.rows[case]["peak memory, GiB"] = peak.bytes / 2**30
@@ -269,11 +270,11 @@ class _Turns:
     ) -> None:
         """Add the seconds of a step in one round, and to the row what the allocator retried."""
         retries = _num_retries()
-        _wait()
+        device.wait()
         began = time.perf_counter()
         for _ in range(self.config.steps):
             trainees[case].step(self.images, self.labels)
-        _wait()
+        device.wait()
         seconds[case].append((time.perf_counter() - began) / self.config.steps)
         if RETRIES in self.rows[case]:
             self.rows[case][RETRIES] += _num_retries() - retries
@@ -292,18 +293,7 @@ class _Turns:
         self.rows[case] = {"failed": "out of memory"}
         if case in trainees:  # else it could not even be built
             trainees.pop(case).close()
-        _free()
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _free() -> None:
-    """Give back what nothing holds any more, also to what allocates beside torch."""
-    gc.collect()
-    torch.cuda.empty_cache()
+        device.free()
 
 
 def _num_retries() -> int:
@@ -344,7 +334,7 @@ def _results(
     results: dict[str, Any] = {
         "model": f"{config.model.variant} at {pixels(config.model.image_size)}",
         "config": to_dict(config.model),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": device.name(),
         "precision": config.precision,
         "images of a step": config.batch,
     }

@@ -10,13 +10,11 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vitscale.bench import step
+from vitscale.bench import device, step
 from vitscale.bench.step import Case, StepBench, every_case
 from vitscale.errors import ConfigError, DataError
 from vitscale.metrics.rows import read_metrics
@@ -87,13 +85,8 @@ def run(
 
     Raises ConfigError for a file of another device or other versions, or of something else.
     """
-    here = {
-        "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "cores": num_cores(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
-    }
-    done = _read(path, here) if path.exists() else here
+    here = machine()
+    done = read("--suite", path, here, SAME) if path.exists() else here
     for name, bench in pieces(variants, batch, wanted).items():
         piece = done.get(name, {})
         if not _holds(piece, bench):
@@ -143,19 +136,34 @@ def end_to_end_config(folder: str, index: str, variant: str, workers: int) -> st
     )
 
 
-def _read(path: Path, here: dict[str, Any]) -> dict[str, Any]:
-    """What a file holds, if it continues here."""
+def machine() -> dict[str, Any]:
+    """What a file says of where it was measured: the device, the software, and how."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "device": device.name(),
+        "cores": num_cores(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
+    }
+
+
+def read(option: str, path: Path, here: Mapping[str, Any], same: Sequence[str]) -> dict[str, Any]:
+    """What a file of results holds, if it continues here.
+
+    option: names the file in errors. here: what is measured now, which `same` says must equal
+    what the file has. Raises ConfigError for any other file.
+    """
     try:
-        done = json.loads(path.read_text(encoding="utf-8"))
+        file = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
-        raise ConfigError(f"--suite {path} cannot be read: {reason}; name a new file") from None
-    if not isinstance(done, dict) or not done.keys() >= set(SAME):
-        raise ConfigError(f"--suite {path} is no file of a suite; name a new one")
-    for name in SAME:
+        raise ConfigError(f"{option} {path} cannot be read: {reason}; name a new file") from None
+    done = file.get("results", file) if isinstance(file, dict) else file
+    if not isinstance(done, dict) or not done.keys() >= set(same):
+        raise ConfigError(f"{option} {path} has no results that can be continued; name a new file")
+    for name in same:
         if done[name] != here[name]:
             raise ConfigError(
-                f"--suite {path} was measured with {name} {done[name]}, and here it is {here[name]}: name a "
+                f"{option} {path} was measured with {name} {done[name]}, and here it is {here[name]}: name a "
                 "new file, into which all is measured again"
             )
     return done
