@@ -67,6 +67,15 @@ def test_each_model_and_size_is_a_row_and_a_file_is_continued(tmp_path: Path) ->
     assert rows_of(out)["shapes at 32 px"]["config"]["depth"] == 2
 
 
+def test_each_row_is_saved_before_the_next_is_measured() -> None:
+    known = list[list[str]]()
+    both = InferenceBench(
+        models={"mu/16": model_of("mu/16")}, sizes=[16, 32], precision="fp32", max_batch=1, rounds=1
+    )
+    inference.run(both, None, lambda done: known.append([name for name in done if " at " in name]), print)
+    assert known == [["mu/16 at 16 px"], ["mu/16 at 16 px", "mu/16 at 32 px"]]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
