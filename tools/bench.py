@@ -160,7 +160,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "again. The largest batch is found on a GPU alone: a CPU would swap.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    inference.add_argument("config", nargs="*", metavar="CONFIG.toml", help="measure its model")
+    inference.add_argument(
+        "config", nargs="*", metavar="CONFIG.toml", help="measure its model alone, or with --models"
+    )
     inference.add_argument(
         "--models", nargs="+", help=f"variants, R50+B/16 too; default: {' '.join(FIGURE12_MODELS)}"
     )
@@ -169,7 +171,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         type=int,
         default=FIGURE12_SIZES,
-        help="of square images, in pixels; a ViT rounds them down to whole patches",
+        help="of square images, in pixels; a ViT rounds them down to whole patches; default: "
+        + " ".join(map(str, FIGURE12_SIZES)),
     )
     inference.add_argument(
         "--max-batch",
