@@ -29,7 +29,7 @@ from vitscale.models.names import (
     their_shapes,
 )
 from vitscale.models.resnet import MAX_STAGES, ROOT_WIDTH, STAGES
-from vitscale.models.vit_config import VARIANTS, ViTConfig
+from vitscale.models.vit_config import VARIANTS, Pool, Variant, ViTConfig
 from vitscale.weights.files import Shapes
 from vitscale.weights.foreign.config_json import EXTRAS, parsed_size, patches_of, stated_size
 from vitscale.weights.foreign.configs import GOOGLE_DEFAULTS
@@ -44,6 +44,8 @@ _UNITS: dict[Dialect, tuple[str, int]] = {
     "linen": ("block{stage}/unit{unit}/conv1/kernel", 1),
     "bit": ("resnet/block{stage}/unit{unit:02d}/a/standardized_conv2d/kernel", 1),
 }
+
+_VARIANT_KEYS = tuple(field.name for field in dataclasses.fields(Variant))
 
 # Tensors of other architectures, by patterns in their names.
 _OTHER_ARCHITECTURES = {
@@ -76,7 +78,7 @@ def deduce_config(
     refuse_other_architectures(shapes)
     given = _given_size(overrides) or _stated_size(dialect, config_json)
     try:
-        values = _sizes(dialect, shapes, given)
+        values = _shape_values(_Tensors(dialect, shapes), given)
     except (IndexError, ZeroDivisionError):
         raise CheckpointError("the shapes of its tensors are not those of a ViT or hybrid") from None
     values |= EXTRAS[dialect](config_json, values) if dialect in EXTRAS else GOOGLE_DEFAULTS
@@ -104,22 +106,9 @@ def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None
             f"{'ResNet' if dialect == 'bit' else 'ViT'}"
         )
     if isinstance(config, ViTConfig) and dialect != "vitscale":
-        for key, allowed in (("posemb", ("learned", "sincos2d")), ("posemb_at", ("input",))):
-            if (value := getattr(config, key)) not in allowed:
-                raise ConfigError(
-                    f"model.{key} {value!r} must be {allowed[0]!r}: models of {dialect} have no other"
-                )
-    expected, ours = their_shapes(dialect, config), our_shapes(config)
+        _check_vit_keys(dialect, config)
+    expected = their_shapes(dialect, config)
     kind = {"vit": "ViT", "hybrid": "hybrid", "resnet": "ResNet"}[config.kind]
-    covered = {name for rule in rules(dialect, config) for name in rule.ours}
-    if isinstance(config, ViTConfig) and covered - set(ours):
-        raise ConfigError(
-            f"model.posemb {config.posemb!r} must be 'learned': the file has position embeddings"
-        )
-    if isinstance(config, ViTConfig) and config.distilled and "dist_token" not in covered:
-        raise ConfigError("model.distilled must be false: the file has no distillation token")
-    if isinstance(config, ViTConfig) and set(ours) - covered:
-        raise ConfigError(f"model.num_registers {config.num_registers} must be 0: the file has no registers")
     for name in shapes:
         if name not in expected:
             raise CheckpointError(
@@ -132,6 +121,25 @@ def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None
             raise CheckpointError(
                 f"{name} is {shapes[name]}, but {shape} in the model that the other tensors describe"
             )
+
+
+def _check_vit_keys(dialect: Dialect, config: ViTConfig) -> None:
+    """Raise ConfigError for keys that make parameters which the dialect does not have."""
+    for key, allowed in (("posemb", ("learned", "sincos2d")), ("posemb_at", ("input",))):
+        if (value := getattr(config, key)) not in allowed:
+            raise ConfigError(
+                f"model.{key} {value!r} must be {allowed[0]!r}: models of {dialect} have no other"
+            )
+    ours = our_shapes(config).keys()
+    covered = {name for rule in rules(dialect, config) for name in rule.ours}
+    if covered - ours:
+        raise ConfigError(
+            f"model.posemb {config.posemb!r} must be 'learned': the file has position embeddings"
+        )
+    if config.distilled and "dist_token" not in covered:
+        raise ConfigError("model.distilled must be false: the file has no distillation token")
+    if ours - covered:
+        raise ConfigError(f"model.num_registers {config.num_registers} must be 0: the file has no registers")
 
 
 def refuse_other_architectures(names: Iterable[str]) -> None:
@@ -169,53 +177,83 @@ def _stated_size(dialect: Dialect, config_json: Mapping[str, Any]) -> ImageSize:
     return (parsed_size(stated[1]) if stated else None) or 0
 
 
-def _sizes(dialect: Dialect, shapes: Shapes, given: ImageSize) -> Values:
-    """The keys of [model] that follow from the shapes. given: the image size; 0 = unknown."""
-    names = one_to_one_names(dialect, distilled=True)
-    distilled = names.get("dist_token") in shapes
-    names = names if distilled else one_to_one_names(dialect)
+class _Tensors:
+    """The shapes of a dialect's tensors by our names, where both keep a tensor as one."""
 
-    def shape(ours: str) -> tuple[int, ...]:
-        if names[ours] not in shapes:
-            raise CheckpointError(f"there is no {names[ours]}: these are not all the weights of a ViT")
-        return shapes[names[ours]]
+    def __init__(self, dialect: Dialect, shapes: Shapes) -> None:
+        names = one_to_one_names(dialect, distilled=True)
+        self.distilled = names.get("dist_token") in shapes
+        self.names = names if self.distilled else one_to_one_names(dialect)
+        self.dialect: Dialect = dialect
+        self.shapes = shapes
 
-    def length(ours: str) -> int:
+    def has(self, ours: str) -> bool:
+        return self.names.get(ours) in self.shapes
+
+    def shape(self, ours: str) -> tuple[int, ...]:
+        """Raises CheckpointError if there is no such tensor."""
+        if not self.has(ours):
+            raise CheckpointError(f"there is no {self.names[ours]}: these are not all the weights of a ViT")
+        return self.shapes[self.names[ours]]
+
+    def length(self, ours: str) -> int:
         """Of a vector; 0 if there is none."""
-        return shape(ours)[0] if names.get(ours) in shapes else 0
+        return self.shape(ours)[0] if self.has(ours) else 0
 
-    has_probe, has_token = (names.get(ours) in shapes for ours in ("attn_pool.probe", "cls_token"))
-    pool = "map" if has_probe else "token" if has_token else "mean"
-    kernel, width = shape("patch_embed.proj.weight"), shape("patch_embed.proj.bias")[0]
-    stem, channels, stride = _stem_values(dialect, shapes), 3, 1
-    if len(kernel) == 4:
-        channels = kernel[2 if dialect in FLAX_DIALECTS else 1]
-    if stem:
-        stride = stem_stride(stem["stem_stages"])
-    else:
-        _check_channels(names["patch_embed.proj.weight"], channels)
+
+def _shape_values(tensors: _Tensors, given: ImageSize) -> Values:
+    """The keys of [model] that follow from the shapes. given: the image size; 0 = unknown.
+
+    Raises CheckpointError for what is missing or does not fit, and IndexError or
+    ZeroDivisionError for tensors of fewer axes, or of no elements, where a ViT has some.
+    """
     values: Values = {
-        **stem,
-        "width": width,
-        "mlp_dim": shape("blocks.0.mlp.fc1.bias")[0],
-        "depth": _count_blocks(names["blocks.0.mlp.fc1.bias"], shapes),
-        "patch_size": stride * math.isqrt(math.prod(kernel) // (channels * width)),
-        "num_classes": length("head.bias"),
-        "num_registers": shape("reg_token")[1] if names.get("reg_token") in shapes else 0,
-        "representation_size": length("pre_logits.bias"),
-        "pool": pool,
+        **_patch_values(tensors),
+        "depth": _count_blocks(tensors.names["blocks.0.mlp.fc1.bias"], tensors.shapes),
+        "mlp_dim": tensors.shape("blocks.0.mlp.fc1.bias")[0],
+        "num_classes": tensors.length("head.bias"),
+        "num_registers": tensors.shape("reg_token")[1] if tensors.has("reg_token") else 0,
+        "representation_size": tensors.length("pre_logits.bias"),
+        "pool": _pool(tensors),
     }
-    if distilled:
+    if tensors.distilled:
         values["distilled"] = True
-    if dialect in FLAX_DIALECTS:
-        values["num_heads"] = shape("blocks.0.attn.proj.weight")[0]
-    if dialect == "big_vision" and names["pos_embed"] not in shapes:
+    if tensors.dialect in FLAX_DIALECTS:
+        values["num_heads"] = tensors.shape("blocks.0.attn.proj.weight")[0]
+    return values | _position_values(tensors, values, given)
+
+
+def _pool(tensors: _Tensors) -> Pool:
+    if tensors.has("attn_pool.probe"):
+        return "map"
+    return "token" if tensors.has("cls_token") else "mean"
+
+
+def _patch_values(tensors: _Tensors) -> Values:
+    """The keys of [model] of the patch embedding, and of its stem, if it has one."""
+    name = tensors.names["patch_embed.proj.weight"]
+    kernel, width = tensors.shape("patch_embed.proj.weight"), tensors.shape("patch_embed.proj.bias")[0]
+    stem = _stem_values(tensors.dialect, tensors.shapes)
+    channels = 3
+    if len(kernel) == 4:  # ours is a linear layer, [D, C P P], which does not say C
+        channels = kernel[2 if tensors.dialect in FLAX_DIALECTS else 1]
+    if not stem:
+        _check_channels(name, channels)
+    stride = stem_stride(stem["stem_stages"]) if stem else 1
+    side = math.isqrt(math.prod(kernel) // (channels * width))  # places to a side of a patch
+    return {**stem, "width": width, "patch_size": stride * side}
+
+
+def _position_values(tensors: _Tensors, values: Values, given: ImageSize) -> Values:
+    """The keys of [model] that follow from the position embeddings, or from their absence."""
+    name = tensors.names["pos_embed"]
+    if tensors.dialect == "big_vision" and not tensors.has("pos_embed"):
         logger.warning("no position embedding: assuming sincos2d; give model.image_size=N if it is not 224")
-        return values | {"posemb": "sincos2d"}
-    num_tokens = shape("pos_embed")[1]
-    num_patches = num_tokens - (pool == "token" and dialect != "big_vision") - distilled
-    size = _image_size(num_patches, values["patch_size"], names["pos_embed"], given)
-    return values | {"image_size": size}
+        return {"posemb": "sincos2d"}
+    num_patches = tensors.shape("pos_embed")[1] - tensors.distilled
+    if values["pool"] == "token" and tensors.dialect != "big_vision":
+        num_patches -= 1  # the class token's position
+    return {"image_size": _image_size(num_patches, values["patch_size"], name, given)}
 
 
 def _stem_values(dialect: Dialect, shapes: Shapes) -> Values:
@@ -276,7 +314,10 @@ def _count_blocks(first: str, shapes: Shapes) -> int:
 
 
 def _image_size(num_patches: int, patch_size: int, name: str, given: ImageSize) -> ImageSize:
-    """That of so many patches: as given, if it is no square and has as many; else a square."""
+    """Of images of so many patches: `given`, if it is no square and fits, else a square's.
+
+    name: of the position embeddings. Raises CheckpointError if no square has so many patches.
+    """
     if isinstance(given, tuple) and patches_of(given, patch_size) == num_patches:
         return given
     side = math.isqrt(max(0, num_patches))
@@ -321,23 +362,30 @@ def _ask(key: str, meaning: str, overrides: Sequence[str]) -> None:
 
 
 def _with_variant(values: Values) -> Values:
-    """The same values with the sizes as one of our variants, if one has them."""
-    sizes = {key: values[key] for key in ("width", "depth", "mlp_dim", "num_heads")}
-    named = [name for name, variant in VARIANTS.items() if dataclasses.asdict(variant) == sizes]
+    """The same values, with a variant in place of the sizes that it stands for, if one does."""
     if values.get("kind") == "hybrid":
-        return _with_hybrid_variant(values, [*sizes, "patch_size"], named)
-    rest = {key: value for key, value in values.items() if key not in (*sizes, "patch_size")}
-    if named:
-        return {"variant": f"{named[0]}/{values['patch_size']}", **rest}
-    return {"variant": f"B/{values['patch_size']}", **sizes, **rest}
+        return _with_hybrid_variant(values)
+    name = _variant_name(values)
+    replaced = (*_VARIANT_KEYS, "patch_size") if name else ("patch_size",)
+    return {"variant": f"{name or 'B'}/{values['patch_size']}", **_without(values, replaced)}
 
 
-def _with_hybrid_variant(values: Values, sizes: list[str], named: list[str]) -> Values:
-    """As _with_variant. sizes: a ViT's keys. named: what VARIANTS calls them, if it does."""
+def _with_hybrid_variant(values: Values) -> Values:
+    name = _variant_name(values)
     stem = Stem(tuple(values["stem_stages"]), values["patch_size"])
-    stems = [key for key, known in STEMS.items() if known == stem and values["stem_width"] == ROOT_WIDTH]
-    if not (named and stems):
+    stem_name = next((key for key, known in STEMS.items() if known == stem), "")
+    if not name or not stem_name or values["stem_width"] != ROOT_WIDTH:
         return {"variant": "R+B/16", **values}
-    name, number = stems[0].split("/")
-    rest = {key: value for key, value in values.items() if key not in (*sizes, "stem_width", "stem_stages")}
-    return {"variant": f"{name}+{named[0]}/{number}", **rest}
+    root, _, number = stem_name.partition("/")
+    replaced = (*_VARIANT_KEYS, "patch_size", "stem_width", "stem_stages")
+    return {"variant": f"{root}+{name}/{number}", **_without(values, replaced)}
+
+
+def _variant_name(values: Values) -> str:
+    """What VARIANTS calls a ViT of these sizes; "" if it has none."""
+    sizes = tuple(values[key] for key in _VARIANT_KEYS)
+    return next((name for name, known in VARIANTS.items() if dataclasses.astuple(known) == sizes), "")
+
+
+def _without(values: Values, keys: Sequence[str]) -> Values:
+    return {key: value for key, value in values.items() if key not in keys}
