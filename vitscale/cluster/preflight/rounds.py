@@ -38,7 +38,7 @@ def ask(slots: Mapping[str, int], words: Sequence[str], environment: Mapping[str
 
     words: paths and overrides, as for launch/train.py.
     """
-    hosts = [_Host(name) for name in slots]
+    hosts = [_Host(name, count) for name, count in slots.items()]
     try:
         for place, host in enumerate(hosts):
             host.write(
@@ -50,34 +50,23 @@ def ask(slots: Mapping[str, int], words: Sequence[str], environment: Mapping[str
                 }
             )
         values: list[Any] = []
-        while any(host.asked for host in hosts):
+        while any(host.answer is None for host in hosts):
             limit = CHECK_SECONDS if CHECKING in values else ROUND_SECONDS
             values = [host.read(limit) for host in hosts]
             for host in hosts:
                 host.write(values)
-        return [
-            _answer(host, number, value)
-            for host, number, value in zip(hosts, slots.values(), values, strict=True)
-        ]
+        return [host.answer for host in hosts if host.answer]
     finally:
         for host in hosts:
             host.close()
 
 
-def _answer(host: "_Host", slots: int, value: Any) -> Answer:
-    if not isinstance(value, dict):
-        return Answer(name=host.name, slots=slots, trouble=host.trouble, unreachable=host.unreachable)
-    facts = dataclasses.replace(facts_of(value), clock=value["clock"] - host.heard)
-    return Answer(name=host.name, slots=slots, facts=facts)
-
-
 class _Host:
-    """The program on another host. asked: whether more is expected of it."""
+    """The program on another host. answer: None while more lines are expected of it."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.asked, self.unreachable, self.trouble = True, False, ""
-        self.heard = 0.0  # when its last line came
+    def __init__(self, name: str, slots: int) -> None:
+        self.name, self.slots = name, slots
+        self.answer: Answer | None = None
         python = shlex.quote(sys.executable)
         command = (
             f"cd {shlex.quote(str(ROOT))} 2>/dev/null && test -f launch/preflight.py || exit {NO_CHECKOUT}; "
@@ -90,14 +79,15 @@ class _Host:
             stderr=subprocess.PIPE,
             text=True,
         )
+        # Its lines, each with the time at which it came; "" follows the last one.
         self._lines: queue.Queue[tuple[float, str]] = queue.Queue()
-        self._complaint = ""
-        threading.Thread(target=self._listen, daemon=True).start()
-        self._stderr = threading.Thread(target=self._listen_to_errors, daemon=True)
-        self._stderr.start()
+        self._errors = ""
+        threading.Thread(target=self._read_lines, daemon=True).start()
+        self._errors_reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._errors_reader.start()
 
     def write(self, value: Any) -> None:
-        if not self.asked:
+        if self.answer:
             return
         try:
             assert self._process.stdin
@@ -108,67 +98,64 @@ class _Host:
 
     def read(self, limit: float) -> Any:
         """Its value of this round; None if it has no more, or none in limit seconds."""
-        if not self.asked:
+        if self.answer:
             return None
         try:
-            self.heard, line = self._lines.get(timeout=limit)
+            came_at, line = self._lines.get(timeout=limit)
         except queue.Empty:
-            self.unreachable = True
-            self._fail(f"{self.name} did not answer for {limit:.0f} s; look at what keeps it busy")
+            sentence = f"{self.name} did not answer for {limit:.0f} s; look at what keeps it busy"
+            self._fail(sentence, unreachable=True)
             return None
         if not line:
-            self._ended()
+            self._fail_because_it_ended()
             return None
         value = json.loads(line)
-        if isinstance(value, dict):
-            self.asked = False
+        if isinstance(value, dict):  # its facts, after the last round
+            facts = facts_of(value)
+            facts = dataclasses.replace(facts, clock=facts.clock - came_at)
+            self.answer = Answer(name=self.name, slots=self.slots, facts=facts)
         return value
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
 
-    def _ended(self) -> None:
+    def _fail(self, sentence: str, *, unreachable: bool) -> None:
+        self.answer = Answer(name=self.name, slots=self.slots, trouble=sentence, unreachable=unreachable)
+
+    def _fail_because_it_ended(self) -> None:
         status = self._process.wait()
-        self._stderr.join(1)
-        said = self._complaint.strip().splitlines()
-        last = said[-1] if said else f"status {status}"
-        if status == SSH_FAILED:
-            self.unreachable = True
-            self._fail(
-                f"{self.name} cannot be reached by ssh: {last}; `ssh {self.name} hostname` must work here "
-                "without a password"
-            )
-        elif status == NO_CHECKOUT:
-            self._fail(
-                f"{self.name} has no checkout of vitscale at {ROOT}; it must be at the same path on all hosts"
-            )
-        elif status == NO_PYTHON:
-            self._fail(f"{self.name} has no {sys.executable}; run bash tools/setup.sh in {ROOT} there")
-        else:
-            self._fail(f"{self.name}: launch/preflight.py ended there with status {status}: {last}")
+        self._errors_reader.join(1)
+        errors = self._errors.strip().splitlines()
+        last = errors[-1] if errors else f"status {status}"
+        sentences = {
+            SSH_FAILED: f"{self.name} cannot be reached by ssh: {last}; `ssh {self.name} hostname` must work "
+            "here without a password",
+            NO_CHECKOUT: f"{self.name} has no checkout of vitscale at {ROOT}; it must be at the same path on "
+            "all hosts",
+            NO_PYTHON: f"{self.name} has no {sys.executable}; run bash tools/setup.sh in {ROOT} there",
+        }
+        otherwise = f"{self.name}: launch/preflight.py ended there with status {status}: {last}"
+        self._fail(sentences.get(status, otherwise), unreachable=status == SSH_FAILED)
 
-    def _fail(self, sentence: str) -> None:
-        self.asked, self.trouble = False, sentence
-
-    def _listen(self) -> None:
+    def _read_lines(self) -> None:
         assert self._process.stdout
         for line in self._process.stdout:
             if line.startswith(MARK):  # and no login banner
                 self._lines.put((time.time(), line.removeprefix(MARK)))
         self._lines.put((time.time(), ""))
 
-    def _listen_to_errors(self) -> None:
+    def _read_errors(self) -> None:
         assert self._process.stderr
         for line in self._process.stderr:
-            self._complaint += line
+            self._errors += line
 
 
 def answer_asker() -> int:
     """The other end of ask(), on each host. Returns an exit status."""
     question = json.loads(sys.stdin.readline())
     os.environ.update(question["environment"])
-    lines, sys.stdout = sys.stdout, sys.stderr
+    lines, sys.stdout = sys.stdout, sys.stderr  # nothing else that is printed comes between the lines
 
     def gather(value: Any) -> list[Any]:
         lines.write(f"{MARK}{json.dumps(value)}\n")
@@ -194,7 +181,8 @@ def among_ranks(words: Sequence[str]) -> list[Answer]:
 
     distributed.initialize(gpu=False)  # with NCCL, a host without its GPUs would be waited for
     rows = collect(words, distributed.rank(), distributed.world_size(), distributed.gather_json)
-    now, firsts = time.time(), distributed.gather_json(distributed.local_rank() == 0)
+    now = time.time()
+    firsts = distributed.gather_json(distributed.local_rank() == 0)
     return by_host([facts_of(row) for row in rows], firsts, now)
 
 
@@ -205,18 +193,22 @@ def by_host(rows: Sequence[Facts], firsts: Sequence[bool], now: float) -> list[A
     epoch, from which their clocks are counted.
     """
     answers: list[Answer] = []
-    place: dict[str, int] = {}  # in the answers, of a host: its ranks need not be neighbours
+    newest: dict[str, int] = {}  # by name, a host's place in answers: its ranks need not be neighbours
     for facts, first in zip(rows, firsts, strict=True):
         if first:
+            newest[facts.host] = len(answers)
             facts = dataclasses.replace(facts, clock=facts.clock - now)
-            place[facts.host] = len(answers)
             answers.append(Answer(name=facts.host, slots=1, facts=facts))
-            continue
-        host = answers[place[facts.host]]
-        assert host.facts
-        gpus = host.facts.gpus
-        if len(facts.gpus) == 1 and len(gpus) == host.slots:  # each rank sees its own alone
-            gpus += facts.gpus
-        whole = dataclasses.replace(host.facts, gpus=gpus)
-        answers[place[facts.host]] = dataclasses.replace(host, slots=host.slots + 1, facts=whole)
+        else:
+            place = newest[facts.host]
+            answers[place] = _with_rank(answers[place], facts)
     return answers
+
+
+def _with_rank(host: Answer, rank: Facts) -> Answer:
+    """A host with one more of its ranks."""
+    assert host.facts
+    gpus = host.facts.gpus
+    if len(rank.gpus) == 1 and len(gpus) == host.slots:  # each rank sees its own GPU alone
+        gpus += rank.gpus
+    return dataclasses.replace(host, slots=host.slots + 1, facts=dataclasses.replace(host.facts, gpus=gpus))
