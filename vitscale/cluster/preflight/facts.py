@@ -48,7 +48,7 @@ def collect(words: Sequence[str], place: int, world_size: int, gather: Gather) -
     gather("ready")
     with _probed(config) as probe:
         facts = _looked(facts, probe, gather)
-        facts = speed.measured(facts, place, gather)
+        facts = speed.with_speed(facts, place, gather)
     gather(CHECKING)
     if place == 0 and job and not facts.errors:
         try:

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -48,31 +48,46 @@ def leads_to_loopback(name: str) -> bool:
         return False
 
 
-def measured(facts: Facts, place: int, gather: Callable[[Any], list[Any]]) -> Facts:
+class _Listener(NamedTuple):
+    """Where a host takes a connection."""
+
+    host: str
+    address: str
+    port: int
+
+
+def with_speed(facts: Facts, place: int, gather: Callable[[Any], list[Any]]) -> Facts:
     """The facts with the speed from the host before this one; every host calls it at once.
 
     Each host sends to the next and the last to the first, so that the time is the same for any
     number of hosts.
     """
     family = socket.AF_INET6 if ":" in facts.address else socket.AF_INET
+    speed, refused = 0.0, ""
     with socket.socket(family) as listener:
-        listener.settimeout(TIMEOUT_SECONDS + SECONDS)
-        try:
-            listener.bind((facts.address, 0))
-            listener.listen()
-            own = [facts.host, facts.address, listener.getsockname()[1]]
-        except OSError:
-            own = None
-        others = gather(own)
-        receiver = _Receiver(listener)
-        refused = ""
-        if own and len(others) > 1:
+        own = _listen(listener, facts)
+        listeners = gather(own)
+        later_and_earlier = (*listeners[place + 1 :], *listeners[:place])
+        following = next((_Listener(*other) for other in later_and_earlier if other), None)
+        if own and following:
+            receiver = _Receiver(listener)
             receiver.start()
-            following = [other for other in (*others[place + 1 :], *others[:place]) if other]
-            refused = _send(facts, *following[0]) if following else ""
+            refused = _send(facts.host, following)
             receiver.join()
-        gather("measured")
-    return dataclasses.replace(facts, speed=receiver.speed, refused=refused)
+            speed = receiver.speed
+        gather("measured")  # all listen until all have sent
+    return dataclasses.replace(facts, speed=speed, refused=refused)
+
+
+def _listen(listener: socket.socket, facts: Facts) -> _Listener | None:
+    """Listen at the host's address; None if that is impossible."""
+    listener.settimeout(TIMEOUT_SECONDS + SECONDS)
+    try:
+        listener.bind((facts.address, 0))
+        listener.listen()
+        return _Listener(facts.host, facts.address, listener.getsockname()[1])
+    except OSError:
+        return None
 
 
 class _Receiver(threading.Thread):
@@ -93,19 +108,19 @@ class _Receiver(threading.Thread):
                     received += len(piece)
                 self.speed = received / (time.monotonic() - began)
         except OSError:
-            pass  # the sender tells
+            pass  # the sender says why
 
 
-def _send(facts: Facts, host: str, address: str, port: int) -> str:
-    """Send for a while. Returns why it was impossible; "" if it was not."""
+def _send(sender: str, to: _Listener) -> str:
+    """Send for a while. Returns why it was impossible; "" if it was not. sender: its name."""
     try:
-        with socket.create_connection((address, port), TIMEOUT_SECONDS) as connection:
+        with socket.create_connection((to.address, to.port), TIMEOUT_SECONDS) as connection:
             deadline = time.monotonic() + SECONDS
             while time.monotonic() < deadline:
                 connection.sendall(PIECE)
     except OSError as error:
         return (
-            f"{facts.host} cannot connect to {host} at {address}: {error}; let the hosts reach one another "
+            f"{sender} cannot connect to {to.host} at {to.address}: {error}; let the hosts reach one another "
             "on all ports, and set GLOO_SOCKET_IFNAME to the interface of an address that they share"
         )
     return ""
