@@ -44,53 +44,60 @@ def collect(words: Sequence[str], place: int, world_size: int, gather: Gather) -
     first one also looks for what a rank would find at the start: shards, batch plan, what is in
     the run directory.
     """
-    facts, config, job = _own(words, world_size)
+    reading = _read(words, world_size)
+    facts = _own_facts(reading)
     gather("ready")
-    with _probed(config) as probe:
-        facts = _looked(facts, probe, gather)
+    with _probed(reading.config) as probe:
+        facts = _with_run_dir(facts, probe, gather)
         facts = speed.with_speed(facts, place, gather)
     gather(CHECKING)
-    if place == 0 and job and not facts.errors:
+    if place == 0 and reading.job and not facts.errors:
         try:
-            _at_start(job)
+            _check_start(reading.job)
         except UserError as error:
-            facts = _failing(facts, error)
+            facts = _with_error(facts, error)
     gather("checked")  # so that all look at their clocks at the same time
     return gather(dataclasses.asdict(dataclasses.replace(facts, clock=time.time())))
 
 
-def _looked(facts: Facts, probe: "_Probe", gather: Gather) -> Facts:
-    """The facts with what this host sees in the run directory."""
-    tokens = gather(probe.token)
-    seen = sum(bool(token) and (probe.folder / token).exists() for token in tokens)
-    gather("looked")
-    if not probe.token:
-        return dataclasses.replace(facts, errors=facts.errors + probe.errors)
-    (probe.folder / probe.token).unlink(missing_ok=True)
-    free = shutil.disk_usage(probe.folder).free
-    return dataclasses.replace(facts, run_dir=str(probe.folder), shared=probe.shared, saw=seen, free=free)
+@dataclasses.dataclass(kw_only=True)
+class _Reading:
+    """What the config gives on this host, up to the error that ended the reading, if any.
+
+    config_digest, index_digest: xxh3, in hex. shm_needed: bytes of /dev/shm per process.
+    """
+
+    config: TrainConfig | None = None
+    config_digest: str = ""
+    index_digest: str = ""
+    job: Job | None = None
+    shm_needed: int = 0
+    error: UserError | None = None
 
 
-def _failing(facts: Facts, error: UserError) -> Facts:
-    is_down = facts.store_is_down or isinstance(error, StoreDown)
-    return dataclasses.replace(facts, errors=(*facts.errors, str(error)), store_is_down=is_down)
-
-
-def _own(words: Sequence[str], world_size: int) -> tuple[Facts, TrainConfig | None, Job | None]:
-    """What needs no other host; the config, if it can be read, and the job, if that fits."""
-    errors, failure, config, job, digest, index, shm_needed = [], None, None, None, "", "", 0
+def _read(words: Sequence[str], world_size: int) -> _Reading:
+    reading = _Reading()
     try:
-        config = configs.load(TrainConfig, *configs.divided(words))
-        digest = xxhash.xxh3_64(configs.to_toml(config).encode()).hexdigest()
+        reading.config = config = configs.load(TrainConfig, *configs.divided(words))
+        reading.config_digest = _digest(configs.to_toml(config))
         sources = open_sources(config.data)
-        fingerprints = " ".join(source.fingerprint() for source in sources)
-        index = xxhash.xxh3_64(fingerprints.encode()).hexdigest()
-        job = derive(config, world_size, sources)
-        shm_needed = shared_memory.needed(config, world_size, open_tasks(job))
-        if shm_needed:
+        reading.index_digest = _digest(" ".join(source.fingerprint() for source in sources))
+        reading.job = derive(config, world_size, sources)
+        reading.shm_needed = shared_memory.needed(config, world_size, open_tasks(reading.job))
+        if reading.shm_needed:
             check_sockets()
     except UserError as error:
-        failure = error
+        reading.error = error
+    return reading
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh3_64(text.encode()).hexdigest()
+
+
+def _own_facts(reading: _Reading) -> Facts:
+    """What needs no other host."""
+    errors: list[str] = []
     if interface := speed.missing_interface():
         errors.append(
             f"GLOO_SOCKET_IFNAME names {interface}, and this host has no such network interface; set it to "
@@ -108,16 +115,34 @@ def _own(words: Sequence[str], world_size: int) -> tuple[Facts, TrainConfig | No
         python=platform.python_version(),
         versions=_versions(),
         code=_code_digest(),
-        config=digest,
-        index=index,
+        config=reading.config_digest,
+        index=reading.index_digest,
         errors=tuple(errors),
         cores=num_cores(),
         shm_free=shared_memory.free(),
-        shm_needed=shm_needed,
+        shm_needed=reading.shm_needed,
         open_files=hard if hard != resource.RLIM_INFINITY else -1,
         gpus=_gpus(),
     )
-    return _failing(facts, failure) if failure else facts, config, job
+    return _with_error(facts, reading.error) if reading.error else facts
+
+
+def _with_error(facts: Facts, error: UserError) -> Facts:
+    is_down = facts.store_is_down or isinstance(error, StoreDown)
+    return dataclasses.replace(facts, errors=(*facts.errors, str(error)), store_is_down=is_down)
+
+
+def _with_run_dir(facts: Facts, probe: "_Probe", gather: Gather) -> Facts:
+    """The facts with what this host sees in the run directory."""
+    tokens = gather(probe.token)
+    seen = sum(bool(token) and (probe.folder / token).exists() for token in tokens)
+    gather("looked")  # no probe is removed before all have looked
+    if not probe.token:
+        return dataclasses.replace(facts, errors=facts.errors + probe.errors)
+    # Before the next round: the host that made the folder can remove it only if it is empty.
+    (probe.folder / probe.token).unlink(missing_ok=True)
+    free = shutil.disk_usage(probe.folder).free
+    return dataclasses.replace(facts, run_dir=str(probe.folder), shared=probe.shared, saw=seen, free=free)
 
 
 def _versions() -> dict[str, str]:
@@ -161,7 +186,7 @@ def _probed(config: TrainConfig | None) -> Iterator[_Probe]:
         yield _Probe(Path())
         return
     folder = Path(config.run_dir).absolute()
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     token = f"{PROBE}{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,13 +199,13 @@ def _probed(config: TrainConfig | None) -> Iterator[_Probe]:
         yield _Probe(folder, token, shared=not config.checkpoint.store)
     finally:
         (folder / token).unlink(missing_ok=True)
-        for place in made:
+        for path in made:
             with suppress(OSError):  # another host has removed it
-                place.rmdir()
+                path.rmdir()
 
 
-def _at_start(job: Job) -> None:
-    """Raise what the first rank would."""
+def _check_start(job: Job) -> None:
+    """Raise what the first rank would raise at the start."""
     config = job.config
     check_sources(job.sources)
     check_run_dir(job)
