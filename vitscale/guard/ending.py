@@ -19,6 +19,7 @@ Schedulers decide by this file: launchers return 0, 1, 143 and others for the sa
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import logging
@@ -55,6 +56,14 @@ _EXIT_STATUS: dict[State, int | None] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a rank fails: what a user should read, and whether this rank tells it."""
+
+    error: BaseException
+    told_here: bool
+
+
 class Ending:
     """One start of a run, until it ends; every rank enters it, within the run's lock.
 
@@ -70,7 +79,7 @@ class Ending:
         self.lost: Callable[[float], RankLost | None] = lambda _: None
         self._folder, self._total_steps = Path(run_dir), total_steps
         self._token = ""
-        self._noted: tuple[BaseException, bool] | None = None
+        self._failure: Failure | None = None  # the first one of this rank
         self._noting = threading.Lock()
 
     def __enter__(self) -> "Ending":
@@ -81,24 +90,30 @@ class Ending:
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         if error is None:
             return
-        cause, tells = self.note(error)
-        if not tells and not _is_shared(cause):
+        failure = self.note(error)
+        cause = failure.error
+        if not failure.told_here and not _is_shared(cause):
             raise Told from error
         if cause is not error:
             raise cause from cause.__cause__  # without what closing the run raised after it
 
-    def note(self, error: BaseException) -> tuple[BaseException, bool]:
+    def note(self, error: BaseException) -> Failure:
         """Note that this rank fails; later errors are taken for consequences of the first one.
 
-        Returns what a user should read, and whether this rank tells it.
+        If this rank tells the failure, status.json has it too.
         """
         with self._noting:  # a thread may end the process while the trainer notes
-            if not self._noted:
+            if not self._failure:
                 cause = self._cause(error)
                 if cause is not error:
                     cause.__cause__ = error
-                self._noted = cause, self._is_told_here(cause)
-            return self._noted
+                is_first = self._is_first()
+                # What all ranks raise alike, rank 0 tells, whichever of them came first.
+                told_here = distributed.is_main() if _is_shared(cause) else is_first
+                if told_here:
+                    self._write_failed(cause)
+                self._failure = Failure(cause, told_here)
+            return self._failure
 
     def tell(self, error: BaseException, details: str = "") -> int:
         """Print why this process ends, for the thread that ends it; returns its exit status.
@@ -106,30 +121,23 @@ class Ending:
         If this rank has failed before, that is why: it hangs while it closes the run. Nothing
         is printed where another rank tells the cause. details: to print after the error.
         """
-        notes: list[tuple[BaseException, bool]] = []
-        thread = threading.Thread(target=lambda: notes.append(self.note(error)), daemon=True)
+        noted: list[Failure] = []
+        thread = threading.Thread(target=lambda: noted.append(self.note(error)), daemon=True)
         thread.start()
         thread.join(NOTE_SECONDS)
-        cause, tells = notes[0] if notes else (error, True)  # rather twice than never
-        if tells:
-            lines = [f"error: {_sentence(cause)}", *([details] if details and cause is error else [])]
+        failure = noted[0] if noted else Failure(error, told_here=True)  # rather twice than never
+        if failure.told_here:
+            lines = [f"error: {_sentence(failure.error)}"]
+            if details and failure.error is error:
+                lines.append(details)
             print("\n".join(lines), file=sys.stderr, flush=True)
-        return status_of(cause)
+        return status_of(failure.error)
 
-    def _is_told_here(self, error: BaseException) -> bool:
-        """Whether this rank, the first that fails, reports the error; status.json then has it.
-
-        What all ranks raise alike, rank 0 reports.
-        """
-        told_here = self._is_first()
-        if _is_shared(error):
-            told_here = distributed.is_main()
-        if told_here:
-            with contextlib.suppress(OSError):  # a full disk may be the very cause
-                step, total, status = self.progress.step, self._total_steps, status_of(error)
-                diverged = isinstance(error, Diverged)
-                write(self._folder, "failed", step, total, _sentence(error), status, diverged=diverged)
-        return told_here
+    def _write_failed(self, error: BaseException) -> None:
+        with contextlib.suppress(OSError):  # a full disk may be the very cause
+            step, total, status = self.progress.step, self._total_steps, status_of(error)
+            diverged = isinstance(error, Diverged)
+            write(self._folder, "failed", step, total, _sentence(error), status, diverged=diverged)
 
     def _begin(self) -> None:
         """Leave a note for the first rank that fails, in the folder of each node."""
@@ -154,7 +162,11 @@ class Ending:
         return killed_worker(error, distributed.rank()) or error
 
     def _is_first(self) -> bool:
-        """Whether no rank of this start has failed before, and no other start has begun."""
+        """Whether no rank of this start has failed before, and no other start has begun.
+
+        Of all ranks that share a folder one alone can rename the note of _begin, even if they
+        fail at the same time.
+        """
         try:
             os.rename(self._folder / f"{_BEGUN}{self._token}", self._folder / f"{_CAUSE}{self._token}")
         except FileNotFoundError:
