@@ -40,11 +40,14 @@ def test_labels_that_are_not_whole_numbers_from_0_are_refused(extension: str, co
         read_labels(Choice("jpg", extension), content, DEFAULT_KEYS)
 
 
-def test_for_an_index_of_version_2_an_empty_list_remains_damage() -> None:
+def test_for_an_index_of_version_2_an_empty_list_and_a_number_in_quotes_remain_damage() -> None:
     strict = SampleKeys(strict=True)
     assert read_labels(Choice("jpg", "json"), b"[4]", strict) == (4,)
     with pytest.raises(LabelError, match="no field labels"):
         read_labels(Choice("jpg", "json"), b"[]", strict)
+    with pytest.raises(LabelError, match="not a whole number"):
+        read_labels(Choice("jpg", "json"), b'["4"]', strict)
+    assert read_labels(Choice("jpg", "json"), b'["4"]', DEFAULT_KEYS) == (4,)
 
 
 def test_keys_end_at_the_first_dot_of_the_file_name() -> None:

@@ -36,8 +36,10 @@ class SampleKeys:
                 KEY.json; a/b is the field b of the object a. "json" itself stands for the whole
                 content, or its field labels, label or cls.
     classes:    labels by class name, for labels that are written as names.
-    strict:     the meaning of indexes of version 2: a sample has exactly one image, one label
-                file, and no other file but KEY.txt, or it cannot be used.
+    strict:     the meaning of indexes of version 2, so that a run on one continues on the same
+                samples. A sample with other files than one image, one label file and KEY.txt
+                cannot be used; files without a key make such samples; KEY.json must hold
+                labels, and a number in quotes is none. image_key and label_key do not count.
 
     Raises ConfigError for keys that name nothing.
     """
@@ -142,7 +144,8 @@ def group(
             files.append((extension, member.data))
     except TarDamage as damage:
         sample = _assemble(key, files, keys, passed_over)
-        # Unless it has the first choice of labels, the damage may hide a better one.
+        # Unless it has the first choice of labels, the damage may hide a better one. Strictly,
+        # there is no choice.
         is_whole = keys.strict or keys.labels[0] in dict(files)
         if isinstance(sample, RawSample) and is_whole:
             yield sample, offset
@@ -232,8 +235,9 @@ def read_labels(choice: Choice, data: Bytes, keys: SampleKeys) -> tuple[int, ...
     that failed leaves one. Raises LabelError for what holds no labels, or if one is neither a
     whole number from 0 to MAX_LABEL nor the name of a class.
     """
-    if choice.label.endswith("json"):
-        labels = _json_labels(data, choice, keys.strict)
+    is_json = choice.label.endswith("json")
+    if is_json:
+        labels = _json_labels(data, choice, may_be_empty=not keys.strict)
     else:
         try:
             text = bytes(data).decode().strip()
@@ -243,11 +247,12 @@ def read_labels(choice: Choice, data: Bytes, keys: SampleKeys) -> tuple[int, ...
             return (keys.classes.get(text, int(text)),)
         labels = [text] if text in keys.classes else re.split(r"[\s,]+", text)
     where = f".{choice.label}" + (f", field {choice.fields[0]}," if choice.fields else "")
-    return tuple(_label(label, where, keys) for label in labels)
+    quoted_numbers = not (is_json and keys.strict)
+    return tuple(_label(label, where, keys.classes, quoted_numbers=quoted_numbers) for label in labels)
 
 
-def _json_labels(data: Bytes, choice: Choice, strict: bool) -> list[Any]:
-    """The values that stand where labels are expected; if `strict`, at least one."""
+def _json_labels(data: Bytes, choice: Choice, *, may_be_empty: bool) -> list[Any]:
+    """The values that stand where labels are expected. Raises LabelError if nothing does."""
     try:
         content = json.loads(bytes(data))
     except (ValueError, RecursionError):  # the latter where it is nested too deeply
@@ -255,7 +260,7 @@ def _json_labels(data: Bytes, choice: Choice, strict: bool) -> list[Any]:
     fields = choice.fields or ("json",)
     value = next((value for field in fields for value in _values(content, field)), None)
     values = value if isinstance(value, list) else [value]
-    if value is None or (strict and not values):
+    if value is None or not (values or may_be_empty):
         wanted = choice.fields or ("labels", "label", "cls")
         has = f"the fields {' '.join(content)}" if isinstance(content, dict) else _brief(content)
         raise LabelError(f"its .{choice.label} has no field {' or '.join(wanted)}", has[:200])
@@ -274,15 +279,16 @@ def _values(content: Any, field: str) -> list[Any]:
     return _values(content[first], rest) if slash and isinstance(content, dict) and first in content else []
 
 
-def _label(label: object, where: str, keys: SampleKeys) -> int:
+def _label(label: object, where: str, classes: Mapping[str, int], *, quoted_numbers: bool) -> int:
+    """The class index. quoted_numbers: whether a text of digits is one."""
     if isinstance(label, str):
-        if label in keys.classes:
-            return keys.classes[label]
-        is_number = label.isascii() and label.isdigit() and not (keys.strict and where == ".json")
-        label = int(label) if is_number and len(label) < 20 else label
+        if label in classes:
+            return classes[label]
+        if quoted_numbers and label.isascii() and label.isdigit() and len(label) < 20:
+            label = int(label)
     if type(label) is int and 0 <= label <= MAX_LABEL:
         return label
-    if keys.classes and isinstance(label, str):
+    if classes and isinstance(label, str):
         raise LabelError(f"its {where} is not the name of a class", _brief(label))
     raise LabelError(f"its {where} is not a whole number from 0 to {MAX_LABEL:,}", _brief(label))
 
