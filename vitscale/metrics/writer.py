@@ -82,10 +82,8 @@ class MetricsWriter:
         self._path = folder / FILE_NAME
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = _open_tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
-        # Only on a terminal: in a log file, a bar is one long line full of carriage returns.
-        self._bar = _open_bar(resume_step, total_steps) if sys.stderr.isatty() else None
-        self._resume_step, self._total_steps = resume_step, total_steps
-        self._first: tuple[int, float] | None = None  # step and time of the first row with a loss
+        self._console = _Console(resume_step, total_steps)
+        self._resume_step = resume_step
         self._evaluations: dict[str, None] = {}  # the names of their numbers, in order
         self._at_resume, self._judge = set[str](), judge
         self._scores: dict[int, float] = {}  # of the judge, by step
@@ -114,7 +112,7 @@ class MetricsWriter:
         if step in self._before and "train/loss" in numbers:
             self._compare(step, numbers)
         self._evaluations |= dict.fromkeys(name for name in numbers if name.startswith("eval/"))
-        self._show(step, numbers)
+        self._console.show(step, numbers)
         for sentence in self._expectations.add(step, numbers):
             logger.info("%s", sentence)
 
@@ -164,8 +162,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Close the files and the bar."""
-        if self._bar is not None:
-            self._bar.close()
+        self._console.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         with atomic.named(self._path):  # it writes what the disk has refused before
@@ -193,22 +190,39 @@ class MetricsWriter:
                 loss - before,
             )
 
-    def _show(self, step: int, numbers: Mapping[str, float | int]) -> None:
+
+class _Console:
+    """Shows rows on a bar, or as lines of the log with the time that is left."""
+
+    def __init__(self, resume_step: int, total_steps: int) -> None:
+        self._total_steps = total_steps
+        # Only on a terminal: in a log file, a bar is one long line full of carriage returns.
+        self._bar = _open_bar(resume_step, total_steps) if sys.stderr.isatty() else None
+        self._first: tuple[int, float] | None = None  # step and time of the first row with a loss
+
+    def show(self, step: int, numbers: Mapping[str, float | int]) -> None:
         text = _console_text(numbers)
         if not text:
             return
         if self._bar is None:
-            # What comes before the first row includes warming up or compiling.
-            if self._first is None and "train/loss" in numbers:
-                self._first = step, time.monotonic()
-            first, since = self._first or (step, 0.0)
-            eta = remaining_time(time.monotonic() - since, step - first, self._total_steps - step)
-            logger.info("step %d/%d  %s  eta %s", step, self._total_steps, text, eta)
+            logger.info("step %d/%d  %s  eta %s", step, self._total_steps, text, self._eta(step, numbers))
         elif any(name in numbers for name, _, _ in CONSOLE):
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
         else:
             self._bar.write(f"step {step}/{self._total_steps}  {text}", file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _eta(self, step: int, numbers: Mapping[str, float | int]) -> str:
+        now = time.monotonic()
+        # What comes before the first row includes warming up or compiling.
+        if self._first is None and "train/loss" in numbers:
+            self._first = step, now
+        first, since = self._first or (step, now)
+        return remaining_time(now - since, step - first, self._total_steps - step)
 
 
 class SilentWriter(MetricsWriter):
