@@ -1,7 +1,7 @@
 """What a model was fed and what it says now: inputs as training made them, and predictions."""
 
 import math
-from collections.abc import Collection
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vitscale.checkpoint.manifest import Manifest
-from vitscale.checkpoint.verify import at_a_glance, open_directory
+from vitscale.checkpoint.verify import Checkpoint, at_a_glance, open_directory
 from vitscale.data.evalset import EvaluationSet
 from vitscale.data.loader import Batch, batches
 from vitscale.evals import ClassifyConfig
@@ -17,6 +17,7 @@ from vitscale.evals.adapters import FrozenModel
 from vitscale.evals.classify import ClassifyTask
 from vitscale.evaluate import training_data
 from vitscale.job import Job, derive
+from vitscale.models import Model
 from vitscale.models.vit import ViT
 from vitscale.report.page.html import Html, element, joined, note
 from vitscale.report.page.learned import learned
@@ -66,35 +67,38 @@ def predictions(record: Record) -> Html:
         return note(f"{record.problem}.")
     if record.checkpoints is None:
         return note("There is no checkpoint to ask.")
-    classify = [(name, task) for name, task in config.evals.items() if isinstance(task, ClassifyConfig)]
-    if not classify:
+    name = next((name for name, task in config.evals.items() if isinstance(task, ClassifyConfig)), None)
+    if name is None:
         return note('The config has no evaluation of kind "classify", whose images could be shown.')
-    name, section = classify[0]
-    slot: Slot = "ema" if config.optim.ema_decay else "fp32"
     # By the sizes of files alone, before all of a large one is read.
     size = 4 * sum(map(math.prod, SavedModel(open_directory(record.path, at_a_glance)).shapes.values()))
     if size > VERIFIED_BYTES:
         return note(f"The model has {size / 1e9:,.1f} GB of weights, too many to load for a page.")
+    slot: Slot = "ema" if config.optim.ema_decay else "fp32"
     place = locate(record.path)
     saved = SavedModel(place, slot=slot)
-    source = training_data(place)[0] if section.split else None
-    test = ClassifyTask.open(name, section, config.model.image_size, source).test
+    test = _test_set(config, name, place)
     network = saved.load()
-    model = FrozenModel(network, torch.device("cpu"))
-    count = min(NUM_PREDICTIONS, test.num_samples)
-    chosen = np.linspace(0, test.num_samples - 1, count).astype(int)
-    images, labels = next(test.batches(chosen, count, num_classes=model.num_classes))
-    scores = probabilities(model.logits(images), config)
-    true = [{label for label in row if label >= 0} for row in labels.tolist()]
-    right = [best in row for best, row in zip(scores.argmax(dim=1).tolist(), true, strict=True)]
-    cards = [_prediction(*sample, test) for sample in zip(images, true, scores, right, strict=True)]
+    shown = _predict(network, test, config)
+    num_right = sum(prediction.is_right for prediction in shown)
     weights = "the average of the weights" if slot == "ema" else "the weights"
     text = (
-        f"By {weights} of step {saved.step:,}, on {count} images spread over evals.{name}: {sum(right)} "
+        f"By {weights} of step {saved.step:,}, on {len(shown)} images spread over evals.{name}: {num_right} "
         "right. Below each image are the true class and the classes that the model holds most likely."
     )
-    shown = joined([note(text), gallery(cards, "predictions")])
-    return joined([shown, learned(network, images)]) if isinstance(network, ViT) else shown
+    cards = [_card(prediction, test) for prediction in shown]
+    parts = [note(text), gallery(cards, "predictions")]
+    if isinstance(network, ViT):
+        parts.append(learned(network, torch.stack([prediction.image for prediction in shown])))
+    return joined(parts)
+
+
+def _test_set(config: TrainConfig, name: str, place: str | Checkpoint) -> EvaluationSet:
+    """The images of evals.NAME. place: of a checkpoint, whose training data it may hold out."""
+    section = config.evals[name]
+    assert isinstance(section, ClassifyConfig)
+    source = training_data(place)[0] if section.split else None
+    return ClassifyTask.open(name, section, config.model.image_size, source).test
 
 
 def probabilities(logits: Float[Tensor, "B C"], config: TrainConfig) -> Float[Tensor, "B C"]:
@@ -102,20 +106,39 @@ def probabilities(logits: Float[Tensor, "B C"], config: TrainConfig) -> Float[Te
     return logits.sigmoid() if config.loss.name == "sigmoid" else logits.softmax(dim=1)
 
 
-def _prediction(
-    image: UInt8[Tensor, "3 H W"],
-    true: Collection[int],
-    scores: Float[Tensor, " C"],
-    is_right: bool,
-    test: EvaluationSet,
-) -> Html:
+class _Prediction(NamedTuple):
+    """An image, its true classes, and how likely the model holds each class."""
+
+    image: UInt8[Tensor, "3 H W"]
+    true: set[int]
+    scores: Float[Tensor, " C"]
+
+    @property
+    def is_right(self) -> bool:
+        return int(self.scores.argmax()) in self.true
+
+
+def _predict(network: Model, test: EvaluationSet, config: TrainConfig) -> list[_Prediction]:
+    """Of NUM_PREDICTIONS images, or fewer, spread evenly over the set."""
+    model = FrozenModel(network, torch.device("cpu"))
+    count = min(NUM_PREDICTIONS, test.num_samples)
+    chosen = np.linspace(0, test.num_samples - 1, count).astype(int)
+    images, labels = next(test.batches(chosen, count, num_classes=model.num_classes))
+    scores = probabilities(model.logits(images), config)
+    true = [{label for label in row if label >= 0} for row in labels.tolist()]
+    return [_Prediction(*one) for one in zip(images, true, scores, strict=True)]
+
+
+def _card(prediction: _Prediction, test: EvaluationSet) -> Html:
     """An image with its true classes and the likeliest ones."""
+    image, true, scores = prediction
     best = scores.topk(min(NUM_GUESSES, len(scores)))
     names = ", ".join(map(test.named, true))
-    if names:
-        verdict, class_ = ("\u2713 right", "right-guess") if is_right else ("\u2717 wrong", "wrong-guess")
-    else:
+    verdict, class_ = "\u2717 wrong", "wrong-guess"
+    if not true:
         verdict, class_ = "without a label", ""
+    elif prediction.is_right:
+        verdict, class_ = "\u2713 right", "right-guess"
     lines = [
         f"{test.named(label)}: {percent(round(score, 3))}"
         for label, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
