@@ -125,9 +125,10 @@ def finetuned(tuning: FineTuning, slots: Slots) -> float:
     Raises ConfigError if its folder holds another one, or its score on other images, Diverged
     as train does, and UserError if a process failed.
     """
-    folder, config = tuning.folder, _as_begun(tuning.folder, tuning.config(), tuning.start)
+    folder = tuning.folder
+    config = _as_begun(folder, tuning.config(), tuning.start)
     keep_config(folder, config)
-    if config.init.checkpoint == tuning.start.path:
+    if config.init.checkpoint == tuning.start.path:  # else nothing says from which step it began
         keep_source(folder, tuning.start, tuning.score)
     if not (folder / "result.json").exists():
         check_unchanged(tuning.start)
@@ -154,8 +155,9 @@ def scored_on(tuning: FineTuning, test_set: str, score: Sequence[str], slots: Sl
 
 def _classify(config: TrainConfig, score: Sequence[str]) -> list[str | Path]:
     """The command that scores a run, by the average of its weights where it keeps one."""
-    slot = ["--ema"] if config.optim.ema_decay else []
-    command = [ROOT / "tools" / "evaluate.py", "classify", config.run_dir, *score, *slot]
+    command = [ROOT / "tools" / "evaluate.py", "classify", config.run_dir, *score]
+    if config.optim.ema_decay:
+        command.append("--ema")
     return [*command, "--batch-size", _batch_size(config)]
 
 
@@ -167,7 +169,7 @@ def train(folder: Path, slots: Slots, launcher: Sequence[str] = PYTHON) -> None:
     """
     _check_finite(folder)
     try:
-        _succeed(slots, [ROOT / "launch" / "train.py", folder / "config.toml"], folder, launcher)
+        _run(slots, [ROOT / "launch" / "train.py", folder / "config.toml"], folder, launcher)
     except UserError:
         _check_finite(folder)
         raise
@@ -206,7 +208,7 @@ def scored(folder: Path, command: Sequence[str | Path], slots: Slots) -> float:
     result = folder / "result.json"
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _succeed(slots, [*command, "--json", result], folder)
+        _run(slots, [*command, "--json", result], folder)
     remedy = "delete it, and the same command scores again"
     return atomic.read_json(result, lambda values: float(values["results"]["top1"]), remedy)
 
@@ -256,15 +258,20 @@ def keep_config(folder: Path, config: TrainConfig) -> None:
 
 
 def _as_begun(folder: Path, config: TrainConfig, start: StartingPoint) -> TrainConfig:
-    """The config; of a run that an earlier version began, with the place that it named."""
+    """The config, from the place that the folder's config names if an earlier version began it.
+
+    Those wrote what the user named, a run, and not its step. Such a config that has led to
+    nothing yet is deleted, so that this version's takes its place.
+    """
     path = folder / "config.toml"
-    kept = run_dir.saved_config_at(path, "another --out") if path.exists() else None
-    if start.named == start.path or not kept or kept.init.checkpoint != start.named:
+    if start.named == start.path or not path.exists():
         return config
-    if not any((folder / name).exists() for name in ("result.json", "run")):
-        path.unlink()
+    if run_dir.saved_config_at(path, "another --out").init.checkpoint != start.named:
         return config
-    return dataclasses.replace(config, init=dataclasses.replace(config.init, checkpoint=start.named))
+    if any((folder / name).exists() for name in ("result.json", "run")):
+        return dataclasses.replace(config, init=dataclasses.replace(config.init, checkpoint=start.named))
+    path.unlink()
+    return config
 
 
 def keep_source(folder: Path, start: StartingPoint, score: Sequence[str]) -> None:
@@ -288,13 +295,12 @@ def keep_source(folder: Path, start: StartingPoint, score: Sequence[str]) -> Non
         atomic.write(path, (json.dumps(source, indent=1) + "\n").encode())
 
 
-def _succeed(
-    slots: Slots, command: Sequence[str | Path], folder: Path, launcher: Sequence[str] = PYTHON
-) -> None:
+def _run(slots: Slots, command: Sequence[str | Path], folder: Path, launcher: Sequence[str] = PYTHON) -> None:
+    """Run a command to its end. Raises UserError with its last error if it fails."""
     log = folder / "log"
     status = slots.run(command, log, launcher)
     if status:
         lines = log.read_text(errors="replace").splitlines()
-        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        reason = said[-1] if said else f"exit status {status}; its log says why"
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        reason = errors[-1] if errors else f"exit status {status}; its log says why"
         raise UserError(f"{folder}: {Path(command[0]).name} ended early: {reason} ({log})")
