@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from vitscale.engine import zero
+from vitscale.engine import setup
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ def test_a_rank_that_sees_its_own_gpu_alone_gets_that_one(
     monkeypatch: pytest.MonkeyPatch, device: str, taken: str
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(KeyError), zero.on_device(torch.device(device)):
+    with pytest.raises(KeyError), setup.on_device(torch.device(device)):
         assert os.environ["LOCAL_RANK"] == taken
         raise KeyError
     assert os.environ["LOCAL_RANK"] == "3"

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
+from vitscale.guard.config import GuardConfig
 from vitscale.guard.hang import Answer, Place, ranges, screen, sentence, waited_for
 from vitscale.guard.watch import Watch
 from vitscale.guard.watchdog import Watchdog
 from vitscale.progress import Progress
-from vitscale.train_config import GuardConfig
 
 
 def at(step: int, phase: str, seconds: float, limit: float = 300.0) -> Place:

@@ -23,7 +23,7 @@ from launch.train import main
 from vitscale import attempts
 from vitscale.checkpoint import snapshot
 from vitscale.checkpoint.save import Saver
-from vitscale.engine import zero
+from vitscale.engine import setup
 from vitscale.engine.engine import Engine
 from vitscale.evals.classify import ClassifyTask
 from vitscale.evals.predictions import Predictions
@@ -247,7 +247,7 @@ class OutOfMemory:
         if self.where == "step":
             at_batch(1, self._fail)
         elif self.where == "start":
-            zero.allocate = lambda *_: self._fail()
+            setup.allocate = lambda *_: self._fail()
         else:
             ClassifyTask.run = lambda *_: self._fail()  # type: ignore[method-assign]
 

@@ -10,7 +10,7 @@ from multiprocess.reduction import MICRO_BATCH, made, micro_batch
 from torch.nn.functional import cross_entropy
 
 from vitscale import distributed
-from vitscale.engine import zero
+from vitscale.engine import setup, zero
 from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.engine import Engine
@@ -49,7 +49,7 @@ def scales(ds: Any, overflows: list[bool]) -> list[float]:
 def resume_at_every_step() -> None:
     """The scale after a resume is as if there had been none."""
     distributed.initialize()
-    zero.set_up()
+    setup.prepare()
     expected = scales(engine(), OVERFLOWS)
     assert len(set(expected)) == 3, expected  # it falls, and rises again
     num_others = 0

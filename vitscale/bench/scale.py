@@ -27,7 +27,7 @@ from vitscale.checkpoint.safetensors import RANGE_BYTES, Part, together
 from vitscale.checkpoint.snapshot import Snapshot, assemble
 from vitscale.checkpoint.verify import check_manifest
 from vitscale.engine.fragments import Counters, Wanted
-from vitscale.engine.zero import RANK_MULTIPLE
+from vitscale.engine.setup import RANK_MULTIPLE
 from vitscale.errors import ConfigError
 from vitscale.memory import state_bytes
 from vitscale.models import ModelConfig, empty_model

@@ -7,7 +7,7 @@ import torch
 
 from vitscale.config import check_choices, positive
 from vitscale.engine.batches import BatchPlan
-from vitscale.engine.zero import RANK_MULTIPLE
+from vitscale.engine.setup import RANK_MULTIPLE
 from vitscale.errors import ConfigError
 from vitscale.models.layers import Checkpointing
 from vitscale.models.model import CommonConfig

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitscale import distributed
-from vitscale.engine import gradients, sliced, zero
+from vitscale.engine import gradients, setup, sliced, zero
 from vitscale.engine.batches import BatchPlan
 from vitscale.engine.ds_config import EngineConfig, Precision, check_compiled, make_ds_config
 from vitscale.engine.ema import Ema
@@ -65,10 +65,10 @@ class Engine:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
-        zero.set_up()
+        setup.prepare()
         ds_config = make_ds_config(config, plan, precision, optim.clip_norm)
         if any(param.is_meta for param in module.parameters()):
-            zero.allocate(module, ds_config, DTYPES[precision])
+            setup.allocate(module, ds_config, DTYPES[precision])
         module.set_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
             check_compiled(config, module.config, precision)
@@ -82,7 +82,7 @@ class Engine:
         self.zero_stage = config.zero_stage
         self._dtype = DTYPES[precision]
         self._ds: zero.DeepSpeed
-        with _debug_prints(), zero.on_device(distributed.device()):
+        with _debug_prints(), setup.on_device(distributed.device()):
             self._ds, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=build_optimizer(optim, module, self._dtype),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitscale import distributed
 from vitscale.engine import zero
+from vitscale.engine.setup import RANK_MULTIPLE
 from vitscale.engine.zero import DeepSpeed
 
 
@@ -25,7 +26,7 @@ def correct(ds: DeepSpeed) -> None:
         _grow_scale_after_update(ds)
     if ds.zero_optimization_stage() < 3:
         sizes = [len(flat) for flat in zero.flats(ds)]
-        assert not any(size % zero.RANK_MULTIPLE for size in sizes), f"ranks own {sizes}: see RANK_MULTIPLE"
+        assert not any(size % RANK_MULTIPLE for size in sizes), f"ranks own {sizes}: see RANK_MULTIPLE"
     if isinstance(ds.optimizer, BF16_Optimizer):  # in bf16 at ZeRO 1, without offload
         _overwrite_sums(ds.optimizer)
         _reduce_to_owners(ds)
