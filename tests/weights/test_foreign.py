@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from vitscale import load_model
 from vitscale.data.transforms import evaluation_view, normalize
-from vitscale.errors import CheckpointError
+from vitscale.errors import CheckpointError, ConfigError
 from vitscale.image_size import ImageSize
 from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.foreign.convert import export_model, import_model
@@ -273,6 +273,22 @@ def test_transformers_pooler_is_our_tanh_layer(tmp_path: Path, transformers: Any
 
 
 # shards, and the command line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.pool=mean", "model.pool 'mean' must be 'token': models of transformers have no other"),
+        ("model.num_patch_outputs=4", "model.num_patch_outputs 4 must be 0: models of transformers have"),
+    ],
+)
+def test_a_key_that_models_of_a_library_do_not_have_is_named(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    saved_model(tmp_path / "ours.safetensors")
+    hf = export_model(tmp_path / "ours.safetensors", tmp_path / "hf", format="transformers")
+    with pytest.raises(ConfigError, match=message):
+        import_model(hf, tmp_path / "out", format="transformers", overrides=[override])
 
 
 @pytest.mark.parametrize("format", ["safetensors", "transformers"])

@@ -125,7 +125,14 @@ def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None
 
 def _check_vit_keys(dialect: Dialect, config: ViTConfig) -> None:
     """Raise ConfigError for keys that make parameters which the dialect does not have."""
-    for key, allowed in (("posemb", ("learned", "sincos2d")), ("posemb_at", ("input",))):
+    keys: dict[str, tuple[object, ...]] = {
+        "posemb": ("learned", "sincos2d"),
+        "posemb_at": ("input",),
+        "num_patch_outputs": (0,),
+    }
+    if dialect == "transformers":
+        keys["pool"] = ("token",)
+    for key, allowed in keys.items():
         if (value := getattr(config, key)) not in allowed:
             raise ConfigError(
                 f"model.{key} {value!r} must be {allowed[0]!r}: models of {dialect} have no other"
