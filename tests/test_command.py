@@ -67,9 +67,7 @@ def test_what_a_program_imports_is_not_searched_for_garbage() -> None:
         assert not gc.isenabled()
         cycle.append(cycle)
         raise ImportError
-    assert gc.isenabled() and gc.get_freeze_count() > 0
-    assert not any(made is cycle for made in gc.get_objects())
-    gc.unfreeze()
+    assert gc.isenabled() and not any(made is cycle for made in gc.get_objects())
 
 
 def test_a_bug_keeps_its_traceback() -> None:

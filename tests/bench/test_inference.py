@@ -1,10 +1,8 @@
 """The inference bench: rows of tiny models, the end of a sweep, its file, and Figure 12."""
 
-import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,8 @@ SMALL = ["--max-batch", "2", "--rounds", "1"]
 
 
 @pytest.fixture(autouse=True)
-def rounds_are_short_and_collections_skip_what_is_imported(monkeypatch) -> Iterator[None]:
+def rounds_are_short(monkeypatch) -> None:
     monkeypatch.setattr(inference, "ROUND_SECONDS", 1e-3)
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def bench(max_batch: int = 2, precision: str = "fp32") -> InferenceBench:

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ from vitscale.train_config import TrainConfig
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "bench.py"
 SMALL = ["--modes", "eager", "--loops", "vitscale", "plain", "--policies", "none", "--batch", "1"]
-
-
-@pytest.fixture(autouse=True)
-def collections_skip_what_is_imported() -> Iterator[None]:
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def bench(*options: object) -> None:
