@@ -1,10 +1,13 @@
 """What the loader's workers and its thread hold and collect, and how they end."""
 
 import gc
+import multiprocessing
+import os
 import threading
 import time
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from vitscale.data import workers as data_workers
 from vitscale.data.loader import in_thread
-from vitscale.data.workers import prepare_worker
+from vitscale.data.workers import made_by_workers, prepare_worker
 from vitscale.errors import DataError
 from vitscale.system.processes import no_garbage_collection
 
@@ -26,8 +29,25 @@ class Collecting(IterableDataset[bool]):
 
 def test_a_data_worker_collects_garbage_although_its_trainer_does_not() -> None:
     with no_garbage_collection():
-        workers = DataLoader(Collecting(), batch_size=None, num_workers=1, worker_init_fn=prepare_worker)
-        assert [*workers] == [True] and not gc.isenabled()
+        assert [*made_by_workers(Collecting(), 1, 1, prefetched=1)] == [True] and not gc.isenabled()
+
+
+@pytest.fixture
+def forkserver() -> Iterator[None]:
+    """Python 3.14's default."""
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(default, force=True)
+
+
+@pytest.mark.usefixtures("forkserver")
+def test_data_workers_are_forked_from_their_trainer_in_every_version_of_python() -> None:
+    class Parent(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            yield os.getppid()
+
+    assert [*made_by_workers(Parent(), 1, 1, prefetched=1)] == [os.getpid()]
 
 
 def test_a_thread_prepares_two_items_ahead_and_no_more() -> None:
@@ -100,7 +120,8 @@ class Endless(IterableDataset[int]):
 
 def test_workers_in_the_midst_of_a_read_hold_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_workers, "KILLING_SECONDS", 0.1)
-    parts = iter(DataLoader(Endless(), batch_size=None, num_workers=2, worker_init_fn=prepare_worker))
+    options: dict[str, Any] = {"multiprocessing_context": "fork", "worker_init_fn": prepare_worker}
+    parts = iter(DataLoader(Endless(), batch_size=None, num_workers=2, **options))
     assert [next(parts), next(parts)] == [0, 0]
     workers, began = parts._workers, time.monotonic()  # type: ignore[attr-defined]
     data_workers.end_workers(parts)

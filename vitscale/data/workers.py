@@ -46,6 +46,9 @@ def made_by_workers(
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
+        # Python 3.14's default is a fork server: the index would be sent to each worker, and a
+        # scheduler's SIGTERM would end the server, and they with it.
+        multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=prefetched if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=prepare_worker,
