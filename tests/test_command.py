@@ -221,6 +221,22 @@ def test_an_unknown_extra_is_refused_before_anything_is_installed(
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{said}\n")
 
 
+def test_an_environment_without_pip_is_made_again(tmp_path: Path) -> None:
+    """In a copy, where programs that install nothing say how they are called as Python."""
+    called = tmp_path / "called"
+    for name, status in (("python3", "[ $1 = -c ] || exit 3"), (".venv/bin/python", "exit 1")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "$0 $1 $2 $3" >>{called}\n{status}\n')
+        (tmp_path / name).chmod(0o755)
+    for name in ("tools/setup.sh", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python3")}
+    words = ["bash", str(tmp_path / "tools" / "setup.sh")]
+    done = subprocess.run(words, env=environment, capture_output=True, check=False)
+    assert done.returncode == 3 and called.read_text().endswith("/python3 -m venv .venv\n")
+
+
 @pytest.mark.parametrize("script", ["launch/quickstart.sh", "tools/setup.sh", "tools/test.sh"])
 def test_help_of_a_script_is_its_head_and_does_nothing(script: str, tmp_path: Path) -> None:
     """In a copy, where nothing can be installed."""

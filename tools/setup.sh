@@ -20,7 +20,8 @@ if [ -f "$stamp" ] && [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt constrai
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "vitscale needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# Debian without python3-venv leaves one without pip, and so does Ctrl-C.
+.venv/bin/python -c 'import pip' 2>/dev/null || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 echo "Installing into .venv; the first time takes a few minutes ..."
