@@ -1,5 +1,6 @@
 """--dry-run shows what follows from a config and writes nothing; all of configs/ loads."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def test_the_numbers_are_shown_and_the_run_directory_is_left_alone(tmp_path: Pat
     overrides += ["precision=fp32", "optim.ema_decay=0.9"]
     path = tmp_path / "c.toml"
     path.write_text("total_epochs = 3\n")
+    frozen = gc.get_freeze_count()
     assert main([str(path), *overrides, "--dry-run"]) == 0
+    assert gc.get_freeze_count() > frozen  # what it imported is not searched for garbage
     shown = " ".join(capsys.readouterr().out.split())
     for part in (
         "86,567,656",

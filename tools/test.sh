@@ -28,8 +28,10 @@ install_programs() {
         for package in "${packages[@]}"; do "${get[@]}" "$package" || true; done
 }
 install_programs >/dev/null 2>&1 & # meanwhile the download of torch
-bash tools/setup.sh dev
+status=0
+bash tools/setup.sh dev || status=$?
 wait
+[ $status = 0 ] || exit $status
 export OMP_NUM_THREADS=1
 if [ $# -eq 0 ]; then
     .venv/bin/ruff check .

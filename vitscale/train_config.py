@@ -97,7 +97,8 @@ class FinetuneConfig:
     dev_fraction:    of the training set, to choose by; the chosen one is trained on all of it
     seeds:           of the runs at the chosen rate
     test_sets:       the index.json of further test sets in the model's classes, by name: those
-                     runs are scored on them as well, and a file that is missing is passed over
+                     runs are scored on them as well, and a file that is missing is passed over;
+                     "" = none
     """
 
     learning_rates: tuple[float, ...] = ()

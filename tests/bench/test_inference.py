@@ -77,22 +77,26 @@ def test_each_row_is_saved_before_the_next_is_measured() -> None:
         (["--rounds", "2"], "was measured with rounds 1, and here it is 2: name a new file"),
         (["--max-batch", "4"], "was measured with timed up to a batch of 2, and here it is 4: name a new"),
         (["--precision", "bf16"], "was measured with precision fp32, and here it is bf16: name a new file"),
-        (None, "has no results that can be continued; name a new file"),
+        ({"bench": "order"}, "has no results that can be continued; name a new file"),
+        ({"results": 5}, "has no results that can be continued; name a new file"),
     ],
 )
 def test_a_file_of_other_settings_is_not_continued(
-    tmp_path: Path, capsys, words: list[str] | None, sentence: str
+    tmp_path: Path, capsys, words: list[str] | dict[str, object], sentence: str
 ) -> None:
     """The control is the same without a change."""
     path = tmp_path / "out.json"
     same = ["inference", *SMALL, "--models", "mu/32", "--sizes", "32", "--json", str(path)]
     assert main(same) == 0
     assert main(same) == 0
-    if words is None:
-        path.write_text('{"bench": "order", "results": {}}')
+    if isinstance(words, dict):
+        written = json.loads(path.read_text())
+        rows = dict.fromkeys(written["results"], words["results"]) if "results" in words else {}
+        path.write_text(json.dumps(written | words | {"results": written["results"] | rows}))
+        words = []
     before = path.read_bytes()
     capsys.readouterr()
-    assert main([*same, *(words or [])]) == 2
+    assert main([*same, *words]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: --json {path} {sentence}") and said.count("\n") == 1
     assert path.read_bytes() == before
@@ -252,10 +256,10 @@ def test_figure_12_has_a_line_a_model_in_each_panel() -> None:
         "a": row("B/16", "vit", 224, 50.0, **{"largest batch": 64}),
         "b": row("B/16", "vit", 64, 900.0, **{"largest batch": 1024}),
         "c": row("R50x1", "resnet", 64, 500.0),
-        "d": {"model": "H/14", "config": {"kind": "vit", "image_size": 504}, "failed": "out of memory"},
+        "d": {"model": "H/14", "config": {"kind": "vit", "image_size": 56}, "failed": "out of memory"},
     }
     figure = new_figure(11.0, 4.6)
-    draw_inference(figure, results, [64, 224])
+    draw_inference(figure, results)
     speed, batch = figure.axes
     lines = {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in speed.lines}
     assert lines == {"B/16": [[64, 900], [224, 50]], "R50x1": [[64, 500]]}
@@ -271,5 +275,5 @@ def test_figure_12_has_a_line_a_model_in_each_panel() -> None:
 
 def test_the_panel_of_the_largest_batch_says_where_none_was_measured() -> None:
     figure = new_figure(11.0, 4.6)
-    draw_inference(figure, {"c": row("R50x1", "resnet", 64, 500.0)}, [64])
+    draw_inference(figure, {"c": row("R50x1", "resnet", 64, 500.0)})
     assert [text.get_text() for text in figure.axes[1].texts] == ["measured on a GPU alone"]

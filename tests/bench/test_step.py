@@ -83,13 +83,14 @@ def test_a_suite_measures_again_what_has_another_batch_or_lacks_a_case(tmp_path:
         ({"torch": "1.0"}, "was measured with torch 1.0, and here it is "),
         ({"deepspeed": "0.1"}, "was measured with deepspeed 0.1, and here it is "),
         (None, "has no results that can be continued; name a new file"),
+        ({"mu/16": 5}, "has no results that can be continued; name a new file"),
         ("[1]", "has no results that can be continued; name a new file"),
         ("[" * 100_000, "cannot be read: it is not JSON; name a new file"),
         ("{", "cannot be read: it is not JSON; name a new file"),
     ],
 )
 def test_a_suite_continues_no_other_file(
-    tmp_path: Path, capsys, change: dict[str, str] | str | None, sentence: str
+    tmp_path: Path, capsys, change: dict[str, Any] | str | None, sentence: str
 ) -> None:
     """The control is the file as it was written."""
     path = tmp_path / "suite.json"

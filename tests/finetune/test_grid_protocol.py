@@ -17,20 +17,16 @@ from make import write_index, write_step
 from tools.evaluate import main
 from vitscale import config as configs
 from vitscale import storage
-from vitscale.data.transforms import AugmentConfig, ViewKey, choose_box
 from vitscale.errors import ConfigError
 from vitscale.finetune import grid
 from vitscale.finetune.grid import GridResult, absolute_pattern, read, values_for
 from vitscale.finetune.model import KEYS, tuned_model
-from vitscale.finetune.protocols import PROTOCOLS, finetuning_config
-from vitscale.finetune.runs import keep_config, located
+from vitscale.finetune.runs import located
 from vitscale.guard import ending
-from vitscale.models import ModelConfig
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
 from vitscale.train_config import InitConfig, TrainConfig
-from vitscale.vtab.tasks import TASKS
 
 RECIPE = """
 run_dir = "unused"
@@ -162,9 +158,16 @@ def test_further_test_sets_are_scored_on_the_final_runs_and_change_no_training(
     found = result_of({"final-seed3/on-more": 0.25, "final-seed4/on-more": 0.75}, more)
     assert found.test_sets == {"more": (0.25, 0.75)}
     assert found.to_json()["test_sets"] == {"more": {"accuracies": (0.25, 0.75), "mean": 0.5, "std": 0.25}}
-    (out / "final-seed4/on-more/source.json").write_text(json.dumps({"checkpoint": "c", "evaluation": "e"}))
-    with pytest.raises(ConfigError, match=r"on-more holds .* checkpoint \(c, now .*, or delete that folder$"):
+    assert "Not the recipe" not in found.text()
+    scores = {"final-seed3/on-test": 0.1, "final-seed4/on-test": 0.1}
+    text = result_of(scores, "finetune.test_sets.test=x").text()
+    assert "test 60.00" in text and "test 10.00" in text
+    (out / "final-seed4/on-more/source.json").write_text(json.dumps({"evaluation": "e"}))
+    (out / "results.json").unlink()
+    with pytest.raises(ConfigError, match=r"on-more holds .* evaluation \(e, now .*, or delete that folder$"):
         result_of({}, more)
+    results = json.loads((out / "results.json").read_text())
+    assert results["mean"] == 0.6 and not results["test_sets"]  # what was trained is not lost
 
 
 def test_the_score_maps_the_labels_of_the_test_set(
@@ -289,26 +292,6 @@ def test_a_recipe_says_what_is_taken_along_of_a_checkpoint() -> None:
     assert not tuned.evals and tuned.augment == recipe.augment
 
 
-def vtab_config(model: ModelConfig, protocol: str = "paper", task: str = "smallnorb_azimuth") -> TrainConfig:
-    """What a protocol makes of a checkpoint with this model."""
-    values = finetuning_config(
-        PROTOCOLS[protocol],
-        PROTOCOLS[protocol].settings[0],
-        TASKS[task],
-        checkpoint="imported/bit",
-        model=model,
-        index="index.json",
-        run_dir="run",
-        seed=0,
-        precision="fp32",
-    )
-    return configs.from_dict(TrainConfig, values)
-
-
-def vtab_model(model: ModelConfig, protocol: str = "paper") -> ModelConfig:
-    return vtab_config(model, protocol).model
-
-
 def test_a_fine_tuning_takes_of_a_recipe_what_its_kind_of_model_has() -> None:
     values = {"image_size": 32, "num_classes": 5, "representation_size": 8, "head_bias": -1.0, "dropout": 0.1}
     assert set(KEYS) <= set(dataclasses.asdict(ViTConfig()))
@@ -322,46 +305,6 @@ def test_what_a_recipe_lacks_is_not_taken_from_the_checkpoint() -> None:
     recipe = ResNetConfig(image_size=32, num_classes=5)
     tuned = tuned_model(model, dataclasses.asdict(recipe))
     assert tuned == ViTConfig(variant="mu/16", image_size=32, num_classes=5)
-
-
-def test_vtab_trains_a_new_head_with_the_dropout_of_its_protocol() -> None:
-    assert vtab_model(ResNetConfig()) == ResNetConfig(image_size=384, num_classes=18)
-    vit = ViTConfig(variant="B/16", representation_size=8, dropout=0.2, drop_path=0.1, head_bias=-1.0)
-    assert vtab_model(vit) == ViTConfig(variant="B/16", image_size=384, num_classes=18, dropout=0.1)
-    assert vtab_model(vit, "light") == ViTConfig(variant="B/16", image_size=224, num_classes=18)
-
-
-def test_vtab_crops_and_flips_by_task_as_bits_appendix_f_says() -> None:
-    """Neither for one task, no flip for two, no crop for four, and both for the other 12."""
-    flip, crop = {"flip": True}, {"crop": "proportional", "crop_area": (36 / 49, 36 / 49)}
-    plain = {"crop": "resize", "flip": False}
-    no_flip, no_crop = {**plain, **crop}, {**plain, **flip}
-    changes = dict.fromkeys(TASKS, AugmentConfig(**crop, **flip))
-    changes |= dict.fromkeys(("dsprites_orientation", "smallnorb_azimuth"), AugmentConfig(**no_flip))
-    changes |= dict.fromkeys(
-        ("clevr_count", "clevr_distance", "dmlab", "kitti_distance"), AugmentConfig(**no_crop)
-    )
-    changes["dsprites_location"] = AugmentConfig(**plain)
-    assert list(changes) == list(TASKS)
-    for name, expected in changes.items():
-        augment = vtab_config(ViTConfig(variant="B/16"), task=name).augment
-        assert dataclasses.replace(augment, crop_area=expected.crop_area) == expected, name
-        assert augment.crop_area == pytest.approx(expected.crop_area), name
-        light = vtab_config(ViTConfig(variant="B/16"), "light", name).augment
-        assert light == AugmentConfig(**plain), name
-    box = choose_box(vtab_config(ViTConfig(variant="B/16"), task="pets").augment, ViewKey(0, 0, 0), 350, 490)
-    assert box[2:] == (300, 420)  # 6 of 7 parts of each side
-
-
-def test_scores_of_an_earlier_version_without_augmentation_are_not_mixed_with_new_ones(
-    tmp_path: Path,
-) -> None:
-    config = vtab_config(ViTConfig(variant="B/16"), task="pets")
-    keep_config(tmp_path, dataclasses.replace(config, augment=AugmentConfig(crop="resize", flip=False)))
-    with pytest.raises(
-        ConfigError, match=r"other settings \(augment.crop, augment.crop_area, augment.flip\)"
-    ):
-        keep_config(tmp_path, config)
 
 
 def test_the_papers_recipes_have_its_dropout() -> None:
@@ -380,13 +323,6 @@ def test_augregs_models_are_fine_tuned_without_the_papers_dropout() -> None:
     for model in (ViTConfig(variant="B/16"), HybridConfig(variant="R26+S/32")):
         tuned = configs.from_dict(TrainConfig, values_for(recipe, "runs/augreg", model)).model
         assert isinstance(tuned, ViTConfig) and tuned.dropout == 0
-
-
-def test_a_model_of_14_pixels_to_a_patch_is_tuned_at_378() -> None:
-    model = ViTConfig(variant="H/14")
-    recipe = configs.load(TrainConfig, [ROOT / "configs/finetune/cifar10_384.toml"])
-    tuned = configs.from_dict(TrainConfig, values_for(recipe, "runs/vit_h14_jft", model)).model
-    assert (tuned.image_size, vtab_model(model).image_size) == (378, 378)
 
 
 def test_a_recipe_that_keeps_its_best_checkpoint_is_tuned_without_evaluations(recipe: Path) -> None:

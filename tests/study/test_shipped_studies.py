@@ -87,13 +87,18 @@ def test_what_is_fine_tuned_on_imagenet_is_scored_on_real(name: str, monkeypatch
         assert list(configs.load(TrainConfig, [recipe]).finetune.test_sets) == ["imagenet_real"]
 
 
-def test_the_series_of_figure_8_share_their_base_and_rise_in_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_series_of_figure_8_share_their_base_and_have_their_own_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(ROOT)
     runs = cells(configs.load(StudyConfig, ["configs/study/ablation_shape.toml"]))
     base = runs[0].model
     assert len(base.series) == 5 and {name for cell in runs for name in cell.model.series} == set(base.series)
     assert [len(cell.model.series) for cell in runs[1:]] == [1] * (len(runs) - 1)
+    called = {"width of the MLP": "MLP", "patch size": "patch"}
     for name in base.series:
+        own = [cell.model.name for cell in runs[1:] if name in cell.model.series]
+        assert all(model.startswith(f"{called.get(name, name)} ") for model in own), own
         macs = [forward_macs(cell.config.model) for cell in runs if name in cell.model.series]
         assert len(macs) == len(set(macs)) >= 3, name
 

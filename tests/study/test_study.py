@@ -1,5 +1,6 @@
 """Studies before they are run: which runs they are, which count, and what is refused."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -273,13 +274,23 @@ def test_the_row_of_real_is_its_own_recipes_or_that_of_imagenet(base: Path) -> N
     study = study_of(base, recipes={"imagenet": "a.toml"})
     (cell,) = runs = cells(study)
     finish(cell, at_6=0.1)
+    own = dataclasses.replace(
+        study, metric="finetune/imagenet_real", recipes={"imagenet": "a.toml", "imagenet_real": "b.toml"}
+    )
     imagenet = {"mean": 0.4, "std": 0.0, "test_sets": {"imagenet_real": {"mean": 0.5, "std": 0.01}}}
     for recipe, values in (("imagenet", imagenet), ("imagenet_real", {"mean": 0.6, "std": 0.0})):
         finetune_folder(cell, recipe).mkdir(parents=True)
         (finetune_folder(cell, recipe) / "results.json").write_text(json.dumps(values))
-        lines = {line.split("  ")[0]: line.split()[-3:] for line in table2(study, runs).splitlines()}
-        expected = ["50.00", "±", "1.00"] if recipe == "imagenet" else ["60.00", "±", "0.00"]
-        assert lines["ImageNet"] == ["40.00", "±", "0.00"] and lines["ImageNet ReaL"] == expected
+        lines = [
+            {line.split("  ")[0]: line.split()[-3:] for line in table2(of, runs).splitlines()}
+            for of in (study, own)
+        ]
+        assert lines[0]["ImageNet"] == ["40.00", "±", "0.00"]
+        assert lines[0]["ImageNet ReaL"] == ["50.00", "±", "1.00"]
+        if recipe == "imagenet":  # nothing stands in for a recipe that is to do
+            assert lines[1]["ImageNet ReaL"][-1] == "-" and not points(own, runs)
+        else:
+            assert lines[1]["ImageNet ReaL"] == ["60.00", "±", "0.00"] and points(own, runs)
 
 
 def test_average_5_is_the_mean_of_table_7_and_takes_all_five_recipes(base: Path) -> None:

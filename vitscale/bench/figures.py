@@ -1,5 +1,6 @@
 """The paper's Figure 12, of what `tools/bench.py inference` measured."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,16 @@ MARKERS = {"vit": "o", "resnet": "s", "hybrid": "P"}
 PANELS = {"peak, images/s": "peak inference speed (images/s)", "largest batch": "largest batch that fits"}
 
 
-def draw_inference(figure: "Figure", results: Mapping[str, Any], sizes: Sequence[int]) -> None:
+def draw_inference(figure: "Figure", results: Mapping[str, Any]) -> None:
     """Left the peak of the images/s by image size, right the largest batch; a line a model.
 
-    results: of the bench. sizes: named on the axis, in pixels.
+    results: of the bench.
     """
     rows = [row for row in results.values() if isinstance(row, dict)]
+    sizes = sorted({row["config"]["image_size"] for row in rows})
+    # Of two that are close, like 504 px of patches of 14 beside 512, the larger is named.
+    larger = [*sizes[1:], math.inf]
+    named = [size for size, above in zip(sizes, larger, strict=True) if above > 1.15 * size]
     models = dict.fromkeys(row["model"] for row in rows)
     shades = dict(zip(models, colours(len(models)), strict=True))
     for axes, (key, label) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
@@ -28,7 +33,7 @@ def draw_inference(figure: "Figure", results: Mapping[str, Any], sizes: Sequence
             if places:
                 marker = MARKERS[of_model[0]["config"]["kind"]]
                 axes.plot(*zip(*places, strict=True), f"{marker}-", color=shades[model], label=model)
-        _finish(axes, label, sizes)
+        _finish(axes, label, named)
 
 
 def _finish(axes: "Axes", label: str, sizes: Sequence[int]) -> None:

@@ -89,7 +89,7 @@ def run(
     hardware.allow_tf32(False)
     settings = {"precision": bench.precision, "rounds": bench.rounds}
     here: dict[str, Any] = machine() | settings | {"timed up to a batch of": bench.max_batch}
-    done = read("--json", path, here, SETTINGS) if path and path.exists() else here
+    done = read("--json", path, here, SETTINGS, "inference") if path and path.exists() else here
     for name, model in pieces:
         title, config = f"{name} at {pixels(model.image_size)}", to_dict(model)
         if done.get(title, {}).get("config") != config:

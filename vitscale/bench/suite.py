@@ -146,19 +146,26 @@ def machine() -> dict[str, Any]:
     }
 
 
-def read(option: str, path: Path, here: Mapping[str, Any], same: Sequence[str]) -> dict[str, Any]:
+def read(
+    option: str, path: Path, here: Mapping[str, Any], same: Sequence[str], bench: str = ""
+) -> dict[str, Any]:
     """What a file of results holds, if it continues here.
 
     option: names the file in errors. here: what is measured now, which `same` says must equal
-    what the file has. Raises ConfigError for any other file.
+    what the file has. bench: whose results --json wrote; "" = a file of a suite. Raises
+    ConfigError for any other file.
     """
     try:
         file = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise ConfigError(f"{option} {path} cannot be read: {reason}; name a new file") from None
-    done = file.get("results", file) if isinstance(file, dict) else file
-    if not isinstance(done, dict) or not done.keys() >= set(same):
+    done = file if isinstance(file, dict) else {}
+    if bench:
+        results = done.get("results") if done.get("bench") == bench else {}
+        done = results if isinstance(results, dict) else {}
+    rows = [value for name, value in done.items() if name not in here]
+    if not done.keys() >= set(same) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"{option} {path} has no results that can be continued; name a new file")
     for name in same:
         if done[name] != here[name]:

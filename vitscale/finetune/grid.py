@@ -5,14 +5,14 @@ import functools
 import glob
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
 from vitscale import config as configs
 from vitscale import storage
-from vitscale.errors import ConfigError, Diverged
+from vitscale.errors import ConfigError, Diverged, UserError
 from vitscale.evals import ClassifyConfig
 from vitscale.finetune.model import KEYS, tuned_model
 from vitscale.finetune.runs import (
@@ -26,7 +26,7 @@ from vitscale.finetune.runs import (
     several,
     tried,
 )
-from vitscale.finetune.slots import Slots, in_slots
+from vitscale.finetune.slots import Slots
 from vitscale.models import ModelConfig
 from vitscale.models.transfer import check_backbone, check_head
 from vitscale.system import atomic
@@ -61,7 +61,7 @@ class GridResult:
         lines = [f"{self.checkpoint} by {self.recipe}"]
         lines += [f"  rate {rate:<8g} dev {100 * accuracy:.2f}%" for rate, accuracy in self.dev.items()]
         lines += [f"  rate {rate:<8g} diverged" for rate in self.diverged]
-        for name, accuracies in {"test": self.accuracies, **self.test_sets}.items():
+        for name, accuracies in [("test", self.accuracies), *self.test_sets.items()]:
             seeds = " ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
             mean, std = fmean(accuracies), pstdev(accuracies)
             score = f"{100 * mean:.2f} ± {100 * std:.2f}% ({seeds})"
@@ -118,11 +118,7 @@ def run(
             best = max(dev or rates, key=lambda rate: dev.get(rate, 0.0))
             finals = [tuning(f"final-seed{seed}", best, seed, 0.0) for seed in section.seeds]
             accuracies = several(finals, slots, said, finetuned)
-            test_sets = {
-                name: scores
-                for name, index in section.test_sets.items()
-                if (scores := _on_test_set(name, index, test.crop, finals, slots, said))
-            }
+            test_sets, failure = _on_test_sets(section.test_sets, test.crop, finals, slots, said)
     except Diverged as error:
         key = "finetune.learning_rates" if section.learning_rates else "optim.lr"
         way_out = f"lower {key} in {recipe}, and delete {out} or name another --out"
@@ -138,29 +134,35 @@ def run(
         overrides=tuple(overrides),
     )
     atomic.write(out / "results.json", (json.dumps(result.to_json(), indent=2) + "\n").encode())
+    if failure:  # of a test set; what was trained is written
+        raise failure
     return result
 
 
-def _on_test_set(
-    name: str,
-    index: str,
+def _on_test_sets(
+    indexes: Mapping[str, str],
     crop: str,
     finals: Sequence[FineTuning],
     slots: Slots,
     said: Callable[[str], object],
-) -> tuple[float, ...]:
-    """The accuracies of the final runs on a further test set; () = its index is missing."""
-    are_done = all((folder_on(final, name) / "result.json").exists() for final in finals)
-    if not are_done and storage.sizes([index]) == [None]:
-        said(f"{name} is not scored: {index} is missing; pack it, and the same command scores it")
-        return ()
-    options = ("--data", storage.absolute(index), "--crop", crop)
-
-    def score(final: FineTuning) -> list[float]:
-        return [scored_on(final, name, options, slots)]
-
-    actions = {str(folder_on(final, name)): functools.partial(score, final) for final in finals}
-    return tuple(accuracy for (accuracy,) in in_slots(actions, slots, said))
+) -> tuple[dict[str, tuple[float, ...]], UserError | None]:
+    """The accuracies of the final runs on further test sets, and why one has none."""
+    found: dict[str, tuple[float, ...]] = {}
+    try:
+        for name, index in indexes.items():
+            if not index:
+                continue
+            folder_of = functools.partial(folder_on, test_set=name)
+            is_done = all((folder_of(final) / "result.json").exists() for final in finals)
+            if is_done or storage.sizes([index]) != [None]:
+                score = ("--data", storage.absolute(index), "--crop", crop)
+                one = functools.partial(scored_on, test_set=name, score=score)
+                found[name] = tuple(several(finals, slots, said, one, folder_of))
+            else:
+                said(f"{name} is not scored: {index} is missing; pack it, and the same command scores it")
+    except UserError as error:
+        return found, error
+    return found, None
 
 
 def absolute_pattern(pattern: str) -> str:
@@ -207,7 +209,6 @@ def values_for(recipe: TrainConfig, checkpoint: str, model: ModelConfig) -> dict
     Raises ConfigError if they do not fit each other.
     """
     values = configs.to_dict(recipe) | {"evals": {}, "expect": {}}
-    values["finetune"] = values["finetune"] | {"test_sets": {}}  # nothing of the training
     values["checkpoint"] = values["checkpoint"] | {"keep_best": ""}
     values["init"] = {
         "checkpoint": storage.absolute(checkpoint),

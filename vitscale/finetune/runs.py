@@ -13,6 +13,7 @@ Each runs in processes of its own, so that several share the GPUs or cores of on
 import dataclasses
 import functools
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,16 +142,15 @@ def folder_on(tuning: FineTuning, test_set: str) -> Path:
     return tuning.folder / f"on-{test_set}"
 
 
-def scored_on(tuning: FineTuning, test_set: str, score: Sequence[str], slots: Slots) -> float:
+def scored_on(tuning: FineTuning, slots: Slots, test_set: str, score: Sequence[str]) -> float:
     """The top-1 accuracy of a fine-tuning that is done on a further test set, found once.
 
     score: as FineTuning.score. Raises ConfigError if the folder holds a score on other images,
     and UserError if the process failed.
     """
-    folder, config = folder_on(tuning, test_set), _as_begun(tuning.folder, tuning.config(), tuning.start)
-    if config.init.checkpoint == tuning.start.path:
-        keep_source(folder, tuning.start, score)
-    return scored(folder, _classify(config, score), slots)
+    folder = folder_on(tuning, test_set)
+    keep_source(folder, None, score)
+    return scored(folder, _classify(tuning.config(), score), slots)
 
 
 def _classify(config: TrainConfig, score: Sequence[str]) -> list[str | Path]:
@@ -193,13 +193,17 @@ def several(
     slots: Slots,
     said: Callable[[str], object],
     one: Callable[[FineTuning, Slots], Score],
+    folder_of: Callable[[FineTuning], Path] = operator.attrgetter("folder"),
 ) -> list[Score]:
-    """What `one`, finetuned or tried, gives for each, as many at a time as there are slots."""
+    """What `one`, like finetuned, gives for each, as many at a time as there are slots.
+
+    folder_of: where the score of each lies, which `said` is told.
+    """
 
     def score(tuning: FineTuning) -> list[Score]:
         return [one(tuning, slots)]
 
-    actions = {str(tuning.folder): functools.partial(score, tuning) for tuning in tunings}
+    actions = {str(folder_of(tuning)): functools.partial(score, tuning) for tuning in tunings}
     return [value for (value,) in in_slots(actions, slots, said)]
 
 
@@ -221,9 +225,12 @@ def _batch_size(config: TrainConfig) -> str:
 def is_free(key: str) -> bool:
     """Whether a dotted key may differ where a command is repeated, by FREE_SECTIONS.
 
-    So may the number of processes that decode for an evaluation.
+    So may the number of processes that decode for an evaluation, and further test sets, which
+    are scored in folders of their own.
     """
     section, _, rest = key.partition(".")
+    if section == "finetune":
+        return rest.partition(".")[0] == "test_sets"
     if section == "evals":
         return rest.endswith(".num_workers")
     return section in FREE_SECTIONS and key != "checkpoint.keep_best"
@@ -274,18 +281,20 @@ def _as_begun(folder: Path, config: TrainConfig, start: StartingPoint) -> TrainC
     return config
 
 
-def keep_source(folder: Path, start: StartingPoint, score: Sequence[str]) -> None:
+def keep_source(folder: Path, start: StartingPoint | None, score: Sequence[str]) -> None:
     """Write what a folder's result comes from. Raises ConfigError if it holds another's.
 
-    score: the options that say what is scored. A result of an earlier version has no source,
-    and counts as it is.
+    start: None where a folder around it says that. score: the options that say what is scored.
+    A result of an earlier version has no source, and counts as it is.
     """
-    path, source = folder / "source.json", {"checkpoint": str(start), "evaluation": " ".join(score)}
+    path, source = folder / "source.json", {"evaluation": " ".join(score)}
+    if start:
+        source["checkpoint"] = str(start)
     if path.exists():
         remedy = f"name another --out, or delete it if {folder} is of the same checkpoint and test set"
         kept = atomic.read_json(path, lambda values: {key: values[key] for key in source}, remedy)
         for key, value in source.items():
-            if kept[key] not in (value, start.in_earlier_versions):
+            if kept[key] not in (value, start and start.in_earlier_versions):
                 raise ConfigError(
                     f"{folder} holds results of another {key} ({kept[key]}, now {value}); "
                     "name another --out, or delete that folder"

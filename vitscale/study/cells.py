@@ -21,7 +21,6 @@ from vitscale.metrics.rows import each_row, tail_start
 from vitscale.metrics.writer import FILE_NAME, best_step
 from vitscale.models.flops import train_flops
 from vitscale.study.config import StudyConfig, StudyModel
-from vitscale.study.paper import TEST_SET_OF
 from vitscale.system import atomic
 from vitscale.train_config import TrainConfig
 
@@ -171,14 +170,13 @@ def finetune_folder(cell: Cell, recipe: str) -> Path:
 
 
 def finetuned(cell: Cell, recipe: str) -> dict[str, float] | None:
-    """What a recipe gave (finetune.grid.GridResult): mean and std; None before it is there.
+    """What a recipe gave (finetune.grid.GridResult): mean and std; None before it is there."""
+    return _tuned(cell, recipe, lambda values: values)
 
-    Without a recipe of a name in TEST_SET_OF, what that other recipe gave on this test set.
-    """
-    given = _tuned(cell, recipe, lambda values: values)
-    if given is None and recipe in TEST_SET_OF:
-        given = _tuned(cell, TEST_SET_OF[recipe], lambda values: values.get("test_sets", {}).get(recipe))
-    return given
+
+def on_test_set(cell: Cell, recipe: str, name: str) -> dict[str, float] | None:
+    """What a recipe gave on one of its further test sets, as finetuned."""
+    return _tuned(cell, recipe, lambda values: values.get("test_sets", {}).get(name))
 
 
 def _tuned(
