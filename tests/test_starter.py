@@ -122,4 +122,4 @@ def test_a_rank_that_has_the_machine_uses_the_threads_that_a_user_asks_for(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, tmp_path / "program.py"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ended.stdout.split() == ["1"], ended.stderr
+    assert "1" in ended.stdout.splitlines(), ended.stderr  # torch 2.10 prints lines of its own, too

@@ -75,7 +75,9 @@ def test_logistic_regression_finds_the_minimum_of_scikit_learn(c: float):
 def test_logistic_regression_on_fewer_samples_than_features():
     rows, labels = drawn(15, 3)
     weights, _ = fit(rows.double(), labels, CLASSES, 1.0)
-    reference = LogisticRegression(C=1.0, tol=1e-10, solver="newton-cg").fit(rows.numpy(), labels.numpy())
+    reference = LogisticRegression(C=1.0, tol=1e-10, solver="newton-cg").fit(
+        rows.double().numpy(), labels.numpy()
+    )
     assert np.allclose(weights.numpy(), reference.coef_.T, atol=1e-3)
 
 
