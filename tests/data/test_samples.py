@@ -43,6 +43,7 @@ def test_labels_that_are_not_whole_numbers_from_0_are_refused(extension: str, co
 def test_for_an_index_of_version_2_an_empty_list_and_a_number_in_quotes_remain_damage() -> None:
     strict = SampleKeys(strict=True)
     assert read_labels(Choice("jpg", "json"), b"[4]", strict) == (4,)
+    assert read_labels(Choice("jpg", "cls"), b"3 17", strict) == (3, 17)
     with pytest.raises(LabelError, match="no field labels"):
         read_labels(Choice("jpg", "json"), b"[]", strict)
     with pytest.raises(LabelError, match="not a whole number"):

@@ -93,6 +93,18 @@ def test_a_second_ctrl_c_ends_at_once_even_in_a_hanging_collective(tmp_path: Pat
     assert (read_status(job)["state"], read_status(job)["exit_status"]) == ("failed", 130)
 
 
+def test_what_follows_on_other_ranks_from_a_failure_that_all_share_is_not_told(tmp_path: Path) -> None:
+    error = DataError("a shard is gone")
+    error.shared = True
+    first, second = Ending(tmp_path, 20), Ending(tmp_path, 20)
+    first.__enter__()
+    second._token = first._token
+    assert first.note(error).told_here
+    assert not second.note(RankLost("rank 0 has ended")).told_here
+    status = ending.read(tmp_path)
+    assert status and status["reason"] == "a shard is gone"
+
+
 def test_a_bug_does_not_cut_the_save_that_is_under_way(tmp_path: Path, index: Path, zygote: Zygote) -> None:
     job, event = Job(tmp_path, index), SlowSave(Fail(rank=0, batch=5))
     assert zygote.train(job, 1, "checkpoint.every_steps=4", event=event) == [1], job.output()

@@ -289,6 +289,7 @@ def test_a_key_that_models_of_a_library_do_not_have_is_named(
     hf = export_model(tmp_path / "ours.safetensors", tmp_path / "hf", format="transformers")
     with pytest.raises(ConfigError, match=message):
         import_model(hf, tmp_path / "out", format="transformers", overrides=[override])
+    assert import_model(hf, tmp_path / "out", format="transformers", overrides=["model.pool=token"]).exists()
 
 
 @pytest.mark.parametrize("format", ["safetensors", "transformers"])

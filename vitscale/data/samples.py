@@ -38,8 +38,9 @@ class SampleKeys:
     classes:    labels by class name, for labels that are written as names.
     strict:     the meaning of indexes of version 2, so that a run on one continues on the same
                 samples. A sample with other files than one image, one label file and KEY.txt
-                cannot be used; files without a key make such samples; KEY.json must hold
-                labels, and a number in quotes is none. image_key and label_key do not count.
+                cannot be used; files that have no key otherwise are samples, too; KEY.json must
+                hold labels, and a number in quotes is none. image_key and label_key do not
+                count.
 
     Raises ConfigError for keys that name nothing.
     """

@@ -107,6 +107,7 @@ class Ending:
                 cause = self._cause(error)
                 if cause is not error:
                     cause.__cause__ = error
+                # Asked in any case: it takes the note, so that no later rank is the first.
                 is_first = self._is_first()
                 # What all ranks raise alike, rank 0 tells, whichever of them came first.
                 told_here = distributed.is_main() if _is_shared(cause) else is_first

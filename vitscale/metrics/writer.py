@@ -205,7 +205,10 @@ class _Console:
         if not text:
             return
         if self._bar is None:
-            logger.info("step %d/%d  %s  eta %s", step, self._total_steps, text, self._eta(step, numbers))
+            # What comes before the first row includes warming up or compiling.
+            if self._first is None and "train/loss" in numbers:
+                self._first = step, time.monotonic()
+            logger.info("step %d/%d  %s  eta %s", step, self._total_steps, text, self._eta(step))
         elif any(name in numbers for name, _, _ in CONSOLE):
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -216,11 +219,8 @@ class _Console:
         if self._bar is not None:
             self._bar.close()
 
-    def _eta(self, step: int, numbers: Mapping[str, float | int]) -> str:
+    def _eta(self, step: int) -> str:
         now = time.monotonic()
-        # What comes before the first row includes warming up or compiling.
-        if self._first is None and "train/loss" in numbers:
-            self._first = step, now
         first, since = self._first or (step, now)
         return remaining_time(now - since, step - first, self._total_steps - step)
 

@@ -1,12 +1,14 @@
 """What keeps hosts from running a job together: one sentence each, from facts alone."""
 
 import dataclasses
+import json
+import time
 from typing import Any
 
 import pytest
 
 from vitscale.cluster.preflight import speed
-from vitscale.cluster.preflight.compare import Answer, Facts, problems, table
+from vitscale.cluster.preflight.compare import Answer, Facts, facts_of, problems, table
 from vitscale.cluster.preflight.program import told
 from vitscale.cluster.preflight.rounds import by_host
 
@@ -44,6 +46,17 @@ def answers(**changes: Any) -> list[Answer]:
 def test_hosts_that_fit_together_have_no_problems() -> None:
     assert problems(answers()) == []
     assert problems(answers(open_files=-1)) == []  # without a limit
+
+
+def test_facts_that_only_other_source_files_have_are_left_out() -> None:
+    assert facts_of(json.loads(json.dumps(dataclasses.asdict(GOOD) | {"kernel": "6.1"}))) == GOOD
+
+
+def test_a_host_to_which_no_other_connects_does_not_wait() -> None:
+    """The other one cannot listen, and so sends nothing."""
+    began = time.monotonic()
+    alone = speed.with_speed(Facts(host="a", address="127.0.0.1"), 0, lambda value: [value, None])
+    assert time.monotonic() - began < speed.TIMEOUT_SECONDS / 2 and not alone.refused
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,10 @@ class Answer:
 
 
 def facts_of(values: dict[str, Any]) -> Facts:
-    """Facts that have travelled as JSON."""
-    return Facts(**{**values, "errors": tuple(values["errors"]), "gpus": tuple(values["gpus"])})
+    """Facts that have travelled as JSON, without those that other source files have."""
+    names = {field.name for field in dataclasses.fields(Facts)}
+    known = {name: value for name, value in values.items() if name in names}
+    return Facts(**{**known, **{name: tuple(known.get(name, ())) for name in ("errors", "gpus")}})
 
 
 def problems(answers: Sequence[Answer]) -> list[str]:

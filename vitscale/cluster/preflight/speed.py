@@ -48,7 +48,7 @@ def leads_to_loopback(name: str) -> bool:
         return False
 
 
-class _Listener(NamedTuple):
+class _Endpoint(NamedTuple):
     """Where a host takes a connection."""
 
     host: str
@@ -66,10 +66,10 @@ def with_speed(facts: Facts, place: int, gather: Callable[[Any], list[Any]]) -> 
     speed, refused = 0.0, ""
     with socket.socket(family) as listener:
         own = _listen(listener, facts)
-        listeners = gather(own)
-        later_and_earlier = (*listeners[place + 1 :], *listeners[:place])
-        following = next((_Listener(*other) for other in later_and_earlier if other), None)
-        if own and following:
+        endpoints = gather(own)
+        later_and_earlier = (*endpoints[place + 1 :], *endpoints[:place])
+        following = next((_Endpoint(*other) for other in later_and_earlier if other), None)
+        if own and following:  # a host that cannot listen does not send: the one after it gets nothing
             receiver = _Receiver(listener)
             receiver.start()
             refused = _send(facts.host, following)
@@ -79,13 +79,13 @@ def with_speed(facts: Facts, place: int, gather: Callable[[Any], list[Any]]) -> 
     return dataclasses.replace(facts, speed=speed, refused=refused)
 
 
-def _listen(listener: socket.socket, facts: Facts) -> _Listener | None:
+def _listen(listener: socket.socket, facts: Facts) -> _Endpoint | None:
     """Listen at the host's address; None if that is impossible."""
     listener.settimeout(TIMEOUT_SECONDS + SECONDS)
     try:
         listener.bind((facts.address, 0))
         listener.listen()
-        return _Listener(facts.host, facts.address, listener.getsockname()[1])
+        return _Endpoint(facts.host, facts.address, listener.getsockname()[1])
     except OSError:
         return None
 
@@ -111,7 +111,7 @@ class _Receiver(threading.Thread):
             pass  # the sender says why
 
 
-def _send(sender: str, to: _Listener) -> str:
+def _send(sender: str, to: _Endpoint) -> str:
     """Send for a while. Returns why it was impossible; "" if it was not. sender: its name."""
     try:
         with socket.create_connection((to.address, to.port), TIMEOUT_SECONDS) as connection:

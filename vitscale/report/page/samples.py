@@ -1,7 +1,7 @@
 """What a model was fed and what it says now: inputs as training made them, and predictions."""
 
+import dataclasses
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vitscale.checkpoint.manifest import Manifest
-from vitscale.checkpoint.verify import Checkpoint, at_a_glance, open_directory
+from vitscale.checkpoint.verify import at_a_glance, open_directory
 from vitscale.data.evalset import EvaluationSet
 from vitscale.data.loader import Batch, batches
 from vitscale.evals import ClassifyConfig
@@ -67,9 +67,10 @@ def predictions(record: Record) -> Html:
         return note(f"{record.problem}.")
     if record.checkpoints is None:
         return note("There is no checkpoint to ask.")
-    name = next((name for name, task in config.evals.items() if isinstance(task, ClassifyConfig)), None)
-    if name is None:
+    classify = [(name, task) for name, task in config.evals.items() if isinstance(task, ClassifyConfig)]
+    if not classify:
         return note('The config has no evaluation of kind "classify", whose images could be shown.')
+    name, section = classify[0]
     # By the sizes of files alone, before all of a large one is read.
     size = 4 * sum(map(math.prod, SavedModel(open_directory(record.path, at_a_glance)).shapes.values()))
     if size > VERIFIED_BYTES:
@@ -77,7 +78,8 @@ def predictions(record: Record) -> Html:
     slot: Slot = "ema" if config.optim.ema_decay else "fp32"
     place = locate(record.path)
     saved = SavedModel(place, slot=slot)
-    test = _test_set(config, name, place)
+    source = training_data(place)[0] if section.split else None
+    test = ClassifyTask.open(name, section, config.model.image_size, source).test
     network = saved.load()
     shown = _predict(network, test, config)
     num_right = sum(prediction.is_right for prediction in shown)
@@ -93,20 +95,13 @@ def predictions(record: Record) -> Html:
     return joined(parts)
 
 
-def _test_set(config: TrainConfig, name: str, place: str | Checkpoint) -> EvaluationSet:
-    """The images of evals.NAME. place: of a checkpoint, whose training data it may hold out."""
-    section = config.evals[name]
-    assert isinstance(section, ClassifyConfig)
-    source = training_data(place)[0] if section.split else None
-    return ClassifyTask.open(name, section, config.model.image_size, source).test
-
-
 def probabilities(logits: Float[Tensor, "B C"], config: TrainConfig) -> Float[Tensor, "B C"]:
     """How likely each class is, as the loss of the run means it."""
     return logits.sigmoid() if config.loss.name == "sigmoid" else logits.softmax(dim=1)
 
 
-class _Prediction(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Prediction:
     """An image, its true classes, and how likely the model holds each class."""
 
     image: UInt8[Tensor, "3 H W"]
@@ -131,7 +126,7 @@ def _predict(network: Model, test: EvaluationSet, config: TrainConfig) -> list[_
 
 def _card(prediction: _Prediction, test: EvaluationSet) -> Html:
     """An image with its true classes and the likeliest ones."""
-    image, true, scores = prediction
+    image, true, scores = prediction.image, prediction.true, prediction.scores
     best = scores.topk(min(NUM_GUESSES, len(scores)))
     names = ", ".join(map(test.named, true))
     verdict, class_ = "\u2717 wrong", "wrong-guess"

@@ -24,8 +24,6 @@ from vitscale.models.names import (
     STEM_ROOTS,
     Dialect,
     one_to_one_names,
-    our_shapes,
-    rules,
     their_shapes,
 )
 from vitscale.models.resnet import MAX_STAGES, ROOT_WIDTH, STAGES
@@ -124,29 +122,21 @@ def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None
 
 
 def _check_vit_keys(dialect: Dialect, config: ViTConfig) -> None:
-    """Raise ConfigError for keys that make parameters which the dialect does not have."""
+    """Raise ConfigError for keys of [model] with which the dialect has no models."""
     keys: dict[str, tuple[object, ...]] = {
-        "posemb": ("learned", "sincos2d"),
+        "posemb": ("learned", "sincos2d") if dialect == "big_vision" else ("learned",),
         "posemb_at": ("input",),
         "num_patch_outputs": (0,),
     }
     if dialect == "transformers":
         keys["pool"] = ("token",)
+    if dialect in FLAX_DIALECTS:
+        keys |= {"num_registers": (0,), "distilled": (False,)}
     for key, allowed in keys.items():
         if (value := getattr(config, key)) not in allowed:
             raise ConfigError(
                 f"model.{key} {value!r} must be {allowed[0]!r}: models of {dialect} have no other"
             )
-    ours = our_shapes(config).keys()
-    covered = {name for rule in rules(dialect, config) for name in rule.ours}
-    if covered - ours:
-        raise ConfigError(
-            f"model.posemb {config.posemb!r} must be 'learned': the file has position embeddings"
-        )
-    if config.distilled and "dist_token" not in covered:
-        raise ConfigError("model.distilled must be false: the file has no distillation token")
-    if ours - covered:
-        raise ConfigError(f"model.num_registers {config.num_registers} must be 0: the file has no registers")
 
 
 def refuse_other_architectures(names: Iterable[str]) -> None:
