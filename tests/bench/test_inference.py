@@ -62,6 +62,13 @@ def test_each_model_and_size_is_a_row_and_a_file_is_continued(tmp_path: Path) ->
     assert rows_of(out)["shapes at 32 px"]["config"]["depth"] == 2
 
 
+def test_a_config_without_a_file_has_the_name_of_its_variant(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    config = ["run_dir=x", "data.index=x", "global_batch=8", "total_steps=3", "model.variant=mu/16"]
+    assert main(["inference", *config, *SMALL, "--sizes", "16", "--json", str(out)]) == 0
+    assert list(rows_of(out)) == ["mu/16 at 16 px"]
+
+
 def test_each_row_is_saved_before_the_next_is_measured() -> None:
     known = list[list[str]]()
     both = InferenceBench(

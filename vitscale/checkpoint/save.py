@@ -21,6 +21,7 @@ from vitscale.errors import CheckpointError, RankLost, UserError
 logger = logging.getLogger(__name__)
 THREAD_NAME = "checkpoint writer"
 LAST_SAVE_SECONDS = 120
+COMMIT_SECONDS = 10  # of LAST_SAVE_SECONDS, where only rank 0's commit of all files can still succeed
 
 
 @dataclasses.dataclass
@@ -42,6 +43,7 @@ class Saver:
     best_of: which step among some is the best by an evaluation; None = none is.
 
     Use it as a context manager: if training ends with an error, the save under way is finished.
+    With a rank that is lost, that is a commit at most; gloo may wait for this rank without end.
     """
 
     def __init__(
@@ -82,9 +84,10 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind and self._saves and (thread := self._saves[-1].thread):
-            thread.join(LAST_SAVE_SECONDS)
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if error and self._saves and (thread := self._saves[-1].thread):
+            lost = isinstance(error, RankLost) or distributed.lost_connection(error)
+            thread.join(COMMIT_SECONDS if lost else LAST_SAVE_SECONDS)
 
     @property
     def failed(self) -> bool:
