@@ -247,6 +247,7 @@ def test_what_does_not_run_at_all_is_a_row_without_figures_or_an_error() -> None
         ([10.0, 20.0, 20.1, 20.15], True),
         ([10.0, 20.0, 20.1, 20.3], False),
         ([10.0, 20.0, 15.0, 16.0], True),
+        ([10.0, 20.0, 30.0, 15.0], False),
     ],
 )
 def test_two_doublings_without_gain_end_the_timing(speeds: list[float], past: bool) -> None:

@@ -159,6 +159,7 @@ def test_further_test_sets_are_scored_on_the_final_runs_and_change_no_training(
     assert found.test_sets == {"more": (0.25, 0.75)}
     assert found.to_json()["test_sets"] == {"more": {"accuracies": (0.25, 0.75), "mean": 0.5, "std": 0.25}}
     assert "Not the recipe" not in found.text()
+    assert result_of({}, 'finetune.test_sets.more=""').test_sets == {}
     scores = {"final-seed3/on-test": 0.1, "final-seed4/on-test": 0.1}
     text = result_of(scores, "finetune.test_sets.test=x").text()
     assert "test 60.00" in text and "test 10.00" in text
