@@ -167,6 +167,7 @@ def test_further_test_sets_are_scored_on_the_final_runs_and_change_no_training(
     (out / "results.json").unlink()
     with pytest.raises(ConfigError, match=r"on-more holds .* evaluation \(e, now .*, or delete that folder$"):
         result_of({}, more)
+    assert "test 60.00" in said[-1] and f"In {out}: results.json, with all but" in said[-1]
     results = json.loads((out / "results.json").read_text())
     assert results["mean"] == 0.6 and not results["test_sets"]  # what was trained is not lost
 

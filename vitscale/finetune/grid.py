@@ -134,7 +134,8 @@ def run(
         overrides=tuple(overrides),
     )
     atomic.write(out / "results.json", (json.dumps(result.to_json(), indent=2) + "\n").encode())
-    if failure:  # of a test set; what was trained is written
+    if failure:  # of a test set
+        said(f"{result.text()}\nIn {out}: results.json, with all but the test set that failed")
         raise failure
     return result
 
