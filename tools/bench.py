@@ -164,7 +164,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "config", nargs="*", metavar="CONFIG.toml", help="measure its model alone, or with --models"
     )
     inference.add_argument(
-        "--models", nargs="+", help=f"variants, R50+B/16 too; default: {' '.join(FIGURE12_MODELS)}"
+        "--models",
+        nargs="+",
+        help=f"variants, R50+B/16 and Axial-B/16 too; default: {' '.join(FIGURE12_MODELS)}",
     )
     inference.add_argument(
         "--sizes",
@@ -242,7 +244,7 @@ def bench_inference(arguments: argparse.Namespace) -> dict[str, Any]:
         atomic.check_writable(arguments.plot, ".png")
     figure = new_figure(11.0, 4.6) if arguments.plot else None
     names = arguments.models or ([] if arguments.config else FIGURE12_MODELS)
-    models = {model.variant: model for model in map(model_of, names)}
+    models = {name.replace("ViT-", ""): model_of(name) for name in names}
     if arguments.config:
         paths, overrides = configs.divided(arguments.config)
         loaded = configs.load(TrainConfig, paths, overrides)

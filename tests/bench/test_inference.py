@@ -69,6 +69,15 @@ def test_a_config_without_a_file_has_the_name_of_its_variant(tmp_path: Path) -> 
     assert list(rows_of(out)) == ["mu/16 at 16 px"]
 
 
+def test_an_axial_vit_is_measured_beside_the_vit_of_its_variant(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    words = [*SMALL, "--json", str(out), "--sizes", "32"]
+    assert main(["inference", *words, "--models", "mu/16", "Axial-ViT-mu/16"]) == 0
+    rows = rows_of(out)
+    assert list(rows) == ["mu/16 at 32 px", "Axial-mu/16 at 32 px"]
+    assert [row["config"]["attention"] for row in rows.values()] == ["global", "axial"]
+
+
 def test_each_row_is_saved_before_the_next_is_measured() -> None:
     known = list[list[str]]()
     both = InferenceBench(

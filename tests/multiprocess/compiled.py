@@ -29,6 +29,7 @@ VIT = ViTConfig(variant="Ti/4", width=32, depth=2, num_heads=4, mlp_dim=48, imag
 MODELS: dict[str, ModelConfig] = {
     "vit": dataclasses.replace(VIT, distilled=True, posemb="learned2d", posemb_at="every_layer"),
     "relative": dataclasses.replace(VIT, pool="mean", posemb="relative"),
+    "axial": dataclasses.replace(VIT, pool="mean", attention="axial", depth=4),
     "hybrid": HybridConfig(
         variant="R+Ti/16",
         stem_width=32,

@@ -15,6 +15,7 @@ from multiprocess.zygote import Zygote
         ("vit", "selective", 2),
         ("vit", "full", 2),
         ("relative", "selective", 1),
+        ("axial", "selective", 2),
         ("resnet", "selective", 2),
         ("hybrid", "full", 3),
     ],
@@ -24,7 +25,8 @@ def test_blocks_share_graphs_that_evaluation_does_not_touch(
 ) -> None:
     """Otherwise training would be compiled for the batches of evaluation, or for any size.
 
-    The last block of a ViT has one of its own where only the class token is read. A ResNet has
+    The last block of a ViT has one of its own where only the class token is read, and axial
+    attention one for rows and one for columns. A ResNet has
     one for the first block of each stage, and one for the others; so has the stem
     of a hybrid. Without --sweep, kernels are made of one ViT.
     """

@@ -18,6 +18,9 @@ from vitscale.weights.foreign.convert import export_model
 ONE_BLOCK = dataclasses.replace(TINY, depth=1)
 
 
+AXIAL = dataclasses.replace(ONE_BLOCK, pool="mean", attention="axial", depth=2)
+
+
 def session(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
@@ -29,6 +32,7 @@ def session(path: Path) -> Any:
         (dataclasses.replace(ONE_BLOCK, distilled=True), "a.onnx"),
         (dataclasses.replace(ONE_BLOCK, pool="map", posemb="sincos2d", image_size=(8, 12)), "a.onnx"),
         (dataclasses.replace(ONE_BLOCK, posemb="relative"), "a.onnx"),
+        (dataclasses.replace(AXIAL, image_size=(8, 12)), "a.onnx"),
         (dataclasses.replace(ONE_BLOCK, num_classes=0, pool="mean", num_registers=2), "folder"),
         (ResNetConfig(width=32, stages=(1, 2), image_size=40, num_classes=5), "a.onnx"),
         (HybridConfig(variant="R+mu/16", image_size=64, num_classes=3), "a.onnx"),

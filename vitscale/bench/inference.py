@@ -56,9 +56,12 @@ class InferenceBench:
 def model_of(name: str) -> ModelConfig:
     """The model of a variant of any kind, which may have the paper's ViT- before its letter.
 
-    Raises ConfigError for a name that no kind has.
+    Axial- before a variant makes it the ViT with axial attention. Raises ConfigError for a name
+    that no kind has.
     """
     variant = name.replace("ViT-", "")
+    if variant.startswith("Axial-"):
+        return ViTConfig(variant=variant.removeprefix("Axial-"), attention="axial", pool="mean")
     if "+" in variant:
         return HybridConfig(variant=variant)
     return ResNetConfig(variant=variant) if re.match(r"R\d+x", variant) else ViTConfig(variant=variant)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vitscale.errors import ConfigError
-from vitscale.models.layers import Attention
+from vitscale.models.layers import Attention, AxialAttention
 from vitscale.models.model import Model
 from vitscale.models.vit import ViT
 
@@ -69,7 +69,8 @@ def _observe_layer(attention: Attention, observe: Callable[[Tensor], None]) -> l
     if attention.relative is None:
 
         def hook(_: nn.Module, __: Any, qkv: Tensor) -> None:
-            observe(_weights(qkv, attention.num_heads))
+            weights = _weights(qkv, attention.num_heads)
+            observe(_of_all(weights, attention) if isinstance(attention, AxialAttention) else weights)
 
         return [attention.qkv.register_forward_hook(hook)]
     held: list[Tensor] = []
@@ -92,6 +93,21 @@ def _weights(
     query, key, _ = qkv.float().unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, K, N, d]
     logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     return (logits if bias is None else logits + bias.float()).softmax(dim=-1)
+
+
+def _of_all(weights: Float[Tensor, "L K a a"], attention: AxialAttention) -> Float[Tensor, "B K N N"]:
+    """The weights of all pairs of patches from those of each line: 0 between two lines.
+
+    L: the lines of all images, B times the grid's rows or its columns.
+    """
+    rows, cols = attention.grid
+    patches = rows * cols
+    places = torch.arange(patches, device=weights.device).view(rows, cols)
+    lines = places if attention.axis == "row" else places.T  # [lines, a], the patches of each
+    whole = weights.new_zeros(len(weights) // len(lines), weights.shape[1], patches, patches)
+    queries, keys = lines[:, :, None], lines[:, None, :]
+    whole[:, :, queries, keys] = weights.unflatten(0, (-1, len(lines))).transpose(1, 2)
+    return whole
 
 
 def attention_distance(

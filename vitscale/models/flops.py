@@ -31,12 +31,16 @@ def _vit_macs(config: ViTConfig) -> int:
 
     patch embedding    n * X * D              X = 3 P^2 for P x P pixels
     each block         N * (4 D^2 + 2 D M)    qkv, output projection, MLP
-                       + 2 N^2 * D            attention scores, sum of the values
+                       + 2 N * A * D          attention scores, sum of the values
                        + n * (2 n - 1) * D    logits of relative positions, if any
+
+    A, the tokens that each one attends to, is N; with axial attention it is a row's patches and
+    a column's by turns, and 2 A is their sum.
     """
-    width, tokens = config.resolved_width, config.num_tokens
-    patches = config.grid[0] * config.grid[1]
-    block = tokens * (4 * width**2 + 2 * width * config.resolved_mlp_dim) + 2 * tokens**2 * width
+    width, tokens, grid = config.resolved_width, config.num_tokens, config.grid
+    patches = math.prod(grid)
+    twice_attended = sum(grid) if config.attention == "axial" else 2 * tokens
+    block = tokens * (4 * width**2 + 2 * width * config.resolved_mlp_dim + twice_attended * width)
     if config.posemb == "relative":
         block += patches * (2 * patches - 1) * width
     return patches * config.patch_inputs * width + config.resolved_depth * block

@@ -12,10 +12,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from vitscale.models.compiled import gelu as activation
 from vitscale.models.compiled import linear
-from vitscale.models.posemb import RelativeBias
+from vitscale.models.posemb import Grid, RelativeBias
 
 Gelu = Literal["tanh", "exact"]
 Checkpointing = Literal["none", "selective", "full"]
+Axis = Literal["row", "column"]
 
 # What selective checkpointing keeps: the outputs that are expensive to compute again.
 _KEPT_OPS = {
@@ -130,6 +131,27 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
+class AxialAttention(Attention):
+    """Self-attention within each row of the grid of patches, or each column (appendix D.6).
+
+    Only patches have a row and a column, so there are no other tokens.
+    """
+
+    def __init__(self, width: int, num_heads: int, grid: Grid, axis: Axis) -> None:
+        super().__init__(width, num_heads)
+        self.grid, self.axis = grid, axis
+
+    def forward(self, x: Float[Tensor, "B N D"], num_outputs: int | None = None) -> Float[Tensor, "B N D"]:
+        assert num_outputs is None, "every patch is read"
+        lines = self._by_axis(x.unflatten(1, self.grid))  # [B, lines, n, D]
+        mixed = super().forward(lines.flatten(0, 1)).unflatten(0, lines.shape[:2])
+        return self._by_axis(mixed).flatten(1, 2)
+
+    def _by_axis(self, x: Float[Tensor, "B a b D"]) -> Float[Tensor, "B c d D"]:
+        """Rows to lines and lines to rows, which are each other's inverse."""
+        return x if self.axis == "row" else x.transpose(1, 2)
+
+
 class Fp32Linear(nn.Linear):
     """A linear layer that computes in fp32, whatever the precision of input and weights.
 
@@ -148,18 +170,11 @@ class Block(RecomputedBlock):
     """
 
     def __init__(
-        self,
-        width: int,
-        mlp_dim: int,
-        num_heads: int,
-        dropout: float,
-        gelu: Gelu,
-        norm_eps: float,
-        relative: RelativeBias | None = None,
+        self, attention: Attention, width: int, mlp_dim: int, dropout: float, gelu: Gelu, norm_eps: float
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, num_heads, relative)
+        self.attn = attention
         self.drop = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, mlp_dim, dropout, gelu)

@@ -120,7 +120,7 @@ class Model(nn.Module, abc.ABC):
 
         Shapes are static: blocks of one shape share a graph, made for the micro batch of
         training. A ViT has one, and another for its last block if only the class token is read;
-        each stage of a ResNet has two.
+        axial attention has one for rows and one for columns, and each stage of a ResNet two.
 
         Raises ConfigError for a cache of torch.compile that other users can write.
         """

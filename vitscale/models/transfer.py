@@ -12,6 +12,7 @@ from vitscale.models.vit_config import ViTConfig
 
 _VIT = (
     "resolved_width",
+    "attention",
     "resolved_depth",
     "resolved_num_heads",
     "resolved_mlp_dim",

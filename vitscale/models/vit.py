@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitscale.models.corruption import Corruption
 from vitscale.models.initializers import lecun_normal, normal, xavier_uniform
-from vitscale.models.layers import Block, Fp32Linear, MapHead, PatchEmbed
+from vitscale.models.layers import Attention, AxialAttention, Block, Fp32Linear, MapHead, PatchEmbed
 from vitscale.models.model import Model, check_images
 from vitscale.models.posemb import RelativeBias, sincos2d, table2d
 from vitscale.models.vit_config import ViTConfig
@@ -33,19 +33,9 @@ class ViT(Model):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if outputs else None
         self._make_posemb()
         self.drop = nn.Dropout(config.dropout)
-        depth, patches = config.resolved_depth, math.prod(config.grid)
-        relative = config.posemb == "relative"
         self.blocks = nn.ModuleList(
-            Block(
-                width,
-                mlp_dim,
-                heads,
-                config.dropout,
-                gelu,
-                eps,
-                RelativeBias(patches, width) if relative else None,
-            )
-            for _ in range(depth)
+            Block(self._make_attention(index), width, mlp_dim, config.dropout, gelu, eps)
+            for index in range(config.resolved_depth)
         )
         self.norm = nn.LayerNorm(width, eps=eps)
         self.attn_pool = MapHead(width, mlp_dim, heads, gelu, eps) if config.pool == "map" else None
@@ -58,6 +48,15 @@ class ViT(Model):
 
     def _make_patch_embed(self) -> PatchEmbed:
         return PatchEmbed(self.config.resolved_patch_size, self.config.resolved_width)
+
+    def _make_attention(self, index: int) -> Attention:
+        """The attention of block `index`: axial ones take turns, rows first."""
+        config = self.config
+        width, heads = config.resolved_width, config.resolved_num_heads
+        if config.attention == "axial":
+            return AxialAttention(width, heads, config.grid, "column" if index % 2 else "row")
+        relative = config.posemb == "relative"
+        return Attention(width, heads, RelativeBias(math.prod(config.grid), width) if relative else None)
 
     def _make_posemb(self) -> None:
         config = self.config

@@ -14,6 +14,7 @@ from vitscale.models.limits import MAX_IMAGE_SIZE, MAX_PATCHES, MAX_SIZE
 from vitscale.models.posemb import Grid, Placement, Posemb, check_posemb
 
 Pool = Literal["token", "mean", "map"]
+Scope = Literal["global", "axial"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,10 @@ class ViTConfig:
                           leaves out in training; it rises evenly from 0 in the first block. The
                           model itself leaves nothing out: vitscale's trainer passes
                           kept=drop_path.draw_kept(...) to forward, and so must any other loop
+    attention:            what a patch attends to: "global", all tokens; or "axial" (paper,
+                          appendix D.6), its row in one block and its column in the next, two
+                          for each block of the variant. Only patches have a row and a column:
+                          then there is no class token or register, nor "relative" positions
     posemb:               position embeddings (paper, appendix D.4): "learned", for each place
                           in raster order and for the class token; "learned2d", for each column
                           and each row, of half the width; "relative", for each difference of
@@ -97,6 +102,7 @@ class ViTConfig:
     head_bias: float = 0.0
     dropout: float = 0.0
     drop_path: float = 0.0
+    attention: Scope = "global"
     posemb: Posemb = "learned"
     posemb_at: Placement = "input"
     gelu: Gelu = "tanh"
@@ -125,6 +131,8 @@ class ViTConfig:
         if not self.norm_eps > 0:
             raise ConfigError(f"model.norm_eps {self.norm_eps} must be above 0; Google's models have 1e-6")
         check_posemb(self.posemb, self.posemb_at, width)
+        if self.attention == "axial":
+            self._check_axial()
 
     def _check_variant(self) -> None:
         name, slash, patch = self.variant.partition("/")
@@ -147,6 +155,23 @@ class ViTConfig:
                 f"{MAX_PATCHES:,} patches, not {math.prod(self.grid):,}"
             )
 
+    def _check_axial(self) -> None:
+        for key, allowed, reason in (
+            ("pool", ("mean", "map"), "a class token is in no row and no column"),
+            ("num_registers", (0,), "a register is in no row and no column"),
+            ("posemb", ("learned", "learned2d", "sincos2d", "none"), "its offsets are between all patches"),
+        ):
+            if (value := getattr(self, key)) not in allowed:
+                raise ConfigError(
+                    f'model.attention = "axial" is refused with model.{key} = {value!r}: {reason}; '
+                    f"use {allowed[0]!r}"
+                )
+        if self.resolved_depth % 2:
+            raise ConfigError(
+                f'model.depth {self.depth} must be even with model.attention = "axial": blocks of rows and '
+                f"of columns take turns; use {self.depth + 1}"
+            )
+
     @property
     def _variant(self) -> Variant:
         return VARIANTS[self.variant.partition("/")[0]]
@@ -157,7 +182,7 @@ class ViTConfig:
 
     @property
     def resolved_depth(self) -> int:
-        return self.depth or self._variant.depth
+        return self.depth or self._variant.depth * (2 if self.attention == "axial" else 1)
 
     @property
     def num_blocks(self) -> int:

@@ -21,6 +21,7 @@ _NO_GOOGLE_DISTILLATION = ((False,), f"Google's ViT {_NO_DISTILLATION}")
 _NO_MAP_HEAD = (("token", "mean"), "only big_vision has this head; use --dialect big_vision")
 _NO_HYBRID_MAP_HEAD = (("token", "mean"), "Google's hybrids have no such head; use --format safetensors")
 _NO_POSEMB = (("learned", "sincos2d"), "it knows no other position embeddings; use --format safetensors")
+_NO_AXIS = (("global",), "it knows no axial attention; use --format safetensors")
 _NO_PLACEMENT = (("input",), "it adds positions to the input alone; use --format safetensors")
 # By dialect, the keys that it limits: the allowed values, and what to do about others.
 _LIMITS: dict[Dialect, dict[str, tuple[tuple[object, ...], str]]] = {
@@ -94,6 +95,7 @@ def check_expressible(config: ModelConfig, dialect: Dialect) -> None:
     limits = {
         "num_registers": _NO_REGISTERS,
         "num_patch_outputs": _NO_PATCH_HEAD,
+        "attention": _NO_AXIS,
         "posemb": _NO_POSEMB,
         "posemb_at": _NO_PLACEMENT,
         **_LIMITS.get(dialect, {}),

@@ -124,6 +124,7 @@ def check_tensors(dialect: Dialect, config: ModelConfig, shapes: Shapes) -> None
 def _check_vit_keys(dialect: Dialect, config: ViTConfig) -> None:
     """Raise ConfigError for keys of [model] with which the dialect has no models."""
     keys: dict[str, tuple[object, ...]] = {
+        "attention": ("global",),
         "posemb": ("learned", "sincos2d") if dialect == "big_vision" else ("learned",),
         "posemb_at": ("input",),
         "num_patch_outputs": (0,),
