@@ -148,15 +148,6 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
     phases.listen(meter)
     ledger.ready(at)
     saved_step = at.step
-    # At step 0, what an untrained model gives: the line to beat. Later, what was broken off.
-    missing = distributed.on_main(lambda: metrics.without(due_after(at.step, job).evaluate))
-    with phases("evaluate"):
-        going_on = evaluate(run, missing, watch)
-    if going_on:  # not before: a mistake that shows in the evaluation binds nobody
-        write_start(run)
-        if best_so_far(run, missing):  # of a step that was saved before it was evaluated
-            with phases("save"):
-                distributed.on_main(saver.retain)
 
     def save() -> None:
         nonlocal saved_step
@@ -166,6 +157,21 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
             saver.save(engine, train_state(job, at, run.teacher))
         ledger.mark()
         saved_step = at.step
+
+    def keep_best() -> None:
+        """Keep the checkpoint of a step that was saved before it was evaluated."""
+        with phases("save"):
+            saver.wait()
+            distributed.on_main(saver.retain)
+
+    # At step 0, what an untrained model gives: the line to beat. Later, what was broken off.
+    missing = distributed.on_main(lambda: metrics.without(due_after(at.step, job).evaluate))
+    with phases("evaluate"):
+        going_on = evaluate(run, missing, watch)
+    if going_on:  # not before: a mistake that shows in the evaluation binds nobody
+        write_start(run)
+        if best_so_far(run, missing):
+            keep_best()
 
     while going_on and at.step < job.total_steps:
         with phases("data"):
@@ -204,11 +210,13 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
                 gc.collect()
         if at.step == 1:
             metrics.write_images("inputs", batch.images[:SHOWN_IMAGES], at.step)
+        for step, cost in saver.finished():
+            metrics.write(step, cost)
+        if due.save:  # before the evaluations: a failure in a long one loses no steps
+            save()
         if due.draw:
             with phases("evaluate"):
                 draw(run, batch.images)
-        for step, cost in saver.finished():
-            metrics.write(step, cost)
         if due.evaluate:
             with phases("evaluate"):
                 going_on = not stopping and evaluate(run, due.evaluate, watch)
@@ -216,8 +224,10 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
                 due = due_after(at.step, job, stopping=True)
         is_best = best_so_far(run, due.evaluate)
         damaged = run.quarantine.is_over(at.bad_samples, at.samples_seen)
-        if due.save or damaged or is_best:
+        if (due.save or damaged or is_best) and saved_step < at.step:
             save()
+        elif is_best:
+            keep_best()
         if damaged:
             raise DataError(run.quarantine.verdict(at.bad_samples, at.samples_seen, at.step), shared=True)
         if due.end:

@@ -88,6 +88,17 @@ class StopInEvaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class KillInEvaluation:
+    """SIGKILL of all ranks as rank 0 scores its n-th batch of evaluations (from 1)."""
+
+    batch: int
+
+    def arm(self) -> None:
+        if rank() == 0:
+            at_calls(Predictions.of, lambda n: n == self.batch and os.killpg(0, signal.SIGKILL))
+
+
+@dataclasses.dataclass(frozen=True)
 class Fail:
     """A bug of ours on one rank, as it begins its n-th batch (from 1)."""
 

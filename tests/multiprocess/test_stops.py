@@ -1,5 +1,6 @@
 """A run that is asked to stop does so wherever it is, and what was broken off is done later."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ import psutil
 import pytest
 from multiprocess.ends import data_worker_of, read_status
 from multiprocess.job import TIMEOUT_SECONDS, Job, wait_until
-from multiprocess.ranks import KillAll, Stop, StopInEvaluation
+from multiprocess.ranks import KillAll, KillInEvaluation, Stop, StopInEvaluation
 from multiprocess.zygote import Zygote
 from weights.foreign_models import saved_model
 
@@ -40,6 +41,24 @@ def test_an_evaluation_is_broken_off_and_done_at_the_next_start(
     assert "stopped by" not in job.output().split(line)[1]
     assert evaluations(job) == evaluations(whole) and len(evaluations(job)) == 5
     assert job.column("train/loss") == whole.column("train/loss")
+
+
+def test_a_step_is_saved_before_it_is_evaluated(tmp_path: Path, index: Path, zygote: Zygote) -> None:
+    """Killed in the second evaluation, of step 5: no step is lost, and the best is kept."""
+    job = Job(tmp_path, index)
+    evaluation = f"evals.test={{test='{index.parent}/train-*.tar', batch_size=4, every_steps=5}}"
+    saves = ("checkpoint.every_steps=5", "checkpoint.keep_best=eval/test/top1", "checkpoint.keep_last=1")
+    section = (evaluation, *saves, "checkpoint.background=false")
+    event = KillInEvaluation(batch=14)
+    assert zygote.train(job, 2, *section, event=event) == [-9, -9], job.output()
+    assert list(job.checkpoints()) == [5] and [step for step, _ in evaluations(job)] == [0]
+    assert zygote.train(job, 2, *section) == [0, 0], job.output()
+    assert [step for step, _ in evaluations(job)] == [0, 5, 10, 15, 20]
+    best = max(evaluations(job)[1:], key=lambda pair: pair[1])[0]  # the first of equals
+    assert set(job.checkpoints()) == {best, 20}
+    assert (job.run_dir / "checkpoints" / "best").read_text() == f"step-{best:09d}\n"
+    history = [json.loads(line) for line in (job.run_dir / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history] == [0, 5]
 
 
 def test_an_evaluation_that_is_due_at_a_stop_is_left_to_the_next_start(
