@@ -23,7 +23,7 @@ from vitscale.memory import (
 )
 from vitscale.models.layers import Checkpointing
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import OptimConfig
+from vitscale.optim.optimizers import OptimConfig
 
 GB = 1e9
 B16 = ViTConfig(variant="B/16")  # 197 tokens, 12 blocks, D = 768, M = 3072

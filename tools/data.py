@@ -63,12 +63,12 @@ def pack(arguments: argparse.Namespace) -> int:
 
 
 def index_shards(arguments: argparse.Namespace) -> int:
-    from vitscale import storage
     from vitscale.data.classes import read_classes
     from vitscale.data.index import check_names, check_replaceable
     from vitscale.data.indexing import build_index, journal_of
     from vitscale.data.samples import SampleKeys
     from vitscale.errors import ConfigError
+    from vitscale.stores import storage
     from vitscale.system import atomic
 
     keys = SampleKeys(

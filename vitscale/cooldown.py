@@ -7,12 +7,12 @@ import dataclasses
 from pathlib import Path
 
 from vitscale import config as configs
-from vitscale import storage
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.checkpoint.verify import open_directory
 from vitscale.errors import ConfigError
 from vitscale.metrics.expect import ExpectConfig
-from vitscale.schedule import ScheduleConfig, learning_rate
+from vitscale.optim.schedule import ScheduleConfig, learning_rate
+from vitscale.stores import storage
 from vitscale.system import atomic
 from vitscale.train_config import InitConfig, TrainConfig
 

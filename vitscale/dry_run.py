@@ -10,7 +10,6 @@ from vitscale import memory
 from vitscale.checkpoint import load, room
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, open_together
-from vitscale.continuation import check_continuation, check_new_length, check_teacher
 from vitscale.data.data_config import SourceConfig
 from vitscale.data.sources import Source, missing_sources, open_sources
 from vitscale.data.split import split_classes
@@ -20,10 +19,11 @@ from vitscale.errors import UserError
 from vitscale.job import Job, check_shards_and_classes, derive, expected_first_loss, open_tasks
 from vitscale.models import Model, empty_model
 from vitscale.models.flops import train_flops
-from vitscale.objectives import DistillationConfig
-from vitscale.optim import freeze
+from vitscale.objectives.distillation import DistillationConfig
+from vitscale.optim.optimizers import freeze
 from vitscale.redaction import redact
-from vitscale.run_dir import check_place, check_run_dir
+from vitscale.run_dir.continuation import check_continuation, check_new_length, check_teacher
+from vitscale.run_dir.directory import check_place, check_run_dir
 from vitscale.system.cores import num_cores
 from vitscale.teacher import Teacher, load_teacher, place_of
 from vitscale.train_config import TrainConfig

@@ -18,7 +18,7 @@ from vitscale.evals.predictions import summary, write
 from vitscale.evals.store import FeatureStore, digest_of, model_digest
 from vitscale.evals.task import EvalModel, Task, run_task, within_memory
 from vitscale.job import derive
-from vitscale.losses import LossConfig
+from vitscale.objectives.losses import LossConfig
 from vitscale.system import hardware
 from vitscale.train_config import TrainConfig
 from vitscale.weights.saved import SavedModel, Slot, locate

@@ -28,7 +28,8 @@ from vitscale.errors import ConfigError
 from vitscale.evals import open_task
 from vitscale.evals.classify import ClassifyTask
 from vitscale.evals.task import Task
-from vitscale.objectives import COLORS, DistillationConfig, MaskedPatchesConfig
+from vitscale.objectives.distillation import DistillationConfig
+from vitscale.objectives.masked_patches import COLORS, MaskedPatchesConfig
 from vitscale.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Checkpointing
 from vitscale.models.resnet import ROOT_KERNEL, ResNetConfig, halved
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import OptimConfig, block_kernels, freeze
-from vitscale.sliced.adafactor import second_size
+from vitscale.optim.adafactor import second_size
+from vitscale.optim.optimizers import OptimConfig, block_kernels, freeze
 
 # Defaults of DeepSpeed's runtime/zero/config.py, in elements: gradients that are reduced at a
 # time, and how soon stage 3 must need a parameter again to leave it gathered.

@@ -20,7 +20,6 @@ from vitscale.checkpoint import load, room
 from vitscale.checkpoint.save import Saver
 from vitscale.checkpoint.store import Home
 from vitscale.checkpoint.verify import Checkpoint, open_together
-from vitscale.continuation import check_continuation, check_new_length, check_teacher
 from vitscale.data.cache import NodeCache
 from vitscale.data.loader import Batch, batches, on_device
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
@@ -34,12 +33,15 @@ from vitscale.metrics.pace import Pace
 from vitscale.metrics.rows import trim_metrics
 from vitscale.metrics.writer import MetricsWriter, SilentWriter
 from vitscale.models import empty_model
-from vitscale.objectives import DistillationConfig, Objective, build_objective
-from vitscale.optim import freeze
+from vitscale.objectives import build_objective
+from vitscale.objectives.distillation import DistillationConfig
+from vitscale.objectives.objective import Objective
+from vitscale.optim.optimizers import freeze
 from vitscale.progress import Progress
 from vitscale.quantities import counted
 from vitscale.rng import derive_seed
-from vitscale.run_dir import write_record
+from vitscale.run_dir.continuation import check_continuation, check_new_length, check_teacher
+from vitscale.run_dir.directory import write_record
 from vitscale.system import hardware
 from vitscale.teacher import Teacher, load_teacher, place_of
 from vitscale.train_config import TrainConfig

@@ -10,7 +10,7 @@ from vitscale.data.loader import Batch
 from vitscale.image_size import sides
 from vitscale.job import Job
 from vitscale.models.drop_path import draw_kept
-from vitscale.objectives import BatchKey
+from vitscale.objectives.objective import BatchKey
 from vitscale.rng import derive_seed
 from vitscale.start import Run
 

@@ -20,7 +20,7 @@ from vitscale.evals.store import digest_of, model_digest
 from vitscale.image_size import ImageSize, pixels, written
 from vitscale.models import Model, ModelConfig
 from vitscale.models.resnet import ResNetConfig
-from vitscale.objectives import TIMM, DistillationConfig
+from vitscale.objectives.distillation import TIMM, DistillationConfig
 from vitscale.weights.foreign.convert import load_npz
 from vitscale.weights.saved import load_model, locate
 

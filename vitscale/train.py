@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from vitscale import __version__, distributed, history, shared_memory
+from vitscale import __version__, distributed, shared_memory
 from vitscale import config as configs
 from vitscale.checkpoint.manifest import TrainState
 from vitscale.checkpoint.store import step_of
@@ -24,10 +24,11 @@ from vitscale.guard.watchdog import Watchdog
 from vitscale.job import Job, Tasks, open_tasks, prepare
 from vitscale.meter import Meter
 from vitscale.metrics.goodput import Ledger, summary
+from vitscale.optim.schedule import learning_rate
 from vitscale.profiler import Profiler
 from vitscale.progress import Due, Phases, Progress
-from vitscale.run_dir import claimed, note_refusal, write_config
-from vitscale.schedule import learning_rate
+from vitscale.run_dir import history
+from vitscale.run_dir.directory import claimed, note_refusal, write_config
 from vitscale.start import Run, enough_memory, started
 from vitscale.step import skipped_step, train_step
 from vitscale.system import processes

@@ -17,19 +17,16 @@ from vitscale.errors import ConfigError
 from vitscale.evals import ClassifyConfig, EvalConfig
 from vitscale.guard.config import GuardConfig
 from vitscale.image_size import written
-from vitscale.losses import LossConfig
 from vitscale.metrics.expect import ExpectConfig
 from vitscale.models import ModelConfig
 from vitscale.models.vit_config import ViTConfig
-from vitscale.objectives import (
-    DOWNSIZED,
-    ClassificationConfig,
-    DistillationConfig,
-    MaskedPatchesConfig,
-    ObjectiveConfig,
-)
-from vitscale.optim import OptimConfig
-from vitscale.schedule import ScheduleConfig
+from vitscale.objectives import ObjectiveConfig
+from vitscale.objectives.classification import ClassificationConfig
+from vitscale.objectives.distillation import DistillationConfig
+from vitscale.objectives.losses import LossConfig
+from vitscale.objectives.masked_patches import DOWNSIZED, MaskedPatchesConfig
+from vitscale.optim.optimizers import OptimConfig
+from vitscale.optim.schedule import ScheduleConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

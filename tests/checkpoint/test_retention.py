@@ -10,12 +10,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from make import manifest_of, steps_on_disk
 
-from vitscale import storage, store_clients
 from vitscale.checkpoint import load, store
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.save import Saver
 from vitscale.checkpoint.store import CheckpointConfig, Home
 from vitscale.checkpoint.verify import open_directory
+from vitscale.stores import clients, storage
 
 RUN = "s3://runs/a"
 EVERY = CheckpointConfig(keep_every_steps=10)
@@ -50,9 +50,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(_registry, "s3", CountingStore)
     for name, value in (("store", {}), ("pseudo_dirs", [""]), ("listed", [])):
         monkeypatch.setattr(CountingStore, name, value)
-    store_clients.client.cache_clear()
+    clients.client.cache_clear()
     yield Home(tmp_path / "node", store.child_of_run(RUN))
-    store_clients.client.cache_clear()
+    clients.client.cache_clear()
 
 
 def put(home: Home, *steps: int, finished: bool = True) -> None:

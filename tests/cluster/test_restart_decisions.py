@@ -12,13 +12,14 @@ from data.servers import use_s3
 from make import state_of, write_step
 
 from launch import ended
-from vitscale import attempts, history
 from vitscale import config as configs
 from vitscale.cluster import restarts
 from vitscale.cluster.restarts import Vain, decide
 from vitscale.errors import BusyError
 from vitscale.guard import ending
-from vitscale.run_lock import RunLock
+from vitscale.run_dir import history
+from vitscale.run_dir.lock import RunLock
+from vitscale.stores import attempts
 from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,6 @@ import pytest
 from make import write_tar
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
-from vitscale import storage
 from vitscale.curate import dedup
 from vitscale.curate.dedup import find_duplicates
 from vitscale.curate.duplicates import contact_sheet
@@ -23,6 +22,7 @@ from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
 from vitscale.data.reader import read_samples
 from vitscale.errors import ConfigError, DataError
+from vitscale.stores import storage
 
 Edit = Callable[[Image.Image], Image.Image]
 

@@ -7,7 +7,6 @@ from data.servers import s3_server, use_s3
 from make import write_index
 
 from tools import data
-from vitscale import store_clients
 from vitscale.curate.warm import warm_cache
 from vitscale.data import cache
 from vitscale.data.cache import NodeCache
@@ -16,6 +15,7 @@ from vitscale.data.index import Index
 from vitscale.data.reader import read_chunk
 from vitscale.data.samples import RawSample
 from vitscale.data.sources import open_sources
+from vitscale.stores import clients
 
 CONFIG = """
 run_dir = "run"
@@ -56,7 +56,7 @@ def test_after_it_the_store_is_not_asked(
         assert data.main(["warm", str(config)]) == 0
         assert f"{tmp_path}/cache: 100.0% of the run's remote shards" in capsys.readouterr().out
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    store_clients.client.cache_clear()
+    clients.client.cache_clear()
     filled = NodeCache(str(tmp_path / "cache"), 10**9)
     samples = [sample for chunk in range(len(index.chunks)) for sample in read_chunk(index, chunk, filled)]
     assert len(samples) == 97 and all(isinstance(sample, RawSample) for sample in samples)

@@ -6,8 +6,8 @@ import pytest
 from data.servers import http_server, s3_server, use_s3
 from make import write_index
 
-from vitscale import attempts
 from vitscale.data.index import Index
+from vitscale.stores import attempts
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vitscale import store_clients
+from vitscale.stores import clients
 
 KEY, SECRET = "vitaccess", "vitsecret123"
 QUERY = "X-Amz-Credential=vit%2F20261124%2Feu&X-Amz-Signature=vitsecret123"  # of URLs below /signed/
@@ -132,4 +132,4 @@ def use_s3(monkeypatch: pytest.MonkeyPatch, port: int, **changes: str) -> None:
     """Let this process use that server, whichever it used before."""
     for name, value in {**s3_environment(port), **changes}.items():
         monkeypatch.setenv(name, value)
-    store_clients.client.cache_clear()
+    clients.client.cache_clear()

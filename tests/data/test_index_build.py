@@ -17,13 +17,13 @@ from make import jpeg, write_index, write_shards, write_tar
 from PIL import Image
 
 from tools.data import main
-from vitscale import storage
 from vitscale.curate import stats
 from vitscale.curate.stats import measure
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index, journal_of
 from vitscale.data.samples import SampleKeys
 from vitscale.errors import ConfigError, DataError
+from vitscale.stores import storage
 from vitscale.system.processes import ProgressCallback
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from make import jpeg, write_shards, write_tar
 
-from vitscale import storage
 from vitscale.curate.stats import doubts
 from vitscale.curate.verify import verify_index
 from vitscale.data.index import Index, check_shards, damaged_chunks
@@ -20,6 +19,7 @@ from vitscale.data.samples import (
 )
 from vitscale.data.tar import walk
 from vitscale.errors import ConfigError, DataError, StoreError
+from vitscale.stores import storage
 
 
 def test_samples_come_back_by_id_in_any_order(index: Index) -> None:

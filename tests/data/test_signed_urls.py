@@ -10,12 +10,12 @@ from data.epochs import assert_same_epoch, epoch, remote_index
 from data.servers import QUERY, SECRET
 
 from tools.data import main
-from vitscale import attempts, storage
 from vitscale.data.index import Index, check_shards
 from vitscale.data.indexing import build_index, open_index
 from vitscale.data.reader import describe
 from vitscale.errors import ConfigError, StoreError, UserError
 from vitscale.redaction import redact
+from vitscale.stores import attempts, storage
 
 pytestmark = pytest.mark.usefixtures("impatient")
 

@@ -12,11 +12,11 @@ import pytest
 
 from tests.make import jpeg, write_tar
 from tools.data import main
-from vitscale import storage
 from vitscale.curate.stats import doubts
 from vitscale.data.index import Index
 from vitscale.data.indexing import build_index
 from vitscale.data.neighbours import compare
+from vitscale.stores import storage
 
 RANDOM = np.random.default_rng(0)
 SORTED = [(number // 20,) for number in range(200)]

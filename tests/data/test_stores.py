@@ -12,7 +12,6 @@ import pytest
 from data.epochs import assert_same_epoch, epoch, remote_index
 from data.servers import SECRET, faulty_proxy, s3_server, use_s3
 
-from vitscale import attempts, storage, store_clients
 from vitscale.data.cache import NodeCache
 from vitscale.data.data_config import DataConfig
 from vitscale.data.exclusions import load_exclusions
@@ -22,6 +21,7 @@ from vitscale.data.reader import read_chunk
 from vitscale.data.samples import BadSample, RawSample
 from vitscale.data.sources import open_sources
 from vitscale.errors import ConfigError, DataError, StoreDown, StoreError
+from vitscale.stores import attempts, clients, storage
 
 pytestmark = pytest.mark.usefixtures("impatient")
 
@@ -46,7 +46,7 @@ def test_an_http_server_that_fails_a_fifth_of_the_requests_delivers_the_same(
 def test_a_store_that_spoils_a_fifth_of_the_requests_delivers_the_same(
     server: int, local: Index, monkeypatch, mode: str
 ) -> None:
-    monkeypatch.setattr(store_clients, "READ_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(clients, "READ_TIMEOUT_SECONDS", 0.5)
     index = remote_index(local, "s3://vit")
     with faulty_proxy(server, mode, 0.2) as port:
         use_s3(monkeypatch, port)
@@ -216,7 +216,7 @@ def test_missing_credentials_are_one_sentence(s3: str, monkeypatch, tmp_path: Pa
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    store_clients.client.cache_clear()
+    clients.client.cache_clear()
     with pytest.raises(StoreError, match=r"there are no credentials .* AWS_ACCESS_KEY_ID"):
         storage.read_bytes(f"{s3}/index.json")
 
@@ -226,7 +226,7 @@ def test_chunks_of_a_store_are_kept_on_the_node(s3: str, local: Index, tmp_path:
     index = remote_index(local, s3)
     assert_same_epoch(epoch(index, 2, cache), epoch(local))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nothing is read from the store
-    store_clients.client.cache_clear()
+    clients.client.cache_clear()
     assert_same_epoch(epoch(index, 2, cache), epoch(local))
 
 

@@ -16,7 +16,6 @@ from make import write_index, write_step
 
 from tools.evaluate import main
 from vitscale import config as configs
-from vitscale import storage
 from vitscale.errors import ConfigError
 from vitscale.finetune import grid
 from vitscale.finetune.grid import GridResult, absolute_pattern, read, values_for
@@ -26,6 +25,7 @@ from vitscale.guard import ending
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
+from vitscale.stores import storage
 from vitscale.train_config import InitConfig, TrainConfig
 
 RECIPE = """

@@ -9,7 +9,7 @@ from vitscale.models.corruption import Corruption, draw_corruption
 from vitscale.models.transfer import is_backbone
 from vitscale.models.vit import ViT
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import kernels, layer_of
+from vitscale.optim.optimizers import kernels, layer_of
 
 TINY = ViTConfig(
     variant="Ti/4",

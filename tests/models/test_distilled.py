@@ -11,7 +11,7 @@ from vitscale.models import build_model, empty_model
 from vitscale.models.transfer import check_backbone, is_backbone, is_head
 from vitscale.models.vit import ViT
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import kernels, layer_of
+from vitscale.optim.optimizers import kernels, layer_of
 
 TINY = ViTConfig(
     variant="Ti/4",

@@ -21,7 +21,7 @@ from vitscale.models.flops import forward_macs, train_flops
 from vitscale.models.hybrid import Hybrid, HybridConfig, SameStdConv2d, same_padding
 from vitscale.models.transfer import check_backbone, is_backbone, transferred
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import kernels, layer_name
+from vitscale.optim.optimizers import kernels, layer_name
 
 # The stem's maps have sides of 16, 8, 8 and 4; patches are 2 x 2 places of the last one.
 TINY = HybridConfig(

@@ -17,7 +17,7 @@ from vitscale.models.posemb import RelativeBias, resize_posemb, table2d
 from vitscale.models.transfer import check_backbone, transferred
 from vitscale.models.vit import ViT
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import kernels, layer_of
+from vitscale.optim.optimizers import kernels, layer_of
 from vitscale.weights.foreign.configs import check_expressible
 from vitscale.weights.foreign.deduce import check_tensors
 

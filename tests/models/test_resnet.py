@@ -19,7 +19,7 @@ from vitscale.models.flops import forward_macs, train_flops
 from vitscale.models.resnet import ResNet, ResNetConfig
 from vitscale.models.transfer import check_backbone
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import kernels, layer_name
+from vitscale.optim.optimizers import kernels, layer_name
 
 # Maps of 10 x 10, 10 x 10, 5 x 5 and 5 x 5: odd sides and both kinds of block.
 TINY = ResNetConfig(width=32, stages=(1, 2), image_size=40, num_classes=5)

@@ -19,8 +19,8 @@ from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.engine import Engine
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import OptimConfig
-from vitscale.sliced.muon import SCALE, orthogonal
+from vitscale.optim.muon import SCALE, orthogonal
+from vitscale.optim.optimizers import OptimConfig
 from vitscale.system import hardware
 
 OPTIM = OptimConfig(weight_decay=0.1, clip_norm=1.0)

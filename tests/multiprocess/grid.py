@@ -23,7 +23,7 @@ from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.engine import Engine
 from vitscale.models import build_model
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import OptimConfig, freeze
+from vitscale.optim.optimizers import OptimConfig, freeze
 
 STAGES = (1, 2, 3)
 GLOBAL_BATCH = 12

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitscale.optim import OptimConfig, build_optimizer, parameter_groups
+from vitscale.optim.optimizers import OptimConfig, build_optimizer, parameter_groups
 
 
 def plain_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -13,10 +13,11 @@ from vitscale.data.loader import Stream, batches
 from vitscale.job import prepare
 from vitscale.models import build_model
 from vitscale.models.drop_path import draw_kept
-from vitscale.objectives import BatchKey, build_objective
-from vitscale.optim import freeze
+from vitscale.objectives import build_objective
+from vitscale.objectives.objective import BatchKey
+from vitscale.optim.optimizers import freeze
+from vitscale.optim.schedule import learning_rate
 from vitscale.rng import derive_seed
-from vitscale.schedule import learning_rate
 from vitscale.start import open_teacher
 from vitscale.train_config import TrainConfig
 

@@ -20,7 +20,6 @@ from multiprocess.hooks import at_batch, at_batches, at_calls, at_effects, at_fr
 from weights.foreign_models import import_timm
 
 from launch.train import main
-from vitscale import attempts
 from vitscale.checkpoint import snapshot
 from vitscale.checkpoint.save import Saver
 from vitscale.engine import setup
@@ -29,6 +28,7 @@ from vitscale.evals.classify import ClassifyTask
 from vitscale.evals.predictions import Predictions
 from vitscale.guard import ending, watch, watchdog
 from vitscale.guard.ending import Ending
+from vitscale.stores import attempts
 
 
 class Event(Protocol):

@@ -19,7 +19,7 @@ from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.engine.engine import DTYPES, Engine
 from vitscale.models import Model, build_model
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import OptimConfig
+from vitscale.optim.optimizers import OptimConfig
 
 MODEL = ViTConfig(variant="Ti/4", width=48, depth=2, num_heads=3, mlp_dim=96, image_size=8, num_classes=10)
 NUM_PARAMS = 41_146

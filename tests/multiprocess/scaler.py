@@ -15,7 +15,7 @@ from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.engine import Engine
 from vitscale.engine.fragments import Counters
-from vitscale.optim import OptimConfig
+from vitscale.optim.optimizers import OptimConfig
 
 # Whether each step overflows: first the scale is too high, later there is a step now and then.
 OVERFLOWS = [True, True, True, *[False] * 7, True, *[False] * 5, True, False, False]

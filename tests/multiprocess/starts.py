@@ -22,7 +22,7 @@ from vitscale.engine.engine import Engine
 from vitscale.job import prepare
 from vitscale.models import build_model, empty_model
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import freeze
+from vitscale.optim.optimizers import freeze
 from vitscale.train_config import TrainConfig
 
 

@@ -10,8 +10,8 @@ from multiprocess.ranks import KillAll, Throttle
 from multiprocess.zygote import Zygote
 
 from vitscale.data.order import DIGEST_MASK, digest
-from vitscale.history import card
 from vitscale.metrics.rows import read_metrics
+from vitscale.run_dir.history import card
 
 
 def test_each_start_is_a_row_with_its_layout_and_what_changed(

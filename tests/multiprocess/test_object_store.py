@@ -11,7 +11,6 @@ from multiprocess.rank_runs import train_apart
 from multiprocess.ranks import FewAttempts, Kill, Stop
 from multiprocess.zygote import Zygote
 
-from vitscale import storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import MANIFEST, Manifest
 from vitscale.checkpoint.store import CheckpointConfig
@@ -19,6 +18,7 @@ from vitscale.checkpoint.verify import open_directory
 from vitscale.cluster import restarts
 from vitscale.errors import CheckpointError
 from vitscale.guard import ending
+from vitscale.stores import storage
 from vitscale.weights.saved import load_model
 
 

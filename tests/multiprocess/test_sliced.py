@@ -15,7 +15,7 @@ from multiprocess.zygote import Zygote
 from tools.checkpoint import main
 from vitscale import load_model
 from vitscale.checkpoint.manifest import MANIFEST, Manifest
-from vitscale.optim import OptimConfig
+from vitscale.optim.optimizers import OptimConfig
 
 # Wide enough that the matrices of the blocks are factored, and no multiple of what ranks own.
 MODEL = ("model.width=48", "model.mlp_dim=40", "optim.momentum=0.9", "optim.lr=2e-3")

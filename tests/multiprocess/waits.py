@@ -17,9 +17,11 @@ from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig
 from vitscale.engine.engine import Engine
 from vitscale.engine.norms import StepNorms
-from vitscale.losses import LossConfig
-from vitscale.objectives import BatchKey, ClassificationConfig, build_objective
-from vitscale.optim import OptimConfig
+from vitscale.objectives import build_objective
+from vitscale.objectives.classification import ClassificationConfig
+from vitscale.objectives.losses import LossConfig
+from vitscale.objectives.objective import BatchKey
+from vitscale.optim.optimizers import OptimConfig
 
 # Operations that hand a value of a tensor to the program. On a CPU, tolist() is none.
 READS = ("_local_scalar_dense", "equal")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from vitscale import load_model
 from vitscale.checkpoint.verify import open_directory
-from vitscale.continuation import check_teacher
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models.vit_config import ViTConfig
-from vitscale.objectives import DistillationConfig
+from vitscale.objectives.distillation import DistillationConfig
+from vitscale.run_dir.continuation import check_teacher
 from vitscale.teacher import load_teacher
 from vitscale.weights.foreign.convert import export_model, import_model
 

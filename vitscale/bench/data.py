@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from vitscale import storage
 from vitscale.config import positive
 from vitscale.data.data_config import DataConfig
 from vitscale.data.decode import Decoder, decode, resolve_decoder
@@ -39,6 +38,7 @@ from vitscale.data.transforms import (
     resize_box,
 )
 from vitscale.data.workers import reuse_memory
+from vitscale.stores import storage
 
 BATCH, LANES = 64, 16
 READ_PASSES = 5  # one pass of reading takes a tenth of a second, too short to be timed

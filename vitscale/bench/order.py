@@ -24,7 +24,7 @@ import psutil
 import torch
 from PIL import Image
 
-from vitscale import rng, storage
+from vitscale import rng
 from vitscale.config import positive
 from vitscale.data.index import Index
 from vitscale.data.lane import ViewConfig
@@ -36,6 +36,7 @@ from vitscale.data.sources import Source
 from vitscale.data.tar import BLOCK, walk
 from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError
+from vitscale.stores import storage
 
 CHUNK, WINDOW_CHUNKS = 32, 2
 SEEKS = 50

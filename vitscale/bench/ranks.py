@@ -35,7 +35,7 @@ from vitscale.engine.engine import Engine
 from vitscale.engine.fragments import FP32, OPTIMIZER_SLOTS, Counters, Wanted
 from vitscale.errors import CheckpointError
 from vitscale.models import ModelConfig, build_model
-from vitscale.optim import OptimConfig
+from vitscale.optim.optimizers import OptimConfig
 from vitscale.system import atomic
 from vitscale.weights.foreign.convert import Format, export_model
 from vitscale.weights.saved import SavedModel

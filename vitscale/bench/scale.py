@@ -32,7 +32,7 @@ from vitscale.errors import ConfigError
 from vitscale.memory import state_bytes
 from vitscale.models import ModelConfig, empty_model
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import kernels
+from vitscale.optim.optimizers import kernels
 from vitscale.system import open_files
 
 GATHERING = 4  # processes

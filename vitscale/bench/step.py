@@ -30,15 +30,17 @@ from vitscale.engine.batches import plan_batches
 from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.engine.engine import DTYPES, Engine
 from vitscale.image_size import pixels, sides
-from vitscale.losses import LossConfig, compute_loss, to_targets
 from vitscale.models import ModelConfig, build_model
 from vitscale.models.compiled import check_cache
 from vitscale.models.flops import train_flops
 from vitscale.models.layers import Checkpointing
 from vitscale.models.model import Model
 from vitscale.models.vit_config import ViTConfig
-from vitscale.objectives import BatchKey, ClassificationConfig, build_objective
-from vitscale.optim import OptimConfig, build_optimizer
+from vitscale.objectives import build_objective
+from vitscale.objectives.classification import ClassificationConfig
+from vitscale.objectives.losses import LossConfig, compute_loss, to_targets
+from vitscale.objectives.objective import BatchKey
+from vitscale.optim.optimizers import OptimConfig, build_optimizer
 from vitscale.plan.speed import row_name
 from vitscale.system.hardware import lacks_memory, peak_flops
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitscale import distributed, storage
+from vitscale import distributed
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.safetensors import SafetensorsReader
 from vitscale.checkpoint.store import Home
@@ -15,6 +15,7 @@ from vitscale.checkpoint.verify import Checkpoint, first_untried, newest_good, t
 from vitscale.engine.engine import Engine
 from vitscale.engine.fragments import FP32, UNTRAINED, Wanted
 from vitscale.errors import CheckpointError
+from vitscale.stores import storage
 
 
 class FragmentReader:

@@ -30,11 +30,12 @@ from typing import Any, NamedTuple, TypeVar, get_origin, get_type_hints, overloa
 import numpy as np
 import xxhash
 
-from vitscale import __version__, storage
+from vitscale import __version__
 from vitscale import config as configs
 from vitscale.checkpoint.safetensors import FileInfo, check_regular, sizes
 from vitscale.engine.fragments import UNTRAINED, Counters
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.stores import storage
 from vitscale.system import atomic
 
 T = TypeVar("T")

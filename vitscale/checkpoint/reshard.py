@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vitscale import storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import MANIFEST, Manifest, joined, numbered
@@ -20,6 +19,7 @@ from vitscale.checkpoint.safetensors import FileInfo, SafetensorsWriter
 from vitscale.checkpoint.verify import open_directory
 from vitscale.engine.fragments import UNTRAINED
 from vitscale.errors import CheckpointError
+from vitscale.stores import storage
 from vitscale.system import atomic
 
 MAX_FILES = 100_000  # ranks have five digits in the names

@@ -5,10 +5,11 @@ import secrets
 import shutil
 from pathlib import Path
 
-from vitscale import distributed, storage
+from vitscale import distributed
 from vitscale.checkpoint.store import CheckpointConfig, Home
 from vitscale.errors import ConfigError, StoreDown, StoreError
 from vitscale.quantities import size_text
+from vitscale.stores import storage
 
 PROBE = ".probe-"
 

@@ -22,8 +22,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from vitscale import storage
 from vitscale.errors import CheckpointError
+from vitscale.stores import storage
 
 _BLOCK = 2 << 20  # small enough to stay in the processor's cache between the read and the hash
 

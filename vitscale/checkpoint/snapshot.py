@@ -19,7 +19,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from vitscale import distributed, storage
+from vitscale import distributed
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import Fragments, Manifest, TensorInfo, TrainState, joined, numbered
 from vitscale.checkpoint.safetensors import FileInfo, write_safetensors
@@ -28,6 +28,7 @@ from vitscale.engine.engine import Engine
 from vitscale.engine.fragments import UNTRAINED
 from vitscale.errors import StoreError, UserError
 from vitscale.quantities import size_text
+from vitscale.stores import storage
 from vitscale.system import atomic
 
 T = TypeVar("T")

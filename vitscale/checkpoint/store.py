@@ -34,9 +34,9 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-from vitscale import storage
 from vitscale.checkpoint.manifest import MANIFEST, Manifest
 from vitscale.errors import CheckpointError, ConfigError, StoreError
+from vitscale.stores import storage
 from vitscale.system import atomic
 
 logger = logging.getLogger(__name__)

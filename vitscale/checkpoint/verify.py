@@ -13,11 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vitscale import distributed, storage, toml
+from vitscale import distributed, toml
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import MANIFEST, Manifest, absence, read_text
 from vitscale.checkpoint.safetensors import FileInfo, hash_file
 from vitscale.errors import CheckpointError, StoreError
+from vitscale.stores import storage
 
 logger = logging.getLogger(__name__)
 THREADS = 8

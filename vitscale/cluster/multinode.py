@@ -27,7 +27,7 @@ from vitscale.errors import ConfigError, StoreDown
 from vitscale.guard import ending
 from vitscale.guard.watch import stop_signals
 from vitscale.job import worlds
-from vitscale.run_lock import RunLock
+from vitscale.run_dir.lock import RunLock
 from vitscale.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]

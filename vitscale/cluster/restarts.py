@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from vitscale import config as configs
-from vitscale import history
 from vitscale.checkpoint.store import Home
 from vitscale.errors import MISTAKE, PREEMPTED, BusyError, StoreDown
 from vitscale.guard import ending
-from vitscale.run_dir import CONFIG_NAME
-from vitscale.run_lock import RunLock
+from vitscale.run_dir import history
+from vitscale.run_dir.directory import CONFIG_NAME
+from vitscale.run_dir.lock import RunLock
 from vitscale.system import atomic
 from vitscale.train_config import TrainConfig
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vitscale import storage
 from vitscale.data.index import Index
 from vitscale.data.order import ShardLayout
 from vitscale.data.reader import read_any
 from vitscale.data.samples import BadSample
+from vitscale.stores import storage
 
 NUM_SAMPLED = 2000
 NUM_PER_CHUNK = 8  # images, where there are enough chunks

@@ -4,13 +4,13 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from vitscale import storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.index import Index
 from vitscale.data.reader import cache_key, read_chunk
 from vitscale.data.samples import BadSample
 from vitscale.data.sources import Source
 from vitscale.errors import ConfigError
+from vitscale.stores import storage
 from vitscale.system import atomic
 from vitscale.system.processes import ProgressCallback, no_progress
 

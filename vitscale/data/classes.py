@@ -3,9 +3,9 @@
 import json
 from collections.abc import Mapping
 
-from vitscale import storage
 from vitscale.data.samples import MAX_LABEL
 from vitscale.errors import DataError, StoreError, UserError
+from vitscale.stores import storage
 
 
 def read_classes(path: str) -> dict[str, int]:

@@ -6,9 +6,9 @@ import json
 import numpy as np
 from jaxtyping import Int64
 
-from vitscale import storage
 from vitscale.data.index import Index
 from vitscale.errors import DataError, StoreError
+from vitscale.stores import storage
 
 FORMAT, VERSION = "vitscale-exclude", 1
 

@@ -20,7 +20,6 @@ import numpy as np
 import xxhash
 from jaxtyping import Bool
 
-from vitscale import storage
 from vitscale.config import check_utf8
 from vitscale.data.classes import names_beside
 from vitscale.data.neighbours import Neighbours, compare
@@ -30,6 +29,7 @@ from vitscale.data.scan import Shard, chunk_checksum, is_lone
 from vitscale.data.stored import StoredArray, remove_arrays, write_array
 from vitscale.data.tar import BLOCK
 from vitscale.errors import DataError, StoreError, UserError
+from vitscale.stores import storage
 from vitscale.system import atomic
 
 FORMAT, VERSION = "vitscale-index", 3

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from vitscale import storage
 from vitscale.data.index import CHUNK_SAMPLES, FORMAT, MAX_CHUNK_SAMPLES, VERSION, Index
 from vitscale.data.samples import DEFAULT_KEYS, SampleKeys
 from vitscale.data.scan import LONE_SAMPLES, Findings, Scan, Shard, commonest, scan_shard
 from vitscale.data.stored import StoredArray
 from vitscale.errors import ConfigError, DataError
+from vitscale.stores import storage
 from vitscale.system import file_lock, processes
 
 

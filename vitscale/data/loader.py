@@ -22,7 +22,6 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vitscale import storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.lane import Lane, ViewConfig
 from vitscale.data.mixture import Mixture
@@ -32,6 +31,7 @@ from vitscale.data.stages import Stages
 from vitscale.data.transforms import finish_views
 from vitscale.data.workers import made_by_workers
 from vitscale.errors import UserError
+from vitscale.stores import storage
 
 T = TypeVar("T")
 PREFETCHED_STEPS = 2  # per worker

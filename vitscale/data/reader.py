@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from vitscale import storage
 from vitscale.data.cache import NodeCache
 from vitscale.data.index import Index
 from vitscale.data.samples import BadSample, RawSample, parse_samples
 from vitscale.data.scan import Shard
 from vitscale.errors import DataError
 from vitscale.redaction import redact
+from vitscale.stores import storage
 
 Chunk = list[RawSample | BadSample]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import xxhash
 
-from vitscale import storage
 from vitscale.data.samples import BadSample, RawSample, SampleKeys, group
 from vitscale.data.tar import BLOCK, Bytes, Readable, TarDamage, compression, decompress_hint, walk
 from vitscale.errors import DataError, StoreError
+from vitscale.stores import storage
 
 LISTED = 20  # damaged samples that are named one by one; all are counted
 LONE_SAMPLES = 3  # a label stands alone with fewer, and above twice the number of labels

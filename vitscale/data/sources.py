@@ -12,7 +12,6 @@ import numpy as np
 import xxhash
 from jaxtyping import Int64
 
-from vitscale import storage
 from vitscale.data.classes import difference, mapped_classes
 from vitscale.data.data_config import DataConfig, SourceConfig
 from vitscale.data.exclusions import load_exclusions
@@ -22,6 +21,7 @@ from vitscale.data.mixture import Mixture
 from vitscale.data.order import ShardLayout
 from vitscale.data.split import in_fraction, share, split_classes, validation_ids
 from vitscale.errors import ConfigError, DataError, StoreError
+from vitscale.stores import storage
 
 logger = logging.getLogger(__name__)
 SHOWN_LABELS = 10  # of those that a split leaves without samples

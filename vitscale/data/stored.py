@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from vitscale import storage
 from vitscale.errors import DataError, StoreError
+from vitscale.stores import storage
 from vitscale.system import atomic
 
 _NAME_DIGITS = 8  # of the checksum, in the name of a file

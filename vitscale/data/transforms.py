@@ -55,7 +55,7 @@ class AugmentConfig:
     color_jitter:    strength for brightness, contrast and saturation; 0 = off.
     random_erasing:  probability.
     mixup, cutmix:   alpha of the Beta distribution; 0 = off.
-    cutmix_share:    the share of pairs that are cut where both are on (mixup.py).
+    cutmix_share:    the share of pairs that are cut where both are on (objectives/mixup.py).
     repeats:         views of each sample in a global batch (repeated augmentation, Hoffer et
                      al. 2020); an epoch then has `repeats` times as many images.
     """

@@ -32,7 +32,7 @@ from vitscale.engine.fragments import (
 from vitscale.errors import ConfigError
 from vitscale.models import Model
 from vitscale.models.corruption import Corruption
-from vitscale.optim import OptimConfig, build_optimizer
+from vitscale.optim.optimizers import OptimConfig, build_optimizer
 from vitscale.system import hardware
 
 logger = logging.getLogger(__name__)

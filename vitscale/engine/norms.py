@@ -9,7 +9,7 @@ from vitscale import distributed
 from vitscale.engine import zero
 from vitscale.engine.engine import Engine
 from vitscale.engine.fragments import FP32
-from vitscale.optim import OptimConfig, block_kernels, layer_name
+from vitscale.optim.optimizers import OptimConfig, block_kernels, layer_name
 
 _KINDS = ("weight", "grad", "update")
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from vitscale.engine import zero
 from vitscale.engine.fragments import Untrained
-from vitscale.sliced.adafactor import Adafactor
-from vitscale.sliced.slices import Layout, Slice, Sliced
+from vitscale.optim.adafactor import Adafactor
+from vitscale.optim.slices import Layout, Slice, Sliced
 
 # What a statistic is called in a checkpoint; no parameter has a name with a slash.
 STATISTIC = "exp_avg_sq/{}"

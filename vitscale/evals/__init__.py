@@ -15,7 +15,7 @@ from vitscale.evals.linear import LinearConfig, LinearTask
 from vitscale.evals.logistic import LogisticConfig, LogisticTask
 from vitscale.evals.task import Task
 from vitscale.image_size import ImageSize
-from vitscale.losses import LossConfig
+from vitscale.objectives.losses import LossConfig
 
 # [evals.NAME] without a kind is the first one.
 EvalConfig = ClassifyConfig | FewShotConfig | KnnConfig | LogisticConfig | LinearConfig | KMeansConfig

@@ -18,7 +18,7 @@ from vitscale.evals.features import check_finite, finite_rows, own_indices
 from vitscale.evals.predictions import Counts, Predictions
 from vitscale.evals.task import EvalModel, TaskConfig, open_shards, open_split
 from vitscale.image_size import ImageSize
-from vitscale.losses import LossConfig, sample_losses, to_targets
+from vitscale.objectives.losses import LossConfig, sample_losses, to_targets
 
 _FEWSHOT_KEYS = ("train", "shots", "seeds", "l2_reg")
 

@@ -20,7 +20,7 @@ from vitscale.evals.probe import (
     own_rows,
 )
 from vitscale.evals.task import EvalModel
-from vitscale.schedule import ScheduleConfig, learning_rate
+from vitscale.optim.schedule import ScheduleConfig, learning_rate
 
 MOMENTUM = 0.9
 COSINE = ScheduleConfig(decay="cosine")

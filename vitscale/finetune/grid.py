@@ -11,7 +11,6 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from vitscale import config as configs
-from vitscale import storage
 from vitscale.errors import ConfigError, Diverged, UserError
 from vitscale.evals import ClassifyConfig
 from vitscale.finetune.model import KEYS, tuned_model
@@ -29,6 +28,7 @@ from vitscale.finetune.runs import (
 from vitscale.finetune.slots import Slots
 from vitscale.models import ModelConfig
 from vitscale.models.transfer import check_backbone, check_head
+from vitscale.stores import storage
 from vitscale.system import atomic
 from vitscale.train_config import TrainConfig
 

@@ -25,7 +25,7 @@ class Protocol:
     """A way to fine-tune by SGD with momentum 0.9, without weight decay.
 
     settings: one is taken as it is; of several, the dev images choose.
-    decay: of the learning rate (vitscale.schedule). dropout: of models that have it.
+    decay: of the learning rate (vitscale.optim.schedule). dropout: of models that have it.
     augments: whether images are cropped and flipped as by BiT (augmentation).
     """
 

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from vitscale import config as configs
-from vitscale import run_dir, storage
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.errors import CheckpointError, ConfigError, Diverged, UserError
 from vitscale.evals.store import digest_of, model_digest
 from vitscale.finetune.slots import PYTHON, Score, Slots, in_slots
 from vitscale.guard import ending
 from vitscale.models import ModelConfig
+from vitscale.run_dir.directory import saved_config_at
+from vitscale.stores import storage
 from vitscale.system import atomic
 from vitscale.train_config import TrainConfig
 from vitscale.weights.files import find_export
@@ -255,7 +256,7 @@ def keep_config(folder: Path, config: TrainConfig) -> None:
     """Write the config.toml of a run's folder. Raises ConfigError if it holds another run."""
     path, text = folder / "config.toml", configs.to_toml(config)
     if path.exists():
-        old, new = map(configs.to_dict, (run_dir.saved_config_at(path, "another --out"), config))
+        old, new = map(configs.to_dict, (saved_config_at(path, "another --out"), config))
         if keys := [key for key in configs.differing_keys(old, new) if not is_free(key)]:
             raise ConfigError(
                 f"{path.parent} holds a run with other settings ({', '.join(keys)}); name another --out"
@@ -273,7 +274,7 @@ def _as_begun(folder: Path, config: TrainConfig, start: StartingPoint) -> TrainC
     path = folder / "config.toml"
     if start.named == start.path or not path.exists():
         return config
-    if run_dir.saved_config_at(path, "another --out").init.checkpoint != start.named:
+    if saved_config_at(path, "another --out").init.checkpoint != start.named:
         return config
     if any((folder / name).exists() for name in ("result.json", "run")):
         return dataclasses.replace(config, init=dataclasses.replace(config.init, checkpoint=start.named))

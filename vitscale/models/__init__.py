@@ -4,8 +4,8 @@ To add a kind: write its config, a dataclass with `kind: Literal["resnet"] = "re
 Model in a file of their own; then name the config in ModelConfig and the class in MODELS. What
 counts or converts a model's tensors (flops.py, transfer.py, names.py, vitscale/memory.py,
 vitscale/weights/) then needs a case for it. Learning rates and norms by layer need the names of
-parameters that optim.layer_of reads: "blocks.0." before those of the first block, one of
-optim.EMBEDDINGS before those below it.
+parameters that vitscale.optim.optimizers reads: "blocks.0." before those of the first block,
+one of its EMBEDDINGS before those below it.
 """
 
 import torch

@@ -6,7 +6,6 @@ from typing import get_args
 
 from vitscale import memory
 from vitscale.checkpoint.verify import at_a_glance, open_directory
-from vitscale.continuation import check_new_length
 from vitscale.data.mixture import lanes_of
 from vitscale.data.sources import make_mixture, open_sources
 from vitscale.engine.batches import BatchPlan, plan_batches
@@ -17,6 +16,7 @@ from vitscale.models.flops import train_flops
 from vitscale.models.layers import Checkpointing
 from vitscale.plan import formulas
 from vitscale.plan.speed import DECODE_RATE, Speed
+from vitscale.run_dir.continuation import check_new_length
 from vitscale.system.hardware import GPUS, Gpu, gpu_name
 from vitscale.train_config import TrainConfig
 

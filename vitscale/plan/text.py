@@ -6,7 +6,7 @@ from typing import Any
 
 from vitscale.image_size import pixels
 from vitscale.memory import more_room
-from vitscale.objectives import DistillationConfig
+from vitscale.objectives.distillation import DistillationConfig
 from vitscale.plan import formulas
 from vitscale.plan.make import FITS_WHOLE, Option, Plan, Saving
 from vitscale.plan.speed import DECODE_RATE, Speed

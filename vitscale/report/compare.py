@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vitscale.continuation import CHANGEABLE, LENGTH, is_among
 from vitscale.report.contents import Contents, chunks
 from vitscale.report.text import shape_text, table
+from vitscale.run_dir.continuation import CHANGEABLE, LENGTH, is_among
 
 # What may change in a run, but for its length.
 INCIDENTAL_CONFIG = tuple(name for name in CHANGEABLE if name not in LENGTH)

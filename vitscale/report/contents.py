@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from vitscale import storage
 from vitscale.checkpoint.load import FragmentReader
 from vitscale.checkpoint.manifest import Manifest
 from vitscale.checkpoint.store import step_of
 from vitscale.checkpoint.verify import open_directory
 from vitscale.errors import CheckpointError
+from vitscale.stores import storage
 from vitscale.weights.files import Weights, find_export
 
 CHUNK = 1 << 20  # values that are looked at together, in float64

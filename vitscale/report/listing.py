@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale import storage
 from vitscale.checkpoint import store
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.verify import Verdict, check_all, committed, places_of
@@ -19,6 +18,7 @@ from vitscale.metrics.writer import FILE_NAME, is_score
 from vitscale.quantities import size_text
 from vitscale.report.contents import facts_of
 from vitscale.report.text import damaged_newest, table, when
+from vitscale.stores import storage
 
 WIDTH = 120
 

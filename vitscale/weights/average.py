@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vitscale import config as configs
-from vitscale import storage
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import ModelConfig
 from vitscale.models.transfer import backbone_of
+from vitscale.stores import storage
 from vitscale.weights.export import export_metadata, write_export
 from vitscale.weights.files import TensorSource
 from vitscale.weights.saved import SavedModel, Slot

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from torch import nn
 
-from vitscale import __version__, storage
+from vitscale import __version__
 from vitscale import config as configs
 from vitscale.errors import ConfigError
 from vitscale.models.model import CommonConfig, Model
 from vitscale.models.names import our_shapes
+from vitscale.stores import storage
 from vitscale.weights.files import Dtype, NamedTensors, Shapes, write_file, write_folder
 from vitscale.weights.publish import publishing
 from vitscale.weights.saved import SavedModel, Slot

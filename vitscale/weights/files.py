@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from vitscale import storage
 from vitscale.checkpoint.manifest import MANIFEST
 from vitscale.checkpoint.safetensors import SafetensorsReader, SafetensorsWriter, unreplaced
 from vitscale.errors import CheckpointError
+from vitscale.stores import storage
 from vitscale.system import atomic
 
 EXPORT_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitscale import storage
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.image_size import sides
 from vitscale.models.model import Model
+from vitscale.stores import storage
 from vitscale.weights.export import export_metadata
 from vitscale.weights.files import ONNX_NAME
 from vitscale.weights.publish import publishing

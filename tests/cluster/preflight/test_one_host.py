@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from make import write_index
 
-from vitscale import attempts, distributed, shared_memory
 from vitscale import config as configs
+from vitscale import distributed, shared_memory
 from vitscale.cluster.preflight import program
 from vitscale.data.sources import open_sources
 from vitscale.errors import FAILED, MISTAKE
 from vitscale.job import derive, open_tasks
+from vitscale.stores import attempts
 from vitscale.train_config import TrainConfig
 
 CONFIG = """

@@ -26,7 +26,7 @@ from vitscale.data.sources import check_sources, open_sources
 from vitscale.data.workers import check_sockets
 from vitscale.errors import StoreDown, UserError
 from vitscale.job import Job, derive, open_tasks
-from vitscale.run_dir import check_run_dir
+from vitscale.run_dir.directory import check_run_dir
 from vitscale.system import hardware
 from vitscale.system.cores import num_cores
 from vitscale.train_config import TrainConfig

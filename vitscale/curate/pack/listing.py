@@ -15,9 +15,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from vitscale import storage
 from vitscale.curate.pack.config import Omission, Omissions, UnreadableFile
 from vitscale.data.tar import MAX_MEMBER_BYTES
+from vitscale.stores import storage
 
 WHOLE = -1  # as a size: whatever the file has when it is read
 

@@ -8,7 +8,6 @@ import json
 import os
 from pathlib import Path
 
-from vitscale import storage
 from vitscale.curate.pack.config import SHARD_SPLITS, Omissions, PackConfig
 from vitscale.curate.pack.imagenet import SYNSET
 from vitscale.curate.pack.listing import FileReferences, Listing
@@ -30,6 +29,7 @@ from vitscale.data.scan import add_counts, add_reason
 from vitscale.data.tar import compression, decompress_hint
 from vitscale.errors import ConfigError, DataError
 from vitscale.redaction import redact
+from vitscale.stores import storage
 from vitscale.system import processes
 
 

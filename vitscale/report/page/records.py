@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from vitscale import config as configs
-from vitscale import history, storage, toml
+from vitscale import toml
 from vitscale.checkpoint.verify import check_all, committed
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.errors import ConfigError, UserError
@@ -23,7 +23,9 @@ from vitscale.metrics.rows import each_row, read_metrics
 from vitscale.metrics.writer import FILE_NAME as METRICS_NAME
 from vitscale.metrics.writer import HASHES
 from vitscale.report.listing import RunListing, list_run
-from vitscale.run_dir import CONFIG_NAME
+from vitscale.run_dir import history
+from vitscale.run_dir.directory import CONFIG_NAME
+from vitscale.stores import storage
 from vitscale.train_config import TrainConfig
 
 VERIFIED_BYTES = 2 << 30  # checkpoints up to so many in all are read, to verify their checksums

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from vitscale import storage
 from vitscale.data.decode import DamagedImage, decode
 from vitscale.data.index import Index
 from vitscale.data.reader import describe, parse_place
@@ -12,6 +11,7 @@ from vitscale.errors import StoreError, UserError
 from vitscale.report.page.html import Html, note, reason
 from vitscale.report.page.pictures import picture
 from vitscale.report.page.records import Record
+from vitscale.stores import storage
 
 NOT_WANTED = "they were left out"
 

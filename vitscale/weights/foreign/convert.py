@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vitscale import storage
 from vitscale.checkpoint.manifest import saved_config
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.models import Model, ModelConfig, empty_model
@@ -23,6 +22,7 @@ from vitscale.models.names import Dialect, our_shapes, rules, their_shapes, to_o
 from vitscale.models.posemb import sincos2d
 from vitscale.models.resnet import ResNetConfig
 from vitscale.models.vit_config import ViTConfig
+from vitscale.stores import storage
 from vitscale.system import atomic
 from vitscale.weights.export import OTHER_FILES, export_metadata, export_safetensors, write_export
 from vitscale.weights.files import Dtype, write_folder

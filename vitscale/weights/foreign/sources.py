@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vitscale import storage
 from vitscale.errors import CheckpointError
 from vitscale.models.names import BIT_ROOT, Dialect
+from vitscale.stores import storage
 from vitscale.weights.files import Shapes, Weights, find_export
 from vitscale.weights.foreign.deduce import refuse_other_architectures
 from vitscale.weights.foreign.pixels import Normalisation, stated

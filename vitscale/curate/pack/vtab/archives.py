@@ -16,13 +16,13 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from vitscale import storage
 from vitscale.curate.pack.config import Omission
 from vitscale.curate.pack.imagefolder import list_files
 from vitscale.curate.pack.listing import FileReference
 from vitscale.curate.pack.tar_members import TarPlace, list_members
 from vitscale.data.tar import MAX_MEMBER_BYTES, compression, decompress_hint
 from vitscale.errors import DataError
+from vitscale.stores import storage
 
 MAX_HELD_BYTES = 1 << 30  # of a compressed archive, and of its members, which are held in memory
 _MEMBER_BYTES = 2048  # of memory that a member takes besides its content

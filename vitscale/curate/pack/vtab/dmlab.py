@@ -3,13 +3,13 @@
 import dataclasses
 import re
 
-from vitscale import storage
 from vitscale.curate.pack.config import Omission, PackConfig
 from vitscale.curate.pack.listing import FileReference, Listing
 from vitscale.curate.pack.vtab.archives import open_files
 from vitscale.curate.pack.vtab.examples import Examples, held, make_listing
 from vitscale.curate.pack.vtab.tfrecord import parse_example, read_records
 from vitscale.errors import DataError
+from vitscale.stores import storage
 from vitscale.vtab.tasks import TASKS
 
 _ADVICE = (

@@ -1,7 +1,7 @@
 """The paper's optimizers, AdamW with decay on kernels and SGD for fine-tuning, and two more.
 
 Adafactor is what "Scaling Vision Transformers" trains with; Muon is newer. Both need whole
-matrices, so they are in vitscale/sliced/.
+matrices (slices.py).
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from torch import nn
 
 from vitscale.config import check_choices, infinite_as_zero, positive
 from vitscale.errors import ConfigError
-from vitscale.sliced.adafactor import Adafactor
-from vitscale.sliced.muon import MATRICES, Muon
+from vitscale.optim.adafactor import Adafactor
+from vitscale.optim.muon import MATRICES, Muon
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

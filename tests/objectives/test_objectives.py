@@ -10,10 +10,12 @@ from torch import Tensor
 from vitscale.config import from_dict, to_dict
 from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError
-from vitscale.losses import LossConfig
-from vitscale.mixup import mix
 from vitscale.models.vit_config import ViTConfig
-from vitscale.objectives import BatchKey, ClassificationConfig, Objective, build_objective
+from vitscale.objectives import build_objective
+from vitscale.objectives.classification import ClassificationConfig
+from vitscale.objectives.losses import LossConfig
+from vitscale.objectives.mixup import mix
+from vitscale.objectives.objective import BatchKey, Objective
 from vitscale.train_config import TrainConfig
 
 CLASSES, SIZE = 5, 8

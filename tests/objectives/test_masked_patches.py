@@ -9,10 +9,12 @@ from launch.train import main
 from vitscale.config import from_dict, to_dict
 from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError
-from vitscale.losses import LossConfig
 from vitscale.models.corruption import Corruption, draw_corruption
 from vitscale.models.vit_config import ViTConfig
-from vitscale.objectives import BatchKey, MaskedPatchesConfig, Objective, build_objective, patch_colors
+from vitscale.objectives import build_objective
+from vitscale.objectives.losses import LossConfig
+from vitscale.objectives.masked_patches import MaskedPatchesConfig, patch_colors
+from vitscale.objectives.objective import BatchKey, Objective
 from vitscale.train_config import TrainConfig
 
 SIZE, PATCH = 16, 8  # 2 x 2 patches

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitscale import __version__, distributed, history
+from vitscale import __version__, distributed
 from vitscale import config as configs
 from vitscale.checkpoint import store
-from vitscale.continuation import difference, record_of, replaced_samples
 from vitscale.data.quarantine import FILE_NAME as QUARANTINE_NAME
 from vitscale.data.record import FILE_NAME as RECORD_NAME
 from vitscale.data.record import DataRecord
@@ -21,7 +20,9 @@ from vitscale.job import Job
 from vitscale.metrics import goodput
 from vitscale.metrics.writer import FILE_NAME as METRICS_NAME
 from vitscale.progress import Progress
-from vitscale.run_lock import RunLock
+from vitscale.run_dir import history
+from vitscale.run_dir.continuation import difference, record_of, replaced_samples
+from vitscale.run_dir.lock import RunLock
 from vitscale.system import atomic
 from vitscale.train_config import TrainConfig
 

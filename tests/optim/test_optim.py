@@ -9,7 +9,7 @@ from torch import nn
 from vitscale.errors import ConfigError
 from vitscale.models import build_model
 from vitscale.models.vit_config import ViTConfig
-from vitscale.optim import OptimConfig, build_optimizer, freeze, kernels, parameter_groups
+from vitscale.optim.optimizers import OptimConfig, build_optimizer, freeze, kernels, parameter_groups
 
 CONFIG = ViTConfig(
     variant="Ti/4",

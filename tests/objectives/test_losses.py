@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vitscale.errors import ConfigError
-from vitscale.losses import LossConfig, compute_loss, to_targets
+from vitscale.objectives.losses import LossConfig, compute_loss, to_targets
 
 
 @pytest.mark.parametrize(("num_classes", "expected"), [(10, 2.302585), (1000, 6.907755)])

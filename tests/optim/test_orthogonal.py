@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitscale.sliced.adafactor import Adafactor
-from vitscale.sliced.muon import ITERATIONS, orthogonal
-from vitscale.sliced.slices import Layout, Slice
+from vitscale.optim.adafactor import Adafactor
+from vitscale.optim.muon import ITERATIONS, orthogonal
+from vitscale.optim.slices import Layout, Slice
 
 
 class Counted(TorchDispatchMode):

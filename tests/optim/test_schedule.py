@@ -6,10 +6,10 @@ import pytest
 
 from vitscale import config as configs
 from vitscale.errors import ConfigError
-from vitscale.schedule import ScheduleConfig, learning_rate
+from vitscale.optim.schedule import ScheduleConfig, learning_rate
 from vitscale.train_config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_warmup_multiplies_the_decay_curve() -> None:

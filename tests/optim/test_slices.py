@@ -4,8 +4,8 @@ import pytest
 
 from vitscale.models import empty_model
 from vitscale.models.vit_config import ViTConfig
-from vitscale.sliced.adafactor import second_size
-from vitscale.sliced.slices import Layout, Part, Slice, matrices
+from vitscale.optim.adafactor import second_size
+from vitscale.optim.slices import Layout, Part, Slice, matrices
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from vitscale.config import from_dict, to_dict
 from vitscale.data.transforms import AugmentConfig
 from vitscale.errors import ConfigError
 from vitscale.job import expected_first_loss
-from vitscale.losses import LossConfig, distillation_loss
-from vitscale.mixup import mix
 from vitscale.models.vit_config import ViTConfig
-from vitscale.objectives import BatchKey, DistillationConfig, Objective, build_objective
+from vitscale.objectives import build_objective
+from vitscale.objectives.distillation import DistillationConfig
+from vitscale.objectives.losses import LossConfig, distillation_loss
+from vitscale.objectives.mixup import mix
+from vitscale.objectives.objective import BatchKey, Objective
 from vitscale.train_config import TrainConfig
 
 CLASSES, SIZE = 5, 8

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vitscale.errors import BusyError
-from vitscale.run_lock import LOCK_NAME, RunLock
+from vitscale.run_dir.lock import LOCK_NAME, RunLock
 
 LOOKERS = 8
 forked = multiprocessing.get_context("fork")

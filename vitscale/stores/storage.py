@@ -24,10 +24,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from braceexpand import braceexpand
 
-from vitscale import attempts
 from vitscale.errors import ConfigError, StoreError
 from vitscale.redaction import redact
-from vitscale.store_clients import client
+from vitscale.stores import attempts
+from vitscale.stores.clients import client
 
 T = TypeVar("T")
 

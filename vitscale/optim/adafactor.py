@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitscale import distributed
-from vitscale.sliced.slices import Layout, Part, matrices
+from vitscale.optim.slices import Layout, Part, matrices
 
 # Of big_vision's Adafactor: the fewest rows and columns of a matrix whose second moment is
 # factored, how fast the decay of the second moment approaches its limit, and what is added to

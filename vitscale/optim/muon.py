@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitscale import distributed
-from vitscale.sliced.slices import Layout, Part, matrices
+from vitscale.optim.slices import Layout, Part, matrices
 
 # What parameter_groups calls the groups that are updated so; the others are AdamW's.
 MATRICES = "matrices"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitscale import rng
-from vitscale.mixup import cutmix_boxes, draw_mixes, mix, pixel_weights
+from vitscale.objectives.mixup import cutmix_boxes, draw_mixes, mix, pixel_weights
 
 SIZE = 16
 KINDS = [
