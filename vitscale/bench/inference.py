@@ -105,9 +105,10 @@ def run(
 def measure(bench: InferenceBench, model: ModelConfig, progress: Callable[[str], None]) -> dict[str, Any]:
     """The row of one model at its image size. On a CPU it has no largest batch."""
     dtype, where = DTYPES[bench.precision], distributed.device()
-    module = build_model(model, seed=0).to(where, dtype).eval()
+    module = build_model(model, seed=0).to(dtype).eval()
 
     def prepare(batch: int) -> Pass:
+        module.to(where)  # in here, so that a GPU too small for the weights alone ends the row
         images = torch.empty(batch, 3, *sides(model.image_size), dtype=dtype, device=where).uniform_(-1, 1)
         return lambda: module(images)
 
