@@ -36,6 +36,26 @@ def test_a_model_that_cannot_be_compiled_is_refused(tmp_path: Path) -> None:
         derive(config, 1, open_sources(config.data))
 
 
+@pytest.mark.parametrize(
+    ("batch", "lanes", "way_out", "changes"),
+    [
+        (24, 12, "data.lanes = 0, or half as many", [["data.lanes=0"], ["data.lanes=6"]]),
+        (18, 0, "global_batch = 16", [["global_batch=16"]]),
+        (18, 3, "global_batch = 16", [["global_batch=16", "data.lanes=4"]]),
+    ],
+)
+def test_what_leaves_repeated_samples_without_pairs_is_refused_with_a_way_out(
+    tmp_path: Path, batch: int, lanes: int, way_out: str, changes: list[list[str]]
+) -> None:
+    given = ["augment.repeats=2", "augment.mixup=0.5", f"global_batch={batch}", f"data.lanes={lanes}"]
+    config = config_of(tmp_path, *given)
+    with pytest.raises(ConfigError, match=f"an even number .* in a step, not [0-9]*; use {way_out}$"):
+        derive(config, 1, open_sources(config.data))
+    for change in changes:
+        changed = config_of(tmp_path, *given, *change)
+        assert derive(changed, 1, open_sources(changed.data)).mixture.draws_per_step % 2 == 0
+
+
 def test_what_a_job_reads_is_hashed_once(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     sources = open_sources(config.data)

@@ -186,9 +186,12 @@ def check_pairs(config: TrainConfig, micro_batch: int, draws_per_step: int) -> N
         )
     repeats = config.augment.repeats
     if repeats > 1 and draws_per_step % 2:
+        way_out = "data.lanes = 0, or half as many"
+        if config.global_batch // repeats % 2:  # of an odd number, no lane has an even part
+            way_out = f"global_batch = {max(1, config.global_batch // (2 * repeats)) * 2 * repeats}"
         raise ConfigError(
             f"with augment.repeats = {repeats}, mixup and cutmix need an even number of samples of each lane "
-            f"in a step, not {draws_per_step}; use data.lanes = 0, or half as many"
+            f"in a step, not {draws_per_step}; use {way_out}"
         )
 
 
