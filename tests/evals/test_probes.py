@@ -191,6 +191,18 @@ def test_more_clusters_than_images_are_refused(colour_sets: dict[str, str]):
         open_task("colours", KMeansConfig(test=colour_sets["test"], clusters=71), 4)
 
 
+@pytest.mark.parametrize("kind", ["fewshot", "knn", "logistic", "linear", "kmeans"])
+def test_several_labels_are_refused_before_any_image_is_read(
+    tmp_path: Path, colour_sets: dict[str, str], kind: str
+):
+    several = write_shard(tmp_path / "several.tar", ["0", "1 2"] * 40)
+    for changed in ("test",) if kind == "kmeans" else ("train", "test"):
+        sets = {name: colour_sets[name] for name in (("test",) if kind == "kmeans" else colour_sets)}
+        section = from_dict(EvalConfig, {"kind": kind, **sets, changed: several}, "evals.a")
+        with pytest.raises(DataError, match=f"several.tar: there are samples with 2 labels, but {kind}"):
+            open_task("colours", section, 4)
+
+
 @pytest.mark.parametrize("kind", ["logistic", "linear"])
 def test_a_dev_part_of_all_images_is_refused_where_one_is_needed(colour_sets: dict[str, str], kind: str):
     values = {"kind": kind, **colour_sets, "dev_fraction": 0.999}

@@ -12,7 +12,7 @@ from vitscale.config import dotted
 from vitscale.data.evalset import EvaluationSet
 from vitscale.errors import ConfigError, DataError
 from vitscale.evals.features import extract
-from vitscale.evals.probe import single_labels
+from vitscale.evals.probe import check_single_labels, single_labels
 from vitscale.evals.task import EvalModel, TaskConfig, open_shards
 from vitscale.image_size import ImageSize
 
@@ -51,6 +51,7 @@ class KMeansTask:
     @classmethod
     def open(cls, name: str, config: KMeansConfig, image_size: ImageSize) -> "KMeansTask":
         test = open_shards(config.test, config, image_size)
+        check_single_labels(test, f"{name}: {config.test}", config.kind)
         if config.clusters > test.num_samples:
             raise DataError(
                 f"{name}: {config.test} holds {test.num_samples:,} images, fewer than the "

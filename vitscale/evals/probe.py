@@ -97,6 +97,8 @@ class ProbeTask(abc.ABC, Generic[C]):
     def open(cls, name: str, config: C, image_size: ImageSize) -> "ProbeTask[C]":
         """Raises DataError for missing shards, and for sets that do not fit the config."""
         train, test = (open_shards(pattern, config, image_size) for pattern in (config.train, config.test))
+        for images, pattern in ((train, config.train), (test, config.test)):
+            check_single_labels(images, f"{name}: {pattern}", config.kind)
         task = cls(name=name, config=config, train=train, test=test)
         task.check_sets()
         return task
@@ -150,6 +152,16 @@ class ProbeTask(abc.ABC, Generic[C]):
                 f"{self.config.train}; give both sets of one data set"
             )
         return singles
+
+
+def check_single_labels(images: EvaluationSet, source: str, kind: str) -> None:
+    """Raise DataError, naming `source`, if the index knows of several labels of a sample."""
+    most = images.index.max_labels
+    if most > 1:
+        raise DataError(
+            f"{source}: there are samples with {most} labels, but {kind} needs exactly one; "
+            "give shards with one label per image"
+        )
 
 
 def single_labels(labels: Int64[np.ndarray, "n M"], source: str, kind: str) -> Int64[np.ndarray, " n"]:
