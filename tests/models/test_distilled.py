@@ -87,7 +87,7 @@ def test_the_token_is_an_embedding_and_its_head_a_head() -> None:
 
 def test_a_backbone_with_the_token_is_another_one() -> None:
     check_backbone(TINY, dataclasses.replace(TINY, image_size=16, num_classes=3))
-    with pytest.raises(ValueError, match=r"set model\.distilled = True"):
+    with pytest.raises(ValueError, match=r"distilled is false, .* has true; set model\.distilled = true$"):
         check_backbone(TINY, dataclasses.replace(TINY, distilled=False))
 
 

@@ -260,7 +260,7 @@ def test_fine_tuning_keeps_the_stem_resizes_the_positions_and_drops_the_head() -
         check_backbone(TINY, dataclasses.replace(TINY, stem_stages=(1, 1)))
     with pytest.raises(ConfigError, match=r"model\.width is 64, but"):
         check_backbone(TINY, dataclasses.replace(TINY, width=64))
-    with pytest.raises(ConfigError, match=r"model.kind is 'hybrid', but the .* has 'vit'; set model.kind"):
+    with pytest.raises(ConfigError, match=r'kind is "hybrid", but the .* has \"vit\"; set model.kind'):
         check_backbone(ViTConfig(), TINY)
 
 

@@ -183,6 +183,9 @@ def test_relative_positions_stay_at_their_resolution() -> None:
         ConfigError, match=r"model.image_size 20 makes another grid .* set model.image_size = 12"
     ):
         check_backbone(relative, larger)
+    upright = dataclasses.replace(relative, image_size=(20, 12))  # said as a config file has it
+    with pytest.raises(ConfigError, match=r"model.image_size 12 .* set model.image_size = \[20, 12\]$"):
+        check_backbone(upright, relative)
     none = dataclasses.replace(TINY, posemb="none")
     check_backbone(none, dataclasses.replace(none, image_size=20))
 
@@ -203,9 +206,9 @@ def test_what_cannot_be_is_refused(values: dict, message: str) -> None:
 
 def test_another_kind_or_placement_is_another_backbone() -> None:
     learned2d = dataclasses.replace(TINY, posemb="learned2d")
-    with pytest.raises(ConfigError, match=r"model.posemb is 'learned2d', but .* 'learned'"):
+    with pytest.raises(ConfigError, match=r'model.posemb is "learned2d", but .* "learned"'):
         check_backbone(TINY, learned2d)
-    with pytest.raises(ConfigError, match=r"model.posemb_at is 'shared', but .* 'input'"):
+    with pytest.raises(ConfigError, match=r'model.posemb_at is "shared", but .* "input"'):
         check_backbone(learned2d, dataclasses.replace(learned2d, posemb_at="shared"))
 
 

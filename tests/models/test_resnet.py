@@ -248,7 +248,7 @@ def test_only_the_same_backbone_can_be_fine_tuned() -> None:
     check_backbone(ResNetConfig(variant="R50x1"), ResNetConfig(width=64, stages=(3, 4, 6, 3)))
     with pytest.raises(ConfigError, match=r"model.stages is \[1, 1\].* has \[1, 2\]; set model.stages"):
         check_backbone(TINY, dataclasses.replace(TINY, stages=(1, 1)))
-    with pytest.raises(ConfigError, match=r"model.kind is 'resnet', but the .* has 'vit'; set model.kind"):
+    with pytest.raises(ConfigError, match=r'kind is "resnet", but the .* has \"vit\"; set model.kind'):
         check_backbone(ViTConfig(), TINY)
 
 

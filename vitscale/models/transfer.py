@@ -4,7 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from vitscale import toml
 from vitscale.errors import ConfigError
+from vitscale.image_size import written
 from vitscale.models import ModelConfig
 from vitscale.models.model import CommonConfig
 from vitscale.models.posemb import resize_axis, resize_posemb
@@ -49,16 +51,16 @@ def check_backbone(source: ModelConfig, target: ModelConfig) -> None:
     for key, wanted in backbone_of(target).items():
         if wanted != saved[key]:  # the kind first, which says what other keys there are
             raise ConfigError(
-                f"model.{key} is {wanted!r}, but the [init] checkpoint has {saved[key]!r}; "
-                f"set model.{key} = {saved[key]!r}"
+                f"model.{key} is {toml.value(wanted)}, but the [init] checkpoint has "
+                f"{toml.value(saved[key])}; set model.{key} = {toml.value(saved[key])}"
             )
     if not isinstance(source, ViTConfig) or not isinstance(target, ViTConfig) or source.posemb != "relative":
         return
     if source.grid != target.grid:
         raise ConfigError(
-            f"model.image_size {target.image_size} makes another grid of patches than the [init] checkpoint "
-            f'has, whose "relative" position embeddings are of offsets in raster order, without a meaning '
-            f"there; set model.image_size = {source.image_size}"
+            f"model.image_size {written(target.image_size)} makes another grid of patches than the [init] "
+            'checkpoint has, whose "relative" position embeddings are of offsets in raster order, without a '
+            f"meaning there; set model.image_size = {written(source.image_size)}"
         )
 
 
