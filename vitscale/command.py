@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from vitscale import slurm
-from vitscale.errors import FAILED, MISTAKE, Told, UserError, killed_worker, status_of
+from vitscale.errors import FAILED, MISTAKE, RankLost, Told, UserError, killed_worker, status_of
 from vitscale.redaction import redact
 
 NO_READER = 1
@@ -49,11 +49,11 @@ def run(program: Callable[[], int]) -> int:
     except Told:
         return FAILED
     except RuntimeError as error:
-        killed = killed_worker(error, rank)
-        if not killed:
+        lost = killed_worker(error, rank) or _lost_rank(error, rank)
+        if not lost:
             raise
-        print(f"error: {killed}", file=sys.stderr)
-        return killed.status
+        print(f"error: {lost}", file=sys.stderr)
+        return lost.status
     except KeyboardInterrupt as error:
         print("stopped; nothing is left half written, and the same command continues", file=sys.stderr)
         return status_of(error)
@@ -89,6 +89,21 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _lost_rank(error: RuntimeError, rank: int) -> RankLost | None:
+    """What a user should read where a program loses another rank; None for any other error.
+
+    In a run, Ending knows more.
+    """
+    distributed = sys.modules.get("vitscale.distributed")
+    if not distributed or not distributed.lost_connection(error):
+        return None
+    text = redact(" ".join(str(error).split()))
+    return RankLost(
+        f"rank {rank} lost the connection to another rank, which has ended or does not answer ({text}); its "
+        "log may say more, and the same command may succeed later"
+    )
 
 
 def leave(status: int) -> NoReturn:

@@ -52,6 +52,15 @@ def join_alone(world_size: int) -> int:
     return command.run(lambda: distributed.initialize() or 0)
 
 
+def lose_the_last() -> int:
+    """The last rank ends before a collective, in which the others wait for it."""
+    distributed.initialize()
+    distributed.barrier()
+    if distributed.rank() == distributed.world_size() - 1:
+        os._exit(0)
+    return command.run(lambda: distributed.barrier() or 0)
+
+
 def agree(folder: Path) -> None:
     """Rank 1 raises the first flag in its third call; RANK.json gets every answer."""
     distributed.initialize()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from make import edit_manifest, state_of, write_step
-from multiprocess.collectives import agree, fail, find, gather, join_alone
+from multiprocess.collectives import agree, fail, find, gather, join_alone, lose_the_last
 from multiprocess.zygote import Zygote
 
 
@@ -42,6 +42,14 @@ def test_ranks_that_do_not_come_are_counted_in_one_sentence(tmp_path: Path, zygo
     log = tmp_path / "log"
     assert zygote.run(1, join_alone, 2, log=log) == [1]
     assert log.read_text().startswith("error: 1 of 2 ranks came within "), log.read_text()
+    assert log.read_text().count("\n") == 1, log.read_text()
+
+
+def test_a_rank_that_is_lost_outside_of_a_run_is_one_sentence(tmp_path: Path, zygote: Zygote) -> None:
+    """As in the preparation of a run, or in an evaluation by hand: no traceback."""
+    log = tmp_path / "log"
+    assert zygote.run(2, lose_the_last, log=log) == [1, 0]
+    assert log.read_text().startswith("error: rank 0 lost the connection to another rank, which has ended")
     assert log.read_text().count("\n") == 1, log.read_text()
 
 
