@@ -233,6 +233,10 @@ tensorboard = false
     [
         ("evals.x.test=nowhere/*.tar", "no file matches 'nowhere/*.tar'"),
         ("evals.x.test=nowhere/index.json", "index nowhere/index.json is missing"),
+        (
+            "evals.x={kind='fewshot',shots=[1,99],train='HERE/shards/*.tar',test='HERE/shards/*.tar'}",
+            "99-shot evaluation needs 99 training examples of every class, but class 0 has ",
+        ),
         ("optim.freeze=['no_such.*']", "optim.freeze 'no_such.*' matches no parameter"),
         ("init.checkpoint=no.npz", "an export in safetensors; convert other files with tools/checkpoint.py"),
         ("init={checkpoint='nowhere',full_state=true}", "nowhere is not a checkpoint: give a run"),

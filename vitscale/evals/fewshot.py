@@ -10,7 +10,7 @@ images is random, and its seeds are part of the protocol.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -53,6 +53,11 @@ class FewShotConfig(ProbeConfig):
 class FewShotTask(ProbeTask[FewShotConfig]):
     """Mean accuracy and its population deviation over the seeds, for each number of shots."""
 
+    def check_sets(self) -> None:
+        index = self.train.index
+        for shots in self.config.shots:
+            check_shots(shots, index.label_counts, index.named)
+
     @functools.cached_property
     def train_labels(self) -> Int64[np.ndarray, " n"]:
         """The label of each training image, on every rank; every rank calls it.
@@ -94,6 +99,16 @@ class FewShotTask(ProbeTask[FewShotConfig]):
         return dict(zip(self.names(model), results, strict=True))
 
 
+def check_shots(shots: int, counts: Mapping[int, int], named: Callable[[int], str]) -> None:
+    """Raise DataError if a class has fewer samples than `shots`. counts: by class."""
+    for label, count in sorted(counts.items()):
+        if count < shots:
+            raise DataError(
+                f"{shots}-shot evaluation needs {shots} training examples of every class, but class "
+                f"{named(label)} has {count}; lower shots or give more training shards"
+            )
+
+
 def support_indices(
     labels: Int[np.ndarray, " n"], shots: int, seed: int, named: Callable[[int], str] = str
 ) -> Int64[np.ndarray, " s"]:
@@ -105,12 +120,7 @@ def support_indices(
     """
     generator = np.random.default_rng(seed)
     classes, counts = np.unique(labels, return_counts=True)
-    if (counts < shots).any():
-        k = int(np.argmax(counts < shots))
-        raise DataError(
-            f"{shots}-shot evaluation needs {shots} training examples of every class, but class "
-            f"{named(int(classes[k]))} has {counts[k]}; lower shots or give more training shards"
-        )
+    check_shots(shots, dict(zip(classes.tolist(), counts.tolist(), strict=True)), named)
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
     return np.concatenate([generator.permutation(indices)[:shots] for indices in by_class])
 
