@@ -137,7 +137,7 @@ def test_another_attention_is_another_backbone() -> None:
     """The tensors are the same: it is the config that tells them apart."""
     plain = dataclasses.replace(TINY, attention="global")
     check_backbone(TINY, dataclasses.replace(TINY, image_size=40))
-    with pytest.raises(ConfigError, match=r"model.attention is 'global', .* has 'axial'"):
+    with pytest.raises(ConfigError, match=r'model.attention is "global", .* has "axial"'):
         check_backbone(TINY, plain)
     shapes = {name: tuple(param.shape) for name, param in make().named_parameters()}
     check_tensors("vitscale", TINY, shapes)
