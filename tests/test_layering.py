@@ -30,6 +30,7 @@ LAYERS = [
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 MODULES = sorted((ROOT / "vitscale").rglob("*.py"))
+EXISTING = set(MODULES)
 
 
 def unit_of(path: Path) -> str:
@@ -51,7 +52,7 @@ def imported_files(path: Path) -> set[Path]:
             place = ROOT / name.replace(".", "/")
             # `from vitscale.a import b`: b is a module, or what the module or package a defines
             for candidate in (place.with_suffix(".py"), place.parent.with_suffix(".py")):
-                if candidate in MODULES:
+                if candidate in EXISTING:
                     files.add(candidate)
                     break
             else:
