@@ -33,10 +33,18 @@ bash tools/setup.sh dev || status=$?
 wait
 [ $status = 0 ] || exit $status
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # else every process that a test starts compiles vitscale again
+types=
 if [ $# -eq 0 ]; then
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
-    .venv/bin/pyright vitscale
-    set -- -n 2 --dist loadfile --no-loadscope-reorder  # most tests keep one core busy
+    nice .venv/bin/pyright vitscale >.venv/types 2>&1 & # on one core, and tests do not always keep both busy
+    types=$!
+    set -- -n 2 --dist loadfile --no-loadscope-reorder # most tests keep one core busy
 fi
-exec .venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest "$@" || status=$?
+if [ -n "$types" ]; then
+    wait "$types" || status=1
+    cat .venv/types
+fi
+exit $status
