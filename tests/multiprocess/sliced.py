@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from vitscale.sliced import muon
 
 from vitscale import distributed
 from vitscale.engine.batches import plan_batches
@@ -14,6 +13,7 @@ from vitscale.engine.ds_config import EngineConfig, Precision
 from vitscale.engine.engine import Engine
 from vitscale.models import build_model
 from vitscale.models.vit_config import ViTConfig
+from vitscale.optim import muon
 from vitscale.optim.optimizers import OptimConfig
 
 MODEL = ViTConfig(variant="Ti/4", width=48, depth=2, num_heads=3, mlp_dim=40, image_size=8, num_classes=5)

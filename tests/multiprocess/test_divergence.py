@@ -68,12 +68,17 @@ def test_samples_of_a_roll_back_that_could_not_be_used_are_written_down(
     assert Counter(rows.splitlines()) == Counter((job.run_dir / "quarantine.jsonl").read_text().splitlines())
 
 
+PLAIN = [(1, "bf16"), (2, "fp32"), (3, "bf16")]  # tried always without offload, the others with it
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("offload", ["false", "true"])
 def test_a_step_is_skipped_by_all_and_the_next_one_is_not(
-    tmp_path: Path, index: Path, zygote: Zygote, precision: str, stage: int, offload: str
+    tmp_path: Path, index: Path, zygote: Zygote, precision: str, stage: int, offload: str, sweep: bool
 ) -> None:
+    if not sweep and (offload == "true") == ((stage, precision) in PLAIN):
+        pytest.skip("with --sweep: any two of stage, precision and offload are tried together always")
     job = Job(tmp_path, index)
     options = (f"precision={precision}", f"engine.zero_stage={stage}", f"engine.offload_optimizer={offload}")
     spoiled = NotFinite(rank=1, batches=range(3, 5))
