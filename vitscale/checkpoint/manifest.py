@@ -16,8 +16,7 @@ values, saved by three ranks, looks like this:
 Fragments of one size are one entry, [first file, number of files, start, count]. Files have
 numbers in the order of their names: here files 0 and 1 have 6 values each, from 0 on, and file
 2 has 4, from 12 on. So a manifest grows with the tensors and with the ranks, not with their
-product. rank-00002.safetensors holds "fp32/norm.bias", "exp_avg/norm.bias" and
-"exp_avg_sq/norm.bias", each of 4 values.
+product. rank-00002.safetensors holds "fp32/norm.bias" and that of each other slot, of 4 values.
 """
 
 import dataclasses
