@@ -159,20 +159,15 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
         ledger.mark()
         saved_step = at.step
 
-    def keep_best() -> None:
-        """Keep the checkpoint of a step that was saved before it was evaluated."""
-        with phases("save"):
-            saver.wait()
-            distributed.on_main(saver.retain)
-
     # At step 0, what an untrained model gives: the line to beat. Later, what was broken off.
-    missing = distributed.on_main(lambda: metrics.without(due_after(at.step, job).evaluate))
+    evaluations = due_after(at.step, job).evaluate
+    missing = distributed.on_main(lambda: metrics.without(evaluations))
     with phases("evaluate"):
         going_on = evaluate(run, missing, watch)
     if going_on:  # not before: a mistake that shows in the evaluation binds nobody
         write_start(run)
-        if best_so_far(run, missing):
-            keep_best()
+        if best_so_far(run, evaluations):  # a kill may come between its numbers and this
+            saver.keep_best()
 
     while going_on and at.step < job.total_steps:
         with phases("data"):
@@ -228,7 +223,7 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
         if (due.save or damaged or is_best) and saved_step < at.step:
             save()
         elif is_best:
-            keep_best()
+            saver.keep_best()
         if damaged:
             raise DataError(run.quarantine.verdict(at.bad_samples, at.samples_seen, at.step), shared=True)
         if due.end:

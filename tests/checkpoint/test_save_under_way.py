@@ -26,7 +26,7 @@ def test_it_is_finished_unless_a_rank_is_lost_for_which_it_may_wait_without_end(
     others_come = threading.Event()
     writer = threading.Thread(target=others_come.wait, daemon=True)
     saver = Saver(Home(tmp_path), CheckpointConfig())
-    saver._saves.append(save._Save(step=3, thread=writer))
+    saver._thread = writer
     writer.start()
     timer = threading.Timer(0.3, others_come.set)
     timer.start()
@@ -34,3 +34,18 @@ def test_it_is_finished_unless_a_rank_is_lost_for_which_it_may_wait_without_end(
         raise error
     assert writer.is_alive() is not finishes
     timer.join()
+
+
+def test_the_best_of_an_evaluation_is_named_behind_the_save_that_it_does_not_wait_for(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        (tmp_path / f"step-{step:09d}").mkdir()
+    config, written = CheckpointConfig(keep_last=1, keep_best="eval/a/top1"), threading.Event()
+    saver = Saver(Home(tmp_path), config, best_of=lambda steps: 2 if 2 in steps else None)
+    saver._thread = threading.Thread(target=written.wait, daemon=True)
+    saver._thread.start()
+    saver.keep_best()
+    assert not (tmp_path / "best").exists()
+    written.set()
+    saver.wait()
+    assert (tmp_path / "best").read_text() == "step-000000002\n"
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000000002", "step-000000003"]

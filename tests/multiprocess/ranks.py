@@ -99,6 +99,17 @@ class KillInEvaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class KillInRetention:
+    """SIGKILL of all ranks as rank 0 retains checkpoints for the n-th time (from 1)."""
+
+    time: int
+
+    def arm(self) -> None:
+        if rank() == 0:
+            at_calls(Saver.retain, lambda n: n == self.time and os.killpg(0, signal.SIGKILL))
+
+
+@dataclasses.dataclass(frozen=True)
 class Fail:
     """A bug of ours on one rank, as it begins its n-th batch (from 1)."""
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from multiprocess.job import Job
-from multiprocess.ranks import KillAll
+from multiprocess.ranks import KillAll, KillInRetention
 from multiprocess.zygote import Zygote
 
 from vitscale.metrics.rows import read_metrics
@@ -33,6 +33,19 @@ def test_the_best_step_is_kept_though_no_save_was_due(
     assert best not in (5, 10, 15, 20), "the data must make another step the best"
     assert set(job.checkpoints()) == {best, 20}
     assert (job.run_dir / "checkpoints" / "best").read_text() == f"step-{best:09d}\n"
+
+
+def test_a_last_step_that_was_evaluated_before_a_kill_is_named(
+    tmp_path: Path, index: Path, zygote: Zygote
+) -> None:
+    """Killed between its numbers and its name: nothing is left to train or to evaluate."""
+    job, best = Job(tmp_path, index), tmp_path / "run" / "checkpoints" / "best"
+    options = (*section(index, "eval/test/top1"), "checkpoint.background=false", "total_steps=2")
+    second = KillInRetention(time=2)  # the first is of the save itself
+    assert zygote.train(job, 2, *options, "schedule.warmup_steps=1", event=second) == [-9, -9], job.output()
+    assert best_step(job, "eval/test/top1") == 2 and set(job.checkpoints()) == {2} and not best.exists()
+    assert zygote.train(job, 2, *options, "schedule.warmup_steps=1") == [0, 0], job.output()
+    assert best.read_text() == "step-000000002\n"
 
 
 def test_without_keep_best_it_is_deleted(tmp_path: Path, index: Path, zygote: Zygote) -> None:

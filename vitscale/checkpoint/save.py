@@ -33,7 +33,6 @@ class _Save:
     seconds: float = 0.0
     done: bool = False
     failure: UserError | None = None
-    thread: threading.Thread | None = None
 
 
 class Saver:
@@ -59,6 +58,7 @@ class Saver:
         self._buffer = HostBuffer() if config.background else None
         self._channel = distributed.new_channel()
         self._saves: list[_Save] = []  # not yet reported by finished()
+        self._thread: threading.Thread | None = None  # the last one: what is under way
 
     def save(self, engine: Engine, train: TrainState) -> None:
         """Take a snapshot between two optimizer steps and write it (by default in a thread).
@@ -72,10 +72,7 @@ class Saver:
         save = _Save(train.step)
         self._saves.append(save)
         if self._buffer:
-            save.thread = threading.Thread(
-                target=self._write, args=(taken, save), name=THREAD_NAME, daemon=True
-            )
-            save.thread.start()
+            self._start(THREAD_NAME, self._write, taken, save)
         else:
             self._write(taken, save)
             self.wait()
@@ -85,9 +82,9 @@ class Saver:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        if error and self._saves and (thread := self._saves[-1].thread):
+        if error and self._thread:
             lost = isinstance(error, RankLost) or distributed.lost_connection(error)
-            thread.join(COMMIT_SECONDS if lost else LAST_SAVE_SECONDS)
+            self._thread.join(COMMIT_SECONDS if lost else LAST_SAVE_SECONDS)
 
     @property
     def failed(self) -> bool:
@@ -118,12 +115,31 @@ class Saver:
 
     def wait(self) -> None:
         """Wait for the save under way, if any. Raises the UserError that ended it."""
-        if self._saves:
-            save = self._saves[-1]
-            if save.thread:
-                save.thread.join()
-            if save.failure:
-                raise save.failure
+        if self._thread:
+            self._thread.join()
+        if self._saves and (failure := self._saves[-1].failure):
+            raise failure
+
+    def keep_best(self) -> None:
+        """Retain once more: a step was evaluated after its save. Every rank may call it.
+
+        In the background it is behind the save under way, which training need not wait for.
+        """
+        if not distributed.is_main():
+            return
+        if self._buffer:
+            self._start("checkpoint retention", self._retain_behind, self._thread)
+        else:
+            self.retain()
+
+    def _start(self, name: str, work: Callable[..., None], *arguments: object) -> None:
+        self._thread = threading.Thread(target=work, args=arguments, name=name, daemon=True)
+        self._thread.start()
+
+    def _retain_behind(self, under_way: threading.Thread | None) -> None:
+        if under_way:
+            under_way.join()
+        self.retain()
 
     def _write(self, taken: Snapshot, save: _Save) -> None:
         began = time.perf_counter()
