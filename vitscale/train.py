@@ -218,6 +218,8 @@ def loop(run: Run, watch: Watch, phases: Phases, ledger: Ledger) -> bool:
                 going_on = not stopping and evaluate(run, due.evaluate, watch)
             if not going_on:
                 due = due_after(at.step, job, stopping=True)
+        if saved_step == at.step:  # also what came after the save: a resume does not repeat it
+            ledger.mark()
         is_best = best_so_far(run, due.evaluate)
         damaged = run.quarantine.is_over(at.bad_samples, at.samples_seen)
         if (due.save or damaged or is_best) and saved_step < at.step:

@@ -235,6 +235,23 @@ def test_what_a_start_did_after_its_last_save_keeps_its_kind(timed: Timed) -> No
     )
 
 
+def test_an_evaluation_after_the_save_of_its_step_is_not_lost_with_the_steps_after_it(timed: Timed) -> None:
+    timed.start(0)
+    timed.steps(5)
+    timed.save()
+    timed.phase("evaluate", 30.0)
+    timed.ledger.mark()
+    timed.steps(3)
+    timed.ledger.write()
+    timed.start(5)
+    timed.ledger.write()
+    starts = read_starts(timed.run_dir / FILE_NAME)
+    assert seconds_of(starts) == pytest.approx(
+        {"start": 20.0, "step": 5.0, "save": 1.0, "evaluate": 30.0, "lost": 3.0}
+    )
+    assert [mark.step for mark in starts[0].marks] == [0, 5]
+
+
 @pytest.mark.parametrize("jump", [-3600.0, 3600.0])
 def test_a_clock_that_is_set_during_a_start_changes_no_part(timed: Timed, jump: float) -> None:
     timed.start(0)

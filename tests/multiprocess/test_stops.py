@@ -13,6 +13,7 @@ from multiprocess.ranks import KillAll, KillInEvaluation, Stop, StopInEvaluation
 from multiprocess.zygote import Zygote
 from weights.foreign_models import saved_model
 
+from vitscale.metrics.goodput import read_starts
 from vitscale.metrics.rows import read_metrics
 from vitscale.models.vit_config import ViTConfig
 
@@ -59,6 +60,8 @@ def test_a_step_is_saved_before_it_is_evaluated(tmp_path: Path, index: Path, zyg
     assert (job.run_dir / "checkpoints" / "best").read_text() == f"step-{best:09d}\n"
     history = [json.loads(line) for line in (job.run_dir / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == [0, 5]
+    start = read_starts(job.run_dir / "time.json")[-1]  # evaluated after its last save, and not lost
+    assert start.marks[-1].seconds["evaluate"] == start.seconds["evaluate"]
 
 
 def test_an_evaluation_that_is_due_at_a_stop_is_left_to_the_next_start(

@@ -160,8 +160,10 @@ class Ledger:
         self._now.seconds[phase] = self._now.seconds.get(phase, 0.0) + seconds
 
     def mark(self) -> None:
-        """A checkpoint has been made of what was done until now."""
+        """What was done until now is in the newest checkpoint, or is not repeated after it."""
         self._touch()
+        if len(self._now.marks) > 1 and self._now.marks[-1].step == self._now.step:
+            self._now.marks.pop()
         self._now.marks.append(Mark(self._now.step, self._now.elapsed, dict(self._now.seconds)))
         del self._now.marks[1:-MAX_MARKS]
 
