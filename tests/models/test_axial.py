@@ -117,9 +117,10 @@ def test_flops_are_those_of_the_operations() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pool": "token"}, r"model.pool = 'token': a class token is in no row .*; use 'mean'"),
+        ({"pool": "token"}, r'model.pool = "token": a class token is in no row .*; use "mean"$'),
+        ({"distilled": True}, r"model.distilled = true: a distillation token is in no row .*; use false$"),
         ({"num_registers": 1}, r"model.num_registers = 1: a register is in no row .*; use 0"),
-        ({"posemb": "relative"}, r"model.posemb = 'relative': its offsets .*; use 'learned'"),
+        ({"posemb": "relative"}, r'model.posemb = "relative": its offsets .*; use "learned"$'),
         ({"depth": 3}, r'model.depth 3 must be even with model.attention = "axial".*; use 4'),
     ],
 )

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Literal
 
+from vitscale import toml
 from vitscale.config import check_choices
 from vitscale.errors import ConfigError
 from vitscale.image_size import ImageSize, image_size, sides, written
@@ -122,6 +123,8 @@ class ViTConfig:
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} {getattr(self, name)} must lie in [0, 1)")
+        if self.attention == "axial":
+            self._check_axial()
         if self.distilled and (self.pool != "token" or self.representation_size):
             key, value = ("pool", "token") if self.pool != "token" else ("representation_size", 0)
             raise ConfigError(
@@ -131,8 +134,6 @@ class ViTConfig:
         if not self.norm_eps > 0:
             raise ConfigError(f"model.norm_eps {self.norm_eps} must be above 0; Google's models have 1e-6")
         check_posemb(self.posemb, self.posemb_at, width)
-        if self.attention == "axial":
-            self._check_axial()
 
     def _check_variant(self) -> None:
         name, slash, patch = self.variant.partition("/")
@@ -157,14 +158,15 @@ class ViTConfig:
 
     def _check_axial(self) -> None:
         for key, allowed, reason in (
+            ("distilled", (False,), "a distillation token is in no row and no column"),
             ("pool", ("mean", "map"), "a class token is in no row and no column"),
             ("num_registers", (0,), "a register is in no row and no column"),
             ("posemb", ("learned", "learned2d", "sincos2d", "none"), "its offsets are between all patches"),
         ):
             if (value := getattr(self, key)) not in allowed:
                 raise ConfigError(
-                    f'model.attention = "axial" is refused with model.{key} = {value!r}: {reason}; '
-                    f"use {allowed[0]!r}"
+                    f'model.attention = "axial" is refused with model.{key} = {toml.value(value)}: {reason}; '
+                    f"use {toml.value(allowed[0])}"
                 )
         if self.resolved_depth % 2:
             raise ConfigError(
