@@ -248,7 +248,7 @@ def bench_inference(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.config:
         paths, overrides = configs.divided(arguments.config)
         loaded = configs.load(TrainConfig, paths, overrides)
-        models[Path(paths[-1]).stem if paths else loaded.model.variant] = loaded.model
+        models[Path(paths[-1]).stem if paths else loaded.model.title] = loaded.model
     precision, max_batch = ("bf16", MAX_BATCH_GPU) if torch.cuda.is_available() else ("fp32", MAX_BATCH_CPU)
     bench = InferenceBench(
         models=models,

@@ -102,7 +102,9 @@ def test_a_variant_has_two_blocks_for_each_of_its_own() -> None:
     for variant, depth, ratio in (("B/32", 24, 1.96), ("B/16", 24, 1.92)):
         config = ViTConfig(variant=variant, pool="mean", attention="axial")
         assert config.resolved_depth == config.num_blocks == depth
+        assert config.title == f"Axial-{variant}"
         plain = dataclasses.replace(config, attention="global")
+        assert plain.title == variant
         assert forward_macs(config) / forward_macs(plain) == pytest.approx(ratio, abs=0.005)
     assert ViTConfig(variant="B/32", pool="mean", attention="axial", depth=12).resolved_depth == 12
 

@@ -242,14 +242,14 @@ class _Turns:
     def measure(self, cases: Sequence[Case]) -> dict[Case, list[float]]:
         """Seconds of a step in each round, of the cases that memory was enough for."""
         device.free()
-        variant, trainees = self.config.model.variant, dict[Case, Trainee]()
+        title, trainees = self.config.model.title, dict[Case, Trainee]()
         for case in cases:
-            self.progress(f"{variant}: warming up {case}")
+            self.progress(f"{title}: warming up {case}")
             self._within_memory(trainees, case, self._warm_up)
         seconds: dict[Case, list[float]] = {case: [] for case in trainees}
         for round in range(self.config.rounds):
             for case in list(trainees):
-                self.progress(f"{variant}: round {round + 1}, {case}")
+                self.progress(f"{title}: round {round + 1}, {case}")
                 self._within_memory(trainees, case, functools.partial(self._time, seconds))
         for trainee in trainees.values():
             trainee.close()
@@ -334,7 +334,7 @@ def _results(
     seconds = {**together, **alone}
     peak = peak_flops() if config.precision != "fp32" else 0.0
     results: dict[str, Any] = {
-        "model": f"{config.model.variant} at {pixels(config.model.image_size)}",
+        "model": f"{config.model.title} at {pixels(config.model.image_size)}",
         "config": to_dict(config.model),
         "device": device.name(),
         "precision": config.precision,

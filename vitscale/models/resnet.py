@@ -105,6 +105,10 @@ class ResNetConfig:
         return depth, factor
 
     @property
+    def title(self) -> str:
+        return self.variant
+
+    @property
     def resolved_width(self) -> int:
         return self.width or ROOT_WIDTH * self._parse_variant()[1]
 

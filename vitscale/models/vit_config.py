@@ -179,6 +179,11 @@ class ViTConfig:
         return VARIANTS[self.variant.partition("/")[0]]
 
     @property
+    def title(self) -> str:
+        """The variant, as the paper calls it: "Axial-B/16" with axial attention."""
+        return f"Axial-{self.variant}" if self.attention == "axial" else self.variant
+
+    @property
     def resolved_width(self) -> int:
         return self.width or self._variant.width
 

@@ -62,7 +62,7 @@ def _numbers(option: Option) -> dict[str, Any]:
 
 
 def _model_name(plan: Plan) -> str:
-    return f"{plan.config.model.variant} at {pixels(plan.config.model.image_size)}"
+    return f"{plan.config.model.title} at {pixels(plan.config.model.image_size)}"
 
 
 def _head(plan: Plan) -> str:
@@ -276,7 +276,7 @@ def _sources(plan: Plan) -> list[Line]:
 
 
 def _measured(plan: Plan, speed: Speed) -> str:
-    names = dict.fromkeys(row.model.variant for row in speed.rows)
+    names = dict.fromkeys(row.model.title for row in speed.rows)
     exact = speed.has_measured(plan.config.model, compiled=plan.config.engine.compile)
     how = "measured" if exact else f"a guess that is corrected by {', '.join(names)}, measured"
     other = "" if speed.rows[0].gpu == plan.cluster.kind else ", another kind of GPU"

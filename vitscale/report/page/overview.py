@@ -149,7 +149,7 @@ def _on_track(record: Record) -> dict[str, str]:
 
 def _model(config: TrainConfig) -> str:
     model = config.model
-    return f"{model.kind} {model.variant}, {pixels(model.image_size)}"
+    return f"{model.kind} {model.title}, {pixels(model.image_size)}"
 
 
 def duration(seconds: float) -> str:
