@@ -44,7 +44,8 @@ def test_the_best_of_an_evaluation_is_named_behind_the_save_that_it_does_not_wai
     saver._thread = threading.Thread(target=written.wait, daemon=True)
     saver._thread.start()
     saver.keep_best()
-    assert not (tmp_path / "best").exists()
+    saver._thread.join(0.3)
+    assert saver._thread.is_alive() and not (tmp_path / "best").exists()
     written.set()
     saver.wait()
     assert (tmp_path / "best").read_text() == "step-000000002\n"

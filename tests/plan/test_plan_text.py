@@ -253,3 +253,8 @@ def test_where_communication_is_slow_the_plan_says_what_sends_less(precision: st
     shown = " ".join(render(plan(load(H14, of_run, rounded), 128)).split())
     assert ("communication is 14% of a step: fewer GPUs or" in shown) == (precision == "fp16")
     assert "reduce_precision" not in shown
+
+
+def test_a_model_of_axial_attention_is_called_so() -> None:
+    axial = load(B16, "model.attention=axial", "model.pool=mean")
+    assert render(plan(axial, 8)).startswith("Axial-B/16 at 224 px on 8 x H100 in 1 node: ")
