@@ -226,7 +226,7 @@ class _TestImages:
         """The nearest test image of each image that has one; the first of equally near ones."""
         place = np.searchsorted(self.digests, images.digests)  # [n]
         padded = np.append(self.digests, np.uint64(0))  # where a digest is above all of ours
-        exact = images.readable & (place < len(self.digests)) & (padded[place] == images.digests)
+        exact = images.readable & (padded[place] == images.digests)
         queried = np.flatnonzero(images.detailed & ~exact)
         positions, distances = self.table.nearest(images.hashes[queried])
         results = zip(queried.tolist(), positions.tolist(), distances.tolist(), strict=True)
