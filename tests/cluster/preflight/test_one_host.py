@@ -43,6 +43,12 @@ def test_shared_memory_is_what_training_will_ask_for(words: list[str]) -> None:
     assert facts["shm_needed"] == shared_memory.needed(config, 1, open_tasks(job)) > 0
 
 
+def test_the_first_host_looks_for_the_shards(words: list[str], tmp_path: Path) -> None:
+    (shard := tmp_path / "shards" / "train-000000.tar").unlink()
+    (error,) = json.loads(program.own_facts(words))["errors"]
+    assert str(shard) in error
+
+
 def test_a_folder_in_which_workers_cannot_make_sockets_is_named(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
