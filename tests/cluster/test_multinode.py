@@ -13,6 +13,7 @@ import pytest
 from launch.multinode import main
 from vitscale.cluster import multinode
 from vitscale.cluster.preflight import facts, rounds
+from vitscale.guard import watch
 
 PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "multinode.py"
 
@@ -46,6 +47,27 @@ def test_what_deepspeed_could_not_start_is_refused(
     monkeypatch.setattr(multinode.os, "chdir", lambda _: None)
     assert main([str(tmp_path / "hostfile"), str(tmp_path / "run.toml")]) == 2
     assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_all_that_is_wrong_with_the_hosts_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pdsh").touch(mode=0o755)
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\nexit {rounds.NO_CHECKOUT}\n")
+    (tmp_path / "ssh").chmod(0o755)
+    (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+    (tmp_path / "run.toml").write_text(CONFIG)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(multinode.os, "chdir", lambda _: None)
+    before = {number: signal.getsignal(number) for number in watch.stop_signals()}
+    try:
+        run_dir = f"run_dir={tmp_path / 'run'}"
+        assert main([str(tmp_path / "hostfile"), str(tmp_path / "run.toml"), run_dir]) == 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    told = [line.partition(" at ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == [f"error: {name} has no checkout of vitscale" for name in ("node1", "node2")]
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,9 @@ def test_what_an_earlier_start_has_finished_is_done_unless_more_is_asked(
     assert restarts.after(config, 1, 5, since=LATER, node=node).kind == "done"
     longer = dataclasses.replace(config, total_steps=18)
     assert restarts.after(longer, 1, 5, since=LATER, node=node).kind == "again"
+    written = ending.read(config.run_dir)
+    assert written  # by a start that began in the same second
+    assert restarts.after(longer, 1, 5, since=ending.written_at(written), node=node).kind == "done"
 
 
 def test_a_start_is_counted_once_and_not_by_who_only_asks(config: TrainConfig) -> None:
