@@ -245,6 +245,7 @@ def test_a_picture_of_the_data_set_is_drawn(tmp_path: Path, capsys) -> None:
     assert main(["stats", str(path), "--png", str(tmp_path / "new" / "stats.png")]) == 0
     shown = capsys.readouterr().out
     assert "2 of 37 to 40 samples" in shown and "samples per class  15 to 16" in shown
+    assert f"16                 77  {'#' * stats.BAR_CHARACTERS}\n" in shown
     picture = Image.open(tmp_path / "new" / "stats.png")
     assert picture.size == (760, 940) and len(picture.getcolors(10**6) or []) > 2
 
@@ -389,7 +390,7 @@ def test_verify_decodes_every_image_when_asked(tmp_path: Path, capsys) -> None:
     broken[len(broken) // 2 : len(broken) // 2 + 40] = bytes(40)
     members[6] = ("s3.jpg", bytes(broken))
     path = tmp_path / "index.json"
-    build_index([str(write_tar(tmp_path / "x.tar", members))]).save(path)
+    build_index([str(write_tar(tmp_path / "x.tar", members)), *write_shards(tmp_path, [3])]).save(path)
     assert main(["verify", str(path)]) == 0
     assert main(["verify", str(path), "--decode"]) == 2
     assert "sample number 3: sample s3" in capsys.readouterr().out
