@@ -1,8 +1,9 @@
 """Who computes which features: pure arithmetic over a grid of worlds."""
 
+import numpy as np
 import pytest
 
-from vitscale.evals.features import rank_block
+from vitscale.evals.features import own_indices, rank_block
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 16])
@@ -13,3 +14,8 @@ def test_the_blocks_of_all_ranks_in_order_are_every_sample_once(num_samples: int
     lengths = {length for _, length in blocks}
     assert len(lengths) == 1
     assert max(len(block) for block, _ in blocks) == lengths.pop()
+
+
+def test_a_set_of_one_image_is_evaluated():
+    own, count = own_indices(np.array([7]))
+    assert (own.tolist(), count) == ([7], 1)

@@ -15,6 +15,7 @@ from vitscale.data.evalset import EvaluationSet
 from vitscale.errors import ConfigError, DataError, NotFinite, UserError
 from vitscale.evals import ClassifyConfig, EvalConfig, FewShotConfig, KnnConfig, LinearConfig, open_task
 from vitscale.evals.store import FeatureStore
+from vitscale.evals.task import within_memory
 
 COLOURS = [
     (255, 0, 0),
@@ -182,6 +183,25 @@ def test_a_class_beyond_the_head_is_refused(tmp_path: Path):
     test = write_shard(tmp_path / "test.tar", ["0", "7"])
     with pytest.raises(DataError, match="class 7 does not exist in a model of 7 classes"):
         run(ClassifyConfig(test=test), ColourModel())
+
+
+@pytest.mark.parametrize(
+    ("size", "where", "way_out"),
+    [
+        (9, "evals.colours", "evals.colours.batch_size 9; set evals.colours.batch_size to 4, or lower"),
+        (2, "", "--batch-size 2; set --batch-size to 1, or lower"),
+        (1, "", "--batch-size 1; use a GPU with more"),
+    ],
+)
+def test_a_batch_that_fits_into_no_gpu_is_refused_with_the_one_to_try(
+    colour_shards: tuple[str, str], size: int, where: str, way_out: str
+):
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    task = open_task("colours", ClassifyConfig(test=colour_shards[1], batch_size=size), 4)
+    with pytest.raises(ConfigError, match=f"^colours: CUDA is out of memory with {way_out}$"):
+        within_memory(task, full, where)
 
 
 def test_fewshot_refuses_several_labels_and_unknown_test_classes(tmp_path: Path):
