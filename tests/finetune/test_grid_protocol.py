@@ -138,6 +138,7 @@ def test_all_runs_of_a_recipe_start_from_one_step(tmp_path: Path, recipe: Path) 
     for name in runs:
         config = configs.load(TrainConfig, [tmp_path / "out" / name / "config.toml"])
         assert config.init.checkpoint == str(step)
+        assert config.seed == (4 if name == "final-seed4" else 3)
 
 
 def test_further_test_sets_are_scored_on_the_final_runs_and_change_no_training(

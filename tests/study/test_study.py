@@ -86,6 +86,11 @@ def test_runs_are_all_combinations_and_each_has_its_own_folder(base: Path) -> No
     assert len({json.dumps(configs.to_dict(cell.config)) for cell in runs}) == 16
 
 
+def test_the_models_that_are_named_are_run_in_the_order_of_the_study(base: Path) -> None:
+    study = study_of(base, models=[{"name": name, "config": str(base)} for name in "abc"])
+    assert [cell.model.name for cell in cells(study, only=["c", "a"])] == ["a", "c"]
+
+
 def test_a_value_of_the_sweep_is_chosen_by_the_mean_over_seeds(base: Path) -> None:
     study = study_of(base, seeds=[0, 1], sweep={"optim.lr": [0.1, 0.2]})
     runs = cells(study)

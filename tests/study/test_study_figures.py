@@ -71,6 +71,13 @@ def test_a_line_has_one_colour_in_both_panels_and_lines_of_one_panel_differ() ->
         assert len(set(ours.values())) == len(ours) and len(set(paper.values())) == len(paper) == 5
 
 
+def test_the_papers_panel_of_the_data_has_the_rows_of_its_figure_3() -> None:
+    _, paper = draw_data([point("a", 9, 1.0)], "m").axes
+    marks, labels = paper.get_legend_handles_labels()
+    lines = {label: mark.lines[0] for mark, label in zip(marks, labels, strict=True)}
+    assert list(lines["ViT-B/32"].get_ydata()) == [0.7338, 0.8128, 0.8073]
+
+
 def test_the_papers_panel_of_average_5_has_the_means_of_five() -> None:
     _, paper = draw_compute([point("a", 9, 1.0)], {"a": "ViT"}, "Average-5", AVERAGE5).axes
     marks = {text.get_text(): float(text.xy[1]) for text in paper.texts}
