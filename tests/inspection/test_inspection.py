@@ -21,7 +21,7 @@ from vitscale.inspection.attention import Rollout, attention_distance, attention
 from vitscale.inspection.figures import draw_distances
 from vitscale.inspection.live import observe
 from vitscale.inspection.mosaics import enlarged, lit, position_mosaic
-from vitscale.inspection.run import Pictures, read_images, visualize
+from vitscale.inspection.run import Pictures, distances, read_images, visualize
 from vitscale.inspection.weights import input_positions, position_similarity, principal_components
 from vitscale.models import build_model
 from vitscale.models.hybrid import HybridConfig
@@ -73,6 +73,12 @@ def test_positions_are_compared_by_row_and_column() -> None:
 def test_the_distance_of_uniform_attention_is_known(side: int, patch: int, pixels: float) -> None:
     uniform = torch.full((2, 3, side**2, side**2), 1 / side**2)
     assert attention_distance(uniform, (side, side), patch).tolist() == pytest.approx([pixels] * 3, abs=0.005)
+
+
+def test_the_distances_of_a_model_come_with_that_of_uniform_attention() -> None:
+    layers, uniform = distances(tiny(), torch.zeros(2, 3, 12, 12, dtype=torch.uint8))
+    expected = attention_distance(torch.full((1, 1, 9, 9), 1 / 9), (3, 3), 4).item()
+    assert len(layers) == 2 and uniform == pytest.approx(expected)
 
 
 def test_distances_are_those_of_patches_whatever_goes_to_other_tokens() -> None:
@@ -188,7 +194,8 @@ def test_every_figure_is_drawn_by_the_command(tmp_path: Path) -> None:
         " ".join([name, f"{tmp_path}/ours.safetensors", f"{tmp_path}/out/{name}.png", *options])
         for name, options in arguments.items()
     ]
-    lines.append(f"attention-map {tmp_path}/ours.safetensors {tmp_path}/out/none.png")
+    maps = f"attention-map {tmp_path}/ours.safetensors {tmp_path}/out"
+    lines += [f"{maps}/some.png --data {tmp_path}/train-*.tar", f"{maps}/none.png"]
     done = subprocess.run(
         [sys.executable, "-c", script + DRAW_POSITIONS],
         input="\n".join(lines),
@@ -197,9 +204,9 @@ def test_every_figure_is_drawn_by_the_command(tmp_path: Path) -> None:
         cwd=ROOT,
     )
     said, _, positions = done.stdout.rstrip().rpartition("\n")
-    assert said.split()[1::2] == ["0"] * 4 and said.split()[-1] == "2", done.stderr
+    assert said.split()[1::2] == ["0"] * 5 and said.split()[-1] == "2", done.stderr
     assert "give --data SHARDS or --images FILE ..., one of them" in done.stderr
-    for name in arguments:
+    for name in (*arguments, "some"):
         with Image.open(tmp_path / "out" / f"{name}.png") as figure:
             drawn = np.asarray(figure.convert("RGB"))
         assert min(drawn.shape[:2]) > 200 and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 20, name
