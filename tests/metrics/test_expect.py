@@ -86,7 +86,7 @@ def test_an_empty_band_is_none() -> None:
 
 
 def test_a_section_reads_back_as_it_is_written() -> None:
-    values = {"source": "a run", "bands": {"train/loss": [[100, 2.0, 3.0], [200, 1.0, 2.0]]}}
+    values = {"source": "a run", "bands": {"train/loss": [[0, 2.0, 3.0], [200, 1.0, 2.0]]}}
     assert to_dict(from_dict(ExpectConfig, values)) == values
 
 

@@ -29,7 +29,7 @@ def test_a_rank_is_named_once_and_only_if_it_stays_slow(caplog: pytest.LogCaptur
     assert not caplog.messages
     for _ in range(5):
         slow.add(2, 1.43)
-    (said,) = caplog.messages
+        (said,) = caplog.messages  # from the third row in succession on
     assert said.startswith(
         "rank 2 on c2 is slow: its forward passes take 1.43 times as long as the median of"
     )
