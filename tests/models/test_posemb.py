@@ -13,7 +13,7 @@ from vitscale.models import build_model
 from vitscale.models.flops import forward_macs
 from vitscale.models.hybrid import HybridConfig
 from vitscale.models.layers import Attention
-from vitscale.models.posemb import RelativeBias, resize_posemb, table2d
+from vitscale.models.posemb import RelativeBias, resize_axis, resize_posemb, table2d
 from vitscale.models.transfer import check_backbone, transferred
 from vitscale.models.vit import ViT
 from vitscale.models.vit_config import ViTConfig
@@ -173,6 +173,10 @@ def test_learned_positions_move_to_another_resolution(posemb: str, at: str) -> N
     torch.testing.assert_close(new, resize_posemb(old, (3, 3), (5, 5)))
     for layer in range(len(old)):  # as if that layer's were the only ones
         torch.testing.assert_close(new[layer], resize_posemb(old[layer : layer + 1], (3, 3), (5, 5))[0])
+
+
+def test_an_axis_may_get_as_many_places_as_an_embedding_has_numbers() -> None:
+    assert resize_axis(torch.zeros(1, 3, 16), 16).shape == (1, 16, 16)
 
 
 def test_relative_positions_stay_at_their_resolution() -> None:
