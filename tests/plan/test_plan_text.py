@@ -206,6 +206,9 @@ def test_a_short_run_is_saved_at_its_end_and_counted_in_minutes() -> None:
     assert "; saves and failures make the run 1.12% longer" in shown
     shorter = plan(load(B16, "schedule.warmup_steps=100", "total_steps=328"), 8)
     assert "time 1 minute, " in " ".join(render(shorter).split())
+    longer = plan(load(B16, "schedule.warmup_steps=100", "total_steps=25_000"), 8)
+    hours = 24 * longer.days
+    assert 1 < hours < 2 and f"time {hours:.2g} hours, " in " ".join(render(longer).split())
     assert 1 < minutes < 10 and f"time {minutes:.2g} minutes, {8 * minutes / 60:.2g} GPU hours" in shown
     assert f"cost {2.5 * 8 * minutes / 60:.2g} at 2.5 a GPU hour" in shown
 
