@@ -123,7 +123,8 @@ def test_the_death_of_a_rank_ends_one_that_does_not_communicate(
         os.kill(ranks[0].pid, signal.SIGCONT)
         assert ranks[0].wait(15) == 1, job.output()
     assert job.output().count("error: rank 1 (process") == 1, job.output()
-    assert "rank 1 (process" in read_status(job)["reason"]
+    reason = read_status(job)["reason"]
+    assert reason.startswith("rank 1 (process") and " has died: killed" in reason
 
 
 def test_the_first_cause_is_told_once_by_the_rank_that_had_it(

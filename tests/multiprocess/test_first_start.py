@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from make import jpeg, write_tar
+from multiprocess.ends import read_status
 from multiprocess.hosts import ROOT
 from multiprocess.job import PROGRAM, TIMEOUT_SECONDS, Job, reserved_port
 from multiprocess.zygote import Zygote
@@ -34,6 +35,8 @@ def test_a_launcher_that_hides_the_exit_status_does_not_hide_a_mistake(
     assert not job.run_dir.exists(), "who only asks counts no start"
     assert zygote.train(job, 2, "data.index=gone.json") == [2, 2], job.output()
     assert not (job.run_dir / "config.toml").exists()
+    status = read_status(job)
+    assert (status["step"], status["total_steps"]) == (0, 0)  # nothing is known of it
     ended = subprocess.run(ask, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout[:6]) == (2, "stop: "), ended
     assert "gone.json" in ended.stdout
