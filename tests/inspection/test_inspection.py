@@ -76,8 +76,8 @@ def test_the_distance_of_uniform_attention_is_known(side: int, patch: int, pixel
 
 
 def test_the_distances_of_a_model_come_with_that_of_uniform_attention() -> None:
-    layers, uniform = distances(tiny(), torch.zeros(2, 3, 12, 12, dtype=torch.uint8))
-    expected = attention_distance(torch.full((1, 1, 9, 9), 1 / 9), (3, 3), 4).item()
+    layers, uniform = distances(tiny(image_size=(12, 8)), torch.zeros(2, 3, 12, 8, dtype=torch.uint8))
+    expected = attention_distance(torch.full((1, 1, 6, 6), 1 / 6), (3, 2), 4).item()
     assert len(layers) == 2 and uniform == pytest.approx(expected)
 
 
@@ -218,6 +218,8 @@ def test_every_figure_is_drawn_by_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lowest", [0.0, 110.0, 116.0])
 def test_the_distances_of_heads_lie_between_0_and_a_margin(lowest: float) -> None:
     figure = draw_distances([torch.linspace(lowest, 120.0, 4)] * 2, uniform=lowest)
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert sorted(labels) == ["...", "head 1", "head 2", "head 3", "uniform attention"]
     bottom, top = figure.axes[0].get_ylim()
     assert bottom == 0 and 1.03 * 120 < top < 1.1 * 120
 
