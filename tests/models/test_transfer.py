@@ -13,7 +13,7 @@ from vitscale.models.model import CommonConfig
 from vitscale.models.names import DIALECTS_OF
 from vitscale.models.posemb import resize_posemb, sincos2d
 from vitscale.models.resnet import ResNetConfig
-from vitscale.models.transfer import check_backbone, is_backbone, transferred
+from vitscale.models.transfer import check_backbone, check_head, is_backbone, transferred
 from vitscale.models.vit_config import ViTConfig
 from vitscale.weights.foreign.configs import check_expressible, unlike_google
 
@@ -110,6 +110,13 @@ def test_another_backbone_is_refused_by_its_key(change: dict, key: str) -> None:
     check_backbone(TINY, TINY)
     with pytest.raises(ConfigError, match=rf"model.{key} is .* set model.{key} ="):
         check_backbone(TINY, ViTConfig(**{**vars(TINY), **change}))
+
+
+@pytest.mark.parametrize("key", ["num_classes", "representation_size"])
+def test_another_head_is_refused_by_its_key(key: str) -> None:
+    check_head(TINY, dataclasses.replace(TINY, depth=3))
+    with pytest.raises(ConfigError, match=rf"model.{key} is 77, but .* or set model.{key} = "):
+        check_head(TINY, dataclasses.replace(TINY, **{key: 77}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
