@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vitscale.config import from_dict, to_dict
 from vitscale.data.evalset import EvaluationSet
+from vitscale.data.index import Index
+from vitscale.data.sources import Source
 from vitscale.errors import ConfigError, DataError, NotFinite, UserError
 from vitscale.evals import ClassifyConfig, EvalConfig, FewShotConfig, KnnConfig, LinearConfig, open_task
 from vitscale.evals.store import FeatureStore
@@ -183,6 +185,13 @@ def test_a_class_beyond_the_head_is_refused(tmp_path: Path):
     test = write_shard(tmp_path / "test.tar", ["0", "7"])
     with pytest.raises(DataError, match="class 7 does not exist in a model of 7 classes"):
         run(ClassifyConfig(test=test), ColourModel())
+
+
+def test_a_split_that_the_training_data_lack_is_refused(index: Index):
+    whole = Source(name="0", index=index, label_map={}, excluded=np.empty(0, dtype=np.int64))
+    for source in (None, whole):
+        with pytest.raises(ConfigError, match="val: these training data have no validation split"):
+            open_task("val", ClassifyConfig(split="validation"), 4, source)
 
 
 @pytest.mark.parametrize(
