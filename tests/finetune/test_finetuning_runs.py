@@ -27,6 +27,7 @@ from vitscale.finetune.runs import (
     keep_config,
     keep_source,
     located,
+    scored,
     train,
 )
 from vitscale.finetune.slots import Slots, in_slots
@@ -94,6 +95,12 @@ def test_each_process_has_one_of_the_gpus_that_are_visible(
         for _ in used:
             assert slots.run(["-c", code], tmp_path / "log", [sys.executable, "-S"]) == 0
     assert (tmp_path / "log").read_text().splitlines() == used
+
+
+def test_the_last_error_of_a_process_is_told(tmp_path: Path) -> None:
+    code = "print('error: the first', flush=True); exit('error: the last')"
+    with Slots(1, 0) as slots, pytest.raises(UserError, match=r"ended early: the last \(.*/log\)$"):
+        scored(tmp_path / "a", ["-c", code], slots)
 
 
 def test_there_is_a_slot_on_each_gpu_unless_told() -> None:
