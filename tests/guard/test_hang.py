@@ -128,6 +128,7 @@ def test_until_the_first_step_is_done_there_is_the_time_of_a_start() -> None:
         return given
 
     assert watchdog.place()[:2] == (0, "start") and watchdog.place().limit == 1800.0
+    assert 0 <= watchdog.place().seconds < 60
     watchdog.ready(progress := Progress(step=7, data_step=7))
     assert limits_of("evaluate", "data", "step", "log") == [3600.0, 1800.0, 1800.0, 300.0]
     progress.advance(8)
