@@ -49,6 +49,12 @@ def test_the_first_host_looks_for_the_shards(words: list[str], tmp_path: Path) -
     assert str(shard) in error
 
 
+def test_a_run_directory_that_cannot_be_written_is_named(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (error,) = json.loads(program.own_facts([*words, f"run_dir={tmp_path}/file/run"]))["errors"]
+    assert error == f"run_dir {tmp_path}/file/run cannot be written: Not a directory; choose another"
+
+
 def test_a_folder_in_which_workers_cannot_make_sockets_is_named(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
