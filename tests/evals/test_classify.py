@@ -30,3 +30,8 @@ def test_examples_without_a_label_count_nowhere():
 
 def test_fewer_than_five_classes_are_all_in_the_top5():
     assert counts(torch.tensor([[3.0, 2.0, 1.0]]), [2]) == Counts(1, 0, 1)
+
+
+def test_the_second_class_is_not_right():
+    predictions = Predictions.of(LOGITS.expand(2, 7), torch.tensor([[0], [1]]), torch.zeros(2))
+    assert predictions.right().tolist() == [True, False]

@@ -203,6 +203,10 @@ def test_several_labels_are_refused_before_any_image_is_read(
             open_task("colours", section, 4)
 
 
+def test_a_dev_part_has_an_image_at_least():
+    assert [len(part) for part in dev_split(10, 0.01, seed=0)] == [9, 1]
+
+
 @pytest.mark.parametrize("kind", ["logistic", "linear"])
 def test_a_dev_part_of_all_images_is_refused_where_one_is_needed(colour_sets: dict[str, str], kind: str):
     values = {"kind": kind, **colour_sets, "dev_fraction": 0.999}
