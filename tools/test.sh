@@ -34,17 +34,10 @@ wait
 [ $status = 0 ] || exit $status
 export OMP_NUM_THREADS=1
 unset PYTHONDONTWRITEBYTECODE # else every process that a test starts compiles vitscale again
-types=
 if [ $# -eq 0 ]; then
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
-    nice .venv/bin/pyright vitscale >.venv/types 2>&1 & # on one core, and tests do not always keep both busy
-    types=$!
-    set -- -n 2 --dist loadfile --no-loadscope-reorder # most tests keep one core busy
+    .venv/bin/pyright vitscale
+    set -- -n 2 --dist loadfile --no-loadscope-reorder  # most tests keep one core busy
 fi
-.venv/bin/python -m pytest "$@" || status=$?
-if [ -n "$types" ]; then
-    wait "$types" || status=1
-    cat .venv/types
-fi
-exit $status
+exec .venv/bin/python -m pytest "$@"
